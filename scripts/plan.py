@@ -70,6 +70,8 @@ class Arguments:
     """What the backward pass recomputes; "offload" keeps the inputs of the layers in host memory."""
     host_optimizer: bool = False
     """Whether the optimizer's state lives in host memory."""
+    host_adapter: bool = False
+    """Whether the adapter and its gradient live in host memory too."""
     device: str = "h100"
     """The device to compile for."""
 
@@ -107,6 +109,7 @@ def run(arguments: Arguments) -> None:
         micro_batches=arguments.micro_batches,
         remat=arguments.remat,
         host_optimizer=arguments.host_optimizer,
+        host_adapter=arguments.host_adapter,
         device=device,
         segment_ids=arguments.segment_ids,
         objective=arguments.objective,

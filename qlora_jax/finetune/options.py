@@ -146,6 +146,8 @@ class OptimizerOptions:
     """Global norm to which gradients are clipped; 0 for no clipping."""
     host_offload: bool = False
     """Keep the optimizer's state in host memory (what paged optimizers are for)."""
+    host_adapter: bool = False
+    """Keep the adapter and its gradient in host memory as well: the device holds those of one layer at a time."""
     neftune_alpha: float = 0.0
     """Strength of the noise on the embeddings while training (NEFTune; 5 is usual); 0 for none."""
 

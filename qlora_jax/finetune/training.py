@@ -15,10 +15,12 @@ from qlora_jax.finetune import watch
 from qlora_jax.finetune.folder import start
 from qlora_jax.finetune.objective import Batches, Objective
 from qlora_jax.finetune.options import Options
-from qlora_jax.nn import data_mesh, place
+from qlora_jax.nn import brought_to_device, data_mesh, place
 from qlora_jax.train import (
     Cadence,
+    HostOffload,
     MetricsLog,
+    Optimizer,
     TrainState,
     best_evaluation,
     create_state,
@@ -62,6 +64,9 @@ def train_adapter(
     eval_step = jit_eval_step(graphdef, objective.held_out_loss, unit=objective.unit)
     mesh = data_mesh()
 
+    def model_of(state: TrainState) -> Any:
+        return nnx.merge(graphdef, brought_to_device(state.adapter), frozen)
+
     def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         return place(mesh, {name: batch[name] for name in objective.arrays}, P("data"))
 
@@ -75,7 +80,7 @@ def train_adapter(
         batches = objective.held_out(run.batch_size * jax.device_count())
         figures = mean_metrics(eval_step, state, frozen, batches, put=put, progress=progress)
         if run.predict_with_generate and objective.score is not None:
-            figures |= objective.score(nnx.merge(graphdef, state.adapter, frozen))
+            figures |= objective.score(model_of(state))
         return figures
 
     def save(step: int, state: TrainState, position: dict[str, Any]) -> None:
@@ -103,7 +108,7 @@ def train_adapter(
             watched,
             objective.prompts,
             objective.answer,
-            lambda state: nnx.merge(graphdef, state.adapter, frozen),
+            model_of,
             log,
             resume_at=int(state.step),
             stack=open_files,
@@ -126,7 +131,7 @@ def train_adapter(
             progress=progress,
         )
         if best is None or best.latest_step() is None:
-            return state.adapter, log.rows
+            return brought_to_device(state.adapter), log.rows
         adapter, _ = best.restore(state.adapter)
         last, chosen = int(state.step), cast(int, best.latest_step())
         if cadence.exhausted(log.rows):
@@ -134,10 +139,10 @@ def train_adapter(
                 f"Stopped after step {last} of {steps}: no lower held-out loss in {run.early_stopping_patience} evaluations."
             )
         say(f"The adapter is that of step {chosen}, which has the lowest held-out loss.")
-        return adapter, log.rows
+        return brought_to_device(adapter), log.rows
 
 
-def _optimizer(options: Options, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+def _optimizer(options: Options, learning_rate: optax.Schedule) -> Optimizer | HostOffload:
     chosen = options.optimizer
     tx = optimizer(
         chosen.optimizer,
@@ -147,4 +152,5 @@ def _optimizer(options: Options, learning_rate: optax.Schedule) -> optax.Gradien
         weight_decay=chosen.weight_decay,
         max_grad_norm=chosen.max_grad_norm or None,
     )
-    return host_offload(tx) if chosen.host_offload else tx
+    offloaded = chosen.host_offload or chosen.host_adapter
+    return host_offload(tx, adapter=chosen.host_adapter) if offloaded else tx

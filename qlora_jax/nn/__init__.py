@@ -10,6 +10,7 @@ from qlora_jax.nn.attention import (
 )
 from qlora_jax.nn.delta import Delta
 from qlora_jax.nn.embedding import Embedding, Table
+from qlora_jax.nn.host import HostArray, brought_to_device
 from qlora_jax.nn.linear import Linear
 from qlora_jax.nn.lora import ALL_LINEAR, LoRA, LoRAScaling, Slot, lora_update
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
@@ -24,6 +25,7 @@ __all__ = [
     "AttentionImplementation",
     "Delta",
     "Embedding",
+    "HostArray",
     "LayerNorm",
     "Linear",
     "LoRA",
@@ -34,6 +36,7 @@ __all__ = [
     "Table",
     "activate",
     "biased_attention",
+    "brought_to_device",
     "cached_attention",
     "causal_attention",
     "data_mesh",

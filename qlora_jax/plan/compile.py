@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -29,8 +28,9 @@ from qlora_jax.plan.devices import Device, device_mesh
 from qlora_jax.quant import Quantization, QuantizedTensor
 from qlora_jax.train.dpo import PAIRS, dpo_loss
 from qlora_jax.train.loss import language_model_loss
-from qlora_jax.train.optim import adamw, host_offload
-from qlora_jax.train.step import TOKENS, LossFunction, TrainState, Unit, init_state, jit_train_step, split
+from qlora_jax.train.offload import host_offload
+from qlora_jax.train.optim import adamw
+from qlora_jax.train.step import TOKENS, LossFunction, TrainState, Transformation, Unit, init_state, jit_train_step, split
 
 PlannedObjective = Literal["sft", "dpo"]
 _OBJECTIVES: dict[PlannedObjective, tuple[LossFunction, Unit]] = {
@@ -94,6 +94,7 @@ def compile_train_step(
     micro_batches: int = 1,
     remat: Remat = "full",
     host_optimizer: bool = False,
+    host_adapter: bool = False,
     segment_ids: bool = False,
     objective: PlannedObjective = "sft",
 ) -> Plan:
@@ -127,8 +128,8 @@ def compile_train_step(
         )
     )
     tx = adamw(2e-4)
-    tx = host_offload(tx) if host_optimizer else tx
-    state = _abstract_state(tx, adapter, mesh, host_optimizer)
+    tx = host_offload(tx, adapter=host_adapter) if host_optimizer or host_adapter else tx
+    state = _abstract_state(tx, adapter, mesh, host_optimizer or host_adapter, host_adapter)
     frozen = _place(frozen, mesh)
     if objective == "dpo":
         batch = abstract_pairs(micro_batches, batch_size, length)
@@ -191,12 +192,13 @@ def tree_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _abstract_state(tx: optax.GradientTransformation, adapter: Any, mesh: Mesh, host_optimizer: bool) -> TrainState:
+def _abstract_state(tx: Transformation, adapter: Any, mesh: Mesh, host_optimizer: bool, host_adapter: bool) -> TrainState:
     state = jax.eval_shape(lambda adapter: init_state(tx, adapter), adapter)
     placed = _place(state, mesh)
     if not host_optimizer:
         return placed
-    return dataclasses.replace(placed, opt_state=_place(state.opt_state, mesh, "pinned_host"))
+    placed = dataclasses.replace(placed, opt_state=_place(state.opt_state, mesh, "pinned_host"))
+    return dataclasses.replace(placed, adapter=_place(state.adapter, mesh, "pinned_host")) if host_adapter else placed
 
 
 def _place(tree: Any, mesh: Mesh, memory_kind: str | None = None) -> Any:

@@ -4,13 +4,14 @@ from qlora_jax.train.dpo import PAIRS, dpo_loss, with_reference, without_adapter
 from qlora_jax.train.log import MetricsLog, best_evaluation, peak_memory_bytes, perplexity, plot_losses
 from qlora_jax.train.loop import BatchSource, Cadence, DivergedError, Watch, mean_metrics, train
 from qlora_jax.train.loss import chunked_cross_entropy, language_model_loss, seq2seq_loss, token_losses
+from qlora_jax.train.offload import HostOffload, host_offload
 from qlora_jax.train.optim import (
     OPTIMIZERS,
     SCHEDULES,
+    Optimizer,
     OptimizerName,
     Schedule,
     adamw,
-    host_offload,
     learning_rate_schedule,
     optimizer,
 )
@@ -18,6 +19,7 @@ from qlora_jax.train.step import (
     TOKENS,
     LossFunction,
     TrainState,
+    Transformation,
     Unit,
     create_state,
     init_state,
@@ -35,11 +37,14 @@ __all__ = [
     "BatchSource",
     "Cadence",
     "DivergedError",
+    "HostOffload",
     "LossFunction",
     "MetricsLog",
+    "Optimizer",
     "OptimizerName",
     "Schedule",
     "TrainState",
+    "Transformation",
     "Unit",
     "Watch",
     "adamw",

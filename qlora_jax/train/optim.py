@@ -1,22 +1,20 @@
-"""Optimizers: schedules, four update rules behind gradient clipping, and state that lives in host memory.
+"""Optimizers: schedules, and four update rules behind gradient clipping.
 
-                  state of a parameter    update, beside the decoupled weight decay, times the learning rate
-    adamw         8 bytes                 m / (sqrt(v) + epsilon)                 Loshchilov & Hutter 2019
-    adamw8bit     2.03 bytes              the same, with m and v in 8 bits        Dettmers et al. 2021 (`train.adam8bit`)
-    lion          4 bytes                 sign(beta1 m + (1 - beta1) g)           Chen et al. 2023
-    adafactor     4 (1/in + 1/out) bytes  g / sqrt(row means x column means)      Shazeer & Stern 2018
-
-QLoRA's paged optimizers page Adam's moments between GPU and host on demand. XLA plans memory ahead of time, so the pages
-become one explicit trip: `host_offload` keeps every leaf of an optimizer's state in pinned host memory, brings it to the
-device inside the jitted update and takes it back. It wraps any Optax transformation.
+              state of a parameter    update, beside the decoupled weight decay, times the learning rate
+adamw         8 bytes                 m / (sqrt(v) + epsilon)                 Loshchilov & Hutter 2019
+adamw8bit     2.03 bytes              the same, with m and v in 8 bits        Dettmers et al. 2021 (`train.adam8bit`)
+lion          4 bytes                 sign(beta1 m + (1 - beta1) g)           Chen et al. 2023
+adafactor     4 (1/in + 1/out) bytes  g / sqrt(row means x column means)      Shazeer & Stern 2018
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 import optax
-from jax import memory
+from jax import Array
 
 from qlora_jax.train.adam8bit import scale_by_adam8bit
 
@@ -24,6 +22,35 @@ OptimizerName = Literal["adamw", "adamw8bit", "lion", "adafactor"]
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 Schedule = Literal["constant", "linear", "cosine"]
 SCHEDULES: tuple[Schedule, ...] = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An Optax rule behind clipping by the global norm; it has the two functions of an Optax transformation.
+
+    Attributes:
+        rule: gradients to updates. `host_offload` takes those that treat each matrix by itself, as all rules here do.
+        max_grad_norm: None for no clipping.
+    """
+
+    rule: optax.GradientTransformation
+    max_grad_norm: float | None = None
+
+    def init(self, params: optax.Params) -> optax.OptState:
+        return self.rule.init(params)
+
+    def update(
+        self, updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        factor = clip_factor(optax.tree.norm(updates), self.max_grad_norm)
+        return self.rule.update(jax.tree.map(lambda leaf: leaf * factor, updates), state, params)
+
+
+def clip_factor(norm: Array, max_grad_norm: float | None) -> Array:
+    """What gradients of that norm are multiplied by."""
+    if max_grad_norm is None:
+        return jnp.ones_like(norm)
+    return jnp.where(norm < max_grad_norm, 1.0, max_grad_norm / norm)
 
 
 def learning_rate_schedule(kind: Schedule, peak: float, steps: int, warmup_steps: int = 0) -> optax.Schedule:
@@ -62,7 +89,7 @@ def optimizer(
     epsilon: float = 1e-8,
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 0.3,
-) -> optax.GradientTransformation:
+) -> Optimizer:
     """An update rule behind clipping by the global norm; the defaults are the QLoRA authors', those of Lion its paper's.
 
     Args:
@@ -92,9 +119,8 @@ def optimizer(
             )
         case _:
             raise ValueError(f"unknown optimizer {name!r}; expected one of {', '.join(OPTIMIZERS)}")
-    clip = () if max_grad_norm is None else (optax.clip_by_global_norm(max_grad_norm),)
     decay = () if weight_decay == 0 else (optax.add_decayed_weights(weight_decay),)
-    return optax.chain(*clip, rule, *decay, optax.scale_by_learning_rate(learning_rate))
+    return Optimizer(optax.chain(rule, *decay, optax.scale_by_learning_rate(learning_rate)), max_grad_norm)
 
 
 def adamw(
@@ -104,7 +130,7 @@ def adamw(
     beta2: float | None = None,
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 0.3,
-) -> optax.GradientTransformation:
+) -> Optimizer:
     """`optimizer("adamw", …)`."""
     return optimizer(
         "adamw", learning_rate, beta1=beta1, beta2=beta2, weight_decay=weight_decay, max_grad_norm=max_grad_norm
@@ -133,25 +159,3 @@ def _for_each_matrix(tx: optax.GradientTransformation) -> optax.GradientTransfor
         return tree.unflatten(scaled), tree.unflatten(states)
 
     return optax.GradientTransformation(init, update)
-
-
-def host_offload(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same optimizer with every leaf of its state in pinned host memory between updates.
-
-    Both functions are to run under `jax.jit`, with `out_shardings` that keep the memory kind (`train.step` does so).
-    """
-
-    def init(params: optax.Params) -> optax.OptState:
-        return _move(tx.init(params), memory.Space.Host)
-
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        updates, state = tx.update(updates, _move(state, memory.Space.Device), params)
-        return updates, _move(state, memory.Space.Host)
-
-    return optax.GradientTransformation(init, update)
-
-
-def _move(tree: Any, space: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, space), tree)

@@ -19,6 +19,11 @@ import optax
 from flax import nnx
 from jax import Array
 
+from qlora_jax.nn.host import to_device, to_host
+from qlora_jax.train.offload import HostOffload, host_add, host_gradient, host_zeros
+from qlora_jax.train.optim import Optimizer
+
+Transformation = optax.GradientTransformation | Optimizer | HostOffload
 Batch = Mapping[str, Array]
 # (model, micro-batch, random key or None) to the summed loss of the micro-batch, or to that and more sums to report.
 LossFunction = Callable[[Any, Batch, Array | None], Array | tuple[Array, dict[str, Array]]]
@@ -64,26 +69,35 @@ def split(model: nnx.Module) -> tuple[Any, Any, Any]:
     return graphdef, adapter, frozen
 
 
-def init_state(tx: optax.GradientTransformation, adapter: Any, seed: int = 0) -> TrainState:
+def init_state(tx: Transformation, adapter: Any, seed: int = 0) -> TrainState:
     """The state before the first step, to be traced; the optimizer's part is where the optimizer puts it."""
     if not jax.tree.leaves(adapter):
         raise ValueError("the model has no LoRA parameters: expected one that was built with an adapter")
-    return TrainState(step=jnp.zeros((), jnp.int32), adapter=adapter, opt_state=tx.init(adapter), seed=jnp.uint32(seed))
+    opt_state = tx.init(adapter)
+    if in_host_memory(tx):
+        adapter = to_host(adapter)
+    return TrainState(step=jnp.zeros((), jnp.int32), adapter=adapter, opt_state=opt_state, seed=jnp.uint32(seed))
 
 
-def create_state(tx: optax.GradientTransformation, adapter: Any, seed: int = 0) -> TrainState:
+def in_host_memory(tx: Transformation) -> bool:
+    """Whether the adapter is in host memory between steps."""
+    return isinstance(tx, HostOffload) and tx.adapter
+
+
+def create_state(tx: Transformation, adapter: Any, seed: int = 0) -> TrainState:
     """`init_state` on the devices: what training starts from.
 
     The adapter's buffers are taken over, so that it is in memory once. The leaves are committed to where they lie, as
     those that a step returns are; otherwise the second step would compile the program once more.
     """
-    state = jax.jit(lambda adapter: init_state(tx, adapter, seed), donate_argnums=0)(adapter)
+    donated = () if in_host_memory(tx) else (0,)  # a buffer of the device cannot become one of the host
+    state = jax.jit(lambda adapter: init_state(tx, adapter, seed), donate_argnums=donated)(adapter)
     return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
 
 
 def train_step(
     graphdef: Any,
-    tx: optax.GradientTransformation,
+    tx: Transformation,
     loss_fn: LossFunction,
     state: TrainState,
     frozen: Any,
@@ -106,35 +120,58 @@ def train_step(
     count = jax.tree.leaves(batch)[0].shape[0]
     keys = jax.random.split(jax.random.fold_in(jax.random.key(state.seed), state.step), count)
 
-    def means_and_gradient(micro_batch: Batch, key: Array) -> tuple[dict[str, Array], Any]:
-        def loss(adapter: Any) -> tuple[Array, dict[str, Array]]:
-            sums = _loss_and_sums(loss_fn(nnx.merge(graphdef, adapter, frozen), micro_batch, key))
-            loss, more = jax.tree.map(lambda x: x / total, sums)
-            return loss, {"loss": loss, **more}
+    def loss_of(micro_batch: Batch, key: Array, adapter: Any) -> tuple[Array, dict[str, Array]]:
+        sums = _loss_and_sums(loss_fn(nnx.merge(graphdef, adapter, frozen), micro_batch, key))
+        loss, more = jax.tree.map(lambda x: x / total, sums)
+        return loss, {"loss": loss, **more}
 
+    if in_host_memory(tx):
+        means, gradient = _host_gradient(loss_of, state.adapter, batch, keys)
+    elif keys.size == 1:
+        loss = partial(loss_of, *jax.tree.map(lambda x: x[0], (batch, keys)))
         gradient, means = jax.grad(loss, has_aux=True)(state.adapter)
-        return means, gradient
-
-    first = jax.tree.map(lambda x: x[0], batch)
-    if count == 1:
-        means, gradient = means_and_gradient(first, keys[0])
     else:
+        means, gradient = _device_gradient(loss_of, state.adapter, batch, keys)
 
-        def accumulate(carry: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, means_and_gradient(*inputs)), None
-
-        shapes = jax.eval_shape(means_and_gradient, first, keys[0])
-        zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        (means, gradient), _ = jax.lax.scan(accumulate, zero, (batch, keys))
-
-    updates, opt_state = tx.update(gradient, state.opt_state, state.adapter)
-    adapter = optax.apply_updates(state.adapter, updates)
-    metrics = {**means, "grad_norm": optax.tree.norm(gradient), unit.name: units}
+    if isinstance(tx, HostOffload):
+        adapter, opt_state, norm = tx.apply(gradient, state.opt_state, state.adapter)
+    else:
+        updates, opt_state = tx.update(gradient, state.opt_state, state.adapter)
+        adapter, norm = optax.apply_updates(state.adapter, updates), optax.tree.norm(gradient)
+    metrics = {**means, "grad_norm": norm, unit.name: units}
     return TrainState(state.step + 1, adapter, opt_state, state.seed), metrics
 
 
+def _device_gradient(loss_of: Callable[..., Any], adapter: Any, batch: Batch, keys: Array) -> tuple[Any, Any]:
+    """(means, gradient) over all micro-batches. The backward pass of each adds every layer's part to the sum where it lies:
+    there never is a second copy."""
+    sums = jax.tree.map(lambda leaf: jax.new_ref(jnp.zeros_like(leaf)), adapter)
+
+    def add(_: None, inputs: tuple[Batch, Array]) -> tuple[None, Any]:
+        loss, pull_back, means = jax.vjp(partial(loss_of, *inputs), adapter, has_aux=True)
+        pull_back.with_refs(sums)(jnp.ones_like(loss))
+        return None, means
+
+    _, means = jax.lax.scan(add, None, (batch, keys))
+    return jax.tree.map(lambda x: x.sum(0), means), jax.tree.map(jax.freeze, sums)
+
+
+def _host_gradient(loss_of: Callable[..., Any], adapter: Any, batch: Batch, keys: Array) -> tuple[Any, Any]:
+    """The same for an adapter in host memory, where its gradient is, too."""
+    if keys.size == 1:
+        gradient, means = host_gradient(partial(loss_of, *jax.tree.map(lambda x: x[0], (batch, keys))), adapter)
+        return means, gradient
+
+    def add(total: Any, inputs: tuple[Batch, Array]) -> tuple[Any, Any]:
+        gradient, means = host_gradient(partial(loss_of, *inputs), adapter)
+        return host_add(total, gradient), means
+
+    gradient, means = jax.lax.scan(add, host_zeros(adapter), (batch, keys))
+    return jax.tree.map(lambda x: x.sum(0), means), gradient
+
+
 def jit_train_step(
-    graphdef: Any, tx: optax.GradientTransformation, loss_fn: LossFunction, state: TrainState, *, unit: Unit = TOKENS
+    graphdef: Any, tx: Transformation, loss_fn: LossFunction, state: TrainState, *, unit: Unit = TOKENS
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Array]]]:
     """The compiled step; the old state is donated, and each leaf of the new one stays where the old one was."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -149,7 +186,7 @@ def jit_eval_step(
     else `loss_fn` reports."""
 
     def step(adapter: Any, frozen: Any, batch: Batch) -> tuple[dict[str, Array], Array]:
-        loss, more = _loss_and_sums(loss_fn(nnx.merge(graphdef, adapter, frozen), batch, None))
+        loss, more = _loss_and_sums(loss_fn(nnx.merge(graphdef, to_device(adapter), frozen), batch, None))
         return {"loss": loss, **more}, unit.count(batch)
 
     return jax.jit(step)

@@ -17,7 +17,7 @@ from qlora_jax.models import CausalLM
 from qlora_jax.models.llama import llama_config
 from qlora_jax.nn import LoRA
 from qlora_jax.quant import BlockwiseArray, Quantization
-from qlora_jax.train import create_state, host_offload, jit_train_step, language_model_loss, optimizer, split
+from qlora_jax.train import Transformation, create_state, host_offload, jit_train_step, language_model_loss, optimizer, split
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 101,
@@ -165,7 +165,7 @@ def batch(step: int) -> dict[str, jax.Array]:
     return {"inputs": jnp.asarray(tokens[None, :, :-1]), "targets": jnp.asarray(tokens[None, :, 1:]), "loss_mask": mask}
 
 
-def run(tx: optax.GradientTransformation, steps: int) -> tuple[Any, list[float]]:
+def run(tx: Transformation, steps: int) -> tuple[Any, list[float]]:
     graph, adapter, frozen = build()
     state = create_state(tx, jax.tree.map(jnp.array, adapter))
     step_fn, losses = jit_train_step(graph, tx, language_model_loss, state), []
@@ -187,9 +187,12 @@ def test_the_loss_curve_is_that_of_float32() -> None:
 
 
 def test_donated_offloaded_and_saved(tmp_path: Path) -> None:
-    """Under the compiled, donating step, in host memory, and through a checkpoint: the same numbers, bit for bit."""
-    plain, losses = run(optimizer("adamw8bit", 3e-3), 4)
+    """Under the compiled, donating step, in host memory: a run through a checkpoint gives the same numbers, bit for bit. On
+    the device the blocks are cut across layers, and differ where a layer's matrix is too small to be quantised."""
     tx = host_offload(optimizer("adamw8bit", 3e-3))
+    straight, losses = run(tx, 4)
+    _, on_device = run(optimizer("adamw8bit", 3e-3), 4)
+    np.testing.assert_allclose(losses, on_device, rtol=1e-4)
     state, found = run(tx, 2)
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.opt_state)} == {"pinned_host"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.opt_state)} >= {"uint8", "float32"}
@@ -206,5 +209,5 @@ def test_donated_offloaded_and_saved(tmp_path: Path) -> None:
         assert all(leaf.is_deleted() for leaf in old)
         found.append(float(metrics["loss"]))
     assert found == losses
-    for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(plain), strict=True):
+    for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(straight), strict=True):
         np.testing.assert_array_equal(leaf, expected)

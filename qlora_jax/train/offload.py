@@ -1,0 +1,171 @@
+"""Optimizers whose state, and if wanted the adapter with its gradient, lies in pinned host memory.
+
+QLoRA's paged optimizers page Adam's moments between GPU and host on demand. XLA plans memory ahead of time, so the pages
+become explicit trips, one for each layer:
+
+    norm    of the whole gradient, over the layers
+    for each layer:   gradient, state and parameters of that layer come to the device,
+                      are clipped and updated as matrices of their own, and go back
+
+The parameters of a stack of layers are `[layers, in, out]` arrays. Their state is that of each layer by itself, stacked
+(`jax.vmap` of the rule's `init`), so that a layer can be cut out of it; what has no layers is updated whole. Device memory
+beside the gradient: what one layer needs. With the adapter in host memory, its gradient never is on the device as a whole
+either (`nn.host`).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from qlora_jax.nn.host import HostArray, stand_ins, to_device, to_host
+from qlora_jax.train.optim import Optimizer, clip_factor
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HostState:
+    """The state of a rule.
+
+    Attributes:
+        stacks: for each number of layers, the stacked states of its parameters.
+        rest: that of parameters without layers; None where there are none.
+    """
+
+    stacks: tuple[Any, ...]
+    rest: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class HostOffload:
+    """An optimizer in host memory; made by `host_offload`.
+
+    Attributes:
+        tx: whose rule treats each matrix by itself.
+        adapter: whether the parameters are in host memory too.
+    """
+
+    tx: Optimizer
+    adapter: bool
+
+    def init(self, params: Any) -> HostState:
+        """The state of the optimizer, in host memory. To be run under `jax.jit` with output shardings of that kind."""
+        stacks, rest = _groups(jax.tree.leaves(params))
+        states = tuple(jax.vmap(self.tx.rule.init)(stack) for stack in stacks.values())
+        return HostState(*to_host((states, self.tx.rule.init(rest) if rest else None)))
+
+    def apply(self, gradient: Any, state: HostState, params: Any) -> tuple[Any, HostState, Array]:
+        """One update: (new parameters, new state, norm of the gradient)."""
+        leaves, tree = jax.tree.flatten(params)
+        norm = self._norm(jax.tree.leaves(gradient))
+        factor = clip_factor(norm, self.tx.max_grad_norm)
+        gradients, other_gradients = _groups(jax.tree.leaves(gradient))
+        stacks, rest = _groups(leaves)
+        done = [
+            self._stack(gradients[layers], old, stack, factor)
+            for (layers, stack), old in zip(stacks.items(), state.stacks, strict=True)
+        ]
+        other, kept_rest = self._update(other_gradients, state.rest, rest, factor) if rest else ([], None)
+        stacked = [iter(new) for new, _ in done]
+        of, others = dict(zip(stacks, stacked, strict=True)), iter(other)
+        new = [next(of[leaf.shape[0]] if _is_stack(leaf) else others) for leaf in leaves]
+        return tree.unflatten(new), HostState(tuple(kept for _, kept in done), kept_rest), norm
+
+    def _stack(self, gradient: Any, state: Any, params: list[Array], factor: Array) -> tuple[list[Array], Any]:
+        """The parameters of a stack and their state, updated a layer at a time."""
+        if self.adapter:
+
+            def move(_: None, layer: tuple[Any, Any, Any]) -> tuple[None, tuple[Any, Any]]:
+                return None, self._update(*layer, factor)
+
+            _, (new, kept) = jax.lax.scan(move, None, (gradient, state, params))
+            return new, kept
+
+        # Parameters on the device are changed in place.
+        def change(params: list[Array], layer: tuple[Array, Any, Any]) -> tuple[list[Array], Any]:
+            index, gradient, state = layer
+            old = [jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False) for leaf in params]
+            new, kept = self._update(gradient, state, old, factor)
+            pairs = zip(params, new, strict=True)
+            return [jax.lax.dynamic_update_index_in_dim(leaf, value, index, 0) for leaf, value in pairs], kept
+
+        layers = jnp.arange(params[0].shape[0])
+        return jax.lax.scan(change, params, (layers, gradient, state))
+
+    def _update(self, gradient: Any, state: Any, params: Any, factor: Array) -> tuple[Any, Any]:
+        gradient, state, params = to_device((gradient, state, params))
+        updates, state = self.tx.rule.update([leaf * factor for leaf in gradient], state, params)
+        params = optax.apply_updates(params, updates)
+        return to_host(params) if self.adapter else params, to_host(state)
+
+    def _norm(self, gradient: list[Array]) -> Array:
+        if not self.adapter:
+            return optax.tree.norm(gradient)
+        stacks, rest = _groups(gradient)
+
+        def squares(leaves: list[Array]) -> Array:
+            return sum((jnp.sum(leaf * leaf) for leaf in to_device(leaves)), jnp.float32(0))
+
+        def add(total: Array, leaves: list[Array]) -> tuple[Array, None]:
+            return total + squares(leaves), None
+
+        total = squares(rest)
+        for stack in stacks.values():
+            total, _ = jax.lax.scan(add, total, stack)
+        return jnp.sqrt(total)
+
+
+def host_offload(tx: Optimizer, *, adapter: bool = False) -> HostOffload:
+    """The same optimizer with its state in pinned host memory between updates.
+
+    Args:
+        tx: of `optimizer`, or one made of any Optax rule that treats each matrix by itself.
+        adapter: keep the parameters in host memory too, and gather their gradient there.
+    """
+    if not isinstance(tx, Optimizer):
+        raise ValueError(
+            f"host_offload: expected an Optimizer (what optimizer() and adamw() return, or Optimizer(rule)), found {tx}"
+        )
+    return HostOffload(tx, adapter)
+
+
+def host_gradient(function: Callable[[Any], tuple[Array, Any]], params: Any) -> tuple[Any, Any]:
+    """(gradient in host memory, auxiliary result) of a function of parameters in host memory, which get `HostArray`s."""
+    return jax.grad(lambda slots: function(jax.tree.map(HostArray, params, slots)), has_aux=True)(stand_ins(params))
+
+
+def host_zeros(params: Any) -> Any:
+    """Zeros in host memory."""
+    return to_host(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params))
+
+
+def host_add(a: Any, b: Any) -> Any:
+    """The sum of two trees in host memory, a layer at a time."""
+
+    def layer(_: None, pair: tuple[Any, Any]) -> tuple[None, Any]:
+        return None, whole(*pair)
+
+    def whole(a: Any, b: Any) -> Any:
+        return to_host(jnp.add(to_device(a), to_device(b)))
+
+    def one(a: Array, b: Array) -> Array:
+        return jax.lax.scan(layer, None, (a, b))[1] if _is_stack(a) else whole(a, b)
+
+    return jax.tree.map(one, a, b)
+
+
+def _is_stack(leaf: Array) -> bool:
+    return leaf.ndim > 2
+
+
+def _groups(leaves: Sequence[Array]) -> tuple[dict[int, list[Array]], list[Array]]:
+    """(stacks by their number of layers, the rest), each in the order of the leaves."""
+    stacks: dict[int, list[Array]] = {}
+    for leaf in leaves:
+        if _is_stack(leaf):
+            stacks.setdefault(leaf.shape[0], []).append(leaf)
+    return stacks, [leaf for leaf in leaves if not _is_stack(leaf)]
