@@ -28,7 +28,7 @@ from qlora_jax.plan.devices import Device, device_mesh
 from qlora_jax.quant import Quantization, QuantizedTensor
 from qlora_jax.train.dpo import PAIRS, dpo_loss
 from qlora_jax.train.loss import language_model_loss
-from qlora_jax.train.offload import host_offload
+from qlora_jax.train.offload import host_offload, memory_kinds
 from qlora_jax.train.optim import adamw
 from qlora_jax.train.step import TOKENS, LossFunction, TrainState, Transformation, Unit, init_state, jit_train_step, split
 
@@ -197,7 +197,10 @@ def _abstract_state(tx: Transformation, adapter: Any, mesh: Mesh, host_optimizer
     placed = _place(state, mesh)
     if not host_optimizer:
         return placed
-    placed = dataclasses.replace(placed, opt_state=_place(state.opt_state, mesh, "pinned_host"))
+    placed = dataclasses.replace(
+        placed,
+        opt_state=jax.tree.map(lambda leaf, kind: _place(leaf, mesh, kind), state.opt_state, memory_kinds(state.opt_state)),
+    )
     return dataclasses.replace(placed, adapter=_place(state.adapter, mesh, "pinned_host")) if host_adapter else placed
 
 

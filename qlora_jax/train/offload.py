@@ -14,6 +14,7 @@ either (`nn.host`).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ from jax import Array
 
 from qlora_jax.nn.host import HostArray, stand_ins, to_device, to_host
 from qlora_jax.train.optim import Optimizer, clip_factor
+
+HOST = "pinned_host"
+_LEAST = 256  # values of a layer's leaf that goes to the host
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +42,16 @@ class HostState:
 
     stacks: tuple[Any, ...]
     rest: Any
+
+
+def memory_kinds(state: HostState) -> HostState:
+    """Where each leaf of a state lies: "pinned_host", or "device" for counters and the like, which no DMA pays for."""
+    stacks = jax.tree.map(lambda leaf: _kind(leaf.shape[1:]), state.stacks)
+    return HostState(stacks, jax.tree.map(lambda leaf: _kind(leaf.shape), state.rest))
+
+
+def _kind(shape: tuple[int, ...]) -> str:
+    return HOST if math.prod(shape) >= _LEAST else "device"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +70,8 @@ class HostOffload:
         """The state of the optimizer, in host memory. To be run under `jax.jit` with output shardings of that kind."""
         stacks, rest = _groups(jax.tree.leaves(params))
         states = tuple(jax.vmap(self.tx.rule.init)(stack) for stack in stacks.values())
-        return HostState(*to_host((states, self.tx.rule.init(rest) if rest else None)))
+        state = HostState(states, self.tx.rule.init(rest) if rest else None)
+        return jax.tree.map(lambda leaf, kind: to_host(leaf) if kind == HOST else leaf, state, memory_kinds(state))
 
     def apply(self, gradient: Any, state: HostState, params: Any) -> tuple[Any, HostState, Array]:
         """One update: (new parameters, new state, norm of the gradient)."""
@@ -100,7 +115,8 @@ class HostOffload:
         gradient, state, params = to_device((gradient, state, params))
         updates, state = self.tx.rule.update([leaf * factor for leaf in gradient], state, params)
         params = optax.apply_updates(params, updates)
-        return to_host(params) if self.adapter else params, to_host(state)
+        kept = jax.tree.map(lambda leaf: to_host(leaf) if _kind(leaf.shape) == HOST else leaf, state)
+        return to_host(params) if self.adapter else params, kept
 
     def _norm(self, gradient: list[Array]) -> Array:
         if not self.adapter:

@@ -173,7 +173,10 @@ def test_it_learns_what_it_sees(options: Options) -> None:
 def test_each_optimizer(options: Options, name: Any) -> None:
     """A step of each moves the adapter, with its state in host memory."""
     one = but(but(options, "run", max_steps=1), "data", held_out=0.0)
-    folder = finetune(but(one, "optimizer", optimizer=name, host_offload=True, host_adapter=name == "lion", weight_decay=0.1), progress=False)
+    folder = finetune(
+        but(one, "optimizer", optimizer=name, host_offload=True, host_adapter=name == "lion", weight_decay=0.1),
+        progress=False,
+    )
     assert all(np.abs(tensor).max() > 0 for tensor in read_adapter(folder).tensors.values())
 
 
