@@ -201,7 +201,9 @@ def _abstract_state(tx: Transformation, adapter: Any, mesh: Mesh, host_optimizer
         placed,
         opt_state=jax.tree.map(lambda leaf, kind: _place(leaf, mesh, kind), state.opt_state, memory_kinds(state.opt_state)),
     )
-    return dataclasses.replace(placed, adapter=_place(state.adapter, mesh, "pinned_host")) if host_adapter else placed
+    if host_adapter:
+        placed = dataclasses.replace(placed, adapter=_place(state.adapter, mesh, "pinned_host"))
+    return placed
 
 
 def _place(tree: Any, mesh: Mesh, memory_kind: str | None = None) -> Any:

@@ -27,7 +27,7 @@ from qlora_jax.nn.host import HostArray, stand_ins, to_device, to_host
 from qlora_jax.train.optim import Optimizer, clip_factor
 
 HOST = "pinned_host"
-_LEAST = 256  # values of a layer's leaf that goes to the host
+_LEAST = 128  # values of a layer's leaf that goes to the host
 
 
 @jax.tree_util.register_dataclass
