@@ -15,13 +15,13 @@ def recipe_of(
     platform: str,
     *,
     lora: LoRA | None = None,
-    quantization: Quantization | None | str = "asked",
+    quantization: Quantization | str | None = "asked",
 ) -> Recipe:
     """The recipe that a run with these options is, on devices of a platform ("cpu", "gpu", "cuda" or "tpu").
 
     Args:
-        lora, quantization: those of the run where it knows better than its options do: an adapter to go on from, a checkpoint
-            that is quantised already.
+        lora, quantization: those of the run where it knows better than its options do: an adapter to go on from, a
+            checkpoint that is quantised already.
 
     Raises:
         ValueError: options that describe no run.

@@ -4,11 +4,11 @@
     v5e         one TPU v5e chip          v5e:2x2      a slice of four, by its topology
 
 XLA compiles for an NVIDIA GPU from a description alone, a text proto: the compute capability chooses the instructions, the
-sizes of caches, registers and shared memory steer fusion, and the version of cuDNN says which of its attention kernels exist.
+sizes of caches, registers and shared memory steer fusion, and cuDNN's version says which of its attention kernels exist.
 A TPU is known to libtpu by the name of its topology; the two cores of a v4 or v5p chip are one device (megacore).
 
-Memory is what a program can have: of a GPU what CUDA reports as its total, of a TPU what libtpu reports as available HBM. Of a
-GPU's, a CUDA context and the libraries take some hundred MiB more. A new device is one entry of `DEVICES`.
+Memory is what a program can have: of a GPU what CUDA reports as its total, of a TPU what libtpu reports as available HBM. Of
+a GPU's, a CUDA context and the libraries take some hundred MiB more. A new device is one entry of `DEVICES`.
 """
 
 import dataclasses
@@ -130,11 +130,11 @@ def _gpu(
 
 
 # Cores, clocks, caches, memory and bandwidth of A100, H100, H200 and B200: OpenXLA's own descriptions of them
-# (openxla/xla, xla/backends/gpu/target_config/specs/*.txtpb), which are device queries of real ones. Those of L4, RTX 4090 and
-# RTX 3090: NVIDIA's whitepapers of the Ada and the Ampere GA102 architecture; their memory: CUDA's totalGlobalMem as
+# (openxla/xla, xla/backends/gpu/target_config/specs/*.txtpb), which are device queries of real ones. Those of L4, RTX 4090
+# and RTX 3090: NVIDIA's whitepapers of the Ada and the Ampere GA102 architecture; their memory: CUDA's totalGlobalMem as
 # torch.cuda.get_device_properties prints it (22692, 24217 and 24259 MiB under Linux). Sizes by compute capability: CUDA C++
-# Programming Guide, "Technical Specifications per Compute Capability". Peaks: NVIDIA's data sheets, dense bfloat16 Tensor Cores
-# with float32 accumulation (sparse ones would be twice that).
+# Programming Guide, "Technical Specifications per Compute Capability". Peaks: NVIDIA's data sheets, dense bfloat16 Tensor
+# Cores with float32 accumulation (sparse ones would be twice that).
 _GPUS = (
     _gpu(
         "h100",
@@ -257,7 +257,8 @@ _GPUS = (
         shared_memory_per_block=101_376,
     ),
 )
-# Peaks and bandwidths of a chip: Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" (docs.cloud.google.com/tpu/docs).
+# Peaks and bandwidths of a chip: Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e"
+# (docs.cloud.google.com/tpu/docs).
 # Memory: the "available HBM" of libtpu's own message when a program asks for more.
 _TPUS = (
     Device("v4", "TPU v4", "tpu", int(30.75 * _GIB), 1228e9, 275e12, 3),
@@ -292,6 +293,7 @@ def machine_named(name: str) -> Machine:
     if len(shape) != device.dimensions or 0 in shape or "x".join(map(str, shape)) != size:
         example = "x".join(["2", "2", "1"][: device.dimensions])
         raise ValueError(
-            f"device {name!r}: expected a topology of {device.dimensions} sides such as {device.name}:{example}, found {size!r}"
+            f"device {name!r}: expected a topology of {device.dimensions} sides such as {device.name}:{example}, "
+            f"found {size!r}"
         )
     return Machine(device, shape)

@@ -3,8 +3,8 @@
 XLA's own count takes the body of a loop once, however often it runs, and knows nothing of what a custom call does. Here the
 products of a jaxpr are counted, 2 m n k each, times the length of every scan around them; what the backward pass recomputes
 stands in the jaxpr, and so is counted. Attention kernels are opaque: the products of flash attention are counted by hand (2
-forward; 5 backward, of which one is recomputed), half of each where the mask is causal. Elementwise work is left out: it does
-not run on the matrix units, whose peak the count is held against.
+forward; 5 backward, of which one is recomputed), half of each where the mask is causal. Elementwise work is left out: it
+does not run on the matrix units, whose peak the count is held against.
 """
 
 import math

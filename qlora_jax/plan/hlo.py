@@ -24,8 +24,9 @@ _LINE = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)$")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _NAME = re.compile(r"%([\w.\-]+)")
 _MOVES_NOTHING = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier copy-done slice-done "
-    "async-done async-update all-gather-done all-reduce-done collective-permute-done send-done recv-done".split()
+    ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id")
+    + ("opt-barrier", "copy-done", "slice-done", "async-done", "async-update", "all-gather-done", "all-reduce-done")
+    + ("collective-permute-done", "send-done", "recv-done")
 )
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
 _SEE_THROUGH = frozenset(("bitcast", "reshape", "copy", "convert", "transpose"))
@@ -133,9 +134,7 @@ class Program:
                 if root is None:
                     return instruction.size
                 roots = [body.get(name, root) for name in root.operands] if root.opcode == "tuple" else [root]
-                return sum(
-                    min(size, _updated(body, one, size)) for size, one in zip(instruction.sizes, roots, strict=False)
-                )
+                return sum(min(size, _updated(body, one, size)) for size, one in zip(instruction.sizes, roots, strict=False))
             case _:
                 return instruction.size
 
@@ -199,12 +198,12 @@ def parse_program(text: str) -> Program:
             current = None
         elif found := _LINE.match(line):
             root, name, result, opcode, rest = found.groups()
-            arrays = [(dtype, tuple(map(int, dims.split(","))) if dims else (), layout) for dtype, dims, layout in _arrays(result)]
+            arrays = list(_arrays(result))
             inside, after = _split_operands(rest)
             current[name] = Instruction(
                 name=name,
                 opcode=opcode,
-                sizes=tuple(0 if re.search(r"S\(\d+\)", layout) else _bytes(dtype, shape) for dtype, shape, layout in arrays),
+                sizes=tuple(_bytes(dtype, shape) if near else 0 for dtype, shape, near in arrays),
                 dtypes=tuple(dtype for dtype, _, _ in arrays),
                 shapes=tuple(shape for _, shape, _ in arrays),
                 operands=tuple(_NAME.findall(inside)) if opcode not in ("parameter", "constant") else (),
@@ -216,9 +215,11 @@ def parse_program(text: str) -> Program:
     return Program(computations, entry)
 
 
-def _arrays(result: str) -> Iterator[tuple[str, str, str]]:
+def _arrays(result: str) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+    """(type, shape, whether it lies in the device's memory) of each array of a result."""
     for found in _SHAPE.finditer(result):
-        yield found[1], found[2], found[3] or ""
+        shape = tuple(map(int, found[2].split(","))) if found[2] else ()
+        yield found[1], shape, re.search(r"S\(\d+\)", found[3] or "") is None
 
 
 def _split_operands(rest: str) -> tuple[str, str]:

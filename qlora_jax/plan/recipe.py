@@ -1,8 +1,8 @@
 """What is planned: a model, an adapter, an optimizer and a batch, and all of it as shapes.
 
-    Recipe                 every option of a run that changes the memory of its step
-    abstract_step(recipe)  the model in parts, the optimizer, the loss and the batch, built as the job builds them, with no
-                           memory behind any leaf
+Recipe                 every option of a run that changes the memory of its step
+abstract_step(recipe)  the model in parts, the optimizer, the loss and the batch, built as the job builds them, with no
+                       memory behind any leaf
 """
 
 import dataclasses
