@@ -1,10 +1,22 @@
-"""What the memory of a run follows from: its options, as `plan` takes them; and the check before anything is loaded."""
+"""What the memory of a run follows from: its options, as `plan` takes them; and the check before anything is loaded.
+
+GPU, TPU    the quick plan against what the device's allocator may have; refused where it needs more than that by more
+            than the error of the quick plan
+CPU         the same against the machine's free memory, refused only where the parts that are known exactly do not fit:
+            the rest there is a guess
+"""
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
 
 from qlora_jax.finetune.options import Options
 from qlora_jax.models import DecoderConfig, ModelConfig
 from qlora_jax.nn import LoRA
+from qlora_jax.plan.fit import cheaper_first
+from qlora_jax.plan.quick import ERROR, QuickPlan, quick_plan
 from qlora_jax.plan.recipe import Recipe
 from qlora_jax.quant import Quantization
 
@@ -63,3 +75,60 @@ def _with_special_tokens(options: Options, lora: LoRA, config: ModelConfig) -> t
         dataclasses.replace(lora, trainable_token_indices=tokens),
         dataclasses.replace(config, vocab_size=size + count),
     )
+
+
+def check_memory(recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Refuses a run that cannot fit the attached devices; nothing where nobody knows their memory.
+
+    Raises:
+        ValueError: it cannot; the message says what would, as options of the run.
+    """
+    limit = memory_limit()
+    if limit is not None:
+        check_against(recipe, jax.default_backend(), jax.device_count(), limit, say)
+
+
+def check_against(recipe: Recipe, backend: str, devices: int, limit: int, say: Callable[[str], None]) -> None:
+    """`check_memory` for devices that have `limit` bytes each."""
+    on_cpu = backend == "cpu"
+    platform = "cuda" if backend == "gpu" else backend
+
+    def plan_of(recipe: Recipe) -> QuickPlan:
+        return quick_plan(recipe, platform, devices)
+
+    def needed(plan: QuickPlan) -> float:
+        return plan.exact + plan.host_peak if on_cpu else plan.peak / (1 + ERROR)
+
+    plan = plan_of(recipe)
+    if needed(plan) <= limit:
+        if not on_cpu and plan.peak > limit * (1 - ERROR):
+            say(f"Memory is tight: about {_gib(plan.peak)} of {_gib(limit)} planned on each device.")
+        return
+    # What is proposed should fit for certain.
+    choices = cheaper_first(recipe, devices=(1,))
+    fits = (choice for choice in choices if needed(plan_of(choice.recipe)) <= limit * (1 - 2 * ERROR))
+    choice = next(fits, None)
+    where = "this machine has" if on_cpu else "each device has"
+    advice = "nothing that the options can do would fit" if choice is None else f"this would fit: {' '.join(choice.words)}"
+    found = plan.exact + plan.host_peak if on_cpu else plan.peak
+    raise ValueError(
+        f"the run needs {'at least' if on_cpu else 'about'} {_gib(found)}, {where} {_gib(limit)}: {advice} "
+        "(--no-memory-check runs it all the same; scripts/plan.py shows what takes the memory)"
+    )
+
+
+def memory_limit() -> int | None:
+    """Bytes that each device may use; on CPU, those that are free for all of them."""
+    if jax.default_backend() != "cpu":
+        stats = jax.devices()[0].memory_stats() or {}
+        return stats.get("bytes_limit")
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # no Linux
+        return None
+    values = dict(line.split(":", 1) for line in lines)
+    return int(values["MemAvailable"].split()[0]) * 1024 // jax.device_count() if "MemAvailable" in values else None
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -280,7 +280,8 @@ def machine_named(name: str) -> Machine:
     if device is None and not colon and (parts := re.fullmatch(r"(.+?)x(\d+)", kind)):
         device, size = DEVICES.get(parts[1]), parts[2]
     if device is None:
-        near = difflib.get_close_matches(kind, DEVICES, n=3, cutoff=0.4)
+        same = [known for known in DEVICES if kind and kind in known]
+        near = same or difflib.get_close_matches(kind, DEVICES, n=3, cutoff=0.4)
         hint = f"; did you mean {' or '.join(near)}?" if near else ";"
         raise ValueError(f"unknown device {name!r}{hint} known: {', '.join(DEVICES)} (several: h100x4, v5e:2x2)")
     if device.platform == "cuda":

@@ -23,11 +23,9 @@ _SHAPE = re.compile(r"\b(pred|token|opaque|[su]\d+|bf16|f\d+(?:e\w+)?|c\d+)\[([\
 _LINE = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)$")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _NAME = re.compile(r"%([\w.\-]+)")
-_MOVES_NOTHING = frozenset(
-    ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id")
-    + ("opt-barrier", "copy-done", "slice-done", "async-done", "async-update", "all-gather-done", "all-reduce-done")
-    + ("collective-permute-done", "send-done", "recv-done")
-)
+_MOVES_NOTHING = frozenset(("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier"))
+_MOVES_NOTHING |= {"partition-id", "replica-id", "copy-done", "slice-done", "async-done", "async-update", "send-done"}
+_MOVES_NOTHING |= {"recv-done", "all-gather-done", "all-reduce-done", "collective-permute-done"}
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
 _SEE_THROUGH = frozenset(("bitcast", "reshape", "copy", "convert", "transpose"))
 

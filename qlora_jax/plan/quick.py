@@ -21,6 +21,7 @@ from qlora_jax.plan.recipe import Recipe, abstract_step, tree_bytes
 from qlora_jax.quant import QuantizedTensor
 from qlora_jax.train.loss import CHUNK
 
+ERROR = 0.05  # the relative error of the peak that scripts/measure_plan.py holds it to
 # Bytes of working memory for each byte of a feature, by platform; scripts/measure_plan.py prints this table.
 FACTORS: dict[str, dict[str, float]] = {
     "cuda": {"inner": 5.0, "hidden": 6.0, "heads": 3.0, "matrix": 3.0, "logits": 2.0, "adapter": 0.5, "mask": 2.0},
