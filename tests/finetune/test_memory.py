@@ -75,7 +75,7 @@ def test_on_a_cpu_only_what_is_known_counts() -> None:
     recipe = recipe_of(Options(), LLAMA, "cpu")
     plan = quick_plan(recipe, "cpu")
     check_against(recipe, "cpu", 1, plan.exact, print)  # the estimated part may be wrong there
-    with pytest.raises(ValueError, match="needs at least .* this machine has"):
+    with pytest.raises(ValueError, match=r"needs at least .* this machine has"):
         check_against(recipe, "cpu", 1, plan.exact - GIB, print)
 
 

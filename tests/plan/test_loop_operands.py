@@ -1,7 +1,7 @@
 """No constant of the size of a matrix is carried by the loop over layers, in the step lowered for TPU.
 
-`jnp.where(bit, constant, constant)` in a differentiated scan makes JAX hoist broadcast constants out of it: 16 float arrays for
-each shape of a matrix, which live for the whole step.
+`jnp.where(bit, constant, constant)` in a differentiated scan makes JAX hoist broadcast constants out of it: 16 float arrays
+for each shape of a matrix, which live for the whole step.
 """
 
 import re
