@@ -5,8 +5,8 @@
 
 Every cell of the grid is compiled once; with --record, what was compiled is read from the file and what is new is added, so
 that a grid can be measured piece by piece. A program that the compiler refuses for want of memory is left out. Then the
-factors of qlora_jax/plan/quick.py are fitted by least squares of the relative error, none below 0, and both errors are
-printed: with the factors as they stand, and as fitted. The last line is JSON.
+factors of qlora_jax/plan/quick.py are fitted by least squares of the relative error, none below 0, from several starts, and
+both errors are printed: with the factors as they stand, and as fitted. The last line is JSON.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import numpy as np
 import tyro
-from scipy.optimize import nnls
+from scipy.optimize import least_squares
 
 from qlora_jax.models import family_of
 from qlora_jax.nn import LoRA
@@ -39,7 +39,7 @@ from qlora_jax.plan import (
     machine_named,
     quick_plan,
 )
-from qlora_jax.plan.quick import features
+from qlora_jax.plan.quick import FACTORS, features, worst_moment
 
 # What a recipe of the grid is, beside its model: the paper's, a packed one, one that offloads, one that keeps products.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -107,13 +107,12 @@ def run(arguments: Arguments) -> None:
                     rows.append(_row(key, recipe, machine, recorded[key]))
     if not rows:
         raise ValueError("expected at least one program that was compiled, found none")
-    fitted = {
-        platform: fit([row for row in rows if row["platform"] == platform]) for platform in {r["platform"] for r in rows}
-    }
+    platforms = sorted({row["platform"] for row in rows})
+    fitted = {p: fit([row for row in rows if row["platform"] == p], FACTORS[p]) for p in platforms}
     print(f"{'model':14s} {'device':10s} {'recipe':8s} {'compiled':>9s} {'quick':>9s} {'error':>7s} {'fitted':>7s}")
     for row in rows:
         row["error"] = row["quick"] / row["compiled"] - 1
-        row["fitted_error"] = (row["exact"] + working(row, fitted[row["platform"]])) / row["compiled"] - 1
+        row["fitted_error"] = peak_with(row, fitted[row["platform"]]) / row["compiled"] - 1
         print(
             f"{row['model']:14s} {row['device']:10s} {row['recipe']:8s} {row['compiled'] / 2**30:9.3f} "
             f"{row['quick'] / 2**30:9.3f} {row['error']:7.1%} {row['fitted_error']:7.1%}"
@@ -126,7 +125,7 @@ def run(arguments: Arguments) -> None:
             f"{name}: worst {sizes.max():.1%}, mean {sizes.mean():.1%}, within 5 %: {(sizes <= 0.05).sum()} of {len(rows)}"
         )
     for platform, factors in fitted.items():
-        print(f'    "{platform}": {json.dumps({name: round(value, 3) for name, value in factors.items()})},')
+        print(f'    "{platform}": {json.dumps(factors)},')
     print(json.dumps({"method": "quick plan against compiled plan, peak of device memory", **summary, "grid": rows}))
 
 
@@ -150,24 +149,41 @@ def _row(key: tuple[str, str, str], recipe: Recipe, machine: Machine, compiled: 
         "platform": platform,
         "compiled": compiled,
         "quick": quick.peak,
-        "exact": quick.exact,
+        "settled": quick.settled,
+        "micro_batches": recipe.micro_batches,
         "features": features(recipe, platform, machine.count, quick.adapter),
     }
 
 
-def working(row: dict[str, Any], factors: dict[str, float]) -> float:
-    """The working memory that these factors give."""
-    return sum(factors[name] * size for name, size in row["features"].items())
+def peak_with(row: dict[str, Any], factors: dict[str, dict[str, float]]) -> int:
+    """The quick peak that these factors give."""
+    return row["settled"] + sum(worst_moment(row["features"], factors, row["micro_batches"]))
 
 
-def fit(rows: list[dict[str, Any]]) -> dict[str, float]:
+def fit(rows: list[dict[str, Any]], start: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """Factors, none below 0, with the least squares of the relative errors of the peaks."""
-    names = list(rows[0]["features"])
-    weights = np.asarray([1 / row["compiled"] for row in rows])
-    sizes = np.asarray([[row["features"][name] for name in names] for row in rows], float) * weights[:, None]
-    wanted = np.asarray([row["compiled"] - row["exact"] for row in rows], float) * weights
-    solution, _ = nnls(sizes, wanted)
-    return dict(zip(names, map(float, solution), strict=True))
+    names = [(moment, name) for moment, factors in start.items() for name in factors]
+
+    def factors_of(values: np.ndarray) -> dict[str, dict[str, float]]:
+        found: dict[str, dict[str, float]] = {moment: {} for moment in start}
+        for (moment, name), value in zip(names, values, strict=True):
+            found[moment][name] = round(float(value), 3)
+        return found
+
+    def errors(values: np.ndarray) -> np.ndarray:
+        factors: dict[str, dict[str, float]] = {moment: {} for moment in start}
+        for (moment, name), value in zip(names, values, strict=True):
+            factors[moment][name] = float(value)
+        return np.asarray([peak_with(row, factors) / row["compiled"] - 1 for row in rows])
+
+    first = np.asarray([start[moment][name] for moment, name in names])
+    draws = np.random.default_rng(0)
+    starts = [first, *(first * draws.uniform(0.3, 2.0, first.shape) for _ in range(15))]
+    fits = [
+        least_squares(errors, np.maximum(x, 1e-3), bounds=(0, np.inf), diff_step=1e-3, loss="soft_l1", f_scale=0.05)
+        for x in starts
+    ]
+    return factors_of(min(fits, key=lambda found: found.cost).x)
 
 
 def _read(path: Path | None) -> dict[tuple[str, str, str], int | None]:

@@ -2,11 +2,14 @@
 
     arguments    weights, adapter, optimizer: exactly, from `jax.eval_shape` and the shardings of the job
     residuals    what each layer keeps for the backward pass, by its remat, times the layers: from shapes
-    gradients    of the adapter, float32; twice where micro-batches add up
-    working      what lives beside these at the worst moment: a sum of sizes that shapes give (`features`), each times a
-                 factor (`FACTORS`) that scripts/measure_plan.py fits to compiled plans, and prints with the error left
+    gradients    of the adapter, float32; once more where micro-batches add up
+    working      what lives beside these at the worst moment
 
-    quick peak = arguments + residuals + gradients + working
+The worst moment is one of two: the loss, with a chunk of logits and before the gradients, or a layer's backward pass, with
+its recomputed activations and with the gradients. Either's working memory is a sum of sizes that shapes give (`features`),
+each times a factor (`FACTORS`) that scripts/measure_plan.py fits to compiled plans; it prints them with the error left.
+
+    quick peak = arguments + residuals + max(loss, gradients + layer)
 
 Only the factors are empirical; they belong to the train step as it is, and are measured anew when it changes.
 """
@@ -22,11 +25,36 @@ from qlora_jax.quant import QuantizedTensor
 from qlora_jax.train.loss import CHUNK
 
 ERROR = 0.05  # the relative error of the peak that scripts/measure_plan.py holds it to
-# Bytes of working memory for each byte of a feature, by platform; scripts/measure_plan.py prints this table.
-FACTORS: dict[str, dict[str, float]] = {
-    "cuda": {"inner": 5.0, "hidden": 6.0, "heads": 3.0, "matrix": 3.0, "logits": 2.0, "adapter": 0.5, "mask": 2.0},
-    "tpu": {"inner": 5.0, "hidden": 6.0, "heads": 3.0, "matrix": 3.0, "logits": 2.0, "adapter": 0.5, "mask": 0.0},
-    "cpu": {"inner": 6.0, "hidden": 8.0, "heads": 4.0, "matrix": 2.0, "logits": 3.0, "adapter": 1.0, "mask": 4.0},
+# Bytes of working memory for each byte of a feature, by platform and moment; scripts/measure_plan.py prints this table.
+FACTORS: dict[str, dict[str, dict[str, float]]] = {
+    "cuda": {
+        "loss": {"logits": 2.063, "chunk": 0.568, "hidden": 4.888, "adapter": 0.0, "tables": 1.211},
+        "layer": {
+            "inner": 5.242,
+            "hidden": 0,
+            "heads": 8.766,
+            "matrix": 0,
+            "adapter": 0.447,
+            "mask": 0.455,
+            "tables": 0.454,
+        },
+    },
+    "tpu": {
+        "loss": {"logits": 2.063, "chunk": 0.568, "hidden": 4.888, "adapter": 0.5, "tables": 1.211},
+        "layer": {
+            "inner": 5.242,
+            "hidden": 1.0,
+            "heads": 8.766,
+            "matrix": 1.0,
+            "adapter": 0.5,
+            "mask": 0.0,
+            "tables": 0.454,
+        },
+    },
+    "cpu": {
+        "loss": {"logits": 3.0, "chunk": 0.5, "hidden": 2.0, "adapter": 0.5, "tables": 1.0},
+        "layer": {"inner": 8.0, "hidden": 8.0, "heads": 4.0, "matrix": 2.0, "adapter": 1.0, "mask": 4.0, "tables": 1.0},
+    },
 }
 
 
@@ -53,6 +81,11 @@ class QuickPlan:
     def exact(self) -> int:
         """What takes no factor."""
         return self.peak - self.working
+
+    @property
+    def settled(self) -> int:
+        """What is the same at every moment of the step."""
+        return self.peak - self.working - self.gradients
 
     @property
     def peak(self) -> int:
@@ -82,8 +115,7 @@ def quick_plan(recipe: Recipe, platform: str, devices: int = 1) -> QuickPlan:
     packed, dense = _spread_bytes(step.frozen, devices)
     adapter, optimizer = tree_bytes(step.state.adapter), tree_bytes(step.state.opt_state)
     kept, kept_by_host = residual_bytes(recipe)
-    factors = FACTORS[platform]
-    working = sum(factors[name] * size for name, size in features(recipe, platform, devices, adapter).items())
+    gradients, working = worst_moment(features(recipe, platform, devices, adapter), FACTORS[platform], recipe.micro_batches)
     return QuickPlan(
         packed_weights=packed,
         dense_weights=dense,
@@ -93,9 +125,18 @@ def quick_plan(recipe: Recipe, platform: str, devices: int = 1) -> QuickPlan:
         batch=tree_bytes(step.batch) // devices,
         residuals=kept,
         host_residuals=kept_by_host,
-        gradients=adapter * (1 if recipe.micro_batches == 1 else 2),
-        working=int(working),
+        gradients=gradients,
+        working=working,
     )
+
+
+def worst_moment(sizes: dict[str, int], factors: dict[str, dict[str, float]], micro_batches: int) -> tuple[int, int]:
+    """(bytes of gradients, of working memory) at the moment that takes more."""
+    added_up = sizes["adapter"] if micro_batches > 1 else 0
+    loss, layer = (sum(factor * sizes[name] for name, factor in factors[moment].items()) for moment in ("loss", "layer"))
+    if loss > sizes["adapter"] + layer:
+        return added_up, int(loss)
+    return added_up + sizes["adapter"], int(layer)
 
 
 def residual_bytes(recipe: Recipe) -> tuple[int, int]:
@@ -124,7 +165,7 @@ def residual_bytes(recipe: Recipe) -> tuple[int, int]:
 
 
 def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[str, int]:
-    """Sizes, in bytes on each device, that working memory is made of; a layer's activations, a matrix, a chunk of logits."""
+    """Sizes, in bytes on each device, that working memory is made of: a layer's activations, a matrix, a chunk of logits."""
     config, size, tokens = recipe.config, 2 if recipe.dtype == "bfloat16" else 4, recipe.tokens
     _, hidden, inner, heads, kv = _sizes(recipe)
     decoder = isinstance(config, DecoderConfig)
@@ -133,12 +174,16 @@ def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[
     fused = platform != "cpu" and decoder and config.score_cap is None and recipe.dtype == "bfloat16"
     masked = recipe.packed and platform == "cuda"
     scores = (1 if masked else 0) if fused else 2 * attention
+    tables = 2 if decoder and not config.tie_word_embeddings else 1
+    logits = min(CHUNK, tokens) * config.vocab_size * 4
     return {
         "inner": tokens * inner * size,
         "hidden": tokens * hidden * size,
         "heads": tokens * (heads + 2 * kv) * size,
         "matrix": hidden * inner * size,
-        "logits": min(CHUNK, tokens) * config.vocab_size * 4,
+        "logits": logits,
+        "chunk": logits if tokens <= CHUNK else 0,  # a single chunk is no loop, whose buffers are fewer
+        "tables": tables * config.vocab_size * hidden * size if devices > 1 else 0,  # gathered
         "adapter": adapter,
         "mask": recipe.sequences * scores * recipe.length**2 * 2,
     }

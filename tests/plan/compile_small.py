@@ -43,7 +43,7 @@ def of(plan):
 
 
 def dense_matrices(text):
-    """How many dense copies of layers' matrices live at most at once in the body of a loop, in the order of its schedule: what a
+    """How many dense copies of layers' matrices live at most at once in a loop, in the order of its schedule: what a
     fusion makes of packed bytes, from there to where it is read last."""
     sizes = {a * b for a, b in ((256, 256), (256, 128), (256, 512))}
     program, most = parse_program(text), 0
