@@ -1,128 +1,221 @@
-"""What a QLoRA run needs in memory: its training step, compiled for a device that need not be attached.
+"""What a run needs: its training step or its decode step, compiled for devices that need not be attached.
 
-    python scripts/plan.py --model llama-3-8b --rank 16 --batch-size 4 --length 2048
-    python scripts/plan.py --model llama-65b --rank 64 --batch-size 1 --length 512 --host-optimizer
-    python scripts/plan.py --model path/or/hub-id …
-    python scripts/plan.py --objective dpo --batch-size 2     as much as --batch-size 4 learns: the reference has no weights
+    python scripts/plan.py --model llama-3-8b --batch-size 4 --max-length 2048 --device h100
+    python scripts/plan.py --config recipes/guanaco-65b.toml --device a100-80 --plot memory.png
+    python scripts/plan.py --model llama-3-8b --max-length 2048 --device v5e:2x2
+    python scripts/plan.py --model llama-65b --rank 64 --device h100 --fit batch
+    python scripts/plan.py --model llama-3-8b --step decode --capacity 4096 --device l4
+    python scripts/plan.py --model llama-3-8b --device rtx4090 --quick
 
-The step is the one that scripts/train.py runs: 4-bit base, bfloat16 activations, float32 LoRA on all linear
-layers, AdamW. Nothing is estimated: the figures are those of XLA's buffer assignment for the device. The last
-line is JSON.
+The options are those of scripts/train.py and mean the same, so that its config files can be planned as they are. Figures are
+those of XLA's buffer assignment, on each device; with --quick they are arithmetic. The last line is JSON.
 """
 
 import dataclasses
+import difflib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any, Literal
 
-# The plan runs nothing on a device: an accelerator that is attached here stays free.
+# The plan runs nothing on a device: one that is attached stays free, and without one JAX loads its compiler only so.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask a metadata server what machine this is
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
-import tyro
-
+from qlora_jax.checkpoint.bnb import is_quantized
 from qlora_jax.checkpoint.source import CheckpointError, open_checkpoint
-from qlora_jax.models import DecoderConfig, Remat, causal_family_of
-from qlora_jax.nn import LoRA
+from qlora_jax.cli import parse
+from qlora_jax.finetune.memory import recipe_of
+from qlora_jax.finetune.options import Options
+from qlora_jax.models import family_of
 from qlora_jax.plan import (
+    HUB_IDS,
     SIZES,
+    Choice,
     CompilerMissing,
-    Plan,
-    PlannedObjective,
+    CompilerRefuses,
+    DoesNotFit,
+    Machine,
+    Recipe,
+    Report,
+    as_json,
+    cheaper_first,
+    cheapest_that_fits,
     check_compiler,
+    compile_decode_step,
     compile_train_step,
-    device_named,
+    draw,
+    largest_that_fits,
+    machine_named,
+    quick_plan,
+    report_of,
+    table,
 )
-from qlora_jax.quant import DataType, Quantization
 
-GIB = 2**30
+_DEFAULT = "smollm2-135m"
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
-    """What a QLoRA run needs in memory, from the real compiler."""
+class PlanOptions:
+    """What to plan, and for which device."""
 
-    model: str = "llama-3-8b"
-    """A size by name (see qlora_jax/plan/sizes.py), a folder, config.json, .gguf file or hub id."""
-    rank: int = 64
-    """LoRA rank, on all linear layers."""
-    dropout: float = LoRA.dropout
-    """Share of the adapter's inputs that is zeroed; its masks take memory too."""
-    data_type: DataType | Literal["dense"] = "nf4"
-    """What the linear layers are stored in."""
-    block_size: int = 64
-    """Values that share a scale."""
-    double_quantization: bool = True
-    """Whether the scales are quantised as well."""
-    objective: PlannedObjective = "sft"
-    """sft: answers; dpo: preference pairs, against the base as the reference."""
-    batch_size: int = 1
-    """Sequences in a micro-batch; pairs of them for dpo."""
-    length: int = 512
-    """Tokens in a sequence."""
-    micro_batches: int = 1
-    """Micro-batches whose gradients are added up in a step."""
-    segment_ids: bool = True
-    """Whether batches say which document each token belongs to, as those of scripts/train.py do where they are packed;
-    pairs never are."""
-    remat: Remat = "full"
-    """What the backward pass recomputes; "offload" keeps the inputs of the layers in host memory."""
-    host_optimizer: bool = False
-    """Whether the optimizer's state lives in host memory."""
-    host_adapter: bool = False
-    """Whether the adapter and its gradient live in host memory too."""
     device: str = "h100"
-    """The device to compile for."""
+    """Device: h100, h200, b200, a100-80, a100-40, l4, rtx4090, rtx3090, v4, v5e, v5p or v6e; several: h100x4, v5e:2x2."""
+    step: Literal["train", "decode"] = "train"
+    """The training step, or the step that generates one token a row."""
+    capacity: int = 2048
+    """Tokens a row that the cache of the decode step holds."""
+    quick: bool = False
+    """Arithmetic instead of a compilation: seconds, and a working memory that is estimated."""
+    fit: Literal["none", "batch", "length", "options"] = "none"
+    """Search what fits: the largest batch-size, the largest max-length (a multiple of 128), or the cheapest options."""
+    plot: Path | None = None
+    """File for a bar of memory against the device's limit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(Options):
+    """What a run needs on a device."""
+
+    plan: PlanOptions = dataclasses.field(default_factory=PlanOptions)
 
 
 def main() -> int:
-    arguments = tyro.cli(Arguments, description=__doc__)
     try:
-        run(arguments)
-    except (CompilerMissing, ValueError, OSError) as error:  # CheckpointError is a ValueError
+        run(parse(Arguments, description=__doc__))
+    except (CompilerMissing, CompilerRefuses, ValueError, OSError) as error:  # CheckpointError is a ValueError
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def run(arguments: Arguments) -> None:
-    device = device_named(arguments.device)
-    check_compiler(device)  # before anything is downloaded or traced
-    for name in ("batch_size", "length", "micro_batches"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(arguments, name)}")
-    hf_config = read_config(arguments.model)
-    config = causal_family_of(hf_config).config(hf_config)
-    assert isinstance(config, DecoderConfig)
-    quantization = (
-        None
-        if arguments.data_type == "dense"
-        else Quantization(arguments.data_type, arguments.block_size, arguments.double_quantization)
-    )
-    plan = compile_train_step(
-        config,
-        quantization=quantization,
-        lora=LoRA(rank=arguments.rank, dropout=arguments.dropout),
-        batch_size=arguments.batch_size,
-        length=arguments.length,
-        micro_batches=arguments.micro_batches,
-        remat=arguments.remat,
-        host_optimizer=arguments.host_optimizer,
-        host_adapter=arguments.host_adapter,
-        device=device,
-        segment_ids=arguments.segment_ids,
-        objective=arguments.objective,
-    )
-    print(table(plan, device.memory_bytes))
-    result = {
-        "method": "XLA buffer assignment of the compiled train step; GEMMs not autotuned",
-        "run": dataclasses.asdict(arguments),
-        **dataclasses.asdict(plan),
-        "peak": plan.peak,
-        "host_peak": plan.host_peak,
-    }
-    print(json.dumps(result))
+    asked = arguments.plan
+    machine = machine_named(asked.device)
+    if asked.step == "decode" and (asked.quick or asked.fit != "none"):
+        raise ValueError("step: expected train with quick or fit, found decode")
+    if asked.capacity < 1:
+        raise ValueError(f"capacity: expected at least 1, found {asked.capacity}")
+    if not asked.quick:
+        check_compiler(machine)  # before anything is downloaded or traced
+    model = arguments.model.model or _DEFAULT
+    hf_config = read_config(model)
+    recipe = recipe_of(arguments, family_of(hf_config).config(hf_config), machine.device.platform)
+    if is_quantized(hf_config) and recipe.quantization is not None:
+        print("The checkpoint is quantised already: planned with the storage that the options name.", file=sys.stderr)
+    found: dict[str, Any] = {}
+    if asked.fit == "options":
+        recipe, machine, found = fit_options(recipe, machine, asked.quick)
+    elif asked.fit != "none":
+        recipe, found = fit_number(recipe, machine, asked.fit, asked.quick)
+    if asked.step == "decode":
+        plan = compile_decode_step(recipe, machine, capacity=asked.capacity)
+        title = f"{model}: decoding {recipe.batch_size} x {asked.capacity}"
+        report = report_of(plan, recipe, machine, title)
+    else:
+        report = train_report(recipe, machine, f"{model}: training {recipe.batch_size} x {recipe.length}", asked.quick)
+    print(table(report))
+    if asked.fit != "none":
+        print(f"  found: {', '.join(f'{name} {value}' for name, value in found.items())}")
+    if asked.plot is not None:
+        draw([report], asked.plot)
+        print(f"  drawn: {asked.plot}")
+    recipe_values = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name != "config"}
+    recipe_values |= {"lora": dataclasses.asdict(recipe.lora)}
+    recipe_values["quantization"] = None if recipe.quantization is None else dataclasses.asdict(recipe.quantization)
+    print(json.dumps({**as_json(report), "model": model, "recipe": recipe_values, "found": found}))
+
+
+def train_report(recipe: Recipe, machine: Machine, title: str, quick: bool) -> Report:
+    if quick:
+        start = time.perf_counter()
+        plan = quick_plan(recipe, machine.device.platform, machine.count)
+        return report_of(plan, recipe, machine, title, time.perf_counter() - start)
+    return report_of(compile_train_step(recipe, machine), recipe, machine, title)
+
+
+def peak_of(recipe: Recipe, machine: Machine, quick: bool) -> int:
+    """Bytes on each device; of what the compiler refuses for want of memory, more than the device has."""
+    if quick:
+        return quick_plan(recipe, machine.device.platform, machine.count).peak
+    try:
+        return compile_train_step(recipe, machine).peak
+    except DoesNotFit as error:
+        return max(error.needed or 0, machine.device.memory_bytes + 1)
+
+
+def fit_number(
+    recipe: Recipe, machine: Machine, kind: Literal["batch", "length"], quick: bool
+) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe with the largest batch or length that fits."""
+    field, step = ("batch_size", 1) if kind == "batch" else ("length", 128)
+    limit = machine.device.memory_bytes
+
+    def peak(number: int, by_arithmetic: bool = quick) -> int:
+        size = peak_of(dataclasses.replace(recipe, **{field: number}), machine, by_arithmetic)
+        if not by_arithmetic:
+            print(f"{field} {number}: {size / 2**30:.2f} GiB", file=sys.stderr, flush=True)
+        return size
+
+    guess = largest_that_fits(lambda number: peak(number, True), limit, start=getattr(recipe, field), step=step)
+    best = guess if quick else largest_that_fits(peak, limit, start=step if guess is None else guess[0], step=step)
+    if best is None:
+        need = peak(step, True)
+        choice = _cheapest(dataclasses.replace(recipe, **{field: step}), machine, True)
+        hint = "nothing that the options can do would" if choice is None else f"what would: {_said(choice[0], machine)}"
+        raise ValueError(
+            f"{field} {step} does not fit {machine.name}: expected at most {limit / 2**30:.2f} GiB, found about "
+            f"{need / 2**30:.2f} GiB; {hint}"
+        )
+    return dataclasses.replace(recipe, **{field: best[0]}), {field: best[0]}
+
+
+def fit_options(recipe: Recipe, machine: Machine, quick: bool) -> tuple[Recipe, Machine, dict[str, Any]]:
+    """The recipe and the machine with the cheapest options that fit."""
+    best = _cheapest(recipe, machine, quick)
+    if best is None:
+        least = min(
+            quick_plan(choice.recipe, machine.device.platform, machine.count * choice.devices).peak
+            for choice in cheaper_first(recipe)
+        )
+        raise ValueError(
+            f"nothing fits {machine.name}: expected at most {machine.device.memory_bytes / 2**30:.2f} GiB, found about "
+            f"{least / 2**30:.2f} GiB with all options and 8 times the devices"
+        )
+    choice, _ = best
+    words = _said(choice, machine)
+    return choice.recipe, _times(machine, choice.devices), {"options": words}
+
+
+def _cheapest(recipe: Recipe, machine: Machine, quick: bool) -> tuple[Choice, int] | None:
+    def estimate(choice: Choice) -> int:
+        return quick_plan(choice.recipe, machine.device.platform, machine.count * choice.devices).peak
+
+    def peak(choice: Choice) -> int:
+        size = peak_of(choice.recipe, _times(machine, choice.devices), quick)
+        if not quick:
+            print(f"{_said(choice, machine)}: {size / 2**30:.2f} GiB", file=sys.stderr, flush=True)
+        return size
+
+    return cheapest_that_fits(cheaper_first(recipe), estimate, peak, machine.device.memory_bytes)
+
+
+def _times(machine: Machine, factor: int) -> Machine:
+    """So many times as many devices; of a TPU, the topology grows where it is smallest."""
+    shape = list(machine.shape)
+    while factor > 1:
+        side = shape.index(min(shape))
+        shape[side], factor = shape[side] * 2, factor // 2
+    return Machine(machine.device, tuple(shape))
+
+
+def _said(choice: Choice, machine: Machine) -> str:
+    words = [word for word in choice.words if "times the devices" not in word]
+    words += [f"--device {_times(machine, choice.devices).name}"] if choice.devices > 1 else []
+    return " ".join(words) or "the options as they are"
 
 
 def read_config(model: str) -> dict[str, Any]:
@@ -134,13 +227,17 @@ def read_config(model: str) -> dict[str, Any]:
     if model in SIZES:
         return SIZES[model]
     path = Path(model).expanduser()
+    if not path.exists() and model in HUB_IDS:
+        return SIZES[HUB_IDS[model]]
     if path.suffix.lower() == ".gguf":
         return open_checkpoint(model).config
     if path.is_dir():
         path = path / "config.json"
     if not path.exists():
         if "/" not in model:  # a size misspelt: do not go and ask the hub for it
-            raise CheckpointError(f"--model {model}: no such path, and no size by that name: {', '.join(SIZES)}")
+            near = difflib.get_close_matches(model, SIZES, n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ";"
+            raise CheckpointError(f"--model {model}: no such path, and no size by that name{hint} known: {', '.join(SIZES)}")
         path = _config_from_hub(model)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -159,28 +256,12 @@ def _config_from_hub(model: str) -> Path:
     # Any of the hub's own errors, or of the HTTP client beneath it, which changes with its version.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
+        near = difflib.get_close_matches(model, HUB_IDS, n=2, cutoff=0.6)
+        hint = f"; without the hub {' and '.join(near)} are known" if near else ""
         raise CheckpointError(
             f"--model {model}: no such path, and no hub id that can be read "
-            f"({type(error).__name__}: {reason}); sizes by name: {', '.join(SIZES)}"
+            f"({type(error).__name__}: {reason}){hint}; sizes by name: {', '.join(SIZES)}"
         ) from error
-
-
-def table(plan: Plan, device_bytes: int) -> str:
-    """The plan in GiB, a row a kind."""
-    rows = [
-        ("weights in 4 bits", plan.packed_weights),
-        ("other frozen weights", plan.dense_weights),
-        ("adapter", plan.adapter),
-        ("optimizer", plan.optimizer),
-        ("temporaries", plan.temporaries),
-        ("peak", plan.peak),
-        ("host memory", plan.host_peak),
-        ("  of it optimizer", plan.host_optimizer),
-    ]
-    lines = [f"{plan.device} ({device_bytes / GIB:.1f} GiB), GiB:"]
-    lines += [f"  {name:22s}{size / GIB:10.3f}" for name, size in rows]
-    verdict = "fits" if plan.peak <= device_bytes else "does not fit"
-    return "\n".join([*lines, f"{verdict}; compiled in {plan.compile_seconds:.1f} s"])
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "train": frozenset(LAYERS) - {"models", "checkpoint"} | {"data"},
     "evaluate": frozenset(LAYERS) - {"models", "checkpoint"} | {"data"},
     "serve": frozenset(LAYERS) - {"models", "checkpoint"} | {"data"},
+    "plan": frozenset(LAYERS) - {"checkpoint"} | {"train", "serve"},
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -58,6 +58,7 @@ def dpo(setting: Setting) -> Objective:
         arrays=tuple(f"{side}_{name}" for side in ("chosen", "rejected") for name in ("inputs", "targets", "loss_mask")),
         count_tokens=count_tokens,
         row=f"2 × {length} tokens",
+        length=length,
         loss=loss,
         held_out_loss=loss,
         unit=PAIRS,

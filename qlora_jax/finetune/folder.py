@@ -82,7 +82,7 @@ def complete(options: Options) -> None:
 def record_of(options: Options) -> dict[str, Any]:
     """The options that make a run what it is."""
     record = to_dict(options)
-    for name in ("output", "overwrite", "samples", "keep", "save_every"):
+    for name in ("output", "overwrite", "samples", "keep", "save_every", "memory_check"):
         del record["run"][name]
     del record["data"]["show_examples"]
     for name in ("mmlu_every", "mmlu_batch_size", "sample_every", "report_to", "push_to_hub", "hub_private"):

@@ -44,6 +44,7 @@ from qlora_jax.finetune.card import write_card
 from qlora_jax.finetune.dpo import dpo
 from qlora_jax.finetune.folder import claim, complete
 from qlora_jax.finetune.hub import upload
+from qlora_jax.finetune.memory import check_memory, recipe_of
 from qlora_jax.finetune.objective import Batches, Objective, Setting
 from qlora_jax.finetune.options import ObjectiveName, Options
 from qlora_jax.finetune.seq2seq import seq2seq
@@ -93,6 +94,9 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
     source = objective.training(_rows(options))
     steps = _steps(options, source)
     watch.check_prompts(options, objective.prompts)
+    if options.run.memory_check:
+        recipe = recipe_of(options, config, jax.default_backend(), lora=lora, quantization=quantization)
+        check_memory(dataclasses.replace(recipe, length=objective.length), _say)
 
     model = _load(options, checkpoint, quantization, lora, mesh, progress)
     if begin is not None:

@@ -59,6 +59,7 @@ class Objective:
         arrays: names of what the loss reads of a batch.
         count_tokens: how many real tokens a batch holds.
         row: a row of a batch in words.
+        length: the most tokens of a row.
         loss, held_out_loss: of a batch; the second without what is there for training alone.
         unit: what they are means over.
         template: the form of most rows.
@@ -73,6 +74,7 @@ class Objective:
     arrays: tuple[str, ...]
     count_tokens: Callable[[Batch], int]
     row: str
+    length: int
     loss: LossFunction
     held_out_loss: LossFunction
     unit: Unit

@@ -209,6 +209,8 @@ class RunOptions:
     """Steps between checkpoints; 0: only after the last."""
     keep: int = 3
     """Checkpoints that are kept."""
+    memory_check: bool = True
+    """Refuse a run whose planned memory the devices do not have, before anything is loaded."""
     samples: int = 3
     """Held-out prompts whose answers before and after are shown; 0 for none."""
 

@@ -88,6 +88,7 @@ def seq2seq(setting: Setting) -> Objective:
         arrays=("sources", "source_mask", "inputs", "targets", "loss_mask"),
         count_tokens=_count_tokens,
         row=f"{source_length} source and {target_length} target tokens",
+        length=max(source_length, target_length),
         loss=seq2seq_loss,
         held_out_loss=seq2seq_loss,
         unit=TOKENS,

@@ -53,6 +53,7 @@ def sft(setting: Setting) -> Objective:
         arrays=("inputs", "targets", "loss_mask", *(("segment_ids", "positions") if packed else ())),
         count_tokens=_count_tokens,
         row=f"{'up to ' if data.group_by_length else ''}{length} tokens",
+        length=length,
         loss=partial(language_model_loss, neftune_alpha=options.optimizer.neftune_alpha),
         held_out_loss=language_model_loss,
         unit=TOKENS,

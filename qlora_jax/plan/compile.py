@@ -1,219 +1,208 @@
-"""What a training step needs in memory, from the real compiler, without the device.
+"""What a training step needs, from the real compiler, without the device.
 
-    1. the model, the adapter and the optimizer's state are built abstractly: shapes and dtypes, no memory
-    2. each gets a sharding over the mesh of a described device (`plan.devices`), and its kind of memory
-    3. `train.step.jit_train_step`, the function that training runs, is lowered and compiled for that device
-    4. XLA's buffer assignment says what the compiled program needs:
+    1. the model, the adapter and the optimizer's state are built abstractly: shapes and dtypes, no memory (`plan.recipe`)
+    2. each gets a sharding over the mesh of a described machine (`plan.topology`), as the job places it, and its kind of
+       memory: frozen weights by columns and the batch by rows over the devices, adapter and state whole on each
+    3. `train.step.jit_train_step`, the function that training runs, is lowered and compiled for that machine
+    4. XLA's buffer assignment says what the compiled program needs on each device:
 
            peak = arguments + temporaries + outputs - (outputs that lie in donated arguments)
 
-The peak is that of the program's buffers. A run needs a little more: the CUDA context, the libraries'
-workspaces, and what the allocator loses to fragments. GEMMs are compiled without autotuning, which needs the
-hardware, and so without the workspaces that the fastest of them may take.
+    5. the traced program says its operations (`plan.flops`), the compiled one the bytes it moves (`plan.hlo`)
+
+The peak is that of the program's buffers. A run needs a little more: the CUDA context, the libraries' workspaces, and what
+the allocator loses to fragments. GEMMs are compiled without autotuning, which needs the hardware, and so without the
+workspaces that the fastest of them may take.
 """
 
 import dataclasses
 import importlib.metadata
+import re
 import time
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from qlora_jax.models import CausalLM, DecoderConfig, Remat
-from qlora_jax.nn import LoRA, default_implementation
-from qlora_jax.plan.devices import Device, device_mesh
-from qlora_jax.quant import Quantization, QuantizedTensor
-from qlora_jax.train.dpo import PAIRS, dpo_loss
-from qlora_jax.train.loss import language_model_loss
-from qlora_jax.train.offload import host_offload, memory_kinds
-from qlora_jax.train.optim import adamw
-from qlora_jax.train.step import TOKENS, LossFunction, TrainState, Transformation, Unit, init_state, jit_train_step, split
-
-PlannedObjective = Literal["sft", "dpo"]
-_OBJECTIVES: dict[PlannedObjective, tuple[LossFunction, Unit]] = {
-    "sft": (language_model_loss, TOKENS),
-    "dpo": (dpo_loss, PAIRS),
-}
+from qlora_jax.nn import frozen_sharding
+from qlora_jax.nn.parallel import AXIS
+from qlora_jax.plan.devices import Machine
+from qlora_jax.plan.flops import count_flops
+from qlora_jax.plan.hlo import parse_program
+from qlora_jax.plan.recipe import AbstractStep, Recipe, abstract_step, tree_bytes, weight_bytes
+from qlora_jax.plan.topology import CompilerRefuses, context, machine_mesh
+from qlora_jax.train.step import jit_train_step
 
 # Autotuning runs kernels on the device, and there is none.
 _COMPILER_OPTIONS = {"cuda": {"xla_gpu_autotune_level": "0"}, "tpu": {}}
 
 
+class DoesNotFit(ValueError):
+    """The compiler itself refuses a program that needs more memory than the device has."""
+
+    def __init__(self, message: str, needed: int | None) -> None:
+        super().__init__(message)
+        self.needed = needed  # bytes, where the compiler says
+
+
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Bytes of one compiled training step. Device memory, but for the fields that say host.
+class Program:
+    """What one compiled program needs on each device, in bytes of device memory but for the fields that say host.
 
     Attributes:
-        packed_weights: 4-bit matrices with their scales.
-        dense_weights: the frozen rest: embeddings, norms, output head, and dense linear layers.
-        adapter: the trainable parameters.
-        optimizer, host_optimizer: the optimizer's state, where it lives.
-        arguments, outputs, aliased, temporaries: of the program; `aliased` outputs lie in donated arguments.
-        host_arguments, host_temporaries: the same in host memory.
+        arguments, outputs, aliased, temporaries: `aliased` outputs lie in donated arguments.
+        flops: of matrix products, by each device, in one run.
+        traffic: bytes of device memory that one run reads and writes at least.
         compile_seconds: of lowering and compiling.
-        versions: of jax, jaxlib and the compiler's package.
+        text: the optimised program.
     """
 
-    device: str
-    packed_weights: int
-    dense_weights: int
-    adapter: int
-    optimizer: int
-    host_optimizer: int
     arguments: int
     outputs: int
     aliased: int
     temporaries: int
     host_arguments: int
     host_temporaries: int
+    flops: float
+    traffic: int
     compile_seconds: float
-    versions: dict[str, str]
+    text: str = dataclasses.field(repr=False, default="")
 
     @property
     def peak(self) -> int:
-        """Device bytes of the step."""
+        """Device bytes while it runs."""
         return self.arguments + self.temporaries + self.outputs - self.aliased
 
     @property
     def host_peak(self) -> int:
-        """Host bytes of the step; its outputs lie in the donated arguments."""
+        """Host bytes while it runs; its outputs lie in the donated arguments."""
         return self.host_arguments + self.host_temporaries
 
 
-def compile_train_step(
-    config: DecoderConfig,
-    *,
-    quantization: Quantization | None,
-    lora: LoRA,
-    batch_size: int,
-    length: int,
-    device: Device,
-    micro_batches: int = 1,
-    remat: Remat = "full",
-    host_optimizer: bool = False,
-    host_adapter: bool = False,
-    segment_ids: bool = False,
-    objective: PlannedObjective = "sft",
-) -> Plan:
-    """Compiles one training step for a device that need not be attached.
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One training step on each device of a machine, in bytes.
 
-    bfloat16 activations and dense weights, float32 adapter, clipped AdamW, the platform's attention kernel.
+    Attributes:
+        packed_weights: 4-bit matrices with their scales.
+        dense_weights: the frozen rest: embeddings, norms, output head, and dense linear layers.
+        adapter: the trainable parameters.
+        optimizer, host_optimizer: the optimizer's state, where it lives.
+        versions: of jax, jaxlib and the compiler's package.
+    """
 
-    Args:
-        quantization: None keeps the linear layers dense.
-        batch_size: sequences in a micro-batch, or pairs of them for DPO; length: tokens in a sequence.
-        host_optimizer: whether the optimizer's state lives in pinned host memory.
-        segment_ids: whether documents are packed, which pairs are never: the batch then has `segment_ids` and `positions`.
-        objective: "sft": the loss of the answers; "dpo": that of preference pairs, against the base as the reference.
+    machine: Machine
+    packed_weights: int
+    dense_weights: int
+    adapter: int
+    optimizer: int
+    host_optimizer: int
+    program: Program
+    versions: dict[str, str]
+
+    @property
+    def peak(self) -> int:
+        return self.program.peak
+
+    @property
+    def host_peak(self) -> int:
+        return self.program.host_peak
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.machine.device.memory_bytes
+
+
+def compile_train_step(recipe: Recipe, machine: Machine) -> Plan:
+    """Compiles one training step for a machine that need not be attached.
 
     Raises:
-        CompilerMissing: the device's compiler is not installed.
+        CompilerMissing: the machine's compiler is not installed.
+        CompilerRefuses: it cannot compile for that machine.
+        DoesNotFit: it refuses, since the memory is too small (libtpu does; for GPUs the plan just says so).
         ValueError: LoRA targets that match nothing.
     """
-    mesh = device_mesh(device)
-    graphdef, adapter, frozen = split(
-        nnx.eval_shape(
-            lambda: CausalLM(
-                config,
-                quantization=quantization,
-                lora=lora,
-                dtype=jnp.bfloat16,
-                attention=default_implementation(device.platform),
-                remat=remat,
-                rngs=nnx.Rngs(0),
-            )
-        )
-    )
-    tx = adamw(2e-4)
-    tx = host_offload(tx, adapter=host_adapter) if host_optimizer or host_adapter else tx
-    state = _abstract_state(tx, adapter, mesh, host_optimizer or host_adapter, host_adapter)
-    frozen = _place(frozen, mesh)
-    if objective == "dpo":
-        batch = abstract_pairs(micro_batches, batch_size, length)
-    else:
-        batch = abstract_batch(micro_batches, batch_size, length, segment_ids=segment_ids)
-    batch = _place(batch, mesh)
-
-    loss, unit = _OBJECTIVES[objective]
-    step = jit_train_step(graphdef, tx, loss, state, unit=unit)
-    start = time.perf_counter()
-    lowered = step.trace(state, frozen, batch).lower(lowering_platforms=(device.platform,))
-    compiled = lowered.compile(_COMPILER_OPTIONS[device.platform])
-    seconds = time.perf_counter() - start
-
-    memory = compiled.memory_analysis()
-    packed, dense = weight_bytes(frozen)
-    optimizer = tree_bytes(state.opt_state)
+    mesh = machine_mesh(machine)
+    step = placed_step(abstract_step(recipe, machine.device.platform, machine.count), mesh, recipe.host_optimizer)
+    run = jit_train_step(step.graphdef, step.tx, step.loss, step.state, unit=step.unit)
+    with context(mesh):
+        program = compile_program(run, (step.state, step.frozen, step.batch), machine)
+    packed, dense = weight_bytes(step.frozen)
+    optimizer = tree_bytes(step.state.opt_state)
     return Plan(
-        device=device.description,
+        machine=machine,
         packed_weights=packed,
         dense_weights=dense,
-        adapter=tree_bytes(state.adapter),
-        optimizer=0 if host_optimizer else optimizer,
-        host_optimizer=optimizer if host_optimizer else 0,
+        adapter=tree_bytes(step.state.adapter),
+        optimizer=0 if recipe.host_optimizer else optimizer,
+        host_optimizer=optimizer if recipe.host_optimizer else 0,
+        program=program,
+        versions=versions(machine),
+    )
+
+
+def placed_step(step: AbstractStep, mesh: Mesh, host_optimizer: bool) -> AbstractStep:
+    """The step with everything where the job puts it."""
+    state = place(step.state, mesh, P())
+    if host_optimizer:
+        state = dataclasses.replace(state, opt_state=place(step.state.opt_state, mesh, P(), "pinned_host"))
+    return dataclasses.replace(
+        step, state=state, frozen=place_frozen(step.frozen, mesh), batch=place(step.batch, mesh, P(None, AXIS))
+    )
+
+
+def place(tree: Any, mesh: Mesh, spec: P, memory_kind: str | None = None) -> Any:
+    # NamedSharding keeps the kind of memory ahead of time; SingleDeviceSharding drops it.
+    sharding = NamedSharding(mesh, spec, memory_kind=memory_kind)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def place_frozen(tree: Any, mesh: Mesh) -> Any:
+    """Frozen leaves spread as a loaded model's are."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=frozen_sharding(mesh, leaf.shape)), tree
+    )
+
+
+def compile_program(function: Any, arguments: tuple[Any, ...], machine: Machine) -> Program:
+    """Lowers and compiles a jitted function of placed shapes; see `compile_train_step` for what it raises."""
+    platform = machine.device.platform
+    start = time.perf_counter()
+    traced = function.trace(*arguments)
+    try:
+        compiled = traced.lower(lowering_platforms=(platform,)).compile(_COMPILER_OPTIONS[platform])
+    except jax.errors.JaxRuntimeError as error:
+        raise _explained(error, machine) from error
+    seconds = time.perf_counter() - start
+    memory, text = compiled.memory_analysis(), compiled.as_text() or ""
+    return Program(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         host_arguments=memory.host_argument_size_in_bytes,
         host_temporaries=memory.host_temp_size_in_bytes,
+        flops=count_flops(traced.jaxpr) / machine.count,
+        traffic=parse_program(text).traffic(),
         compile_seconds=seconds,
-        versions=_versions(device),
+        text=text,
     )
 
 
-def abstract_batch(
-    micro_batches: int, batch_size: int, length: int, *, segment_ids: bool
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of what `data` hands to a training step."""
-    shape = (micro_batches, batch_size, length)
-    names = ("inputs", "targets", *(("segment_ids", "positions") if segment_ids else ()))
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
-    return batch | {"loss_mask": jax.ShapeDtypeStruct(shape, jnp.float32)}
+def _explained(error: Exception, machine: Machine) -> Exception:
+    text = str(error)
+    line = (text.strip().splitlines() or [type(error).__name__])[0]
+    if "RESOURCE_EXHAUSTED" in text:
+        used = re.search(r"[Uu]sed ([\d.]+)([GM]) of [\d.]+[GM] hbm", text)
+        needed = None if used is None else int(float(used[1]) * {"G": 2**30, "M": 2**20}[used[2]])
+        return DoesNotFit(f"{machine.name}: does not fit: {line}", needed)
+    return CompilerRefuses(f"{machine.name}: the compiler refuses: {line}")
 
 
-def abstract_pairs(micro_batches: int, batch_size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """`abstract_batch` of preference pairs."""
-    one = abstract_batch(micro_batches, batch_size, length, segment_ids=False)
-    return {f"{side}_{name}": x for side in ("chosen", "rejected") for name, x in one.items()}
-
-
-def weight_bytes(frozen: Any) -> tuple[int, int]:
-    """(bytes of quantised matrices, bytes of everything else) of a frozen tree."""
-    leaves = jax.tree.leaves(frozen, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
-    packed = sum(tree_bytes(leaf) for leaf in leaves if isinstance(leaf, QuantizedTensor))
-    return packed, tree_bytes(frozen) - packed
-
-
-def tree_bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _abstract_state(tx: Transformation, adapter: Any, mesh: Mesh, host_optimizer: bool, host_adapter: bool) -> TrainState:
-    state = jax.eval_shape(lambda adapter: init_state(tx, adapter), adapter)
-    placed = _place(state, mesh)
-    if not host_optimizer:
-        return placed
-    placed = dataclasses.replace(
-        placed,
-        opt_state=jax.tree.map(lambda leaf, kind: _place(leaf, mesh, kind), state.opt_state, memory_kinds(state.opt_state)),
-    )
-    if host_adapter:
-        placed = dataclasses.replace(placed, adapter=_place(state.adapter, mesh, "pinned_host"))
-    return placed
-
-
-def _place(tree: Any, mesh: Mesh, memory_kind: str | None = None) -> Any:
-    # NamedSharding keeps the kind of memory ahead of time; SingleDeviceSharding drops it.
-    sharding = NamedSharding(mesh, PartitionSpec(), memory_kind=memory_kind)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
-
-
-def _versions(device: Device) -> dict[str, str]:
-    packages = {"cuda": ("jax-cuda13-plugin", "jax-cuda12-plugin"), "tpu": ("libtpu",)}[device.platform]
+def versions(machine: Machine) -> dict[str, str]:
+    """Of jax, jaxlib and the compiler of that machine."""
+    packages = {"cuda": ("jax-cuda13-plugin", "jax-cuda12-plugin"), "tpu": ("libtpu",)}[machine.device.platform]
     found: dict[str, str] = {}
     for package in ("jax", "jaxlib", *packages):
         try:

@@ -1,34 +1,25 @@
-"""Devices to plan for, described well enough that their compilers run without them.
+"""Devices to plan for: what the compilers have to be told of them, and what bounds a program's time on them.
 
-XLA compiles for a device from a description alone. For an NVIDIA GPU that is a text proto: the compute
-capability chooses the instructions, the sizes of caches, registers and shared memory steer fusion, and the
-version of cuDNN says which of its attention kernels exist. A TPU is known to libtpu by the name of its
-topology. Either gives a topology, the topology a mesh of devices that cannot run anything, and shardings over
-that mesh make a program compile for them.
+    h100        one H100                  h100x4       four of them
+    v5e         one TPU v5e chip          v5e:2x2      a slice of four, by its topology
 
-A new device is one entry of `DEVICES`.
+XLA compiles for an NVIDIA GPU from a description alone, a text proto: the compute capability chooses the instructions, the
+sizes of caches, registers and shared memory steer fusion, and cuDNN's version says which of its attention kernels exist.
+A TPU is known to libtpu by the name of its topology; the two cores of a v4 or v5p chip are one device (megacore).
+
+Memory is what a program can have: of a GPU what CUDA reports as its total, of a TPU what libtpu reports as available HBM. Of
+a GPU's, a CUDA context and the libraries take some hundred MiB more. A new device is one entry of `DEVICES`.
 """
 
 import dataclasses
-import importlib.util
+import difflib
+import math
+import re
 from typing import Literal
 
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh
-
 Platform = Literal["cuda", "tpu"]
-AXIS = "data"  # the one axis of the mesh
-
-# What has to be importable for a platform's compiler to be there, and how to install it.
-_COMPILERS: dict[Platform, tuple[tuple[str, ...], str]] = {
-    "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), 'pip install "qlora-jax[cuda]"'),
-    "tpu": (("libtpu",), 'pip install "qlora-jax[tpu]"'),
-}
-
-
-class CompilerMissing(RuntimeError):
-    """The compiler of a device is not installed here; the message says how to install it."""
+_MIB = 2**20
+_GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +31,9 @@ class Device:
         description: the vendor's name.
         platform: which compiler: "cuda" or "tpu".
         memory_bytes: of one device's own memory.
-        topology: the name that the compiler's topologies go by.
+        bandwidth: bytes a second between that memory and the device.
+        flops: dense bfloat16 operations a second with float32 sums; a multiplication and an addition are two.
+        dimensions: of a TPU's topology; 0 for GPUs.
         target_config: text proto of a GPU; None on TPU, where the name says it all.
     """
 
@@ -48,8 +41,45 @@ class Device:
     description: str
     platform: Platform
     memory_bytes: int
-    topology: str
+    bandwidth: float
+    flops: float
+    dimensions: int = 0
     target_config: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Devices of one kind that work together.
+
+    Attributes:
+        shape: a TPU's topology, or the number of GPUs.
+    """
+
+    device: Device
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def name(self) -> str:
+        """The name that `machine_named` knows it by."""
+        if self.count == 1:
+            return self.device.name
+        size = "x".join(map(str, self.shape))
+        return f"{self.device.name}:{size}" if self.device.platform == "tpu" else f"{self.device.name}x{size}"
+
+    @property
+    def description(self) -> str:
+        return self.device.description if self.count == 1 else f"{self.count} x {self.device.description}"
+
+    @property
+    def topology(self) -> str:
+        """The name that the compiler's topologies go by."""
+        if self.device.platform == "cuda":
+            return self.device.name
+        return f"{self.device.name}:{'x'.join(map(str, self.shape))}"
 
 
 def _gpu(
@@ -58,9 +88,10 @@ def _gpu(
     *,
     capability: tuple[int, int],
     memory_bytes: int,
-    memory_bandwidth: int,
-    l2_bytes: int,
+    bandwidth: float,
+    flops: float,
     cores: int,
+    l2_bytes: int,
     fpus_per_core: int,
     threads_per_core: int,
     clock_ghz: float,
@@ -82,7 +113,7 @@ def _gpu(
             block_dim_limit_x: 2147483647
             block_dim_limit_y: 65535
             block_dim_limit_z: 65535
-            memory_bandwidth: {memory_bandwidth}
+            memory_bandwidth: {bandwidth:.0f}
             l2_cache_size: {l2_bytes}
             clock_rate_ghz: {clock_ghz}
             device_memory_size: {memory_bytes}
@@ -95,67 +126,175 @@ def _gpu(
         dnn_version_info {{ major: {cudnn[0]} minor: {cudnn[1]} }}
         device_description_str: "{description}"
     """
-    return Device(name, description, "cuda", memory_bytes, name, target_config)
+    return Device(name, description, "cuda", memory_bytes, bandwidth, flops, 0, target_config)
 
 
-DEVICES: dict[str, Device] = {
-    device.name: device
-    for device in (
-        _gpu(
-            "h100",
-            "NVIDIA H100 80GB HBM3",
-            capability=(9, 0),
-            memory_bytes=84_942_979_072,
-            memory_bandwidth=3_352_320_000_000,
-            l2_bytes=52_428_800,
-            cores=132,
-            fpus_per_core=128,
-            threads_per_core=2048,
-            clock_ghz=1.98,
-            shared_memory_per_core=233_472,
-            shared_memory_per_block=232_448,
-        ),
-    )
-}
+# Cores, clocks, caches, memory and bandwidth of A100, H100, H200 and B200: OpenXLA's own descriptions of them
+# (openxla/xla, xla/backends/gpu/target_config/specs/*.txtpb), which are device queries of real ones. Those of L4, RTX 4090
+# and RTX 3090: NVIDIA's whitepapers of the Ada and the Ampere GA102 architecture; their memory: CUDA's totalGlobalMem as
+# torch.cuda.get_device_properties prints it (22692, 24217 and 24259 MiB under Linux). Sizes by compute capability: CUDA C++
+# Programming Guide, "Technical Specifications per Compute Capability". Peaks: NVIDIA's data sheets, dense bfloat16 Tensor
+# Cores with float32 accumulation (sparse ones would be twice that).
+_GPUS = (
+    _gpu(
+        "h100",
+        "NVIDIA H100 80GB HBM3",
+        capability=(9, 0),
+        memory_bytes=84_942_979_072,
+        bandwidth=3.35232e12,
+        flops=989.4e12,
+        cores=132,
+        l2_bytes=50 * _MIB,
+        fpus_per_core=128,
+        threads_per_core=2048,
+        clock_ghz=1.98,
+        shared_memory_per_core=233_472,
+        shared_memory_per_block=232_448,
+    ),
+    _gpu(
+        "h200",
+        "NVIDIA H200 141GB HBM3e",
+        capability=(9, 0),
+        memory_bytes=151_397_597_184,
+        bandwidth=4.8e12,
+        flops=989.4e12,
+        cores=132,
+        l2_bytes=50 * _MIB,
+        fpus_per_core=128,
+        threads_per_core=2048,
+        clock_ghz=1.98,
+        shared_memory_per_core=233_472,
+        shared_memory_per_block=232_448,
+    ),
+    _gpu(
+        "b200",
+        "NVIDIA B200",
+        capability=(10, 0),
+        memory_bytes=191_514_411_008,
+        bandwidth=7.67232e12,
+        flops=2250e12,
+        cores=148,
+        l2_bytes=132_644_864,
+        fpus_per_core=128,
+        threads_per_core=2048,
+        clock_ghz=1.965,
+        shared_memory_per_core=233_472,
+        shared_memory_per_block=232_448,
+    ),
+    _gpu(
+        "a100-80",
+        "NVIDIA A100-SXM4-80GB",
+        capability=(8, 0),
+        memory_bytes=85_100_068_864,
+        bandwidth=2.03904e12,
+        flops=312e12,
+        cores=108,
+        l2_bytes=40 * _MIB,
+        fpus_per_core=64,
+        threads_per_core=2048,
+        clock_ghz=1.41,
+        shared_memory_per_core=167_936,
+        shared_memory_per_block=166_912,
+    ),
+    _gpu(
+        "a100-40",
+        "NVIDIA A100-SXM4-40GB",
+        capability=(8, 0),
+        memory_bytes=42_298_834_944,
+        bandwidth=1.5552e12,
+        flops=312e12,
+        cores=108,
+        l2_bytes=40 * _MIB,
+        fpus_per_core=64,
+        threads_per_core=2048,
+        clock_ghz=1.41,
+        shared_memory_per_core=167_936,
+        shared_memory_per_block=166_912,
+    ),
+    _gpu(
+        "l4",
+        "NVIDIA L4",
+        capability=(8, 9),
+        memory_bytes=22_692 * _MIB,
+        bandwidth=300e9,
+        flops=121e12,
+        cores=58,
+        l2_bytes=48 * _MIB,
+        fpus_per_core=128,
+        threads_per_core=1536,
+        clock_ghz=2.04,
+        shared_memory_per_core=102_400,
+        shared_memory_per_block=101_376,
+    ),
+    _gpu(
+        "rtx4090",
+        "NVIDIA GeForce RTX 4090",
+        capability=(8, 9),
+        memory_bytes=24_217 * _MIB,
+        bandwidth=1008e9,
+        flops=165.2e12,
+        cores=128,
+        l2_bytes=72 * _MIB,
+        fpus_per_core=128,
+        threads_per_core=1536,
+        clock_ghz=2.52,
+        shared_memory_per_core=102_400,
+        shared_memory_per_block=101_376,
+    ),
+    _gpu(
+        "rtx3090",
+        "NVIDIA GeForce RTX 3090",
+        capability=(8, 6),
+        memory_bytes=24_259 * _MIB,
+        bandwidth=936.2e9,
+        flops=71e12,
+        cores=82,
+        l2_bytes=6 * _MIB,
+        fpus_per_core=128,
+        threads_per_core=1536,
+        clock_ghz=1.695,
+        shared_memory_per_core=102_400,
+        shared_memory_per_block=101_376,
+    ),
+)
+# Peaks and bandwidths of a chip: Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e"
+# (docs.cloud.google.com/tpu/docs).
+# Memory: the "available HBM" of libtpu's own message when a program asks for more.
+_TPUS = (
+    Device("v4", "TPU v4", "tpu", int(30.75 * _GIB), 1228e9, 275e12, 3),
+    Device("v5e", "TPU v5e", "tpu", int(15.75 * _GIB), 819e9, 197e12, 2),
+    Device("v5p", "TPU v5p", "tpu", int(95.74 * _GIB), 2765e9, 459e12, 3),
+    Device("v6e", "TPU v6e", "tpu", int(31.25 * _GIB), 1638e9, 918e12, 2),
+)
+DEVICES: dict[str, Device] = {device.name: device for device in (*_GPUS, *_TPUS)}
 
 
-def device_named(name: str) -> Device:
-    """The entry of `DEVICES`.
+def machine_named(name: str) -> Machine:
+    """The machine that a name such as `h100`, `h100x4`, `v5e` or `v5e:2x2` stands for.
 
     Raises:
-        ValueError: no such device; the message lists those that are known.
+        ValueError: no such device (the message has the nearest known names, and all of them), or no such topology.
     """
-    if name not in DEVICES:
-        raise ValueError(f"unknown device {name!r}; expected one of {', '.join(DEVICES)}")
-    return DEVICES[name]
-
-
-def check_compiler(device: Device) -> None:
-    """Raises `CompilerMissing` where the device's compiler is not installed."""
-    modules, install = _COMPILERS[device.platform]
-    if not any(importlib.util.find_spec(module) for module in modules):
-        raise CompilerMissing(
-            f"compiling for {device.description} needs JAX's {device.platform.upper()} plugin, which is not "
-            f"installed: {install}"
+    kind, colon, size = name.strip().lower().partition(":")
+    device = DEVICES.get(kind)
+    if device is None and not colon and (parts := re.fullmatch(r"(.+?)x(\d+)", kind)):
+        device, size = DEVICES.get(parts[1]), parts[2]
+    if device is None:
+        same = [known for known in DEVICES if kind and kind in known]
+        near = same or difflib.get_close_matches(kind, DEVICES, n=3, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ";"
+        raise ValueError(f"unknown device {name!r}{hint} known: {', '.join(DEVICES)} (several: h100x4, v5e:2x2)")
+    if device.platform == "cuda":
+        if colon or size == "0":
+            raise ValueError(f"device {name!r}: expected {device.name} or a number of them such as {device.name}x4")
+        return Machine(device, (int(size or 1),))
+    if not size:
+        return Machine(device, (1,) * device.dimensions)
+    shape = tuple(int(side) for side in size.split("x") if side.isdigit())
+    if len(shape) != device.dimensions or 0 in shape or "x".join(map(str, shape)) != size:
+        example = "x".join(["2", "2", "1"][: device.dimensions])
+        raise ValueError(
+            f"device {name!r}: expected a topology of {device.dimensions} sides such as {device.name}:{example}, "
+            f"found {size!r}"
         )
-
-
-def device_mesh(device: Device) -> Mesh:
-    """A mesh of one device, which need not be attached.
-
-    Where no device of that kind is attached, the process has to run with `JAX_PLATFORMS=cpu`: JAX would look
-    for a driver as it loads the compiler's plugin, and drop the plugin for want of one.
-
-    Raises:
-        CompilerMissing: the device's compiler is not installed, or was dropped.
-    """
-    check_compiler(device)
-    options = {} if device.target_config is None else {"target_config": device.target_config, "topology": "1x1x1"}
-    try:
-        topology = topologies.get_topology_desc(device.topology, device.platform, **options)
-    except NotImplementedError as error:
-        raise CompilerMissing(
-            f"JAX did not load the {device.platform.upper()} plugin in this process ({error}); without a "
-            "device it does so only where the environment variable JAX_PLATFORMS is cpu from the start"
-        ) from error
-    return Mesh(np.asarray(topology.devices[:1]), (AXIS,))
+    return Machine(device, shape)

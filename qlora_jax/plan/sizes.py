@@ -31,25 +31,60 @@ _ROWS: dict[str, tuple[int, int, int, int, int, int, int, float]] = {
     "llama-2-70b": (8192, 28672, 80, 64, 8, 32000, 4096, 10000.0),
     "llama-3-8b": (4096, 14336, 32, 32, 8, 128256, 8192, 500000.0),
     "llama-3-70b": (8192, 28672, 80, 64, 8, 128256, 8192, 500000.0),
+    "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256, 131072, 500000.0),
+    "llama-3.1-70b": (8192, 28672, 80, 64, 8, 128256, 131072, 500000.0),
     "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256, 131072, 500000.0),
     "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128256, 131072, 500000.0),
+    "qwen3-8b": (4096, 12288, 36, 32, 8, 151936, 40960, 1000000.0),
+    "gemma-2-9b": (3584, 14336, 42, 16, 8, 256000, 8192, 10000.0),
 }
 _TIED = ("smollm2-135m", "llama-3.2-1b", "llama-3.2-3b")  # the token table is the output head
-_LLAMA3_ROPE = {  # the scaling of Llama 3.2
+_LLAMA3_ROPE = {  # the scaling of Llama 3.1 (by 8) and 3.2 (by 32)
     "rope_type": "llama3",
-    "factor": 32.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_FACTORS = {"llama-3.1": 8.0, "llama-3.2": 32.0}
+_MORE: dict[str, dict[str, Any]] = {  # what other families say differently
+    "llama-7b": {"rms_norm_eps": 1e-6},
+    "llama-13b": {"rms_norm_eps": 1e-6},
+    "qwen3-8b": {"model_type": "qwen3", "head_dim": 128, "rms_norm_eps": 1e-6},
+    "gemma-2-9b": {"model_type": "gemma2", "head_dim": 256, "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
+}
 
-SIZES: dict[str, dict[str, Any]] = {
-    name: {
+
+def _config(name: str) -> dict[str, Any]:
+    factor = _FACTORS.get(name[:9])
+    return {
         "model_type": "llama",
-        "rms_norm_eps": 1e-5 if name != "llama-7b" and name != "llama-13b" else 1e-6,
+        "rms_norm_eps": 1e-5,
         "tie_word_embeddings": name in _TIED,
-        "rope_scaling": _LLAMA3_ROPE if name.startswith("llama-3.2") else None,
-        **dict(zip(_FIELDS, row, strict=True)),
+        "rope_scaling": None if factor is None else {**_LLAMA3_ROPE, "factor": factor},
+        **dict(zip(_FIELDS, _ROWS[name], strict=True)),
+        **_MORE.get(name, {}),
     }
-    for name, row in _ROWS.items()
+
+
+SIZES: dict[str, dict[str, Any]] = {name: _config(name) for name in _ROWS}
+# Hub ids whose config.json is one of these, so that a plan of a recipe needs no network.
+HUB_IDS = {
+    "huggyllama/llama-7b": "llama-7b",
+    "huggyllama/llama-13b": "llama-13b",
+    "huggyllama/llama-30b": "llama-33b",
+    "huggyllama/llama-65b": "llama-65b",
+    "meta-llama/Llama-2-7b-hf": "llama-2-7b",
+    "meta-llama/Llama-2-13b-hf": "llama-2-13b",
+    "meta-llama/Llama-2-70b-hf": "llama-2-70b",
+    "meta-llama/Meta-Llama-3-8B": "llama-3-8b",
+    "meta-llama/Meta-Llama-3-70B": "llama-3-70b",
+    "meta-llama/Llama-3.1-8B": "llama-3.1-8b",
+    "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
+    "meta-llama/Llama-3.1-70B": "llama-3.1-70b",
+    "meta-llama/Llama-3.1-70B-Instruct": "llama-3.1-70b",
+    "meta-llama/Llama-3.2-1B": "llama-3.2-1b",
+    "meta-llama/Llama-3.2-3B": "llama-3.2-3b",
+    "Qwen/Qwen3-8B": "qwen3-8b",
+    "google/gemma-2-9b": "gemma-2-9b",
+    "google/gemma-2-9b-it": "gemma-2-9b",
 }

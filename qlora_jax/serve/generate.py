@@ -95,7 +95,7 @@ def generate(
 
     def advance(token: Array, step: int) -> Array:
         nonlocal cache
-        logits, cache = _step(graphdef, state, token, lengths + step, cache)
+        logits, cache = decode_step(graphdef, state, token, lengths + step, cache)
         return choose(logits, key, step + 1, sampling=sampling)
 
     first = choose(logits, key, 0, sampling=sampling)
@@ -215,7 +215,8 @@ def _prefill(graphdef: Any, state: Any, tokens: Array, positions: Array, *, capa
 
 
 @partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
-def _step(graphdef: Any, state: Any, token: Array, positions: Array, cache: Any) -> tuple[Array, Any]:
+def decode_step(graphdef: Any, state: Any, token: Array, positions: Array, cache: Any) -> tuple[Array, Any]:
+    """A token a row `[b]`, its position `[b, 1]` and the cache to (logits `[b, vocabulary]`, the grown cache)."""
     model: Decoder = nnx.merge(graphdef, state)
     return model.decode(token[:, None], positions, cache)
 

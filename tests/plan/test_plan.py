@@ -1,6 +1,7 @@
-"""plan/: the arithmetic of bytes, and the tables of sizes and devices."""
+"""plan/: the arithmetic of bytes, the recipes, the reports and the table of sizes."""
 
-import importlib.util
+import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ from flax import nnx
 from qlora_jax.models import CausalLM, family_of
 from qlora_jax.models.llama import llama_config
 from qlora_jax.nn import LoRA
-from qlora_jax.plan import DEVICES, SIZES, CompilerMissing, Plan, check_compiler, device_named
-from qlora_jax.plan.compile import abstract_batch, abstract_pairs, tree_bytes, weight_bytes
+from qlora_jax.plan import HUB_IDS, SIZES, Program, Recipe, as_json, draw, machine_named, quick_plan, report_of, table
+from qlora_jax.plan.recipe import abstract_batch, abstract_step, tree_bytes, weight_bytes
 from qlora_jax.quant import Quantization
+from qlora_jax.train import OptimizerName
 from qlora_jax.train.dpo import PAIRS
 from qlora_jax.train.step import split
 
@@ -39,8 +41,12 @@ PARAMETERS = {
     "llama-2-70b": 68.977,
     "llama-3-8b": 8.030,
     "llama-3-70b": 70.554,
+    "llama-3.1-8b": 8.030,
+    "llama-3.1-70b": 70.554,
     "llama-3.2-1b": 1.236,
     "llama-3.2-3b": 3.213,
+    "qwen3-8b": 8.191,
+    "gemma-2-9b": 9.242,
 }
 
 
@@ -61,23 +67,51 @@ def test_weights_are_counted_by_kind() -> None:
 
 
 def test_peak_counts_donated_outputs_once() -> None:
-    plan = Plan("a device", 0, 0, 0, 0, 0, 100, 30, 25, 50, 7, 2, 0.0, {})
-    assert plan.peak == 100 + 50 + 30 - 25
-    assert plan.host_peak == 9
+    program = Program(100, 30, 25, 50, 7, 2, 0.0, 0, 0.0)
+    assert program.peak == 100 + 50 + 30 - 25
+    assert program.host_peak == 9
 
 
 def test_a_packed_batch_carries_segments() -> None:
-    assert set(abstract_batch(2, 3, 8, segment_ids=False)) == {"inputs", "targets", "loss_mask"}
-    batch = abstract_batch(2, 3, 8, segment_ids=True)
+    recipe = Recipe(llama_config(TINY), batch_size=3, length=8, micro_batches=2, packed=False)
+    assert set(abstract_batch(recipe)) == {"inputs", "targets", "loss_mask"}
+    batch = abstract_batch(dataclasses.replace(recipe, packed=True))
     assert set(batch) == {"inputs", "targets", "loss_mask", "segment_ids", "positions"}
     assert {leaf.shape for leaf in batch.values()} == {(2, 3, 8)}
+    assert {leaf.shape for leaf in abstract_batch(recipe, 4).values()} == {(2, 12, 8)}
 
 
 def test_pairs_are_two_batches() -> None:
-    one, pairs = abstract_batch(2, 3, 8, segment_ids=False), abstract_pairs(2, 3, 8)
+    recipe = Recipe(llama_config(TINY), batch_size=3, length=8, micro_batches=2, packed=False)
+    one, pairs = abstract_batch(recipe), abstract_batch(dataclasses.replace(recipe, objective="dpo"))
     assert pairs.keys() == {f"{side}_{name}" for side in ("chosen", "rejected") for name in one}
     assert tree_bytes(pairs) == 2 * tree_bytes(one)
     assert PAIRS.count({name: jnp.ones(x.shape, x.dtype) for name, x in pairs.items()}) == 6
+
+
+@pytest.mark.parametrize(("optimizer", "bytes_a_value"), [("adamw", 8), ("lion", 4)])
+def test_the_state_is_that_of_the_optimizer(optimizer: OptimizerName, bytes_a_value: int) -> None:
+    step = abstract_step(Recipe(llama_config(TINY), lora=LoRA(8), optimizer=optimizer), "cuda")
+    counters = 2 * 4  # of the rule and of the schedule
+    assert tree_bytes(step.state.opt_state) == bytes_a_value * tree_bytes(step.state.adapter) // 4 + counters
+
+
+def test_a_recipe_says_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, found 0"):
+        Recipe(llama_config(TINY), batch_size=0)
+
+
+def test_a_report_sums_up_and_is_drawn(tmp_path: Path) -> None:
+    machine = machine_named("v5e:2x2")
+    recipe = Recipe(llama_config(TINY), lora=LoRA(8), packed=False)
+    report = report_of(quick_plan(recipe, "tpu", 4), recipe, machine, "tiny")
+    assert sum(size for _, size in report.device) == report.total == as_json(report)["peak"]
+    assert report.fits
+    text = table(report)
+    assert "4 x TPU v5e" in text
+    assert "fits" in text
+    draw([report], tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -88,12 +122,5 @@ def test_sizes_have_the_published_number_of_parameters(name: str) -> None:
     assert count / 1e9 == pytest.approx(PARAMETERS[name], abs=6e-4)
 
 
-def test_an_unknown_device_is_named_with_those_that_are_known() -> None:
-    with pytest.raises(ValueError, match=r"'z80'.*h100"):
-        device_named("z80")
-
-
-def test_a_missing_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(CompilerMissing, match=r'pip install "qlora-jax\[cuda\]"'):
-        check_compiler(DEVICES["h100"])
+def test_hub_ids_name_sizes() -> None:
+    assert set(HUB_IDS.values()) <= SIZES.keys()

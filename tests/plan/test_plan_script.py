@@ -1,5 +1,6 @@
 """scripts/plan.py: a table and JSON, or one line for what is wrong; a real compilation where that can be."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -11,26 +12,17 @@ from typing import Any
 import pytest
 
 from qlora_jax.checkpoint.source import CheckpointError
-from qlora_jax.plan import DEVICES, SIZES, CompilerMissing, Plan
+from qlora_jax.cli import parse
+from qlora_jax.finetune.memory import recipe_of
+from qlora_jax.models import family_of
+from qlora_jax.plan import SIZES, CompilerMissing, DoesNotFit, Machine, Plan, Program, Recipe, machine_named
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "plan.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "plan.py"
 GIB = 2**30
-PLAN = Plan("a device", 3 * GIB, 2 * GIB, GIB, 0, 2 * GIB, 6 * GIB, GIB, GIB, 4 * GIB, 2 * GIB, GIB, 1.5, {"jax": "0"})
-
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-
-needs_cuda = pytest.mark.skipif(
-    not any(importlib.util.find_spec(name) for name in ("jax_cuda13_plugin", "jax_cuda12_plugin")),
-    reason='compiling for a GPU needs the CUDA plugin of JAX: pip install "qlora-jax[cuda]"',
-)
+PROGRAM = Program(6 * GIB, GIB, GIB, 4 * GIB, 2 * GIB, GIB, 2e12, 10**9, 1.5)
+H100 = machine_named("h100")
+PLAN = Plan(H100, 3 * GIB, 2 * GIB, GIB, 0, 2 * GIB, PROGRAM, {"jax": "0"})
 
 
 @pytest.fixture
@@ -50,36 +42,102 @@ def test_the_last_line_is_json_with_method_versions_and_device(
 ) -> None:
     asked: dict[str, Any] = {}
 
-    def compiled(config: Any, **arguments: Any) -> Plan:
-        asked.update(arguments, config=config)
+    def compiled(recipe: Recipe, machine: Machine) -> Plan:
+        asked.update(recipe=recipe, machine=machine)
         return PLAN
 
-    monkeypatch.setattr(script, "check_compiler", lambda device: None)
+    monkeypatch.setattr(script, "check_compiler", lambda machine: None)
     monkeypatch.setattr(script, "compile_train_step", compiled)
-    monkeypatch.setattr(sys, "argv", ["plan.py", "--model", "llama-65b", "--rank", "32", "--host-optimizer"])
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--model", "llama-65b", "--rank", "32", "--host-offload"])
     assert script.main() == 0
     *lines, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
-    assert result["peak"] == 10 * GIB
-    assert result["device"] == "a device"
+    assert result["peak"] == 10 * GIB == sum(result["device_bytes"].values())
+    assert result["device"] == "NVIDIA H100 80GB HBM3"
     assert result["versions"] == {"jax": "0"}
     assert result["method"]
-    assert result["run"]["rank"] == 32
-    assert any(line.split() == ["peak", "10.000"] for line in lines)
-    assert asked["config"].num_hidden_layers == 80
-    assert asked["lora"].rank == 32
-    assert asked["segment_ids"]
-    assert asked["host_optimizer"]
-    assert asked["device"] is DEVICES["h100"]
-    assert asked["objective"] == "sft"
+    assert result["recipe"]["lora"]["rank"] == 32
+    assert result["floor_seconds"] == {"compute": 2e12 / 989.4e12, "memory": 1e9 / 3.35232e12}
+    assert any(line.split()[:2] == ["total", "10.000"] for line in lines)
+    recipe = asked["recipe"]
+    assert recipe.config.num_hidden_layers == 80
+    assert recipe.lora.rank == 32
+    assert recipe.packed
+    assert recipe.host_optimizer
+    assert recipe.objective == "sft"
+    assert asked["machine"] == H100
+
+
+def test_a_recipe_of_train_py_means_the_same(script: Any) -> None:
+    """Every memory option of a config file, as the plan has it."""
+    arguments = parse(
+        script.Arguments,
+        description=None,
+        arguments=["--config", str(ROOT / "recipes" / "guanaco-65b.toml"), "--device", "a100-80", "--optimizer", "lion"],
+    )
+    config = script.read_config(arguments.model.model)
+    recipe = recipe_of(arguments, family_of(config).config(config), "cuda")
+    assert (recipe.lora.rank, recipe.lora.dropout) == (64, 0.05)
+    assert (recipe.batch_size, recipe.micro_batches, recipe.length) == (1, 16, 512)
+    assert (recipe.packed, recipe.host_optimizer, recipe.remat, recipe.dtype) == (False, True, "full", "bfloat16")
+    assert (recipe.optimizer, recipe.max_grad_norm) == ("lion", 0.3)
+    assert arguments.plan.device == "a100-80"
+
+
+def test_quick_needs_no_compiler(
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(script, "check_compiler", lambda machine: pytest.fail("asked for a compiler"))
+    flags = ["--model", "smollm2-135m", "--quick", "--device", "v5e:2x2", "--plot", str(tmp_path / "bar.png")]
+    monkeypatch.setattr(sys, "argv", ["plan.py", *flags])
+    assert script.main() == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["devices"] == 4
+    assert result["fits"]
+    assert (tmp_path / "bar.png").exists()
+
+
+def test_a_fit_is_searched_with_compilations(
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[int] = []
+
+    def compiled(recipe: Recipe, machine: Machine) -> Plan:
+        asked.append(recipe.batch_size)
+        if recipe.batch_size > 30:
+            raise DoesNotFit("too large", None)
+        program = dataclasses.replace(PROGRAM, temporaries=recipe.batch_size * GIB)
+        return dataclasses.replace(PLAN, program=program)
+
+    monkeypatch.setattr(script, "check_compiler", lambda machine: None)
+    monkeypatch.setattr(script, "compile_train_step", compiled)
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--model", "llama-3-8b", "--device", "rtx4090", "--fit", "batch"])
+    assert script.main() == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out.splitlines()[-1])
+    assert result["found"] == {"batch_size": 17}  # 6 GiB of arguments and 17 are within 23.65 GiB
+    assert {17, 18} <= set(asked)
+    assert len(asked) < 12
+    assert "batch_size 18: 24.00 GiB" in captured.err
+
+
+def test_what_cannot_fit_is_told_with_what_would(
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", "llama-65b", "--device", "rtx4090", "--quick", "--fit", "batch"]
+    monkeypatch.setattr(sys, "argv", ["plan.py", *flags])
+    assert script.main() == 1
+    error = capsys.readouterr().err
+    assert "batch_size 1 does not fit rtx4090" in error
+    assert "--device rtx4090x" in error
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--device", "z80"], "unknown device 'z80'"),
-        (["--model", "llama-9b"], "no size by that name"),
-        (["--length", "0"], "--length: expected at least 1, found 0"),
+        (["--model", "llama-9b"], "no size by that name; did you mean llama-7b"),
+        (["--capacity", "0"], "capacity: expected at least 1, found 0"),
         (["--rank", "0"], "LoRA rank"),
     ],
 )
@@ -90,7 +148,7 @@ def test_what_is_wrong_is_one_line(
     arguments: list[str],
     message: str,
 ) -> None:
-    monkeypatch.setattr(script, "check_compiler", lambda device: None)
+    monkeypatch.setattr(script, "check_compiler", lambda machine: None)
     monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
     assert script.main() == 1
     captured = capsys.readouterr()
@@ -102,7 +160,7 @@ def test_what_is_wrong_is_one_line(
 def test_a_missing_compiler_is_one_line_before_anything_is_read(
     script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def missing(device: Any) -> None:
+    def missing(machine: Any) -> None:
         raise CompilerMissing('needs CUDA: pip install "qlora-jax[cuda]"')
 
     monkeypatch.setattr(script, "check_compiler", missing)
@@ -127,51 +185,5 @@ def test_a_config_is_read_from_a_folder_or_a_file(script: Any, tmp_path: Path) -
 def test_help_needs_no_compiler() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "--host-optimizer" in done.stdout
-
-
-@needs_cuda
-def test_a_small_step_compiles_for_an_h100(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
-    size = ["--rank", "8", "--length", "128", "--micro-batches", "2"]
-    # A process of its own: which plugins JAX loads is settled once in each.
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--model", str(tmp_path), *size, "--host-optimizer"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr
-    plan = json.loads(done.stdout.splitlines()[-1])
-    slack = 2**16  # the batch, counters, and the alignment of each argument
-    weights = plan["packed_weights"] + plan["dense_weights"] + plan["adapter"]
-    assert 0 <= plan["arguments"] - weights <= slack
-    assert plan["optimizer"] == 0
-    assert plan["host_optimizer"] == 2 * plan["adapter"] + 4  # two moments and a counter
-    assert abs(plan["host_arguments"] - plan["host_optimizer"]) <= slack
-    assert plan["aliased"] >= plan["adapter"]  # the old state is donated
-    assert plan["peak"] == plan["arguments"] + plan["temporaries"] + plan["outputs"] - plan["aliased"]
-
-
-@needs_cuda
-def test_the_reference_of_dpo_has_no_weights_of_its_own(tmp_path: Path) -> None:
-    """Two pairs of DPO, and the four rows that they are: the same frozen weights, adapter and optimizer as arguments."""
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
-    plans = {}
-    for objective, rows in (("sft", "4"), ("dpo", "2")):
-        size = ["--rank", "8", "--length", "128", "--batch-size", rows, "--no-segment-ids", "--objective", objective]
-        done = subprocess.run(
-            [sys.executable, str(SCRIPT), "--model", str(tmp_path), *size],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        )
-        assert done.returncode == 0, done.stderr
-        plans[objective] = json.loads(done.stdout.splitlines()[-1])
-    sft, dpo = plans["sft"], plans["dpo"]
-    weights = sft["packed_weights"] + sft["dense_weights"]
-    assert weights == dpo["packed_weights"] + dpo["dense_weights"]
-    assert abs(dpo["arguments"] - sft["arguments"]) <= 2**12  # three arrays more to align
-    assert abs(dpo["temporaries"] - sft["temporaries"]) < weights / 4
+    assert "--host-offload" in done.stdout
+    assert "--fit" in done.stdout

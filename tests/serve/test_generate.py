@@ -19,7 +19,7 @@ from qlora_jax.models.llama import llama_config
 from qlora_jax.nn import LoRA
 from qlora_jax.quant import Quantization
 from qlora_jax.serve import Sampling, generate
-from qlora_jax.serve.generate import _step
+from qlora_jax.serve.generate import decode_step
 
 VOCABULARY = 97
 CONFIG = llama_config(
@@ -226,11 +226,11 @@ def test_the_cache_is_written_in_place_and_weights_are_arguments() -> None:
     graphdef, state = nnx.split(model)
     cache = model.init_cache(2, 256)
     token, positions = jnp.zeros(2, jnp.int32), jnp.zeros((2, 1), jnp.int32)
-    memory: Any = _step.lower(graphdef, state, token, positions, cache).compile().memory_analysis()
+    memory: Any = decode_step.lower(graphdef, state, token, positions, cache).compile().memory_analysis()
     cache_bytes, state_bytes = (sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (cache, state))
     assert memory.alias_size_in_bytes == cache_bytes
     assert memory.argument_size_in_bytes >= cache_bytes + state_bytes
-    _, grown = _step(graphdef, state, token, positions, cache)
+    _, grown = decode_step(graphdef, state, token, positions, cache)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
     assert grown.length == 1
 

@@ -1,0 +1,134 @@
+"""What the memory of a run follows from: its options, as `plan` takes them; and the check before anything is loaded.
+
+GPU, TPU    the quick plan against what the device's allocator may have; refused where it needs more than that by more
+            than the error of the quick plan
+CPU         the same against the machine's free memory, refused only where the parts that are known exactly do not fit:
+            the rest there is a guess
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from qlora_jax.finetune.options import Options
+from qlora_jax.models import DecoderConfig, ModelConfig
+from qlora_jax.nn import LoRA
+from qlora_jax.plan.fit import cheaper_first
+from qlora_jax.plan.quick import ERROR, QuickPlan, quick_plan
+from qlora_jax.plan.recipe import Recipe
+from qlora_jax.quant import Quantization
+
+
+def recipe_of(
+    options: Options,
+    config: ModelConfig,
+    platform: str,
+    *,
+    lora: LoRA | None = None,
+    quantization: Quantization | str | None = "asked",
+) -> Recipe:
+    """The recipe that a run with these options is, on devices of a platform ("cpu", "gpu", "cuda" or "tpu").
+
+    Args:
+        lora, quantization: those of the run where it knows better than its options do: an adapter to go on from, a
+            checkpoint that is quantised already.
+
+    Raises:
+        ValueError: options that describe no run.
+    """
+    options.check()
+    on_cpu, data, model = platform == "cpu", options.data, options.model
+    decoder = isinstance(config, DecoderConfig)
+    packed = decoder and options.objective.objective == "sft" and data.packs
+    if lora is None:
+        lora, config = _with_special_tokens(options, options.lora.build(), config)
+    return Recipe(
+        config=config,
+        quantization=model.quantization() if isinstance(quantization, str) else quantization,
+        lora=lora,
+        dtype=("float32" if on_cpu else "bfloat16") if model.dtype == "auto" else model.dtype,
+        remat=("dots" if on_cpu else "full") if model.remat == "auto" else model.remat,
+        objective=options.objective.objective,
+        batch_size=options.run.batch_size,
+        micro_batches=options.run.accumulation_steps,
+        # Rows that are not packed have a place less than tokens, in a multiple of 64: at most that, by the longest example.
+        length=data.max_length if packed or data.streaming else min(-(-(data.max_length - 1) // 64) * 64, data.max_length),
+        packed=packed,
+        optimizer=options.optimizer.optimizer,
+        host_optimizer=options.optimizer.host_offload,
+        weight_decay=options.optimizer.weight_decay,
+        max_grad_norm=options.optimizer.max_grad_norm or None,
+        neftune_alpha=options.optimizer.neftune_alpha if options.objective.objective == "sft" else 0.0,
+        reference=options.objective.objective == "dpo" and model.adapter is not None,
+    )
+
+
+def _with_special_tokens(options: Options, lora: LoRA, config: ModelConfig) -> tuple[LoRA, ModelConfig]:
+    """With a row of the token table more for each new token, and each of them trained."""
+    count, size = len(options.lora.special_tokens), config.vocab_size
+    if not count:
+        return lora, config
+    tokens = (*lora.trainable_token_indices, *range(size, size + count))
+    return (
+        dataclasses.replace(lora, trainable_token_indices=tokens),
+        dataclasses.replace(config, vocab_size=size + count),
+    )
+
+
+def check_memory(recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Refuses a run that cannot fit the attached devices; nothing where nobody knows their memory.
+
+    Raises:
+        ValueError: it cannot; the message says what would, as options of the run.
+    """
+    limit = memory_limit()
+    if limit is not None:
+        check_against(recipe, jax.default_backend(), jax.device_count(), limit, say)
+
+
+def check_against(recipe: Recipe, backend: str, devices: int, limit: int, say: Callable[[str], None]) -> None:
+    """`check_memory` for devices that have `limit` bytes each."""
+    on_cpu = backend == "cpu"
+    platform = "cuda" if backend == "gpu" else backend
+
+    def plan_of(recipe: Recipe) -> QuickPlan:
+        return quick_plan(recipe, platform, devices)
+
+    def needed(plan: QuickPlan) -> float:
+        return plan.exact + plan.host_peak if on_cpu else plan.peak / (1 + ERROR)
+
+    plan = plan_of(recipe)
+    if needed(plan) <= limit:
+        if not on_cpu and plan.peak > limit * (1 - ERROR):
+            say(f"Memory is tight: about {_gib(plan.peak)} of {_gib(limit)} planned on each device.")
+        return
+    # What is proposed should fit for certain.
+    choices = cheaper_first(recipe, devices=(1,))
+    fits = (choice for choice in choices if needed(plan_of(choice.recipe)) <= limit * (1 - 2 * ERROR))
+    choice = next(fits, None)
+    where = "this machine has" if on_cpu else "each device has"
+    advice = "nothing that the options can do would fit" if choice is None else f"this would fit: {' '.join(choice.words)}"
+    found = plan.exact + plan.host_peak if on_cpu else plan.peak
+    raise ValueError(
+        f"the run needs {'at least' if on_cpu else 'about'} {_gib(found)}, {where} {_gib(limit)}: {advice} "
+        "(--no-memory-check runs it all the same; scripts/plan.py shows what takes the memory)"
+    )
+
+
+def memory_limit() -> int | None:
+    """Bytes that each device may use; on CPU, those that are free for all of them."""
+    if jax.default_backend() != "cpu":
+        stats = jax.devices()[0].memory_stats() or {}
+        return stats.get("bytes_limit")
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # no Linux
+        return None
+    values = dict(line.split(":", 1) for line in lines)
+    return int(values["MemAvailable"].split()[0]) * 1024 // jax.device_count() if "MemAvailable" in values else None
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,76 @@
+"""Floating-point operations of a program, counted in the program as JAX traces it.
+
+XLA's own count takes the body of a loop once, however often it runs, and knows nothing of what a custom call does. Here the
+products of a jaxpr are counted, 2 m n k each, times the length of every scan around them; what the backward pass recomputes
+stands in the jaxpr, and so is counted. Attention kernels are opaque: the products of flash attention are counted by hand (2
+forward; 5 backward, of which one is recomputed), half of each where the mask is causal. Elementwise work is left out: it
+does not run on the matrix units, whose peak the count is held against.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+
+def count_flops(jaxpr: Any, *, causal: bool = True) -> float:
+    """Operations of all products of a (closed) jaxpr, of all devices together."""
+    inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    return sum(_equation_flops(equation, causal) for equation in inner.eqns)
+
+
+def _equation_flops(equation: Any, causal: bool) -> float:
+    name = equation.primitive.name
+    if name == "dot_general":
+        return _dot_flops(equation)
+    if name.startswith("dot_product_attention"):
+        return _cudnn_flops(equation, causal)
+    if name == "pallas_call":
+        return _pallas_flops(equation, causal)
+    repeats = equation.params.get("length", 1) if name == "scan" else 1
+    if name == "shard_map":  # its body is what one device does
+        repeats = equation.params["mesh"].size
+    bodies = [count_flops(body, causal=causal) for body in _bodies(equation)]
+    if name in ("cond", "platform_index"):  # one branch runs
+        return max(bodies, default=0.0)
+    return repeats * sum(bodies)
+
+
+def _bodies(equation: Any) -> Iterator[Any]:
+    names = ("call_jaxpr", "fun_jaxpr") if equation.primitive.name.startswith("custom_") else equation.params
+    for name in names:
+        value = equation.params.get(name)
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, (ClosedJaxpr, Jaxpr)):
+                yield item
+
+
+def _dot_flops(equation: Any) -> float:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+
+
+def _cudnn_flops(equation: Any, causal: bool) -> float:
+    q, k = (equation.invars[index].aval.shape for index in (0, 1))  # [b, t, heads, d], [b, s, kv heads, d]
+    return _attention_flops(q[0] * q[2], q[1], k[1], q[3], backward="bwd" in equation.primitive.name, causal=causal)
+
+
+def _pallas_flops(equation: Any, causal: bool) -> float:
+    """Splash attention, whose queries are `[.., heads, t, d]`; another kernel's own estimate, or nothing."""
+    name = str(equation.params.get("name_and_src_info") or equation.params.get("name") or "")
+    estimate = equation.params.get("cost_estimate")
+    if "splash" not in name:
+        return 0.0 if estimate is None else float(estimate.flops)
+    shapes = [value.aval.shape for value in equation.invars if len(value.aval.shape) >= 3 and value.aval.dtype.itemsize == 2]
+    *stack, t, d = shapes[0]
+    s = shapes[1][-2]
+    flops = _attention_flops(math.prod(stack), t, s, d, backward=False, causal=causal)
+    if "dkv" in name:  # scores again, dP, dV, dK
+        return 2 * flops
+    return 1.5 * flops if "dq" in name else flops  # scores again, dP, dQ
+
+
+def _attention_flops(heads: int, t: int, s: int, d: int, *, backward: bool, causal: bool) -> float:
+    return (5 if backward else 2) * 2.0 * heads * t * s * d * (0.5 if causal else 1.0)

@@ -1,0 +1,229 @@
+"""A compiled program, read from its text: its loops, the bytes that it moves, and what lives at the same time.
+
+    %fusion.7 = bf16[8192,4096]{1,0} fusion(%a, %b), kind=kLoop, calls=%fused.7        one instruction a line
+    %body (p: (s32[], …)) -> (…) {   …   }                                            in computations
+
+XLA's own count of bytes takes the body of a loop once, and on GPU there is none ahead of time. Here every instruction that
+runs reads its operands and writes its result once, and
+
+- a loop does so as often as it runs (`known_trip_count`, or the constant that its condition compares with);
+- what only slices an operand reads the slice, and what updates a slice writes the slice, inside a fusion too;
+- what lies in a TPU's own memory (`S(1)`) or in host memory (`S(5)`) is not counted: moving it there or back is.
+
+That is a lower bound: a kernel may read an operand more than once.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+_BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
+_SHAPE = re.compile(r"\b(pred|token|opaque|[su]\d+|bf16|f\d+(?:e\w+)?|c\d+)\[([\d,]*)\](\{[^}]*\})?")
+_LINE = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)$")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_NAME = re.compile(r"%([\w.\-]+)")
+_MOVES_NOTHING = frozenset(("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier"))
+_MOVES_NOTHING |= {"partition-id", "replica-id", "copy-done", "slice-done", "async-done", "async-update", "send-done"}
+_MOVES_NOTHING |= {"recv-done", "all-gather-done", "all-reduce-done", "collective-permute-done"}
+_SLICES = frozenset(("dynamic-slice", "slice", "gather"))
+_SEE_THROUGH = frozenset(("bitcast", "reshape", "copy", "convert", "transpose"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One instruction.
+
+    Attributes:
+        sizes: bytes of the arrays of its result that lie in the device's memory, 0 for those that do not.
+        text: what follows its operands.
+    """
+
+    name: str
+    opcode: str
+    sizes: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    operands: tuple[str, ...]
+    text: str
+    root: bool
+
+    @property
+    def size(self) -> int:
+        return sum(self.sizes)
+
+    def called(self, attribute: str) -> str | None:
+        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
+        return found[1] if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Computations by name, in the order of their schedule."""
+
+    computations: dict[str, dict[str, Instruction]]
+    entry: str
+
+    def loops(self, computation: str | None = None) -> Iterator[tuple[Instruction, int]]:
+        """(loop, how often its body runs) of a computation; of the entry if None."""
+        for instruction in self.computations[computation or self.entry].values():
+            if instruction.opcode == "while":
+                yield instruction, self.trip_count(instruction)
+
+    def trip_count(self, loop: Instruction) -> int:
+        """How often the body of a loop runs; 1 where the program does not say."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
+            return int(known[1])
+        condition = self.computations.get(loop.called("condition") or "", {})
+        root = next((x for x in condition.values() if x.root), None)
+        for name in root.operands if root is not None and "direction=LT" in root.text else ():
+            constant = condition.get(name)
+            if constant is not None and constant.opcode == "constant" and (found := re.match(r"(\d+)\)", constant.text)):
+                return int(found[1])
+        return 1
+
+    def traffic(self, computation: str | None = None, *, trips: bool = True) -> int:
+        """Bytes that the computation (the entry if None) reads and writes; `trips` false counts the bodies of loops once."""
+        scope = self.computations[computation or self.entry]
+        total = 0
+        for instruction in scope.values():
+            if instruction.opcode == "while":
+                body = self.traffic(instruction.called("body"), trips=trips)
+                total += body * (self.trip_count(instruction) if trips else 1)
+            elif instruction.opcode == "conditional":
+                branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.text)
+                names = _NAME.findall(branches[1]) if branches else []
+                total += max((self.traffic(name, trips=trips) for name in names if name in self.computations), default=0)
+            elif instruction.opcode in ("call", "async-start") and (
+                called := instruction.called("to_apply") or instruction.called("calls")
+            ):
+                total += self.traffic(called, trips=trips)
+            else:
+                total += sum(self.reads(scope, instruction)) + self.writes(instruction)
+        return total
+
+    def reads(self, scope: dict[str, Instruction], instruction: Instruction) -> list[int]:
+        """Bytes that an instruction reads of each operand."""
+        sizes = [scope[name].size if name in scope else 0 for name in instruction.operands]
+        match instruction.opcode:
+            case opcode if opcode in _MOVES_NOTHING or opcode == "while":
+                return [0] * len(sizes)
+            case "dynamic-slice" | "slice" | "gather" | "slice-start":
+                in_memory = bool(sizes and sizes[0])
+                return [min(sizes[0], max(self._whole(instruction))) if in_memory else 0, *[0] * (len(sizes) - 1)]
+            case "dynamic-update-slice":
+                return [0, *sizes[1:]]
+            case "fusion":
+                body = self.computations.get(instruction.called("calls") or "", {})
+                return [min(size, self._read_of_parameter(body, i, size)) for i, size in enumerate(sizes)]
+            case _:
+                return sizes
+
+    def writes(self, instruction: Instruction) -> int:
+        """Bytes that an instruction writes."""
+        match instruction.opcode:
+            case opcode if opcode in _MOVES_NOTHING or opcode == "while":
+                return 0
+            case "copy-start" | "slice-start":  # (destination, source, context)
+                return instruction.sizes[0]
+            case "fusion":
+                body = self.computations.get(instruction.called("calls") or "", {})
+                root = next((x for x in body.values() if x.root), None)
+                if root is None:
+                    return instruction.size
+                roots = [body.get(name, root) for name in root.operands] if root.opcode == "tuple" else [root]
+                return sum(min(size, _updated(body, one, size)) for size, one in zip(instruction.sizes, roots, strict=False))
+            case _:
+                return instruction.size
+
+    @staticmethod
+    def _whole(instruction: Instruction) -> list[int]:
+        return [_bytes(*array) for array in zip(instruction.dtypes, instruction.shapes, strict=True)] or [0]
+
+    def _read_of_parameter(self, body: dict[str, Instruction], index: int, size: int) -> int:
+        """Bytes that a fusion reads of its operand: slices where nothing else is made of it."""
+        parameter = next((x for x in body.values() if x.opcode == "parameter" and x.text.startswith(f"{index})")), None)
+        if parameter is None or size == 0:
+            return size
+        total, waiting = 0, [parameter.name]
+        while waiting:
+            name = waiting.pop()
+            for user in body.values():
+                if name not in user.operands:
+                    continue
+                if user.opcode in _SLICES and user.operands[0] == name:
+                    total += max(self._whole(user))
+                elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+                    continue
+                elif user.opcode in _SEE_THROUGH and not user.root:
+                    waiting.append(user.name)
+                else:
+                    return size
+        return total
+
+
+def _updated(body: dict[str, Instruction], root: Instruction, size: int) -> int:
+    """Bytes that a root writes: a slice where it updates one in place."""
+    while root.opcode in _SEE_THROUGH and root.operands and root.operands[0] in body:
+        root = body[root.operands[0]]
+    if root.opcode == "dynamic-update-slice" and root.operands[1] in body:
+        update = body[root.operands[1]]
+        return sum(_bytes(*array) for array in zip(update.dtypes, update.shapes, strict=True))
+    return size
+
+
+def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    bits = _BITS.get(dtype)
+    bits = int(re.findall(r"\d+", dtype)[0]) if bits is None else bits
+    return math.ceil(bits * math.prod(shape) / 8)
+
+
+def parse_program(text: str) -> Program:
+    """The program that `compiled.as_text()` shows.
+
+    Raises:
+        ValueError: there is no entry.
+    """
+    computations: dict[str, dict[str, Instruction]] = {}
+    current: dict[str, Instruction] | None = None
+    entry = None
+    for line in text.splitlines():
+        if current is None:
+            if head := _HEAD.match(line):
+                current = computations.setdefault(head[2], {})
+                entry = head[2] if head[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif found := _LINE.match(line):
+            root, name, result, opcode, rest = found.groups()
+            arrays = list(_arrays(result))
+            inside, after = _split_operands(rest)
+            current[name] = Instruction(
+                name=name,
+                opcode=opcode,
+                sizes=tuple(_bytes(dtype, shape) if near else 0 for dtype, shape, near in arrays),
+                dtypes=tuple(dtype for dtype, _, _ in arrays),
+                shapes=tuple(shape for _, shape, _ in arrays),
+                operands=tuple(_NAME.findall(inside)) if opcode not in ("parameter", "constant") else (),
+                text=rest if opcode in ("parameter", "constant") else after,
+                root=root is not None,
+            )
+    if entry is None:
+        raise ValueError("expected the text of a compiled program, found no entry")
+    return Program(computations, entry)
+
+
+def _arrays(result: str) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+    """(type, shape, whether it lies in the device's memory) of each array of a result."""
+    for found in _SHAPE.finditer(result):
+        shape = tuple(map(int, found[2].split(","))) if found[2] else ()
+        yield found[1], shape, re.search(r"S\(\d+\)", found[3] or "") is None
+
+
+def _split_operands(rest: str) -> tuple[str, str]:
+    depth = 1
+    for index, character in enumerate(rest):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return rest[:index], rest[index + 1 :]
+    return rest, ""

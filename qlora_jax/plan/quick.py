@@ -1,0 +1,211 @@
+"""A plan in seconds, by arithmetic: exact where shapes say it, and a few measured factors where only a compiler knows.
+
+    arguments    weights, adapter, optimizer: exactly, from `jax.eval_shape` and the shardings of the job
+    residuals    what each layer keeps for the backward pass, by its remat, times the layers: from shapes
+    gradients    of the adapter, float32; once more where micro-batches add up
+    working      what lives beside these at the worst moment
+
+The worst moment is one of two: the loss, with a chunk of logits and before the gradients, or a layer's backward pass, with
+its recomputed activations and with the gradients. Either's working memory is a sum of sizes that shapes give (`features`),
+each times a factor (`FACTORS`) that scripts/measure_plan.py fits to compiled plans; it prints them with the error left.
+
+    quick peak = arguments + residuals + max(loss, gradients + layer)
+
+Only the factors are empirical; they belong to the train step as it is, and are measured anew when it changes.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from qlora_jax.models import DecoderConfig
+from qlora_jax.plan.recipe import Recipe, abstract_step, tree_bytes
+from qlora_jax.quant import QuantizedTensor
+from qlora_jax.train.loss import CHUNK
+
+ERROR = 0.05  # the relative error of the peak that scripts/measure_plan.py holds it to
+# Bytes of working memory for each byte of a feature, by platform and moment; scripts/measure_plan.py prints this table.
+FACTORS: dict[str, dict[str, dict[str, float]]] = {
+    "cuda": {
+        "loss": {"logits": 2.063, "chunk": 0.568, "hidden": 4.888, "adapter": 0.0, "tables": 1.211},
+        "layer": {
+            "inner": 5.242,
+            "hidden": 0,
+            "heads": 8.766,
+            "matrix": 0,
+            "adapter": 0.447,
+            "mask": 0.455,
+            "tables": 0.454,
+        },
+    },
+    "tpu": {
+        "loss": {"logits": 2.063, "chunk": 0.568, "hidden": 4.888, "adapter": 0.5, "tables": 1.211},
+        "layer": {
+            "inner": 5.242,
+            "hidden": 1.0,
+            "heads": 8.766,
+            "matrix": 1.0,
+            "adapter": 0.5,
+            "mask": 0.0,
+            "tables": 0.454,
+        },
+    },
+    "cpu": {
+        "loss": {"logits": 3.0, "chunk": 0.5, "hidden": 2.0, "adapter": 0.5, "tables": 1.0},
+        "layer": {"inner": 8.0, "hidden": 8.0, "heads": 4.0, "matrix": 2.0, "adapter": 1.0, "mask": 4.0, "tables": 1.0},
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class QuickPlan:
+    """One training step on each device, in bytes.
+
+    Attributes:
+        host_residuals: what remat "offload" keeps in host memory.
+    """
+
+    packed_weights: int
+    dense_weights: int
+    adapter: int
+    optimizer: int
+    host_optimizer: int
+    batch: int
+    residuals: int
+    host_residuals: int
+    gradients: int
+    working: int
+
+    @property
+    def exact(self) -> int:
+        """What takes no factor."""
+        return self.peak - self.working
+
+    @property
+    def settled(self) -> int:
+        """What is the same at every moment of the step."""
+        return self.peak - self.working - self.gradients
+
+    @property
+    def peak(self) -> int:
+        return (
+            self.packed_weights
+            + self.dense_weights
+            + self.adapter
+            + self.optimizer
+            + self.batch
+            + self.residuals
+            + self.gradients
+            + self.working
+        )
+
+    @property
+    def host_peak(self) -> int:
+        return self.host_optimizer + self.host_residuals
+
+
+def quick_plan(recipe: Recipe, platform: str, devices: int = 1) -> QuickPlan:
+    """The plan of a recipe on so many devices of a platform ("cuda", "tpu" or "cpu").
+
+    Raises:
+        ValueError: LoRA targets that match nothing.
+    """
+    step = abstract_step(recipe, platform, devices)
+    packed, dense = _spread_bytes(step.frozen, devices)
+    adapter, optimizer = tree_bytes(step.state.adapter), tree_bytes(step.state.opt_state)
+    kept, kept_by_host = residual_bytes(recipe)
+    gradients, working = worst_moment(features(recipe, platform, devices, adapter), FACTORS[platform], recipe.micro_batches)
+    return QuickPlan(
+        packed_weights=packed,
+        dense_weights=dense,
+        adapter=adapter,
+        optimizer=0 if recipe.host_optimizer else optimizer,
+        host_optimizer=optimizer if recipe.host_optimizer else 0,
+        batch=tree_bytes(step.batch) // devices,
+        residuals=kept,
+        host_residuals=kept_by_host,
+        gradients=gradients,
+        working=working,
+    )
+
+
+def worst_moment(sizes: dict[str, int], factors: dict[str, dict[str, float]], micro_batches: int) -> tuple[int, int]:
+    """(bytes of gradients, of working memory) at the moment that takes more."""
+    added_up = sizes["adapter"] if micro_batches > 1 else 0
+    loss, layer = (sum(factor * sizes[name] for name, factor in factors[moment].items()) for moment in ("loss", "layer"))
+    if loss > sizes["adapter"] + layer:
+        return added_up, int(loss)
+    return added_up + sizes["adapter"], int(layer)
+
+
+def residual_bytes(recipe: Recipe) -> tuple[int, int]:
+    """(device, host) bytes that the layers keep for the backward pass of one micro-batch, on each device.
+
+    full      the input of each layer
+    offload   the same, in host memory
+    dots      also the results of all products, adapters' inner ones among them, and the attention's
+    none      beside those of "dots" what stands between them: norms, rotated queries and keys, activations
+    """
+    size, tokens = 2 if recipe.dtype == "bfloat16" else 4, recipe.tokens
+    layers, hidden, inner, heads, kv = _sizes(recipe)
+    stream = layers * tokens * hidden * size
+    if recipe.remat == "full":
+        return stream, 0
+    if recipe.remat == "offload":
+        return 0, stream
+    # q, k, v, the attention's output twice (out and o), gate and up; down ends the layer, and nothing needs it again
+    products = tokens * (2 * heads + 2 * kv + hidden + 2 * inner) * size
+    lora = tokens * 7 * recipe.lora.rank * size
+    kept = stream + layers * (products + lora)
+    if recipe.remat == "dots":
+        return kept, 0
+    between = tokens * (3 * hidden + heads + kv + 2 * inner) * size
+    return kept + layers * between, 0
+
+
+def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[str, int]:
+    """Sizes, in bytes on each device, that working memory is made of: a layer's activations, a matrix, a chunk of logits."""
+    config, size, tokens = recipe.config, 2 if recipe.dtype == "bfloat16" else 4, recipe.tokens
+    _, hidden, inner, heads, kv = _sizes(recipe)
+    decoder = isinstance(config, DecoderConfig)
+    attention = config.num_attention_heads if decoder else config.num_heads
+    # cuDNN takes a mask as a bias, one for all heads; XLA's attention stores the scores of all of them.
+    fused = platform != "cpu" and decoder and config.score_cap is None and recipe.dtype == "bfloat16"
+    masked = recipe.packed and platform == "cuda"
+    scores = (1 if masked else 0) if fused else 2 * attention
+    tables = 2 if decoder and not config.tie_word_embeddings else 1
+    logits = min(CHUNK, tokens) * config.vocab_size * 4
+    return {
+        "inner": tokens * inner * size,
+        "hidden": tokens * hidden * size,
+        "heads": tokens * (heads + 2 * kv) * size,
+        "matrix": hidden * inner * size,
+        "logits": logits,
+        "chunk": logits if tokens <= CHUNK else 0,  # a single chunk is no loop, whose buffers are fewer
+        "tables": tables * config.vocab_size * hidden * size if devices > 1 else 0,  # gathered
+        "adapter": adapter,
+        "mask": recipe.sequences * scores * recipe.length**2 * 2,
+    }
+
+
+def _sizes(recipe: Recipe) -> tuple[int, int, int, int, int]:
+    """(layers, features, those of the feed-forward, of all query heads, of all key heads)."""
+    config = recipe.config
+    if isinstance(config, DecoderConfig):
+        heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        return config.num_hidden_layers, config.hidden_size, config.intermediate_size, heads, kv
+    heads = config.num_heads * config.head_dim
+    return config.num_layers + config.num_decoder_layers, config.hidden_size, config.intermediate_size, heads, heads
+
+
+def _spread_bytes(frozen: Any, devices: int) -> tuple[int, int]:
+    """(bytes of quantised matrices, bytes of the rest) on each of so many devices, as `nn.frozen_sharding` spreads them."""
+    packed = dense = 0
+    for leaf in jax.tree.leaves(frozen, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor)):
+        quantized = isinstance(leaf, QuantizedTensor)
+        for part in jax.tree.leaves(leaf):
+            splits = len(part.shape) > 1 and part.shape[-1] % devices == 0
+            size = part.size * part.dtype.itemsize // (devices if splits else 1)
+            packed, dense = (packed + size, dense) if quantized else (packed, dense + size)
+    return packed, dense

@@ -1,0 +1,119 @@
+"""Plans for people: a table in GiB, plain values for JSON, and a stacked bar of memory against the device's limit."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from qlora_jax.plan.devices import Machine
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What one program takes, in bytes on each device.
+
+    Attributes:
+        title: what was planned.
+        device, host: (what it is for, bytes), each part once, in the order of a bar.
+        total: of the device, as the compiler has it: what the parts sum up to.
+        notes: further parts, of the ones above, as (of which, what, bytes).
+        flops, traffic: operations and bytes of device memory of one run; None where nobody counted.
+        seconds: of compiling or of estimating.
+        figures: further values for JSON.
+    """
+
+    title: str
+    machine: Machine
+    device: tuple[tuple[str, int], ...]
+    host: tuple[tuple[str, int], ...]
+    total: int
+    flops: float | None
+    traffic: int | None
+    seconds: float
+    method: str
+    notes: tuple[tuple[str, str, int], ...] = ()
+    figures: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.machine.device.memory_bytes
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """Seconds below which one run cannot take, by what bounds it."""
+        kind = self.machine.device
+        found = {} if self.flops is None else {"compute": self.flops / kind.flops}
+        return found if self.traffic is None else {**found, "memory": self.traffic / kind.bandwidth}
+
+
+def table(report: Report) -> str:
+    """The report in GiB, a line a part."""
+    memory = report.machine.device.memory_bytes
+    each = " each" if report.machine.count > 1 else ""
+    lines = [f"{report.title} on {report.machine.description} ({memory / GIB:.2f} GiB{each}), GiB{each}:"]
+    for name, size in report.device:
+        lines.append(f"  {name:36s}{size / GIB:10.3f}")
+        lines += [f"    of it {what:30s}{part / GIB:10.3f}" for of, what, part in report.notes if of == name]
+    verdict = "fits" if report.fits else "does not fit"
+    lines.append(f"  {'total':36s}{report.total / GIB:10.3f}   {verdict}: {report.total / memory:.1%} of the device")
+    lines += [f"  {f'host: {name}':36s}{size / GIB:10.3f}" for name, size in report.host if size]
+    if report.flops is not None:
+        lines.append(f"  {report.flops / 1e12:.2f} TFLOP of products at {report.machine.device.flops / 1e12:.0f} TFLOP/s")
+    if report.traffic is not None:
+        bandwidth = report.machine.device.bandwidth / 1e9
+        lines.append(f"  {report.traffic / 1e9:.2f} GB of memory traffic at {bandwidth:.0f} GB/s")
+    if report.floors:
+        name, floor = max(report.floors.items(), key=lambda item: item[1])
+        lines.append(f"  takes at least {floor * 1e3:.2f} ms, by {name}")
+    return "\n".join([*lines, f"  {report.method}, {report.seconds:.1f} s"])
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The report as plain values."""
+    device = report.machine.device
+    return {
+        "method": report.method,
+        "title": report.title,
+        "device": report.machine.description,
+        "device_name": report.machine.name,
+        "devices": report.machine.count,
+        "memory_bytes": device.memory_bytes,
+        "device_bytes": dict(report.device),
+        "host_bytes": dict(report.host),
+        "of_which": {f"{of}: {what}": size for of, what, size in report.notes},
+        "peak": report.total,
+        "host_peak": sum(size for _, size in report.host),
+        "fits": report.fits,
+        "flops": report.flops,
+        "traffic_bytes": report.traffic,
+        "floor_seconds": report.floors,
+        "seconds": report.seconds,
+        **report.figures,
+    }
+
+
+def draw(reports: list[Report], path: Path) -> None:
+    """A bar a report, stacked from its parts, against the device's memory."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.5 + 2.5 * len(reports), 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    names = list(dict.fromkeys(name for report in reports for name, _ in report.device))
+    bottoms = [0.0] * len(reports)
+    for index, name in enumerate(names):
+        heights = [dict(report.device).get(name, 0) / GIB for report in reports]
+        axes.bar(range(len(reports)), heights, 0.6, bottom=bottoms, label=name, color=f"C{index}")
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    for place, report in enumerate(reports):
+        limit = report.machine.device.memory_bytes / GIB
+        axes.hlines(limit, place - 0.4, place + 0.4, colors="black", linestyles="dashed")
+        axes.annotate(f"{report.total / GIB:.2f} GiB", (place, bottoms[place]), ha="center", va="bottom")
+    axes.hlines([], 0, 0, colors="black", linestyles="dashed", label="memory of the device")
+    axes.set_xticks(range(len(reports)), [f"{report.title}\n{report.machine.description}" for report in reports])
+    axes.set_ylabel("GiB on each device")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
+    axes.margins(x=0.2)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,85 @@
+"""The compilers of described devices: a mesh of devices that are not there, for programs to be compiled for.
+
+A description (`plan.devices`) gives a topology, the topology a mesh of devices that cannot run anything, and shardings over
+that mesh make a program compile for them. Both compilers are in pip packages, and run on a machine without an accelerator.
+"""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from qlora_jax.nn.parallel import AXIS
+from qlora_jax.plan.devices import Machine, Platform
+
+# What has to be importable for a platform's compiler to be there, and how to install it.
+_COMPILERS: dict[Platform, tuple[tuple[str, ...], str]] = {
+    "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), 'pip install "qlora-jax[cuda]"'),
+    "tpu": (("libtpu",), 'pip install "qlora-jax[tpu]"'),
+}
+
+
+class CompilerMissing(RuntimeError):
+    """The compiler of a device is not installed here; the message says how to install it."""
+
+
+class CompilerRefuses(RuntimeError):
+    """The compiler that is installed does not know the device, or not this program for it."""
+
+
+def check_compiler(machine: Machine) -> None:
+    """Raises `CompilerMissing` where the compiler of a machine's devices is not installed."""
+    modules, install = _COMPILERS[machine.device.platform]
+    if not any(importlib.util.find_spec(module) for module in modules):
+        raise CompilerMissing(
+            f"compiling for {machine.device.description} needs JAX's {machine.device.platform.upper()} plugin, which is not "
+            f"installed: {install}"
+        )
+
+
+def machine_mesh(machine: Machine) -> Mesh:
+    """A mesh of the machine's devices, which need not be attached.
+
+    Where no device of that kind is attached, the process has to run with `JAX_PLATFORMS=cpu`: JAX would look for a driver as
+    it loads the compiler's plugin, and drop the plugin for want of one.
+
+    Raises:
+        CompilerMissing: the device's compiler is not installed, or was dropped.
+        CompilerRefuses: the compiler does not know the device or the topology.
+    """
+    check_compiler(machine)
+    device = machine.device
+    options: dict[str, Any] = {}
+    if device.target_config is not None:
+        options = {"target_config": device.target_config, "topology": f"1x1x{machine.count}"}
+    else:
+        if device.name == "v4":  # the two cores of a chip as one device, which v5p is by itself
+            options["chip_config_name"] = "megacore"
+        if machine.count < 4 or any(side % 2 for side in machine.shape[:2]):  # hosts of four chips do not divide it
+            options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        topology = topologies.get_topology_desc(machine.topology, device.platform, **options)
+    except NotImplementedError as error:
+        raise CompilerMissing(
+            f"JAX did not load the {device.platform.upper()} plugin in this process ({error}); without a "
+            "device it does so only where the environment variable JAX_PLATFORMS is cpu from the start"
+        ) from error
+    except jax.errors.JaxRuntimeError as error:
+        raise CompilerRefuses(f"{machine.name}: the compiler does not know this topology: {_first_line(error)}") from error
+    return Mesh(np.asarray(topology.devices[: machine.count]), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+@contextlib.contextmanager
+def context(mesh: Mesh) -> Iterator[None]:
+    """What training runs in: JAX's context of several devices, and none for one."""
+    with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
+        yield
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

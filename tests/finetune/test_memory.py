@@ -1,0 +1,88 @@
+"""A run that cannot fit is refused with what would make it fit; options become the recipe that the job runs."""
+
+import dataclasses
+
+import pytest
+
+from qlora_jax.finetune import (
+    DataOptions,
+    LoRAOptions,
+    ModelOptions,
+    ObjectiveOptions,
+    OptimizerOptions,
+    Options,
+    RunOptions,
+)
+from qlora_jax.finetune.folder import record_of
+from qlora_jax.finetune.memory import check_against, memory_limit, recipe_of
+from qlora_jax.models.llama import llama_config
+from qlora_jax.plan import SIZES, quick_plan
+
+LLAMA = llama_config(SIZES["llama-3-8b"])
+GIB = 2**30
+
+
+def test_options_are_the_recipe() -> None:
+    options = Options(
+        model=ModelOptions(data_type="fp4", remat="offload"),
+        lora=LoRAOptions(rank=8, special_tokens=("<a>", "<b>")),
+        data=DataOptions(max_length=513, group_by_length=True),
+        optimizer=OptimizerOptions(optimizer="adamw8bit", host_offload=True, max_grad_norm=0.0),
+        run=RunOptions(batch_size=3, accumulation_steps=5),
+    )
+    recipe = recipe_of(options, LLAMA, "gpu")
+    assert (recipe.dtype, recipe.remat, recipe.length, recipe.packed) == ("bfloat16", "offload", 512, False)
+    assert (recipe.batch_size, recipe.micro_batches) == (3, 5)
+    assert (recipe.optimizer, recipe.host_optimizer, recipe.max_grad_norm) == ("adamw8bit", True, None)
+    assert recipe.quantization is not None
+    assert recipe.quantization.data_type == "fp4"
+    assert recipe.config.vocab_size == 128258
+    assert recipe.lora.trainable_token_indices == (128256, 128257)
+    on_cpu = recipe_of(Options(), LLAMA, "cpu")
+    assert (on_cpu.dtype, on_cpu.remat, on_cpu.length, on_cpu.packed) == ("float32", "dots", 512, True)
+    pairs = recipe_of(Options(objective=ObjectiveOptions(objective="dpo")), LLAMA, "gpu")
+    assert (pairs.objective, pairs.packed, pairs.reference) == ("dpo", False, False)
+
+
+def test_a_run_that_fits_goes_on() -> None:
+    said: list[str] = []
+    recipe = recipe_of(Options(), LLAMA, "gpu")
+    check_against(recipe, "gpu", 1, 80 * GIB, said.append)
+    assert said == []
+    check_against(recipe, "gpu", 1, quick_plan(recipe, "cuda").peak, said.append)
+    assert "tight" in said[0]
+
+
+def test_what_is_proposed_fits() -> None:
+    options = Options(data=DataOptions(max_length=2048), run=RunOptions(batch_size=16))
+    recipe = recipe_of(options, LLAMA, "gpu")
+    with pytest.raises(ValueError, match=r"the run needs about .* each device has 12.00 GiB: this would fit: --") as refused:
+        check_against(recipe, "gpu", 1, 12 * GIB, print)
+    words = str(refused.value).split("this would fit: ")[1].split(" (")[0].split()
+    changes = dict(zip(words[::2], words[1::2], strict=False)) if "--host-offload" not in words else None
+    smaller = dataclasses.replace(recipe, remat="offload", host_optimizer=True, batch_size=1, micro_batches=16)
+    assert quick_plan(smaller, "cuda").peak < 12 * GIB
+    assert changes is None or changes.keys() <= {"--remat", "--batch-size", "--accumulation-steps", "--optimizer"}
+
+
+def test_what_can_never_fit_says_so() -> None:
+    recipe = recipe_of(Options(), llama_config(SIZES["llama-65b"]), "gpu")
+    with pytest.raises(ValueError, match="nothing that the options can do would fit"):
+        check_against(recipe, "gpu", 1, 8 * GIB, print)
+
+
+def test_on_a_cpu_only_what_is_known_counts() -> None:
+    recipe = recipe_of(Options(), LLAMA, "cpu")
+    plan = quick_plan(recipe, "cpu")
+    check_against(recipe, "cpu", 1, plan.exact, print)  # the estimated part may be wrong there
+    with pytest.raises(ValueError, match=r"needs at least .* this machine has"):
+        check_against(recipe, "cpu", 1, plan.exact - GIB, print)
+
+
+def test_the_limit_of_this_machine_is_known() -> None:
+    limit = memory_limit()
+    assert limit is None or limit > GIB / 8
+
+
+def test_the_check_is_no_part_of_what_a_run_is() -> None:
+    assert record_of(Options()) == record_of(Options(run=RunOptions(memory_check=False)))

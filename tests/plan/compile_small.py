@@ -1,0 +1,98 @@
+"""Small programs through the real compilers, in a process of its own: JSON of what they take, for test_compilers.py."""
+
+import dataclasses
+import json
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qlora_jax.models.llama import llama_config
+from qlora_jax.nn import LoRA
+from qlora_jax.plan import DEVICES, Recipe, compile_decode_step, compile_train_step, machine_mesh, machine_named
+from qlora_jax.plan.compile import compile_program
+from qlora_jax.plan.fit import largest_that_fits
+from qlora_jax.plan.hlo import parse_program
+
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+RECIPE = Recipe(llama_config(TINY), lora=LoRA(8), length=128, packed=False)
+
+
+def one_product(machine):
+    x = jax.ShapeDtypeStruct((128, 128), jnp.bfloat16, sharding=NamedSharding(machine_mesh(machine), P()))
+    return compile_program(jax.jit(lambda x: jax.nn.silu(x @ x)), (x,), machine)
+
+
+def of(plan):
+    program = plan.program
+    values = dataclasses.asdict(dataclasses.replace(plan, program=dataclasses.replace(program, text="")))
+    del values["machine"]
+    loops = [trips for _, trips in parse_program(program.text).loops()]
+    return {**values, "peak": program.peak, "loops": loops, "dense_matrices": dense_matrices(program.text)}
+
+
+def dense_matrices(text):
+    """How many dense copies of layers' matrices live at most at once in a loop, in the order of its schedule: what a
+    fusion makes of packed bytes, from there to where it is read last."""
+    sizes = {a * b for a, b in ((256, 256), (256, 128), (256, 512))}
+    program, most = parse_program(text), 0
+    for loop, _ in program.loops():
+        body = list(program.computations[loop.called("body")].values())
+        alive = []
+        for place, instruction in enumerate(body):
+            inner = program.computations.get(instruction.called("calls") or "", {}).values()
+            if any(x.opcode == "parameter" and x.dtypes == ("u8",) for x in inner):
+                arrays = zip(instruction.dtypes, instruction.shapes, strict=True)
+                copies = sum(dtype == "bf16" and math.prod(shape) in sizes for dtype, shape in arrays)
+                alive += [(place, last_use(body, instruction.name))] * copies
+        most = max([most, *(sum(start <= place < end for start, end in alive) for place in range(len(body)))])
+    return most
+
+
+def last_use(body, name):
+    names, last = {name}, 0
+    for place, instruction in enumerate(body):
+        if names & set(instruction.operands):
+            last = place
+            if instruction.opcode in ("bitcast", "get-tuple-element"):
+                names.add(instruction.name)
+    return last
+
+
+def main(platform):
+    result = {}
+    kinds = [name for name, device in DEVICES.items() if device.platform == platform]
+    result["products"] = {name: one_product(machine_named(name)).flops for name in kinds}  # of all of them, or an error
+    if platform == "cuda":
+        host = dataclasses.replace(RECIPE, host_optimizer=True)
+        result["train"] = of(compile_train_step(host, machine_named("h100")))
+        result["four"] = of(compile_train_step(RECIPE, machine_named("h100x4")))
+        result["decode"] = of(compile_decode_step(RECIPE, machine_named("h100"), capacity=256))
+        asked = []
+
+        def peak(rows):
+            asked.append(rows)
+            recipe = dataclasses.replace(RECIPE, batch_size=rows)
+            return compile_decode_step(recipe, machine_named("h100"), capacity=256).program.peak
+
+        limit = result["decode"]["peak"] + 40 * result["decode"]["cache"]
+        result["fit"] = {"found": largest_that_fits(peak, limit, start=8), "asked": asked, "limit": limit}
+    else:
+        result["train"] = of(compile_train_step(RECIPE, machine_named("v5e")))
+        result["decode"] = of(compile_decode_step(RECIPE, machine_named("v6e"), capacity=128))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,95 @@
+"""The real compilers of GPU and TPU, where they are installed, on a small model; one process each."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = Path(__file__).parent / "compile_small.py"
+ROOT = Path(__file__).parents[2]
+GPUS = ("h100", "h200", "b200", "a100-80", "a100-40", "l4", "rtx4090", "rtx3090")
+SLACK = 2**16  # the batch, counters, and the alignment of each argument
+
+
+def compiled(platform: str, modules: tuple[str, ...], extra: str) -> Any:
+    if not any(importlib.util.find_spec(name) for name in modules):
+        pytest.skip(f'compiling for {platform} needs its plugin: pip install "qlora-jax[{extra}]"')
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), platform],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ
+        | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def cuda() -> Any:
+    return compiled("cuda", ("jax_cuda13_plugin", "jax_cuda12_plugin"), "cuda")
+
+
+@pytest.fixture(scope="module")
+def tpu() -> Any:
+    return compiled("tpu", ("libtpu",), "tpu")
+
+
+def check_arguments(plan: dict[str, Any]) -> None:
+    program = plan["program"]
+    arguments = plan["packed_weights"] + plan["dense_weights"] + plan["adapter"] + plan["optimizer"]
+    assert 0 <= program["arguments"] - arguments <= SLACK
+    assert program["aliased"] >= plan["adapter"] + plan["optimizer"]  # the old state is donated
+    assert plan["peak"] == program["arguments"] + program["temporaries"] + program["outputs"] - program["aliased"]
+    assert 3 in plan["loops"]  # over the layers
+
+
+def test_a_step_for_gpu(cuda: Any) -> None:
+    plan = cuda["train"]
+    check_arguments(plan)
+    assert plan["optimizer"] == 0
+    assert plan["host_optimizer"] == 2 * plan["adapter"] + 8  # two moments, counters of rule and schedule
+    assert abs(plan["program"]["host_arguments"] - plan["host_optimizer"]) <= SLACK
+    assert cuda["products"] == dict.fromkeys(GPUS, 2 * 128**3)
+
+
+def test_four_devices_share_the_frozen_weights(cuda: Any) -> None:
+    one, four = cuda["train"], cuda["four"]
+    check_arguments(four)
+    assert four["adapter"] == one["adapter"]
+    assert four["packed_weights"] == pytest.approx(one["packed_weights"] / 4, rel=0.01)
+    assert four["program"]["flops"] == pytest.approx(one["program"]["flops"], rel=0.01)  # of each device
+
+
+def test_a_decode_step_reads_the_weights_and_the_cache(cuda: Any) -> None:
+    plan = cuda["decode"]
+    assert plan["cache"] == 2 * 3 * 256 * 2 * 64 * 2 + 256 + 4
+    assert plan["program"]["aliased"] >= plan["cache"] - 260  # keys and values are donated
+    least = plan["packed_weights"] + plan["dense_weights"] / 2 + plan["adapter"]  # of the token table one row is read
+    assert least < plan["program"]["traffic"] < 16 * least
+
+
+def test_the_fit_is_the_largest(cuda: Any) -> None:
+    fit = cuda["fit"]
+    (rows, peak), limit = fit["found"], fit["limit"]
+    assert peak <= limit
+    assert rows + 1 in fit["asked"]  # and it did not fit
+    assert len(fit["asked"]) <= 8
+
+
+def test_a_step_for_tpu(tpu: Any) -> None:
+    check_arguments(tpu["train"])
+    assert tpu["products"] == dict.fromkeys(("v4", "v5e", "v5p", "v6e"), 2 * 128**3)
+    assert tpu["decode"]["program"]["traffic"] > 0
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_few_dense_copies_of_matrices_live_at_once(platform: str, request: pytest.FixtureRequest) -> None:
+    plan = request.getfixturevalue(platform)["train"]
+    assert plan["dense_matrices"] <= 1

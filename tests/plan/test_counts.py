@@ -1,0 +1,111 @@
+"""Operations of traced programs and bytes of compiled ones, against counts by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from qlora_jax.models.llama import llama_config
+from qlora_jax.nn import LoRA
+from qlora_jax.plan import Recipe
+from qlora_jax.plan.flops import count_flops
+from qlora_jax.plan.hlo import parse_program
+from qlora_jax.plan.recipe import abstract_step
+from qlora_jax.train.step import train_step
+
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def test_products_count_as_often_as_a_scan_runs() -> None:
+    def loop(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=5)[0]
+
+    shapes = (jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((16, 16), jnp.float32))
+    assert count_flops(jax.jit(loop).trace(*shapes).jaxpr) == 5 * 2 * 8 * 16 * 16
+    back = jax.jit(jax.grad(lambda x, w: loop(x, w).sum(), argnums=(0, 1))).trace(*shapes)
+    assert count_flops(back.jaxpr) == 3 * 5 * 2 * 8 * 16 * 16
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_training_step_is_counted_as_by_hand(micro_batches: int) -> None:
+    """Full remat: a layer's products run forward twice and back once, but for the last product of the second forward."""
+    rank, tokens, length = 8, 2 * 64, 64
+    recipe = Recipe(
+        llama_config(TINY), lora=LoRA(rank), batch_size=2, length=length, packed=False, micro_batches=micro_batches
+    )
+    step = abstract_step(recipe, "cpu")
+    traced = jax.jit(
+        lambda state, frozen, batch: train_step(step.graphdef, step.tx, step.loss, state, frozen, batch, unit=step.unit)
+    ).trace(step.state, step.frozen, step.batch)
+    shapes = [(256, 256), (256, 128), (256, 128), (256, 256), (256, 512), (256, 512), (512, 256)]
+    linear = sum(a * b for a, b in shapes)
+    lora = sum(rank * (a + b) for a, b in shapes)
+    attention = 4 * 64 * 64 * 64 * 2  # heads, queries, keys, features of a head, rows
+    layer = tokens * (3 * linear - 512 * 256)  # forward, again without the last, back to the inputs
+    layer += tokens * (4 * lora - 256 * rank)  # back to inputs and to A and B
+    layer += attention * (2 + 2 + 5 - 1)  # the product with the values is not made again, its result is not needed
+    head = 2 * tokens * 512 * 256  # the logits, and back to the hidden states
+    label = 2 * tokens * 256 / 2  # the logit of the target once more, by itself
+    counted = count_flops(traced.jaxpr)
+    by_hand = 2.0 * micro_batches * (3 * layer + head + label)
+    assert counted == pytest.approx(by_hand, rel=0.03)
+
+
+PROGRAM = """HloModule jit_f, is_scheduled=true
+
+%fused_slice (param_0: f32[8,16,16], param_1: s32[]) -> f32[1,16,16] {
+  %param_0 = f32[8,16,16]{2,1,0} parameter(0)
+  %param_1 = s32[] parameter(1)
+  ROOT %slice = f32[1,16,16]{2,1,0} dynamic-slice(%param_0, %param_1, %param_1, %param_1), dynamic_slice_sizes={1,16,16}
+}
+
+%fused_update (param_0.1: f32[8,16,16], param_1.1: f32[1,16,16], param_2: s32[]) -> f32[8,16,16] {
+  %param_0.1 = f32[8,16,16]{2,1,0} parameter(0)
+  %param_1.1 = f32[1,16,16]{2,1,0} parameter(1)
+  %param_2 = s32[] parameter(2)
+  ROOT %update = f32[8,16,16]{2,1,0} dynamic-update-slice(%param_0.1, %param_1.1, %param_2, %param_2, %param_2)
+}
+
+%body (carry: (s32[], f32[8,16,16])) -> (s32[], f32[8,16,16]) {
+  %carry = (s32[], f32[8,16,16]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%carry), index=0
+  %all = f32[8,16,16]{2,1,0} get-tuple-element(%carry), index=1
+  %one = f32[1,16,16]{2,1,0} fusion(%all, %i), kind=kLoop, calls=%fused_slice
+  %near = f32[1,16,16]{2,1,0:T(8,128)S(1)} copy(%one)
+  %new = f32[8,16,16]{2,1,0} fusion(%all, %near, %i), kind=kLoop, calls=%fused_update
+  ROOT %next = (s32[], f32[8,16,16]{2,1,0}) tuple(%i, %new)
+}
+
+%condition (carry.1: (s32[], f32[8,16,16])) -> pred[] {
+  %carry.1 = (s32[], f32[8,16,16]{2,1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%carry.1), index=0
+  %limit = s32[] constant(8)
+  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (x: (s32[], f32[8,16,16])) -> (s32[], f32[8,16,16]) {
+  %x = (s32[], f32[8,16,16]{2,1,0}) parameter(0)
+  ROOT %while = (s32[], f32[8,16,16]{2,1,0}) while(%x), condition=%condition, body=%body
+}
+"""
+
+
+def test_bytes_of_a_loop_are_those_of_its_slices_as_often_as_it_runs() -> None:
+    program = parse_program(PROGRAM)
+    assert [trips for _, trips in program.loops()] == [8]
+    matrix, index = 16 * 16 * 4, 4
+    # The slice is read and written, read by the copy into the near memory, and written into the whole; two fusions read i.
+    assert program.traffic(trips=False) == 4 * matrix + 2 * index
+    assert program.traffic() == 8 * (4 * matrix + 2 * index)
+
+
+def test_what_is_no_program_is_an_error() -> None:
+    with pytest.raises(ValueError, match="found no entry"):
+        parse_program("HloModule nothing")

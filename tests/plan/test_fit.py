@@ -1,0 +1,68 @@
+"""The search for what fits, over made-up plans whose answers are known."""
+
+import dataclasses
+
+import pytest
+
+from qlora_jax.models.llama import llama_config
+from qlora_jax.plan import SIZES, Choice, Recipe, cheaper_first, cheapest_that_fits, largest_that_fits
+
+RECIPE = Recipe(llama_config(SIZES["smollm2-135m"]), batch_size=4, length=512, packed=False, remat="dots")
+
+
+@pytest.mark.parametrize("limit", [10, 99, 100, 101, 1000, 12345])
+@pytest.mark.parametrize("start", [1, 7, 5000])
+@pytest.mark.parametrize("bend", [0, 40])
+def test_the_largest_number_is_found_in_few_plans(limit: int, start: int, bend: int) -> None:
+    asked: list[int] = []
+
+    def peak(number: int) -> int:
+        asked.append(number)
+        return 10 + 3 * number + (bend if number > 17 else 0)  # a step, as where another part of the program is the peak
+
+    right = max((number for number in range(5000) if 10 + 3 * number + (bend if number > 17 else 0) <= limit), default=0)
+    found = largest_that_fits(peak, limit, start=start)
+    assert found == ((right, peak(right)) if right else None)
+    assert len(set(asked)) <= 16
+
+
+def test_multiples_alone_are_tried() -> None:
+    asked: list[int] = []
+
+    def peak(number: int) -> int:
+        asked.append(number)
+        return number
+
+    assert largest_that_fits(peak, 1000, start=300, step=128) == (896, 896)
+    assert all(number % 128 == 0 for number in asked)
+
+
+def test_options_that_cost_least_come_first() -> None:
+    choices = list(cheaper_first(RECIPE))
+    assert choices[0] == Choice((), RECIPE)
+    words = [" ".join(choice.words) for choice in choices]
+    assert words[1:4] == ["--remat full", "--remat offload", "--host-offload"]
+    assert any("--batch-size 2 --accumulation-steps 2" in said for said in words)
+    assert any("--optimizer adamw8bit" in said for said in words)
+    assert "8 times the devices" in words[-1]
+    rows = {choice.recipe.batch_size * choice.recipe.micro_batches for choice in choices}
+    assert rows == {4}  # the step stays the same
+
+
+def test_the_cheapest_that_fits_is_compiled_and_what_is_hopeless_is_not() -> None:
+    compiled: list[Choice] = []
+
+    def size(choice: Choice) -> int:
+        recipe = choice.recipe
+        return 100 * recipe.batch_size + (50 if recipe.remat == "dots" else 0) + (0 if recipe.host_optimizer else 30)
+
+    def peak(choice: Choice) -> int:
+        compiled.append(choice)
+        return size(choice)
+
+    found = cheapest_that_fits(cheaper_first(RECIPE), size, peak, 405)
+    assert found is not None
+    assert found[1] == 400
+    assert found[0].recipe == dataclasses.replace(RECIPE, remat="full", host_optimizer=True)
+    assert all(size(choice) <= 1.1 * 405 for choice in compiled)
+    assert cheapest_that_fits(cheaper_first(RECIPE), size, peak, 50) is None

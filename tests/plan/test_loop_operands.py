@@ -1,0 +1,72 @@
+"""No constant of the size of a matrix is carried by the loop over layers, in the step lowered for TPU.
+
+`jnp.where(bit, constant, constant)` in a differentiated scan makes JAX hoist broadcast constants out of it: 16 float arrays
+for each shape of a matrix, which live for the whole step.
+"""
+
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import Array
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import qlora_jax.quant.tensor
+from qlora_jax.models.llama import llama_config
+from qlora_jax.nn import LoRA
+from qlora_jax.plan import Recipe
+from qlora_jax.plan.recipe import abstract_step
+from qlora_jax.quant import codebook
+from qlora_jax.train.step import jit_train_step
+
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 192,
+    "intermediate_size": 320,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+}
+MATRICES = {"192x192", "192x64", "192x320", "320x192"}
+
+
+def loop_operands() -> list[Counter[str]]:
+    """For each loop of the step, how many operands of each type it has."""
+    recipe = Recipe(llama_config(TINY), lora=LoRA(8), length=128, packed=False)
+    step = abstract_step(recipe, "tpu")
+    sharding = NamedSharding(jax.make_mesh((1,), ("data",)), P())
+    state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), step.state)
+    run = jit_train_step(step.graphdef, step.tx, step.loss, state, unit=step.unit)
+    text = run.trace(state, step.frozen, step.batch).lower(lowering_platforms=("tpu",)).as_text()
+    loops = [line for line in text.splitlines() if "stablehlo.while(" in line]
+    return [Counter(re.findall(r"tensor<([^>]*)>", line.rsplit(" : ", 1)[1])) for line in loops]
+
+
+def of_matrices(loops: list[Counter[str]]) -> int:
+    return sum(count for loop in loops for kind, count in loop.items() if kind.rpartition("x")[0] in MATRICES)
+
+
+def test_no_operand_is_a_constant_of_a_matrix() -> None:
+    loops = loop_operands()
+    assert len(loops) >= 3  # layers forward, the vocabulary's chunks, layers back
+    assert of_matrices(loops) == 0
+
+
+def test_the_trap_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trapped(codes: Array, data_type: str) -> Array:
+        leaves = [jnp.float32(value) for value in codebook("nf4")]
+        for bit in range(4):
+            is_set = ((codes >> bit) & 1) == 1
+            leaves = [jnp.where(is_set, odd, even) for even, odd in zip(leaves[::2], leaves[1::2], strict=True)]
+        return leaves[0]
+
+    monkeypatch.setattr(qlora_jax.quant.tensor, "_lookup", trapped)
+    jax.clear_caches()
+    try:
+        assert of_matrices(loop_operands()) >= 16 * len(MATRICES)
+    finally:
+        jax.clear_caches()

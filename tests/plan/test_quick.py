@@ -1,0 +1,57 @@
+"""The quick plan: exact where it says so, and of the right kind elsewhere."""
+
+import dataclasses
+
+import pytest
+
+from qlora_jax.models.llama import llama_config
+from qlora_jax.nn import LoRA
+from qlora_jax.plan import SIZES, Recipe, quick_plan
+from qlora_jax.plan.quick import FACTORS, features, residual_bytes
+
+LLAMA = llama_config(SIZES["llama-3-8b"])
+RECIPE = Recipe(LLAMA, lora=LoRA(16), batch_size=4, length=2048, packed=False)
+
+
+def test_weights_adapter_and_optimizer_are_exact() -> None:
+    """Those of Llama-3-8B by hand: packed values, 8-bit scales, the scales' scales, an offset a matrix."""
+    plan = quick_plan(RECIPE, "cuda")
+    values = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    assert plan.packed_weights == values // 2 + values // 64 + values // 64 // 256 * 4 + 32 * 7 * 4
+    assert plan.dense_weights == 2 * (2 * 128256 * 4096 + 65 * 4096)
+    adapter = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    assert plan.adapter == 4 * adapter
+    assert plan.optimizer == 8 * adapter + 8
+    assert plan.peak == plan.exact + plan.working
+
+
+def test_columns_are_spread_over_devices_and_the_adapter_is_not() -> None:
+    one, four = quick_plan(RECIPE, "tpu"), quick_plan(RECIPE, "tpu", 4)
+    assert four.adapter == one.adapter
+    assert four.packed_weights == pytest.approx(one.packed_weights / 4, rel=0.002)
+    assert four.batch == one.batch  # rows of each device
+
+
+def test_residuals_by_remat() -> None:
+    stream = 32 * 4 * 2048 * 4096 * 2
+    assert residual_bytes(RECIPE) == (stream, 0)
+    assert residual_bytes(dataclasses.replace(RECIPE, remat="offload")) == (0, stream)
+    dots, _ = residual_bytes(dataclasses.replace(RECIPE, remat="dots"))
+    none, _ = residual_bytes(dataclasses.replace(RECIPE, remat="none"))
+    assert stream < dots < none
+
+
+def test_options_move_memory_the_right_way() -> None:
+    plan = quick_plan(RECIPE, "cuda")
+    host = quick_plan(dataclasses.replace(RECIPE, host_optimizer=True), "cuda")
+    assert (host.optimizer, host.host_peak) == (0, plan.optimizer)
+    eight = quick_plan(dataclasses.replace(RECIPE, optimizer="adamw8bit"), "cuda")
+    assert eight.optimizer == pytest.approx(plan.optimizer * 2.03 / 8, rel=0.01)
+    assert quick_plan(dataclasses.replace(RECIPE, batch_size=8), "cuda").peak > plan.peak
+
+
+@pytest.mark.parametrize("platform", FACTORS)
+def test_there_is_a_factor_for_each_feature(platform: str) -> None:
+    sizes = features(RECIPE, platform, 1, 1)
+    assert {name for factors in FACTORS[platform].values() for name in factors} == sizes.keys()
+    assert min(min(factors.values()) for factors in FACTORS[platform].values()) >= 0
