@@ -150,14 +150,13 @@ def _row(key: tuple[str, str, str], recipe: Recipe, machine: Machine, compiled: 
         "compiled": compiled,
         "quick": quick.peak,
         "settled": quick.settled,
-        "micro_batches": recipe.micro_batches,
         "features": features(recipe, platform, machine.count, quick.adapter),
     }
 
 
 def peak_with(row: dict[str, Any], factors: dict[str, dict[str, float]]) -> int:
     """The quick peak that these factors give."""
-    return row["settled"] + sum(worst_moment(row["features"], factors, row["micro_batches"]))
+    return row["settled"] + sum(worst_moment(row["features"], factors))
 
 
 def fit(rows: list[dict[str, Any]], start: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -32,6 +32,7 @@ from qlora_jax.plan.flops import count_flops
 from qlora_jax.plan.hlo import parse_program
 from qlora_jax.plan.recipe import AbstractStep, Recipe, abstract_step, tree_bytes, weight_bytes
 from qlora_jax.plan.topology import CompilerRefuses, context, machine_mesh
+from qlora_jax.train.offload import HOST, HostOffload, memory_kinds
 from qlora_jax.train.step import jit_train_step
 
 # Autotuning runs kernels on the device, and there is none.
@@ -87,7 +88,7 @@ class Plan:
     Attributes:
         packed_weights: 4-bit matrices with their scales.
         dense_weights: the frozen rest: embeddings, norms, output head, and dense linear layers.
-        adapter: the trainable parameters.
+        adapter, host_adapter: the trainable parameters, where they live.
         optimizer, host_optimizer: the optimizer's state, where it lives.
         versions: of jax, jaxlib and the compiler's package.
     """
@@ -96,6 +97,7 @@ class Plan:
     packed_weights: int
     dense_weights: int
     adapter: int
+    host_adapter: int
     optimizer: int
     host_optimizer: int
     program: Program
@@ -124,17 +126,18 @@ def compile_train_step(recipe: Recipe, machine: Machine) -> Plan:
         ValueError: LoRA targets that match nothing.
     """
     mesh = machine_mesh(machine)
-    step = placed_step(abstract_step(recipe, machine.device.platform, machine.count), mesh, recipe.host_optimizer)
+    step = placed_step(abstract_step(recipe, machine.device.platform, machine.count), mesh)
     run = jit_train_step(step.graphdef, step.tx, step.loss, step.state, unit=step.unit)
     with context(mesh):
         program = compile_program(run, (step.state, step.frozen, step.batch), machine)
     packed, dense = weight_bytes(step.frozen)
-    optimizer = tree_bytes(step.state.opt_state)
+    adapter, optimizer = tree_bytes(step.state.adapter), tree_bytes(step.state.opt_state)
     return Plan(
         machine=machine,
         packed_weights=packed,
         dense_weights=dense,
-        adapter=tree_bytes(step.state.adapter),
+        adapter=0 if recipe.host_adapter else adapter,
+        host_adapter=adapter if recipe.host_adapter else 0,
         optimizer=0 if recipe.host_optimizer else optimizer,
         host_optimizer=optimizer if recipe.host_optimizer else 0,
         program=program,
@@ -142,11 +145,15 @@ def compile_train_step(recipe: Recipe, machine: Machine) -> Plan:
     )
 
 
-def placed_step(step: AbstractStep, mesh: Mesh, host_optimizer: bool) -> AbstractStep:
+def placed_step(step: AbstractStep, mesh: Mesh) -> AbstractStep:
     """The step with everything where the job puts it."""
     state = place(step.state, mesh, P())
-    if host_optimizer:
-        state = dataclasses.replace(state, opt_state=place(step.state.opt_state, mesh, P(), "pinned_host"))
+    if isinstance(step.tx, HostOffload):
+        opt_state, kinds = step.state.opt_state, memory_kinds(step.state.opt_state)
+        opt_state = jax.tree.map(lambda leaf, kind: place(leaf, mesh, P(), kind), opt_state, kinds)
+        state = dataclasses.replace(state, opt_state=opt_state)
+        if step.tx.adapter:
+            state = dataclasses.replace(state, adapter=place(step.state.adapter, mesh, P(), HOST))
     return dataclasses.replace(
         step, state=state, frozen=place_frozen(step.frozen, mesh), batch=place(step.batch, mesh, P(None, AXIS))
     )

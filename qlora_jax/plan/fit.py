@@ -73,6 +73,7 @@ def cheaper_first(recipe: Recipe, *, devices: tuple[int, ...] = (1, 2, 4, 8)) ->
     remat offload, host offload   a trip of the residuals, or of the optimizer's state, over the bus
     batch size ↔ accumulation     the same rows in more passes
     adamw8bit                     rounds the moments
+    host adapter                  a trip of the adapter and its gradient, layer by layer
     more devices
     """
     order = ("none", "dots", "full", "offload")
@@ -101,6 +102,9 @@ def _states(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], Recipe]]:
     if recipe.optimizer == "adamw":
         words = ("--host-offload", "--batch-size 1", f"--accumulation-steps {recipe.micro_batches * batch}")
         yield (*words, "--optimizer adamw8bit"), dataclasses.replace(smallest, optimizer="adamw8bit")
+    if not recipe.host_adapter:
+        words = ("--host-adapter", "--batch-size 1", f"--accumulation-steps {recipe.micro_batches * batch}")
+        yield words, dataclasses.replace(smallest, host_adapter=True)
 
 
 def cheapest_that_fits(

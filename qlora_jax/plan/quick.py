@@ -2,7 +2,7 @@
 
     arguments    weights, adapter, optimizer: exactly, from `jax.eval_shape` and the shardings of the job
     residuals    what each layer keeps for the backward pass, by its remat, times the layers: from shapes
-    gradients    of the adapter, float32; once more where micro-batches add up
+    gradients    of the adapter, float32
     working      what lives beside these at the worst moment
 
 The worst moment is one of two: the loss, with a chunk of logits and before the gradients, or a layer's backward pass, with
@@ -63,12 +63,14 @@ class QuickPlan:
     """One training step on each device, in bytes.
 
     Attributes:
+        host_adapter: the adapter in host memory, and its gradient.
         host_residuals: what remat "offload" keeps in host memory.
     """
 
     packed_weights: int
     dense_weights: int
     adapter: int
+    host_adapter: int
     optimizer: int
     host_optimizer: int
     batch: int
@@ -102,7 +104,7 @@ class QuickPlan:
 
     @property
     def host_peak(self) -> int:
-        return self.host_optimizer + self.host_residuals
+        return self.host_optimizer + self.host_adapter + self.host_residuals
 
 
 def quick_plan(recipe: Recipe, platform: str, devices: int = 1) -> QuickPlan:
@@ -115,11 +117,13 @@ def quick_plan(recipe: Recipe, platform: str, devices: int = 1) -> QuickPlan:
     packed, dense = _spread_bytes(step.frozen, devices)
     adapter, optimizer = tree_bytes(step.state.adapter), tree_bytes(step.state.opt_state)
     kept, kept_by_host = residual_bytes(recipe)
-    gradients, working = worst_moment(features(recipe, platform, devices, adapter), FACTORS[platform], recipe.micro_batches)
+    on_device = 0 if recipe.host_adapter else adapter
+    gradients, working = worst_moment(features(recipe, platform, devices, on_device), FACTORS[platform])
     return QuickPlan(
         packed_weights=packed,
         dense_weights=dense,
-        adapter=adapter,
+        adapter=on_device,
+        host_adapter=2 * adapter if recipe.host_adapter else 0,
         optimizer=0 if recipe.host_optimizer else optimizer,
         host_optimizer=optimizer if recipe.host_optimizer else 0,
         batch=tree_bytes(step.batch) // devices,
@@ -130,13 +134,12 @@ def quick_plan(recipe: Recipe, platform: str, devices: int = 1) -> QuickPlan:
     )
 
 
-def worst_moment(sizes: dict[str, int], factors: dict[str, dict[str, float]], micro_batches: int) -> tuple[int, int]:
+def worst_moment(sizes: dict[str, int], factors: dict[str, dict[str, float]]) -> tuple[int, int]:
     """(bytes of gradients, of working memory) at the moment that takes more."""
-    added_up = sizes["adapter"] if micro_batches > 1 else 0
     loss, layer = (sum(factor * sizes[name] for name, factor in factors[moment].items()) for moment in ("loss", "layer"))
     if loss > sizes["adapter"] + layer:
-        return added_up, int(loss)
-    return added_up + sizes["adapter"], int(layer)
+        return 0, int(loss)
+    return sizes["adapter"], int(layer)
 
 
 def residual_bytes(recipe: Recipe) -> tuple[int, int]:

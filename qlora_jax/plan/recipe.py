@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 from qlora_jax.models import T5, CausalLM, DecoderConfig, ModelConfig, Remat
@@ -19,8 +18,9 @@ from qlora_jax.nn import LoRA, default_implementation
 from qlora_jax.quant import Quantization, QuantizedTensor
 from qlora_jax.train.dpo import PAIRS, dpo_loss, with_reference
 from qlora_jax.train.loss import language_model_loss, seq2seq_loss
-from qlora_jax.train.optim import OptimizerName, host_offload, learning_rate_schedule, optimizer
-from qlora_jax.train.step import TOKENS, LossFunction, TrainState, Unit, init_state, split
+from qlora_jax.train.offload import host_offload
+from qlora_jax.train.optim import OptimizerName, learning_rate_schedule, optimizer
+from qlora_jax.train.step import TOKENS, LossFunction, TrainState, Transformation, Unit, init_state, split
 
 PlannedObjective = Literal["sft", "dpo"]
 
@@ -38,6 +38,7 @@ class Recipe:
         length: tokens of a sequence; of an encoder-decoder, of its source and of its target.
         packed: whether batches say which document each token belongs to, which those of pairs never do.
         host_optimizer: whether the optimizer's state lives in pinned host memory.
+        host_adapter: whether the adapter and its gradient do, and the optimizer's state with them.
         reference: whether DPO's reference is a copy of the adapter, as where a run goes on from one; else it is the base.
     """
 
@@ -53,6 +54,7 @@ class Recipe:
     packed: bool = True
     optimizer: OptimizerName = "adamw"
     host_optimizer: bool = False
+    host_adapter: bool = False
     weight_decay: float = 0.0
     max_grad_norm: float | None = 0.3
     neftune_alpha: float = 0.0
@@ -62,6 +64,8 @@ class Recipe:
         for name in ("batch_size", "micro_batches", "length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.host_adapter and not self.host_optimizer:
+            raise ValueError("host_adapter: expected host_optimizer beside it, found none")
         if self.objective == "dpo" and not isinstance(self.config, DecoderConfig):
             raise ValueError("objective: expected sft with an encoder-decoder, found dpo")
 
@@ -88,7 +92,7 @@ class AbstractStep:
     graphdef: Any
     adapter: Any
     frozen: Any
-    tx: optax.GradientTransformation
+    tx: Transformation
     state: TrainState
     loss: LossFunction
     unit: Unit
@@ -111,7 +115,7 @@ def abstract_step(recipe: Recipe, platform: str, devices: int = 1) -> AbstractSt
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
     )
-    tx = host_offload(tx) if recipe.host_optimizer else tx
+    tx = host_offload(tx, adapter=recipe.host_adapter) if recipe.host_optimizer else tx
     state = jax.eval_shape(lambda adapter: init_state(tx, adapter), adapter)
     loss, unit = _loss(recipe)
     return AbstractStep(graphdef, adapter, frozen, tx, state, loss, unit, abstract_batch(recipe, devices))

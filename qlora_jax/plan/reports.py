@@ -28,7 +28,7 @@ def report_of(plan: Any, recipe: Recipe, machine: Machine, title: str, seconds: 
 def _(plan: Plan, recipe: Recipe, machine: Machine, title: str, seconds: float = 0.0) -> Report:
     program = plan.program
     kept, _ = residual_bytes(recipe)
-    gradients = plan.adapter * (1 if recipe.micro_batches == 1 else 2)
+    gradients = plan.adapter
     rest = program.temporaries - kept - gradients
     known = plan.packed_weights + plan.dense_weights + plan.adapter + plan.optimizer
     notes = (("saved for the backward pass", kept), ("gradients of the adapter", gradients), ("working memory", rest))
@@ -46,7 +46,8 @@ def _(plan: Plan, recipe: Recipe, machine: Machine, title: str, seconds: float =
         ),
         host=(
             ("optimizer", plan.host_optimizer),
-            ("other arguments", program.host_arguments - plan.host_optimizer),
+            ("adapter", plan.host_adapter),
+            ("other arguments", program.host_arguments - plan.host_optimizer - plan.host_adapter),
             ("residuals and temporaries", program.host_temporaries),
         ),
         total=program.peak,
@@ -101,7 +102,11 @@ def _(plan: QuickPlan, recipe: Recipe, machine: Machine, title: str, seconds: fl
             ("gradients of the adapter", plan.gradients),
             ("working memory (estimated)", plan.working),
         ),
-        host=(("optimizer", plan.host_optimizer), ("residuals", plan.host_residuals)),
+        host=(
+            ("optimizer", plan.host_optimizer),
+            ("adapter and its gradient", plan.host_adapter),
+            ("residuals", plan.host_residuals),
+        ),
         total=plan.peak,
         flops=None,
         traffic=None,

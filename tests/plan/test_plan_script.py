@@ -22,7 +22,7 @@ SCRIPT = ROOT / "scripts" / "plan.py"
 GIB = 2**30
 PROGRAM = Program(6 * GIB, GIB, GIB, 4 * GIB, 2 * GIB, GIB, 2e12, 10**9, 1.5)
 H100 = machine_named("h100")
-PLAN = Plan(H100, 3 * GIB, 2 * GIB, GIB, 0, 2 * GIB, PROGRAM, {"jax": "0"})
+PLAN = Plan(H100, 3 * GIB, 2 * GIB, GIB, 0, 0, 2 * GIB, PROGRAM, {"jax": "0"})
 
 
 @pytest.fixture
