@@ -44,7 +44,8 @@ def test_residuals_by_remat() -> None:
 def test_options_move_memory_the_right_way() -> None:
     plan = quick_plan(RECIPE, "cuda")
     host = quick_plan(dataclasses.replace(RECIPE, host_optimizer=True), "cuda")
-    assert (host.optimizer, host.host_peak) == (0, plan.optimizer)
+    assert host.optimizer == 0
+    assert 0 <= host.host_peak - plan.optimizer < 1024  # a counter a layer
     eight = quick_plan(dataclasses.replace(RECIPE, optimizer="adamw8bit"), "cuda")
     assert eight.optimizer == pytest.approx(plan.optimizer * 2.03 / 8, rel=0.01)
     assert quick_plan(dataclasses.replace(RECIPE, batch_size=8), "cuda").peak > plan.peak
