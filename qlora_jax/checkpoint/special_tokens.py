@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora_jax.checkpoint.adapter_files import PREFIX, Adapter
-from qlora_jax.checkpoint.source import Checkpoint, CheckpointError
+from qlora_jax.checkpoint.source import Checkpoint, CheckpointError, listed
 from qlora_jax.models import DecoderConfig, Key, family_of, tied_head
 from qlora_jax.models.trained import HEAD, TABLE, TIED_HEAD, trained_parts
 from qlora_jax.nn import LoRA
@@ -81,7 +81,9 @@ def with_tokens(checkpoint: Checkpoint, tokens: Sequence[int]) -> Checkpoint:
 
 
 def grown(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
-    """The checkpoint with room for the rows that an adapter has trained beyond its table, alone or in a whole table."""
+    """The checkpoint with room for the rows that an adapter has trained beyond its table, alone or in a whole table; with
+    the token table and head that PEFT had resized where the adapter's files hold them."""
+    checkpoint = _with_tables(checkpoint, adapter)
     size = checkpoint.config.get("vocab_size", 0)
     tokens = {token for _, tokens in adapter.lora.token_rows() for token in tokens}
     beyond = sorted(token for token in tokens.union(range(size, _rows_of_whole(checkpoint, adapter))) if token >= size)
@@ -92,6 +94,35 @@ def grown(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
             f"{adapter.source}: expected trainable_token_indices below {size} or next to it, found {beyond[-1]}"
         )
     return with_tokens(checkpoint, beyond)
+
+
+def _with_tables(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """The checkpoint with an adapter's tables in place of its own."""
+    if not adapter.tables:
+        return checkpoint
+    config = family_of(checkpoint.config).config(checkpoint.config)
+    if not isinstance(config, DecoderConfig):
+        raise CheckpointError(
+            f"{adapter.source}: expected an adapter without resized token tables, found {listed([*adapter.tables])};"
+            " save it with save_embedding_layers=False"
+        )
+    tables: dict[str, np.ndarray] = {}
+    for key in config.keys:
+        if key.path in (TABLE, HEAD):
+            both = key.path == TABLE and tied_head(config.keys) is not None
+            names = _names(config.keys, key.path) + (_names(config.keys, HEAD) if both else [])
+            table = next((table for name in names if (table := adapter.table(name)) is not None), None)
+            if table is not None:
+                tables[key.name] = table
+    rows = {len(table) for table in tables.values()} or {config.vocab_size}
+    if len(rows) > 1:
+        raise CheckpointError(f"{adapter.source}: expected a token table and a head of as many rows, found {sorted(rows)}")
+    return dataclasses.replace(
+        checkpoint,
+        config=checkpoint.config | {"vocab_size": rows.pop()},
+        shapes={name: tables[name].shape if name in tables else shape for name, shape in checkpoint.shapes.items()},
+        read=lambda name: tables[name] if name in tables else checkpoint.read(name),
+    )
 
 
 def _rows_of_whole(checkpoint: Checkpoint, adapter: Adapter) -> int:
