@@ -30,14 +30,39 @@ def parse(options: type[T], *, description: str | None, arguments: Sequence[str]
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     config, arguments = _take_config(arguments)
     default = options() if config is None else from_toml(options, config)
+    # tyro makes a flag of each key of a default that is a mapping, and none of the mapping itself.
     arguments = _with_values(arguments, _open_switches(options))
     described = f"{description}\n\n--config FILE.toml sets any of these options; flags overrule it."
-    return tyro.cli(
+    parsed = tyro.cli(
         Annotated[options, tyro.conf.OmitArgPrefixes],  # type: ignore[valid-type]
         args=arguments,
-        default=default,
+        default=_emptied(default),
         description=described,
     )
+    return _refilled(parsed, default)
+
+
+def _emptied(options: Any) -> Any:
+    """The options without what their mappings hold."""
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    changed = {
+        name: _emptied(value) if dataclasses.is_dataclass(value) else {}
+        for name, value in values.items()
+        if dataclasses.is_dataclass(value) or isinstance(value, dict)
+    }
+    return dataclasses.replace(options, **changed)
+
+
+def _refilled(options: Any, default: Any) -> Any:
+    """The options with the mappings of `default` where they have none."""
+    changed = {}
+    for field in dataclasses.fields(options):
+        value, before = getattr(options, field.name), getattr(default, field.name)
+        if dataclasses.is_dataclass(value):
+            changed[field.name] = _refilled(value, before)
+        elif value == {}:
+            changed[field.name] = before
+    return dataclasses.replace(options, **changed)
 
 
 def run(main: Callable[[T], Any], options: type[T], description: str | None) -> None:
@@ -173,8 +198,13 @@ def _convert(value: Any, hint: Any) -> Any:
 
 
 def _name(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(repr, inner))
+    if origin is tuple:
+        return f"a list of {_name(inner[0])}"
+    if origin is dict:
+        return f"a table of {_name(inner[-1])}"
     return getattr(hint, "__name__", str(hint))
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from qlora_jax.cli import from_toml, parse, run, to_dict
+from qlora_jax.finetune import Options as FinetuneOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,3 +231,22 @@ def test_a_record_is_plain_json(tmp_path: Path) -> None:
     assert json.loads(json.dumps(record)) == record
     assert record["outer"] == {"place": "there/it is", "fast": True}
     assert record["inner"]["names"] == ["p", "q"]
+
+
+def test_a_mapping_in_a_file_is_overruled_as_a_whole(tmp_path: Path) -> None:
+    """A key may be the name of an option, and two mappings may share one."""
+    (tmp_path / "run.toml").write_text(
+        "[lora]\nrank_pattern = { q_proj = 8, rank = 3 }\nalpha_pattern = { q_proj = 64 }\n", encoding="utf-8"
+    )
+    config = ["--config", str(tmp_path / "run.toml")]
+    read = parse(FinetuneOptions, description=None, arguments=config).lora
+    assert (read.rank_pattern, read.alpha_pattern) == ({"q_proj": 8, "rank": 3}, {"q_proj": 64.0})
+    read = parse(FinetuneOptions, description=None, arguments=[*config, "--rank-pattern", "v_proj", "4"]).lora
+    assert (read.rank_pattern, read.alpha_pattern) == ({"v_proj": 4}, {"q_proj": 64.0})
+
+
+def test_lists_and_tables_say_what_they_hold(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('[watch]\nreport_to = ["mlflow"]\n[lora]\nrank_pattern = 3\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="expected a list of one of 'tensorboard', 'wandb', found") as error:
+        parse(FinetuneOptions, description=None, arguments=["--config", str(tmp_path / "run.toml")])
+    assert "lora.rank_pattern: expected a table of int, found 3" in str(error.value)

@@ -22,7 +22,7 @@ Nothing here imports another part of qlora_jax.
 from pathlib import Path
 
 from qlora_jax.data.batch import Batch, BatchIterator, batches, bucket_length, pack, padding_share
-from qlora_jax.data.corpus import OnLong, Report, encode_all, train_eval_split
+from qlora_jax.data.corpus import NothingToLearn, OnLong, Report, encode_all, train_eval_split
 from qlora_jax.data.format import Example, Limits, encode, encode_prompt
 from qlora_jax.data.messages import Message
 from qlora_jax.data.mixture import check_weights, mix
@@ -47,7 +47,8 @@ from qlora_jax.data.seq2seq import (
 )
 from qlora_jax.data.show import show_examples
 from qlora_jax.data.sources import Source, open_source
-from qlora_jax.data.stream_batches import StreamBatches
+from qlora_jax.data.stream_batches import StreamBatches, read_rows
+from qlora_jax.data.trees import COLUMNS as TREE_COLUMNS
 from qlora_jax.data.trees import Trees, read_trees
 
 PLAIN_ANSWERS = str(Path(__file__).with_name("plain_answers.jsonl"))
@@ -55,12 +56,14 @@ PLAIN_ANSWERS = str(Path(__file__).with_name("plain_answers.jsonl"))
 __all__ = [
     "NAMED",
     "PLAIN_ANSWERS",
+    "TREE_COLUMNS",
     "Batch",
     "BatchIterator",
     "DataError",
     "Example",
     "Limits",
     "Message",
+    "NothingToLearn",
     "OnLong",
     "PreferenceBatches",
     "PreferenceExample",
@@ -89,6 +92,7 @@ __all__ = [
     "pack",
     "padding_share",
     "preference_batches",
+    "read_rows",
     "read_trees",
     "seq2seq_batches",
     "show_examples",

@@ -37,7 +37,8 @@ class Report:
     kept: int
     truncated: int
     dropped_long: int
-    without_target: int
+    without_target: int  # of whatever reason
+    without_answer: int  # of these, rows without a turn of the assistant
     tokens: int
     learned_tokens: int
     longest_row: int  # before any cut
@@ -45,22 +46,46 @@ class Report:
     forms: dict[str, int]  # "schema as template" → rows
     templates: dict[Template, int]  # template → rows
 
+    def __add__(self, other: "Report") -> "Report":
+        """Of the records of both, read with the same options."""
+        return Report(
+            rows=self.rows + other.rows,
+            kept=self.kept + other.kept,
+            truncated=self.truncated + other.truncated,
+            dropped_long=self.dropped_long + other.dropped_long,
+            without_target=self.without_target + other.without_target,
+            without_answer=self.without_answer + other.without_answer,
+            tokens=self.tokens + other.tokens,
+            learned_tokens=self.learned_tokens + other.learned_tokens,
+            longest_row=max(self.longest_row, other.longest_row),
+            limits=self.limits,
+            forms=dict(Counter(self.forms) + Counter(other.forms)),
+            templates=dict(Counter(self.templates) + Counter(other.templates)),
+        )
+
     def __str__(self) -> str:
         forms = ", ".join(f"{form}{f' ({count})' if len(self.forms) > 1 else ''}" for form, count in self.forms.items())
         share = 100 * self.learned_tokens / max(1, self.tokens)
-        parts = [f"{self.kept:,} of {self.rows:,} rows kept: {forms}"]
+        parts = [f"{self.kept:,} of {self.rows:,} rows kept{f': {forms}' if self.kept else ''}"]
         if self.truncated:
             parts.append(f"{self.truncated:,} cut to {self.limits} (the longest had {self.longest_row:,})")
         if self.dropped_long:
             parts.append(f"{self.dropped_long:,} left out: over {self.limits} (the longest had {self.longest_row:,})")
-        if self.without_target:
-            parts.append(f"{self.without_target:,} left out: nothing to learn in {self.limits}")
-        parts.append(f"{self.tokens:,} tokens, {self.learned_tokens:,} of them learned ({share:.0f} %)")
+        if self.without_answer:
+            parts.append(f"{self.without_answer:,} left out: no answer to learn")
+        if empty := self.without_target - self.without_answer:
+            parts.append(f"{empty:,} left out: nothing to learn in {self.limits}")
+        if self.kept:
+            parts.append(f"{self.tokens:,} tokens, {self.learned_tokens:,} of them learned ({share:.0f} %)")
         return "; ".join(parts)
 
 
 class NothingToLearn(DataError):
-    """Records of which none teaches anything."""
+    """Records of which none teaches anything; `report` says why."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(f"records: expected at least one row with something to learn, found none: {report}")
+        self.report = report
 
 
 def encode_all(
@@ -91,13 +116,13 @@ def encode_all(
     forms: Counter[str] = Counter()
     templates: Counter[Template] = Counter()
     rows = first_row
-    truncated = dropped_long = without_target = longest_row = 0
+    truncated = dropped_long = without_target = without_answer = longest_row = 0
     total = len(records) if isinstance(records, Sized) else None
     with tqdm(total=total, desc="tokenizing", unit=" rows", disable=not progress) as bar:
         for chunk in _chunks(records):
             parsed = [_parse(row, rows + index) for index, row in enumerate(chunk)]
             trainable = [record for record in parsed if train_on_source or _has_target(record)]
-            without_target += len(parsed) - len(trainable)
+            without_answer += len(parsed) - len(trainable)
             try:
                 rendered = render(trainable, tokenizer, template)
             except CannotRender as error:
@@ -128,7 +153,8 @@ def encode_all(
         kept=len(examples),
         truncated=truncated,
         dropped_long=dropped_long,
-        without_target=without_target,
+        without_target=without_target + without_answer,
+        without_answer=without_answer,
         tokens=sum(len(example) for example in examples),
         learned_tokens=sum(int(example.loss_mask.sum()) for example in examples),
         longest_row=longest_row,
@@ -137,7 +163,7 @@ def encode_all(
         templates=dict(templates),
     )
     if not examples:
-        raise NothingToLearn(f"records: expected at least one row with something to learn, found none: {report}")
+        raise NothingToLearn(report)
     return examples, report
 
 

@@ -13,7 +13,7 @@ What that costs: examples change places within a buffer only, and the last batch
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ import grain
 import numpy as np
 
 from qlora_jax.data.batch import Batch, BatchIterator, batches
-from qlora_jax.data.corpus import NothingToLearn
 from qlora_jax.data.format import Example
 from qlora_jax.data.records import DataError
 
@@ -31,14 +30,32 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
+def read_rows(rows: Iterable[Row], count: int, first: int, source: str) -> list[Row]:
+    """The next rows, at most `count`; `first` is the number of the first one in messages.
+
+    Raises:
+        DataError: rows that cannot be read.
+    """
+    try:
+        return list(islice(rows, count))
+    except Exception as error:  # of the readers of files and of the network beneath `datasets`
+        raise DataError(
+            f"{source}, in the {count} rows from row {first} on (counted from 0): expected rows that can be read, "
+            f"found {type(error).__name__}: {error}"
+        ) from error
+
+
 class StreamBatches(grain.DatasetIterator[Batch]):
     """Endless batches of a stream of rows, with a position; see the module's docstring.
 
     Args:
         open_rows: makes the stream anew, at its beginning.
-        encode: (rows, number of the first of them) → examples of at most `length` + 1 tokens.
+        encode: (rows, number of the first of them) → examples of at most `length` + 1 tokens, perhaps none.
         buffer: rows that are held at a time.
         batch_size, length, pad_id, packing, seed, group_by_length: as in `batches`.
+        source: its name in messages.
+        first_row: the number of its first row, for `encode` and in messages.
+        pass_ended: called after the last row of each pass.
 
     Raises:
         ValueError: a buffer of less than one row, or what `batches` raises.
@@ -57,11 +74,15 @@ class StreamBatches(grain.DatasetIterator[Batch]):
         packing: bool = False,
         seed: int = 0,
         group_by_length: bool = False,
+        source: str = "stream",
+        first_row: int = 0,
+        pass_ended: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         if buffer < 1:
             raise ValueError(f"buffer: expected at least 1 row, found {buffer}")
         self._open_rows, self._encode, self._buffer, self._seed = open_rows, encode, buffer, seed
+        self._source, self._first_row, self._pass_ended = source, first_row, pass_ended
         self._options: dict[str, Any] = {
             "batch_size": batch_size,
             "length": length,
@@ -87,7 +108,9 @@ class StreamBatches(grain.DatasetIterator[Batch]):
                 taught = self._pass
             self._advance()
             if self._pass > taught + 1:
-                raise DataError("stream: expected at least one row with something to learn, found none in a whole pass")
+                raise DataError(
+                    f"{self._source}: expected at least one row with something to learn, found none in a whole pass"
+                )
 
     def batches_in_epoch(self, epoch: int = 0) -> None:
         """Nobody knows before all rows were read."""
@@ -129,6 +152,7 @@ class StreamBatches(grain.DatasetIterator[Batch]):
             self._start = copy.deepcopy(self._stream.state_dict())
         self._fill()
         if not self._read:
+            self._pass_ended()
             self._pass, self._row = self._pass + 1, 0
             self._open(None)
 
@@ -136,18 +160,10 @@ class StreamBatches(grain.DatasetIterator[Batch]):
         """Reads the buffer that begins here; without anything to learn in it there are no batches."""
         if self._rows is None:
             self._rows = iter(self._stream)
-        try:
-            rows = list(islice(self._rows, self._buffer))
-        except Exception as error:  # of the readers of files and of the network beneath `datasets`
-            raise DataError(
-                f"stream, in the {self._buffer} rows from row {self._row} on (counted from 0): expected rows that can be "
-                f"read, found {type(error).__name__}: {error}"
-            ) from error
+        first = self._first_row + self._row
+        rows = read_rows(self._rows, self._buffer, first, self._source)
         self._read = len(rows)
-        try:
-            examples = self._encode(rows, self._row) if rows else []
-        except NothingToLearn:
-            examples = []
+        examples = self._encode(rows, first) if rows else []
         if examples:
             seed = int(np.random.SeedSequence([self._seed, self._pass, self._row]).generate_state(1)[0])
             self._current = batches(examples, **self._options, seed=seed, epochs=1)

@@ -121,5 +121,8 @@ def _is_deleted(row: _Row) -> bool:
 def _rank(row: _Row) -> float:
     # A CSV file has ranks as text, and none as an empty one; Arrow has numbers, and none as null or not-a-number.
     rank = row.get("rank")
-    value = math.inf if rank in (None, "") else float(rank)
+    try:
+        value = math.inf if rank is None or rank == "" else float(rank)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"message {row['message_id']}, rank: expected a number, found {rank!r:.60}") from error
     return math.inf if math.isnan(value) else value

@@ -105,7 +105,8 @@ def read_questions(
         seed: of that sample.
 
     Raises:
-        DataError: rows of neither form, or without examples for a subject; the message names the row.
+        DataError: columns of neither form, rows that do not fit them, or too few examples of a subject; the message names
+            the file or the row.
         OSError: what `source` names is not there or cannot be read.
     """
     if limit is not None and limit < 1:
@@ -114,6 +115,7 @@ def read_questions(
         raise DataError(f"shots: expected at least 0, found {shots}")
     local = Path(source).expanduser().exists()
     rows = _load(source, split or (None if local else "validation"))
+    _check_columns(rows.column_names, source)
     total = len(rows)
     chosen = range(total)
     if limit is not None and limit < total:
@@ -130,7 +132,9 @@ def read_questions(
                 "with 0 shots it needs none"
             )
         place = examples or source
-        solved = _examples(_load(place, None if examples else "dev"), place)
+        solved_rows = _load(place, None if examples else "dev")
+        _check_columns(solved_rows.column_names, place)
+        solved = _examples(solved_rows, place)
         questions = _with_examples(questions, solved, 5 if shots is None else shots, place)
     return QuestionSet(source, tuple(questions), total, seed)
 
@@ -139,6 +143,13 @@ def _load(source: str, split: str | None) -> Any:
     if source == HUB and not Path(source).exists():
         return load_hub_records(source, split or "dev", _HUB_OPTIONS)
     return load_records(source, split)
+
+
+def _check_columns(names: Iterable[str], place: str) -> None:
+    found = set(names)
+    table = {"subject", "question", "answer"} <= found and ("choices" in found or found.issuperset(LETTERS))
+    if not table and not {"subject", "input", "output"} <= found:
+        raise DataError(f"{place}: expected {_COLUMNS}; found {', '.join(names)}")
 
 
 def _question(row: Mapping[str, Any], place: str) -> Question:
@@ -151,8 +162,8 @@ def _question(row: Mapping[str, Any], place: str) -> Question:
         return Question(subject, header, examples, body, answer)
     question = row.get("question")
     choices = row.get("choices") if "choices" in row else [row.get(letter) for letter in LETTERS]
-    if not isinstance(question, str) or "answer" not in row:
-        raise DataError(f"{place}: expected {_COLUMNS}; found {', '.join(row)}")
+    if not isinstance(question, str):
+        raise DataError(f"{place}: expected a question that is a text, found {question!r:.80}")
     if not isinstance(choices, list) or len(choices) != len(LETTERS) or not all(isinstance(text, str) for text in choices):
         raise DataError(f"{place}: expected four choices that are texts, found {choices!r:.80}")
     lines = [question, *[f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=True)], "Answer:"]

@@ -22,7 +22,7 @@ from qlora_jax.data import NAMED
 from qlora_jax.finetune.options import Options
 from qlora_jax.models import DecoderConfig, ModelConfig
 from qlora_jax.quant import Quantization
-from qlora_jax.train import perplexity
+from qlora_jax.train import TOKENS, Unit, perplexity
 
 CARD = "README.md"
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the default model is on the hub
@@ -37,6 +37,7 @@ def write_card(
     quantization: Quantization | None,
     rows: list[dict[str, Any]],
     kept: int,
+    unit: Unit = TOKENS,
 ) -> None:
     """Writes the card into the adapter's folder.
 
@@ -45,6 +46,7 @@ def write_card(
         quantization: of the base's linear layers; None: they were dense.
         rows: the records of the run.
         kept: the step whose adapter it is.
+        unit: what the losses are means over.
     """
     base = _hub_id(options.model.model) if options.model.model else DEFAULT_BASE
     sources = [_hub_id(source) for source in options.data.sources]
@@ -65,7 +67,7 @@ def write_card(
             "## Use",
             _with_peft(shown, name, config, quantization, own_tokenizer=(folder / "tokenizer.json").is_file()),
             f'```\npython scripts/generate.py --model {shown} --adapter {name} --prompt "…"  # of qlora_jax\n```',
-            *(["## Results", table] if (table := _results(rows, kept)) else []),
+            *(["## Results", table] if (table := _results(rows, kept, unit)) else []),
             "## Training procedure",
             f"The options that are not the defaults:\n\n```json\n{json.dumps(_chosen(options), indent=2)}\n```",
             f"### Framework versions\n\n- JAX {jax.__version__}",
@@ -121,15 +123,16 @@ def _with_peft(
     )
 
 
-def _results(rows: list[dict[str, Any]], kept: int) -> str:
+def _results(rows: list[dict[str, Any]], kept: int, unit: Unit) -> str:
     """A table of what was measured before and of the adapter that is kept; "" where nothing was."""
     at: Mapping[int, dict[str, Any]] = {row["step"]: row for row in rows}
     before, after = at.get(0, {}), at.get(kept, {})
     lines = []
-    for key, title in (("eval_loss", "held-out loss"), ("mmlu_accuracy", "MMLU, mean over subjects")):
+    titles = {key: f"held-out {key.removeprefix('eval_')}" for key in after if key.startswith("eval_")}
+    for key, title in (titles | {"mmlu_accuracy": "MMLU, mean over subjects"}).items():
         if key in after:
             lines.append(f"| {title} | {f'{before[key]:.3f}' if key in before else ''} | {after[key]:.3f} |")
-    if "eval_loss" in after:
+    if "eval_loss" in after and unit == TOKENS:
         first = f"{perplexity(before['eval_loss']):.2f}" if "eval_loss" in before else ""
         lines.insert(1, f"| held-out perplexity | {first} | {perplexity(after['eval_loss']):.2f} |")
     return "\n".join(["| | before | after |", "| --- | --- | --- |", *lines]) if lines else ""

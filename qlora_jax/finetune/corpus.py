@@ -4,13 +4,15 @@ Rows are held out of all sources together and before they are mixed, since a mix
 on both sides would be learned by heart and then asked.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.data import PLAIN_ANSWERS, Example, Template, mix, open_source, show_examples, train_eval_split
+from qlora_jax.data import PLAIN_ANSWERS, DataError, Example, Template, mix, open_source, show_examples, train_eval_split
 from qlora_jax.finetune.data_options import DataOptions
 from qlora_jax.finetune.options import Options
 
@@ -70,11 +72,10 @@ def read_corpus(
     elif data.held_out > 0:
         named, out = train_eval_split(named, eval_count=_held_out_count(data, len(named)), seed=options.run.seed)
         held_out = [example for _, example in out]
-    named, held_out = named[: data.max_train_samples], held_out[: data.max_eval_samples]
+    named, held_out = _sample(named, data.max_train_samples, options.run.seed), held_out[: data.max_eval_samples]
     training = [example for _, example in named]
     if data.weights:
-        sets = [[example for index, example in named if index == number] for number in range(len(data.weights))]
-        training = mix(sets, data.weights, options.run.seed)
+        training = mix(_sets(named, data), data.weights, options.run.seed)
     if data.show_examples:
         sequences = [sequence for example in training[: data.show_examples] for sequence in shown(example)]
         say(show_examples(sequences, tokenizer, len(sequences)))
@@ -84,9 +85,41 @@ def read_corpus(
 def read_source(source: str, split: str | None, encode: Encode[T], say: Say) -> tuple[list[T], Account]:
     """The examples of one source."""
     opened = open_source(source, split)
-    examples, account = encode(opened.records)
+    with named_errors(source):
+        examples, account = encode(opened.records)
     say(f"{source}: {opened.note + '; ' if opened.note else ''}{account}")
     return examples, account
+
+
+@contextmanager
+def named_errors(source: str) -> Iterator[None]:
+    """What is wrong with the rows of a source is raised with its name in front."""
+    try:
+        yield
+    except DataError as error:
+        if str(error).startswith(source):
+            raise
+        raise DataError(f"{source}, {error}") from error
+
+
+def _sample(examples: list[T], most: int | None, seed: int) -> list[T]:
+    """At most so many of them, drawn at random, in their order."""
+    if most is None or most >= len(examples):
+        return examples
+    drawn = np.random.default_rng(seed).choice(len(examples), most, replace=False)
+    return [examples[index] for index in sorted(drawn.tolist())]
+
+
+def _sets(named: list[tuple[int, T]], data: DataOptions) -> list[list[T]]:
+    """The examples of each source."""
+    sets = [[example for index, example in named if index == number] for number in range(len(data.sources))]
+    for source, examples in zip(data.sources, sets, strict=True):
+        if not examples and data.max_train_samples is not None:
+            raise ValueError(
+                f"max_train_samples {data.max_train_samples}: expected with weights an example of each source, "
+                f"found none of {source}"
+            )
+    return sets
 
 
 def _held_out_count(data: DataOptions, examples: int) -> int:

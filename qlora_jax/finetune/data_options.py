@@ -25,7 +25,7 @@ class DataOptions:
     held_out: float = 0.1
     """Share of the training data, or from 1 on how many rows, held out where no evaluation data are given; 0 for none."""
     max_train_samples: int | None = None
-    """Train on the first so many examples only."""
+    """Train on a random sample of at most so many examples, drawn by the seed from all sources together."""
     max_eval_samples: int | None = None
     """Hold the first so many held-out examples only against the model."""
     template: Template = "auto"

@@ -15,11 +15,12 @@ from qlora_jax.cli import to_dict
 from qlora_jax.finetune.options import Options
 
 RECORD = "options.json"
+COMPLETED = "completed"  # made by the last act of a run
 _WRITING = f".{RECORD}.writing"
 _LOGS = ("metrics.jsonl", "samples.jsonl")
 _OWN = (
     *("adapter", "best", "checkpoints", *_LOGS, *(f".{name}.writing" for name in _LOGS)),
-    *("tensorboard", "wandb", "eval_results.json", "loss.png", RECORD, _WRITING),
+    *("tensorboard", "wandb", "eval_results.json", "loss.png", COMPLETED, RECORD, _WRITING),
 )
 
 
@@ -40,7 +41,7 @@ def claim(options: Options) -> None:
         raise ValueError(f"--output {folder}: expected an empty folder or a run to resume, found other files")
     if options.run.overwrite:
         return
-    if (folder / "adapter" / "adapter_config.json").exists():
+    if (folder / COMPLETED).exists() and (folder / "adapter" / "adapter_config.json").exists():
         raise ValueError(f"--output {folder}: holds a finished run; choose another folder, or --overwrite to delete it")
     before, now, defaults = _read(record), record_of(options), record_of(Options())
     different = [
@@ -71,6 +72,11 @@ def start(options: Options) -> None:
     temporary = folder / _WRITING  # a kill in between leaves no half a record
     temporary.write_text(json.dumps(record_of(options), indent=2) + "\n", encoding="utf-8")
     temporary.replace(folder / RECORD)
+
+
+def complete(options: Options) -> None:
+    """Marks the run as finished: from now on it is not resumed."""
+    (options.run.output / COMPLETED).touch()
 
 
 def record_of(options: Options) -> dict[str, Any]:

@@ -42,8 +42,8 @@ from qlora_jax.finetune import mmlu, watch
 from qlora_jax.finetune.answers import show_answers
 from qlora_jax.finetune.card import write_card
 from qlora_jax.finetune.dpo import dpo
-from qlora_jax.finetune.folder import claim
-from qlora_jax.finetune.hub import check_repository, upload
+from qlora_jax.finetune.folder import claim, complete
+from qlora_jax.finetune.hub import upload
 from qlora_jax.finetune.objective import Batches, Objective, Setting
 from qlora_jax.finetune.options import ObjectiveName, Options
 from qlora_jax.finetune.seq2seq import seq2seq
@@ -83,16 +83,16 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
     quantization = storage_of(checkpoint, quantization)
     eos_ids = stop_ids(name, options.model.revision, tokenizer)
     config = family.config(checkpoint.config)
+    check_all(with_tied(checkpoint, family), begin)
+    nnx.eval_shape(lambda: family.model(config, lora=lora, rngs=nnx.Rngs(0)))  # does the adapter find what it names?
+    watched = watch.prepare(options, tokenizer, config, _say, progress=progress)
     make = seq2seq if isinstance(config, T5Config) else DECODER_OBJECTIVES[options.objective.objective]
     objective = make(Setting(options, tokenizer, config, eos_ids, _say, progress))
-    if begin is not None and options.model.adapter is not None:
-        check_all(with_tied(checkpoint, family), begin)
+    if options.model.adapter is not None:
         _compare(read_training_record(options.model.adapter), TrainingRecord(quantization, objective.template))
     source = objective.training(_rows(options))
     steps = _steps(options, source)
-    watched = watch.prepare(options, tokenizer, config, objective.prompts, objective.answer, _say, progress=progress)
-    if options.watch.push_to_hub:
-        check_repository(options.watch.push_to_hub, private=options.watch.hub_private)
+    watch.check_prompts(options, objective.prompts)
 
     model = _load(options, checkpoint, quantization, lora, mesh, progress)
     if begin is not None:
@@ -124,7 +124,6 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
         ):
             save_tokenizer(tokenizer, folder)
         kept = (best_evaluation(rows)[0] if options.run.early_stopping_patience else None) or rows[-1]["step"]
-        write_card(folder, options, config=config, quantization=quantization, rows=rows, kept=kept)
         _say(f"Saved the adapter ({_size(folder) / 2**20:.1f} MiB, read back and compared): {folder}")
         if objective.held_out is not None:
             before, after = _held_out(rows, best=options.run.early_stopping_patience > 0)
@@ -132,6 +131,8 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
                 after |= {f"eval_{name}": value for name, value in objective.score(tuned).items()}
             (output / "eval_results.json").write_text(json.dumps(after, indent=2) + "\n", encoding="utf-8")
             _say(_conclude(before, after, objective.unit))
+            rows = [row | after if row["step"] == kept else row for row in rows]
+        write_card(folder, options, config=config, quantization=quantization, rows=rows, kept=kept, unit=objective.unit)
         if (questions := watched.questions) is not None:
             ask = partial(mmlu.figures, tuned, questions, options, progress=progress)
             _say(mmlu.conclude(rows, kept, ask))
@@ -143,6 +144,7 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
             _say("No answers are shown: in the held-out examples nothing comes before what is learned.")
     if options.watch.push_to_hub:
         _say(f"Uploaded the adapter: {upload(folder, options.watch.push_to_hub)}")
+    complete(options)
     return folder
 
 

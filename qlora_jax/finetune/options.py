@@ -251,6 +251,11 @@ class Options:
             raise ValueError(f"early_stopping_patience: expected held-out data, found {share} 0 and no eval_data")
         if self.watch.sample_every and (self.run.samples == 0 or none_held_out):
             raise ValueError("sample_every: expected held-out data and samples of at least 1, found none")
+        if self.run.predict_with_generate and none_held_out:
+            raise ValueError(f"predict_with_generate: expected held-out data, found {share} 0 and no eval_data")
+        found = getattr(self.data, share)
+        if self.data.eval_data is not None and found not in (0, getattr(DataOptions, share)):
+            raise ValueError(f"{share}: expected none beside eval_data, found {found:g}")
         if self.data.streaming and self.run.max_steps is None:
             raise ValueError("streaming: expected max_steps beside it (the length of a stream is unknown), found none")
         if self.data.streaming and self.run.epochs != RunOptions.epochs:

@@ -101,6 +101,8 @@ def train_adapter(
         keep_best(int(state.step), state)
         watches = watch.opened(
             watched,
+            objective.prompts,
+            objective.answer,
             lambda state: nnx.merge(graphdef, state.adapter, frozen),
             log,
             resume_at=int(state.step),

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora_jax.cli import to_dict
 from qlora_jax.evaluate import Prompts
 from qlora_jax.finetune import mmlu, samples
+from qlora_jax.finetune.hub import check_repository
 from qlora_jax.finetune.options import Options
 from qlora_jax.finetune.trackers import check_trackers, open_trackers
 from qlora_jax.models import ModelConfig
@@ -27,15 +28,11 @@ class Watched:
 
     Attributes:
         questions: of MMLU; None for none.
-        prompts: held-out prompts, as token ids, to answer now and then.
-        answer: (model, prompts) to the token ids of the answers.
     """
 
     options: Options
     tokenizer: PreTrainedTokenizerFast
     questions: Prompts | None
-    prompts: Sequence[np.ndarray]
-    answer: samples.Answer
     progress: bool
 
 
@@ -43,26 +40,38 @@ def prepare(
     options: Options,
     tokenizer: PreTrainedTokenizerFast,
     config: ModelConfig,
-    prompts: Sequence[np.ndarray],
-    answer: samples.Answer,
     say: Callable[[str], None],
     *,
     progress: bool,
 ) -> Watched:
     """Raises ValueError or OSError where something that is asked for cannot be watched."""
     check_trackers(options.watch.report_to)
+    if options.watch.push_to_hub:
+        check_repository(options.watch.push_to_hub, private=options.watch.hub_private)
+    return Watched(options, tokenizer, mmlu.read_prompts(options, tokenizer, config, say), progress)
+
+
+def check_prompts(options: Options, prompts: Sequence[np.ndarray]) -> None:
+    """Raises ValueError where prompts are to be answered during the run, and there are none."""
     if options.watch.sample_every and not prompts:
         raise ValueError("sample_every: expected held-out examples with something before what is learned, found none")
-    questions = mmlu.read_prompts(options, tokenizer, config, say)
-    return Watched(options, tokenizer, questions, prompts, answer, progress)
 
 
 def opened(
-    watched: Watched, model_of: Callable[[TrainState], Any], log: MetricsLog, *, resume_at: int, stack: ExitStack
+    watched: Watched,
+    prompts: Sequence[np.ndarray],
+    answer: samples.Answer,
+    model_of: Callable[[TrainState], Any],
+    log: MetricsLog,
+    *,
+    resume_at: int,
+    stack: ExitStack,
 ) -> list[Watch]:
     """The watches of the loop; the trackers listen to `log`, and `stack` closes what is open.
 
     Args:
+        prompts: held-out prompts, as token ids, to answer now and then.
+        answer: (model, prompts) to the token ids of the answers.
         model_of: the model with the adapter of a state.
         resume_at: step from which the run goes on.
     """
@@ -76,11 +85,11 @@ def opened(
     if options.watch.sample_every:
         record = stack.enter_context(closing(MetricsLog(options.run.output / "samples.jsonl", resume_at=resume_at)))
 
-        def answer(step: int, state: TrainState) -> dict[str, float]:
-            samples.record_samples(step, model_of(state), watched.prompts, watched.answer, watched.tokenizer, record)
+        def answer_prompts(step: int, state: TrainState) -> dict[str, float]:
+            samples.record_samples(step, model_of(state), prompts, answer, watched.tokenizer, record)
             return {}
 
-        watches.append(Watch(options.watch.sample_every, answer))
+        watches.append(Watch(options.watch.sample_every, answer_prompts))
     log.listeners += open_trackers(
         options.watch.report_to,
         options.run.output,

@@ -29,7 +29,8 @@ def test_report_adds_up(chatml: PreTrainedTokenizerFast) -> None:
     assert report.learned_tokens == sum(example.loss_mask.sum() for example in examples)
     assert report.longest_row == max(len(encode(row, chatml)) for row in (LONG, LONG_QUESTION))
     assert str(report).startswith("3 of 6 rows kept: question/answer as chat; 1 cut to 40 tokens (the longest had ")
-    assert "3 left out: nothing to learn in 40 tokens" in str(report)
+    assert report.without_answer == 1
+    assert "; 1 left out: no answer to learn; 2 left out: nothing to learn in 40 tokens; " in str(report)
     for example, row in zip(examples, (SHORT, LONG, SHORT), strict=True):
         alone = encode(row, chatml, max_length=40)
         np.testing.assert_array_equal(example.tokens, alone.tokens)
@@ -49,6 +50,8 @@ def test_long_rows_may_be_dropped_or_refused(chatml: PreTrainedTokenizerFast) ->
 def test_nothing_to_learn_at_all(chatml: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match="expected at least one row with something to learn, found none: 0 of 2 rows"):
         encode_all([UNANSWERED, EMPTY], chatml, max_length=40, progress=False)
+    with pytest.raises(DataError, match=r"found none: 0 of 2 rows kept; 2 left out: no answer to learn$"):
+        encode_all([UNANSWERED] * 2, chatml, max_length=40, progress=False)
     with pytest.raises(DataError, match="0 of 0 rows"):
         encode_all([], chatml, max_length=40, progress=False)
     examples, _ = encode_all([UNANSWERED], chatml, max_length=40, train_on_source=True, progress=False)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from qlora_jax.data import DataError, Example, StreamBatches, batches, stream_records
-from qlora_jax.data.corpus import NothingToLearn
 
 ROWS, BUFFER, LENGTH = 53, 10, 32
 
@@ -126,16 +125,14 @@ def test_order_is_decided_by_the_seed_and_differs_between_passes(file: Path) -> 
 
 def test_rows_that_teach_nothing_are_passed_over(file: Path) -> None:
     def some(rows: list[dict[str, Any]], first: int) -> list[Example]:
-        if first in (0, 20, 50):
-            raise NothingToLearn("none")
-        return encode(rows, first)
+        return [] if first in (0, 20, 50) else encode(rows, first)
 
     source = stream(file, some)
     found = documents(batches_of_a_pass(source))
     assert len(found) == ROWS - 10 - 10 - 3
 
     def none(rows: list[dict[str, Any]], first: int) -> list[Example]:
-        raise NothingToLearn("none")
+        return []
 
     with pytest.raises(DataError, match="expected at least one row with something to learn, found none in a whole pass"):
         next(stream(file, none))

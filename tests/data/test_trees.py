@@ -77,6 +77,7 @@ def test_trees_without_an_answer_are_counted() -> None:
         (message("x", "b", "assistant"), "message x: expected another role than its parent b, found 'assistant' twice"),
         (message("b", "a", "assistant"), "row 7 .*: expected a message_id of its own, found b again"),
         (message("x", "a", "moderator"), "message x, role: expected one of prompter, assistant, found 'moderator'"),
+        (message("x", "a", "assistant", rank="high"), "message x, rank: expected a number, found 'high'"),
         (message("x", "a", "assistant", text=None), "message x, text: expected text, found NoneType"),
     ],
 )

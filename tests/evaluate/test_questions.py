@@ -124,10 +124,7 @@ def test_a_sample_is_seeded_and_stated(tmp_path: Path) -> None:
         ({"subject": "a", "question": "1?", "choices": ["1"] * 4, "answer": 4}, r"row 1 .*, answer: .* found 4"),
         ({"subject": "a", "question": "1?", "choices": ["1"] * 3, "answer": 1}, r"row 1 .*: expected four choices"),
         ({"subject": "", "question": "1?", "choices": ["1"] * 4, "answer": 1}, r"row 1 .*: expected a subject, found ''"),
-        (
-            {"subject": "a", "text": "1?"},
-            r"row 0 .*: expected the columns subject, input, .*; found subject, text",
-        ),
+        ({"subject": "a", "question": None, "choices": ["1"] * 4, "answer": 1}, r"row 0 .*: expected a question .* None"),
     ],
 )
 def test_faults_name_their_row(tmp_path: Path, row: dict[str, Any], message: str) -> None:
@@ -135,6 +132,16 @@ def test_faults_name_their_row(tmp_path: Path, row: dict[str, Any], message: str
     good["subject"] = "a"
     with pytest.raises(DataError, match=message):
         read_questions(write(tmp_path / "test.jsonl", [good, row]), shots=None if "input" in row else 0)
+
+
+@pytest.mark.parametrize("names", [("question", "answer"), ("subject", "text"), ("subject", "question", "A", "B", "answer")])
+def test_other_columns(tmp_path: Path, examples: str, names: tuple[str, ...]) -> None:
+    other = write(tmp_path / "other.jsonl", [dict.fromkeys(names, "A")])
+    message = rf"other\.jsonl: expected the columns subject, input, output, or .*; found {', '.join(names)}$"
+    with pytest.raises(DataError, match=message):
+        read_questions(other, shots=0)
+    with pytest.raises(DataError, match=message):
+        read_questions(examples, shots=1, examples=other)
 
 
 def test_faults_of_what_is_asked(tmp_path: Path, examples: str) -> None:

@@ -14,6 +14,7 @@ from qlora_jax.finetune import DataOptions, LoRAOptions, ModelOptions, Options, 
 from qlora_jax.finetune.card import write_card
 from qlora_jax.models import causal_family_of
 from qlora_jax.quant import Quantization
+from qlora_jax.train import PAIRS
 
 ROWS = [
     {"step": 0, "eval_loss": 2.0, "mmlu_accuracy": 0.25},
@@ -89,3 +90,11 @@ def test_a_card_of_local_names(tmp_path: Path, tiny_llama: Path, config: Any) ->
     assert "## Results" not in card.text
     assert "BitsAndBytes" not in card.text
     assert card_of(tmp_path, Options(), config).data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_a_loss_over_pairs_has_no_perplexity(tmp_path: Path, config: Any) -> None:
+    rows = [{"step": 0, "eval_loss": 0.7}, {"step": 2, "eval_loss": 0.5, "eval_rewards/accuracies": 0.75}]
+    text = card_of(tmp_path, Options(), config, rows=rows, unit=PAIRS).text
+    assert "| held-out loss | 0.700 | 0.500 |" in text
+    assert "| held-out rewards/accuracies |  | 0.750 |" in text
+    assert "perplexity" not in text

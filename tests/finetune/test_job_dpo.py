@@ -32,6 +32,7 @@ from qlora_jax.finetune import (
     Options,
     RunOptions,
     finetune,
+    training,
 )
 from qlora_jax.finetune import job as job_module
 from qlora_jax.nn import LoRA
@@ -99,7 +100,7 @@ def test_it_learns_to_prefer(options: Options, capsys: pytest.CaptureFixture[str
 def test_it_resumes(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = but(options, "run", output=tmp_path / "whole")
     finetune(whole, progress=False)
-    evaluate = job_module.mean_metrics
+    evaluate = training.mean_metrics
 
     def killed(step: Any, state: Any, *rest: Any, **more: Any) -> Any:
         if int(state.step) == 3:
@@ -107,7 +108,7 @@ def test_it_resumes(options: Options, tmp_path: Path, monkeypatch: pytest.Monkey
         return evaluate(step, state, *rest, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(job_module, "mean_metrics", killed)
+        patch.setattr(training, "mean_metrics", killed)
         with pytest.raises(KeyboardInterrupt):
             finetune(options, progress=False)
     assert [row["step"] for row in rows_of(options)] == [0, 1, 2]
@@ -179,7 +180,7 @@ def test_answers_can_be_learned_from_an_adapter_too(options: Options, tmp_path: 
     """The first loss of the second run is the last held-out loss of the first one, on the same data."""
     row = write(tmp_path, [{"question": f"{n}?", "answer": "red"} for n in range(8)], "answers.jsonl")
     first = dataclasses.replace(but(options, "run", batch_size=2), objective=ObjectiveOptions())
-    first = but(first, "data", data=row, eval_data=row)
+    first = but(first, "data", data=row, eval_data=row, held_out=0.0)
     start = finetune(first, progress=False)
     second = but(but(first, "model", adapter=str(start)), "run", output=tmp_path / "second")
     second = dataclasses.replace(second, lora=LoRAOptions(dropout=0.1))

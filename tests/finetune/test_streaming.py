@@ -10,6 +10,7 @@ import pytest
 
 from qlora_jax.checkpoint.source import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
+from qlora_jax.data import DataError
 from qlora_jax.finetune import DataOptions, LoRAOptions, ModelOptions, OptimizerOptions, Options, RunOptions, finetune
 from qlora_jax.finetune.objective import Objective, Setting
 from qlora_jax.finetune.sft import sft
@@ -100,3 +101,66 @@ def test_a_stream_of_nothing_but_held_out_rows(options: Options, tiny_llama: Pat
     short = dataclasses.replace(options, data=dataclasses.replace(options.data, held_out_rows=ROWS))
     with pytest.raises(ValueError, match=r"expected rows beyond those held out \(held_out_rows 30\), found none"):
         objective_of(short, tiny_llama, [])
+
+
+def but(options: Options, rows: list[dict[str, Any]], **fields: Any) -> Options:
+    """The options with other rows, and `fields` of the data."""
+    Path(str(options.data.data)).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return dataclasses.replace(options, data=dataclasses.replace(options.data, **fields))
+
+
+@pytest.mark.parametrize("held_out_rows", [0, 1])
+def test_message_trees_are_refused(options: Options, tiny_llama: Path, held_out_rows: int) -> None:
+    tree = [
+        {"message_id": "a", "parent_id": None, "role": "prompter", "text": "1?"},
+        {"message_id": "b", "parent_id": "a", "role": "assistant", "text": "1"},
+    ]
+    trees = but(options, tree, held_out_rows=held_out_rows)
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl: streaming: expected rows that stand alone, found message trees \(col"
+    ):
+        objective_of(trees, tiny_llama, [])
+
+
+GOOD = {"question": "1?", "answer": "one"}
+
+
+@pytest.mark.parametrize(("place", "held_out_rows"), [(0, 4), (5, 4), (110, 4), (110, 0)])
+def test_a_bad_row_is_named_with_its_file(options: Options, tiny_llama: Path, place: int, held_out_rows: int) -> None:
+    """Among those held out, among those looked at before the run, and while it trains."""
+    rows = but(options, [GOOD] * place + [{"question": "1?", "reply": "x"}] + [GOOD] * 3, held_out_rows=held_out_rows)
+
+    def train() -> None:
+        source = objective_of(rows, tiny_llama, []).training(2)
+        for _ in range(200):
+            next(source)
+
+    with pytest.raises(DataError, match=rf"^{options.data.data}, row {place} \(counted from 0\): "):
+        train()
+
+
+@pytest.mark.parametrize(("held_out_rows", "first"), [(2, 0), (0, 0)])
+def test_a_line_that_is_no_json(options: Options, tiny_llama: Path, held_out_rows: int, first: int) -> None:
+    broken = but(options, [GOOD], held_out_rows=held_out_rows)
+    path = Path(str(options.data.data))
+    path.write_text(path.read_text() + '{"question": \n', encoding="utf-8")
+    with pytest.raises(DataError, match=rf"^{path}, in the \d+ rows from row {first} on .*: expected rows that can be read"):
+        objective_of(broken, tiny_llama, [])
+
+
+def test_rows_that_teach_nothing_are_told(options: Options, tiny_llama: Path) -> None:
+    empty = {"question": "2?", "answer": ""}
+    rows = but(options, [GOOD] * 9 + [empty] * 10, held_out_rows=1, shuffle_buffer=8)
+    said: list[str] = []
+    source = objective_of(rows, tiny_llama, said).training(2)
+    del said[:]
+    while len(said) < 5:
+        next(source)
+    path = str(options.data.data)
+    assert [text.split(" kept")[0] for text in said] == [
+        f"{path}, rows 9 to 16 (counted from 0): 0 of 8 rows",
+        f"{path}, rows 17 to 18 (counted from 0): 0 of 2 rows",
+        f"{path}: at the end of the rows to train on: 8 of 18 rows",
+        *(f"{path}, rows {rows} (counted from 0): 0 of {count} rows" for rows, count in (("9 to 16", 8), ("17 to 18", 2))),
+        f"{path}: at the end of the rows to train on: 8 of 18 rows",
+    ][: len(said)]

@@ -152,4 +152,4 @@ def test_what_cannot_be_watched(options: Options, tiny_llama: Path, monkeypatch:
 def test_an_encoder_decoder_has_no_mmlu(options: Options, tiny_llama: Path) -> None:
     config: Any = types.SimpleNamespace()  # any that is not a decoder's
     with pytest.raises(ValueError, match="mmlu: expected a decoder, which goes on a text, found an encoder-decoder"):
-        prepare(options, load_tokenizer(tiny_llama), config, [[1]], lambda *_: [], print, progress=False)  # type: ignore[list-item, arg-type]
+        prepare(options, load_tokenizer(tiny_llama), config, print, progress=False)

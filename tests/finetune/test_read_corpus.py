@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from qlora_jax.data import Example, Template
+from qlora_jax.data import DataError, Example, Template
 from qlora_jax.finetune import DataOptions, Options, RunOptions
-from qlora_jax.finetune.corpus import Corpus, read_corpus
+from qlora_jax.finetune.corpus import Corpus, read_corpus, read_source
 
 ROWS = 40
 
@@ -25,7 +25,7 @@ def rows(tmp_path: Path) -> str:
     return str(path)
 
 
-def read(rows: str, **fields: Any) -> Corpus[int]:
+def read(rows: str | tuple[str, ...], **fields: Any) -> Corpus[int]:
     def encode(records: Any) -> tuple[list[int], Account]:
         return [int(record["text"]) for record in records], Account()
 
@@ -45,12 +45,36 @@ def test_a_share_or_a_number_of_rows_is_held_out(rows: str) -> None:
     assert read(rows, held_out=0).held_out == []
 
 
-def test_the_first_so_many_of_both(rows: str) -> None:
+def test_at_most_so_many_of_both(rows: str) -> None:
     whole, few = read(rows, held_out=10), read(rows, held_out=10, max_train_samples=5, max_eval_samples=2)
-    assert few.training == whole.training[:5]
+    assert len(few.training) == 5
+    assert few.training == [number for number in whole.training if number in few.training], "in the order of the data"
+    assert few.training != whole.training[:5]
+    assert few.training == read(rows, held_out=10, max_train_samples=5).training, "the seed decides"
     assert few.held_out == whole.held_out[:2]
-    given = read(rows, eval_data=rows, max_train_samples=7, max_eval_samples=3)
-    assert (given.training, given.held_out) == (list(range(7)), [0, 1, 2])
+    given = read(rows, eval_data=rows, max_train_samples=ROWS, max_eval_samples=3)
+    assert (given.training, given.held_out) == (list(range(ROWS)), [0, 1, 2])
+
+
+def test_a_sample_has_a_share_of_each_source(rows: str, tmp_path: Path) -> None:
+    second = tmp_path / "second.jsonl"
+    second.write_text("".join(f'{{"text": "{ROWS + number}"}}\n' for number in range(ROWS)), encoding="utf-8")
+    training = read((rows, str(second)), held_out=0, max_train_samples=30).training
+    assert 10 <= sum(number < ROWS for number in training) <= 20
+    weighted = read((rows, str(second)), held_out=0, max_train_samples=30, weights=(9, 1)).training
+    assert sum(number < ROWS for number in weighted) == 27
+    assert set(weighted) <= set(training)
+    with pytest.raises(ValueError, match="max_train_samples 1: expected with weights an example of each source"):
+        read((rows, str(second)), held_out=0, max_train_samples=1, weights=(1, 1))
+
+
+def test_a_bad_row_is_named_with_its_source(rows: str) -> None:
+    def encode(records: Any) -> tuple[list[int], Account]:
+        raise DataError("row 0 (counted from 0): bad")
+
+    with pytest.raises(DataError, match=rf"^{rows}, row 0 \(counted from 0\): bad$") as error:
+        read_source(rows, None, encode, lambda text: None)
+    assert isinstance(error.value.__cause__, DataError)
 
 
 @pytest.mark.parametrize(
