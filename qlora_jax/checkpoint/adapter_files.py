@@ -40,12 +40,9 @@ __all__ = ["Adapter", "read_adapter", "read_adapter_config", "tensor_names", "wr
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 ROWS = ".token_adapter.trainable_tokens_delta"
-WEIGHT = ".weight"
-WRAPPED = (
-    ".original_module.weight",
-    ".token_adapter.base_layer.weight",
-)  # the base's, beside what is trained
-TABLES = ("embed_tokens", "embed_in", "lm_head", "embed_out", "shared")
+TABLE_NAMES = ("embed_tokens", "embed_in", "shared", "lm_head", "embed_out")
+# Of the base's own tables (resized.py): of one that the adapter leaves alone, or trains a copy or rows of.
+TABLE_ENDINGS = (".weight", ".original_module.weight", ".token_adapter.base_layer.weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +54,7 @@ class Adapter:
         lora: its shape and scaling.
         base: the base model that its configuration names, or None. Only shapes decide whether it fits.
         tensors: by the files' names; `[r, in]` for lora_A, `[out, r]` for lora_B, else as in the base's checkpoint.
-        tables: the token table and head that PEFT saved of a base that it had resized, by the files' names. They take the
-            place of the base's own.
+        tables: the token table and head of a base that PEFT had resized, by the files' names (resized.py).
     """
 
     source: str
@@ -66,11 +62,6 @@ class Adapter:
     base: str | None
     tensors: Mapping[str, np.ndarray]
     tables: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-
-    def table(self, name: str) -> np.ndarray | None:
-        """What takes the place of the base's table of that name."""
-        module = PREFIX + name.removesuffix(WEIGHT)
-        return next((self.tables[module + end] for end in (WEIGHT, *WRAPPED) if module + end in self.tables), None)
 
     @property
     def modules(self) -> list[str]:
@@ -176,9 +167,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{source}: {WEIGHTS} is damaged: {error}.") from error
     tables = {name: tensor for name, tensor in tensors.items() if _is_table(name, lora)}
-    # PEFT writes what replaces a module under two names.
-    copies = {name for name in tensors if ".modules_to_save." in name and name.replace(".modules_to_save.", ".") in tensors}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in copies and name not in tables}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in tables and not _is_copy(name, tensors)}
     problems = _problems_of_tensors(tensors, lora)
     if problems:
         raise CheckpointError.of(source, problems)
@@ -187,9 +176,15 @@ def read_adapter(folder: str | Path) -> Adapter:
 
 def _is_table(tensor: str, lora: LoRA) -> bool:
     """Whether a tensor is the token table or head of a base that PEFT had resized."""
-    module = tensor.removeprefix(PREFIX).removesuffix(WEIGHT)
-    plain = tensor.endswith(WEIGHT) and module.rpartition(".")[2] in TABLES
-    return tensor.endswith(WRAPPED) or (plain and not _is_trained_besides(tensor, lora))
+    if not tensor.startswith(PREFIX) or _is_trained_besides(tensor, lora):
+        return False
+    return any(tensor.endswith(f".{name}{ending}") for name in TABLE_NAMES for ending in TABLE_ENDINGS)
+
+
+def _is_copy(tensor: str, tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether PEFT wrote a tensor twice, as it does with what it trains of a table of a base that it had resized."""
+    other = tensors.get(tensor.replace(".modules_to_save.", "."))
+    return ".modules_to_save." in tensor and other is not None and np.array_equal(tensors[tensor], other)
 
 
 def _problems_of_tensors(tensors: Mapping[str, np.ndarray], lora: LoRA) -> list[str]:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora_jax.checkpoint.adapter_files import PREFIX, Adapter
-from qlora_jax.checkpoint.source import Checkpoint, CheckpointError, listed
-from qlora_jax.models import DecoderConfig, Key, family_of, tied_head
+from qlora_jax.checkpoint.resized import names_of, with_tables
+from qlora_jax.checkpoint.source import Checkpoint, CheckpointError
+from qlora_jax.models import DecoderConfig, family_of, tied_head
 from qlora_jax.models.trained import HEAD, TABLE, TIED_HEAD, trained_parts
 from qlora_jax.nn import LoRA
 
@@ -83,7 +84,7 @@ def with_tokens(checkpoint: Checkpoint, tokens: Sequence[int]) -> Checkpoint:
 def grown(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     """The checkpoint with room for the rows that an adapter has trained beyond its table, alone or in a whole table; with
     the token table and head that PEFT had resized where the adapter's files hold them."""
-    checkpoint = _with_tables(checkpoint, adapter)
+    checkpoint = with_tables(checkpoint, adapter)
     size = checkpoint.config.get("vocab_size", 0)
     tokens = {token for _, tokens in adapter.lora.token_rows() for token in tokens}
     beyond = sorted(token for token in tokens.union(range(size, _rows_of_whole(checkpoint, adapter))) if token >= size)
@@ -96,47 +97,11 @@ def grown(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     return with_tokens(checkpoint, beyond)
 
 
-def _with_tables(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
-    """The checkpoint with an adapter's tables in place of its own."""
-    if not adapter.tables:
-        return checkpoint
-    config = family_of(checkpoint.config).config(checkpoint.config)
-    if not isinstance(config, DecoderConfig):
-        raise CheckpointError(
-            f"{adapter.source}: expected an adapter without resized token tables, found {listed([*adapter.tables])};"
-            " save it with save_embedding_layers=False"
-        )
-    tables: dict[str, np.ndarray] = {}
-    for key in config.keys:
-        if key.path in (TABLE, HEAD):
-            both = key.path == TABLE and tied_head(config.keys) is not None
-            names = _names(config.keys, key.path) + (_names(config.keys, HEAD) if both else [])
-            table = next((table for name in names if (table := adapter.table(name)) is not None), None)
-            if table is not None:
-                tables[key.name] = table
-    rows = {len(table) for table in tables.values()} or {config.vocab_size}
-    if len(rows) > 1:
-        raise CheckpointError(f"{adapter.source}: expected a token table and a head of as many rows, found {sorted(rows)}")
-    return dataclasses.replace(
-        checkpoint,
-        config=checkpoint.config | {"vocab_size": rows.pop()},
-        shapes={name: tables[name].shape if name in tables else shape for name, shape in checkpoint.shapes.items()},
-        read=lambda name: tables[name] if name in tables else checkpoint.read(name),
-    )
-
-
 def _rows_of_whole(checkpoint: Checkpoint, adapter: Adapter) -> int:
     """The rows of the token table and the head that an adapter trains as a whole; 0: it trains neither."""
     keys = family_of(checkpoint.config).config(checkpoint.config).keys
-    names = [name for path in (TABLE, HEAD) for name in _names(keys, path)]
+    names = [name for path in (TABLE, HEAD) for name in names_of(keys, path)]
     return max((len(adapter.tensors[PREFIX + name]) for name in names if PREFIX + name in adapter.tensors), default=0)
-
-
-def _names(keys: Sequence[Key], path: tuple[str, ...]) -> list[str]:
-    """What the files of an adapter call the token table or the head, also where the head is the table."""
-    names = [key.name for key in keys if key.path == path] or [str(tied_head(keys))]
-    # As transformers calls the head of GPT-NeoX from version 5 on.
-    return [*names, "lm_head.weight"] if names == ["embed_out.weight"] else names
 
 
 def training_tokens(lora: LoRA, checkpoint: Checkpoint, tokens: tuple[int, ...]) -> LoRA:

@@ -1,9 +1,7 @@
 """New special tokens: in the tokenizer, as rows of the table and the head, and in PEFT over a base that it has resized."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -136,49 +134,6 @@ def test_rows_of_whole_tables_find_room(tmp_path: Path, family: str, tied: bool,
     theirs = peer.logits(peer.peft.PeftModel.from_pretrained(base, tmp_path / "adapter"))
     assert largest(run(loaded), theirs) < 5e-4
     merge(room, adapter, tmp_path / "merged", dtype="float32", progress=False)
-    merged = peer.kind.from_pretrained(tmp_path / "merged", dtype=peer.torch.float32)
-    assert largest(peer.logits(merged), theirs) < 5e-4
-
-
-FIELDS: dict[str, dict[str, Any]] = {
-    "LoRA": {},
-    "table and head": {"modules_to_save": ["embed_tokens", "lm_head"]},
-    "table": {"modules_to_save": ["embed_tokens"]},
-    "head": {"modules_to_save": ["lm_head"]},
-    "rows": {"trainable_token_indices": [5, VOCABULARY]},
-}
-
-
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True` as the embedding layer:UserWarning")
-@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
-@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("llama", False), ("gpt_neox", False)])
-def test_tables_that_peft_has_resized(tmp_path: Path, family: str, tied: bool, fields: dict[str, Any]) -> None:
-    """Rows that are not trained have their values only there; loaded here, saved again, and merged."""
-    if family == "gpt_neox":
-        fields = json.loads(json.dumps(fields).replace("embed_tokens", "embed_in"))
-    peer = Peer(tmp_path / "peer", family, tie_word_embeddings=tied)
-    base = peer.base()
-    base.resize_token_embeddings(VOCABULARY + 3)
-    config = peer.peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules="all-linear", **fields)
-    model = peer.peft.get_peft_model(base, config)
-    with peer.torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * peer.torch.randn(parameter.shape))
-    model.save_pretrained(tmp_path / "adapter")
-    theirs = peer.logits(model)
-
-    checkpoint, adapter = open_checkpoint(str(peer.folder)), read_adapter(tmp_path / "adapter")
-    assert adapter.tables
-    for _ in range(2):
-        room = grown(checkpoint, adapter)
-        loaded = load_adapter(load_model(room, quantization=None, lora=adapter.lora, progress=False), adapter)
-        assert run(loaded).shape[-1] == VOCABULARY + 3
-        assert largest(run(loaded), theirs) < 5e-4
-        again = save_adapter(loaded, tmp_path / "again", lora=adapter.lora, tables=adapter.tables)
-        adapter = read_adapter(again)
-    merge(grown(checkpoint, adapter), adapter, tmp_path / "merged", dtype="float32", progress=False)
     merged = peer.kind.from_pretrained(tmp_path / "merged", dtype=peer.torch.float32)
     assert largest(peer.logits(merged), theirs) < 5e-4
 
