@@ -1,7 +1,7 @@
 """What tests of several packages share: a checkpoint of a tiny random Llama, made anew, and what has been compiled.
 
-Every run of a job makes its programs anew, and so does every process that a test starts. JAX's cache of compiled programs, in a
-folder of this session alone, compiles each once; the environment brings it to the processes.
+Every run of a job makes its programs anew, and so does every process that a test starts. JAX's cache of compiled programs,
+in a folder of this session alone, compiles each once; the environment brings it to the processes.
 """
 
 import json
