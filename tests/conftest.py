@@ -1,6 +1,12 @@
-"""What tests of several packages share: a checkpoint of a tiny random Llama, made anew."""
+"""What tests of several packages share: a checkpoint of a tiny random Llama, made anew, and what has been compiled.
+
+Every run of a job makes its programs anew, and so does every process that a test starts. JAX's cache of compiled programs,
+in a folder of this session alone, compiles each once; the environment brings it to the processes.
+"""
 
 import json
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +16,15 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+# Before JAX and `datasets` are imported, which read them then.
+COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
+os.environ |= {
+    "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # `datasets` reports each local file that it opens to the hub
+}
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<pad>")
 CHATML = (

@@ -10,7 +10,7 @@ slot stands for. What is missing, has no slot or has another shape is reported i
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from flax import nnx
 from qlora_jax.checkpoint.adapter_config import TaskType
 from qlora_jax.checkpoint.adapter_files import PREFIX, Adapter, read_adapter, rows_name, tensor_names, write_adapter
 from qlora_jax.checkpoint.source import CheckpointError, listed
-from qlora_jax.models import FAMILIES, T5, Key, Model, families_with, linear_keys
+from qlora_jax.models import FAMILIES, T5, Key, Model, families_with, linear_keys, tied_head
 from qlora_jax.models.trained import TABLE, TIED_HEAD
 from qlora_jax.nn import Linear, LoRA, Slot
 
@@ -75,11 +75,23 @@ def adapter_tensors(model: Model) -> dict[str, np.ndarray]:
     return tensors
 
 
-def save_adapter(model: Model, folder: str | Path, *, lora: LoRA, base_model_name_or_path: str | None = None) -> Path:
+def save_adapter(
+    model: Model,
+    folder: str | Path,
+    *,
+    lora: LoRA,
+    base_model_name_or_path: str | None = None,
+    tables: Mapping[str, np.ndarray] | None = None,
+) -> Path:
     """Writes the adapter that lies in the slots of a model; see `write_adapter`."""
     task_type: TaskType = "SEQ_2_SEQ_LM" if isinstance(model, T5) else "CAUSAL_LM"
     return write_adapter(
-        adapter_tensors(model), folder, lora=lora, base_model_name_or_path=base_model_name_or_path, task_type=task_type
+        adapter_tensors(model),
+        folder,
+        lora=lora,
+        base_model_name_or_path=base_model_name_or_path,
+        task_type=task_type,
+        tables=tables,
     )
 
 
@@ -153,7 +165,7 @@ def check_fit(adapter: Adapter, model: Model) -> None:
         for name, place in places.items()
     }
     missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected]
+    extra = [name for name in found if name not in expected and not _is_copied_row(name, found, model)]
     misshapen = [
         f"{name}: expected {list(expected[name])}, found {list(found[name].shape)}"
         for name in expected
@@ -170,6 +182,16 @@ def check_fit(adapter: Adapter, model: Model) -> None:
         raise CheckpointError.of(
             f"{adapter.source}: this adapter does not fit this model, a {model.config.family} ({base})", problems
         )
+
+
+def _is_copied_row(name: str, tensors: Mapping[str, np.ndarray], model: Model) -> bool:
+    """Whether these are the rows of a head that is the token table, which PEFT writes a second time."""
+    head = tied_head(model.config.keys)
+    if head is None or name not in (rows_name(head.removesuffix(".weight")), rows_name("lm_head")):
+        return False
+    table = next(key for key in model.config.keys if key.path == TABLE)
+    rows = tensors.get(rows_name(table.modules()[0]))
+    return rows is not None and np.array_equal(rows, tensors[name])
 
 
 def _places(model: Model) -> dict[str, _Place]:

@@ -8,6 +8,8 @@
         base_model.model.model.norm.weight
         base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta    [tokens, features]
                                  (PEFT's name; the rows themselves, not their change)
+                                 and, where PEFT had resized the base, the base's token table and head
+        base_model.model.model.embed_tokens.weight
 
 Writing. Both files are written beside their final places, flushed, read back and compared bit for bit with
 the values in memory; only then do they take their names, the configuration last. An adapter that is empty or
@@ -38,6 +40,9 @@ __all__ = ["Adapter", "read_adapter", "read_adapter_config", "tensor_names", "wr
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 ROWS = ".token_adapter.trainable_tokens_delta"
+TABLE_NAMES = ("embed_tokens", "embed_in", "shared", "lm_head", "embed_out")
+# Of the base's own tables (resized.py): of one that the adapter leaves alone, or trains a copy or rows of.
+TABLE_ENDINGS = (".weight", ".original_module.weight", ".token_adapter.base_layer.weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +54,14 @@ class Adapter:
         lora: its shape and scaling.
         base: the base model that its configuration names, or None. Only shapes decide whether it fits.
         tensors: by the files' names; `[r, in]` for lora_A, `[out, r]` for lora_B, else as in the base's checkpoint.
+        tables: the token table and head of a base that PEFT had resized, by the files' names (resized.py).
     """
 
     source: str
     lora: LoRA
     base: str | None
     tensors: Mapping[str, np.ndarray]
+    tables: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def modules(self) -> list[str]:
@@ -79,6 +86,7 @@ def write_adapter(
     lora: LoRA,
     base_model_name_or_path: str | None = None,
     task_type: TaskType = "CAUSAL_LM",
+    tables: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """Writes what `adapter_tensors` returned, and verifies it, as the module describes. An adapter in
     `folder` is replaced.
@@ -88,6 +96,7 @@ def write_adapter(
             does.
         base_model_name_or_path: path or hub id of the base, by which PEFT's users find it.
         task_type: by which PEFT chooses its wrapper around the base.
+        tables: those of `Adapter`, where the base had them.
 
     Returns:
         The folder.
@@ -103,6 +112,7 @@ def write_adapter(
         raise CheckpointError.of(f"{folder}: adapter not saved", problems)
     config = config_of(tensors, lora, base_model_name_or_path, task_type)
     text = json.dumps(config, indent=2) + "\n"
+    tensors = {**tensors, **(tables or {})}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as temporary:
@@ -156,10 +166,25 @@ def read_adapter(folder: str | Path) -> Adapter:
         tensors = safetensors.numpy.load_file(file)
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{source}: {WEIGHTS} is damaged: {error}.") from error
+    tables = {name: tensor for name, tensor in tensors.items() if _is_table(name, lora)}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in tables and not _is_copy(name, tensors)}
     problems = _problems_of_tensors(tensors, lora)
     if problems:
         raise CheckpointError.of(source, problems)
-    return Adapter(source, lora, config.get("base_model_name_or_path") or None, tensors)
+    return Adapter(source, lora, config.get("base_model_name_or_path") or None, tensors, tables)
+
+
+def _is_table(tensor: str, lora: LoRA) -> bool:
+    """Whether a tensor is the token table or head of a base that PEFT had resized."""
+    if not tensor.startswith(PREFIX) or _is_trained_besides(tensor, lora):
+        return False
+    return any(tensor.endswith(f".{name}{ending}") for name in TABLE_NAMES for ending in TABLE_ENDINGS)
+
+
+def _is_copy(tensor: str, tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether PEFT wrote a tensor twice, as it does with what it trains of a table of a base that it had resized."""
+    other = tensors.get(tensor.replace(".modules_to_save.", "."))
+    return ".modules_to_save." in tensor and other is not None and np.array_equal(tensors[tensor], other)
 
 
 def _problems_of_tensors(tensors: Mapping[str, np.ndarray], lora: LoRA) -> list[str]:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora_jax.checkpoint.adapter_files import PREFIX, Adapter
+from qlora_jax.checkpoint.resized import names_of, with_tables
 from qlora_jax.checkpoint.source import Checkpoint, CheckpointError
-from qlora_jax.models import DecoderConfig, Key, family_of, tied_head
+from qlora_jax.models import DecoderConfig, family_of, tied_head
 from qlora_jax.models.trained import HEAD, TABLE, TIED_HEAD, trained_parts
 from qlora_jax.nn import LoRA
 
@@ -81,7 +82,9 @@ def with_tokens(checkpoint: Checkpoint, tokens: Sequence[int]) -> Checkpoint:
 
 
 def grown(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
-    """The checkpoint with room for the rows that an adapter has trained beyond its table, alone or in a whole table."""
+    """The checkpoint with room for the rows that an adapter has trained beyond its table, alone or in a whole table; with
+    the token table and head that PEFT had resized where the adapter's files hold them."""
+    checkpoint = with_tables(checkpoint, adapter)
     size = checkpoint.config.get("vocab_size", 0)
     tokens = {token for _, tokens in adapter.lora.token_rows() for token in tokens}
     beyond = sorted(token for token in tokens.union(range(size, _rows_of_whole(checkpoint, adapter))) if token >= size)
@@ -97,15 +100,8 @@ def grown(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
 def _rows_of_whole(checkpoint: Checkpoint, adapter: Adapter) -> int:
     """The rows of the token table and the head that an adapter trains as a whole; 0: it trains neither."""
     keys = family_of(checkpoint.config).config(checkpoint.config).keys
-    names = [name for path in (TABLE, HEAD) for name in _names(keys, path)]
+    names = [name for path in (TABLE, HEAD) for name in names_of(keys, path)]
     return max((len(adapter.tensors[PREFIX + name]) for name in names if PREFIX + name in adapter.tensors), default=0)
-
-
-def _names(keys: Sequence[Key], path: tuple[str, ...]) -> list[str]:
-    """What the files of an adapter call the token table or the head, also where the head is the table."""
-    names = [key.name for key in keys if key.path == path] or [str(tied_head(keys))]
-    # As transformers calls the head of GPT-NeoX from version 5 on.
-    return [*names, "lm_head.weight"] if names == ["embed_out.weight"] else names
 
 
 def training_tokens(lora: LoRA, checkpoint: Checkpoint, tokens: tuple[int, ...]) -> LoRA:

@@ -118,7 +118,8 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
         )
         plot_losses(rows, output / "loss.png", objective.unit)
         tuned = nnx.merge(graphdef, adapter, frozen)
-        folder = save_adapter(tuned, output / "adapter", lora=lora, base_model_name_or_path=name)
+        tables = None if begin is None else begin.tables
+        folder = save_adapter(tuned, output / "adapter", lora=lora, base_model_name_or_path=name, tables=tables)
         TrainingRecord(quantization, objective.template).save(folder)
         if (
             lora.trainable_token_indices
