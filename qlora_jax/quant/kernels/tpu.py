@@ -241,21 +241,22 @@ def spans_of(rows: int) -> int:
     return (SCALE_BLOCK_SIZE - common + rows - 1) // SCALE_BLOCK_SIZE + 1
 
 
-def _write_scales(scales: Array, rest: tuple[Any, ...], out: Any, first_column: Any, w: _Static) -> None:
-    """Scales of a tile of columns as float32 into `out` `[scale rows, tile]`."""
+def _write_scales(scales: Any, rest: tuple[Any, ...], out: Any, at: Any, first_column: Any, w: _Static) -> None:
+    """Scales as float32 into `out` `[scale rows, columns]`, in the columns `at`, the first of which is `first_column` of W."""
+    codes = scales[0, :, at]
     if not w.double_quantized:
-        out[...] = scales
+        out[:, at] = codes
         return
     absmax, offset = rest
-    groups = absmax[0:1]
+    groups = absmax[0:1, at]
     if absmax.shape[0] > 1:
-        column = first_column + jax.lax.broadcasted_iota(jnp.int32, scales.shape, 1)
-        row = jax.lax.broadcasted_iota(jnp.int32, scales.shape, 0)
-        span = (((column * w.scale_rows) & (SCALE_BLOCK_SIZE - 1)) + row) >> 8  # 256 scales; `//` asks for an attached TPU
-        groups = jnp.broadcast_to(groups, scales.shape)
+        column = first_column + jax.lax.broadcasted_iota(jnp.int32, codes.shape, 1)
+        row = jax.lax.broadcasted_iota(jnp.int32, codes.shape, 0)
+        span = (((column * w.scale_rows) & (SCALE_BLOCK_SIZE - 1)) + row) >> 8  # // 256, which would ask for an attached TPU
+        groups = jnp.broadcast_to(groups, codes.shape)
         for number in range(1, absmax.shape[0]):
-            groups = jnp.where(span == number, absmax[number : number + 1], groups)
-    out[...] = dynamic_values(scales) * groups + offset[0, 0]
+            groups = jnp.where(span == number, absmax[number : number + 1, at], groups)
+    out[:, at] = dynamic_values(codes) * groups + offset[0, 0]
 
 
 def _tables(data_type: DataType, columns: int) -> tuple[Array, Array]:
@@ -272,8 +273,11 @@ def _tables(data_type: DataType, columns: int) -> tuple[Array, Array]:
     return table(0), table(8)
 
 
-def _values(codes: Array, scales: Any, first_scale: Any, tables: tuple[Array, Array], w: _Static) -> Array:
-    """Codes 0-15 int32 `[n, columns]` to float32 numbers; `scales` is the scratch, `first_scale` the row of the first."""
+def _values(codes: Array, scales: Any, first_scale: Any, at: Any, tables: tuple[Array, Array], w: _Static) -> Array:
+    """Codes 0-15 int32 `[n, columns]` to float32 numbers.
+
+    Their scales lie in the scratch `scales`, from row `first_scale` on, in its columns `at`.
+    """
     count, columns = codes.shape
     grouped = codes.reshape(count // 8, 8, columns)
     low, high = (
@@ -283,7 +287,7 @@ def _values(codes: Array, scales: Any, first_scale: Any, tables: tuple[Array, Ar
     values = jnp.where(grouped >= 8, high, low).reshape(count, columns)
     size = w.block_size
     blocks = [
-        values[block * size : (block + 1) * size] * scales[pl.ds(first_scale + block, 1), :]
+        values[block * size : (block + 1) * size] * scales[pl.ds(first_scale + block, 1), at]
         for block in range(count // size)
     ]
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=0)
@@ -305,12 +309,12 @@ def _forward(_: Any, left: Any, right: Any, codes: Any, scales: Any, *refs: Any,
         """Chunk `number` of the rows of the high nibbles, and that of the low ones."""
         packed = codes[0, pl.ds(pl.multiple_of(number * chunk, chunk), chunk), :].astype(jnp.int32)
         scale = number * (chunk // w.block_size)
-        high = _values(packed >> 4, scratch, scale, tables, w)
-        low = _values(packed & 15, scratch, scale + w.scale_rows // 2, tables, w)
+        high = _values(packed >> 4, scratch, scale, slice(None), tables, w)
+        low = _values(packed & 15, scratch, scale + w.scale_rows // 2, slice(None), tables, w)
         return high.astype(left.dtype), low.astype(left.dtype)
 
     if one_block:
-        _write_scales(scales[0], rest, scratch, first_column, w)
+        _write_scales(scales, rest, scratch, slice(None), first_column, w)
         tables = _tables(w.data_type, tiles.tile)
 
         def add(number: Any, total: Array) -> Array:
@@ -327,7 +331,7 @@ def _forward(_: Any, left: Any, right: Any, codes: Any, scales: Any, *refs: Any,
 
     @pl.when(pl.program_id(1) == 0)
     def _unpack() -> None:
-        _write_scales(scales[0], rest, scratch, first_column, w)
+        _write_scales(scales, rest, scratch, slice(None), first_column, w)
 
         def write(number: Any, carry: None) -> None:
             high, low = unpacked(number)
@@ -344,18 +348,31 @@ def _gradient(_: Any, dy: Any, codes: Any, scales: Any, *refs: Any, w: _Static, 
     rest, (out, scratch, matrix) = refs[:2] if w.double_quantized else (), refs[2:] if w.double_quantized else refs
     half, block, rows = (pl.program_id(axis) for axis in range(3))
     chunk, columns = tiles.chunk, codes.shape[2]
+    width = max(size for size in (128, 256, 512) if columns % size == 0)  # of what is unpacked at a time
+
+    def by_columns(body: Any) -> None:
+        def one(number: Any, carry: None) -> None:
+            body(number * width, pl.ds(pl.multiple_of(number * width, width), width))
+            return carry
+
+        jax.lax.fori_loop(0, columns // width, one, None)
 
     @pl.when((half == 0) & (block == 0) & (rows == 0))
     def _scale() -> None:
-        _write_scales(scales[0], rest, scratch, 0, w)
+        by_columns(lambda first, at: _write_scales(scales, rest, scratch, at, first, w))
 
     @pl.when(rows == 0)
     def _unpack() -> None:
-        tables = _tables(w.data_type, columns)
-        for number in range(tiles.tile // chunk):
-            packed = codes[0, pl.ds(number * chunk, chunk), :].astype(jnp.int32)
-            code = jnp.where(half == 0, packed >> 4, packed & 15)
-            scale = half * (w.scale_rows // 2) + block * (tiles.tile // w.block_size) + number * chunk // w.block_size
-            matrix[pl.ds(number * chunk, chunk), :] = _values(code, scratch, scale, tables, w).astype(matrix.dtype)
+        tables = _tables(w.data_type, width)
+
+        def unpack(_: Any, at: Any) -> None:
+            for number in range(tiles.tile // chunk):
+                packed = codes[0, pl.ds(number * chunk, chunk), at].astype(jnp.int32)
+                code = jnp.where(half == 0, packed >> 4, packed & 15)
+                scale = half * (w.scale_rows // 2) + block * (tiles.tile // w.block_size) + number * chunk // w.block_size
+                values = _values(code, scratch, scale, at, tables, w)
+                matrix[pl.ds(number * chunk, chunk), at] = values.astype(matrix.dtype)
+
+        by_columns(unpack)
 
     out[...] = _dot(dy[...], matrix[...], (1, 1)).astype(out.dtype)
