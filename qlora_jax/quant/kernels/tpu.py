@@ -3,25 +3,24 @@
     forward   y[M, N]  = x[M, K] W          grid (columns, rows of x)         W[K, tile] in vector memory
     gradient  dx[M, K] = dy[M, N] W^T       grid (half, rows of W, rows)      W[tile, N] in vector memory
 
-A byte holds row j in its high nibble and row j + K/2 in its low one, so x is read as two blocks, its left and its right half:
+A byte holds row j in its high nibble and row j + K/2 in its low one, so x is read as two blocks, left and right half:
 
     y = x[:, :K/2] high(codes) + x[:, K/2:] low(codes)
 
 A grid step turns the packed tile into numbers once, at the first block of rows, and multiplies it with all of them. Where
-there is only one block of rows (decoding), the numbers never leave the registers: the unit that multiplies works on one
-chunk while the vector unit unpacks the next.
+there is only one block of rows (decoding), numbers go straight to the unit that multiplies, chunk by chunk.
 
-Looking a code up. A gather along the 8 sublanes of a register is one instruction of the vector unit (`vperm.slane`), so the 16
-values lie in two registers of 8: two gathers by the code's low three bits and a select by its top one, 6.5 instructions a
+Looking a code up. A gather along the 8 sublanes of a register is one instruction of the vector unit (`vperm.slane`), so the
+16 values lie in two registers of 8: two gathers by the code's low three bits and a select by its top one, 6.5 instructions a
 value with the unpacking, against 23 for a tree of 15 selects. Values are exact float32.
 
 The scales. Under double quantisation they are uint8 codes `[K/block, N]`; the value of a code is a closed form. Their absmax
-belongs to 256 scales in the order of the blocks, `n K/block + r`: 256 of them are some columns, or a part of one. A column
-touches at most `spans` groups, so what reaches the kernel is `[spans, N]`, the absmax of each group that a column touches, and
-row r of column n takes the one of number (n K/block mod 256 + r) // 256. That is 0.2 % of the packed bytes.
+belongs to 256 scales in the order of the blocks, `n K/block + r`: some columns, or a part of one. A column touches at most
+`spans` groups, so what reaches the kernel is `[spans, N]`, the absmax of each group that a column touches, and row r of
+column n takes the one of number (n K/block mod 256 + r) // 256. That is 0.1 to 0.2 % of the packed bytes.
 
-A stack of matrices `[layers, ...]` is passed whole, with the number of the layer: the block specs read from it where it lies.
-XLA would cut the layer out first, which reads, writes and reads the packed bytes.
+A stack of matrices `[layers, ...]` is passed whole, with the number of the layer: the block specs read from it where it
+lies. XLA would cut the layer out first, which reads, writes and reads the packed bytes.
 """
 
 import dataclasses
@@ -35,6 +34,7 @@ import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from qlora_jax.quant.codebooks import SCALE_BLOCK_SIZE, DataType, codebook
 from qlora_jax.quant.dynamic import dynamic_values
@@ -63,15 +63,17 @@ class Tiles:
     chunk: int
 
 
-def supports(w: QuantizedTensor) -> str | None:
-    """None where the kernels take a matrix (or a stack of them), else why they do not."""
+def problem(w: QuantizedTensor, dtype: DTypeLike) -> str | None:
+    """Why the kernels do not multiply x of `dtype` with a matrix, or those of a stack; None where they do."""
     rows, columns = w.shape[-2:]
     if w.flat_shape is not None:
         return "the flat layout"
     if rows % 256 or columns % _LANES:
-        return f"in {rows} and out {columns}: expected multiples of 256 and {_LANES}"
+        return f"a matrix [{rows}, {columns}]: expected multiples of 256 and {_LANES}"
     if w.block_size not in (64, 128):
-        return f"block size {w.block_size}: expected 64 or 128"
+        return f"blocks of {w.block_size}: expected 64 or 128"
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        return f"x in {jnp.dtype(dtype).name}: expected float32 or bfloat16"
     return None
 
 
@@ -101,9 +103,7 @@ def matmul(x: Array, w: QuantizedTensor, layer: Array | None = None, *, interpre
             scratch_shapes=scratch,
         ),
         out_shape=jax.ShapeDtypeStruct((count, columns), x.dtype),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT),
         name="matmul_4bit",
         interpret=interpret,
     )(index, x, x, w.codes, *scales)
@@ -242,7 +242,7 @@ def spans_of(rows: int) -> int:
 
 
 def _write_scales(scales: Any, rest: tuple[Any, ...], out: Any, at: Any, first_column: Any, w: _Static) -> None:
-    """Scales as float32 into `out` `[scale rows, columns]`, in the columns `at`, the first of which is `first_column` of W."""
+    """Scales as float32 into columns `at` of `out` `[scale rows, columns]`; the first is column `first_column` of W."""
     codes = scales[0, :, at]
     if not w.double_quantized:
         out[:, at] = codes
@@ -300,7 +300,9 @@ def _dot(x: Array, w: Array, contract: tuple[int, int] = (1, 0)) -> Array:
     )
 
 
-def _forward(_: Any, left: Any, right: Any, codes: Any, scales: Any, *refs: Any, w: _Static, tiles: Tiles, one_block: bool) -> None:
+def _forward(
+    _: Any, left: Any, right: Any, codes: Any, scales: Any, *refs: Any, w: _Static, tiles: Tiles, one_block: bool
+) -> None:
     rest, (out, scratch, *dense) = refs[:2] if w.double_quantized else (), refs[2:] if w.double_quantized else refs
     inner, chunk = codes.shape[1], tiles.chunk
     first_column = pl.program_id(0) * tiles.tile
