@@ -2,11 +2,14 @@
 
     TPU_SKIP_MDS_QUERY=1 python scripts/kernels.py --device v5e --model llama-3-8b --rows 1 8 64 2048
     python scripts/kernels.py --device v6e --model llama-2-70b --rows 8 --gradient
+    python scripts/kernels.py --device v5e --model llama-3-8b --step
 
-For each matrix of the model, one layer out of a stack: bytes that the compiled program moves, FLOPs, temporaries, the floor by
-roofline, and the time to compile. Bytes of XLA's program are its own cost analysis. Bytes of the kernel's are those that its
-block specs copy, and operands and results of every other instruction of the compiled program, so that a copy of the packed
-bytes in front of the kernel would show. The last line is JSON.
+For each matrix of the model, one layer out of a stack: bytes that the compiled program moves, FLOPs, temporaries, the floor
+by roofline, and the time to compile. Bytes of XLA's program are its own cost analysis, which counts what stays on the chip
+too. Bytes of the kernel's are those that its block specs copy, and operands and results of every other instruction of the
+compiled program, so that a copy of the packed bytes in front of the kernel would show. --step compiles the model's whole
+decode step for one row instead, and counts in it the instructions, in fusions too, that make arrays of packed bytes. The
+last line is JSON.
 """
 
 import dataclasses
@@ -24,15 +27,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qlora_jax.models import CausalLM, DecoderConfig, causal_family_of
+from qlora_jax.nn import LoRA
 from qlora_jax.plan.sizes import SIZES
-from qlora_jax.quant import Implementation, QuantizedTensor, StackedTensor, kernels, matmul, quantize
+from qlora_jax.quant import (
+    Implementation,
+    Quantization,
+    QuantizedTensor,
+    StackedTensor,
+    kernels,
+    matmul,
+    quantize,
+    with_implementation,
+)
 from qlora_jax.quant.kernels import tpu
 
 Name = Literal["v5e", "v5p", "v6e"]
-LAYERS = 2  # of the stack that a layer is taken from
+LAYERS = 32  # of the stack that a layer is taken from: too many for XLA to bring all of them on chip ahead of the kernel
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "custom-call", "copy-start", "copy-done"}
 
@@ -65,6 +80,8 @@ class Arguments:
     """Rows of x."""
     gradient: bool = False
     """The input gradient instead of the product."""
+    step: bool = False
+    """The model's decode step with a cache of 512 tokens, instead of its matrices one by one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +116,9 @@ def main() -> int:
         print(f'error: no compiler for TPU here ({error}): pip install "qlora-jax[tpu]"', file=sys.stderr)
         return 1
     sharding = NamedSharding(Mesh(np.asarray(topology.devices[:1]), ("x",)), PartitionSpec())
+    if arguments.step:
+        print(json.dumps({"run": dataclasses.asdict(arguments), "steps": steps(arguments.model, sharding)}))
+        return 0
     costs = [
         cost(name, shape, rows, implementation, arguments, sharding)
         for name, shape in matrices(arguments.model).items()
@@ -131,10 +151,8 @@ def cost(
     inputs, outputs = shape
     stack = jax.eval_shape(quantize, jax.ShapeDtypeStruct((LAYERS, inputs, outputs), jnp.float32))
     x = jax.ShapeDtypeStruct((rows, outputs if arguments.gradient else inputs), jnp.bfloat16)
-    placed = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        (x, StackedTensor(stack, jax.ShapeDtypeStruct((), jnp.int32))),
-    )
+    matrix = jax.eval_shape(StackedTensor, stack, jax.ShapeDtypeStruct((), jnp.int32))
+    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), (x, matrix))
 
     def product(x: jax.Array, w: StackedTensor) -> jax.Array:
         if not arguments.gradient:
@@ -149,7 +167,7 @@ def cost(
     try:
         if problem is not None:
             raise ValueError(problem)
-        compiled = jax.jit(product).trace(*placed).lower(lowering_platforms=("tpu",)).compile()
+        compiled: Any = jax.jit(product).trace(*placed).lower(lowering_platforms=("tpu",)).compile()
     except Exception as error:  # of whatever kind the compiler raises: the table says so
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         seconds = time.perf_counter() - start
@@ -184,7 +202,8 @@ def other_bytes(hlo: str) -> int:
     total = 0
     entry = hlo[hlo.index("ENTRY ") :]
     sizes: dict[str, int] = {}
-    for name, types, opcode, operands in re.findall(r"^\s*(?:ROOT )?%?([\w.-]+) = (.+?) ([\w-]+)\((.*?)\)", entry, re.MULTILINE):
+    instruction = r"^\s*(?:ROOT )?%?([\w.-]+) = (.+?) ([\w-]+)\((.*?)\)"
+    for name, types, opcode, operands in re.findall(instruction, entry, re.MULTILINE):
         sizes[name] = sum(
             WIDTHS.get(kind, 4) * int(np.prod([int(size) for size in dims.split(",") if size], dtype=np.int64))
             for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", types)
@@ -192,6 +211,48 @@ def other_bytes(hlo: str) -> int:
         if opcode not in FREE:
             total += sizes[name] + sum(sizes.get(operand, 0) for operand in re.findall(r"%([\w.-]+)", operands))
     return total
+
+
+def steps(model: str, sharding: Any) -> list[dict[str, Any]]:
+    """What the decode step of a model needs with the choice made for it, and with XLA alone; printed as it is found."""
+    config = causal_family_of(SIZES[model]).config(SIZES[model])
+    assert isinstance(config, DecoderConfig)
+
+    def build() -> CausalLM:
+        return CausalLM(config, quantization=Quantization(), lora=LoRA(rank=16), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+
+    abstract = nnx.eval_shape(build)
+    graph, state = nnx.split(abstract)
+    cache, token = jax.eval_shape(lambda: abstract.init_cache(1, 512)), jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+    def decode(state: Any, token: jax.Array, position: jax.Array, cache: Any) -> Any:
+        return nnx.merge(graph, state).decode(token, position, cache)
+
+    found = []
+    for implementation in ("auto", "xla"):
+        operands = (with_implementation(state, implementation), token, token, cache)
+        placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), operands)
+        start = time.perf_counter()
+        compiled: Any = jax.jit(decode, donate_argnums=3).trace(*placed).lower(lowering_platforms=("tpu",)).compile()
+        seconds, text = time.perf_counter() - start, compiled.as_text()
+        found.append(
+            {
+                "implementation": implementation,
+                "kernels": text.count('custom_call_target="tpu_custom_call"'),
+                "packed_copies": packed_copies(text),
+                "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+                "compile_seconds": seconds,
+            }
+        )
+        print(found[-1])
+    return found
+
+
+def packed_copies(hlo: str) -> int:
+    """How many instructions of a program make an array of at least a megabyte of uint8."""
+    made = re.findall(r"^\s*(?:ROOT )?%?[\w.-]+ = \(*u8\[([\d,]+)\]\S* ([\w-]+)\(", hlo, re.MULTILINE)
+    sizes = [int(np.prod([int(size) for size in dims.split(",")])) for dims, opcode in made if opcode not in FREE]
+    return sum(size >= 2**20 for size in sizes)
 
 
 def table(costs: list[Cost]) -> str:
