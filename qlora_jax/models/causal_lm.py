@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import DecoderLayer, make_norm
 from qlora_jax.models.keys import linear_modules
-from qlora_jax.models.stack import Remat, rematerialise, stack
+from qlora_jax.models.stack import Remat, by_layer, rematerialise, stack
 from qlora_jax.models.trained import HEAD, TABLE, attach, trained_parts
 from qlora_jax.nn import (
     AttentionImplementation,
@@ -194,6 +194,7 @@ class CausalLM(nnx.Module):
             [mask if kind.window is None else mask & (slots > own - kind.window)[None] for kind in config.kinds]
         )
         graph, layers = nnx.split(self.layers)
+        scanned, layer_of = by_layer(layers)
 
         def run_layer(carry: tuple[Array, Array, Array], inputs: tuple[Any, Array, Array | None]) -> tuple[Any, None]:
             x, past_keys, past_values = carry
@@ -209,11 +210,11 @@ class CausalLM(nnx.Module):
                 )
                 return attended, (keys, values)
 
-            x, (keys, values) = nnx.merge(graph, gather(state))(x, *_of_kind(rotations, kind), attend, None)
+            x, (keys, values) = nnx.merge(graph, layer_of(state, layer))(x, *_of_kind(rotations, kind), attend, None)
             return (x, keys, values), None
 
         start = (self._embed(tokens), cache.keys, cache.values)
-        inputs = (layers, jnp.arange(config.num_hidden_layers), self._layer_kinds())
+        inputs = (scanned, jnp.arange(config.num_hidden_layers), self._layer_kinds())
         (x, keys, values), _ = jax.lax.scan(run_layer, start, inputs)
         logits = self.logits(self.norm(x[:, -1]))
         return logits, KVCache(keys, values, filled, cache.length + count)

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from qlora_jax.nn import gather
+from qlora_jax.quant import keep_stacked
+
 Remat = Literal["none", "dots", "full", "offload"]
 Layer = TypeVar("Layer", bound=nnx.Module)
 
@@ -51,3 +54,14 @@ def rematerialise(run_layer: Callable[..., Any], remat: Remat) -> Callable[..., 
                 offload_dst="pinned_host",
             )
             return jax.checkpoint(run_layer, policy=policy, prevent_cse=False)
+
+
+def by_layer(layers: Any) -> tuple[Any, Callable[[Any, Array], Any]]:
+    """For decoding: what of the stacked `layers` to scan over, and a layer from its share and its number.
+
+    On one device matrices in 4 bits stay in their stacks, where kernels read them without a copy; on several, a layer's
+    leaves are cut out and gathered.
+    """
+    if not jax.sharding.get_abstract_mesh().empty:
+        return layers, lambda state, _: gather(state)
+    return keep_stacked(layers)

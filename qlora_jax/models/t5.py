@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from qlora_jax.models.keys import linear_modules
-from qlora_jax.models.stack import Remat, rematerialise
+from qlora_jax.models.stack import Remat, by_layer, rematerialise
 from qlora_jax.models.t5_config import T5Config
 from qlora_jax.models.t5_layers import T5Layer, T5Stack, random_keys
 from qlora_jax.models.trained import attach, trained_parts
@@ -209,6 +209,7 @@ class T5(nnx.Module):
         bias = self.decoder.bias(length[None], slots, bidirectional=False)
         seen, source_mask = (slots <= length)[None, None], cache.source_mask[:, None]
         graph, layers = nnx.split(self.decoder.layers)
+        scanned, layer_of = by_layer(layers)
 
         def run_layer(carry: tuple[Array, Array, Array], inputs: tuple[Any, ...]) -> tuple[Any, None]:
             x, past_keys, past_values = carry
@@ -223,12 +224,12 @@ class T5(nnx.Module):
             def attend_sources(q: Array) -> Array:
                 return biased_attention(q, source_keys, source_values, source_mask, None, scale=1.0)
 
-            merged = nnx.merge(graph, gather(state))
+            merged = nnx.merge(graph, layer_of(state, layer))
             x, (keys, values) = merged(x, attend, attend_sources, random_keys(None))
             return (x, keys, values), None
 
         start = (self.shared(tokens)[:, None], cache.keys, cache.values)
-        inputs = (layers, jnp.arange(self.config.num_decoder_layers), cache.source_keys, cache.source_values)
+        inputs = (scanned, jnp.arange(self.config.num_decoder_layers), cache.source_keys, cache.source_values)
         (x, keys, values), _ = jax.lax.scan(run_layer, start, inputs)
         logits = self.logits(self._ready(self.decoder.norm(x[:, -1])))
         return logits, dataclasses.replace(cache, keys=keys, values=values, length=length + 1)

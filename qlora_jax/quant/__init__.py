@@ -3,9 +3,10 @@
 from qlora_jax.quant.blocks import from_blocks, to_blocks
 from qlora_jax.quant.codebooks import BLOCK_SIZES, DATA_TYPES, SCALE_BLOCK_SIZE, DataType, codebook, dynamic_map
 from qlora_jax.quant.dynamic import BlockwiseArray, dequantize_blockwise, quantize_blockwise
-from qlora_jax.quant.matmul import matmul
+from qlora_jax.quant.matmul import matmul, with_implementation
 from qlora_jax.quant.spec import Quantization
-from qlora_jax.quant.tensor import QuantizedTensor, dequantize, quantize
+from qlora_jax.quant.stacked import StackedTensor, keep_stacked
+from qlora_jax.quant.tensor import Implementation, QuantizedTensor, dequantize, quantize
 
 __all__ = [
     "BLOCK_SIZES",
@@ -13,15 +14,19 @@ __all__ = [
     "SCALE_BLOCK_SIZE",
     "BlockwiseArray",
     "DataType",
+    "Implementation",
     "Quantization",
     "QuantizedTensor",
+    "StackedTensor",
     "codebook",
     "dequantize",
     "dequantize_blockwise",
     "dynamic_map",
     "from_blocks",
+    "keep_stacked",
     "matmul",
     "quantize",
     "quantize_blockwise",
     "to_blocks",
+    "with_implementation",
 ]

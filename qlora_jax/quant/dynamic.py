@@ -73,21 +73,23 @@ def lookup_dynamic(codes: Array, signed: bool = True) -> Array:
     def gather(codes: Array) -> Array:
         return jnp.take(jnp.asarray(dynamic_map(signed)), codes.astype(jnp.int32), mode="clip")
 
-    def closed_form(codes: Array) -> Array:
-        # The unsigned map has twice as many values a decade: counted from 1, they are those of the signed map from 2 on.
-        number = codes.astype(jnp.int32) - (127 if signed else 0)
-        lowest = 1 if signed else 2  # values of the lowest decade
-        magnitude = (jnp.abs(number) + (lowest - 1)).astype(jnp.float32)
-        power, decade = magnitude * 0 + float(lowest), magnitude * 0 + 1e-6
-        for exponent in range(1, 7):
-            reached = magnitude >= lowest * 2**exponent
-            power = jnp.where(reached, float(lowest * 2**exponent), power)
-            decade = jnp.where(reached, 10.0 ** (exponent - 6), decade)
-        value = (0.1 + 0.9 * (magnitude - power + 0.5) / power) * decade
-        value = jnp.where(magnitude == lowest * 128, 1.0, jnp.where(number == 0, 0.0, value))
-        return jnp.where(number < 0, -value, value)
+    return jax.lax.platform_dependent(codes, tpu=partial(dynamic_values, signed=signed), default=gather)
 
-    return jax.lax.platform_dependent(codes, tpu=closed_form, default=gather)
+
+def dynamic_values(codes: Array, signed: bool = True) -> Array:
+    """`lookup_dynamic` by its closed form, in arithmetic alone: for TPU, and for kernels."""
+    # The unsigned map has twice as many values a decade: counted from 1, they are those of the signed map from 2 on.
+    number = codes.astype(jnp.int32) - (127 if signed else 0)
+    lowest = 1 if signed else 2  # values of the lowest decade
+    magnitude = (jnp.abs(number) + (lowest - 1)).astype(jnp.float32)
+    power, decade = magnitude * 0 + float(lowest), magnitude * 0 + 1e-6
+    for exponent in range(1, 7):
+        reached = magnitude >= lowest * 2**exponent
+        power = jnp.where(reached, float(lowest * 2**exponent), power)
+        decade = jnp.where(reached, 10.0 ** (exponent - 6), decade)
+    value = (0.1 + 0.9 * (magnitude - power + 0.5) / power) * decade
+    value = jnp.where(magnitude == lowest * 128, 1.0, jnp.where(number == 0, 0.0, value))
+    return jnp.where(number < 0, -value, value)
 
 
 def _blocks(x: Array) -> Array:

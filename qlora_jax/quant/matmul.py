@@ -5,43 +5,114 @@
 
 Left to autodiff, the product would save the dense weight for the backward pass; the rule below saves the packed bytes, which
 are in memory anyway, and dequantises them again.
+
+Two implementations of a 4-bit product:
+
+    xla      dequantises into a temporary and multiplies; everywhere
+    pallas   a kernel that reads packed bytes only (`kernels`); on a TPU and, for few rows, on a Hopper GPU
+
+"auto" takes the kernel for at most 64 rows of x (decoding, where the weights' bytes are the time), on a platform and for a
+matrix that it exists for, on one device; XLA otherwise, and for every gradient. "pallas" takes the kernel for all of it, in
+interpret mode where there is no such chip, and refuses what it does not support. It is a property of the weight
+(`QuantizedTensor.implementation`), so that a model's layers need not know: `with_implementation(model state, "xla")`.
 """
+
+import dataclasses
+from functools import partial
+from typing import Any
 
 import jax
 from jax import Array
 
-from qlora_jax.quant.tensor import QuantizedTensor, dequantize
+from qlora_jax.quant import kernels
+from qlora_jax.quant.stacked import StackedTensor
+from qlora_jax.quant.tensor import Implementation, QuantizedTensor, dequantize
+
+FEW_ROWS = 64  # of x, up to which "auto" prefers the kernel
 
 
-def matmul(x: Array, w: Array | QuantizedTensor) -> Array:
+def matmul(x: Array, w: Array | QuantizedTensor | StackedTensor, *, implementation: Implementation | None = None) -> Array:
     """`x @ w` for x `[..., in]` and a frozen or dense w `[in, out]`, in the dtype of x.
 
-    A dense `w` is an ordinary operand (its gradient flows if someone asks for it); a `QuantizedTensor` is a constant to
+    A dense `w` is an ordinary operand (its gradient flows if someone asks for it); one in 4 bits is a constant to
     differentiation.
 
+    Args:
+        implementation: "auto", "xla" or "pallas", as the module describes; that of `w` if None.
+
     Raises:
-        ValueError: the last axis of x is not the first of w.
+        ValueError: the last axis of x is not the first of w; or "pallas" does not support this product.
     """
     if x.shape[-1] != w.shape[0] or w.ndim != 2:
         raise ValueError(f"cannot multiply x {x.shape} by w {w.shape}: expected x [..., in] and w [in, out]")
     rows = x.reshape(-1, x.shape[-1])
-    y = _quantized_matmul(rows, w) if isinstance(w, QuantizedTensor) else rows @ w.astype(x.dtype)
+    if isinstance(w, QuantizedTensor | StackedTensor):
+        packed = w.stack if isinstance(w, StackedTensor) else w
+        y: Array = _product(_chosen(rows, packed, implementation or packed.implementation), rows, w)
+    else:
+        y = rows @ w.astype(x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-@jax.custom_vjp
-def _quantized_matmul(x: Array, w: QuantizedTensor) -> Array:
-    x, w = jax.lax.optimization_barrier((x, w))
-    return x @ dequantize(w, x.dtype)
+def _chosen(x: Array, w: QuantizedTensor, wanted: Implementation) -> Implementation:
+    """What to do with the rows x: "auto" stays only where the kernel is to be taken by the platform."""
+    problem = kernels.problem(w, x.dtype)
+    if wanted == "pallas" and problem is not None:
+        raise ValueError(f"implementation 'pallas': no kernel takes {problem}; 'auto' falls back to XLA")
+    if wanted == "auto" and (problem is not None or x.shape[0] > FEW_ROWS or not kernels.on_one_device()):
+        return "xla"
+    return wanted
 
 
-def _forward(x: Array, w: QuantizedTensor) -> tuple[Array, QuantizedTensor]:
-    return _quantized_matmul(x, w), w
+def with_implementation(tree: Any, implementation: Implementation) -> Any:
+    """A tree (a model's state, say) whose 4-bit matrices ask for `implementation`."""
+
+    def change(leaf: Any) -> Any:
+        return dataclasses.replace(leaf, implementation=implementation) if isinstance(leaf, QuantizedTensor) else leaf
+
+    return jax.tree.map(change, tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
 
 
-def _backward(w: QuantizedTensor, dy: Array) -> tuple[Array, None]:
-    dy, w = jax.lax.optimization_barrier((dy, w))
-    return dy @ dequantize(w, dy.dtype).T, None
+def _xla(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
+    x, matrix = _in_turn(x, w)
+    return x @ dequantize(matrix, x.dtype)
 
 
-_quantized_matmul.defvjp(_forward, _backward)
+def _xla_transposed(dy: Array, w: QuantizedTensor | StackedTensor) -> Array:
+    dy, matrix = _in_turn(dy, w)
+    return dy @ dequantize(matrix, dy.dtype).T
+
+
+def _in_turn(x: Array, w: QuantizedTensor | StackedTensor) -> tuple[Array, QuantizedTensor]:
+    """(x, the matrix), which cannot be dequantised before x is there: else XLA holds those of several layers at once.
+
+    Of the matrix only its smallest part waits; a barrier around the codes would copy them.
+    """
+    if isinstance(w, StackedTensor):
+        x, index = jax.lax.optimization_barrier((x, w.index))
+        return x, StackedTensor(w.stack, index).matrix()
+    return jax.lax.optimization_barrier((x, w))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(implementation: Implementation, x: Array, w: QuantizedTensor | StackedTensor) -> Array:
+    match implementation:
+        case "xla":
+            return _xla(x, w)
+        case "auto":
+            return kernels.matmul_where_chosen(x, w, otherwise=_xla)
+        case "pallas":
+            return kernels.matmul(x, w)
+
+
+def _forward(implementation: Implementation, x: Array, w: Any) -> tuple[Array, Any]:
+    return _product(implementation, x, w), w
+
+
+def _backward(implementation: Implementation, w: Any, dy: Array) -> tuple[Array, None]:
+    if implementation == "pallas":
+        return kernels.matmul_transposed(dy, w), None
+    return _xla_transposed(dy, w), None
+
+
+_product.defvjp(_forward, _backward)

@@ -23,7 +23,7 @@ Leading axes, if any, stack whole matrices: the same class works under vmap, sca
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,13 +42,14 @@ from qlora_jax.quant.codebooks import (
 )
 from qlora_jax.quant.dynamic import lookup_dynamic
 
+Implementation = Literal["auto", "xla", "pallas"]
 _CHUNK = 2**20  # values quantised at a time: bounds the float32 temporaries while a large matrix is quantised
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("codes", "scales", "scale_absmax", "scale_offset"),
-    meta_fields=("data_type", "block_size", "dtype", "flat_shape"),
+    meta_fields=("data_type", "block_size", "dtype", "flat_shape", "implementation"),
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedTensor:
@@ -63,6 +64,7 @@ class QuantizedTensor:
         block_size: values that share a scale.
         dtype: what `dequantize` returns by default.
         flat_shape: (in, out) in the flat layout; None in the column layout, where the shape follows from `codes`.
+        implementation: how `matmul` multiplies with it, unless told otherwise: by XLA, by a kernel, or as it sees fit.
     """
 
     codes: Array
@@ -73,6 +75,7 @@ class QuantizedTensor:
     block_size: int
     dtype: Any
     flat_shape: tuple[int, int] | None
+    implementation: Implementation = "auto"
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,0 +1,380 @@
+"""The product with a 4-bit matrix as Pallas TPU kernels: only packed bytes are read from memory.
+
+    forward   y[M, N]  = x[M, K] W          grid (columns, rows of x)         W[K, tile] in vector memory
+    gradient  dx[M, K] = dy[M, N] W^T       grid (half, rows of W, rows)      W[tile, N] in vector memory
+
+A byte holds row j in its high nibble and row j + K/2 in its low one, so x is read as two blocks, left and right half:
+
+    y = x[:, :K/2] high(codes) + x[:, K/2:] low(codes)
+
+A grid step turns the packed tile into numbers once, at the first block of rows, and multiplies it with all of them. Where
+there is only one block of rows (decoding), numbers go straight to the unit that multiplies, chunk by chunk.
+
+Looking a code up. A gather along the 8 sublanes of a register is one instruction of the vector unit (`vperm.slane`), so the
+16 values lie in two registers of 8: two gathers by the code's low three bits and a select by its top one, 6.5 instructions a
+value with the unpacking, against 23 for a tree of 15 selects. Values are exact float32.
+
+The scales. Under double quantisation they are uint8 codes `[K/block, N]`; the value of a code is a closed form. Their absmax
+belongs to 256 scales in the order of the blocks, `n K/block + r`: some columns, or a part of one. A column touches at most
+`spans` groups, so what reaches the kernel is `[spans, N]`, the absmax of each group that a column touches, and row r of
+column n takes the one of number (n K/block mod 256 + r) // 256. That is 0.1 to 0.2 % of the packed bytes.
+
+A stack of matrices `[layers, ...]` is passed whole, with the number of the layer: the block specs read from it where it
+lies. XLA would cut the layer out first, which reads, writes and reads the packed bytes.
+"""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
+
+from qlora_jax.quant.codebooks import SCALE_BLOCK_SIZE, DataType, codebook
+from qlora_jax.quant.dynamic import dynamic_values
+from qlora_jax.quant.tensor import QuantizedTensor
+
+_LANES = 128
+_ROWS = 256  # of x in a block, where there are more
+_FEW_ROWS = 64  # up to here there is one block of them
+_TILE_BYTES = 2**20  # of packed codes in a grid step: long enough a copy, short enough a start
+_VMEM_BUDGET = 40 * 2**20  # of the 64 MiB (v5p) or 128 MiB (v5e, v6e) that there are
+_VMEM_LIMIT = 56 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes of one grid step.
+
+    Attributes:
+        rows: of x or dy.
+        tile: columns of W forward, packed rows of W in the gradient.
+        chunk: packed rows that are unpacked at a time.
+    """
+
+    rows: int
+    tile: int
+    chunk: int
+
+
+def problem(w: QuantizedTensor, dtype: DTypeLike) -> str | None:
+    """Why the kernels do not multiply x of `dtype` with a matrix, or those of a stack; None where they do."""
+    rows, columns = w.shape[-2:]
+    if w.flat_shape is not None:
+        return "the flat layout"
+    if rows % 256 or columns % _LANES:
+        return f"a matrix [{rows}, {columns}]: expected multiples of 256 and {_LANES}"
+    if w.block_size not in (64, 128):
+        return f"blocks of {w.block_size}: expected 64 or 128"
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        return f"x in {jnp.dtype(dtype).name}: expected float32 or bfloat16"
+    return None
+
+
+def matmul(x: Array, w: QuantizedTensor, layer: Array | None = None, *, interpret: Any = False) -> Array:
+    """x `[M, in]` times W, in the dtype of x; `layer`, int32 scalar, names the matrix where `w` is a stack."""
+    w, index = _stacked(w, layer)
+    count, columns = x.shape[0], w.shape[-1]
+    tiles = forward_tiles(count, w, x.dtype)
+    inner = w.codes.shape[1]
+    halves = [pl.BlockSpec((tiles.rows, inner), lambda n, m, _, half=half: (m, half)) for half in range(2)]
+    scales, scale_specs = _scales(w, index, tiles.tile, lambda n, m, *_: n)
+    one_block = count <= tiles.rows
+    scratch = [pltpu.VMEM((w.scales.shape[1], tiles.tile), jnp.float32)]
+    if not one_block:
+        scratch.append(pltpu.VMEM((2 * inner, tiles.tile), x.dtype))
+    return pl.pallas_call(
+        partial(_forward, w=_static(w), tiles=tiles, one_block=one_block),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(pl.cdiv(columns, tiles.tile), pl.cdiv(count, tiles.rows)),
+            in_specs=[
+                *halves,
+                pl.BlockSpec((1, inner, tiles.tile), lambda n, m, layer: (layer[0], 0, n)),
+                *scale_specs,
+            ],
+            out_specs=pl.BlockSpec((tiles.rows, tiles.tile), lambda n, m, _: (m, n)),
+            scratch_shapes=scratch,
+        ),
+        out_shape=jax.ShapeDtypeStruct((count, columns), x.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT),
+        name="matmul_4bit",
+        interpret=interpret,
+    )(index, x, x, w.codes, *scales)
+
+
+def matmul_transposed(dy: Array, w: QuantizedTensor, layer: Array | None = None, *, interpret: Any = False) -> Array:
+    """dy `[M, out]` times the transpose of W, in the dtype of dy."""
+    w, index = _stacked(w, layer)
+    count, columns = dy.shape
+    inner = w.codes.shape[1]
+    tiles = gradient_tiles(count, w, dy.dtype)
+    scales, scale_specs = _scales(w, index, columns, lambda *_: 0)
+    blocks = inner // tiles.tile
+    return pl.pallas_call(
+        partial(_gradient, w=_static(w), tiles=tiles),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(2, blocks, pl.cdiv(count, tiles.rows)),
+            in_specs=[
+                pl.BlockSpec((tiles.rows, columns), lambda half, k, m, _: (m, 0)),
+                pl.BlockSpec((1, tiles.tile, columns), lambda half, k, m, layer: (layer[0], k, 0)),
+                *scale_specs,
+            ],
+            out_specs=pl.BlockSpec((tiles.rows, tiles.tile), lambda half, k, m, _: (m, half * blocks + k)),
+            scratch_shapes=[
+                pltpu.VMEM((w.scales.shape[1], columns), jnp.float32),
+                pltpu.VMEM((tiles.tile, columns), dy.dtype),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct((count, 2 * inner), dy.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT
+        ),
+        name="matmul_4bit_transposed",
+        interpret=interpret,
+    )(index, dy, w.codes, *scales)
+
+
+def forward_tiles(count: int, w: QuantizedTensor, dtype: Any) -> Tiles:
+    """The tiles of `matmul`: about a megabyte of codes a step, and all in vector memory."""
+    inner, columns = w.codes.shape[-2:]
+    width = jnp.dtype(dtype).itemsize
+    rows = count if count <= _FEW_ROWS else _ROWS
+    chunk = max(size for size in (128, 256) if inner % size == 0)
+    tile = _LANES
+    while 2 * tile <= columns and 2 * tile * inner <= (_TILE_BYTES if count <= _FEW_ROWS else 4 * _TILE_BYTES):
+        tile *= 2
+    while rows > 64 and _forward_bytes(rows, tile, inner, width) > _VMEM_BUDGET:
+        rows, tile = (rows // 2, tile) if tile == _LANES or rows * 2 > tile else (rows, tile // 2)
+    return Tiles(rows, tile, chunk)
+
+
+def gradient_tiles(count: int, w: QuantizedTensor, dtype: Any) -> Tiles:
+    """The tiles of `matmul_transposed`."""
+    inner, columns = w.codes.shape[-2:]
+    width = jnp.dtype(dtype).itemsize
+    rows, tile = min(_ROWS, -(-count // 16) * 16), max(size for size in (128, 256, 512) if inner % size == 0)
+
+    def needed(rows: int, tile: int) -> int:
+        return columns * (2 * tile + width * tile + 2 * width * rows + 6 * w.scales.shape[-2]) + 8 * rows * tile
+
+    while rows > 32 and needed(rows, tile) > _VMEM_BUDGET:
+        rows, tile = (rows // 2, tile) if tile == _LANES or rows >= tile else (rows, tile // 2)
+    if count < rows:
+        rows = count
+    return Tiles(rows, tile, min(tile, 128))
+
+
+def _forward_bytes(rows: int, tile: int, inner: int, width: int) -> int:
+    return 2 * inner * tile + 2 * inner * tile * width + 4 * rows * inner * width + 8 * rows * tile
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What a kernel knows of its matrix when it is compiled."""
+
+    data_type: DataType
+    block_size: int
+    scale_rows: int
+    double_quantized: bool
+
+
+def _static(w: QuantizedTensor) -> _Static:
+    return _Static(w.data_type, w.block_size, w.scales.shape[1], w.double_quantized)
+
+
+def _stacked(w: QuantizedTensor, layer: Array | None) -> tuple[QuantizedTensor, Array]:
+    """A stack, of one matrix where it was none, and int32 `[1]`, the number of the matrix in it."""
+    if layer is None:
+        return jax.tree.map(lambda leaf: leaf[None], w), jnp.zeros((1,), jnp.int32)
+    return w, jnp.asarray(layer, jnp.int32).reshape(1)
+
+
+def _scales(w: QuantizedTensor, index: Array, tile: int, column: Any) -> tuple[list[Array], list[pl.BlockSpec]]:
+    """The scales as the kernels want them, and how they reach them: `column` maps a grid step to the tile of columns."""
+    rows = w.scales.shape[1]
+    arrays, specs = [w.scales], [pl.BlockSpec((1, rows, tile), lambda *i: (i[-1][0], 0, column(*i)))]
+    if w.scale_absmax is not None and w.scale_offset is not None:
+        absmax = spread_absmax(w.scale_absmax[index[0]], rows, w.shape[-1])
+        arrays += [absmax, w.scale_offset[index[0]].reshape(1, 1)]
+        specs.append(pl.BlockSpec((absmax.shape[0], tile), lambda *i: (0, column(*i))))
+        specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
+    return arrays, specs
+
+
+def spread_absmax(absmax: Array, rows: int, columns: int) -> Array:
+    """float32 `[groups]` to `[spans, columns]`: the absmax of the first group that a column touches, of the next, and so on.
+
+    Which groups these are repeats every `period` columns, or `step` groups; the choice is a product with zeros and ones,
+    since a gather is slow on TPU.
+    """
+    common = math.gcd(rows, SCALE_BLOCK_SIZE)
+    period, step = SCALE_BLOCK_SIZE // common, rows // common
+    spans = spans_of(rows)
+    if step == 1:
+        return jnp.repeat(absmax, period)[None, :columns]
+    repeats = -(-columns // period)
+    width = step + spans - 1
+    padded = jnp.pad(absmax, (0, (repeats + 1) * step + spans - absmax.size))
+    parts = [padded[: repeats * step].reshape(repeats, step)]
+    if spans > 1:
+        parts.append(padded[step : (repeats + 1) * step].reshape(repeats, step)[:, : spans - 1])
+    source = jnp.concatenate(parts, axis=1)
+    choice = np.zeros((width, spans, period), np.float32)
+    for column in range(period):
+        for span in range(spans):
+            choice[min(column * rows // SCALE_BLOCK_SIZE + span, width - 1), span, column] = 1
+    spread = jnp.einsum("gw,wsp->sgp", source, jnp.asarray(choice), precision="highest")
+    return spread.reshape(spans, -1)[:, :columns]
+
+
+def spans_of(rows: int) -> int:
+    """The most groups of 256 scales that one column of `rows` scales touches."""
+    common = math.gcd(rows, SCALE_BLOCK_SIZE)
+    return (SCALE_BLOCK_SIZE - common + rows - 1) // SCALE_BLOCK_SIZE + 1
+
+
+def _write_scales(scales: Any, rest: tuple[Any, ...], out: Any, at: Any, first_column: Any, w: _Static) -> None:
+    """Scales as float32 into columns `at` of `out` `[scale rows, columns]`; the first is column `first_column` of W."""
+    codes = scales[0, :, at]
+    if not w.double_quantized:
+        out[:, at] = codes
+        return
+    absmax, offset = rest
+    groups = absmax[0:1, at]
+    if absmax.shape[0] > 1:
+        column = first_column + jax.lax.broadcasted_iota(jnp.int32, codes.shape, 1)
+        row = jax.lax.broadcasted_iota(jnp.int32, codes.shape, 0)
+        span = (((column * w.scale_rows) & (SCALE_BLOCK_SIZE - 1)) + row) >> 8  # // 256, which would ask for an attached TPU
+        groups = jnp.broadcast_to(groups, codes.shape)
+        for number in range(1, absmax.shape[0]):
+            groups = jnp.where(span == number, absmax[number : number + 1, at], groups)
+    out[:, at] = dynamic_values(codes) * groups + offset[0, 0]
+
+
+def _tables(data_type: DataType, columns: int) -> tuple[Array, Array]:
+    """The values of the codes 0-7 and 8-15, float32 `[8, columns]`, one a sublane."""
+    sublane = jax.lax.broadcasted_iota(jnp.int32, (8, columns), 0)
+    values = codebook(data_type)
+
+    def table(first: int) -> Array:
+        rows = jnp.full((8, columns), float(values[first]), jnp.float32)
+        for number in range(1, 8):
+            rows = jnp.where(sublane == number, float(values[first + number]), rows)
+        return rows
+
+    return table(0), table(8)
+
+
+def _values(codes: Array, scales: Any, first_scale: Any, at: Any, tables: tuple[Array, Array], w: _Static) -> Array:
+    """Codes 0-15 int32 `[n, columns]` to float32 numbers.
+
+    Their scales lie in the scratch `scales`, from row `first_scale` on, in its columns `at`.
+    """
+    count, columns = codes.shape
+    grouped = codes.reshape(count // 8, 8, columns)
+    low, high = (
+        jnp.take_along_axis(jnp.broadcast_to(table, grouped.shape), grouped & 7, axis=1, mode="promise_in_bounds")
+        for table in tables
+    )
+    values = jnp.where(grouped >= 8, high, low).reshape(count, columns)
+    size = w.block_size
+    blocks = [
+        values[block * size : (block + 1) * size] * scales[pl.ds(first_scale + block, 1), at]
+        for block in range(count // size)
+    ]
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=0)
+
+
+def _dot(x: Array, w: Array, contract: tuple[int, int] = (1, 0)) -> Array:
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        x, w, (((contract[0],), (contract[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _forward(
+    _: Any, left: Any, right: Any, codes: Any, scales: Any, *refs: Any, w: _Static, tiles: Tiles, one_block: bool
+) -> None:
+    rest, (out, scratch, *dense) = refs[:2] if w.double_quantized else (), refs[2:] if w.double_quantized else refs
+    inner, chunk = codes.shape[1], tiles.chunk
+    first_column = pl.program_id(0) * tiles.tile
+
+    def unpacked(number: Any) -> tuple[Array, Array]:
+        """Chunk `number` of the rows of the high nibbles, and that of the low ones."""
+        packed = codes[0, pl.ds(pl.multiple_of(number * chunk, chunk), chunk), :].astype(jnp.int32)
+        scale = number * (chunk // w.block_size)
+        high = _values(packed >> 4, scratch, scale, slice(None), tables, w)
+        low = _values(packed & 15, scratch, scale + w.scale_rows // 2, slice(None), tables, w)
+        return high.astype(left.dtype), low.astype(left.dtype)
+
+    if one_block:
+        _write_scales(scales, rest, scratch, slice(None), first_column, w)
+        tables = _tables(w.data_type, tiles.tile)
+
+        def add(number: Any, total: Array) -> Array:
+            high, low = unpacked(number)
+            at = pl.ds(pl.multiple_of(number * chunk, chunk), chunk)
+            return total + _dot(left[:, at], high) + _dot(right[:, at], low)
+
+        total = jax.lax.fori_loop(0, inner // chunk, add, jnp.zeros(out.shape, jnp.float32))
+        out[...] = total.astype(out.dtype)
+        return
+
+    matrix = dense[0]
+    tables = _tables(w.data_type, tiles.tile)
+
+    @pl.when(pl.program_id(1) == 0)
+    def _unpack() -> None:
+        _write_scales(scales, rest, scratch, slice(None), first_column, w)
+
+        def write(number: Any, carry: None) -> None:
+            high, low = unpacked(number)
+            matrix[pl.ds(pl.multiple_of(number * chunk, chunk), chunk), :] = high
+            matrix[pl.ds(pl.multiple_of(inner + number * chunk, chunk), chunk), :] = low
+            return carry
+
+        jax.lax.fori_loop(0, inner // chunk, write, None)
+
+    out[...] = (_dot(left[...], matrix[:inner]) + _dot(right[...], matrix[inner:])).astype(out.dtype)
+
+
+def _gradient(_: Any, dy: Any, codes: Any, scales: Any, *refs: Any, w: _Static, tiles: Tiles) -> None:
+    rest, (out, scratch, matrix) = refs[:2] if w.double_quantized else (), refs[2:] if w.double_quantized else refs
+    half, block, rows = (pl.program_id(axis) for axis in range(3))
+    chunk, columns = tiles.chunk, codes.shape[2]
+    width = max(size for size in (128, 256, 512) if columns % size == 0)  # of what is unpacked at a time
+
+    def by_columns(body: Any) -> None:
+        def one(number: Any, carry: None) -> None:
+            body(number * width, pl.ds(pl.multiple_of(number * width, width), width))
+            return carry
+
+        jax.lax.fori_loop(0, columns // width, one, None)
+
+    @pl.when((half == 0) & (block == 0) & (rows == 0))
+    def _scale() -> None:
+        by_columns(lambda first, at: _write_scales(scales, rest, scratch, at, first, w))
+
+    @pl.when(rows == 0)
+    def _unpack() -> None:
+        tables = _tables(w.data_type, width)
+
+        def unpack(_: Any, at: Any) -> None:
+            for number in range(tiles.tile // chunk):
+                packed = codes[0, pl.ds(number * chunk, chunk), at].astype(jnp.int32)
+                code = jnp.where(half == 0, packed >> 4, packed & 15)
+                scale = half * (w.scale_rows // 2) + block * (tiles.tile // w.block_size) + number * chunk // w.block_size
+                values = _values(code, scratch, scale, at, tables, w)
+                matrix[pl.ds(number * chunk, chunk), at] = values.astype(matrix.dtype)
+
+        by_columns(unpack)
+
+    out[...] = _dot(dy[...], matrix[...], (1, 1)).astype(out.dtype)
