@@ -91,7 +91,9 @@ def _in_turn(x: Array, w: QuantizedTensor | StackedTensor) -> tuple[Array, Quant
     if isinstance(w, StackedTensor):
         x, index = jax.lax.optimization_barrier((x, w.index))
         return x, StackedTensor(w.stack, index).matrix()
-    return jax.lax.optimization_barrier((x, w))
+    name = "scales" if w.scale_offset is None else "scale_offset"
+    x, part = jax.lax.optimization_barrier((x, getattr(w, name)))
+    return x, dataclasses.replace(w, **{name: part})
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
