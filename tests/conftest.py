@@ -11,6 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Where the plugins for GPU and TPU are installed, as compilers, and no such device is, JAX would look for one, in vain: on a
+# GPU's machine for a driver, on a TPU's for a metadata server. With a device, JAX chooses as it always does.
+if not any(any(Path("/dev").glob(pattern)) for pattern in ("nvidia[0-9]*", "accel[0-9]*", "vfio/[0-9]*")):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
