@@ -8,6 +8,7 @@ import json
 import os
 import struct
 import sys
+import time
 import types
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -197,6 +198,8 @@ def wandb_records(path: Path) -> Iterator[bytes]:
             place += -place % 32768
             continue
         length, kind = struct.unpack_from("<HB", data, place + 4)
+        if place + 7 + length > len(data):  # still being written
+            return
         record += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or last piece
@@ -204,25 +207,34 @@ def wandb_records(path: Path) -> Iterator[bytes]:
             record = b""
 
 
-def test_the_real_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two parts of one run in W&B's own files: each step once."""
-    pytest.importorskip("wandb", reason="wandb is not installed")
+def offline_runs(folder: Path) -> tuple[set[str], list[tuple[int, float | None]], list[Any]]:
+    """Of all files: the runs' names, the steps with their losses, and the options for LoRA of each."""
     from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportMissingImports]
 
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    send(["wandb"], tmp_path, ROWS)
-    send(["wandb"], tmp_path, [ROWS[3], {"step": 4, "loss": 0.5}], resume_at=2, reached=3)
-    history, ids = [], set()
-    for path in sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"), key=os.path.getmtime):
+    ids, history, configs = set(), [], {}
+    for path in sorted(folder.glob("offline-run-*/run-*.wandb"), key=os.path.getmtime):
         for data in wandb_records(path):
             record = Record.FromString(data)
             if record.HasField("run"):
                 ids.add(record.run.run_id)
-                config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
-                assert config["lora"] == OPTIONS["lora"]
+                configs[path] = {item.key: json.loads(item.value_json) for item in record.run.config.update}["lora"]
             if record.HasField("history"):
                 items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
                 history.append((record.history.step.num, items.get("train/loss")))
+    return ids, sorted(history, key=lambda row: row[0]), [*configs.values()]
+
+
+def test_the_real_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two parts of one run in W&B's own files: each step once."""
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    send(["wandb"], tmp_path, ROWS)
+    send(["wandb"], tmp_path, [ROWS[3], {"step": 4, "loss": 0.5}], resume_at=2, reached=3)
+    deadline = time.monotonic() + 60
+    while len((found := offline_runs(tmp_path / "wandb"))[1]) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)  # W&B's own process may write the end of a file after the run is finished
+    ids, history, configs = found
+    assert configs == [OPTIONS["lora"]] * 2
     assert ids == {(tmp_path / "wandb" / "run_id").read_text()}
     assert history == [(0, None), (1, 3.0), (2, 2.0), (3, 1.0), (4, 0.5)]
