@@ -1,0 +1,162 @@
+"""What well-known runs need in memory: a table of compiled training steps, as docs/memory.md shows it.
+
+    python scripts/measure_memory.py --output docs/memory.md
+    python scripts/measure_memory.py --device v5e:2x2 --models llama-3-8b
+
+Each run is compiled three times, by how much it leaves to host memory:
+
+    device     nothing: weights, adapter, optimizer and the layers' inputs are on the device
+    optimizer  Adam's moments (--host-offload)
+    most       moments, adapter, its gradient and the layers' inputs (--host-adapter --remat offload)
+
+Layers are recomputed in the backward pass in all of them. The figures are those of XLA's buffer assignment, GEMMs not
+autotuned. The last line is JSON.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import tyro
+from tqdm import tqdm
+
+from qlora_jax.models import family_of
+from qlora_jax.nn import LoRA
+from qlora_jax.plan import (
+    SIZES,
+    CompilerMissing,
+    CompilerRefuses,
+    DoesNotFit,
+    Plan,
+    Recipe,
+    check_compiler,
+    compile_train_step,
+    machine_named,
+)
+
+GIB = 2**30
+# (model, rank, rows a device, tokens a row): the paper's runs, and longer ones.
+RUNS = (
+    ("llama-7b", 64, 1, 512),
+    ("llama-13b", 64, 1, 512),
+    ("llama-33b", 64, 1, 512),
+    ("llama-65b", 64, 1, 512),
+    ("llama-2-7b", 64, 4, 2048),
+    ("llama-3-8b", 16, 4, 2048),
+    ("llama-3-70b", 16, 1, 2048),
+)
+OFFLOADED: dict[str, dict[str, Any]] = {
+    "device": {},
+    "optimizer": {"host_optimizer": True},
+    "most": {"host_optimizer": True, "host_adapter": True, "remat": "offload"},
+}
+# Columns of the table, and what of `figures` they show.
+SHOWN = (
+    ("peak", "peak"),
+    ("frozen weights", "weights"),
+    ("adapter", "adapter"),
+    ("temporaries", "temporaries"),
+    ("host memory", "host"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Which runs, on what."""
+
+    device: str = "h100"
+    """Device as scripts/plan.py takes it; on several, the rows of a run are spread over them."""
+    models: tuple[str, ...] = tuple(model for model, *_ in RUNS)
+    """Models of the table."""
+    output: Path | None = None
+    """Markdown file to write; standard output alone if left out."""
+
+
+def main() -> int:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    try:
+        run(arguments)
+    except (CompilerMissing, CompilerRefuses, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(arguments: Arguments) -> None:
+    known = [model for model, *_ in RUNS]
+    for model in arguments.models:
+        if model not in known:
+            raise ValueError(f"models: expected some of {', '.join(known)}, found {model}")
+    machine = machine_named(arguments.device)
+    check_compiler(machine)
+    chosen = [(one, name) for one in RUNS if one[0] in arguments.models for name in OFFLOADED]
+    rows = []
+    for (model, rank, batch, length), name in tqdm(chosen, unit="program", desc="compiling"):
+        recipe = Recipe(
+            config=family_of(SIZES[model]).config(SIZES[model]),
+            lora=LoRA(rank),
+            batch_size=max(batch // machine.count, 1),
+            length=length,
+            packed=False,
+            **OFFLOADED[name],
+        )
+        row = {"model": model, "rank": rank, "batch": batch, "length": length, "offloaded": name}
+        try:
+            rows.append(row | figures(compile_train_step(recipe, machine)))
+        except DoesNotFit as error:
+            rows.append(row | {"peak": None, "why": str(error)})
+    text = markdown(rows, machine.name)
+    print(text)
+    if arguments.output is not None:
+        arguments.output.write_text(text, encoding="utf-8")
+    method = "XLA buffer assignment of compiled train steps; GEMMs not autotuned"
+    print(json.dumps({"method": method, "device": machine.name, "rows": rows}))
+
+
+def figures(plan: Plan) -> dict[str, Any]:
+    """Bytes and seconds of a plan."""
+    return {
+        "peak": plan.peak,
+        "weights": plan.packed_weights + plan.dense_weights,
+        "adapter": plan.adapter + plan.host_adapter,
+        "temporaries": plan.program.temporaries,
+        "host": plan.program.host_arguments + plan.program.host_temporaries,
+        "compile_seconds": plan.program.compile_seconds,
+        "versions": plan.versions,
+    }
+
+
+def markdown(rows: list[dict[str, Any]], device: str) -> str:
+    """The table of docs/memory.md."""
+    versions = next((row["versions"] for row in rows if row["peak"] is not None), {})
+    compilers = ", ".join(f"{name} {version}" for name, version in versions.items())
+    columns = ("model", "rank", "batch", "left to the host", *(name for name, _ in SHOWN), "compiled in s")
+    lines = [
+        "# Memory of well-known runs",
+        "",
+        f"GiB of one training step, compiled for {device} ({compilers}):",
+        "NF4 with double quantisation, LoRA on all linear layers, bfloat16 activations, float32 adapter and AdamW, layers",
+        "recomputed in the backward pass. Made by `python scripts/measure_memory.py --output docs/memory.md`, whose head says",
+        "what is left to the host in each line.",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|{' --- |' * len(columns)}",
+    ]
+    for row in rows:
+        start = f"| {row['model']} | {row['rank']} | {row['batch']} × {row['length']} | {row['offloaded']} |"
+        if row["peak"] is None:
+            lines.append(f"{start} does not fit |{' |' * len(SHOWN)}")
+            continue
+        sizes = " | ".join(f"{row[name] / GIB:.2f}" for _, name in SHOWN)
+        lines.append(f"{start} {sizes} | {row['compile_seconds']:.0f} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

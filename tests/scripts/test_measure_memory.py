@@ -1,0 +1,39 @@
+"""scripts/measure_memory.py: its table, and bad input. The compilations are those of tests/plan."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "measure_memory.py"
+
+
+def load() -> Any:
+    spec = importlib.util.spec_from_file_location("measure_memory", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["measure_memory"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table() -> None:
+    module = load()
+    run = {"model": "llama-7b", "rank": 64, "batch": 1, "length": 512, "offloaded": "most"}
+    sizes = {"peak": 5 * 2**30, "weights": 2**30, "adapter": 2**29, "temporaries": 2**28, "host": 3 * 2**30}
+    rows = [run | sizes | {"compile_seconds": 7.4, "versions": {"jax": "1.2"}}, run | {"peak": None, "why": "too large"}]
+    lines = module.markdown(rows, "h100").splitlines()
+    header, rule, *table = [line for line in lines if line.startswith("|")]
+    assert {line.count("|") for line in (header, rule, *table)} == {11}
+    assert table[0] == "| llama-7b | 64 | 1 × 512 | most | 5.00 | 1.00 | 0.50 | 0.25 | 3.00 | 7 |"
+    assert "does not fit" in table[1]
+    assert "h100 (jax 1.2)" in lines[2]
+
+
+def test_bad_input_is_one_line() -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT), "--models", "llama-8b"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: models: expected some of llama-7b, ")
+    assert done.stderr.strip().endswith("found llama-8b")
