@@ -82,13 +82,15 @@ def dynamic_values(codes: Array, signed: bool = True) -> Array:
     number = codes.astype(jnp.int32) - (127 if signed else 0)
     lowest = 1 if signed else 2  # values of the lowest decade
     magnitude = (jnp.abs(number) + (lowest - 1)).astype(jnp.float32)
-    power, decade = magnitude * 0 + float(lowest), magnitude * 0 + 1e-6
+    # Anchored to the data: constants would be broadcast and hoisted out of a differentiated scan.
+    zero = magnitude * 0
+    power, decade = zero + float(lowest), zero + 1e-6
     for exponent in range(1, 7):
-        reached = magnitude >= lowest * 2**exponent
-        power = jnp.where(reached, float(lowest * 2**exponent), power)
-        decade = jnp.where(reached, 10.0 ** (exponent - 6), decade)
+        reached = magnitude >= zero + lowest * 2**exponent
+        power = jnp.where(reached, zero + float(lowest * 2**exponent), power)
+        decade = jnp.where(reached, zero + 10.0 ** (exponent - 6), decade)
     value = (0.1 + 0.9 * (magnitude - power + 0.5) / power) * decade
-    value = jnp.where(magnitude == lowest * 128, 1.0, jnp.where(number == 0, 0.0, value))
+    value = jnp.where(magnitude == lowest * 128, zero + 1.0, jnp.where(number == 0, zero, value))
     return jnp.where(number < 0, -value, value)
 
 
