@@ -28,15 +28,15 @@ ERROR = 0.05  # the relative error of the peak that scripts/measure_plan.py hold
 # Bytes of working memory for each byte of a feature, by platform and moment; scripts/measure_plan.py prints this table.
 FACTORS: dict[str, dict[str, dict[str, float]]] = {
     "cuda": {
-        "loss": {"logits": 2.063, "chunk": 0.568, "hidden": 4.888, "adapter": 0.0, "tables": 1.211},
+        "loss": {"logits": 1.962, "chunk": 0.0, "hidden": 7.412, "adapter": 0.0, "tables": 1.274},
         "layer": {
-            "inner": 5.242,
-            "hidden": 0,
-            "heads": 8.766,
-            "matrix": 0,
-            "adapter": 0.447,
-            "mask": 0.455,
-            "tables": 0.454,
+            "inner": 2.482,
+            "hidden": 20.292,
+            "heads": 0.159,
+            "matrix": 0.112,
+            "adapter": 0.22,
+            "mask": 0.0,
+            "tables": 0.679,
         },
     },
     "tpu": {

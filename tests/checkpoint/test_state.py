@@ -23,7 +23,7 @@ POSITION = {"epoch": 1, "batch": 2, "data": {"seed": 0, "checksum": 2**32 - 1, "
 def make_state(seed: int = 0, *, width: int = 3, offload: bool = True) -> TrainState:
     """A state of two matrices with moments that are not zero, one of them not a number."""
     draws = np.random.default_rng(seed)
-    adapter = {name: jnp.asarray(draws.standard_normal((4, width), np.float32)) for name in ("a", "b")}
+    adapter = {name: jnp.asarray(draws.standard_normal((64, width), np.float32)) for name in ("a", "b")}
     tx = host_offload(adamw(1e-2)) if offload else adamw(1e-2)
     state = jax.jit(lambda adapter: init_state(tx, adapter, 2**32 - 1))(adapter)
 
@@ -71,11 +71,11 @@ def test_what_is_saved_comes_back(open_store: Callable[..., StateStore], offload
     assert ("pinned_host" in kinds) == offload
 
 
-def test_state_moves_between_host_and_device_memory(open_store: Callable[..., StateStore]) -> None:
-    """A run may go on with the other choice of --host-offload: where a leaf goes is the template's matter."""
+def test_the_state_of_another_choice_of_offload_is_an_error(open_store: Callable[..., StateStore]) -> None:
+    """In host memory each layer's state is one by itself; a run goes on with the options that it began with."""
     open_store().save(5, make_state(5, offload=True), POSITION)
-    restored, _ = open_store().restore(make_state(0, offload=False))
-    assert_same(restored, make_state(5, offload=False))
+    with pytest.raises(CheckpointError, match="step 5 is of another run"):
+        open_store().restore(make_state(0, offload=False))
 
 
 def test_the_newest_are_kept(open_store: Callable[..., StateStore], tmp_path: Path) -> None:
@@ -100,14 +100,14 @@ def test_other_shapes_types_and_leaves_are_an_error(open_store: Callable[..., St
     store = open_store()
     with pytest.raises(CheckpointError, match=r"step 5 is of another run") as error:
         store.restore(make_state(width=2))
-    assert "adapter.a: expected float32 [4, 2], found float32 [4, 3]" in str(error.value)
+    assert "adapter.a: expected float32 [64, 2], found float32 [64, 3]" in str(error.value)
     assert str(error.value).count("expected") == 6, "A and B, and the two moments of each"
-    with pytest.raises(CheckpointError, match=r"adapter\.b: expected bfloat16 \[4, 3\], found float32 \[4, 3\]"):
+    with pytest.raises(CheckpointError, match=r"adapter\.b: expected bfloat16 \[64, 3\], found float32 \[64, 3\]"):
         store.restore(dataclasses.replace(state, adapter=state.adapter | {"b": state.adapter["b"].astype(jnp.bfloat16)}))
     with pytest.raises(CheckpointError) as error:
         store.restore(dataclasses.replace(state, adapter={"a": state.adapter["a"], "c": state.adapter["b"]}))
-    assert "adapter.b: expected none, found float32 [4, 3]" in str(error.value)
-    assert "adapter.c: expected float32 [4, 3], found none" in str(error.value)
+    assert "adapter.b: expected none, found float32 [64, 3]" in str(error.value)
+    assert "adapter.c: expected float32 [64, 3], found none" in str(error.value)
 
 
 def test_a_checkpoint_that_is_half_written_is_none(open_store: Callable[..., StateStore], tmp_path: Path) -> None:
