@@ -79,6 +79,23 @@ def test_on_a_cpu_only_what_is_known_counts() -> None:
         check_against(recipe, "cpu", 1, plan.exact - GIB, print)
 
 
+def test_what_is_proposed_on_a_cpu_fits_with_the_guess_and_moves_nothing_to_the_host() -> None:
+    recipe = recipe_of(Options(run=RunOptions(batch_size=4096)), llama_config(SIZES["smollm2-135m"]), "cpu")
+    with pytest.raises(ValueError, match="this would fit: ") as refused:
+        check_against(recipe, "cpu", 1, 16 * GIB, print)
+    words = str(refused.value).split("this would fit: ")[1].split(" (")[0].split()
+    changes = dict(zip(words[::2], words[1::2], strict=True))
+    assert changes.keys() == {"--remat", "--batch-size", "--accumulation-steps"}
+    smaller = dataclasses.replace(
+        recipe,
+        remat="full",
+        batch_size=int(changes["--batch-size"]),
+        micro_batches=int(changes["--accumulation-steps"]),
+    )
+    assert smaller.batch_size * smaller.micro_batches == 4096
+    assert quick_plan(smaller, "cpu").peak <= 16 * GIB
+
+
 def test_the_limit_of_this_machine_is_known() -> None:
     limit = memory_limit()
     assert limit is None or limit > GIB / 8
