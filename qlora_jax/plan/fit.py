@@ -44,8 +44,8 @@ def largest_that_fits(peak: Peak, limit: int, *, start: int, step: int = 1, most
 def _guess(known: dict[int, int], limit: int, low: int, high: int) -> int:
     """Strictly between low and high where there is something: where a line through the nearest two plans meets the limit.
 
-    A line that is wrong, as that of a length whose mask grows with its square, costs few plans: nothing is tried that is more
-    than four times as large as what was, and after some tries the bracket is halved.
+    A line that is wrong, as that of a length whose mask grows with its square, costs few plans: nothing is tried that is
+    more than four times as large as what was, and after some tries the bracket is halved.
     """
     least, most = low + 1, max(high - 1, low + 1)  # that are still open
     if high not in known:
