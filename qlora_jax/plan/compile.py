@@ -131,16 +131,15 @@ def compile_train_step(recipe: Recipe, machine: Machine) -> Plan:
     with context(mesh):
         program = compile_program(run, (step.state, step.frozen, step.batch), machine)
     packed, dense = weight_bytes(step.frozen)
-    adapter, opt_state = tree_bytes(step.state.adapter), step.state.opt_state
-    of_host = sum(tree_bytes(leaf) for leaf in jax.tree.leaves(opt_state) if leaf.sharding.memory_kind == HOST)
+    adapter, optimizer = tree_bytes(step.state.adapter), tree_bytes(step.state.opt_state)
     return Plan(
         machine=machine,
         packed_weights=packed,
         dense_weights=dense,
         adapter=0 if recipe.host_adapter else adapter,
         host_adapter=adapter if recipe.host_adapter else 0,
-        optimizer=tree_bytes(opt_state) - of_host,
-        host_optimizer=of_host,
+        optimizer=0 if recipe.host_optimizer else optimizer,
+        host_optimizer=optimizer if recipe.host_optimizer else 0,
         program=program,
         versions=versions(machine),
     )
