@@ -101,7 +101,7 @@ class Program:
             ):
                 total += self.traffic(called, trips=trips)
             else:
-                total += sum(self.reads(scope, instruction)) + self.writes(instruction)
+                total += sum(self.reads(scope, instruction)) + self.writes(scope, instruction)
         return total
 
     def reads(self, scope: dict[str, Instruction], instruction: Instruction) -> list[int]:
@@ -123,11 +123,13 @@ class Program:
             case _:
                 return sizes
 
-    def writes(self, instruction: Instruction) -> int:
+    def writes(self, scope: dict[str, Instruction], instruction: Instruction) -> int:
         """Bytes that an instruction writes."""
         match instruction.opcode:
             case opcode if opcode in _MOVES_NOTHING or opcode == "while":
                 return 0
+            case "dynamic-update-slice":
+                return min(instruction.size, _updated(scope, instruction, instruction.size))
             case "copy-start" | "slice-start":  # (destination, source, context)
                 return instruction.sizes[0]
             case "fusion":

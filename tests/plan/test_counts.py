@@ -120,3 +120,15 @@ def test_a_kernel_of_a_stack_reads_one_layer() -> None:
         "}\n"
     )
     assert program.traffic() == 2 * 512 + 128 * 512 + 1024
+
+
+def test_what_updates_a_slice_writes_the_slice() -> None:
+    program = parse_program(
+        "ENTRY %main (a: f32[64,8], b: f32[1,8], i: s32[]) -> f32[64,8] {\n"
+        "  %a = f32[64,8]{1,0} parameter(0)\n"
+        "  %b = f32[1,8]{1,0} parameter(1)\n"
+        "  %i = s32[] parameter(2)\n"
+        "  ROOT %d = f32[64,8]{1,0} dynamic-update-slice(%a, %b, %i, %i)\n"
+        "}\n"
+    )
+    assert program.traffic() == 2 * 32 + 2 * 4
