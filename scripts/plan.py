@@ -45,6 +45,7 @@ from qlora_jax.plan import (
     cheaper_first,
     cheapest_that_fits,
     check_compiler,
+    check_drawing,
     compile_decode_step,
     compile_train_step,
     draw,
@@ -99,6 +100,8 @@ def run(arguments: Arguments) -> None:
         raise ValueError("step: expected train with quick or fit, found decode")
     if asked.capacity < 1:
         raise ValueError(f"capacity: expected at least 1, found {asked.capacity}")
+    if asked.plot is not None:
+        check_drawing(asked.plot)
     if not asked.quick:
         check_compiler(machine)  # before anything is downloaded or traced
     model = arguments.model.model or _DEFAULT

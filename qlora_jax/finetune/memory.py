@@ -105,10 +105,13 @@ def check_against(recipe: Recipe, backend: str, devices: int, limit: int, say: C
         if not on_cpu and plan.peak > limit * (1 - ERROR):
             say(f"Memory is tight: about {_gib(plan.peak)} of {_gib(limit)} planned on each device.")
         return
-    # What is proposed should fit for certain.
-    choices = cheaper_first(recipe, devices=(1,))
-    fits = (choice for choice in choices if needed(plan_of(choice.recipe)) <= limit * (1 - 2 * ERROR))
-    choice = next(fits, None)
+
+    def fits(plan: QuickPlan) -> bool:  # what is proposed should do so for certain: on a CPU by the guess, too
+        size = plan.peak + plan.host_peak if on_cpu else needed(plan)
+        return size <= limit * (1 - 2 * ERROR)
+
+    choices = cheaper_first(recipe, devices=(1,), host=not on_cpu)
+    choice = next((choice for choice in choices if fits(plan_of(choice.recipe))), None)
     where = "this machine has" if on_cpu else "each device has"
     advice = "nothing that the options can do would fit" if choice is None else f"this would fit: {' '.join(choice.words)}"
     found = plan.exact + plan.host_peak if on_cpu else plan.peak

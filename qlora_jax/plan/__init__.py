@@ -6,7 +6,7 @@ from qlora_jax.plan.devices import DEVICES, Device, Machine, machine_named
 from qlora_jax.plan.fit import Choice, cheaper_first, cheapest_that_fits, largest_that_fits
 from qlora_jax.plan.quick import QuickPlan, quick_plan
 from qlora_jax.plan.recipe import PlannedObjective, Recipe
-from qlora_jax.plan.report import Report, as_json, draw, table
+from qlora_jax.plan.report import Report, as_json, check_drawing, draw, table
 from qlora_jax.plan.reports import report_of
 from qlora_jax.plan.sizes import HUB_IDS, SIZES
 from qlora_jax.plan.topology import CompilerMissing, CompilerRefuses, check_compiler, machine_mesh
@@ -32,6 +32,7 @@ __all__ = [
     "cheaper_first",
     "cheapest_that_fits",
     "check_compiler",
+    "check_drawing",
     "compile_decode_step",
     "compile_train_step",
     "draw",

@@ -297,4 +297,6 @@ def machine_named(name: str) -> Machine:
             f"device {name!r}: expected a topology of {device.dimensions} sides such as {device.name}:{example}, "
             f"found {size!r}"
         )
+    if any(side > 1 and side % 2 for side in shape):
+        raise ValueError(f"device {name!r}: expected sides of 1 or even ones, as Cloud TPU has them, found {size!r}")
     return Machine(device, shape)

@@ -12,6 +12,8 @@ from qlora_jax.plan.recipe import Recipe
 
 Peak = Callable[[int], int]
 
+_LINES = 7  # plans after which lines are given up
+
 
 def largest_that_fits(peak: Peak, limit: int, *, start: int, step: int = 1, most: int = 2**20) -> tuple[int, int] | None:
     """(the largest multiple of `step` whose peak is within the limit, that peak); None where not even `step` fits.
@@ -40,16 +42,23 @@ def largest_that_fits(peak: Peak, limit: int, *, start: int, step: int = 1, most
 
 
 def _guess(known: dict[int, int], limit: int, low: int, high: int) -> int:
-    """Strictly between low and high where there is something: where a line through the nearest two plans meets the limit."""
+    """Strictly between low and high where there is something: where a line through the nearest two plans meets the limit.
+
+    A line that is wrong, as that of a length whose mask grows with its square, costs few plans: nothing is tried that is
+    more than four times as large as what was, and after some tries the bracket is halved.
+    """
+    least, most = low + 1, max(high - 1, low + 1)  # that are still open
+    if high not in known:
+        most = min(most, max(4 * max(known), least))
     if len(known) == 1:
         (only,) = known
-        return min(max(2 * only if low == only else only // 2, low + 1), max(high - 1, low + 1))
+        return min(max(2 * only if low == only else only // 2, least), most)
+    if len(known) >= _LINES and high in known:
+        return min(max((low + high) // 2, least), most)
     near = sorted(sorted(known, key=lambda units: abs(known[units] - limit))[:2])
     slope = (known[near[1]] - known[near[0]]) / (near[1] - near[0])
     meets = int(near[0] + (limit - known[near[0]]) / slope) if slope > 0 else (low + high) // 2
-    if meets >= high or meets <= low:  # the line says that it is next to a bound that is known
-        meets = high - 1 if meets >= high else low + 1
-    return min(max(meets, low + 1), max(high - 1, low + 1))
+    return min(max(meets, least), most)  # outside, the line says that it is next to a bound that is known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +75,12 @@ class Choice:
     devices: int = 1
 
 
-def cheaper_first(recipe: Recipe, *, devices: tuple[int, ...] = (1, 2, 4, 8)) -> Iterator[Choice]:
+def cheaper_first(recipe: Recipe, *, devices: tuple[int, ...] = (1, 2, 4, 8), host: bool = True) -> Iterator[Choice]:
     """Recipes of the same step that take less memory, the ones that cost least first.
+
+    Args:
+        devices: how many times as many devices may be proposed.
+        host: whether the host's memory is another than the device's.
 
     remat none → dots → full      recomputes more, a third of the time at most
     remat offload, host offload   a trip of the residuals, or of the optimizer's state, over the bus
@@ -76,35 +89,34 @@ def cheaper_first(recipe: Recipe, *, devices: tuple[int, ...] = (1, 2, 4, 8)) ->
     host adapter                  a trip of the adapter and its gradient, layer by layer
     more devices
     """
-    order = ("none", "dots", "full", "offload")
+    order = ("none", "dots", "full", *(("offload",) if host or recipe.remat == "offload" else ()))
     start = order.index(recipe.remat)
     for count in devices:
-        for words, changed in _states(recipe):
+        for words, changed in _states(recipe, host):
             for remat in order[start:]:
                 said = () if remat == recipe.remat else (f"--remat {remat}",)
                 more = () if count == 1 else (f"{count} times the devices",)
                 yield Choice((*said, *words, *more), dataclasses.replace(changed, remat=remat), count)
 
 
-def _states(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], Recipe]]:
+def _states(recipe: Recipe, host: bool) -> Iterator[tuple[tuple[str, ...], Recipe]]:
     yield (), recipe
-    host = dataclasses.replace(recipe, host_optimizer=True)
-    if not recipe.host_optimizer:
-        yield ("--host-offload",), host
+    goes = host and not recipe.host_optimizer
+    words, less = (("--host-offload",), dataclasses.replace(recipe, host_optimizer=True)) if goes else ((), recipe)
+    if goes:
+        yield words, less
     batch = recipe.batch_size
+    said: tuple[str, ...] = ()  # of the passes
     for size in range(batch - 1, 0, -1):
         if batch % size == 0:
             passes = recipe.micro_batches * batch // size
-            smaller = dataclasses.replace(host, batch_size=size, micro_batches=passes)
-            words = () if recipe.host_optimizer else ("--host-offload",)
-            yield (*words, f"--batch-size {size}", f"--accumulation-steps {passes}"), smaller
-    smallest = dataclasses.replace(host, batch_size=1, micro_batches=recipe.micro_batches * batch)
+            said = (f"--batch-size {size}", f"--accumulation-steps {passes}")
+            less = dataclasses.replace(less, batch_size=size, micro_batches=passes)
+            yield (*words, *said), less
     if recipe.optimizer == "adamw":
-        words = ("--host-offload", "--batch-size 1", f"--accumulation-steps {recipe.micro_batches * batch}")
-        yield (*words, "--optimizer adamw8bit"), dataclasses.replace(smallest, optimizer="adamw8bit")
-    if not recipe.host_adapter:
-        words = ("--host-adapter", "--batch-size 1", f"--accumulation-steps {recipe.micro_batches * batch}")
-        yield words, dataclasses.replace(smallest, host_adapter=True)
+        yield (*words, *said, "--optimizer adamw8bit"), dataclasses.replace(less, optimizer="adamw8bit")
+    if host and not recipe.host_adapter:
+        yield ("--host-adapter", *said), dataclasses.replace(less, host_optimizer=True, host_adapter=True)
 
 
 def cheapest_that_fits(

@@ -8,6 +8,7 @@ runs reads its operands and writes its result once, and
 
 - a loop does so as often as it runs (`known_trip_count`, or the constant that its condition compares with);
 - what only slices an operand reads the slice, and what updates a slice writes the slice, inside a fusion too;
+- the kernels of 4-bit matrices read one layer of the stacks that they are passed;
 - what lies in a TPU's own memory (`S(1)`) or in host memory (`S(5)`) is not counted: moving it there or back is.
 
 That is a lower bound: a kernel may read an operand more than once.
@@ -27,6 +28,7 @@ _MOVES_NOTHING = frozenset(("parameter", "constant", "tuple", "get-tuple-element
 _MOVES_NOTHING |= {"partition-id", "replica-id", "copy-done", "slice-done", "async-done", "async-update", "send-done"}
 _MOVES_NOTHING |= {"recv-done", "all-gather-done", "all-reduce-done", "collective-permute-done"}
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
+_OF_STACKS = "matmul_4bit"  # kernels that read one matrix of a stack where it lies (`quant.kernels.tpu`)
 _SEE_THROUGH = frozenset(("bitcast", "reshape", "copy", "convert", "transpose"))
 
 
@@ -99,7 +101,7 @@ class Program:
             ):
                 total += self.traffic(called, trips=trips)
             else:
-                total += sum(self.reads(scope, instruction)) + self.writes(instruction)
+                total += sum(self.reads(scope, instruction)) + self.writes(scope, instruction)
         return total
 
     def reads(self, scope: dict[str, Instruction], instruction: Instruction) -> list[int]:
@@ -113,17 +115,21 @@ class Program:
                 return [min(sizes[0], max(self._whole(instruction))) if in_memory else 0, *[0] * (len(sizes) - 1)]
             case "dynamic-update-slice":
                 return [0, *sizes[1:]]
+            case "custom-call" if instruction.name.startswith(_OF_STACKS):
+                return [_layer(scope[name]) if name in scope else 0 for name in instruction.operands]
             case "fusion":
                 body = self.computations.get(instruction.called("calls") or "", {})
                 return [min(size, self._read_of_parameter(body, i, size)) for i, size in enumerate(sizes)]
             case _:
                 return sizes
 
-    def writes(self, instruction: Instruction) -> int:
+    def writes(self, scope: dict[str, Instruction], instruction: Instruction) -> int:
         """Bytes that an instruction writes."""
         match instruction.opcode:
             case opcode if opcode in _MOVES_NOTHING or opcode == "while":
                 return 0
+            case "dynamic-update-slice":
+                return min(instruction.size, _updated(scope, instruction, instruction.size))
             case "copy-start" | "slice-start":  # (destination, source, context)
                 return instruction.sizes[0]
             case "fusion":
@@ -160,6 +166,12 @@ class Program:
                 else:
                     return size
         return total
+
+
+def _layer(stack: Instruction) -> int:
+    """Bytes of one matrix of an operand `[layers, ...]`; all of another operand."""
+    shape = stack.shapes[0] if len(stack.shapes) == 1 else ()
+    return stack.size // shape[0] if len(shape) == 3 else stack.size
 
 
 def _updated(body: dict[str, Instruction], root: Instruction, size: int) -> int:

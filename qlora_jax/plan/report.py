@@ -93,6 +93,17 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
+def check_drawing(path: Path) -> None:
+    """Raises ValueError where `draw` could not write such a file: before minutes of compiling, not after."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise ValueError(f"plot: expected a file that ends in one of {', '.join(sorted(known))}, found {path}")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"plot: expected a folder that exists, found {path.absolute().parent}")
+
+
 def draw(reports: list[Report], path: Path) -> None:
     """A bar a report, stacked from its parts, against the device's memory."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

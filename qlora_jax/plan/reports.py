@@ -47,7 +47,8 @@ def _(plan: Plan, recipe: Recipe, machine: Machine, title: str, seconds: float =
         host=(
             ("optimizer", plan.host_optimizer),
             ("adapter", plan.host_adapter),
-            ("other arguments", program.host_arguments - plan.host_optimizer - plan.host_adapter),
+            # Counters of the optimizer stay on the device: a few bytes less than its state.
+            ("other arguments", max(program.host_arguments - plan.host_optimizer - plan.host_adapter, 0)),
             ("residuals and temporaries", program.host_temporaries),
         ),
         total=program.peak,

@@ -9,7 +9,7 @@ are in memory anyway, and dequantises them again.
 Two implementations of a 4-bit product:
 
     xla      dequantises into a temporary and multiplies; everywhere
-    pallas   a kernel that reads packed bytes only (`kernels`); on a TPU and, for few rows, on a Hopper GPU
+    pallas   a kernel that reads packed bytes only (`kernels`); on a TPU
 
 "auto" takes the kernel for at most 64 rows of x (decoding, where the weights' bytes are the time), on a platform and for a
 matrix that it exists for, on one device; XLA otherwise, and for every gradient. "pallas" takes the kernel for all of it, in

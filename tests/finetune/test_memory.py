@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from qlora_jax.cli import parse
 from qlora_jax.finetune import (
     DataOptions,
     LoRAOptions,
@@ -59,10 +60,11 @@ def test_what_is_proposed_fits() -> None:
     with pytest.raises(ValueError, match=r"the run needs about .* each device has 12.00 GiB: this would fit: --") as refused:
         check_against(recipe, "gpu", 1, 12 * GIB, print)
     words = str(refused.value).split("this would fit: ")[1].split(" (")[0].split()
-    changes = dict(zip(words[::2], words[1::2], strict=False)) if "--host-offload" not in words else None
-    smaller = dataclasses.replace(recipe, remat="offload", host_optimizer=True, batch_size=1, micro_batches=16)
-    assert quick_plan(smaller, "cuda").peak < 12 * GIB
-    assert changes is None or changes.keys() <= {"--remat", "--batch-size", "--accumulation-steps", "--optimizer"}
+    asked = ["--max-length", "2048", "--batch-size", "16", *words]  # the last of an option counts
+    proposed = recipe_of(parse(Options, description=None, arguments=asked), LLAMA, "gpu")
+    assert proposed.batch_size * proposed.micro_batches == recipe.batch_size * recipe.micro_batches
+    assert proposed != recipe
+    assert quick_plan(proposed, "cuda").peak < 12 * GIB
 
 
 def test_what_can_never_fit_says_so() -> None:
@@ -77,6 +79,23 @@ def test_on_a_cpu_only_what_is_known_counts() -> None:
     check_against(recipe, "cpu", 1, plan.exact, print)  # the estimated part may be wrong there
     with pytest.raises(ValueError, match=r"needs at least .* this machine has"):
         check_against(recipe, "cpu", 1, plan.exact - GIB, print)
+
+
+def test_what_is_proposed_on_a_cpu_fits_with_the_guess_and_moves_nothing_to_the_host() -> None:
+    recipe = recipe_of(Options(run=RunOptions(batch_size=4096)), llama_config(SIZES["smollm2-135m"]), "cpu")
+    with pytest.raises(ValueError, match="this would fit: ") as refused:
+        check_against(recipe, "cpu", 1, 16 * GIB, print)
+    words = str(refused.value).split("this would fit: ")[1].split(" (")[0].split()
+    changes = dict(zip(words[::2], words[1::2], strict=True))
+    assert changes.keys() == {"--remat", "--batch-size", "--accumulation-steps"}
+    smaller = dataclasses.replace(
+        recipe,
+        remat="full",
+        batch_size=int(changes["--batch-size"]),
+        micro_batches=int(changes["--accumulation-steps"]),
+    )
+    assert smaller.batch_size * smaller.micro_batches == 4096
+    assert quick_plan(smaller, "cpu").peak <= 16 * GIB
 
 
 def test_the_limit_of_this_machine_is_known() -> None:

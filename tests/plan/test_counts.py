@@ -109,3 +109,26 @@ def test_bytes_of_a_loop_are_those_of_its_slices_as_often_as_it_runs() -> None:
 def test_what_is_no_program_is_an_error() -> None:
     with pytest.raises(ValueError, match="found no entry"):
         parse_program("HloModule nothing")
+
+
+def test_a_kernel_of_a_stack_reads_one_layer() -> None:
+    program = parse_program(
+        "ENTRY %main (a: bf16[1,256], w: u8[22,128,512]) -> bf16[1,512] {\n"
+        "  %a = bf16[1,256]{1,0} parameter(0)\n"
+        "  %w = u8[22,128,512]{2,1,0} parameter(1)\n"
+        '  ROOT %matmul_4bit.1 = bf16[1,512]{1,0} custom-call(%a, %a, %w), custom_call_target="tpu_custom_call"\n'
+        "}\n"
+    )
+    assert program.traffic() == 2 * 512 + 128 * 512 + 1024
+
+
+def test_what_updates_a_slice_writes_the_slice() -> None:
+    program = parse_program(
+        "ENTRY %main (a: f32[64,8], b: f32[1,8], i: s32[]) -> f32[64,8] {\n"
+        "  %a = f32[64,8]{1,0} parameter(0)\n"
+        "  %b = f32[1,8]{1,0} parameter(1)\n"
+        "  %i = s32[] parameter(2)\n"
+        "  ROOT %d = f32[64,8]{1,0} dynamic-update-slice(%a, %b, %i, %i)\n"
+        "}\n"
+    )
+    assert program.traffic() == 2 * 32 + 2 * 4

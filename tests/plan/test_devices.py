@@ -25,6 +25,7 @@ def test_a_name_stands_for_a_machine(name: str, count: int, shape: tuple[int, ..
         ("v5e:2", r"expected a topology of 2 sides such as v5e:2x2, found '2'"),
         ("v5p:2x2", r"expected a topology of 3 sides such as v5p:2x2x1"),
         ("v5e:0x2", r"expected a topology"),
+        ("v5e:3x7", r"expected sides of 1 or even ones, as Cloud TPU has them, found '3x7'"),
         ("h100:4", r"expected h100 or a number of them such as h100x4"),
         ("h100x0", r"expected h100 or a number"),
     ],

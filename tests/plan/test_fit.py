@@ -26,6 +26,24 @@ def test_the_largest_number_is_found_in_few_plans(limit: int, start: int, bend: 
     assert len(set(asked)) <= 16
 
 
+@pytest.mark.parametrize("limit", [26_000, 80_000, 10**12])
+@pytest.mark.parametrize("start", [1, 4, 100, 2**13])
+def test_a_size_that_grows_with_the_square_is_found_in_few_plans(limit: int, start: int) -> None:
+    asked: list[int] = []
+
+    def peak(number: int) -> int:
+        """A length's: straight while the loss is the peak, then with a mask of its square."""
+        asked.append(number)
+        return 5_000 + max(300 * number, 10 * number + 8 * number**2)
+
+    found = largest_that_fits(peak, limit, start=start, most=2**20)
+    assert found is not None
+    number, size = found
+    assert size <= limit
+    assert peak(number + 1) > limit
+    assert len(set(asked)) <= 30
+
+
 def test_multiples_alone_are_tried() -> None:
     asked: list[int] = []
 
@@ -47,6 +65,13 @@ def test_options_that_cost_least_come_first() -> None:
     assert "8 times the devices" in words[-1]
     rows = {choice.recipe.batch_size * choice.recipe.micro_batches for choice in choices}
     assert rows == {4}  # the step stays the same
+
+
+def test_without_host_memory_nothing_goes_there() -> None:
+    choices = list(cheaper_first(RECIPE, devices=(1,), host=False))
+    assert len(choices) > 4
+    assert not any("host" in word or "offload" in word for choice in choices for word in choice.words)
+    assert not any(choice.recipe.host_optimizer or choice.recipe.remat == "offload" for choice in choices)
 
 
 def test_the_cheapest_that_fits_is_compiled_and_what_is_hopeless_is_not() -> None:

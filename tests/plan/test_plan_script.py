@@ -68,6 +68,20 @@ def test_the_last_line_is_json_with_method_versions_and_device(
     assert asked["machine"] == H100
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("bar.foo", "plot: expected a file that ends in one of"), ("none/bar.png", "plot: expected a folder that exists")],
+)
+def test_a_drawing_that_cannot_be_written_is_told_before_any_work(
+    script: Any, name: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--plot", str(tmp_path / name)])
+    monkeypatch.setattr(script, "read_config", lambda model: pytest.fail("work before the check"))
+    monkeypatch.setattr(script, "check_compiler", lambda machine: None)
+    assert script.main() == 1
+    assert message in capsys.readouterr().err
+
+
 def test_a_recipe_of_train_py_means_the_same(script: Any) -> None:
     """Every memory option of a config file, as the plan has it."""
     arguments = parse(
