@@ -97,7 +97,8 @@ def run(arguments: Arguments) -> None:
     asked = arguments.plan
     machine = machine_named(asked.device)
     if asked.step == "decode" and (asked.quick or asked.fit != "none"):
-        raise ValueError("step: expected train with quick or fit, found decode")
+        beside = "quick" if asked.quick else f"fit {asked.fit}"
+        raise ValueError(f"step decode: is compiled as it is: expected no quick and no fit beside it, found {beside}")
     if asked.capacity < 1:
         raise ValueError(f"capacity: expected at least 1, found {asked.capacity}")
     if asked.plot is not None:

@@ -107,16 +107,19 @@ def _states(recipe: Recipe, host: bool) -> Iterator[tuple[tuple[str, ...], Recip
         yield words, less
     batch = recipe.batch_size
     said: tuple[str, ...] = ()  # of the passes
+    cuts: list[tuple[tuple[str, ...], Recipe]] = [(said, less)]
     for size in range(batch - 1, 0, -1):
         if batch % size == 0:
             passes = recipe.micro_batches * batch // size
             said = (f"--batch-size {size}", f"--accumulation-steps {passes}")
             less = dataclasses.replace(less, batch_size=size, micro_batches=passes)
             yield (*words, *said), less
+            cuts.append((said, less))
     if recipe.optimizer == "adamw":
         yield (*words, *said, "--optimizer adamw8bit"), dataclasses.replace(less, optimizer="adamw8bit")
     if host and not recipe.host_adapter:
-        yield ("--host-adapter", *said), dataclasses.replace(less, host_optimizer=True, host_adapter=True)
+        for said, cut in cuts:
+            yield ("--host-adapter", *said), dataclasses.replace(cut, host_optimizer=True, host_adapter=True)
 
 
 def cheapest_that_fits(

@@ -11,7 +11,8 @@ runs reads its operands and writes its result once, and
 - the kernels of 4-bit matrices read one layer of the stacks that they are passed;
 - what lies in a TPU's own memory (`S(1)`) or in host memory (`S(5)`) is not counted: moving it there or back is.
 
-That is a lower bound: a kernel may read an operand more than once.
+That is a lower bound for what fusions and products read, as a kernel may read an operand more than once; a slice that is not
+seen as one counts as its whole operand.
 """
 
 import dataclasses

@@ -84,16 +84,14 @@ def _xla_transposed(dy: Array, w: QuantizedTensor | StackedTensor) -> Array:
 
 
 def _in_turn(x: Array, w: QuantizedTensor | StackedTensor) -> tuple[Array, QuantizedTensor]:
-    """(x, the matrix), which cannot be dequantised before x is there: else XLA holds those of several layers at once.
+    """(x, the matrix), which cannot be dequantised before x is there: else XLA holds several dense matrices at once.
 
-    Of the matrix only its smallest part waits; a barrier around the codes would copy them.
+    The packed bytes of the layer are copied for that, a quarter of what the dense matrix takes.
     """
     if isinstance(w, StackedTensor):
         x, index = jax.lax.optimization_barrier((x, w.index))
         return x, StackedTensor(w.stack, index).matrix()
-    name = "scales" if w.scale_offset is None else "scale_offset"
-    x, part = jax.lax.optimization_barrier((x, getattr(w, name)))
-    return x, dataclasses.replace(w, **{name: part})
+    return jax.lax.optimization_barrier((x, w))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

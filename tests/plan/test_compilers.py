@@ -54,7 +54,7 @@ def test_a_step_for_gpu(cuda: Any) -> None:
     plan = cuda["train"]
     check_arguments(plan)
     assert plan["optimizer"] == 0
-    assert plan["host_optimizer"] == 2 * plan["adapter"] + 8  # two moments, counters of rule and schedule
+    assert plan["host_optimizer"] == 2 * plan["adapter"] + 3 * 8  # two moments; counters of rule and schedule of each layer
     assert abs(plan["program"]["host_arguments"] - plan["host_optimizer"]) <= SLACK
     assert cuda["products"] == dict.fromkeys(GPUS, 2 * 128**3)
 
