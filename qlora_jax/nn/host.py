@@ -26,7 +26,7 @@ class HostArray:
 
     Attributes:
         array: what is read; a constant to differentiation.
-        stand_in: what differentiation is with respect to; see `stand_ins`.
+        stand_in: what differentiation is with respect to: the array put to the host by name, never read.
     """
 
     array: Array
@@ -35,11 +35,6 @@ class HostArray:
     def __getitem__(self, index: EllipsisType) -> Array:
         copy: Any = _fetch(self.array, self.stand_in)
         return copy
-
-
-def stand_ins(tree: Any) -> Any:
-    """What gradients in host memory are taken with respect to, for a tree of arrays in host memory."""
-    return to_host(tree)
 
 
 def to_host(tree: Any) -> Any:

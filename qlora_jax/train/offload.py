@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from qlora_jax.nn.host import HostArray, stand_ins, to_device, to_host
+from qlora_jax.nn.host import HostArray, to_device, to_host
 from qlora_jax.train.optim import Optimizer, clip_factor
 
 HOST = "pinned_host"
@@ -151,7 +151,7 @@ def host_offload(tx: Optimizer, *, adapter: bool = False) -> HostOffload:
 
 def host_gradient(function: Callable[[Any], tuple[Array, Any]], params: Any) -> tuple[Any, Any]:
     """(gradient in host memory, auxiliary result) of a function of parameters in host memory, which get `HostArray`s."""
-    return jax.grad(lambda slots: function(jax.tree.map(HostArray, params, slots)), has_aux=True)(stand_ins(params))
+    return jax.grad(lambda slots: function(jax.tree.map(HostArray, params, slots)), has_aux=True)(to_host(params))
 
 
 def host_zeros(params: Any) -> Any:
