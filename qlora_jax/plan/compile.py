@@ -107,14 +107,6 @@ class Plan:
     def peak(self) -> int:
         return self.program.peak
 
-    @property
-    def host_peak(self) -> int:
-        return self.program.host_peak
-
-    @property
-    def fits(self) -> bool:
-        return self.peak <= self.machine.device.memory_bytes
-
 
 def compile_train_step(recipe: Recipe, machine: Machine) -> Plan:
     """Compiles one training step for a machine that need not be attached.
