@@ -15,6 +15,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.nn.parallel import by_rows
+from qlora_jax.quant.product import product
 
 AttentionImplementation = Literal["xla", "cudnn", "splash"]
 _SPLASH_BLOCK = 512
@@ -127,7 +128,7 @@ def _attend(q: Array, k: Array, v: Array, mask: Array, bias: Array | None, scale
 
 
 def _scores(q: Array, k: Array, scale: float, cap: float | None) -> Array:
-    scores = jnp.einsum("ntd,nsd->nts", q, k, preferred_element_type=jnp.float32) * scale
+    scores = product("ntd,nsd->nts", q, k, jnp.float32) * scale
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
@@ -144,7 +145,7 @@ def _attend_forward(
     highest = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - highest)
     normalizer = jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.einsum("nts,nsd->ntd", weights.astype(v.dtype), v) / normalizer.astype(v.dtype)
+    out = product("nts,nsd->ntd", weights.astype(v.dtype), v) / normalizer.astype(v.dtype)
     out = checkpoint_name(out, "attention")
     return out, (q, k, v, mask, bias, out, checkpoint_name(highest + jnp.log(normalizer), "attention"))
 
@@ -153,14 +154,14 @@ def _attend_backward(scale: float, cap: float | None, saved: Any, gradient: Arra
     q, k, v, mask, bias, out, log_normalizer = saved
     scores = _scores(q, k, scale, cap)
     weights = jnp.exp(_masked(scores, mask, bias) - log_normalizer)
-    dv = jnp.einsum("nts,ntd->nsd", weights.astype(v.dtype), gradient)
-    dweights = jnp.einsum("ntd,nsd->nts", gradient, v, preferred_element_type=jnp.float32)
+    dv = product("nts,ntd->nsd", weights.astype(v.dtype), gradient)
+    dweights = product("ntd,nsd->nts", gradient, v, jnp.float32)
     delta = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     dscores = weights * (dweights - delta) * scale
     if cap is not None:  # tanh' = 1 - tanh²
         dscores = dscores * (1 - (scores / cap) ** 2)
     dscores = dscores.astype(q.dtype)
-    return jnp.einsum("nts,nsd->ntd", dscores, k), jnp.einsum("nts,ntd->nsd", dscores, q), dv, None, None
+    return product("nts,nsd->ntd", dscores, k), product("nts,ntd->nsd", dscores, q), dv, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

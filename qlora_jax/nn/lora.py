@@ -22,6 +22,8 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from qlora_jax.quant import matmul
+
 ALL_LINEAR = "all-linear"
 Number = TypeVar("Number", int, float)
 
@@ -188,8 +190,6 @@ def lora_update(
         keep = jax.random.bernoulli(key, 1.0 - dropout, x.shape)
         x = jnp.where(keep, x / (1.0 - dropout), 0).astype(x.dtype)
     if isinstance(scaling, Array):
-        scaling = scaling.astype(x.dtype)[None, :]
-    # One axis of rows: the gradients of A and B contract over it, and over several axes XLA's CPU dot is 4 times slower.
-    rows = x.reshape(-1, x.shape[-1])
-    inner = checkpoint_name(rows @ a.astype(x.dtype), "lora")
-    return ((inner * scaling) @ b.astype(x.dtype)).reshape(*x.shape[:-1], b.shape[-1])
+        scaling = scaling.astype(x.dtype)
+    inner = checkpoint_name(matmul(x, a), "lora")
+    return matmul(inner * scaling, b)

@@ -24,7 +24,8 @@ from typing import Any
 import jax
 from jax import Array
 
-from qlora_jax.quant import kernels
+from qlora_jax.quant import kernels, tiles
+from qlora_jax.quant.product import dense_product, product
 from qlora_jax.quant.stacked import StackedTensor
 from qlora_jax.quant.tensor import Implementation, QuantizedTensor, dequantize
 
@@ -50,7 +51,7 @@ def matmul(x: Array, w: Array | QuantizedTensor | StackedTensor, *, implementati
         packed = w.stack if isinstance(w, StackedTensor) else w
         y: Array = _product(_chosen(rows, packed, implementation or packed.implementation), rows, w)
     else:
-        y = rows @ w.astype(x.dtype)
+        y = dense_product(rows, w)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -75,12 +76,18 @@ def with_implementation(tree: Any, implementation: Implementation) -> Any:
 
 def _xla(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
     x, matrix = _in_turn(x, w)
-    return x @ dequantize(matrix, x.dtype)
+
+    def whole(x: Array, w: QuantizedTensor) -> Array:
+        return product("nk,km->nm", x, dequantize(w, x.dtype))
+
+    if x.shape[0] > FEW_ROWS or matrix.flat_shape is not None:
+        return whole(x, matrix)
+    return jax.lax.platform_dependent(x, matrix, cpu=tiles.matmul, default=whole)
 
 
 def _xla_transposed(dy: Array, w: QuantizedTensor | StackedTensor) -> Array:
     dy, matrix = _in_turn(dy, w)
-    return dy @ dequantize(matrix, dy.dtype).T
+    return product("nm,km->nk", dy, dequantize(matrix, dy.dtype))
 
 
 def _in_turn(x: Array, w: QuantizedTensor | StackedTensor) -> tuple[Array, QuantizedTensor]:

@@ -270,19 +270,41 @@ def _divide(x: Array, divisor: float) -> Array:
 
 
 def _dequantize_matrix(q: QuantizedTensor, dtype: Any) -> Array:
+    if q.flat_shape is None:
+
+        def halves(q: QuantizedTensor) -> Array:
+            return _times_scales(_lookup(unpack(q), q.data_type), block_scales(q))
+
+        def in_vectors(q: QuantizedTensor) -> Array:
+            # Behind the barrier scales are made once a block, not once a value.
+            return dequantize_in_vectors(q.codes, jax.lax.optimization_barrier(block_scales(q)), q.data_type)
+
+        return jax.lax.platform_dependent(q, cpu=in_vectors, default=halves).astype(dtype)
     values = _lookup(unpack(q), q.data_type)
     scales = block_scales(q)
-    if q.flat_shape is None:
-        rows, columns = values.shape
-        values = values.reshape(-1, q.block_size, columns) * scales[:, None, :]
-        return values.reshape(rows, columns).astype(dtype)
     rows, columns = q.flat_shape
     values = (values * scales[:, None]).reshape(-1)[: rows * columns]
     return values.reshape(columns, rows).T.astype(dtype)
 
 
+def dequantize_in_vectors(codes: Array, scales: Array, data_type: DataType) -> Array:
+    """Packed codes `[in/2, columns]` and float32 scales `[blocks, columns]` to float32 values `[in, columns]`.
+
+    In the form of which XLA's CPU backend makes vector instructions: no branch between the halves, 32 bits throughout.
+    """
+    shifts = jnp.asarray([4, 0], jnp.int32)[:, None, None]
+    halves = (codes.astype(jnp.int32) >> shifts) & 15
+    return _times_scales(_lookup(halves, data_type).reshape(-1, codes.shape[1]), scales)
+
+
+def _times_scales(values: Array, scales: Array) -> Array:
+    """Values `[in, columns]` times the scales of their blocks, `[blocks, columns]`."""
+    rows, columns = values.shape
+    return (values.reshape(scales.shape[0], -1, columns) * scales[:, None, :]).reshape(rows, columns)
+
+
 def _lookup(codes: Array, data_type: DataType) -> Array:
-    """Codes to float32 values: a gather where gathers are cheap, a tree of selects on TPU, where they are not."""
+    """Codes to float32 values: a gather from the table on GPU, a tree of selects where that is fewer instructions."""
     table = codebook(data_type)
 
     def gather(codes: Array) -> Array:
@@ -297,4 +319,4 @@ def _lookup(codes: Array, data_type: DataType) -> Array:
             leaves = [jnp.where(is_set, odd, even) for even, odd in zip(leaves[::2], leaves[1::2], strict=True)]
         return leaves[0]
 
-    return jax.lax.platform_dependent(codes, tpu=select, default=gather)
+    return jax.lax.platform_dependent(codes, cpu=select, tpu=select, default=gather)

@@ -222,7 +222,7 @@ print("equal")
 @pytest.fixture
 def on_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the branches that TPUs get on whatever there is."""
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, tpu, default: tpu(*operands))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, tpu, **_: tpu(*operands))
 
 
 @pytest.mark.parametrize("data_type", DATA_TYPES)
@@ -235,7 +235,7 @@ def test_the_tree_of_selects_is_the_table(data_type: Any) -> None:
 def test_both_ways_dequantise_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     q = quantize(random(256, 40))
     gathered = np.asarray(dequantize(q))
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, tpu, default: tpu(*operands))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, tpu, **_: tpu(*operands))
     np.testing.assert_allclose(dequantize(q), gathered, atol=1e-6)
 
 
