@@ -46,12 +46,22 @@ def gather(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, P()), tree)
 
 
-def over_rows(function: Callable[..., Array], whole: Any, *rows: Array) -> Array:
-    """function(whole, *rows), an array with a leading axis of rows, with each device on its own rows and all of `whole`."""
+def devices_of_context() -> int:
+    """Devices of the context's mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
+def over_rows(function: Callable[..., Array], frozen: Any, *rows: Array, spread: bool = False) -> Array:
+    """function(frozen, *rows), an array with a leading axis of rows, with each device on its own rows.
+
+    Args:
+        spread: whether each device gets its part of `frozen`, along its first axis; else all of it.
+    """
     if jax.sharding.get_abstract_mesh().empty:
-        return function(whole, *rows)
-    specs = (P(), *[P(AXIS)] * len(rows))
-    return jax.shard_map(function, in_specs=specs, out_specs=P(AXIS), check_vma=False)(whole, *rows)
+        return function(frozen, *rows)
+    specs = (P(AXIS) if spread else P(), *[P(AXIS)] * len(rows))
+    return jax.shard_map(function, in_specs=specs, out_specs=P(AXIS), check_vma=False)(frozen, *rows)
 
 
 def by_rows(function: Callable[..., Any]) -> Callable[..., Any]:

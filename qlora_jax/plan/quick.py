@@ -22,7 +22,7 @@ import jax
 from qlora_jax.models import DecoderConfig
 from qlora_jax.plan.recipe import Recipe, abstract_step, tree_bytes
 from qlora_jax.quant import QuantizedTensor
-from qlora_jax.train.loss import CHUNK
+from qlora_jax.train.loss import chunk_tokens
 
 ERROR = 0.05  # the relative error of the peak that scripts/measure_plan.py holds it to
 # Bytes of working memory for each byte of a feature, by platform and moment; scripts/measure_plan.py prints this table.
@@ -178,14 +178,16 @@ def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[
     masked = recipe.packed and platform == "cuda"
     scores = (1 if masked else 0) if fused else 2 * attention
     tables = 2 if decoder and not config.tie_word_embeddings else 1
-    logits = min(CHUNK, tokens) * config.vocab_size * 4
+    spread = devices if config.vocab_size % devices == 0 else 1  # over whom the loss spreads the rows of the head
+    chunk = chunk_tokens(config.vocab_size // spread) // spread  # of each device's tokens
+    logits = min(chunk, tokens) * config.vocab_size * 4
     return {
         "inner": tokens * inner * size,
         "hidden": tokens * hidden * size,
         "heads": tokens * (heads + 2 * kv) * size,
         "matrix": hidden * inner * size,
         "logits": logits,
-        "chunk": logits if tokens <= CHUNK else 0,  # a single chunk is no loop, whose buffers are fewer
+        "chunk": logits if tokens <= chunk else 0,  # a single chunk is no loop, whose buffers are fewer
         "tables": tables * config.vocab_size * hidden * size if devices > 1 else 0,  # gathered
         "adapter": adapter,
         "mask": recipe.sequences * scores * recipe.length**2 * 2,
