@@ -52,15 +52,15 @@ def devices_of_context() -> int:
     return 1 if mesh.empty else mesh.size
 
 
-def over_rows(function: Callable[..., Array], frozen: Any, *rows: Array, spread: bool = False) -> Array:
+def over_rows(function: Callable[..., Array], frozen: Any, *rows: Array, spread: P | None = None) -> Array:
     """function(frozen, *rows), an array with a leading axis of rows, with each device on its own rows.
 
     Args:
-        spread: whether each device gets its part of `frozen`, along its first axis; else all of it.
+        spread: how the leaves of `frozen` are cut for them; None: each device gets all of it.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function(frozen, *rows)
-    specs = (P(AXIS) if spread else P(), *[P(AXIS)] * len(rows))
+    specs = (spread or P(), *[P(AXIS)] * len(rows))
     return jax.shard_map(function, in_specs=specs, out_specs=P(AXIS), check_vma=False)(frozen, *rows)
 
 

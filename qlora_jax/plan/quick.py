@@ -21,7 +21,7 @@ import jax
 
 from qlora_jax.models import DecoderConfig
 from qlora_jax.plan.recipe import Recipe, abstract_step, tree_bytes
-from qlora_jax.quant import QuantizedTensor
+from qlora_jax.quant import PackedTable
 from qlora_jax.train.loss import chunk_tokens
 
 ERROR = 0.05  # the relative error of the peak that scripts/measure_plan.py holds it to
@@ -205,10 +205,10 @@ def _sizes(recipe: Recipe) -> tuple[int, int, int, int, int]:
 
 
 def _spread_bytes(frozen: Any, devices: int) -> tuple[int, int]:
-    """(bytes of quantised matrices, bytes of the rest) on each of so many devices, as `nn.frozen_sharding` spreads them."""
+    """(bytes of what is packed, bytes of the rest) on each of so many devices, as `nn.frozen_sharding` spreads them."""
     packed = dense = 0
-    for leaf in jax.tree.leaves(frozen, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor)):
-        quantized = isinstance(leaf, QuantizedTensor)
+    for leaf in jax.tree.leaves(frozen, is_leaf=lambda leaf: isinstance(leaf, PackedTable)):
+        quantized = isinstance(leaf, PackedTable)
         for part in jax.tree.leaves(leaf):
             splits = len(part.shape) > 1 and part.shape[-1] % devices == 0
             size = part.size * part.dtype.itemsize // (devices if splits else 1)

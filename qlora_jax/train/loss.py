@@ -66,7 +66,8 @@ def token_losses(
     """The weighted cross-entropy of each token, float32 `[n]`.
 
     Args:
-        hidden: `[n, d]`; head: `[vocabulary, d]`; only its delta, if any, is no constant to differentiation.
+        hidden: `[n, d]`; head: `[vocabulary, d]`, dense or packed; only its delta, if any, is no constant to
+            differentiation.
         targets: int32 `[n]`; weights: float32 `[n]`, 0 for tokens that are not learned.
         chunk: of this device's tokens, whose logits exist at a time; by the rows of the head if None.
         cap: logits are cap * tanh(products / cap); None: the products.
@@ -77,7 +78,7 @@ def token_losses(
     if axis is not None and table.delta is not None:
         raise ValueError("token_losses: expected a head without a delta where its rows are spread, found one")
     if chunk is None:
-        chunk = chunk_tokens(table.weight.shape[0]) // (1 if axis is None else jax.lax.axis_size(axis))
+        chunk = chunk_tokens(table.shape[0]) // (1 if axis is None else jax.lax.axis_size(axis))
     losses: Any = _token_losses(hidden, table.weight, table.delta, targets, weights, table.rows, chunk, cap, axis)
     return losses
 
@@ -85,7 +86,7 @@ def token_losses(
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def _token_losses(
     hidden: Array,
-    weight: Array,
+    weight: Any,
     delta: Array | None,
     targets: Array,
     weights: Array,
@@ -107,7 +108,7 @@ def _token_losses(
 
 def _forward(
     hidden: Array,
-    weight: Array,
+    weight: Any,
     delta: Array | None,
     targets: Array,
     weights: Array,
@@ -153,9 +154,7 @@ def _losses_and_gradients(
         if cap is not None:  # tanh' = 1 - tanh²
             share = share * (1 - (logits / cap) ** 2)
         share = (share * weight[:, None]).astype(h.dtype)
-        of_hidden = _summed(axis, share, head.weight.astype(h.dtype))
-        if head.delta is not None:
-            of_hidden = of_hidden + jnp.einsum("nr,rd->nd", share[:, rows], head.delta.astype(h.dtype))
+        of_hidden = _summed(axis, share, head)
         if of_delta is not None:
             trained = share if rows is None else share[:, rows]
             of_delta = of_delta + jnp.einsum("nr,nd->rd", trained, h, preferred_element_type=jnp.float32)
@@ -183,7 +182,7 @@ def _chunk_loss(
 
 def _own_rows(head: Table, tokens: Array, axis: str | None) -> tuple[Array, Array]:
     """(the numbers of tokens' rows in this device's part of the head, beyond its end for others; which have one here)."""
-    count = head.weight.shape[0]
+    count = head.shape[0]
     first = 0 if axis is None else jax.lax.axis_index(axis) * count
     here = (tokens >= first) & (tokens < first + count)
     return jnp.where(here, tokens - first, count), here
@@ -196,12 +195,11 @@ def _logsumexp(logits: Array, axis: str | None) -> Array:
     return highest + jnp.log(jax.lax.psum(jnp.exp(logits - highest[:, None]).sum(-1), axis))
 
 
-def _summed(axis: str | None, share: Array, head: Array) -> Array:
+def _summed(axis: str | None, share: Array, head: Table) -> Array:
     """share @ head: on several devices the sum of their products, each device's own tokens of it."""
     if axis is None:
-        return jnp.einsum("nv,vd->nd", share, head)
-    partial_sums = jnp.einsum("nv,vd->nd", share, head, preferred_element_type=jnp.float32)
-    return jax.lax.psum_scatter(partial_sums, axis, tiled=True).astype(share.dtype)
+        return head.sums(share)
+    return jax.lax.psum_scatter(head.sums(share, jnp.float32), axis, tiled=True).astype(share.dtype)
 
 
 def _gathered(axis: str | None, *arrays: Array) -> tuple[Array, ...]:
@@ -266,11 +264,12 @@ def row_losses(model: Any, hidden: Array, targets: Array, weights: Array) -> Arr
     """The weighted cross-entropy of each row, summed over its tokens: `[b, t, d]` hidden states to float32 `[b]`."""
     head, devices = model.head, devices_of_context()
     head = head if isinstance(head, Table) else Table(head)
-    axis = AXIS if devices > 1 and head.delta is None and head.weight.shape[0] % devices == 0 else None
+    axis = AXIS if devices > 1 and head.delta is None and head.shape[0] % devices == 0 else None
 
     def losses(head: Table, hidden: Array, targets: Array, weights: Array) -> Array:
         flat = hidden.reshape(-1, hidden.shape[-1])
         each = token_losses(flat, head, targets.reshape(-1), weights.reshape(-1), None, model.logit_cap, axis)
         return each.reshape(targets.shape).sum(1)
 
-    return over_rows(losses, head, hidden, targets, weights, spread=axis is not None)
+    head, spread = head.by_rows(AXIS) if axis is not None else (head, None)
+    return over_rows(losses, head, hidden, targets, weights, spread=spread)
