@@ -137,7 +137,16 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
             (output / "eval_results.json").write_text(json.dumps(after, indent=2) + "\n", encoding="utf-8")
             _say(_conclude(before, after, objective.unit))
             rows = [row | after if row["step"] == kept else row for row in rows]
-        write_card(folder, options, config=config, quantization=quantization, rows=rows, kept=kept, unit=objective.unit)
+        write_card(
+            folder,
+            options,
+            config=config,
+            quantization=quantization,
+            tables=options.model.quantize_tables,
+            rows=rows,
+            kept=kept,
+            unit=objective.unit,
+        )
         if (questions := watched.questions) is not None:
             ask = partial(mmlu.figures, tuned, questions, options, progress=progress)
             _say(mmlu.conclude(rows, kept, ask))

@@ -28,7 +28,7 @@ ERROR = 0.05  # the relative error of the peak that scripts/measure_plan.py hold
 # Bytes of working memory for each byte of a feature, by platform and moment; scripts/measure_plan.py prints this table.
 FACTORS: dict[str, dict[str, dict[str, float]]] = {
     "cuda": {
-        "loss": {"logits": 1.962, "chunk": 0.0, "hidden": 7.412, "adapter": 0.0, "tables": 1.274},
+        "loss": {"logits": 1.962, "chunk": 0.0, "hidden": 7.412, "adapter": 0.0, "tables": 0.5},
         "layer": {
             "inner": 2.482,
             "hidden": 20.292,
@@ -36,7 +36,7 @@ FACTORS: dict[str, dict[str, dict[str, float]]] = {
             "matrix": 0.112,
             "adapter": 0.22,
             "mask": 0.0,
-            "tables": 0.679,
+            "tables": 0.45,
         },
     },
     "tpu": {
@@ -178,6 +178,7 @@ def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[
     masked = recipe.packed and platform == "cuda"
     scores = (1 if masked else 0) if fused else 2 * attention
     tables = 2 if decoder and not config.tie_word_embeddings else 1
+    of_value = {"none": size, "int8": 1, "nf4": 0.516}[recipe.tables]  # bytes in a table
     spread = devices if config.vocab_size % devices == 0 else 1  # over whom the loss spreads the rows of the head
     chunk = chunk_tokens(config.vocab_size // spread) // spread  # of each device's tokens
     logits = min(chunk, tokens) * config.vocab_size * 4
@@ -188,7 +189,7 @@ def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[
         "matrix": hidden * inner * size,
         "logits": logits,
         "chunk": logits if tokens <= chunk else 0,  # a single chunk is no loop, whose buffers are fewer
-        "tables": tables * config.vocab_size * hidden * size if devices > 1 else 0,  # gathered
+        "tables": int(tables * config.vocab_size * hidden * of_value) if devices > 1 else 0,  # gathered
         "adapter": adapter,
         "mask": recipe.sequences * scores * recipe.length**2 * 2,
     }
