@@ -3,11 +3,12 @@
     python scripts/measure_memory.py --output docs/memory.md
     python scripts/measure_memory.py --device v5e:2x2 --models llama-3-8b
 
-Each run is compiled three times, by how much it leaves to host memory:
+Each run is compiled four times, by how much it leaves to host memory:
 
     device     nothing: weights, adapter, optimizer and the layers' inputs are on the device
     optimizer  Adam's moments (--host-offload)
     most       moments, adapter, its gradient and the layers' inputs (--host-adapter --remat offload)
+    most, NF4  the same, with token table and output head in NF4 (--quantize-tables nf4)
 
 Layers are recomputed in the backward pass in all of them. The figures are those of XLA's buffer assignment, GEMMs not
 autotuned. The last line is JSON.
@@ -55,6 +56,7 @@ OFFLOADED: dict[str, dict[str, Any]] = {
     "device": {},
     "optimizer": {"host_optimizer": True},
     "most": {"host_optimizer": True, "host_adapter": True, "remat": "offload"},
+    "most, NF4": {"host_optimizer": True, "host_adapter": True, "remat": "offload", "tables": "nf4"},
 }
 # Columns of the table, and what of `figures` they show.
 SHOWN = (

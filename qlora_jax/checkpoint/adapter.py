@@ -25,6 +25,7 @@ from qlora_jax.checkpoint.source import CheckpointError, listed
 from qlora_jax.models import FAMILIES, T5, Key, Model, families_with, linear_keys, tied_head
 from qlora_jax.models.trained import TABLE, TIED_HEAD
 from qlora_jax.nn import Linear, LoRA, Slot
+from qlora_jax.quant import PackedTable, take_rows
 
 __all__ = ["adapter_tensors", "check_family", "check_fit", "load_adapter", "save_adapter"]
 
@@ -55,7 +56,10 @@ class _Place:
         """float32 values that the change is added to."""
         if self.base is None:
             return np.float32(0)
-        return np.asarray(jax.device_get(_at(model, self.base)[...][self.base_index]), np.float32)
+        value = _at(model, self.base).get_value()
+        packed = isinstance(value, PackedTable)  # whose rows alone train
+        found = take_rows(value, jnp.asarray(self.base_index)) if packed else value[self.base_index]
+        return np.asarray(jax.device_get(found), np.float32)
 
 
 def adapter_tensors(model: Model) -> dict[str, np.ndarray]:

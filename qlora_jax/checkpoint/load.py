@@ -24,9 +24,20 @@ from tqdm import tqdm
 from qlora_jax.checkpoint.source import Checkpoint, CheckpointError, listed
 from qlora_jax.models import Family, Key, Model, ModelConfig, Remat, family_of
 from qlora_jax.nn import AttentionImplementation, LoRA, LoRAScaling, default_implementation, frozen_sharding, place
-from qlora_jax.quant import Quantization, QuantizedTensor, quantize
+from qlora_jax.quant import (
+    PackedTable,
+    Quantization,
+    QuantizedTensor,
+    TableStorage,
+    empty_rows,
+    put_rows,
+    quantize,
+    table_shape,
+    with_double_quantization,
+)
 
 _CHUNK = 2**20  # values checked at a time
+_TABLE_ROWS = 4096  # of a token table, packed at a time
 
 
 def default_dtype(platform: str | None = None) -> Any:
@@ -38,6 +49,7 @@ def load_model(
     checkpoint: Checkpoint,
     *,
     quantization: Quantization | None = Quantization(),
+    tables: TableStorage = "none",
     lora: LoRA | None = None,
     dtype: DTypeLike | None = None,
     attention: AttentionImplementation | None = None,
@@ -51,6 +63,7 @@ def load_model(
     Args:
         quantization: None keeps the linear layers dense. A checkpoint that is quantised already is taken as it is: this
             must be its own (`storage_of`), or None for the dense values that it stands for.
+        tables: storage of the token table and the output head.
         dtype: of activations and dense weights; by platform if None.
         attention: kernel; by platform if None.
         mesh: devices over which the frozen weights are spread while they are filled; None: the default device.
@@ -71,6 +84,7 @@ def load_model(
         return family.model(
             config,
             quantization=quantization,
+            tables=tables,
             lora=lora,
             dtype=dtype,
             attention=attention or default_implementation(),
@@ -148,7 +162,8 @@ def check_tensors(checkpoint: Checkpoint, family: Family, config: ModelConfig, f
     """
     expected: dict[str, tuple[int, ...]] = {}
     for key in config.keys:
-        shape = find(frozen, key.path).get_value().shape
+        value = find(frozen, key.path).get_value()
+        shape = value.shape if key.linear or not isinstance(value, PackedTable) else table_shape(value)
         shape = shape[1:] if key.stacked else shape
         for name in key.names():
             expected[name] = shape[::-1] if key.linear else shape
@@ -180,6 +195,8 @@ def find(state: Any, path: tuple[str, ...]) -> nnx.Variable:
 
 def _fill(checkpoint: Checkpoint, key: Key, abstract: Any, mesh: Mesh | None, bar: tqdm) -> tuple[Any, list[str]]:
     """The value of one row of the table, and the names of tensors that are not finite."""
+    if isinstance(abstract, PackedTable) and not key.linear:
+        return _fill_table(checkpoint, key.name, abstract, mesh, bar)
     if key.stacked:
         value = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=frozen_sharding(mesh, leaf.shape)), abstract
@@ -206,6 +223,32 @@ def _fill(checkpoint: Checkpoint, key: Key, abstract: Any, mesh: Mesh | None, ba
         jax.block_until_ready(value)
         bar.update()
     return value, not_finite
+
+
+def _fill_table(
+    checkpoint: Checkpoint, name: str, abstract: PackedTable, mesh: Mesh | None, bar: tqdm
+) -> tuple[PackedTable, list[str]]:
+    """A token table or head in fewer bits, of which the device never holds more than some rows dense."""
+    tensor = checkpoint.read(name)
+    value, finite = empty_rows(abstract, partial(_zeros, mesh)), True
+    for start in range(0, len(tensor), _TABLE_ROWS):
+        rows, dtype = _to_device(tensor[start : start + _TABLE_ROWS])
+        finite &= bool(_all_finite(rows, dtype))
+        value = jax.block_until_ready(_put_rows(value, rows, start, dtype=dtype))
+    bar.update()
+    if isinstance(value, QuantizedTensor):  # scales are quantised all together
+        value = jax.jit(with_double_quantization)(value)
+    value = jax.tree.map(lambda leaf: jax.device_put(leaf, frozen_sharding(mesh, leaf.shape)), value)
+    return value, [] if finite else [name]
+
+
+def _zeros(mesh: Mesh | None, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    return jnp.zeros(shape, dtype, device=frozen_sharding(mesh, shape))
+
+
+@partial(jax.jit, donate_argnums=0, static_argnames="dtype")
+def _put_rows(table: PackedTable, rows: Array, start: int, dtype: Any) -> PackedTable:
+    return put_rows(table, _from_bits(rows, dtype), start)
 
 
 def _to_device(tensor: np.ndarray) -> tuple[Array, Any]:

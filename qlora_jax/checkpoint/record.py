@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from qlora_jax.checkpoint.source import CheckpointError, resolve
-from qlora_jax.quant import DataType, Quantization
+from qlora_jax.quant import TABLE_STORAGES, DataType, Quantization, TableStorage
 
 NAME = "qlora_jax.json"
 
@@ -22,16 +22,19 @@ class TrainingRecord:
     Attributes:
         quantization: of the base's linear layers; None: they were dense.
         template: the form of the prompts (data.Template, never "auto"); None: unknown.
+        tables: storage of the base's token table and head.
     """
 
     quantization: Quantization | None
     template: str | None
+    tables: TableStorage = "none"
 
     def save(self, adapter: Path) -> None:
         """Writes the record into the adapter's folder."""
         values = {
             "quantization": None if self.quantization is None else dataclasses.asdict(self.quantization),
             "template": self.template,
+            "tables": self.tables,
         }
         (adapter / NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
@@ -50,7 +53,10 @@ def read_training_record(adapter: str | Path) -> TrainingRecord | None:
         stored, template = values["quantization"], values["template"]
         if template is not None and not isinstance(template, str):
             raise ValueError(f"template: expected a name, found {template!r}")
-        return TrainingRecord(None if stored is None else Quantization(**stored), template)
+        tables = values.get("tables", "none")  # records of before there was a choice lack it
+        if tables not in TABLE_STORAGES:
+            raise ValueError(f"tables: expected one of {', '.join(TABLE_STORAGES)}, found {tables!r}")
+        return TrainingRecord(None if stored is None else Quantization(**stored), template, tables)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: expected quantization and template, as train.py writes them: {error!r}") from error
 

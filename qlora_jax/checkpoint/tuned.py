@@ -21,7 +21,7 @@ from qlora_jax.checkpoint.source import Checkpoint, open_checkpoint
 from qlora_jax.checkpoint.special_tokens import grown
 from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, tokenizer_source
 from qlora_jax.models import Model
-from qlora_jax.quant import DataType, Quantization
+from qlora_jax.quant import DataType, Quantization, TableStorage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -46,6 +46,8 @@ class TunedOptions:
     """Weights that share a scale; as the adapter was trained, else 64, if left out."""
     double_quantization: bool | None = None
     """Whether the scales are quantised as well; as the adapter was trained, else yes, if left out."""
+    quantize_tables: TableStorage | None = None
+    """Storage of the token table and the output head; as the adapter was trained, else none (dense), if left out."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; auto: bfloat16 on GPU and TPU, float32 on CPU."""
 
@@ -57,6 +59,7 @@ class Tuned:
     Attributes:
         source: of the base.
         checkpoint: the base, with room for the rows that the adapter trained beyond its table.
+        tables: storage of the token table and the head.
         record: of the training, where the adapter has one.
         dtype: compute type; None for that of the platform.
     """
@@ -66,6 +69,7 @@ class Tuned:
     adapter: Adapter | None
     tokenizer: "PreTrainedTokenizerFast"
     quantization: Quantization | None
+    tables: TableStorage
     record: TrainingRecord | None
     dtype: str | None
 
@@ -74,6 +78,7 @@ class Tuned:
         model = load_model(
             self.checkpoint,
             quantization=self.quantization,
+            tables=self.tables,
             lora=None if self.adapter is None else self.adapter.lora,
             dtype=self.dtype,
             mesh=mesh,
@@ -92,6 +97,7 @@ def open_tuned(chosen: TunedOptions) -> Tuned:
     adapter = None if chosen.adapter is None else read_adapter(chosen.adapter)
     record = None if chosen.adapter is None else read_training_record(chosen.adapter)
     quantization = chosen_quantization(record, chosen.data_type, chosen.block_size, chosen.double_quantization)
+    tables = chosen.quantize_tables or ("none" if record is None else record.tables)
     checkpoint = open_checkpoint(source, chosen.revision)
     if adapter is not None:
         check_family(adapter, checkpoint.config["model_type"])
@@ -100,4 +106,4 @@ def open_tuned(chosen: TunedOptions) -> Tuned:
     tokenizer = load_tokenizer(own, chosen.revision if own == source else None)
     check_tokenizer(tokenizer, checkpoint.config)
     dtype = None if chosen.dtype == "auto" else chosen.dtype
-    return Tuned(source, checkpoint, adapter, tokenizer, storage_of(checkpoint, quantization), record, dtype)
+    return Tuned(source, checkpoint, adapter, tokenizer, storage_of(checkpoint, quantization), tables, record, dtype)

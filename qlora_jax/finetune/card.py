@@ -21,7 +21,7 @@ from qlora_jax.cli import to_dict
 from qlora_jax.data import NAMED
 from qlora_jax.finetune.options import Options
 from qlora_jax.models import DecoderConfig, ModelConfig
-from qlora_jax.quant import Quantization
+from qlora_jax.quant import Quantization, TableStorage
 from qlora_jax.train import TOKENS, Unit, perplexity
 
 CARD = "README.md"
@@ -35,6 +35,7 @@ def write_card(
     *,
     config: ModelConfig,
     quantization: Quantization | None,
+    tables: TableStorage = "none",
     rows: list[dict[str, Any]],
     kept: int,
     unit: Unit = TOKENS,
@@ -44,6 +45,7 @@ def write_card(
     Args:
         config: of the base.
         quantization: of the base's linear layers; None: they were dense.
+        tables: storage of its token table and head.
         rows: the records of the run.
         kept: the step whose adapter it is.
         unit: what the losses are means over.
@@ -63,7 +65,7 @@ def write_card(
         [
             f"# {name.rpartition('/')[2]}",
             f"A LoRA adapter of {f'[{base}](https://huggingface.co/{base})' if base else f'`{shown}`'}, trained with "
-            f"qlora_jax on the base's weights {_stored(quantization)}, in {kept} steps on {_data(options)}.",
+            f"qlora_jax on the base's weights {_stored(quantization, tables)}, in {kept} steps on {_data(options)}.",
             "## Use",
             _with_peft(shown, name, config, quantization, own_tokenizer=(folder / "tokenizer.json").is_file()),
             f'```\npython scripts/generate.py --model {shown} --adapter {name} --prompt "…"  # of qlora_jax\n```',
@@ -83,11 +85,12 @@ def _hub_id(source: str) -> str | None:
     return NAMED[source].hub if source in NAMED else source
 
 
-def _stored(quantization: Quantization | None) -> str:
+def _stored(quantization: Quantization | None, tables: TableStorage) -> str:
+    packed = "" if tables == "none" else f", its token table and head in {tables.upper()}"
     if quantization is None:
-        return "as they are"
+        return f"as they are{packed}"
     double = " with double quantisation" if quantization.double_quantization else ""
-    return f"in {quantization.data_type.upper()} (blocks of {quantization.block_size}){double}"
+    return f"in {quantization.data_type.upper()} (blocks of {quantization.block_size}){double}{packed}"
 
 
 def _data(options: Options) -> str:

@@ -89,8 +89,9 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
     watched = watch.prepare(options, tokenizer, config, _say, progress=progress)
     make = seq2seq if isinstance(config, T5Config) else DECODER_OBJECTIVES[options.objective.objective]
     objective = make(Setting(options, tokenizer, config, eos_ids, _say, progress))
+    record = TrainingRecord(quantization, objective.template, options.model.quantize_tables)
     if options.model.adapter is not None:
-        _compare(read_training_record(options.model.adapter), TrainingRecord(quantization, objective.template))
+        _compare(read_training_record(options.model.adapter), record)
     source = objective.training(_rows(options))
     steps = _steps(options, source)
     watch.check_prompts(options, objective.prompts)
@@ -120,7 +121,7 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
         tuned = nnx.merge(graphdef, adapter, frozen)
         tables = None if begin is None else begin.tables
         folder = save_adapter(tuned, output / "adapter", lora=lora, base_model_name_or_path=name, tables=tables)
-        TrainingRecord(quantization, objective.template).save(folder)
+        record.save(folder)
         if (
             lora.trainable_token_indices
             or options.lora.special_tokens
@@ -136,7 +137,16 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
             (output / "eval_results.json").write_text(json.dumps(after, indent=2) + "\n", encoding="utf-8")
             _say(_conclude(before, after, objective.unit))
             rows = [row | after if row["step"] == kept else row for row in rows]
-        write_card(folder, options, config=config, quantization=quantization, rows=rows, kept=kept, unit=objective.unit)
+        write_card(
+            folder,
+            options,
+            config=config,
+            quantization=quantization,
+            tables=options.model.quantize_tables,
+            rows=rows,
+            kept=kept,
+            unit=objective.unit,
+        )
         if (questions := watched.questions) is not None:
             ask = partial(mmlu.figures, tuned, questions, options, progress=progress)
             _say(mmlu.conclude(rows, kept, ask))
@@ -201,6 +211,7 @@ def _load(
     return load_model(
         checkpoint,
         quantization=quantization,
+        tables=options.model.quantize_tables,
         lora=lora,
         dtype=default_dtype() if options.model.dtype == "auto" else options.model.dtype,
         remat=("dots" if on_cpu else "full") if options.model.remat == "auto" else options.model.remat,

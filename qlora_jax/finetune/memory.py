@@ -47,6 +47,7 @@ def recipe_of(
     return Recipe(
         config=config,
         quantization=model.quantization() if isinstance(quantization, str) else quantization,
+        tables=model.quantize_tables,
         lora=lora,
         dtype=("float32" if on_cpu else "bfloat16") if model.dtype == "auto" else model.dtype,
         remat=("dots" if on_cpu else "full") if model.remat == "auto" else model.remat,

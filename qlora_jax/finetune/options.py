@@ -9,7 +9,7 @@ from qlora_jax.finetune.data_options import DataOptions
 from qlora_jax.finetune.watch_options import WatchOptions
 from qlora_jax.models import Remat
 from qlora_jax.nn import ALL_LINEAR, LoRA
-from qlora_jax.quant import DataType, Quantization
+from qlora_jax.quant import DataType, Quantization, TableStorage
 from qlora_jax.train import OPTIMIZERS, OptimizerName, Schedule
 
 ObjectiveName = Literal["sft", "dpo"]
@@ -32,6 +32,8 @@ class ModelOptions:
     """Weights that share a scale."""
     double_quantization: bool = Quantization.double_quantization
     """Whether the scales are quantised as well."""
+    quantize_tables: TableStorage = "none"
+    """Storage of the token table and the output head: int8, nf4 (double-quantised), or none: dense."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; auto: bfloat16 on GPU and TPU, float32 on CPU."""
     remat: Remat | Literal["auto"] = "auto"

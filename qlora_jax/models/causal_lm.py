@@ -36,7 +36,7 @@ from qlora_jax.nn import (
     gather,
     select_targets,
 )
-from qlora_jax.quant import Quantization
+from qlora_jax.quant import Quantization, TableStorage
 
 
 @jax.tree_util.register_dataclass
@@ -72,6 +72,7 @@ class CausalLM(nnx.Module):
         config: DecoderConfig,
         *,
         quantization: Quantization | None = None,
+        tables: TableStorage = "none",
         lora: LoRA | None = None,
         dtype: DTypeLike = jnp.float32,
         attention: AttentionImplementation = "xla",
@@ -82,11 +83,12 @@ class CausalLM(nnx.Module):
 
         Args:
             quantization: storage of the linear layers; None keeps them dense.
+            tables: storage of the token table and the output head.
             lora: adapter of the linear layers that its targets select; None for no adapter.
             dtype: dtype of activations and of dense weights.
 
         Raises:
-            ValueError: a target or a pattern of the adapter matches nothing.
+            ValueError: a target or a pattern of the adapter matches nothing; or it trains all of a table that is packed.
         """
         self.trained = trained = trained_parts(lora, config.keys, vocabulary=config.vocab_size)
         slots = {} if lora is None else select_targets(lora, linear_modules(config.keys))
@@ -108,13 +110,17 @@ class CausalLM(nnx.Module):
 
         self.layers = stack(make_layer, config.num_hidden_layers, rngs)
         rows = trained.rows_of(TABLE)
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rows=rows, dtype=dtype, rngs=rngs)
+        self.embed_tokens = Embedding(
+            config.vocab_size, config.hidden_size, rows=rows, storage=tables, dtype=dtype, rngs=rngs
+        )
         self.norm = make_norm(config, config.hidden_size, dtype)
         if config.tie_word_embeddings:
             self.lm_head = None
         else:
             rows = trained.rows_of(HEAD)
-            self.lm_head = Embedding(config.vocab_size, config.hidden_size, rows=rows, dtype=dtype, rngs=rngs)
+            self.lm_head = Embedding(
+                config.vocab_size, config.hidden_size, rows=rows, storage=tables, dtype=dtype, rngs=rngs
+            )
         self.head_delta: Delta | None = None
         attach(self, trained)
         self.config = config

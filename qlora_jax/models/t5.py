@@ -35,7 +35,7 @@ from qlora_jax.nn import (
     gather,
     select_targets,
 )
-from qlora_jax.quant import Quantization
+from qlora_jax.quant import Quantization, TableStorage
 
 
 @jax.tree_util.register_dataclass
@@ -71,6 +71,7 @@ class T5(nnx.Module):
         config: T5Config,
         *,
         quantization: Quantization | None = None,
+        tables: TableStorage = "none",
         lora: LoRA | None = None,
         dtype: DTypeLike = jnp.float32,
         attention: AttentionImplementation = "xla",
@@ -81,12 +82,13 @@ class T5(nnx.Module):
 
         Args:
             quantization: storage of the linear layers; None keeps them dense.
+            tables: storage of the token table and the output head.
             lora: adapter of the linear layers that its targets select; None for no adapter.
             dtype: dtype of activations and of dense weights.
             attention: of no effect: scores with a bias are XLA's on every platform.
 
         Raises:
-            ValueError: a target or a pattern of the adapter matches nothing.
+            ValueError: a target or a pattern of the adapter matches nothing; or it trains all of a table that is packed.
         """
         self.trained = trained = trained_parts(lora, config.keys, vocabulary=config.vocab_size, tables=False)
         slots = {} if lora is None else select_targets(lora, linear_modules(config.keys))
@@ -111,11 +113,11 @@ class T5(nnx.Module):
 
         self.encoder = make_stack("encoder", config.num_layers, cross=False)
         self.decoder = make_stack("decoder", config.num_decoder_layers, cross=True)
-        self.shared = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.shared = Embedding(config.vocab_size, config.hidden_size, storage=tables, dtype=dtype, rngs=rngs)
         if config.tie_word_embeddings:
             self.lm_head = None
         else:
-            self.lm_head = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+            self.lm_head = Embedding(config.vocab_size, config.hidden_size, storage=tables, dtype=dtype, rngs=rngs)
         attach(self, trained)
         self.config = config
         self.attention: AttentionImplementation = attention

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -114,7 +115,7 @@ class T5Stack(nnx.Module):
 
     def bias(self, queries: Array, keys: Array, *, bidirectional: bool) -> Array:
         """float32 `[heads, t, s]` for the positions of queries `[t]` and keys `[s]`."""
-        table = self.relative_attention_bias.table.folded().weight
+        table = self.relative_attention_bias(jnp.arange(self.relative_attention_bias.table.shape[0]))
         return relative_position_bias(table, queries, keys, bidirectional=bidirectional, max_distance=self.max_distance)
 
 

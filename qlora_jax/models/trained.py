@@ -16,6 +16,7 @@ from flax import nnx
 
 from qlora_jax.models.keys import Key
 from qlora_jax.nn import Delta, LoRA
+from qlora_jax.quant import PackedTable
 
 TABLE, HEAD = ("embed_tokens", "weight"), ("lm_head", "weight")
 TIED_HEAD = ("head_delta",)  # the path of the change of a head that is the token table otherwise
@@ -76,12 +77,21 @@ def tied_head(keys: Sequence[Key]) -> str | None:
 
 
 def attach(model: Any, trained: Trained) -> None:
-    """Gives the modules of a model under construction a change of zero for each parameter that trains as a whole."""
+    """Gives the modules of a model under construction a change of zero for each parameter that trains as a whole.
+
+    Raises:
+        ValueError: it is a table in fewer bits.
+    """
     for key in trained.whole:
         *path, name = TABLE if key.path == TIED_HEAD else key.path
         module = model
         for part in path:
             module = getattr(module, part)
+        if isinstance(getattr(module, name).get_value(), PackedTable):
+            raise ValueError(
+                f"modules_to_save: {key.name} trains as a whole: expected quantize_tables none, found packed tables; "
+                "rows of them can train (trainable_token_indices)"
+            )
         # Where None stood, NNX has to be told that a variable comes.
         delta = nnx.data(Delta(jnp.zeros(getattr(module, name).shape, jnp.float32)))
         if key.path == TIED_HEAD:

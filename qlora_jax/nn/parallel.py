@@ -46,12 +46,22 @@ def gather(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, P()), tree)
 
 
-def over_rows(function: Callable[..., Array], whole: Any, *rows: Array) -> Array:
-    """function(whole, *rows), an array with a leading axis of rows, with each device on its own rows and all of `whole`."""
+def devices_of_context() -> int:
+    """Devices of the context's mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
+def over_rows(function: Callable[..., Array], frozen: Any, *rows: Array, spread: P | None = None) -> Array:
+    """function(frozen, *rows), an array with a leading axis of rows, with each device on its own rows.
+
+    Args:
+        spread: how the leaves of `frozen` are cut for them; None: each device gets all of it.
+    """
     if jax.sharding.get_abstract_mesh().empty:
-        return function(whole, *rows)
-    specs = (P(), *[P(AXIS)] * len(rows))
-    return jax.shard_map(function, in_specs=specs, out_specs=P(AXIS), check_vma=False)(whole, *rows)
+        return function(frozen, *rows)
+    specs = (spread or P(), *[P(AXIS)] * len(rows))
+    return jax.shard_map(function, in_specs=specs, out_specs=P(AXIS), check_vma=False)(frozen, *rows)
 
 
 def by_rows(function: Callable[..., Any]) -> Callable[..., Any]:

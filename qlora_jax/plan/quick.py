@@ -21,14 +21,14 @@ import jax
 
 from qlora_jax.models import DecoderConfig
 from qlora_jax.plan.recipe import Recipe, abstract_step, tree_bytes
-from qlora_jax.quant import QuantizedTensor
-from qlora_jax.train.loss import CHUNK
+from qlora_jax.quant import PackedTable
+from qlora_jax.train.loss import chunk_tokens
 
 ERROR = 0.05  # the relative error of the peak that scripts/measure_plan.py holds it to
 # Bytes of working memory for each byte of a feature, by platform and moment; scripts/measure_plan.py prints this table.
 FACTORS: dict[str, dict[str, dict[str, float]]] = {
     "cuda": {
-        "loss": {"logits": 1.962, "chunk": 0.0, "hidden": 7.412, "adapter": 0.0, "tables": 1.274},
+        "loss": {"logits": 1.962, "chunk": 0.0, "hidden": 7.412, "adapter": 0.0, "tables": 0.5},
         "layer": {
             "inner": 2.482,
             "hidden": 20.292,
@@ -36,11 +36,11 @@ FACTORS: dict[str, dict[str, dict[str, float]]] = {
             "matrix": 0.112,
             "adapter": 0.22,
             "mask": 0.0,
-            "tables": 0.679,
+            "tables": 0.45,
         },
     },
     "tpu": {
-        "loss": {"logits": 0, "chunk": 0, "hidden": 3.896, "adapter": 3.851, "tables": 1.211},
+        "loss": {"logits": 0, "chunk": 0, "hidden": 3.896, "adapter": 3.851, "tables": 0.38},
         "layer": {
             "inner": 3.298,
             "hidden": 9.021,
@@ -48,7 +48,7 @@ FACTORS: dict[str, dict[str, dict[str, float]]] = {
             "matrix": 0.583,
             "adapter": 2.216,
             "mask": 0,
-            "tables": 0.454,
+            "tables": 0,
         },
     },
     "cpu": {
@@ -178,15 +178,18 @@ def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[
     masked = recipe.packed and platform == "cuda"
     scores = (1 if masked else 0) if fused else 2 * attention
     tables = 2 if decoder and not config.tie_word_embeddings else 1
-    logits = min(CHUNK, tokens) * config.vocab_size * 4
+    of_value = {"none": size, "int8": 1, "nf4": 0.516}[recipe.tables]  # bytes in a table
+    spread = devices if config.vocab_size % devices == 0 else 1  # over whom the loss spreads the rows of the head
+    chunk = chunk_tokens(config.vocab_size // spread) // spread  # of each device's tokens
+    logits = min(chunk, tokens) * config.vocab_size * 4
     return {
         "inner": tokens * inner * size,
         "hidden": tokens * hidden * size,
         "heads": tokens * (heads + 2 * kv) * size,
         "matrix": hidden * inner * size,
         "logits": logits,
-        "chunk": logits if tokens <= CHUNK else 0,  # a single chunk is no loop, whose buffers are fewer
-        "tables": tables * config.vocab_size * hidden * size if devices > 1 else 0,  # gathered
+        "chunk": logits if tokens <= chunk else 0,  # a single chunk is no loop, whose buffers are fewer
+        "tables": int(tables * config.vocab_size * hidden * of_value) if devices > 1 else 0,  # gathered
         "adapter": adapter,
         "mask": recipe.sequences * scores * recipe.length**2 * 2,
     }
@@ -203,10 +206,10 @@ def _sizes(recipe: Recipe) -> tuple[int, int, int, int, int]:
 
 
 def _spread_bytes(frozen: Any, devices: int) -> tuple[int, int]:
-    """(bytes of quantised matrices, bytes of the rest) on each of so many devices, as `nn.frozen_sharding` spreads them."""
+    """(bytes of what is packed, bytes of the rest) on each of so many devices, as `nn.frozen_sharding` spreads them."""
     packed = dense = 0
-    for leaf in jax.tree.leaves(frozen, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor)):
-        quantized = isinstance(leaf, QuantizedTensor)
+    for leaf in jax.tree.leaves(frozen, is_leaf=lambda leaf: isinstance(leaf, PackedTable)):
+        quantized = isinstance(leaf, PackedTable)
         for part in jax.tree.leaves(leaf):
             splits = len(part.shape) > 1 and part.shape[-1] % devices == 0
             size = part.size * part.dtype.itemsize // (devices if splits else 1)

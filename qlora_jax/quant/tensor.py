@@ -152,6 +152,15 @@ def quantize(
     )
 
 
+def with_double_quantization(q: QuantizedTensor) -> QuantizedTensor:
+    """A matrix in the column layout whose float32 scales are quantised as `quantize` does it; others as they are."""
+    if q.double_quantized or q.flat_shape is not None:
+        return q
+    scales, scale_absmax, scale_offset = _quantize_scales(q.scales.T.reshape(-1))
+    scales = scales.reshape(q.scales.shape[::-1]).T
+    return dataclasses.replace(q, scales=scales, scale_absmax=scale_absmax, scale_offset=scale_offset)
+
+
 def dequantize(q: QuantizedTensor, dtype: DTypeLike | None = None) -> Array:
     """The float matrix `[..., in, out]` that `q` stands for, in `dtype` (that of `q` if None)."""
     stack = q.codes.shape[:-2]

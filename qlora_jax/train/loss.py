@@ -9,8 +9,19 @@ logits exist:
 Two products a chunk instead of the three of a recomputing backward pass; what is kept is dh, as large as h. The head is
 frozen: no gradient of it is formed. Where an adapter trains a change of the head (nn.embedding), the logits are made anew on
 the way back.
+
+Each chunk reads the whole head twice, so it is as large as a fixed amount of memory for its logits allows, and never small
+(`chunk_tokens`).
+
+On several devices each holds its rows of the head, and for a chunk of every device's tokens the logits of these rows alone:
+
+    h of all devices  →  own logits  →  maximum, sum of exponentials, own target's logit: reduced over devices
+    dh = Σ over devices of (share of own rows) (own rows)
+
+The hidden states travel, some megabytes a chunk, and not the head, a gigabyte that would lie whole on each device.
 """
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -20,75 +31,108 @@ import jax.numpy as jnp
 from jax import Array
 
 from qlora_jax.nn import Table
-from qlora_jax.nn.parallel import over_rows
+from qlora_jax.nn.parallel import AXIS, devices_of_context, over_rows
 
-CHUNK = 512  # tokens whose logits exist at a time
+LOGITS = 2**27  # bytes that the float32 logits of a chunk are to take, about
+LEAST = 512  # tokens of a chunk: with fewer, reading the head takes longer than multiplying with it
+
+
+def chunk_tokens(rows: int) -> int:
+    """Tokens of a chunk for a head of so many rows: a power of two, which divides most batches."""
+    return max(2 ** round(math.log2(LOGITS / (4 * rows))), LEAST)
 
 
 def chunked_cross_entropy(
-    hidden: Array, head: Array | Table, targets: Array, weights: Array, chunk: int = CHUNK, cap: float | None = None
+    hidden: Array,
+    head: Array | Table,
+    targets: Array,
+    weights: Array,
+    chunk: int | None = None,
+    cap: float | None = None,
 ) -> Array:
     """The weighted sum of the cross-entropies, float32 scalar; see `token_losses`."""
     return token_losses(hidden, head, targets, weights, chunk, cap).sum()
 
 
 def token_losses(
-    hidden: Array, head: Array | Table, targets: Array, weights: Array, chunk: int = CHUNK, cap: float | None = None
+    hidden: Array,
+    head: Array | Table,
+    targets: Array,
+    weights: Array,
+    chunk: int | None = None,
+    cap: float | None = None,
+    axis: str | None = None,
 ) -> Array:
     """The weighted cross-entropy of each token, float32 `[n]`.
 
     Args:
-        hidden: `[n, d]`; head: `[vocabulary, d]`; only its delta, if any, is no constant to differentiation.
+        hidden: `[n, d]`; head: `[vocabulary, d]`, dense or packed; only its delta, if any, is no constant to
+            differentiation.
         targets: int32 `[n]`; weights: float32 `[n]`, 0 for tokens that are not learned.
-        chunk: tokens whose logits exist at a time.
+        chunk: of this device's tokens, whose logits exist at a time; by the rows of the head if None.
         cap: logits are cap * tanh(products / cap); None: the products.
+        axis: of a mesh, over whose devices the rows of the head, which has no delta then, and the tokens are spread, in a
+            function that each of them runs (`jax.shard_map`); None: the head is whole.
     """
     table = head if isinstance(head, Table) else Table(head)
-    losses: Any = _token_losses(hidden, table.weight, table.delta, targets, weights, table.rows, chunk, cap)
+    if axis is not None and table.delta is not None:
+        raise ValueError("token_losses: expected a head without a delta where its rows are spread, found one")
+    if chunk is None:
+        chunk = chunk_tokens(table.shape[0]) // (1 if axis is None else jax.lax.axis_size(axis))
+    losses: Any = _token_losses(hidden, table.weight, table.delta, targets, weights, table.rows, chunk, cap, axis)
     return losses
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def _token_losses(
     hidden: Array,
-    weight: Array,
+    weight: Any,
     delta: Array | None,
     targets: Array,
     weights: Array,
     rows: tuple[int, ...] | None,
     chunk: int,
     cap: float | None,
+    axis: str | None,
 ) -> Array:
     head = Table(weight, delta, rows).folded()
     chunks = _chunks(chunk, hidden, targets, weights)
-    losses = jax.lax.map(lambda part: _chunk_loss(head, part[0], part[1], part[2], cap)[0], chunks)
+
+    def run(part: tuple[Array, Array, Array]) -> Array:
+        h, target, weight = _gathered(axis, *part)
+        return _own(axis, _chunk_loss(head, h, target, weight, cap, axis)[0])
+
+    losses = jax.lax.map(run, chunks)
     return losses.reshape(-1)[: hidden.shape[0]]
 
 
 def _forward(
     hidden: Array,
-    weight: Array,
+    weight: Any,
     delta: Array | None,
     targets: Array,
     weights: Array,
     rows: tuple[int, ...] | None,
     chunk: int,
     cap: float | None,
+    axis: str | None,
 ) -> tuple[Array, Any]:
     if delta is None:
-        losses, gradient, _ = _losses_and_gradients(hidden, Table(weight), targets, weights, chunk, cap)
+        losses, gradient, _ = _losses_and_gradients(hidden, Table(weight), targets, weights, chunk, cap, axis)
         return losses, gradient
     # The gradient of the head sums over tokens, whose own factors are known only on the way back.
-    losses: Any = _token_losses(hidden, weight, delta, targets, weights, rows, chunk, cap)
+    losses: Any = _token_losses(hidden, weight, delta, targets, weights, rows, chunk, cap, axis)
     return losses, (hidden, weight, delta, targets, weights)
 
 
-def _backward(rows: tuple[int, ...] | None, chunk: int, cap: float | None, kept: Any, cotangent: Array) -> tuple[Any, ...]:
+def _backward(
+    rows: tuple[int, ...] | None, chunk: int, cap: float | None, axis: str | None, kept: Any, cotangent: Array
+) -> tuple[Any, ...]:
     if not isinstance(kept, tuple):
         return (kept * cotangent[:, None]).astype(kept.dtype), None, None, None, None
     hidden, weight, delta, targets, weights = kept
     head = Table(weight, delta, rows)
-    _, of_hidden, of_delta = _losses_and_gradients(hidden, head, targets, weights * cotangent, chunk, cap)
+    _, of_hidden, of_delta = _losses_and_gradients(hidden, head, targets, weights * cotangent, chunk, cap, axis)
     return of_hidden, None, of_delta, None, None
 
 
@@ -96,26 +140,25 @@ _token_losses.defvjp(_forward, _backward)
 
 
 def _losses_and_gradients(
-    hidden: Array, table: Table, targets: Array, weights: Array, chunk: int, cap: float | None
+    hidden: Array, table: Table, targets: Array, weights: Array, chunk: int, cap: float | None, axis: str | None
 ) -> tuple[Array, Array, Array | None]:
     """The losses `[n]`, and the gradients of their sum with respect to the hidden states and to the table's delta."""
     head, rows = table.folded(), None if table.rows is None else jnp.asarray(table.rows)
 
     def run(of_delta: Array | None, part: tuple[Array, Array, Array]) -> tuple[Array | None, tuple[Array, Array]]:
-        h, target, weight = part
-        losses, logits, log_normalizer = _chunk_loss(head, h, target, weight, cap)
+        h, target, weight = _gathered(axis, *part)
+        losses, logits, log_normalizer = _chunk_loss(head, h, target, weight, cap, axis)
         # The 1 of the target goes off in float32: for a confident token nothing of the difference would survive bfloat16.
-        share = jnp.exp(logits - log_normalizer[:, None]).at[jnp.arange(target.size), target].add(-1.0)
+        own, _ = _own_rows(head, target, axis)
+        share = jnp.exp(logits - log_normalizer[:, None]).at[jnp.arange(target.size), own].add(-1.0, mode="drop")
         if cap is not None:  # tanh' = 1 - tanh²
             share = share * (1 - (logits / cap) ** 2)
         share = (share * weight[:, None]).astype(h.dtype)
-        of_hidden = jnp.einsum("nv,vd->nd", share, head.weight.astype(h.dtype))
-        if head.delta is not None:
-            of_hidden = of_hidden + jnp.einsum("nr,rd->nd", share[:, rows], head.delta.astype(h.dtype))
+        of_hidden = _summed(axis, share, head)
         if of_delta is not None:
             trained = share if rows is None else share[:, rows]
             of_delta = of_delta + jnp.einsum("nr,nd->rd", trained, h, preferred_element_type=jnp.float32)
-        return of_delta, (losses, of_hidden)
+        return of_delta, (_own(axis, losses), of_hidden)
 
     start = None if table.delta is None else jnp.zeros(table.delta.shape, jnp.float32)
     chunks: Any = _chunks(chunk, hidden, targets, weights)
@@ -124,13 +167,52 @@ def _losses_and_gradients(
     return losses.reshape(-1)[:count], gradients.reshape(-1, features)[:count], of_delta
 
 
-def _chunk_loss(head: Table, hidden: Array, targets: Array, weights: Array, cap: float | None) -> tuple[Array, Array, Array]:
-    """(weighted losses, float32 logits, their logsumexp) of one chunk."""
+def _chunk_loss(
+    head: Table, hidden: Array, targets: Array, weights: Array, cap: float | None, axis: str | None
+) -> tuple[Array, Array, Array]:
+    """(weighted losses, float32 logits, their logsumexp) of one chunk; the logits are those of this device's rows."""
     logits = _capped(head.logits(hidden, jnp.float32), cap)
-    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    own = head(targets).astype(hidden.dtype)
-    label_logit = jnp.einsum("nd,nd->n", hidden, own, preferred_element_type=jnp.float32)
+    log_normalizer = _logsumexp(logits, axis)
+    rows, here = _own_rows(head, targets, axis)
+    label_logit = jnp.einsum("nd,nd->n", hidden, head(rows).astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if axis is not None:
+        label_logit = jax.lax.psum(jnp.where(here, label_logit, 0), axis)
     return weights * (log_normalizer - _capped(label_logit, cap)), logits, log_normalizer
+
+
+def _own_rows(head: Table, tokens: Array, axis: str | None) -> tuple[Array, Array]:
+    """(the numbers of tokens' rows in this device's part of the head, beyond its end for others; which have one here)."""
+    count = head.shape[0]
+    first = 0 if axis is None else jax.lax.axis_index(axis) * count
+    here = (tokens >= first) & (tokens < first + count)
+    return jnp.where(here, tokens - first, count), here
+
+
+def _logsumexp(logits: Array, axis: str | None) -> Array:
+    if axis is None:
+        return jax.nn.logsumexp(logits, axis=-1)
+    highest = jax.lax.pmax(logits.max(-1), axis)
+    return highest + jnp.log(jax.lax.psum(jnp.exp(logits - highest[:, None]).sum(-1), axis))
+
+
+def _summed(axis: str | None, share: Array, head: Table) -> Array:
+    """share @ head: on several devices the sum of their products, each device's own tokens of it."""
+    if axis is None:
+        return head.sums(share)
+    return jax.lax.psum_scatter(head.sums(share, jnp.float32), axis, tiled=True).astype(share.dtype)
+
+
+def _gathered(axis: str | None, *arrays: Array) -> tuple[Array, ...]:
+    """The rows of all devices."""
+    return arrays if axis is None else tuple(jax.lax.all_gather(array, axis, tiled=True) for array in arrays)
+
+
+def _own(axis: str | None, array: Array) -> Array:
+    """This device's rows of an array that holds those of all."""
+    if axis is None:
+        return array
+    count = array.shape[0] // jax.lax.axis_size(axis)
+    return jax.lax.dynamic_slice_in_dim(array, jax.lax.axis_index(axis) * count, count)
 
 
 def _capped(logits: Array, cap: float | None) -> Array:
@@ -180,10 +262,14 @@ def seq2seq_loss(model: Any, batch: Mapping[str, Array], key: Array | None) -> A
 
 def row_losses(model: Any, hidden: Array, targets: Array, weights: Array) -> Array:
     """The weighted cross-entropy of each row, summed over its tokens: `[b, t, d]` hidden states to float32 `[b]`."""
+    head, devices = model.head, devices_of_context()
+    head = head if isinstance(head, Table) else Table(head)
+    axis = AXIS if devices > 1 and head.delta is None and head.shape[0] % devices == 0 else None
 
-    def losses(head: Array | Table, hidden: Array, targets: Array, weights: Array) -> Array:
+    def losses(head: Table, hidden: Array, targets: Array, weights: Array) -> Array:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        each = token_losses(flat, head, targets.reshape(-1), weights.reshape(-1), CHUNK, model.logit_cap)
+        each = token_losses(flat, head, targets.reshape(-1), weights.reshape(-1), None, model.logit_cap, axis)
         return each.reshape(targets.shape).sum(1)
 
-    return over_rows(losses, model.head, hidden, targets, weights)
+    head, spread = head.by_rows(AXIS) if axis is not None else (head, None)
+    return over_rows(losses, head, hidden, targets, weights, spread=spread)

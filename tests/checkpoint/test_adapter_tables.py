@@ -190,3 +190,19 @@ def test_files_without_what_the_configuration_names_are_refused(peers: Callable[
     safetensors.numpy.save_file(tensors, tmp_path / WEIGHTS)
     with pytest.raises(CheckpointError, match=r"that the adapter lacks \(1\): base_model\.model\.lm_head\.weight"):
         merge(open_checkpoint(str(peer.folder)), read_adapter(tmp_path), tmp_path / "merged", progress=False)
+
+
+def test_rows_of_a_packed_table(peers: Callable[[str, bool], Peer], tmp_path: Path) -> None:
+    """What is saved of them is what they hold, and comes back as the same."""
+    peer = peers("llama", True)
+    peer.random_adapter(tmp_path / "theirs", trainable_token_indices=[7, 3, 60])
+    adapter = read_adapter(tmp_path / "theirs")
+    checkpoint = open_checkpoint(str(peer.folder))
+    model = load_model(checkpoint, quantization=None, tables="int8", lora=adapter.lora, progress=False)
+    model = load_adapter(model, adapter)
+    rows = next(tensor for name, tensor in adapter.tensors.items() if "trainable_tokens" in name)
+    np.testing.assert_allclose(model.embed_tokens(jnp.asarray([7, 3, 60])), rows, atol=1e-6)
+    save_adapter(model, tmp_path / "ours", lora=adapter.lora)
+    again = read_adapter(tmp_path / "ours").tensors
+    for name, tensor in adapter.tensors.items():
+        np.testing.assert_allclose(again[name], tensor, atol=1e-6)

@@ -16,7 +16,7 @@ from qlora_jax.checkpoint.source import Checkpoint, CheckpointError
 from qlora_jax.models import CausalLM
 from qlora_jax.models.llama import llama_config
 from qlora_jax.nn import LoRA
-from qlora_jax.quant import Quantization, QuantizedTensor, dequantize, quantize
+from qlora_jax.quant import Quantization, QuantizedTensor, TableStorage, dequantize, quantize, quantize_rows, take_rows
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -162,3 +162,36 @@ def test_adapter_is_fresh_and_follows_the_seed(tensors: dict[str, np.ndarray]) -
 @pytest.mark.parametrize(("platform", "dtype"), [("cpu", jnp.float32), ("gpu", jnp.bfloat16), ("tpu", jnp.bfloat16)])
 def test_default_dtype(platform: str, dtype: Callable[..., Any]) -> None:
     assert default_dtype(platform) == dtype
+
+
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
+def test_packed_tables_are_filled_by_parts(
+    tensors: dict[str, np.ndarray], storage: TableStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_jax.checkpoint.load._TABLE_ROWS", 10)
+    model = load(tensors, tables=storage)
+    for name, module in (("model.embed_tokens.weight", model.embed_tokens), ("lm_head.weight", model.lm_head)):
+        assert module is not None
+        whole = quantize_rows(jnp.asarray(tensors[name]), storage, default_dtype())
+        for found, expected in zip(jax.tree.leaves(module.weight.get_value()), jax.tree.leaves(whole), strict=True):
+            np.testing.assert_array_equal(found, expected)
+    tokens = jnp.asarray([[1, 5, 36]])
+    dense = load(
+        tensors
+        | {
+            name: np.asarray(take_rows(quantize_rows(jnp.asarray(tensors[name], jnp.float32), storage), jnp.arange(37)))
+            for name in ("model.embed_tokens.weight", "lm_head.weight")
+        }
+    )
+    np.testing.assert_allclose(model(tokens), dense(tokens), atol=1e-4)
+
+
+def test_a_packed_table_that_is_not_finite_is_an_error(tensors: dict[str, np.ndarray]) -> None:
+    tensors["lm_head.weight"][36, 3] = np.nan
+    with pytest.raises(CheckpointError, match=r"NaN or infinite values: lm_head\.weight"):
+        load(tensors, tables="int8")
+
+
+def test_all_of_a_packed_table_does_not_train(tensors: dict[str, np.ndarray]) -> None:
+    with pytest.raises(ValueError, match="trains as a whole: expected quantize_tables none"):
+        load(tensors, tables="nf4", lora=LoRA(2, modules_to_save=("lm_head",)))

@@ -1,5 +1,10 @@
 """The chunked cross-entropy against log_softmax over all logits: in float64 NumPy, by hand, and by jax.grad."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -7,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlora_jax.nn import Table
+from qlora_jax.quant import TableStorage, quantize_rows, take_rows
 from qlora_jax.train import chunked_cross_entropy, language_model_loss
+from qlora_jax.train.loss import LEAST, LOGITS, chunk_tokens
 
 
 def problem(n: int, d: int, v: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -58,6 +66,26 @@ def test_capped_logits() -> None:
     found, found_gradient = function(jnp.asarray(hidden))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     np.testing.assert_allclose(found_gradient, gradient, atol=1e-5)
+
+
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
+@pytest.mark.parametrize("rows", [None, (2, 33)])
+def test_a_packed_head(storage: TableStorage, rows: tuple[int, ...] | None) -> None:
+    """The loss and gradients of the dense table that it stands for, without and with rows of it that train."""
+    hidden, head, targets, weights = problem(20, 64, 50)
+    hidden /= 4
+    packed = quantize_rows(jnp.asarray(head), storage)
+    dense = take_rows(packed, jnp.arange(50))
+    delta = None if rows is None else jnp.full((2, 64), 0.5)
+
+    def loss(hidden: Any, delta: Any, weight: Any) -> Any:
+        return chunked_cross_entropy(hidden, Table(weight, delta, rows), targets, weights, 8)
+
+    function = jax.value_and_grad(loss, argnums=0 if rows is None else (0, 1))
+    (found, gradients), (expected, wanted) = (function(jnp.asarray(hidden), delta, weight) for weight in (packed, dense))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_the_gradient_is_scaled_by_what_comes_after() -> None:
@@ -157,6 +185,13 @@ def test_no_array_is_larger_than_a_chunk_of_logits() -> None:
     assert 4 * 4 * chunk * v + 4 * 4 * n * d < 4 * n * v / 8
 
 
+@pytest.mark.parametrize("rows", [100, 32000, 49152, 128256, 256000])
+def test_the_chunk_follows_from_the_vocabulary(rows: int) -> None:
+    chunk = chunk_tokens(rows)
+    assert chunk.bit_count() == 1
+    assert chunk == LEAST or LOGITS / 1.5 < 4 * rows * chunk < LOGITS * 1.5
+
+
 class Parrot:
     """Hidden states that are a table's rows; it keeps what it was called with."""
 
@@ -186,3 +221,66 @@ def test_the_loss_of_a_language_model() -> None:
     language_model_loss(model, more, jax.random.key(0))
     assert (model.seen["positions"], model.seen["segment_ids"]) == (1, 2)
     assert model.seen["key"] is not None
+
+
+_DEVICES = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+sys.path.insert(0, sys.argv[1])
+from test_loss import problem, reference
+from qlora_jax.nn import Table, data_mesh, frozen_sharding
+from qlora_jax.quant import quantize_rows, take_rows
+from qlora_jax.train.loss import row_losses
+
+class Model:
+    def __init__(self, head, cap): self.head, self.logit_cap = head, cap
+
+def plain(h, head, targets, weights, cap):
+    logits = h @ head.T
+    logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+    return -(weights * jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]).sum()
+
+mesh, found = data_mesh(), []
+by_rows = NamedSharding(mesh, P("data"))
+cases = (
+    (20, None, None, "none"), (20, None, 2.5, "none"), (20, None, None, "int8"), (20, None, None, "nf4"),
+    (21, None, None, "none"), (20, (3, 17), None, "none"),
+)
+for vocabulary, rows, cap, storage in cases:
+    hidden, head, targets, weights = problem(8 * 6, 64, vocabulary)
+    hidden /= 4
+    hidden, targets, weights = hidden.reshape(8, 6, 64), targets.reshape(8, 6), weights.reshape(8, 6)
+    delta = None if rows is None else jnp.ones((2, 64))
+
+    def loss(hidden, delta, head, targets, weights):
+        return row_losses(Model(Table(head, delta, rows), cap), hidden, targets, weights).sum()
+
+    placed = [jax.device_put(x, by_rows) for x in (hidden, targets, weights)]
+    packed = quantize_rows(jnp.asarray(head), storage)
+    spread = jax.tree.map(lambda leaf: jax.device_put(leaf, frozen_sharding(mesh, leaf.shape)), packed)
+    head = np.asarray(take_rows(packed, jnp.arange(vocabulary)))
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0,) if delta is None else (0, 1)))
+    with jax.set_mesh(mesh):
+        compiled = run.lower(placed[0], delta, spread, *placed[1:]).compile()
+        value, gradients = compiled(placed[0], delta, spread, *placed[1:])
+    whole = jnp.asarray(head) if rows is None else jnp.asarray(head).at[jnp.asarray(rows)].add(1.0)
+    expected, of_both = jax.value_and_grad(plain, argnums=(0, 1))(hidden, whole, targets, weights, cap)
+    expected_gradients = of_both[:1] if rows is None else (of_both[0], of_both[1][jnp.asarray(rows)])
+    errors = [float(jnp.abs(a - b).max()) for a, b in zip(gradients, expected_gradients)]
+    error = max(abs(float(value / expected - 1)), *errors)
+    found.append({"error": error, "whole": f"f32[{vocabulary},64]" in compiled.as_text()})
+print(json.dumps(found))
+"""
+
+
+def test_four_devices_hold_the_rows_of_the_head_apart() -> None:
+    """Values and gradients against autodiff through all logits; a head that is spread is nowhere whole."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-c", _DEVICES, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert max(case["error"] for case in found) < 2e-5
+    # 21 rows are not to be had in four parts, and a head of which rows train is summed up whole
+    assert [case["whole"] for case in found] == [False, False, False, False, True, True]

@@ -1,0 +1,123 @@
+"""Tables in fewer bits against NumPy and bitsandbytes, and their products over slices against the dense table."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax.quant import (
+    Int8Rows,
+    QuantizedTensor,
+    TableStorage,
+    empty_rows,
+    put_rows,
+    quantize_rows,
+    rows,
+    rows_product,
+    rows_sum,
+    table_shape,
+    take_rows,
+    with_double_quantization,
+    with_single_scales,
+)
+
+STORAGES: tuple[TableStorage, ...] = ("int8", "nf4")
+
+
+@pytest.fixture
+def table() -> np.ndarray:
+    """650 rows of very different sizes; one of zeros."""
+    draws = np.random.default_rng(0)
+    table = draws.standard_normal((650, 192), np.float32) * draws.uniform(0.01, 2, (650, 1)).astype(np.float32)
+    table[7] = 0
+    return table
+
+
+def packed(table: Any, storage: TableStorage) -> Any:
+    return quantize_rows(jnp.asarray(table), storage)
+
+
+def test_int8_codes_are_those_of_bitsandbytes(table: np.ndarray) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch = pytest.importorskip("torch")
+    found = packed(table, "int8")
+    codes, absmax, _ = functional.int8_vectorwise_quant(torch.from_numpy(table))
+    nonzero = np.arange(len(table)) != 7
+    np.testing.assert_array_equal(np.asarray(found.codes)[nonzero], codes.numpy()[nonzero])
+    np.testing.assert_allclose(found.scales, absmax.float().numpy() / 127, rtol=1e-6)
+
+
+def test_int8_against_numpy(table: np.ndarray) -> None:
+    dense = np.asarray(take_rows(packed(table, "int8"), jnp.arange(len(table))), np.float64)
+    step = np.abs(table.astype(np.float64)).max(1, keepdims=True) / 127
+    assert (np.abs(dense - table) <= 0.5001 * step).all()
+    assert (dense[7] == 0).all()
+
+
+def test_nf4_values_are_those_of_bitsandbytes(table: np.ndarray) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch = pytest.importorskip("torch")
+    codes, state = functional.quantize_4bit(
+        torch.from_numpy(table), blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
+    dense = take_rows(packed(table, "nf4"), jnp.arange(len(table)))
+    np.testing.assert_allclose(dense, functional.dequantize_4bit(codes, state).numpy(), atol=2e-6)  # their mean is rounded
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_rows_and_products_are_those_of_the_dense_table(
+    table: np.ndarray, storage: TableStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over five slices of 128 rows and one of 10, eight times as many as `rows._SLICE` cuts such a table into."""
+    monkeypatch.setattr(rows, "_SLICE", 1)
+    found, draws = packed(table, storage), np.random.default_rng(1)
+    assert table_shape(found) == table.shape
+    dense = np.asarray(take_rows(found, jnp.arange(len(table))))
+    index = np.asarray([[0, 5, 649], [3, 3, 77]])
+    x, share = (draws.standard_normal((9, side), np.float32) for side in table.shape[::-1])
+    for one in (found, with_single_scales(found)):
+        np.testing.assert_array_equal(take_rows(one, jnp.asarray(index)), dense[index])
+        wide = dense.astype(np.float64)
+        np.testing.assert_allclose(rows_product(jnp.asarray(x), one, jnp.float32), x @ wide.T, atol=2e-4)
+        np.testing.assert_allclose(rows_sum(jnp.asarray(share), one, jnp.float32), share @ wide, atol=2e-4)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_filled_by_parts_it_is_the_same(table: np.ndarray, storage: TableStorage) -> None:
+    whole = packed(table, storage)
+    filled: Any = empty_rows(whole, jnp.zeros)
+    for start in range(0, len(table), 200):
+        filled = put_rows(filled, jnp.asarray(table[start : start + 200]), start)
+    if isinstance(filled, QuantizedTensor):
+        filled = with_double_quantization(filled)
+    assert jax.tree.structure(filled) == jax.tree.structure(whole)
+    for a, b in zip(jax.tree.leaves(filled), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("storage", "bits"), [("int8", 8 + 32 / 192), ("nf4", 4.13)])
+def test_bytes(table: np.ndarray, storage: TableStorage, bits: float) -> None:
+    leaves = jax.tree.leaves(packed(table, storage))
+    assert 8 * sum(leaf.nbytes for leaf in leaves) / table.size == pytest.approx(bits, rel=0.002)
+
+
+def test_no_slice_makes_the_dense_table(table: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the sizes of the compiled program's buffers."""
+    monkeypatch.setattr(rows, "_SLICE", 1)
+    structs = (jax.ShapeDtypeStruct((4, 192), jnp.float32), jax.ShapeDtypeStruct((6400, 192), jnp.float32))
+    for storage in STORAGES:
+        abstract = jax.eval_shape(lambda w, storage=storage: quantize_rows(w, storage), structs[1])
+        compiled = jax.jit(lambda x, w: rows_product(x, w, jnp.float32)).lower(structs[0], abstract).compile()
+        planned = compiled.memory_analysis()
+        assert planned is not None
+        assert planned.temp_size_in_bytes < 6400 * 192 * 4 / 8
+
+
+def test_what_there_is_not_is_an_error() -> None:
+    with pytest.raises(ValueError, match="quantize_tables: expected one of none, int8, nf4, found 'int4'"):
+        quantize_rows(jnp.ones((4, 64)), "int4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="quantize_tables nf4: expected a multiple of 64 features, found 48"):
+        quantize_rows(jnp.ones((4, 48)), "nf4")
+    assert isinstance(quantize_rows(jnp.ones((4, 48)), "int8"), Int8Rows)
