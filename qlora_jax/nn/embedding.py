@@ -27,6 +27,7 @@ from qlora_jax.quant import (
     take_rows,
     with_single_scales,
 )
+from qlora_jax.quant.product import product
 
 
 @jax.tree_util.register_dataclass
@@ -65,12 +66,12 @@ class Table:
         """`[..., features]` to `[..., vocabulary]` in `dtype`, that of hidden if None: the table as output head."""
         dtype = hidden.dtype if dtype is None else dtype
         folded = self.folded()
+        flat = hidden.reshape(-1, hidden.shape[-1])
         if isinstance(folded.weight, PackedTable):
-            logits = rows_product(hidden.reshape(-1, hidden.shape[-1]), folded.weight, dtype)
-            logits = logits.reshape(*hidden.shape[:-1], -1)
+            logits = rows_product(flat, folded.weight, dtype)
         else:
-            weight = folded.weight.astype(hidden.dtype)
-            logits = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=dtype)
+            logits = product("nd,vd->nv", flat, folded.weight.astype(hidden.dtype), dtype)
+        logits = logits.reshape(*hidden.shape[:-1], -1)
         if folded.delta is None:
             return logits
         change = jnp.einsum("...d,rd->...r", hidden, folded.delta.astype(hidden.dtype), preferred_element_type=dtype)
@@ -83,7 +84,7 @@ class Table:
         if isinstance(folded.weight, PackedTable):
             sums = rows_sum(share, folded.weight, dtype)
         else:
-            sums = jnp.einsum("nv,vd->nd", share, folded.weight.astype(share.dtype), preferred_element_type=dtype)
+            sums = product("nv,vd->nd", share, folded.weight.astype(share.dtype), dtype)
         if folded.delta is None:
             return sums
         of_rows = share[:, jnp.asarray(self.rows)]
