@@ -2,7 +2,7 @@
 
     1. the model, the adapter and the optimizer's state are built abstractly: shapes and dtypes, no memory (`plan.recipe`)
     2. each gets a sharding over the mesh of a described machine (`plan.topology`), as the job places it, and its kind of
-       memory: frozen weights by columns and the batch by rows over the devices, adapter and state whole on each
+       memory: frozen weights and the batch by rows over the devices, adapter and state whole on each
     3. `train.step.jit_train_step`, the function that training runs, is lowered and compiled for that machine
     4. XLA's buffer assignment says what the compiled program needs on each device:
 

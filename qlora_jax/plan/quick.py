@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 from qlora_jax.models import DecoderConfig
+from qlora_jax.nn import split_axis
 from qlora_jax.plan.recipe import Recipe, abstract_step, tree_bytes
 from qlora_jax.quant import QuantizedTensor
 from qlora_jax.train.loss import CHUNK
@@ -208,7 +209,7 @@ def _spread_bytes(frozen: Any, devices: int) -> tuple[int, int]:
     for leaf in jax.tree.leaves(frozen, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor)):
         quantized = isinstance(leaf, QuantizedTensor)
         for part in jax.tree.leaves(leaf):
-            splits = len(part.shape) > 1 and part.shape[-1] % devices == 0
-            size = part.size * part.dtype.itemsize // (devices if splits else 1)
+            whole = split_axis(part.shape, devices) is None
+            size = part.size * part.dtype.itemsize // (1 if whole else devices)
             packed, dense = (packed + size, dense) if quantized else (packed, dense + size)
     return packed, dense

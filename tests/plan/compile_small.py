@@ -39,7 +39,16 @@ def of(plan):
     values = dataclasses.asdict(dataclasses.replace(plan, program=dataclasses.replace(program, text="")))
     del values["machine"]
     loops = [trips for _, trips in parse_program(program.text).loops()]
-    return {**values, "peak": program.peak, "loops": loops, "dense_matrices": dense_matrices(program.text)}
+    counts = {"dense_matrices": dense_matrices(program.text), "copied_stacks": copied_stacks(program.text)}
+    return {**values, "peak": program.peak, "loops": loops, **counts}
+
+
+def copied_stacks(text):
+    """How many stacks of packed bytes are made outside the loops over layers, beside the arguments."""
+    program = parse_program(text)
+    entry = program.computations[program.entry].values()
+    made = [x for x in entry if x.opcode not in ("parameter", "get-tuple-element", "tuple", "while", "bitcast")]
+    return sum(dtype == "u8" and len(shape) == 3 for x in made for dtype, shape in zip(x.dtypes, x.shapes, strict=True))
 
 
 def dense_matrices(text):

@@ -65,6 +65,7 @@ def test_four_devices_share_the_frozen_weights(cuda: Any) -> None:
     assert four["adapter"] == one["adapter"]
     assert four["packed_weights"] == pytest.approx(one["packed_weights"] / 4, rel=0.01)
     assert four["program"]["flops"] == pytest.approx(one["program"]["flops"], rel=0.01)  # of each device
+    assert one["copied_stacks"] == four["copied_stacks"] == 0  # gathered layer by layer where they lie
 
 
 def test_a_decode_step_reads_the_weights_and_the_cache(cuda: Any) -> None:
