@@ -193,7 +193,8 @@ def _explained(error: Exception, machine: Machine) -> Exception:
     text = str(error)
     line = (text.strip().splitlines() or [type(error).__name__])[0]
     if "RESOURCE_EXHAUSTED" in text:
-        used = re.search(r"[Uu]sed ([\d.]+)([GM]) of [\d.]+[GM] hbm", text)
+        # The whole program, or its temporaries alone, which is what libtpu says where these do not fit by themselves.
+        used = re.search(r"(?:[Uu]sed |HLO temporaries \()([\d.]+)([GM])\b", text)
         needed = None if used is None else int(float(used[1]) * {"G": 2**30, "M": 2**20}[used[2]])
         return DoesNotFit(f"{machine.name}: does not fit: {line}", needed)
     return CompilerRefuses(f"{machine.name}: the compiler refuses: {line}")
