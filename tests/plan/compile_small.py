@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiny_llama import TINY
 
 from qlora_jax.models.llama import llama_config
 from qlora_jax.nn import LoRA
@@ -17,15 +18,6 @@ from qlora_jax.plan.compile import compile_program
 from qlora_jax.plan.fit import largest_that_fits
 from qlora_jax.plan.hlo import parse_program
 
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 RECIPE = Recipe(llama_config(TINY), lora=LoRA(8), length=128, packed=False)
 
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny_llama import TINY
 
 from qlora_jax.models.llama import llama_config
 from qlora_jax.nn import LoRA
@@ -11,16 +12,6 @@ from qlora_jax.plan.flops import count_flops
 from qlora_jax.plan.hlo import parse_program
 from qlora_jax.plan.recipe import abstract_step
 from qlora_jax.train.step import train_step
-
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 
 
 def test_products_count_as_often_as_a_scan_runs() -> None:
