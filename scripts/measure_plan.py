@@ -39,7 +39,7 @@ from qlora_jax.plan import (
     machine_named,
     quick_plan,
 )
-from qlora_jax.plan.quick import FACTORS, features, worst_moment
+from qlora_jax.plan.quick import FACTORS, features, kind_of, worst_moment
 
 # What a recipe of the grid is, beside its model: the paper's, a packed one, one that offloads, one that keeps products.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -107,12 +107,12 @@ def run(arguments: Arguments) -> None:
                     rows.append(_row(key, recipe, machine, recorded[key]))
     if not rows:
         raise ValueError("expected at least one program that was compiled, found none")
-    platforms = sorted({row["platform"] for row in rows})
-    fitted = {p: fit([row for row in rows if row["platform"] == p], FACTORS[p]) for p in platforms}
+    kinds = sorted({row["kind"] for row in rows})
+    fitted = {kind: fit([row for row in rows if row["kind"] == kind], FACTORS[kind]) for kind in kinds}
     print(f"{'model':14s} {'device':10s} {'recipe':8s} {'compiled':>9s} {'quick':>9s} {'error':>7s} {'fitted':>7s}")
     for row in rows:
         row["error"] = row["quick"] / row["compiled"] - 1
-        row["fitted_error"] = peak_with(row, fitted[row["platform"]]) / row["compiled"] - 1
+        row["fitted_error"] = peak_with(row, fitted[row["kind"]]) / row["compiled"] - 1
         print(
             f"{row['model']:14s} {row['device']:10s} {row['recipe']:8s} {row['compiled'] / 2**30:9.3f} "
             f"{row['quick'] / 2**30:9.3f} {row['error']:7.1%} {row['fitted_error']:7.1%}"
@@ -124,8 +124,8 @@ def run(arguments: Arguments) -> None:
         print(
             f"{name}: worst {sizes.max():.1%}, mean {sizes.mean():.1%}, within 5 %: {(sizes <= 0.05).sum()} of {len(rows)}"
         )
-    for platform, factors in fitted.items():
-        print(f'    "{platform}": {json.dumps(factors)},')
+    for kind, factors in fitted.items():
+        print(f'    "{kind}": {json.dumps(factors)},')
     print(json.dumps({"method": "quick plan against compiled plan, peak of device memory", **summary, "grid": rows}))
 
 
@@ -146,7 +146,7 @@ def _row(key: tuple[str, str, str], recipe: Recipe, machine: Machine, compiled: 
     quick = quick_plan(recipe, platform, machine.count)
     return {
         **dict(zip(("model", "device", "recipe"), key, strict=True)),
-        "platform": platform,
+        "kind": kind_of(platform, machine.count),
         "compiled": compiled,
         "quick": quick.peak,
         "settled": quick.settled,

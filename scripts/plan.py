@@ -24,6 +24,7 @@ from typing import Any, Literal
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask a metadata server what machine this is
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA complains of programs that do not fit: that is what is asked
 
 from qlora_jax.checkpoint.bnb import is_quantized
 from qlora_jax.checkpoint.source import CheckpointError, open_checkpoint
@@ -254,7 +255,10 @@ def read_config(model: str) -> dict[str, Any]:
 
 def _config_from_hub(model: str) -> Path:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
 
+    print(f"Asking the hub for config.json of {model}.", file=sys.stderr, flush=True)
+    logging.set_verbosity_error()  # it would say each try that fails: the error below says it once
     try:
         return Path(hf_hub_download(model, "config.json"))
     # Any of the hub's own errors, or of the HTTP client beneath it, which changes with its version.

@@ -1,13 +1,14 @@
 """What the memory of a run follows from: its options, as `plan` takes them; and the check before anything is loaded.
 
 GPU, TPU    the quick plan against what the device's allocator may have; refused where it needs more than that by more
-            than the error of the quick plan
+            than the error of the quick plan; and what it keeps in host memory against what the machine has available
 CPU         the same against the machine's free memory, refused only where the parts that are known exactly do not fit:
             the rest there is a guess
 """
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ import jax
 from qlora_jax.finetune.options import Options
 from qlora_jax.models import DecoderConfig, ModelConfig
 from qlora_jax.nn import LoRA
-from qlora_jax.plan.fit import cheaper_first
+from qlora_jax.plan.fit import Choice, cheaper_first
 from qlora_jax.plan.quick import ERROR, QuickPlan, quick_plan
 from qlora_jax.plan.recipe import Recipe
 from qlora_jax.quant import Quantization
@@ -80,18 +81,27 @@ def _with_special_tokens(options: Options, lora: LoRA, config: ModelConfig) -> t
 
 
 def check_memory(recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Refuses a run that cannot fit the attached devices; nothing where nobody knows their memory.
+    """Refuses a run that cannot fit the attached devices or their host; nothing where nobody knows their memory.
 
     Raises:
         ValueError: it cannot; the message says what would, as options of the run.
     """
-    limit = memory_limit()
+    limit, host_limit = memory_limit(), available_memory()
+    if host_limit is not None:
+        host_limit //= jax.local_device_count()
     if limit is not None:
-        check_against(recipe, jax.default_backend(), jax.device_count(), limit, say)
+        check_against(recipe, jax.default_backend(), jax.device_count(), limit, say, host_limit=host_limit)
 
 
-def check_against(recipe: Recipe, backend: str, devices: int, limit: int, say: Callable[[str], None]) -> None:
-    """`check_memory` for devices that have `limit` bytes each."""
+def check_against(
+    recipe: Recipe, backend: str, devices: int, limit: int, say: Callable[[str], None], *, host_limit: int | None = None
+) -> None:
+    """`check_memory` for devices that have `limit` bytes each.
+
+    Args:
+        host_limit: bytes of host memory for each device, which has a copy of its own of what lies there; None: unknown. On
+            a CPU it is the device's own.
+    """
     on_cpu = backend == "cpu"
     platform = "cuda" if backend == "gpu" else backend
 
@@ -101,25 +111,52 @@ def check_against(recipe: Recipe, backend: str, devices: int, limit: int, say: C
     def needed(plan: QuickPlan) -> float:
         return plan.exact + plan.host_peak if on_cpu else plan.peak / (1 + ERROR)
 
+    def host_holds(plan: QuickPlan, share: float = 1.0) -> bool:
+        return on_cpu or host_limit is None or plan.host_peak <= host_limit * share
+
     plan = plan_of(recipe)
-    if needed(plan) <= limit:
+    if needed(plan) <= limit and host_holds(plan):
         if not on_cpu and plan.peak > limit * (1 - ERROR):
             say(f"Memory is tight: about {_gib(plan.peak)} of {_gib(limit)} planned on each device.")
         return
 
     def fits(plan: QuickPlan) -> bool:  # what is proposed should do so for certain: on a CPU by the guess, too
         size = plan.peak + plan.host_peak if on_cpu else needed(plan)
-        return size <= limit * (1 - 2 * ERROR)
+        return size <= limit * (1 - 2 * ERROR) and host_holds(plan, 1 - 2 * ERROR)
 
-    choices = cheaper_first(recipe, devices=(1,), host=not on_cpu)
+    problems = []
+    if needed(plan) > limit:
+        found = plan.exact + plan.host_peak if on_cpu else plan.peak
+        about, where = ("at least", "this machine has") if on_cpu else ("about", "each device has")
+        problems.append(f"the run needs {about} {_gib(found)}, {where} {_gib(limit)}")
+    if not host_holds(plan):
+        problems.append(
+            f"the run keeps {_gib(plan.host_peak)} in host memory for each device, this machine has {_gib(host_limit or 0)} "
+            "available for each"
+        )
+    choices = itertools.chain(cheaper_first(recipe, devices=(1,), host=not on_cpu), _less_on_the_host(recipe))
     choice = next((choice for choice in choices if fits(plan_of(choice.recipe))), None)
-    where = "this machine has" if on_cpu else "each device has"
     advice = "nothing that the options can do would fit" if choice is None else f"this would fit: {' '.join(choice.words)}"
-    found = plan.exact + plan.host_peak if on_cpu else plan.peak
     raise ValueError(
-        f"the run needs {'at least' if on_cpu else 'about'} {_gib(found)}, {where} {_gib(limit)}: {advice} "
+        f"{' and '.join(problems)}: {advice} "
         "(--no-memory-check runs it all the same; scripts/plan.py shows what takes the memory)"
     )
+
+
+def _less_on_the_host(recipe: Recipe) -> Iterator[Choice]:
+    """Ways of the same step that leave less to the host than the recipe does, the ones that take back least first."""
+    remat = ("--remat full",) if recipe.remat == "offload" else ()
+    adapter = ("--no-host-adapter",) if recipe.host_adapter else ()
+    less = dataclasses.replace(recipe, remat="full") if remat else recipe
+    without_adapter = dataclasses.replace(less, host_adapter=False)
+    ways: list[tuple[tuple[str, ...], Recipe]] = [(remat, less)] if remat else []
+    if adapter:
+        ways.append(((*remat, *adapter, "--host-offload"), without_adapter))
+    if recipe.host_optimizer:
+        ways.append(((*remat, *adapter, "--no-host-offload"), dataclasses.replace(without_adapter, host_optimizer=False)))
+    for words, way in ways:
+        for choice in cheaper_first(way, devices=(1,), host=False):
+            yield dataclasses.replace(choice, words=(*words, *choice.words))
 
 
 def memory_limit() -> int | None:
@@ -127,12 +164,18 @@ def memory_limit() -> int | None:
     if jax.default_backend() != "cpu":
         stats = jax.devices()[0].memory_stats() or {}
         return stats.get("bytes_limit")
+    available = available_memory()
+    return None if available is None else available // jax.device_count()
+
+
+def available_memory() -> int | None:
+    """Bytes of this machine's memory that a program may still take; None where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:  # no Linux
         return None
     values = dict(line.split(":", 1) for line in lines)
-    return int(values["MemAvailable"].split()[0]) * 1024 // jax.device_count() if "MemAvailable" in values else None
+    return int(values["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in values else None
 
 
 def _gib(size: float) -> str:

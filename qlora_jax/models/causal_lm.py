@@ -45,7 +45,8 @@ class KVCache:
     """Keys and values of past tokens, for decoding.
 
     Attributes:
-        keys, values: `[layers, b, capacity, kv_heads, head_dim]`.
+        keys, values: `[layers, b, kv_heads, capacity, head_dim]`: as attention multiplies with them, since a compiler that
+            wants another order copies all of them in every step.
         filled: bool `[b, capacity]`, true where a real token lies.
         length: int32 scalar, the slots used so far, by all rows alike (prompts are padded on the left).
     """
@@ -207,9 +208,10 @@ class CausalLM(nnx.Module):
             state, layer, kind = inputs
 
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
-                start = (layer, 0, cache.length, 0, 0)
-                keys = jax.lax.dynamic_update_slice(past_keys, k[None].astype(past_keys.dtype), start)
-                values = jax.lax.dynamic_update_slice(past_values, v[None].astype(past_values.dtype), start)
+                start = (layer, 0, 0, cache.length, 0)
+                k, v = (x.swapaxes(1, 2)[None].astype(past_keys.dtype) for x in (k, v))
+                keys = jax.lax.dynamic_update_slice(past_keys, k, start)
+                values = jax.lax.dynamic_update_slice(past_values, v, start)
                 seen = masks[0 if kind is None else kind]
                 attended = cached_attention(
                     q, keys[layer], values[layer], seen, scale=config.score_scale, cap=config.score_cap
@@ -228,7 +230,7 @@ class CausalLM(nnx.Module):
     def init_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for `capacity` tokens a row."""
         config = self.config
-        shape = (config.num_hidden_layers, batch_size, capacity, config.num_key_value_heads, config.head_dim)
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
         dtype = self.embed_tokens.weight.dtype
         return KVCache(  # two buffers, not one twice: a buffer can be donated only once
             jnp.zeros(shape, dtype),

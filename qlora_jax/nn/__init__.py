@@ -14,7 +14,7 @@ from qlora_jax.nn.host import HostArray, brought_to_device
 from qlora_jax.nn.linear import Linear
 from qlora_jax.nn.lora import ALL_LINEAR, LoRA, LoRAScaling, Slot, lora_update
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
-from qlora_jax.nn.parallel import data_mesh, frozen_sharding, gather, place
+from qlora_jax.nn.parallel import data_mesh, frozen_sharding, gather, place, split_axis
 from qlora_jax.nn.relative import relative_position_bias
 from qlora_jax.nn.rope import RotaryEmbedding, rotate
 from qlora_jax.nn.targets import module_matches, select_targets
@@ -49,4 +49,5 @@ __all__ = [
     "relative_position_bias",
     "rotate",
     "select_targets",
+    "split_axis",
 ]

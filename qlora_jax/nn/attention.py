@@ -73,7 +73,7 @@ def causal_attention(
     seen = jnp.tril(jnp.ones((length, length), bool))[None]
     if window is not None:
         seen = jnp.triu(seen, 1 - window)
-    return _grouped(q, k, v, seen if mask is None else seen & mask, None, scale, cap)
+    return _grouped(q, _heads_first(k, v), seen if mask is None else seen & mask, None, scale, cap)
 
 
 def biased_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | None, *, scale: float) -> Array:
@@ -84,28 +84,32 @@ def biased_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | No
         mask: bool `[b or 1, t or 1, s]`, true where a query may look.
         bias: float32 `[heads, t, s]`, added to the scaled scores; a constant to differentiation. None: none.
     """
-    return _grouped(q, k, v, mask, bias, scale, None)
+    return _grouped(q, _heads_first(k, v), mask, bias, scale, None)
 
 
 def cached_attention(
     q: Array, k: Array, v: Array, mask: Array, *, scale: float | None = None, cap: float | None = None
 ) -> Array:
-    """Attention of new tokens to a cache: q `[b, t, heads, d]`, k, v `[b, s, kv_heads, d]`, mask bool `[b, t, s]`."""
-    return _grouped(q, k, v, mask, None, float(q.shape[-1] ** -0.5 if scale is None else scale), cap)
+    """Attention of new tokens to a cache: q `[b, t, heads, d]`, k, v `[b, kv_heads, s, d]`, mask bool `[b, t, s]`."""
+    return _grouped(q, (k, v), mask, None, float(q.shape[-1] ** -0.5 if scale is None else scale), cap)
 
 
-def _grouped(q: Array, k: Array, v: Array, mask: Array, bias: Array | None, scale: float, cap: float | None) -> Array:
+def _heads_first(k: Array, v: Array) -> tuple[Array, Array]:
+    return k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+
+def _grouped(q: Array, kv: tuple[Array, Array], mask: Array, bias: Array | None, scale: float, cap: float | None) -> Array:
     """XLA's attention with the query heads that share a key head laid end to end.
 
-    mask bool `[b or 1, t or 1, s]`, bias `[heads, t, s]` or None.
+    q `[b, t, heads, d]`, kv `[b, kv_heads, s, d]`, mask bool `[b or 1, t or 1, s]`, bias `[heads, t, s]` or None.
 
     So all products are plain batched ones, which XLA's CPU backend runs three times faster than those of the
     `[b, t, heads, d]` layout of `jax.nn.dot_product_attention`.
     """
-    (b, t, heads, d), (s, kv_heads) = q.shape, k.shape[1:3]
+    (b, t, heads, d), (kv_heads, s) = q.shape, kv[0].shape[1:3]
     group = heads // kv_heads
     q = q.reshape(b, t, kv_heads, group, d).transpose(0, 2, 3, 1, 4).reshape(b * kv_heads, group * t, d)
-    k, v = (x.swapaxes(1, 2).reshape(b * kv_heads, s, d) for x in (k, v))
+    k, v = (x.reshape(b * kv_heads, s, d) for x in kv)
     if mask.shape[0] > 1:
         mask = jnp.repeat(mask, kv_heads, axis=0)
     if mask.shape[1] > 1:

@@ -1,8 +1,12 @@
-"""Several devices: rows of the batch and columns of the frozen weights are spread over one mesh axis (FSDP).
+"""Several devices: rows of the batch and rows of the frozen weights are spread over one mesh axis (FSDP).
 
-    batch            [b, t]           b over the devices
-    frozen weights   [..., out]       the last axis over the devices, where it divides; else whole on each
-    adapter, state                    whole on each: they are small
+    batch            [b, t]              b over the devices
+    stacks           [layers, in, out]   in over the devices, where it divides; else out; else whole on each
+    other weights    [..., out]          out over the devices, where it divides; else whole on each
+    adapter, state                       whole on each: they are small
+
+Parts of rows lie one after another in the gathered matrix. Columns would have to be put between each other: XLA for GPUs
+gathers along the outermost axis of memory alone, and would keep a transposed copy of all packed weights beside them.
 
 Each layer gathers its own weights inside the scan, as the packed bytes that they are: `gather` says so, since XLA left alone
 would gather activations or dequantised floats instead. The mesh is JAX's own context (`jax.set_mesh`); without one, every
@@ -30,8 +34,14 @@ def frozen_sharding(mesh: Mesh | None, shape: tuple[int, ...]) -> NamedSharding 
     """Where a frozen leaf of that shape lies; None: on the default device."""
     if mesh is None:
         return None
-    splits = len(shape) > 1 and shape[-1] % mesh.size == 0
-    return NamedSharding(mesh, P(*[None] * (len(shape) - 1), AXIS) if splits else P())
+    axis = split_axis(shape, mesh.size)
+    return NamedSharding(mesh, P() if axis is None else P(*[None] * axis, AXIS))
+
+
+def split_axis(shape: tuple[int, ...], devices: int) -> int | None:
+    """The axis along which a frozen leaf is spread over so many devices; None: it is whole on each."""
+    axes = range(max(len(shape) - 2, 1), len(shape))
+    return next((axis for axis in axes if shape[axis] % devices == 0), None)
 
 
 def place(mesh: Mesh | None, tree: Any, spec: P) -> Any:

@@ -2,7 +2,7 @@
 
     1. the model, the adapter and the optimizer's state are built abstractly: shapes and dtypes, no memory (`plan.recipe`)
     2. each gets a sharding over the mesh of a described machine (`plan.topology`), as the job places it, and its kind of
-       memory: frozen weights by columns and the batch by rows over the devices, adapter and state whole on each
+       memory: frozen weights and the batch by rows over the devices, adapter and state whole on each
     3. `train.step.jit_train_step`, the function that training runs, is lowered and compiled for that machine
     4. XLA's buffer assignment says what the compiled program needs on each device:
 
@@ -193,7 +193,8 @@ def _explained(error: Exception, machine: Machine) -> Exception:
     text = str(error)
     line = (text.strip().splitlines() or [type(error).__name__])[0]
     if "RESOURCE_EXHAUSTED" in text:
-        used = re.search(r"[Uu]sed ([\d.]+)([GM]) of [\d.]+[GM] hbm", text)
+        # The whole program, or its temporaries alone, which is what libtpu says where these do not fit by themselves.
+        used = re.search(r"(?:[Uu]sed |HLO temporaries \()([\d.]+)([GM])\b", text)
         needed = None if used is None else int(float(used[1]) * {"G": 2**30, "M": 2**20}[used[2]])
         return DoesNotFit(f"{machine.name}: does not fit: {line}", needed)
     return CompilerRefuses(f"{machine.name}: the compiler refuses: {line}")

@@ -130,11 +130,13 @@ def _gpu(
 
 
 # Cores, clocks, caches, memory and bandwidth of A100, H100, H200 and B200: OpenXLA's own descriptions of them
-# (openxla/xla, xla/backends/gpu/target_config/specs/*.txtpb), which are device queries of real ones. Those of L4, RTX 4090
-# and RTX 3090: NVIDIA's whitepapers of the Ada and the Ampere GA102 architecture; their memory: CUDA's totalGlobalMem as
-# torch.cuda.get_device_properties prints it (22692, 24217 and 24259 MiB under Linux). Sizes by compute capability: CUDA C++
-# Programming Guide, "Technical Specifications per Compute Capability". Peaks: NVIDIA's data sheets, dense bfloat16 Tensor
-# Cores with float32 accumulation (sparse ones would be twice that).
+# (openxla/xla, xla/backends/gpu/target_config/specs/*.txtpb), which are device queries of real ones. Those of L4 and
+# RTX 4090: "NVIDIA Ada GPU Architecture"; of RTX 3090: "NVIDIA Ampere GA102 GPU Architecture"; their memory: CUDA's
+# totalGlobalMem as torch.cuda.get_device_properties prints it (22692, 24217 and 24259 MiB under Linux). Sizes by compute
+# capability: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". Peaks are those of dense bfloat16
+# Tensor Cores with float32 sums, half of what data sheets say with sparsity: A100's (312), H100's and H200's (1979 / 2), HGX
+# B200's (4500 / 2), L4's (242 / 2), the two papers (330.4 / 2 and 142 / 2). Those of the last three are cores x clock x 1024
+# operations on an L4, 512 on a GeForce.
 _GPUS = (
     _gpu(
         "h100",
@@ -257,11 +259,11 @@ _GPUS = (
         shared_memory_per_block=101_376,
     ),
 )
-# Peaks and bandwidths of a chip: Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e"
-# (docs.cloud.google.com/tpu/docs).
+# Peaks and bandwidths of a chip: Google Cloud's pages "TPU v4" (275 teraflops, 1200 GBps), "TPU v5e" (197, 819), "TPU v5p"
+# (459, 2765) and "TPU v6e" (918, 1638), docs.cloud.google.com/tpu/docs.
 # Memory: the "available HBM" of libtpu's own message when a program asks for more.
 _TPUS = (
-    Device("v4", "TPU v4", "tpu", int(30.75 * _GIB), 1228e9, 275e12, 3),
+    Device("v4", "TPU v4", "tpu", int(30.75 * _GIB), 1200e9, 275e12, 3),
     Device("v5e", "TPU v5e", "tpu", int(15.75 * _GIB), 819e9, 197e12, 2),
     Device("v5p", "TPU v5p", "tpu", int(95.74 * _GIB), 2765e9, 459e12, 3),
     Device("v6e", "TPU v6e", "tpu", int(31.25 * _GIB), 1638e9, 918e12, 2),

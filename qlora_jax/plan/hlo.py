@@ -112,8 +112,9 @@ class Program:
             case opcode if opcode in _MOVES_NOTHING or opcode == "while":
                 return [0] * len(sizes)
             case "dynamic-slice" | "slice" | "gather" | "slice-start":
-                in_memory = bool(sizes and sizes[0])
-                return [min(sizes[0], max(self._whole(instruction))) if in_memory else 0, *[0] * (len(sizes) - 1)]
+                in_memory, whole = bool(sizes and sizes[0]), self._whole(instruction)
+                part = whole[1] if instruction.opcode == "slice-start" else max(whole)
+                return [min(sizes[0], part) if in_memory else 0, *[0] * (len(sizes) - 1)]
             case "dynamic-update-slice":
                 return [0, *sizes[1:]]
             case "custom-call" if instruction.name.startswith(_OF_STACKS):
@@ -131,8 +132,10 @@ class Program:
                 return 0
             case "dynamic-update-slice":
                 return min(instruction.size, _updated(scope, instruction, instruction.size))
-            case "copy-start" | "slice-start":  # (destination, source, context)
+            case "copy-start":  # (destination, source, context)
                 return instruction.sizes[0]
+            case "slice-start":  # ((source), destination, context)
+                return instruction.sizes[1]
             case "fusion":
                 body = self.computations.get(instruction.called("calls") or "", {})
                 root = next((x for x in body.values() if x.root), None)
@@ -164,6 +167,9 @@ class Program:
                     continue
                 elif user.opcode in _SEE_THROUGH and not user.root:
                     waiting.append(user.name)
+                elif user.opcode == "fusion" and (inner := self.computations.get(user.called("calls") or "")):
+                    places = (place for place, operand in enumerate(user.operands) if operand == name)
+                    total += sum(self._read_of_parameter(inner, place, size) for place in places)
                 else:
                     return size
         return total

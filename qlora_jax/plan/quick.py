@@ -5,9 +5,10 @@
     gradients    of the adapter, float32
     working      what lives beside these at the worst moment
 
-The worst moment is one of two: the loss, with a chunk of logits and before the gradients, or a layer's backward pass, with
-its recomputed activations and with the gradients. Either's working memory is a sum of sizes that shapes give (`features`),
-each times a factor (`FACTORS`) that scripts/measure_plan.py fits to compiled plans; it prints them with the error left.
+The worst moment is one of two: the loss, with a chunk of logits and before the gradients (several GPUs allocate these while
+the head is gathered), or a layer's backward pass, with its recomputed activations and with the gradients. Either's working
+memory is a sum of sizes that shapes give (`features`), each times a factor (`FACTORS`) that scripts/measure_plan.py fits to
+compiled plans; it prints them with the error left.
 
     quick peak = arguments + residuals + max(loss, gradients + layer)
 
@@ -20,40 +21,106 @@ from typing import Any
 import jax
 
 from qlora_jax.models import DecoderConfig
+from qlora_jax.nn import split_axis
 from qlora_jax.plan.recipe import Recipe, abstract_step, tree_bytes
 from qlora_jax.quant import PackedTable
 from qlora_jax.train.loss import chunk_tokens
 
 ERROR = 0.05  # the relative error of the peak that scripts/measure_plan.py holds it to
+_PROGRAM = 2**26  # of a feature that is the same for all: a TPU's program itself and what it holds in the chip's own memory
 # Bytes of working memory for each byte of a feature, by platform and moment; scripts/measure_plan.py prints this table.
 FACTORS: dict[str, dict[str, dict[str, float]]] = {
     "cuda": {
-        "loss": {"logits": 1.962, "chunk": 0.0, "hidden": 7.412, "adapter": 0.0, "tables": 0.5},
+        "loss": {
+            "program": 0.0,
+            "logits": 1.962,
+            "chunks": 0.0,
+            "hidden": 7.412,
+            "adapter": 0.0,
+            "table": 0.0,
+            "hoisted": 0.0,
+            "looped": 0.0,
+        },
         "layer": {
-            "inner": 2.482,
-            "hidden": 20.292,
-            "heads": 0.159,
-            "matrix": 0.112,
-            "adapter": 0.22,
-            "mask": 0.0,
-            "tables": 0.45,
+            "program": 0.0,
+            "inner": 2.159,
+            "hidden": 17.861,
+            "heads": 0.433,
+            "matrix": 0.0,
+            "adapter": 0.305,
+            "mask": 0.89,
+            "table": 0.0,
+            "hoisted": 0.0,
+        },
+    },
+    "cuda, several": {
+        "loss": {
+            "program": 0.0,
+            "logits": 1.886,
+            "chunks": 0.0,
+            "hidden": 3.643,
+            "adapter": 1.111,
+            "table": 0.944,
+            "hoisted": 0.406,
+            "looped": 0.462,
+        },
+        "layer": {
+            "program": 0.0,
+            "inner": 7.094,
+            "hidden": 1.593,
+            "heads": 0.01,
+            "matrix": 2.451,
+            "adapter": 0.126,
+            "mask": 2.069,
+            "table": 0.154,
+            "hoisted": 0.555,
         },
     },
     "tpu": {
-        "loss": {"logits": 0, "chunk": 0, "hidden": 3.896, "adapter": 3.851, "tables": 0.38},
+        "loss": {
+            "program": 3.681,
+            "logits": 0.327,
+            "chunks": 2.184,
+            "hidden": 12.218,
+            "adapter": 1.846,
+            "table": 1.2,
+            "hoisted": 0.4,
+            "looped": 0.0,
+        },
         "layer": {
-            "inner": 3.298,
-            "hidden": 9.021,
-            "heads": 18.29,
-            "matrix": 0.583,
-            "adapter": 2.216,
-            "mask": 0,
-            "tables": 0,
+            "program": 0.0,
+            "inner": 0.0,
+            "hidden": 39.552,
+            "heads": 4.372,
+            "matrix": 0.0,
+            "adapter": 2.023,
+            "mask": 0.0,
+            "table": 0.86,
+            "hoisted": 0.0,
         },
     },
     "cpu": {
-        "loss": {"logits": 3.0, "chunk": 0.5, "hidden": 2.0, "adapter": 0.5, "tables": 1.0},
-        "layer": {"inner": 8.0, "hidden": 8.0, "heads": 4.0, "matrix": 2.0, "adapter": 1.0, "mask": 4.0, "tables": 1.0},
+        "loss": {
+            "program": 0.0,
+            "logits": 3.0,
+            "chunks": 0.5,
+            "hidden": 2.0,
+            "adapter": 0.5,
+            "table": 1.0,
+            "hoisted": 0.5,
+            "looped": 0.0,
+        },
+        "layer": {
+            "program": 0.0,
+            "inner": 8.0,
+            "hidden": 8.0,
+            "heads": 4.0,
+            "matrix": 2.0,
+            "adapter": 1.0,
+            "mask": 4.0,
+            "table": 1.0,
+            "hoisted": 0.5,
+        },
     },
 }
 
@@ -118,7 +185,7 @@ def quick_plan(recipe: Recipe, platform: str, devices: int = 1) -> QuickPlan:
     adapter, optimizer = tree_bytes(step.state.adapter), tree_bytes(step.state.opt_state)
     kept, kept_by_host = residual_bytes(recipe)
     on_device = 0 if recipe.host_adapter else adapter
-    gradients, working = worst_moment(features(recipe, platform, devices, on_device), FACTORS[platform])
+    gradients, working = worst_moment(features(recipe, platform, devices, on_device), FACTORS[kind_of(platform, devices)])
     return QuickPlan(
         packed_weights=packed,
         dense_weights=dense,
@@ -132,6 +199,11 @@ def quick_plan(recipe: Recipe, platform: str, devices: int = 1) -> QuickPlan:
         gradients=gradients,
         working=working,
     )
+
+
+def kind_of(platform: str, devices: int) -> str:
+    """The key of `FACTORS`: XLA orders a program for several GPUs by other rules, which hide its gathers."""
+    return "cuda, several" if platform == "cuda" and devices > 1 else platform
 
 
 def worst_moment(sizes: dict[str, int], factors: dict[str, dict[str, float]]) -> tuple[int, int]:
@@ -177,19 +249,24 @@ def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[
     fused = platform != "cpu" and decoder and config.score_cap is None and recipe.dtype == "bfloat16"
     masked = recipe.packed and platform == "cuda"
     scores = (1 if masked else 0) if fused else 2 * attention
-    tables = 2 if decoder and not config.tie_word_embeddings else 1
     of_value = {"none": size, "int8": 1, "nf4": 0.516}[recipe.tables]  # bytes in a table
+    table = int(config.vocab_size * hidden * of_value) if devices > 1 else 0  # gathered
+    tables = 2 if decoder and not config.tie_word_embeddings else 1
     spread = devices if config.vocab_size % devices == 0 else 1  # over whom the loss spreads the rows of the head
     chunk = chunk_tokens(config.vocab_size // spread) // spread  # of each device's tokens
     logits = min(chunk, tokens) * config.vocab_size * 4
+    looped = tokens > chunk and recipe.micro_batches == 1  # over chunks, outside of a loop over micro-batches
     return {
         "inner": tokens * inner * size,
         "hidden": tokens * hidden * size,
         "heads": tokens * (heads + 2 * kv) * size,
         "matrix": hidden * inner * size,
         "logits": logits,
-        "chunk": logits if tokens <= chunk else 0,  # a single chunk is no loop, whose buffers are fewer
-        "tables": int(tables * config.vocab_size * hidden * of_value) if devices > 1 else 0,  # gathered
+        "program": _PROGRAM,
+        "chunks": logits if looped else 0,
+        "looped": table if looped and tables == 2 else 0,  # a head of its own is laid anew
+        "table": table,
+        "hoisted": tables * table if recipe.micro_batches > 1 else 0,  # out of the loop over micro-batches
         "adapter": adapter,
         "mask": recipe.sequences * scores * recipe.length**2 * 2,
     }
@@ -211,7 +288,7 @@ def _spread_bytes(frozen: Any, devices: int) -> tuple[int, int]:
     for leaf in jax.tree.leaves(frozen, is_leaf=lambda leaf: isinstance(leaf, PackedTable)):
         quantized = isinstance(leaf, PackedTable)
         for part in jax.tree.leaves(leaf):
-            splits = len(part.shape) > 1 and part.shape[-1] % devices == 0
-            size = part.size * part.dtype.itemsize // (devices if splits else 1)
+            whole = split_axis(part.shape, devices) is None
+            size = part.size * part.dtype.itemsize // (1 if whole else devices)
             packed, dense = (packed + size, dense) if quantized else (packed, dense + size)
     return packed, dense

@@ -73,6 +73,37 @@ def test_what_can_never_fit_says_so() -> None:
         check_against(recipe, "gpu", 1, 8 * GIB, print)
 
 
+HOST = OptimizerOptions(host_adapter=True)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.3, 0.02])
+def test_a_host_that_is_too_small_is_told(share: float) -> None:
+    """Each of four devices has its own copy of what lies in host memory."""
+    options = Options(model=ModelOptions(remat="offload"), data=DataOptions(max_length=2048), optimizer=HOST)
+    recipe = recipe_of(options, LLAMA, "gpu")
+    need = quick_plan(recipe, "cuda", 4).host_peak
+    check_against(recipe, "gpu", 4, 40 * GIB, print, host_limit=need)
+    limit = int(share * need)
+    with pytest.raises(ValueError, match=r"keeps .* in host memory for each device, this machine has") as refused:
+        check_against(recipe, "gpu", 4, 40 * GIB, print, host_limit=limit)
+    words = str(refused.value).split("this would fit: ")[1].split(" (")[0].split()
+    asked = ["--max-length", "2048", "--remat", "offload", "--host-adapter", *words]
+    proposed = recipe_of(parse(Options, description=None, arguments=asked), LLAMA, "gpu")
+    plan = quick_plan(proposed, "cuda", 4)
+    assert plan.host_peak <= limit
+    assert plan.peak <= 40 * GIB
+    assert proposed.batch_size * proposed.micro_batches == recipe.batch_size * recipe.micro_batches
+    if share < 0.1:  # the smallest of it goes back to the device
+        assert not proposed.host_adapter
+        assert not proposed.host_optimizer
+
+
+def test_a_host_and_a_device_that_are_too_small_are_told_together() -> None:
+    recipe = recipe_of(Options(optimizer=HOST), llama_config(SIZES["llama-65b"]), "gpu")
+    with pytest.raises(ValueError, match=r"each device has 8.00 GiB and the run keeps .* nothing that the options can do"):
+        check_against(recipe, "gpu", 1, 8 * GIB, print, host_limit=GIB)
+
+
 def test_on_a_cpu_only_what_is_known_counts() -> None:
     recipe = recipe_of(Options(), LLAMA, "cpu")
     plan = quick_plan(recipe, "cpu")

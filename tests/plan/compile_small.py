@@ -9,23 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiny_llama import TINY
 
 from qlora_jax.models.llama import llama_config
 from qlora_jax.nn import LoRA
-from qlora_jax.plan import DEVICES, Recipe, compile_decode_step, compile_train_step, machine_mesh, machine_named
+from qlora_jax.plan import DEVICES, SIZES, Recipe, compile_decode_step, compile_train_step, machine_mesh, machine_named
 from qlora_jax.plan.compile import compile_program
 from qlora_jax.plan.fit import largest_that_fits
 from qlora_jax.plan.hlo import parse_program
 
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 RECIPE = Recipe(llama_config(TINY), lora=LoRA(8), length=128, packed=False)
 
 
@@ -39,7 +31,18 @@ def of(plan):
     values = dataclasses.asdict(dataclasses.replace(plan, program=dataclasses.replace(program, text="")))
     del values["machine"]
     loops = [trips for _, trips in parse_program(program.text).loops()]
-    return {**values, "peak": program.peak, "loops": loops, "dense_matrices": dense_matrices(program.text)}
+    counts = {"dense_matrices": dense_matrices(program.text)}
+    counts |= {"copied_stacks": copies(program.text, "u8", 3), "copied_caches": copies(program.text, "bf16", 5)}
+    return {**values, "peak": program.peak, "loops": loops, **counts}
+
+
+def copies(text, dtype, axes):
+    """How many arrays of that kind are made outside the loops over layers, beside the arguments: stacks of packed bytes
+    have three axes, keys and values of the cache five."""
+    program = parse_program(text)
+    entry = program.computations[program.entry].values()
+    made = [x for x in entry if x.opcode not in ("parameter", "get-tuple-element", "tuple", "while", "bitcast")]
+    return sum(x == dtype and len(shape) == axes for one in made for x, shape in zip(one.dtypes, one.shapes, strict=True))
 
 
 def dense_matrices(text):
@@ -90,7 +93,8 @@ def main(platform):
         result["fit"] = {"found": largest_that_fits(peak, limit, start=8), "asked": asked, "limit": limit}
     else:
         result["train"] = of(compile_train_step(RECIPE, machine_named("v5e")))
-        result["decode"] = of(compile_decode_step(RECIPE, machine_named("v6e"), capacity=128))
+        large = Recipe(llama_config(SIZES["llama-3-8b"]), lora=LoRA(16))  # what is small lies in a TPU's own memory
+        result["decode"] = of(compile_decode_step(large, machine_named("v5e"), capacity=2048))
     print(json.dumps(result))
 
 

@@ -65,6 +65,7 @@ def test_four_devices_share_the_frozen_weights(cuda: Any) -> None:
     assert four["adapter"] == one["adapter"]
     assert four["packed_weights"] == pytest.approx(one["packed_weights"] / 4, rel=0.01)
     assert four["program"]["flops"] == pytest.approx(one["program"]["flops"], rel=0.01)  # of each device
+    assert one["copied_stacks"] == four["copied_stacks"] == 0  # gathered layer by layer where they lie
 
 
 def test_a_decode_step_reads_the_weights_and_the_cache(cuda: Any) -> None:
@@ -73,6 +74,7 @@ def test_a_decode_step_reads_the_weights_and_the_cache(cuda: Any) -> None:
     assert plan["program"]["aliased"] >= plan["cache"] - 260  # keys and values are donated
     least = plan["packed_weights"] + plan["dense_weights"] / 2 + plan["adapter"]  # of the token table one row is read
     assert least < plan["program"]["traffic"] < 16 * least
+    assert plan["copied_caches"] == 0
 
 
 def test_the_fit_is_the_largest(cuda: Any) -> None:
@@ -86,7 +88,14 @@ def test_the_fit_is_the_largest(cuda: Any) -> None:
 def test_a_step_for_tpu(tpu: Any) -> None:
     check_arguments(tpu["train"])
     assert tpu["products"] == dict.fromkeys(("v4", "v5e", "v5p", "v6e"), 2 * 128**3)
-    assert tpu["decode"]["program"]["traffic"] > 0
+
+
+def test_a_decode_step_for_tpu_reads_everything_once(tpu: Any) -> None:
+    """Packed bytes, the head of the two tables, the adapter and the cache: nothing is copied, nothing read twice."""
+    plan = tpu["decode"]
+    least = plan["packed_weights"] + plan["dense_weights"] / 2 + plan["adapter"] + plan["cache"]
+    assert least < plan["program"]["traffic"] < 1.05 * least
+    assert plan["copied_caches"] == 0
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny_llama import TINY
 
 from qlora_jax.models.llama import llama_config
 from qlora_jax.nn import LoRA
@@ -11,16 +12,6 @@ from qlora_jax.plan.flops import count_flops
 from qlora_jax.plan.hlo import parse_program
 from qlora_jax.plan.recipe import abstract_step
 from qlora_jax.train.step import train_step
-
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 
 
 def test_products_count_as_often_as_a_scan_runs() -> None:
@@ -132,3 +123,36 @@ def test_what_updates_a_slice_writes_the_slice() -> None:
         "}\n"
     )
     assert program.traffic() == 2 * 32 + 2 * 4
+
+
+def test_a_slice_within_a_fusion_within_a_fusion_is_read_as_one() -> None:
+    program = parse_program(
+        "%inner (p: f32[8,16], i: s32[]) -> f32[1,16] {\n"
+        "  %p = f32[8,16]{1,0} parameter(0)\n"
+        "  %i = s32[] parameter(1)\n"
+        "  ROOT %s = f32[1,16]{1,0} dynamic-slice(%p, %i, %i), dynamic_slice_sizes={1,16}\n"
+        "}\n"
+        "%outer (q: f32[8,16], j: s32[]) -> f32[1,16] {\n"
+        "  %q = f32[8,16]{1,0} parameter(0)\n"
+        "  %j = s32[] parameter(1)\n"
+        "  %f = f32[1,16]{1,0} fusion(%q, %j), kind=kLoop, calls=%inner\n"
+        "  ROOT %n = f32[1,16]{1,0} negate(%f)\n"
+        "}\n"
+        "ENTRY %main (x: f32[8,16], k: s32[]) -> f32[1,16] {\n"
+        "  %x = f32[8,16]{1,0} parameter(0)\n"
+        "  %k = s32[] parameter(1)\n"
+        "  ROOT %o = f32[1,16]{1,0} fusion(%x, %k), kind=kLoop, calls=%outer\n"
+        "}\n"
+    )
+    assert program.traffic() == 2 * 64 + 4
+
+
+def test_a_slice_brought_near_is_read_as_a_slice() -> None:
+    program = parse_program(
+        "ENTRY %main (x: f32[8,16]) -> f32[2,16] {\n"
+        "  %x = f32[8,16]{1,0} parameter(0)\n"
+        "  %s = ((f32[8,16]{1,0}), f32[2,16]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[2:4], [0:16]}\n"
+        "  ROOT %d = f32[2,16]{1,0:S(1)} slice-done(%s)\n"
+        "}\n"
+    )
+    assert program.traffic() == 2 * 64

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from tiny_llama import TINY
 
 from qlora_jax.models import CausalLM, family_of
 from qlora_jax.models.llama import llama_config
@@ -18,15 +19,6 @@ from qlora_jax.train import OptimizerName
 from qlora_jax.train.dpo import PAIRS
 from qlora_jax.train.step import split
 
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 LINEAR = 256 * 256 * 2 + 256 * 128 * 2 + 256 * 512 * 3  # values in the linear layers of one decoder layer
 # The parameters that the models' authors publish, in billions.
 PARAMETERS = {

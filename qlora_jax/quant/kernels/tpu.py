@@ -79,7 +79,7 @@ def problem(w: QuantizedTensor, dtype: DTypeLike) -> str | None:
 
 def matmul(x: Array, w: QuantizedTensor, layer: Array | None = None, *, interpret: Any = False) -> Array:
     """x `[M, in]` times W, in the dtype of x; `layer`, int32 scalar, names the matrix where `w` is a stack."""
-    w, index = _stacked(w, layer)
+    w, index = _stacked(w, layer, interpret)
     count, columns = x.shape[0], w.shape[-1]
     tiles = forward_tiles(count, w, x.dtype)
     inner = w.codes.shape[1]
@@ -111,7 +111,7 @@ def matmul(x: Array, w: QuantizedTensor, layer: Array | None = None, *, interpre
 
 def matmul_transposed(dy: Array, w: QuantizedTensor, layer: Array | None = None, *, interpret: Any = False) -> Array:
     """dy `[M, out]` times the transpose of W, in the dtype of dy."""
-    w, index = _stacked(w, layer)
+    w, index = _stacked(w, layer, interpret)
     count, columns = dy.shape
     inner = w.codes.shape[1]
     tiles = gradient_tiles(count, w, dy.dtype)
@@ -190,10 +190,17 @@ def _static(w: QuantizedTensor) -> _Static:
     return _Static(w.data_type, w.block_size, w.scales.shape[1], w.double_quantized)
 
 
-def _stacked(w: QuantizedTensor, layer: Array | None) -> tuple[QuantizedTensor, Array]:
-    """A stack, of one matrix where it was none, and int32 `[1]`, the number of the matrix in it."""
+def _stacked(w: QuantizedTensor, layer: Array | None, interpret: Any) -> tuple[QuantizedTensor, Array]:
+    """A stack, of one matrix where it was none, and int32 `[1]`, the number of the matrix in it.
+
+    A stack stays in HBM: XLA, which does not know that a kernel reads one layer of it, would bring all of it to vector
+    memory in every layer wherever it fits.
+    """
     if layer is None:
         return jax.tree.map(lambda leaf: leaf[None], w), jnp.zeros((1,), jnp.int32)
+    if not interpret:
+        codes, scales = (pltpu.with_memory_space_constraint(leaf, pltpu.HBM) for leaf in (w.codes, w.scales))
+        w = dataclasses.replace(w, codes=codes, scales=scales)
     return w, jnp.asarray(layer, jnp.int32).reshape(1)
 
 
