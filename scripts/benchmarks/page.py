@@ -58,7 +58,7 @@ def _row(cells: Sequence[str]) -> str:
 def versions_said(found: Found) -> str:
     """A sentence of the packages of each side."""
     sides = (f"{side}: " + ", ".join(f"{k} {v}" for k, v in versions.items()) for side, versions in found.versions.items())
-    return "; ".join(sides) + "."
+    return "; ".join(sides) + "." if found.runs else "Nothing ran."
 
 
 def machine_said(found: Found, device: dict) -> str:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1]))  # where `benchmarks` is
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where `benchmarks` is
 
 
 def main() -> None:
