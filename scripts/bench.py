@@ -283,7 +283,12 @@ def checkpoint_folder(model: str | None, temporary: Path) -> Path:
 
 def said_command() -> str:
     """The command line, without where things lie on this machine."""
-    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    words, skipping = [], False
+    for word in sys.argv[1:]:
+        skipping = word.startswith("--peer-python") or (skipping and not word.startswith("--"))
+        if not skipping:
+            flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+            words.append(f"{flag}{equals}{Path(value).name if value.startswith('/') else value}")
     return shlex.join(["python", "scripts/bench.py", *words])
 
 

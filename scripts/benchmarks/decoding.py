@@ -7,8 +7,8 @@
     same       tokens at the start of the answer that equal those of transformers with the same storage and dtype
 
 Greedy tokens agree where both compute the same, up to roundings where two tokens are nearly as likely. bitsandbytes runs
-with what its wheel has: kernels that it would fetch from the hub are not there. Its product of one row by a 4-bit matrix may
-round otherwise than the compute dtype says.
+with what its wheel has: kernels that it would fetch from the hub are not there. On a CPU with AVX512-BF16, bitsandbytes 0.50
+multiplies a row by a 4-bit matrix in bfloat16 whatever the compute dtype is: its tokens in float32 need not be ours.
 """
 
 import statistics
