@@ -8,7 +8,8 @@ device     largest peak of the accelerator's memory, where there is one
 load       median time to read and quantise the checkpoint
 first      median time of the first step: compiling, for JAX
 start      median time from the start of the program to the end of the first step: imports, load and first
-loss       of the first step, where the adapters are still zero: it is equal where both compute the same
+loss       of the first step, where the adapters are still zero: it is equal where both compute the same; Tunix'
+               Llama does not (its rotary positions have a theta of their own)
 """
 
 import statistics

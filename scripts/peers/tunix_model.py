@@ -1,7 +1,8 @@
 """What the Qwix workers share: Tunix' Llama with NF4 weights and LoRA on all linear layers, as its command line makes it.
 
 Qwix quantises in tiles of 64 and knows no double quantisation: a float32 scale a tile. Tunix' trainer computes whole logits
-and a one-hot target of the same size in float32. Its RoPE knows no scaling, which changes no size.
+and a one-hot target of the same size in float32. Its Llama (0.1.7) rotates
+with a theta of 1,000,000 whatever its config says, and knows no scaling: the work is the same, the losses are not the same.
 """
 
 from typing import Any
