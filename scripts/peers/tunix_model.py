@@ -23,13 +23,16 @@ def config_of(config: dict[str, Any], remat: str) -> llama.ModelConfig:
     if config["model_type"] != "llama":
         raise SystemExit(f"expected a Llama model, found {config['model_type']}")
     heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    if head_dim % TILE:  # the output projection's tiles lie within a head
+        raise SystemExit(f"expected heads of a multiple of {TILE}, found {head_dim}")
     return llama.ModelConfig(
         num_layers=config["num_hidden_layers"],
         vocab_size=config["vocab_size"],
         embed_dim=config["hidden_size"],
         hidden_dim=config["intermediate_size"],
         num_heads=heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        head_dim=head_dim,
         num_kv_heads=config.get("num_key_value_heads") or heads,
         rope_theta=(config.get("rope_parameters") or config).get("rope_theta", 10000.0),
         norm_eps=config.get("rms_norm_eps", 1e-6),
