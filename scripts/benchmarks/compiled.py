@@ -55,7 +55,7 @@ def said(result: dict[str, Any]) -> str:
 def section(found: Found, method: dict[str, Any]) -> Section:
     """The table; rows of the same work beside each other."""
     rows = []
-    for name in sorted(found.runs, key=lambda name: (name.split()[3], name.split()[2], name.split()[1])):
+    for name in sorted(found.runs, key=lambda name: (*name.split()[:0:-1], name)):
         side, step, model, device = name.split()
         result = found.runs[name][0]
         work = f"{method['batch_size']} x {method['length']}" if step == "train" else f"1 of {method['length']}"

@@ -64,7 +64,10 @@ class Found:
     @property
     def versions(self) -> dict[str, dict[str, str]]:
         """Of the packages of each side."""
-        return {name.split()[0]: found[0]["versions"] for name, found in self.runs.items()}
+        sides: dict[str, dict[str, str]] = {}
+        for name, found in self.runs.items():
+            sides.setdefault(name.split()[0], {}).update(found[0]["versions"])
+        return sides
 
 
 def command(python: Path | str, script: str, **flags: Any) -> tuple[str, ...]:
