@@ -67,13 +67,12 @@ def section(found: Found, method: dict[str, Any]) -> Section:
         sizes = (result[part] / GIB for part in ("peak", "weights", "temporaries"))
         counts = (f"{result['flops'] / 1e12:.3f}", f"{result['traffic'] / 1e9:.1f}", f"{result['compile_seconds']:.0f}")
         rows.append((*head, *(f"{size:.2f}" for size in sizes), *counts))
-    versions = {name: one[0] for name, one in found.runs.items() if one[0]["peak"] is not None}
     return Section(
         "Compiled without the device",
         (
             f"NF4 (ours with double quantisation, Qwix without), LoRA r {method['rank']} on all linear layers, bfloat16, "
             "float32 adapter and AdamW, layers recomputed in the backward pass; on each device.",
-            versions_said(Found({name: [one] for name, one in versions.items()}, {})),
+            versions_said(found),
         ),
         ("device and model", "step", "tokens", "side", "peak GiB", "frozen", "temporaries", "TFLOP", "GB", "compiled in s"),
         tuple(rows),
