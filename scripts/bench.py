@@ -1,81 +1,128 @@
-"""Training speed and memory on a CPU, side by side with Hugging Face transformers + PEFT + bitsandbytes.
+"""A suite of benchmarks: speed and memory beside Hugging Face, Qwix and Unsloth, on a CPU, a GPU or a TPU, or on none.
 
-    python scripts/bench.py                                  everything: about 20 minutes on 2 idle cores
-    python scripts/bench.py --ours float32-full --peer-variants float32 --rounds 3
-    python scripts/bench.py --peer-python other/bin/python   where this interpreter lacks the peer's packages
+    python scripts/bench.py                                  everything: about an hour on 2 idle cores
+    python scripts/bench.py --output docs/results.md         the same, and the page of results
+    python scripts/bench.py --tasks train --ours float32-full --hf float32 --qwix --rounds 3
+    python scripts/bench.py --tasks decode --batch-size 4
+    python scripts/bench.py --peer-python ours/bin/python qwix/bin/python   where this interpreter lacks the peers' packages
+    python scripts/bench.py --compile-only --device h100 v5e:2x2 --compile-models llama-3-8b
+    python scripts/bench.py --platform default --tasks train decode         on the GPU or TPU that is there
 
-Method. Both sides read the same folder of bfloat16 weights, quantise its linear layers to NF4 with double
-quantisation, put LoRA on all of them, and train on the same random tokens with AdamW (2e-4) and clipping at
-0.3. Every run is a process of its own; ours and the peer's take turns, for several rounds, so that a slow
-minute of the machine hits both. The warm-up steps, in which one compiles and the other allocates, are left
-out; each other step ends with the loss on the host. Shown are:
+Tasks (what their columns mean: scripts/benchmarks/)
 
-    tokens/s   tokens of a batch / median of the steps of all rounds: wall time, what a user waits
-    CPU s      median of the process's CPU time in a step, all threads
-    busy       CPU time / (wall time x cores) of those steps
-    peak       largest peak resident memory of a process, everything counted (libraries, loading, compiler)
-    load       median time to read and quantise the checkpoint
-    first      median time of the first step: compiling, for us
-    loss       of the first step, where the adapters are still zero: it is equal where both compute the same
+    train      SmolLM2 with NF4 and LoRA, by qlora_jax, by transformers + PEFT + bitsandbytes, by Qwix + Tunix and, on a CUDA
+               GPU, by Unsloth; with the time from the start of the program to the end of its first step
+    decode     greedy decoding of SmolLM2, by qlora_jax and by transformers, dense and in 4 bits
+    memory     the compiled plan of the training step on this CPU against the resident memory that it is measured to take
+    compiled   memory, operations and bytes of training and decode steps, compiled for devices that need not be there
 
-A variant is marked with * where `busy` is under 80 %, or its slowest step took half as long again as its fastest: most
-likely neighbours had the cores, and its figures are not to be cited. They do not hurt both sides alike: with one of
-two cores taken, a step of ours took twice as long, some of the peer's over ten times, spinning (and so looking busy).
+Method. Both sides read the same folder of bfloat16 weights and do the same work: the same tokens, ranks and optimizer. Every
+run is a process of its own; ours and the peers' take turns, for several rounds, so that a slow minute of the machine hits
+both. Warm-up, in which one compiles and the other allocates, is left out; each other step ends with its result on the host.
 
-The last line is the result as JSON.
+A variant is marked with * where its steps kept the cores busy for less than 80 %, or its slowest took half as long again as
+its fastest: most likely neighbours had the cores, and its figures are not to be cited. They do not hurt both sides alike:
+with one of two cores taken, a step of ours took twice as long, some of PyTorch's over ten times, spinning (and so looking
+busy).
+
+A peer is named by the interpreter that has its packages; one that has none, or that fails, is left out, and the reason is
+told. The last line is the result as JSON.
 """
 
 import dataclasses
-import itertools
 import json
-import os
-import statistics
+import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import tyro
+from benchmarks import compiled, decoding, memory, page, training
+from benchmarks.workers import OURS, Found, Peer, Platform, device, find_python, in_rounds, tell
 
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.merge import merge
 from qlora_jax.checkpoint.source import open_checkpoint
+from qlora_jax.checkpoint.tokenizer import load_tokenizer
+from qlora_jax.plan import SIZES, CompilerMissing, check_compiler, machine_named
 
+Task = Literal["train", "decode", "memory", "compiled"]
 Ours = Literal["float32-dots", "float32-full", "float32-none", "bfloat16-dots", "bfloat16-full", "bfloat16-none"]
-Peer = Literal["float32", "float32-checkpointing", "bfloat16", "bfloat16-checkpointing"]
-PEER_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-WORKERS = Path(__file__).parent / "peers"
-QUIET = 0.8  # share of the cores that a program gets on a machine of its own, at least
-STEADY = 1.5  # slowest step over fastest there, at most
-MEBIBYTE = 2**20
+Torch = Literal["float32", "float32-checkpointing", "bfloat16", "bfloat16-checkpointing"]
+Qwix = Literal["float32", "float32-block", "float32-decoder", "bfloat16", "bfloat16-block", "bfloat16-decoder"]
+Decoded = Literal["dense-float32", "dense-bfloat16", "nf4-float32", "nf4-bfloat16"]
+HF = Peer("hf", ("torch", "transformers", "peft", "bitsandbytes", "accelerate"))
+QWIX = Peer("qwix", ("jax", "qwix", "tunix"))
+UNSLOTH = Peer("unsloth", ("torch", "unsloth"), cuda=True)
+# To compile for a device, it needs this package's own dependencies beside it.
+QWIX_COMPILER = Peer("qwix", ("jax", "qwix", "tunix", "tyro", "gguf", "grain"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Compare the training speed and memory of qlora_jax with those of its peer."""
+    """Compare speed and memory of qlora_jax with those of its peers."""
 
+    tasks: tuple[Task, ...] = ("train", "decode", "memory", "compiled")
+    """What to run."""
+    compile_only: bool = False
+    """Only what needs no run: the task "compiled"."""
+    output: Path | None = None
+    """Markdown file for the results, beside standard output."""
+    platform: Platform = "cpu"
+    """"cpu", or "default": each side on the GPU or TPU that it finds, else on the CPU."""
     model: str | None = None
     """Hugging Face folder, .gguf file or hub id; SmolLM2-135M-Instruct if left out."""
-    ours: tuple[Ours, ...] = ("float32-dots", "float32-full", "bfloat16-dots", "bfloat16-full")
-    """Compute dtype and what the backward pass recomputes, of our runs."""
-    peer_variants: tuple[Peer, ...] = get_args(Peer)
-    """Compute dtype, and whether with gradient checkpointing, of the peer's runs; nothing: none."""
-    peer_python: Path = Path(sys.executable)
-    """Interpreter of the peer, with torch, transformers, peft, bitsandbytes and accelerate."""
-    batch_size: int = 4
-    """Sequences of a batch."""
-    length: int = 256
-    """Tokens of a sequence."""
-    rank: int = 16
-    """Rank of the adapters."""
-    steps: int = 4
-    """Steps of a run that count."""
-    warmup: int = 2
-    """Steps before them that do not."""
+    peer_python: tuple[Path, ...] = (Path(sys.executable),)
+    """Interpreters of the peers: each peer takes the first that has its packages."""
     rounds: int = 2
     """Runs of each variant."""
+    batch_size: int | None = None
+    """Sequences of a batch; 4 for training and 1 for decoding if left out."""
+    rank: int = 16
+    """Rank of the adapters."""
+
+    ours: tuple[Ours, ...] = ("float32-dots", "float32-full", "bfloat16-dots", "bfloat16-full")
+    """train: compute dtype and what the backward pass recomputes, of our runs."""
+    hf: tuple[Torch, ...] = ("float32", "float32-checkpointing", "bfloat16", "bfloat16-checkpointing")
+    """train: compute dtype, and whether with gradient checkpointing, of transformers + PEFT; nothing: none."""
+    qwix: tuple[Qwix, ...] = ("float32-decoder", "bfloat16-decoder")
+    """train: compute dtype, and what Tunix recomputes; nothing: none, and none in "compiled"."""
+    unsloth: tuple[Torch, ...] = ("bfloat16", "bfloat16-checkpointing")
+    """train: the same of Unsloth, on a CUDA GPU; nothing: none."""
+    length: int = 256
+    """train: tokens of a sequence."""
+    steps: int = 4
+    """train: steps of a run that count."""
+    warmup: int = 2
+    """train: steps before them that do not."""
+
+    decode_ours: tuple[Decoded, ...] = ("dense-float32", "nf4-float32", "nf4-bfloat16")
+    """decode: storage of the linear layers and compute dtype, of our runs."""
+    decode_hf: tuple[Decoded, ...] = ("dense-float32", "nf4-float32", "nf4-bfloat16")
+    """decode: the same of transformers, in 4 bits through bitsandbytes; nothing: none."""
+    prompt_tokens: int = 64
+    """decode: tokens of the prompt."""
+    new_tokens: int = 64
+    """decode: tokens of an answer."""
+    answers: int = 3
+    """decode: answers of a run that count."""
+
+    memory_recipes: tuple[str, ...] = memory.RECIPES
+    """memory: runs, as dtype-remat-BxT."""
+
+    device: tuple[str, ...] = ("h100", "v5e")
+    """compiled: devices as scripts/plan.py takes them."""
+    compile_models: tuple[str, ...] = ("llama-3.2-1b", "llama-3-8b")
+    """compiled: sizes by name, as scripts/plan.py knows them."""
+    compile_steps: tuple[compiled.Step, ...] = ("train", "decode")
+    """compiled: which steps."""
+    compile_batch_size: int = 4
+    """compiled: sequences of a training batch."""
+    compile_length: int = 2048
+    """compiled: tokens of a sequence, and of the cache while decoding."""
 
 
 def main() -> int:
@@ -89,82 +136,141 @@ def main() -> int:
 
 
 def run(arguments: Arguments) -> None:
-    if arguments.steps < 1 or arguments.warmup < 1 or arguments.rounds < 1:
-        raise ValueError("expected at least one step, one step of warm-up and one round")
-    if arguments.peer_variants and (missing := missing_packages(arguments.peer_python)):
-        raise ValueError(
-            f"--peer-python {arguments.peer_python}: expected {', '.join(PEER_PACKAGES)}, found no "
-            f"{', '.join(missing)}; name another interpreter, or leave the peer out: --peer-variants alone"
-        )
+    check(arguments)
+    tasks = ("compiled",) if arguments.compile_only else arguments.tasks
+    machine = device()
+    sections, report = [], {}
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
-        folder = checkpoint_folder(arguments.model, Path(temporary))
-        runs: dict[str, list[dict[str, Any]]] = {}
-        for number in range(arguments.rounds):
-            for name, command in in_turns(arguments, folder):
-                load_average = os.getloadavg()[0]
-                found: dict[str, Any] = {**run_worker(command), "load_average_before": load_average}
-                runs.setdefault(name, []).append(found)
-                print(
-                    f"round {number + 1}: {name}: {statistics.median(found['step_seconds']):.2f} s a step, "
-                    f"{statistics.median(found['step_cpu_seconds']):.2f} s of CPU; "
-                    f"load average {load_average:.1f}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-    report = {
-        "method": {
-            "model": arguments.model or "SmolLM2-135M-Instruct",
-            **{name: getattr(arguments, name) for name in ("batch_size", "length", "rank", "steps", "warmup", "rounds")},
-        },
-        "device": device(),
-        "versions": versions(runs),
-        "results": {name: summary(found, arguments.batch_size * arguments.length) for name, found in runs.items()},
-        "runs": runs,
+        needs_folder = set(tasks) & {"train", "decode", "memory"}
+        folder = checkpoint_folder(arguments.model, Path(temporary)) if needs_folder else Path()
+        for task in tasks:
+            section, values = {"train": train, "decode": decode, "memory": plan_memory, "compiled": compile_steps}[task](
+                arguments, folder, machine
+            )
+            sections.append(section)
+            report[task] = values
+            print(page.text(section), flush=True)
+            if arguments.output is not None:  # after each, so that an hour's work is not lost with the last task
+                page.write(arguments.output, sections, said_command())
+    print(json.dumps({"device": machine, **report}))
+
+
+def check(arguments: Arguments) -> None:
+    """Raises ValueError for what could only fail later."""
+    for name in ("rounds", "steps", "warmup", "rank", "length", "answers", "prompt_tokens"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, found {getattr(arguments, name)}")
+    if arguments.new_tokens < 2:
+        raise ValueError(f"new_tokens: expected at least 2 (the first is the prefill's), found {arguments.new_tokens}")
+    if not arguments.tasks:
+        raise ValueError("tasks: expected at least one, found none")
+    for recipe in arguments.memory_recipes:
+        memory.parsed(recipe)
+    for name in arguments.device:
+        machine_named(name)
+    for name in arguments.compile_models:
+        if name not in SIZES:
+            raise ValueError(f"compile_models: expected some of {', '.join(SIZES)}, found {name}")
+    if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
+        raise ValueError(f"output: expected a folder that exists, found {arguments.output.absolute().parent}")
+
+
+Result = tuple[page.Section, dict[str, Any]]
+
+
+def train(arguments: Arguments, folder: Path, machine: dict[str, Any]) -> Result:
+    """The task of that name."""
+    work = {name: getattr(arguments, name) for name in ("length", "rank", "steps", "warmup")}
+    work["batch_size"] = arguments.batch_size or 4
+    wanted = {HF: arguments.hf, QWIX: arguments.qwix, UNSLOTH: arguments.unsloth}
+    pythons, skipped = interpreters([peer for peer, variants in wanted.items() if variants], arguments)
+    variants: dict[str, Sequence[str]] = {
+        OURS: arguments.ours,
+        **{peer.name: names for peer, names in wanted.items() if peer.name in pythons},
     }
-    print_report(report)
+    runs = training.runs_of(folder, variants, pythons, **work)
+    found = in_rounds(runs, arguments.rounds, arguments.platform, training.said, "train")
+    found = Found(found.runs, {**skipped, **found.skipped})
+    tokens = work["batch_size"] * work["length"]
+    results = {name: training.summary(one, tokens, arguments.platform) for name, one in found.runs.items()}
+    method = method_of(arguments, **work)
+    return training.section(found, results, method, machine), values_of(found, method, results=results)
 
 
-def in_turns(arguments: Arguments, folder: Path) -> list[tuple[str, list[str]]]:
-    """(name, command) of each run of one round: ours, peer, ours, peer …"""
-    common = [
-        f"--model={folder}",
-        *(
-            f"--{name.replace('_', '-')}={getattr(arguments, name)}"
-            for name in ("batch_size", "length", "rank", "steps", "warmup")
-        ),
-    ]
-    ours, peers = [], []
-    for variant in arguments.ours:
-        dtype, remat = variant.split("-")
-        command = [sys.executable, str(WORKERS / "qlora_jax_train.py"), *common, f"--dtype={dtype}"]
-        ours.append((f"ours {variant}", [*command, f"--remat={remat}"]))
-    for variant in arguments.peer_variants:
-        dtype, _, checkpointing = variant.partition("-")
-        command = [str(arguments.peer_python), str(WORKERS / "hf_train.py"), *common, f"--dtype={dtype}"]
-        peers.append((f"peer {variant}", command + ["--gradient-checkpointing"] * bool(checkpointing)))
-    pairs = itertools.zip_longest(ours, peers)
-    return [one for pair in pairs for one in pair if one is not None]
+def decode(arguments: Arguments, folder: Path, machine: dict[str, Any]) -> Result:
+    """The task of that name."""
+    source = folder if (folder / "tokenizer.json").exists() else arguments.model or fetch_default_model()
+    prompt = decoding.prompt_of(load_tokenizer(source), arguments.prompt_tokens)
+    work: dict[str, Any] = {name: getattr(arguments, name) for name in ("new_tokens", "answers")}
+    work["batch_size"] = arguments.batch_size or 1
+    pythons, skipped = interpreters([HF] * bool(arguments.decode_hf), arguments)
+    variants: dict[str, Sequence[str]] = {
+        OURS: arguments.decode_ours,
+        **({"hf": arguments.decode_hf} if "hf" in pythons else {}),
+    }
+    runs = decoding.runs_of(folder, variants, pythons, prompt=prompt, **work)
+    found = in_rounds(runs, arguments.rounds, arguments.platform, decoding.said, "decode")
+    found = Found(found.runs, {**skipped, **found.skipped})
+    results = {name: decoding.summary(one, work["batch_size"], arguments.platform) for name, one in found.runs.items()}
+    method = method_of(arguments, **work, prompt_tokens=arguments.prompt_tokens)
+    agreement = decoding.agreement(results)
+    values = values_of(found, method, results=results, same_tokens=agreement)
+    return decoding.section(found, results, method, machine), values
 
 
-def run_worker(command: Sequence[str]) -> dict[str, Any]:
-    """The JSON line of one run.
-
-    Raises:
-        ValueError: it failed; the message ends with what it wrote last.
-    """
-    # The peer computes on the CPU: so do we where there is something else, too.
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise ValueError(f"{' '.join(command)}\nexit status {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def plan_memory(arguments: Arguments, folder: Path, machine: dict[str, Any]) -> Result:
+    """The task "memory"."""
+    runs = memory.runs_of(folder, arguments.memory_recipes, Path(sys.executable), arguments.rank)
+    found = in_rounds(runs, 1, "cpu", memory.said, "memory")
+    method = method_of(arguments, rank=arguments.rank)
+    return memory.section(found, method), values_of(found, method)
 
 
-def missing_packages(python: Path) -> list[str]:
-    """Which of the peer's packages an interpreter lacks."""
-    code = f"import importlib.util as u; print(*(p for p in {PEER_PACKAGES!r} if u.find_spec(p) is None))"
-    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout.split()
+def compile_steps(arguments: Arguments, folder: Path, machine: dict[str, Any]) -> Result:
+    """The task "compiled"."""
+    devices, skipped = [], {}
+    for name in arguments.device:
+        try:
+            check_compiler(machine_named(name))
+            devices.append(name)
+        except CompilerMissing as error:
+            if arguments.compile_only:
+                raise ValueError(str(error)) from error
+            skipped[name] = str(error)
+    pythons, without = interpreters([QWIX_COMPILER] * bool(arguments.qwix), arguments)
+    work: dict[str, Any] = {"batch_size": arguments.compile_batch_size, "length": arguments.compile_length}
+    work["rank"] = arguments.rank
+    runs = compiled.runs_of(arguments.compile_models, devices, arguments.compile_steps, pythons, **work)
+    found = in_rounds(runs, 1, "cpu", compiled.said, "compiled")
+    found = Found(found.runs, {**skipped, **(without if devices else {}), **found.skipped})
+    return compiled.section(found, work), values_of(found, work)
+
+
+def interpreters(peers: list[Peer], arguments: Arguments) -> tuple[dict[str, Path], dict[str, str]]:
+    """The interpreter of each side, and why a peer has none."""
+    pythons, skipped = {OURS: Path(sys.executable)}, {}
+    for peer in peers:
+        if peer.cuda and arguments.platform == "cpu":
+            skipped[peer.name] = "needs a CUDA GPU (--platform default)"
+            continue
+        python, reason = find_python(peer, arguments.peer_python)
+        if python is None:
+            skipped[peer.name] = f"{reason}; --peer-python names interpreters"
+            tell(f"{peer.name} is left out: {skipped[peer.name]}")
+        else:
+            pythons[peer.name] = python
+    return pythons, skipped
+
+
+def method_of(arguments: Arguments, **work: Any) -> dict[str, Any]:
+    """What was run, for the report."""
+    model = arguments.model or "SmolLM2-135M-Instruct"
+    return {"model": Path(model).name, "platform": arguments.platform, "rounds": arguments.rounds, **work}
+
+
+def values_of(found: Found, method: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A task's part of the JSON line."""
+    return {"method": method, "versions": found.versions, "skipped": found.skipped, **more, "runs": found.runs}
 
 
 def checkpoint_folder(model: str | None, temporary: Path) -> Path:
@@ -175,90 +281,15 @@ def checkpoint_folder(model: str | None, temporary: Path) -> Path:
     return merge(checkpoint, None, temporary / "checkpoint", dtype="bfloat16", progress=False)
 
 
-def summary(runs: Sequence[dict[str, Any]], tokens: int) -> dict[str, Any]:
-    """The figures of one variant over its rounds."""
-    steps: list[float] = [second for found in runs for second in found["step_seconds"]]
-    cpu_steps: list[float] = [second for found in runs for second in found["step_cpu_seconds"]]
-    median, cpu_median = statistics.median(steps), statistics.median(cpu_steps)
-    return {
-        "tokens_per_second": tokens / median,
-        "step_seconds": median,
-        "step_seconds_range": [min(steps), max(steps)],
-        "step_cpu_seconds": cpu_median,
-        "busy": (busy := cpu_median / (median * cores())),
-        "disturbed": busy < QUIET or max(steps) > STEADY * min(steps),
-        "peak_resident_bytes": max(found["peak_resident_bytes"] for found in runs),
-        "load_seconds": statistics.median([found["load_seconds"] for found in runs]),
-        "first_step_seconds": statistics.median([found["first_step_seconds"] for found in runs]),
-        "first_loss": runs[0]["losses"][0],
-        "last_loss": runs[0]["losses"][-1],
-        "trainable_parameters": runs[0]["trainable_parameters"],
-    }
-
-
-def device() -> dict[str, Any]:
-    """What the runs ran on."""
-    cpu = "unknown"
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return {"cpu": cpu, "cores": cores(), "load_average_after": os.getloadavg()}
-
-
-def cores() -> int:
-    """How many this process, and so those that it starts, may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def versions(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, str]]:
-    """Of the packages of both sides."""
-    return {name.split()[0]: found[0]["versions"] for name, found in runs.items()}
-
-
-def print_report(report: dict[str, Any]) -> None:
-    """The result as tables and as JSON."""
-    method, machine, results = report["method"], report["device"], report["results"]
-    load_before = [found["load_average_before"] for runs in report["runs"].values() for found in runs]
-    print(
-        f"{method['model']}, NF4 with double quantisation, LoRA r {method['rank']} on all linear layers, "
-        f"AdamW; batch {method['batch_size']} x {method['length']} random tokens; medians of "
-        f"{method['rounds']} rounds x {method['steps']} steps, in turns, after {method['warmup']} steps of "
-        "warm-up; one process a run."
-    )
-    print(
-        f"CPU: {machine['cpu']}, {machine['cores']} cores; load average before a run "
-        f"{min(load_before):.1f} to {max(load_before):.1f} (a run alone makes about {machine['cores']})."
-    )
-    for side, packages in report["versions"].items():
-        print(f"{side}: " + ", ".join(f"{name} {version}" for name, version in packages.items()))
-    print(
-        f"\n{'':30}{'tokens/s':>9}{'s a step':>9}{'min':>7}{'max':>7}{'CPU s':>8}{'busy':>7} {'peak MiB':>9}"
-        f"{'load s':>8}{'first s':>8}{'loss':>9}"
-    )
-    for name, row in results.items():
-        low, high = row["step_seconds_range"]
-        print(
-            f"{name:30}{row['tokens_per_second']:9.1f}{row['step_seconds']:9.2f}{low:7.2f}{high:7.2f}"
-            f"{row['step_cpu_seconds']:8.2f}{row['busy']:7.0%}{'*' if row['disturbed'] else ' '}"
-            f"{row['peak_resident_bytes'] / MEBIBYTE:9,.0f}"
-            f"{row['load_seconds']:8.1f}{row['first_step_seconds']:8.1f}{row['first_loss']:9.4f}"
-        )
-    if disturbed := [name for name, row in results.items() if row["disturbed"]]:
-        print(f"* the machine was busy with something else: do not cite {', '.join(disturbed)}")
-    peers = [name for name in results if name.startswith("peer")]
-    if peers:
-        print("\ntokens/s of ours over that of the peer (in brackets: CPU seconds of the peer over ours)")
-        print(f"{'':20}" + "".join(f"{name.removeprefix('peer '):>25}" for name in peers))
-        for name, row in results.items():
-            if name in peers:
-                continue
-            cells = [
-                f"{row['tokens_per_second'] / results[peer]['tokens_per_second']:.2f} "
-                f"({results[peer]['step_cpu_seconds'] / row['step_cpu_seconds']:.2f})"
-                for peer in peers
-            ]
-            print(f"{name:20}" + "".join(f"{cell:>25}" for cell in cells))
-    print(json.dumps(report))
+def said_command() -> str:
+    """The command line, without where things lie on this machine."""
+    words, skipping = [], False
+    for word in sys.argv[1:]:
+        skipping = word.startswith("--peer-python") or (skipping and not word.startswith("--"))
+        if not skipping:
+            flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+            words.append(f"{flag}{equals}{Path(value).name if value.startswith('/') else value}")
+    return shlex.join(["python", "scripts/bench.py", *words])
 
 
 if __name__ == "__main__":

@@ -16,30 +16,15 @@ autotuned. The last line is JSON.
 
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-
-import tyro
+from benchmarks.ahead import check_names, config_of, main_of  # before JAX
 from tqdm import tqdm
 
-from qlora_jax.models import family_of
 from qlora_jax.nn import LoRA
-from qlora_jax.plan import (
-    SIZES,
-    CompilerMissing,
-    CompilerRefuses,
-    DoesNotFit,
-    Plan,
-    Recipe,
-    check_compiler,
-    compile_train_step,
-    machine_named,
-)
+from qlora_jax.plan import DoesNotFit, Plan, Recipe, check_compiler, compile_train_step, machine_named
 
 GIB = 2**30
 # (model, rank, rows a device, tokens a row): the paper's runs, and longer ones.
@@ -80,28 +65,15 @@ class Arguments:
     """Markdown file to write; standard output alone if left out."""
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, description=__doc__)
-    try:
-        run(arguments)
-    except (CompilerMissing, CompilerRefuses, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 def run(arguments: Arguments) -> None:
-    known = [model for model, *_ in RUNS]
-    for model in arguments.models:
-        if model not in known:
-            raise ValueError(f"models: expected some of {', '.join(known)}, found {model}")
+    check_names("models", arguments.models, (model for model, *_ in RUNS))
     machine = machine_named(arguments.device)
     check_compiler(machine)
     chosen = [(one, name) for one in RUNS if one[0] in arguments.models for name in OFFLOADED]
     rows = []
     for (model, rank, batch, length), name in tqdm(chosen, unit="program", desc="compiling"):
         recipe = Recipe(
-            config=family_of(SIZES[model]).config(SIZES[model]),
+            config=config_of(model),
             lora=LoRA(rank),
             batch_size=max(batch // machine.count, 1),
             length=length,
@@ -161,4 +133,4 @@ def markdown(rows: list[dict[str, Any]], device: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main_of(Arguments, run, __doc__))

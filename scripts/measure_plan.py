@@ -11,26 +11,18 @@ both errors are printed: with the factors as they stand, and as fitted. The last
 
 import dataclasses
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-
 import numpy as np
-import tyro
+from benchmarks.ahead import check_names, config_of, main_of  # before JAX
 from scipy.optimize import least_squares
 
-from qlora_jax.models import family_of
 from qlora_jax.nn import LoRA
 from qlora_jax.plan import (
     SIZES,
-    CompilerMissing,
-    CompilerRefuses,
     DoesNotFit,
     Machine,
     Recipe,
@@ -75,20 +67,9 @@ class Arguments:
     """Whether to compile what the record lacks."""
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, description=__doc__)
-    try:
-        run(arguments)
-    except (CompilerMissing, CompilerRefuses, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 def run(arguments: Arguments) -> None:
-    for name, known in (*((m, SIZES) for m in arguments.models), *((r, RECIPES) for r in arguments.recipes)):
-        if name not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(known)}")
+    check_names("models", arguments.models, SIZES)
+    check_names("recipes", arguments.recipes, RECIPES)
     machines = [machine_named(name) for name in arguments.devices]
     recorded = _read(arguments.record)
     rows = []
@@ -97,7 +78,7 @@ def run(arguments: Arguments) -> None:
             check_compiler(machine)
         for model in arguments.models:
             for name in arguments.recipes:
-                recipe = Recipe(family_of(SIZES[model]).config(SIZES[model]), **RECIPES[name])
+                recipe = Recipe(config_of(model), **RECIPES[name])
                 key = (model, machine.name, name)
                 if key not in recorded and arguments.compile:
                     recorded[key] = _compile(recipe, machine)
@@ -199,4 +180,4 @@ def _add(path: Path | None, key: tuple[str, str, str], peak: int | None) -> None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main_of(Arguments, run, __doc__))

@@ -4,8 +4,10 @@ Every run of a job makes its programs anew, and so does every process that a tes
 in a folder of this session alone, compiles each once; the environment brings it to the processes.
 """
 
+import importlib.util
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +33,14 @@ os.environ |= {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # `datasets` reports each local file that it opens to the hub
 }
+
+# scripts/benchmarks/, which Python finds for a script that it runs. The folder scripts/ itself stays out of the path: its
+# modules have names that libraries look for.
+_spec = importlib.util.spec_from_file_location(
+    "benchmarks", Path(__file__).parents[1] / "scripts" / "benchmarks" / "__init__.py"
+)
+assert _spec is not None
+sys.modules["benchmarks"] = importlib.util.module_from_spec(_spec)
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<pad>")
 CHATML = (

@@ -1,0 +1,1 @@
+"""The parts of scripts/bench.py: a module for each task, processes that take turns, and tables."""
