@@ -20,8 +20,8 @@ float32 x values are exact, from a table in memory: there the products are the t
 The order of columns. A thread wants columns g, g + 8, g + 64 and g + 72 of a tile. Columns are renamed so that these are
 neighbours in memory (`_renamed`): shared memory is read by words, not by bytes.
 
-Scales under double quantisation are looked up in the map of 256 values; the absmax of a scale's group of 256 is read where it
-lies. Both are read a step ahead. A stack of matrices is passed whole with the number of the layer, and read where it lies.
+Scales under double quantisation are looked up in the map of 256 values; the absmax of a scale's group of 256 is read where
+it lies. Both are read a step ahead. Of a stack of matrices, passed whole with the number of a layer, that layer is read.
 """
 
 import dataclasses
@@ -105,37 +105,39 @@ def matmul(x: Array, w: QuantizedTensor, layer: Array | None = None, *, interpre
 
 
 def grid_of(count: int, w: QuantizedTensor, dtype: DTypeLike) -> Grid:
-    """The programs for `count` rows of x: enough of them to fill a large GPU, the fewer the more rows, as parts cost sums."""
+    """The programs for `count` rows of x: enough to fill a large GPU, the fewer the more rows, as parts cost sums."""
     exact = jnp.dtype(dtype) == jnp.float32  # without units that multiply matrices: sums and operands fill the registers
     rows = min(16 if exact else _MOST_ROWS, max(8, 1 << (count - 1).bit_length()))
     blocks = w.scales.shape[-2] // 2
     programs = w.shape[-1] // TILE * -(-count // rows)
     wanted = max(128, 4096 // rows)
     parts = max(
-        n for n in range(1, blocks + 1) if n == 1 or (blocks % n == 0 and blocks // n >= _LEAST_BLOCKS and programs * n <= wanted)
+        n
+        for n in range(1, blocks + 1)
+        if n == 1 or (blocks % n == 0 and blocks // n >= _LEAST_BLOCKS and programs * n <= wanted)
     )
     unroll = 2 if w.block_size == 64 and rows < 64 and not exact and (blocks // parts) % 2 == 0 else 1
     return Grid(rows, parts, blocks // parts, unroll, 4 if rows < 32 else 8)
 
 
 def _product(index: Any, x: Any, codes: Any, scales: Any, *refs: Any, w: Static, grid: Grid, in_registers: bool) -> None:
-    *refs, out = refs
-    absmax, offset, dynamic = refs[:3] if w.double_quantized else (None, None, None)
-    values = partial(_values, data_type=w.data_type) if in_registers else partial(_from_table, refs[-1], dtype=x.dtype)
+    *rest, out = refs
+    absmax, offset, dynamic = rest[:3] if w.double_quantized else (out, out, out)  # not read then
+    values = partial(_values, data_type=w.data_type) if in_registers else partial(_from_table, rest[-1], dtype=x.dtype)
     layer, size, upper = index[0], w.block_size, w.scale_rows // 2
     first_column = pl.program_id(0) * TILE
     first_block = pl.program_id(1) * grid.blocks
     first_row = pl.program_id(2) * grid.rows
     inside = (first_row + jnp.arange(grid.rows) < x.shape[0])[:, None]
     columns = first_column + _renamed()
-    subtracted = None if offset is None else offset[layer, 0, 0]
+    subtracted = offset[layer, 0, 0] if w.double_quantized else 0.0
 
     def read_scales(block: Array) -> tuple[tuple[Array, ...], ...]:
         """(codes, absmax), or the scales themselves, of a block of packed rows: of its upper and of its lower rows."""
 
         def read(row: Array) -> tuple[Array, ...]:
             found = triton.load(scales.at[layer, row, columns])
-            if absmax is None:
+            if not w.double_quantized:
                 return (found,)
             return found, triton.load(absmax.at[layer, 0, (columns * w.scale_rows + row) >> 8])  # groups of 256
 
@@ -196,7 +198,7 @@ def _renamed() -> Array:
 def _from_table(table: Any, packed: Array, *, dtype: Any) -> tuple[Array, Array]:
     """Packed bytes to the numbers of their (high, low) nibbles."""
     packed = packed.astype(jnp.int32)
-    return tuple(triton.load(table.at[code]).astype(dtype) for code in (packed >> 4, packed & 15))
+    return triton.load(table.at[packed >> 4]).astype(dtype), triton.load(table.at[packed & 15]).astype(dtype)
 
 
 def _values(packed: Array, *, data_type: DataType) -> tuple[Array, Array]:
@@ -205,7 +207,8 @@ def _values(packed: Array, *, data_type: DataType) -> tuple[Array, Array]:
     (pairs,) = triton.elementwise_inline_asm(
         lookup_ptx(data_type), args=[packed], constraints="=r,=r,=r,=r,r", pack=4, result_shape_dtypes=[both]
     )
-    return tuple(jax.lax.bitcast_convert_type(half.astype(jnp.uint16), jnp.bfloat16) for half in (pairs >> 16, pairs))
+    high, low = (jax.lax.bitcast_convert_type(half.astype(jnp.uint16), jnp.bfloat16) for half in (pairs >> 16, pairs))
+    return high, low
 
 
 def lookup_ptx(data_type: DataType) -> str:
