@@ -29,7 +29,7 @@ _MOVES_NOTHING = frozenset(("parameter", "constant", "tuple", "get-tuple-element
 _MOVES_NOTHING |= {"partition-id", "replica-id", "copy-done", "slice-done", "async-done", "async-update", "send-done"}
 _MOVES_NOTHING |= {"recv-done", "all-gather-done", "all-reduce-done", "collective-permute-done"}
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
-_OF_STACKS = "matmul_4bit"  # kernels that read one matrix of a stack where it lies (`quant.kernels.tpu`)
+_OF_STACKS = "matmul_4bit"  # kernels that read one matrix of a stack where it lies (`quant.kernels`)
 _SEE_THROUGH = frozenset(("bitcast", "reshape", "copy", "convert", "transpose"))
 
 
@@ -54,6 +54,11 @@ class Instruction:
     @property
     def size(self) -> int:
         return sum(self.sizes)
+
+    @property
+    def of_stacks(self) -> bool:
+        """Whether it is a kernel of 4-bit matrices: on TPU by its name, on GPU by what its text says."""
+        return self.opcode == "custom-call" and _OF_STACKS in self.name + self.text
 
     def called(self, attribute: str) -> str | None:
         found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
@@ -116,7 +121,7 @@ class Program:
                 return [min(sizes[0], max(self._whole(instruction))) if in_memory else 0, *[0] * (len(sizes) - 1)]
             case "dynamic-update-slice":
                 return [0, *sizes[1:]]
-            case "custom-call" if instruction.name.startswith(_OF_STACKS):
+            case "custom-call" if instruction.of_stacks:
                 return [_layer(scope[name]) if name in scope else 0 for name in instruction.operands]
             case "fusion":
                 body = self.computations.get(instruction.called("calls") or "", {})
