@@ -110,6 +110,20 @@ class Program:
                 total += sum(self.reads(scope, instruction)) + self.writes(scope, instruction)
         return total
 
+    def stack_reads(self, computation: str | None = None) -> int:
+        """Bytes that kernels read of stacks of 4-bit matrices, in loops as often as they run."""
+        scope = self.computations[computation or self.entry]
+        total = 0
+        for instruction in scope.values():
+            if instruction.opcode == "while":
+                total += self.trip_count(instruction) * self.stack_reads(instruction.called("body"))
+            elif instruction.opcode == "call":
+                total += self.stack_reads(instruction.called("to_apply"))
+            elif instruction.of_stacks:
+                stacks = (scope[name] for name in instruction.operands if name in scope and _is_stack(scope[name]))
+                total += sum(_layer(stack) for stack in stacks)
+        return total
+
     def reads(self, scope: dict[str, Instruction], instruction: Instruction) -> list[int]:
         """Bytes that an instruction reads of each operand."""
         sizes = [scope[name].size if name in scope else 0 for name in instruction.operands]
@@ -174,10 +188,13 @@ class Program:
         return total
 
 
-def _layer(stack: Instruction) -> int:
+def _is_stack(operand: Instruction) -> bool:
+    return len(operand.shapes) == 1 and len(operand.shapes[0]) == 3
+
+
+def _layer(operand: Instruction) -> int:
     """Bytes of one matrix of an operand `[layers, ...]`; all of another operand."""
-    shape = stack.shapes[0] if len(stack.shapes) == 1 else ()
-    return stack.size // shape[0] if len(shape) == 3 else stack.size
+    return operand.size // operand.shapes[0][0] if _is_stack(operand) else operand.size
 
 
 def _updated(body: dict[str, Instruction], root: Instruction, size: int) -> int:

@@ -85,7 +85,7 @@ def context(mesh: Mesh) -> Iterator[None]:
     elif mesh.devices.flat[0].platform == "tpu":
         yield
     else:
-        kind = mesh.devices.flat[0].device_kind
+        kind = str(mesh.devices.flat[0].device_kind)
         device = AbstractDevice(device_kind=_KNOWN_TO_JAX.get(kind, kind), num_cores=None, platform="gpu")
         with jax.sharding.use_abstract_mesh(
             AbstractMesh((1,), mesh.axis_names, axis_types=mesh.axis_types, abstract_device=device)
