@@ -72,7 +72,14 @@ def test_a_decode_step_reads_the_weights_and_the_cache(cuda: Any) -> None:
     assert plan["cache"] == 2 * 3 * 256 * 2 * 64 * 2 + 256 + 4
     assert plan["program"]["aliased"] >= plan["cache"] - 260  # keys and values are donated
     least = plan["packed_weights"] + plan["dense_weights"] / 2 + plan["adapter"]  # of the token table one row is read
-    assert least < plan["program"]["traffic"] < 16 * least
+    assert least < plan["program"]["traffic"] < 3 * least
+    assert plan["packed_weights"] <= plan["stack_reads"] <= 1.1 * plan["packed_weights"]  # by the kernel, layer by layer
+
+
+def test_the_kernel_of_4_bit_matrices_compiles_for_gpus(cuda: Any) -> None:
+    assert cuda["kernels"]
+    for read, layer in cuda["kernels"]:
+        assert layer <= read <= 1.1 * layer
 
 
 def test_the_fit_is_the_largest(cuda: Any) -> None:
@@ -86,7 +93,8 @@ def test_the_fit_is_the_largest(cuda: Any) -> None:
 def test_a_step_for_tpu(tpu: Any) -> None:
     check_arguments(tpu["train"])
     assert tpu["products"] == dict.fromkeys(("v4", "v5e", "v5p", "v6e"), 2 * 128**3)
-    assert tpu["decode"]["program"]["traffic"] > 0
+    decode = tpu["decode"]
+    assert 0 < decode["stack_reads"] <= decode["packed_weights"] <= decode["program"]["traffic"]
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

@@ -58,11 +58,17 @@ def test_a_matrix_is_read_where_it_lies_in_its_stack() -> None:
 
 @pytest.mark.parametrize("data_type", ["nf4", "fp4", "int4"])
 def test_the_ptx_looks_every_byte_up(data_type: Any) -> None:
-    packed = np.arange(256, dtype=np.uint8)
-    words = run_ptx(gpu.lookup_ptx(data_type), packed.view("<u4"))
-    pairs = np.stack(words, axis=1).reshape(-1)  # one word a byte
-    values = np.asarray(codebook(data_type), jnp.bfloat16).view(np.uint16).astype(np.uint32)
-    np.testing.assert_array_equal(pairs, values[packed >> 4] << 16 | values[packed & 15])
+    packed, exact = np.arange(256, dtype=np.uint8), codebook(data_type)
+    for dtype, count in (("bfloat16", 1), ("float32", 3)):
+        found = np.zeros((256, 2), np.float32)
+        tables = gpu.tables(data_type, dtype)
+        assert len(tables) == count
+        for table in reversed(tables):
+            words = run_ptx(gpu.lookup_ptx(table), packed.view("<u4"))
+            pairs = np.stack(words, axis=1).reshape(-1)  # one word a byte
+            found += np.stack([pairs >> 16 << 16, pairs << 16], axis=1).astype(np.uint32).view(np.float32)
+        expected = np.stack([exact[packed >> 4], exact[packed & 15]], axis=1)
+        np.testing.assert_array_equal(found, expected.astype(dtype).astype(np.float32))
 
 
 def run_ptx(program: str, source: np.ndarray) -> list[np.ndarray]:
@@ -105,6 +111,7 @@ def permute(a: Any, b: Any, selectors: Any) -> Any:
         ((100, 128), 64, "float32", "the flat layout"),
         ((192, 128), 64, "float32", r"a matrix \[192, 128\]: expected multiples of 128 and 128"),
         ((256, 128), 128, "float16", "x in float16: expected float32 or bfloat16"),
+        ((512, 128), 128, "float32", "x in float32 with blocks of 128: expected 64"),
         ((512, 128), 256, "float32", "blocks of 256: expected 64 or 128"),
         ((2**20, 5 * 2**10), 64, "float32", r"a stack of 2.5 GiB: expected at most 2 or more than 4"),
     ],

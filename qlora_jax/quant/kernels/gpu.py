@@ -14,8 +14,8 @@ With few rows of x the columns of W take the long side of the units that multipl
 Looking a code up. PRMT, the byte permutation, takes four of eight bytes by four selectors of three bits, and a packed byte
 is two selectors. The 16 values as bfloat16 are four registers of low and four of high bytes: for four codes two PRMT choose
 among the values 0-7 and 8-15 and a third one by the codes' top bits, for low and high bytes each, and two make pairs of
-bytes numbers. That is 2.6 instructions a value; a tree of selects takes 20, a table in memory a load and its address. For
-float32 x values are exact, from a table in memory: there the products are the time.
+bytes numbers. That is 2.6 instructions a value; a tree of selects takes 20, a table in memory a load and its address. With
+float32 x a value is the sum of three such numbers, which is exact.
 
 The order of columns. A thread wants columns g, g + 8, g + 64 and g + 72 of a tile. Columns are renamed so that these are
 neighbours in memory (`_renamed`): shared memory is read by words, not by bytes.
@@ -42,7 +42,6 @@ from qlora_jax.quant.tensor import QuantizedTensor
 
 TILE = 128  # columns of W
 _MOST_ROWS = 64  # of x
-_STAGES = 4  # of the pipeline from memory
 _LEAST_BLOCKS = 4  # of packed rows in a part of K
 
 
@@ -55,14 +54,18 @@ class Grid:
         parts: of K.
         blocks: of packed rows in a part.
         unroll: blocks a step.
+        piece: rows of a block that are multiplied at a time.
         warps: of a program.
+        stages: of its pipeline from memory.
     """
 
     rows: int
     parts: int
     blocks: int
     unroll: int
+    piece: int
     warps: int
+    stages: int
 
 
 def problem(w: QuantizedTensor, dtype: DTypeLike) -> str | None:
@@ -76,6 +79,8 @@ def problem(w: QuantizedTensor, dtype: DTypeLike) -> str | None:
         return f"a matrix [{rows}, {columns}]: expected multiples of {2 * w.block_size} and {TILE}"
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         return f"x in {jnp.dtype(dtype).name}: expected float32 or bfloat16"
+    if jnp.dtype(dtype) == jnp.float32 and w.block_size != 64:  # more shared memory than small GPUs have
+        return f"x in float32 with blocks of {w.block_size}: expected 64"
     if 2**31 < w.codes.size <= 2**32:  # Pallas counts in 32 bits up to here, and Triton takes them as signed
         return f"a stack of {w.codes.size / 2**30:.1f} GiB: expected at most 2 or more than 4"
     return None
@@ -90,14 +95,13 @@ def matmul(x: Array, w: QuantizedTensor, layer: Array | None = None, *, interpre
     if w.scale_absmax is not None and w.scale_offset is not None:
         layers = w.codes.shape[0]
         operands += [w.scale_absmax.reshape(layers, 1, -1), w.scale_offset.reshape(layers, 1, 1), jnp.asarray(dynamic_map())]
-    in_registers = x.dtype == jnp.bfloat16 and not interpret
-    if not in_registers:
+    if interpret:
         operands.append(jnp.asarray(codebook(w.data_type)))
     y = pl.pallas_call(
-        partial(_product, w=static(w), grid=grid, in_registers=in_registers),
+        partial(_product, w=static(w), grid=grid, interpreted=interpret),
         grid=(columns // TILE, grid.parts, pl.cdiv(count, grid.rows)),
         out_shape=jax.ShapeDtypeStruct((grid.parts, count, columns), x.dtype if grid.parts == 1 else jnp.float32),
-        compiler_params=triton.CompilerParams(num_warps=grid.warps, num_stages=_STAGES),
+        compiler_params=triton.CompilerParams(num_warps=grid.warps, num_stages=grid.stages),
         name="matmul_4bit",
         interpret=interpret,
     )(*operands)
@@ -117,13 +121,16 @@ def grid_of(count: int, w: QuantizedTensor, dtype: DTypeLike) -> Grid:
         if n == 1 or (blocks % n == 0 and blocks // n >= _LEAST_BLOCKS and programs * n <= wanted)
     )
     unroll = 2 if w.block_size == 64 and rows < 64 and not exact and (blocks // parts) % 2 == 0 else 1
-    return Grid(rows, parts, blocks // parts, unroll, 4 if rows < 32 else 8)
+    stages = (
+        (2 if w.block_size == 64 else 1) if exact else 3 if rows * w.block_size > 4096 else 4
+    )  # what the 99 KiB of small GPUs hold
+    return Grid(rows, parts, blocks // parts, unroll, 32 if exact else 64, 4 if rows < 32 else 8, stages)
 
 
-def _product(index: Any, x: Any, codes: Any, scales: Any, *refs: Any, w: Static, grid: Grid, in_registers: bool) -> None:
+def _product(index: Any, x: Any, codes: Any, scales: Any, *refs: Any, w: Static, grid: Grid, interpreted: bool) -> None:
     *rest, out = refs
     absmax, offset, dynamic = rest[:3] if w.double_quantized else (out, out, out)  # not read then
-    values = partial(_values, data_type=w.data_type) if in_registers else partial(_from_table, rest[-1], dtype=x.dtype)
+    values = partial(_from_table, rest[-1]) if interpreted else partial(_values, data_type=w.data_type)
     layer, size, upper = index[0], w.block_size, w.scale_rows // 2
     first_column = pl.program_id(0) * TILE
     first_block = pl.program_id(1) * grid.blocks
@@ -149,10 +156,10 @@ def _product(index: Any, x: Any, codes: Any, scales: Any, *refs: Any, w: Static,
         return (triton.load(dynamic.at[found.astype(jnp.int32)]) * group + subtracted)[:, None]
 
     def dot(matrix: Array, row: Array) -> Array:
-        """`[columns, rows of x]`: the transpose of x, from column `row` on, times a block."""
-        part = triton.load(x.at[pl.ds(first_row, grid.rows), pl.ds(row, size)], mask=inside, other=0.0)
+        """`[columns, rows of x]`: the transpose of x, from column `row` on, times rows of W."""
+        part = triton.load(x.at[pl.ds(first_row, grid.rows), pl.ds(row, grid.piece)], mask=inside, other=0.0)
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        return jax.lax.dot(matrix.T, part.T, precision=precision, preferred_element_type=jnp.float32)
+        return jax.lax.dot(_rename(matrix).T, part.T, precision=precision, preferred_element_type=jnp.float32)
 
     def step(number: Array, carry: Any) -> Any:
         total, ready = carry
@@ -160,9 +167,13 @@ def _product(index: Any, x: Any, codes: Any, scales: Any, *refs: Any, w: Static,
         for place in range(grid.unroll):
             block = first_block + number * grid.unroll + place
             ahead.append(read_scales(jnp.minimum(block + grid.unroll, upper - 1)))
-            high, low = values(codes[layer, pl.ds(block * size, size), pl.ds(first_column, TILE)])
-            total += dot(_rename(high), block * size) * scale(*ready[place][0])
-            total += dot(_rename(low), (upper + block) * size) * scale(*ready[place][1])
+            sums = []
+            for piece in range(0, size, grid.piece):
+                row = block * size + piece
+                high, low = values(codes[layer, pl.ds(row, grid.piece), pl.ds(first_column, TILE)], dtype=x.dtype)
+                sums.append((dot(high, row), dot(low, upper * size + row)))
+            for half, ones in enumerate(zip(*sums, strict=True)):
+                total += sum(ones[1:], ones[0]) * scale(*ready[place][half])
         return total, ahead
 
     ready = [read_scales(first_block + place) for place in range(grid.unroll)]
@@ -196,28 +207,52 @@ def _renamed() -> Array:
 
 
 def _from_table(table: Any, packed: Array, *, dtype: Any) -> tuple[Array, Array]:
-    """Packed bytes to the numbers of their (high, low) nibbles."""
+    """Packed bytes to the numbers of their (high, low) nibbles, from a table in memory: to be interpreted."""
     packed = packed.astype(jnp.int32)
     return triton.load(table.at[packed >> 4]).astype(dtype), triton.load(table.at[packed & 15]).astype(dtype)
 
 
-def _values(packed: Array, *, data_type: DataType) -> tuple[Array, Array]:
-    """`_from_table` in bfloat16, in registers."""
-    both = jax.ShapeDtypeStruct(packed.shape, jnp.int32)
-    (pairs,) = triton.elementwise_inline_asm(
-        lookup_ptx(data_type), args=[packed], constraints="=r,=r,=r,=r,r", pack=4, result_shape_dtypes=[both]
-    )
-    high, low = (jax.lax.bitcast_convert_type(half.astype(jnp.uint16), jnp.bfloat16) for half in (pairs >> 16, pairs))
-    return high, low
+def _values(packed: Array, *, data_type: DataType, dtype: Any) -> tuple[Array, Array]:
+    """`_from_table`, in registers."""
+    pairs = [
+        triton.elementwise_inline_asm(
+            lookup_ptx(table),
+            args=[packed],
+            constraints="=r,=r,=r,=r,r",
+            pack=4,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(packed.shape, jnp.int32)],
+        )[0]
+        for table in tables(data_type, dtype)
+    ]
+    if dtype == jnp.bfloat16:
+        high, low = (jax.lax.bitcast_convert_type(half.astype(jnp.uint16), dtype) for half in (pairs[0] >> 16, pairs[0]))
+        return high, low
+    large, middle, small = ((pair & -(2**16), pair << 16) for pair in pairs)
+
+    def add(half: int) -> Array:
+        upper, rest, last = (jax.lax.bitcast_convert_type(part[half], dtype) for part in (large, middle, small))
+        return upper + (rest + last)
+
+    return add(0), add(1)
 
 
-def lookup_ptx(data_type: DataType) -> str:
+def tables(data_type: DataType, dtype: DTypeLike) -> list[np.ndarray]:
+    """The 16 values as bfloat16 numbers, or three such tables whose sum they are in float32, the largest first."""
+    rest = np.asarray(codebook(data_type), np.float32)
+    found = [rest.astype(jnp.bfloat16)]
+    while jnp.dtype(dtype) == jnp.float32 and len(found) < 3:  # 8 bits of 24 each
+        rest = rest - found[-1].astype(np.float32)
+        found.append(rest.astype(jnp.bfloat16))
+    return found
+
+
+def lookup_ptx(values: np.ndarray) -> str:
     """PTX that makes of four packed bytes, $4, four words $0-$3: bfloat16 of the high nibble above that of the low one."""
-    values = np.asarray(codebook(data_type), jnp.bfloat16).view(np.uint16)
+    bits = values.view(np.uint16)
 
     def table(plane: int, first: int) -> str:
         """Four values' low bytes (plane 0) or high ones."""
-        return f"0x{int.from_bytes(bytes((values[first : first + 4] >> (8 * plane) & 255).tolist()), 'little'):08x}"
+        return f"0x{int.from_bytes(bytes((bits[first : first + 4] >> (8 * plane) & 255).tolist()), 'little'):08x}"
 
     lines = [
         "and.b32 s0, $4, 0x77777777",  # selectors among eight values; PRMT reads the lower four
