@@ -1,15 +1,17 @@
-"""What the product with a 4-bit matrix costs on a TPU, by XLA and by the kernel: compiled ahead of time, no TPU needed.
+"""What the product with a 4-bit matrix costs, by XLA and by the kernel: compiled ahead of time, no TPU or GPU needed.
 
-    TPU_SKIP_MDS_QUERY=1 python scripts/kernels.py --device v5e --model llama-3-8b --rows 1 8 64 2048
+    python scripts/kernels.py --device v5e --model llama-3-8b --rows 1 8 64 2048
+    python scripts/kernels.py --device h100 --model llama-3-8b --rows 1 8 64
     python scripts/kernels.py --device v6e --model llama-2-70b --rows 8 --gradient
-    python scripts/kernels.py --device v5e --model llama-3-8b --step
+    python scripts/kernels.py --device l4 --model llama-3-8b --step
 
 For each matrix of the model, one layer out of a stack: bytes that the compiled program moves, FLOPs, temporaries, the floor
-by roofline, and the time to compile. Bytes of XLA's program are its own cost analysis, which counts what stays on the chip
-too. Bytes of the kernel's are those that its block specs copy, and operands and results of every other instruction of the
-compiled program, so that a copy of the packed bytes in front of the kernel would show. --step compiles the model's whole
-decode step for one row instead, and counts in it the instructions, in fusions too, that make arrays of packed bytes. The
-last line is JSON.
+by roofline, and the time to compile. Bytes of XLA's program are its own cost analysis on TPU, which counts what stays on the
+chip too; on GPU there is none ahead of time, and they are operands and results of its instructions (qlora_jax/plan/hlo.py).
+Bytes of the kernel's are those that its programs copy, and operands and results of every other instruction of the compiled
+program, so that a copy of the packed bytes in front of the kernel, or sums after it, would show. --step compiles the model's
+whole decode step for one row instead, and counts in it what kernels read of the weights and the instructions, in fusions
+too, that make arrays of packed bytes. The last line is JSON.
 """
 
 import dataclasses
@@ -18,62 +20,60 @@ import os
 import re
 import sys
 import time
-from typing import Any, Literal
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from qlora_jax.models import CausalLM, DecoderConfig, causal_family_of
 from qlora_jax.nn import LoRA
-from qlora_jax.plan.sizes import SIZES
+from qlora_jax.plan import (
+    DEVICES,
+    SIZES,
+    CompilerMissing,
+    CompilerRefuses,
+    Machine,
+    machine_mesh,
+    machine_named,
+)
+from qlora_jax.plan.compile import COMPILER_OPTIONS, place, versions
+from qlora_jax.plan.devices import Platform
+from qlora_jax.plan.hlo import parse_program
+from qlora_jax.plan.recipe import weight_bytes
+from qlora_jax.plan.topology import context
 from qlora_jax.quant import (
     Implementation,
     Quantization,
     QuantizedTensor,
     StackedTensor,
-    kernels,
     matmul,
     quantize,
     with_implementation,
 )
-from qlora_jax.quant.kernels import tpu
+from qlora_jax.quant.codebooks import SCALE_BLOCK_SIZE
+from qlora_jax.quant.kernels import gpu, tpu
 
-Name = Literal["v5e", "v5p", "v6e"]
+_KERNELS = {"tpu": tpu, "cuda": gpu}
 LAYERS = 32  # of the stack that a layer is taken from: too many for XLA to bring all of them on chip ahead of the kernel
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "custom-call", "copy-start", "copy-done"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-    """A TPU: the name of a topology, bytes a second of its memory, bfloat16 FLOPs a second."""
-
-    topology: str
-    bandwidth: float
-    flops: float
-
-
-CHIPS: dict[Name, Chip] = {
-    "v5e": Chip("v5e:2x2", 819e9, 197e12),
-    "v5p": Chip("v5p:2x2x1", 2765e9, 459e12),
-    "v6e": Chip("v6e:2x2", 1640e9, 918e12),
-}
-
-
-@dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What the product with a 4-bit matrix costs on a TPU."""
+    """What the product with a 4-bit matrix costs on a TPU or a GPU."""
 
-    device: Name = "v5e"
-    """The chip to compile for."""
+    device: str = "v5e"
+    """What to compile for (see qlora_jax/plan/devices.py), one of it."""
     model: str = "llama-3-8b"
     """A size by name (see qlora_jax/plan/sizes.py)."""
     rows: tuple[int, ...] = (1, 8, 64, 2048)
@@ -111,24 +111,25 @@ def main() -> int:
         print(f"error: --model: expected one of {', '.join(SIZES)}, found {arguments.model!r}", file=sys.stderr)
         return 1
     try:
-        topology = topologies.get_topology_desc(CHIPS[arguments.device].topology, "tpu")
-    except (NotImplementedError, RuntimeError) as error:
-        print(f'error: no compiler for TPU here ({error}): pip install "qlora-jax[tpu]"', file=sys.stderr)
+        machine = machine_named(arguments.device)
+        if machine.count > 1:
+            raise ValueError(f"--device: expected one of {', '.join(DEVICES)}, found {arguments.device!r}")
+        mesh = machine_mesh(machine)
+    except (ValueError, CompilerMissing, CompilerRefuses) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
-    sharding = NamedSharding(Mesh(np.asarray(topology.devices[:1]), ("x",)), PartitionSpec())
     if arguments.step:
-        print(json.dumps({"run": dataclasses.asdict(arguments), "steps": steps(arguments.model, sharding)}))
+        print(json.dumps({"run": dataclasses.asdict(arguments), "steps": steps(arguments.model, machine, mesh)}))
         return 0
     costs = [
-        cost(name, shape, rows, implementation, arguments, sharding)
+        cost(name, shape, rows, implementation, arguments.gradient, machine, mesh)
         for name, shape in matrices(arguments.model).items()
         for rows in arguments.rows
         for implementation in ("xla", "pallas")
     ]
     print(table(costs))
-    versions = {"jax": jax.__version__, "compiler": topology.devices[0].client.platform_version.splitlines()[0]}
-    result = {"run": dataclasses.asdict(arguments), "versions": versions, "costs": [dataclasses.asdict(c) for c in costs]}
-    print(json.dumps(result))
+    result = {"run": dataclasses.asdict(arguments), "versions": versions(machine)}
+    print(json.dumps({**result, "costs": [dataclasses.asdict(c) for c in costs]}))
     return 0
 
 
@@ -144,49 +145,69 @@ def matrices(model: str) -> dict[str, tuple[int, int]]:
 
 
 def cost(
-    name: str, shape: tuple[int, int], rows: int, implementation: Implementation, arguments: Arguments, sharding: Any
+    name: str,
+    shape: tuple[int, int],
+    rows: int,
+    implementation: Implementation,
+    gradient: bool,
+    machine: Machine,
+    mesh: Mesh,
 ) -> Cost:
     """Compiles one product with a matrix of a stack and reads what it costs."""
-    chip = CHIPS[arguments.device]
-    inputs, outputs = shape
+    device, (inputs, outputs) = machine.device, shape
     stack = jax.eval_shape(quantize, jax.ShapeDtypeStruct((LAYERS, inputs, outputs), jnp.float32))
-    x = jax.ShapeDtypeStruct((rows, outputs if arguments.gradient else inputs), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((rows, outputs if gradient else inputs), jnp.bfloat16)
     matrix = jax.eval_shape(StackedTensor, stack, jax.ShapeDtypeStruct((), jnp.int32))
-    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), (x, matrix))
 
     def product(x: jax.Array, w: StackedTensor) -> jax.Array:
-        if not arguments.gradient:
+        if not gradient:
             return matmul(x, w, implementation=implementation)
         like = jnp.zeros((rows, inputs), x.dtype)
         return jax.vjp(lambda x: matmul(x, w, implementation=implementation), like)[1](x)[0]
 
     packed, flops = stack.nbytes // LAYERS, 2 * rows * inputs * outputs
     label = f"{name} {inputs}×{outputs}"
-    problem = kernels.problem(stack, x.dtype) if implementation == "pallas" else None
     start = time.perf_counter()
     try:
+        problem = _KERNELS[device.platform].problem(stack, x.dtype) if implementation == "pallas" else None
+        if problem is None and implementation == "pallas" and gradient and device.platform == "cuda":
+            problem = "no kernel: XLA's product on GPUs"
         if problem is not None:
             raise ValueError(problem)
-        compiled: Any = jax.jit(product).trace(*placed).lower(lowering_platforms=("tpu",)).compile()
+        compiled = _compile(jax.jit(product), (x, matrix), machine, mesh)
     except Exception as error:  # of whatever kind the compiler raises: the table says so
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         seconds = time.perf_counter() - start
         return Cost(label, rows, implementation, packed, None, flops, None, None, seconds, reason)
     seconds = time.perf_counter() - start
     if implementation == "pallas":
-        moved = kernel_bytes(stack, rows, arguments.gradient) + other_bytes(compiled.as_text())
-    else:
+        moved = kernel_bytes(stack, rows, gradient, device.platform) + other_bytes(compiled.as_text())
+    elif device.platform == "tpu":
         moved = int(compiled.cost_analysis()["bytes accessed"])
-    floor = max(moved / chip.bandwidth, flops / chip.flops) * 1e6
+    else:
+        moved = parse_program(compiled.as_text()).traffic()
+    floor = max(moved / device.bandwidth, flops / device.flops) * 1e6
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     return Cost(label, rows, implementation, packed, moved, flops, temporaries, floor, seconds)
 
 
-def kernel_bytes(stack: QuantizedTensor, rows: int, gradient: bool) -> int:
-    """Bytes that the kernel's block specs copy from and to memory, for bfloat16 x."""
+def _compile(function: Any, arguments: tuple[Any, ...], machine: Machine, mesh: Mesh) -> Any:
+    platform = machine.device.platform
+    with context(mesh):
+        lowered = function.trace(*place(arguments, mesh, P())).lower(lowering_platforms=(platform,))
+    return lowered.compile(COMPILER_OPTIONS[platform])
+
+
+def kernel_bytes(stack: QuantizedTensor, rows: int, gradient: bool, platform: Platform) -> int:
+    """Bytes that the kernel copies from and to memory, for bfloat16 x; what several programs read at a time, once."""
     _, inputs, outputs = stack.shape
-    scales, spread = inputs // stack.block_size * outputs, 4 * tpu.spans_of(inputs // stack.block_size) * outputs
-    codes = inputs // 2 * outputs
+    scales, codes = inputs // stack.block_size * outputs, inputs // 2 * outputs
+    if platform == "cuda":
+        grid = gpu.grid_of(rows, stack, jnp.bfloat16)
+        matrix = codes + scales + 4 * -(-scales // SCALE_BLOCK_SIZE)
+        parts = 4 * grid.parts if grid.parts > 1 else 2
+        return -(-rows // grid.rows) * matrix + rows * (2 * inputs + parts * outputs)
+    spread = 4 * tpu.spans_of(inputs // stack.block_size) * outputs
     if gradient:
         tiles = tpu.gradient_tiles(rows, stack, jnp.bfloat16)
         one_block = rows <= tiles.rows  # then dy stays; else it is read for every tile of W
@@ -213,7 +234,7 @@ def other_bytes(hlo: str) -> int:
     return total
 
 
-def steps(model: str, sharding: Any) -> list[dict[str, Any]]:
+def steps(model: str, machine: Machine, mesh: Mesh) -> list[dict[str, Any]]:
     """What the decode step of a model needs with the choice made for it, and with XLA alone; printed as it is found."""
     config = causal_family_of(SIZES[model]).config(SIZES[model])
     assert isinstance(config, DecoderConfig)
@@ -231,14 +252,17 @@ def steps(model: str, sharding: Any) -> list[dict[str, Any]]:
     found = []
     for implementation in ("auto", "xla"):
         operands = (with_implementation(state, implementation), token, token, cache)
-        placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), operands)
         start = time.perf_counter()
-        compiled: Any = jax.jit(decode, donate_argnums=3).trace(*placed).lower(lowering_platforms=("tpu",)).compile()
+        compiled = _compile(jax.jit(decode, donate_argnums=3), operands, machine, mesh)
         seconds, text = time.perf_counter() - start, compiled.as_text()
+        program = parse_program(text)
+        called = [x for computation in program.computations.values() for x in computation.values() if x.of_stacks]
         found.append(
             {
                 "implementation": implementation,
-                "kernels": text.count('custom_call_target="tpu_custom_call"'),
+                "kernels": len(called),
+                "kernels_read": program.stack_reads(),
+                "packed": weight_bytes(state)[0],
                 "packed_copies": packed_copies(text),
                 "temporaries": compiled.memory_analysis().temp_size_in_bytes,
                 "compile_seconds": seconds,

@@ -62,6 +62,6 @@ def by_layer(layers: Any) -> tuple[Any, Callable[[Any, Array], Any]]:
     On one device matrices in 4 bits stay in their stacks, where kernels read them without a copy; on several, a layer's
     leaves are cut out and gathered.
     """
-    if not jax.sharding.get_abstract_mesh().empty:
+    if jax.sharding.get_abstract_mesh().size > 1:
         return layers, lambda state, _: gather(state)
     return keep_stacked(layers)

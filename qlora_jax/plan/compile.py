@@ -36,7 +36,7 @@ from qlora_jax.train.offload import HOST, HostOffload, memory_kinds
 from qlora_jax.train.step import jit_train_step
 
 # Autotuning runs kernels on the device, and there is none.
-_COMPILER_OPTIONS = {"cuda": {"xla_gpu_autotune_level": "0"}, "tpu": {}}
+COMPILER_OPTIONS = {"cuda": {"xla_gpu_autotune_level": "0"}, "tpu": {}}
 
 
 class DoesNotFit(ValueError):
@@ -170,7 +170,7 @@ def compile_program(function: Any, arguments: tuple[Any, ...], machine: Machine)
     start = time.perf_counter()
     traced = function.trace(*arguments)
     try:
-        compiled = traced.lower(lowering_platforms=(platform,)).compile(_COMPILER_OPTIONS[platform])
+        compiled = traced.lower(lowering_platforms=(platform,)).compile(COMPILER_OPTIONS[platform])
     except jax.errors.JaxRuntimeError as error:
         raise _explained(error, machine) from error
     seconds = time.perf_counter() - start

@@ -29,7 +29,7 @@ _MOVES_NOTHING = frozenset(("parameter", "constant", "tuple", "get-tuple-element
 _MOVES_NOTHING |= {"partition-id", "replica-id", "copy-done", "slice-done", "async-done", "async-update", "send-done"}
 _MOVES_NOTHING |= {"recv-done", "all-gather-done", "all-reduce-done", "collective-permute-done"}
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
-_OF_STACKS = "matmul_4bit"  # kernels that read one matrix of a stack where it lies (`quant.kernels.tpu`)
+_OF_STACKS = "matmul_4bit"  # kernels that read one matrix of a stack where it lies (`quant.kernels`)
 _SEE_THROUGH = frozenset(("bitcast", "reshape", "copy", "convert", "transpose"))
 
 
@@ -54,6 +54,11 @@ class Instruction:
     @property
     def size(self) -> int:
         return sum(self.sizes)
+
+    @property
+    def of_stacks(self) -> bool:
+        """Whether it is a kernel of 4-bit matrices: on TPU by its name, on GPU by what its text says."""
+        return self.opcode == "custom-call" and _OF_STACKS in self.name + self.text
 
     def called(self, attribute: str) -> str | None:
         found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
@@ -105,6 +110,20 @@ class Program:
                 total += sum(self.reads(scope, instruction)) + self.writes(scope, instruction)
         return total
 
+    def stack_reads(self, computation: str | None = None) -> int:
+        """Bytes that kernels read of stacks of 4-bit matrices, in loops as often as they run."""
+        scope = self.computations[computation or self.entry]
+        total = 0
+        for instruction in scope.values():
+            if instruction.opcode == "while":
+                total += self.trip_count(instruction) * self.stack_reads(instruction.called("body"))
+            elif instruction.opcode == "call":
+                total += self.stack_reads(instruction.called("to_apply"))
+            elif instruction.of_stacks:
+                stacks = (scope[name] for name in instruction.operands if name in scope and _is_stack(scope[name]))
+                total += sum(_layer(stack) for stack in stacks)
+        return total
+
     def reads(self, scope: dict[str, Instruction], instruction: Instruction) -> list[int]:
         """Bytes that an instruction reads of each operand."""
         sizes = [scope[name].size if name in scope else 0 for name in instruction.operands]
@@ -117,7 +136,7 @@ class Program:
                 return [min(sizes[0], part) if in_memory else 0, *[0] * (len(sizes) - 1)]
             case "dynamic-update-slice":
                 return [0, *sizes[1:]]
-            case "custom-call" if instruction.name.startswith(_OF_STACKS):
+            case "custom-call" if instruction.of_stacks:
                 return [_layer(scope[name]) if name in scope else 0 for name in instruction.operands]
             case "fusion":
                 body = self.computations.get(instruction.called("calls") or "", {})
@@ -175,10 +194,13 @@ class Program:
         return total
 
 
-def _layer(stack: Instruction) -> int:
+def _is_stack(operand: Instruction) -> bool:
+    return len(operand.shapes) == 1 and len(operand.shapes[0]) == 3
+
+
+def _layer(operand: Instruction) -> int:
     """Bytes of one matrix of an operand `[layers, ...]`; all of another operand."""
-    shape = stack.shapes[0] if len(stack.shapes) == 1 else ()
-    return stack.size // shape[0] if len(shape) == 3 else stack.size
+    return operand.size // operand.shapes[0][0] if _is_stack(operand) else operand.size
 
 
 def _updated(body: dict[str, Instruction], root: Instruction, size: int) -> int:

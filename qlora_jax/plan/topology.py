@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from qlora_jax.nn.parallel import AXIS
 from qlora_jax.plan.devices import Machine, Platform
@@ -22,6 +22,8 @@ _COMPILERS: dict[Platform, tuple[tuple[str, ...], str]] = {
     "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), 'pip install "qlora-jax[cuda]"'),
     "tpu": (("libtpu",), 'pip install "qlora-jax[tpu]"'),
 }
+# JAX's own table of GPUs lacks some: one that it has, of the same compute capability.
+_KNOWN_TO_JAX = {"NVIDIA GeForce RTX 3090": "NVIDIA A10"}
 
 
 class CompilerMissing(RuntimeError):
@@ -76,9 +78,19 @@ def machine_mesh(machine: Machine) -> Mesh:
 
 @contextlib.contextmanager
 def context(mesh: Mesh) -> Iterator[None]:
-    """What training runs in: JAX's context of several devices, and none for one."""
-    with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
+    """What training runs in: JAX's context of several devices; of one GPU its description, where kernels look for it."""
+    if mesh.size > 1:
+        with jax.set_mesh(mesh):
+            yield
+    elif mesh.devices.flat[0].platform == "tpu":
         yield
+    else:
+        kind = str(mesh.devices.flat[0].device_kind)
+        device = AbstractDevice(device_kind=_KNOWN_TO_JAX.get(kind, kind), num_cores=None, platform="gpu")
+        with jax.sharding.use_abstract_mesh(
+            AbstractMesh((1,), mesh.axis_names, axis_types=mesh.axis_types, abstract_device=device)
+        ):
+            yield
 
 
 def _first_line(error: Exception) -> str:

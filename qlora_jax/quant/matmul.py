@@ -9,12 +9,13 @@ are in memory anyway, and dequantises them again.
 Two implementations of a 4-bit product:
 
     xla      dequantises into a temporary and multiplies; everywhere
-    pallas   a kernel that reads packed bytes only (`kernels`); on a TPU
+    pallas   a kernel that reads packed bytes only (`kernels`); on TPUs and NVIDIA GPUs
 
 "auto" takes the kernel for at most 64 rows of x (decoding, where the weights' bytes are the time), on a platform and for a
-matrix that it exists for, on one device; XLA otherwise, and for every gradient. "pallas" takes the kernel for all of it, in
-interpret mode where there is no such chip, and refuses what it does not support. It is a property of the weight
-(`QuantizedTensor.implementation`), so that a model's layers need not know: `with_implementation(model state, "xla")`.
+matrix that it exists for, on one device; XLA otherwise, and for every gradient. "pallas" takes the kernel for all of it but
+the gradient on GPUs, that of TPU in interpret mode where there is no such chip, and refuses what it does not support. It is
+a property of the weight (`QuantizedTensor.implementation`), so that a model's layers need not know:
+`with_implementation(model state, "xla")`.
 """
 
 import dataclasses
@@ -57,10 +58,9 @@ def matmul(x: Array, w: Array | QuantizedTensor | StackedTensor, *, implementati
 
 def _chosen(x: Array, w: QuantizedTensor, wanted: Implementation) -> Implementation:
     """What to do with the rows x: "auto" stays only where the kernel is to be taken by the platform."""
-    problem = kernels.problem(w, x.dtype)
-    if wanted == "pallas" and problem is not None:
+    if wanted == "pallas" and (problem := kernels.problem(w, x.dtype)) is not None:
         raise ValueError(f"implementation 'pallas': no kernel takes {problem}; 'auto' falls back to XLA")
-    if wanted == "auto" and (problem is not None or x.shape[0] > FEW_ROWS or not kernels.on_one_device()):
+    if wanted == "auto" and (x.shape[0] > FEW_ROWS or not kernels.exists(w, x.dtype) or not kernels.on_one_device()):
         return "xla"
     return wanted
 
@@ -109,7 +109,7 @@ def _product(implementation: Implementation, x: Array, w: QuantizedTensor | Stac
         case "auto":
             return kernels.matmul_where_chosen(x, w, otherwise=_xla)
         case "pallas":
-            return kernels.matmul(x, w)
+            return kernels.matmul(x, w, otherwise=_xla)
 
 
 def _forward(implementation: Implementation, x: Array, w: Any) -> tuple[Array, Any]:
@@ -118,7 +118,7 @@ def _forward(implementation: Implementation, x: Array, w: Any) -> tuple[Array, A
 
 def _backward(implementation: Implementation, w: Any, dy: Array) -> tuple[Array, None]:
     if implementation == "pallas":
-        return kernels.matmul_transposed(dy, w), None
+        return kernels.matmul_transposed(dy, w, otherwise=_xla_transposed), None
     return _xla_transposed(dy, w), None
 
 

@@ -14,9 +14,12 @@ from tiny_llama import TINY
 from qlora_jax.models.llama import llama_config
 from qlora_jax.nn import LoRA
 from qlora_jax.plan import DEVICES, SIZES, Recipe, compile_decode_step, compile_train_step, machine_mesh, machine_named
+from qlora_jax.plan import compile as compiling
 from qlora_jax.plan.compile import compile_program
 from qlora_jax.plan.fit import largest_that_fits
 from qlora_jax.plan.hlo import parse_program
+from qlora_jax.plan.topology import context
+from qlora_jax.quant import StackedTensor, matmul, quantize
 
 RECIPE = Recipe(llama_config(TINY), lora=LoRA(8), length=128, packed=False)
 
@@ -30,10 +33,11 @@ def of(plan):
     program = plan.program
     values = dataclasses.asdict(dataclasses.replace(plan, program=dataclasses.replace(program, text="")))
     del values["machine"]
-    loops = [trips for _, trips in parse_program(program.text).loops()]
+    parsed = parse_program(program.text)
+    loops = [trips for _, trips in parsed.loops()]
     counts = {"dense_matrices": dense_matrices(program.text)}
     counts |= {"copied_stacks": copies(program.text, "u8", 3), "copied_caches": copies(program.text, "bf16", 5)}
-    return {**values, "peak": program.peak, "loops": loops, **counts}
+    return {**values, "peak": program.peak, "loops": loops, "stack_reads": parsed.stack_reads(), **counts}
 
 
 def copies(text, dtype, axes):
@@ -43,6 +47,17 @@ def copies(text, dtype, axes):
     entry = program.computations[program.entry].values()
     made = [x for x in entry if x.opcode not in ("parameter", "get-tuple-element", "tuple", "while", "bitcast")]
     return sum(x == dtype and len(shape) == axes for one in made for x, shape in zip(one.dtypes, one.shapes, strict=True))
+
+
+def kernel_reads(machine, rows, dtype):
+    """(bytes that a program with the product of `rows` by a layer of a stack reads of it, bytes of the layer)."""
+    stack = jax.eval_shape(quantize, jax.ShapeDtypeStruct((3, 2048, 256), jnp.float32))
+    matrix = jax.eval_shape(StackedTensor, stack, jax.ShapeDtypeStruct((), jnp.int32))
+    mesh = machine_mesh(machine)
+    arguments = compiling.place((jax.ShapeDtypeStruct((rows, 2048), dtype), matrix), mesh, P())
+    with context(mesh):
+        program = compile_program(jax.jit(matmul), arguments, machine)
+    return parse_program(program.text).stack_reads(), stack.nbytes // 3
 
 
 def dense_matrices(text):
@@ -82,6 +97,9 @@ def main(platform):
         result["train"] = of(compile_train_step(host, machine_named("h100")))
         result["four"] = of(compile_train_step(RECIPE, machine_named("h100x4")))
         result["decode"] = of(compile_decode_step(RECIPE, machine_named("h100"), capacity=256))
+        gpus = [machine_named(name) for name in ("h100", "a100-80", "l4")]
+        cases = [(gpu, 1, "bfloat16") for gpu in gpus] + [(gpus[0], 64, "bfloat16"), (gpus[2], 8, "float32")]
+        result["kernels"] = [kernel_reads(*case) for case in cases]
         asked = []
 
         def peak(rows):

@@ -73,8 +73,15 @@ def test_a_decode_step_reads_the_weights_and_the_cache(cuda: Any) -> None:
     assert plan["cache"] == 2 * 3 * 256 * 2 * 64 * 2 + 256 + 4
     assert plan["program"]["aliased"] >= plan["cache"] - 260  # keys and values are donated
     least = plan["packed_weights"] + plan["dense_weights"] / 2 + plan["adapter"]  # of the token table one row is read
-    assert least < plan["program"]["traffic"] < 16 * least
+    assert least < plan["program"]["traffic"] < 3 * least
+    assert plan["packed_weights"] <= plan["stack_reads"] <= 1.1 * plan["packed_weights"]  # by the kernel, layer by layer
     assert plan["copied_caches"] == 0
+
+
+def test_the_kernel_of_4_bit_matrices_compiles_for_gpus(cuda: Any) -> None:
+    assert cuda["kernels"]
+    for read, layer in cuda["kernels"]:
+        assert layer <= read <= 1.1 * layer
 
 
 def test_the_fit_is_the_largest(cuda: Any) -> None:
@@ -96,6 +103,7 @@ def test_a_decode_step_for_tpu_reads_everything_once(tpu: Any) -> None:
     least = plan["packed_weights"] + plan["dense_weights"] / 2 + plan["adapter"] + plan["cache"]
     assert least < plan["program"]["traffic"] < 1.05 * least
     assert plan["copied_caches"] == 0
+    assert 0 < plan["stack_reads"] <= plan["packed_weights"]
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

@@ -1,6 +1,7 @@
 """Products with 4-bit matrices that read packed bytes only, and the choice among them.
 
     tpu.py      Pallas (Mosaic TPU): any number of rows, and the input gradient
+    gpu.py      Pallas (Triton): few rows, on NVIDIA GPUs from compute capability 8.0 on
 
 A kernel takes one matrix, or a stack of them with a number (`StackedTensor`). What no kernel takes is XLA's.
 """
@@ -8,6 +9,7 @@ A kernel takes one matrix, or a stack of them with a number (`StackedTensor`). W
 import functools
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -19,11 +21,27 @@ from qlora_jax.quant.stacked import StackedTensor
 from qlora_jax.quant.tensor import QuantizedTensor
 
 Packed = QuantizedTensor | StackedTensor
+Otherwise = Callable[[Array, Packed], Array]
+_BY_PLATFORM: dict[str, ModuleType] = {"tpu": tpu}
+try:  # Pallas calls its Triton backend deprecated: a JAX without it leaves GPUs to XLA
+    from qlora_jax.quant.kernels import gpu
+except ImportError:
+    pass
+else:
+    _BY_PLATFORM["cuda"] = gpu
 
 
 def problem(w: QuantizedTensor, dtype: DTypeLike) -> str | None:
-    """Why no kernel multiplies x of `dtype` with a matrix (or those of a stack); None where one does."""
-    return tpu.problem(w, dtype)
+    """Why the kernel of this process's platform does not multiply x of `dtype` with a matrix (or those of a stack).
+
+    None where it does. Where the platform has none, it is that of TPU, which is interpreted there.
+    """
+    return _BY_PLATFORM.get(_platform(), tpu).problem(w, dtype)
+
+
+def exists(w: QuantizedTensor, dtype: DTypeLike) -> bool:
+    """Whether the kernel of some platform multiplies x of `dtype` with a matrix (or those of a stack)."""
+    return any(platform.problem(w, dtype) is None for platform in _BY_PLATFORM.values())
 
 
 def on_one_device() -> bool:
@@ -32,33 +50,55 @@ def on_one_device() -> bool:
     return jax.device_count() == 1 if mesh.empty else mesh.size == 1
 
 
-def matmul(x: Array, w: Packed) -> Array:
-    """x `[M, in]` times W by the kernel of the platform, or by that of TPU in interpret mode."""
+def matmul(x: Array, w: Packed, *, otherwise: Otherwise) -> Array:
+    """x `[M, in]` times W by the kernel of the platform, or by that of TPU in interpret mode.
+
+    `otherwise` is for platforms whose kernel does not take W, if the program is compiled for one.
+    """
     interpreted = functools.partial(tpu.matmul, interpret=True)
-    return jax.lax.platform_dependent(x, *_parts(w), tpu=tpu.matmul, default=interpreted)
+    default = interpreted if tpu.problem(_parts(w)[0], x.dtype) is None else _of_parts(otherwise)
+    return jax.lax.platform_dependent(x, *_parts(w), **_kernels(w, x.dtype), default=default)
 
 
-def matmul_transposed(dy: Array, w: Packed) -> Array:
-    """dy `[M, out]` times the transpose of W, likewise."""
+def matmul_transposed(dy: Array, w: Packed, *, otherwise: Otherwise) -> Array:
+    """dy `[M, out]` times the transpose of W, likewise; by `otherwise` on GPUs, for which there is no such kernel."""
+    if tpu.problem(_parts(w)[0], dy.dtype) is not None:
+        return otherwise(dy, w)
     interpreted = functools.partial(tpu.matmul_transposed, interpret=True)
-    return jax.lax.platform_dependent(dy, *_parts(w), tpu=tpu.matmul_transposed, default=interpreted)
+    return jax.lax.platform_dependent(
+        dy, *_parts(w), tpu=tpu.matmul_transposed, cuda=_of_parts(otherwise), default=interpreted
+    )
 
 
-def matmul_where_chosen(x: Array, w: Packed, *, otherwise: Callable[[Array, Packed], Array]) -> Array:
+def matmul_where_chosen(x: Array, w: Packed, *, otherwise: Otherwise) -> Array:
     """`matmul` on platforms that have a kernel; elsewhere, and where its compiler refuses the kernel, `otherwise`."""
-
-    def fall_back(x: Array, w: QuantizedTensor, layer: Array | None) -> Array:
-        return otherwise(x, w if layer is None else StackedTensor(w, layer))
-
+    kernels = _kernels(w, x.dtype)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (x, *_parts(w)))
     leaves, tree = jax.tree.flatten(shapes)
-    if jax.default_backend() == "tpu" and not _compiles(tpu.matmul, tuple(leaves), tree):
+    kernel = kernels.get(_platform())
+    if kernel is not None and not _compiles(kernel, tuple(leaves), tree):
         return otherwise(x, w)
-    return jax.lax.platform_dependent(x, *_parts(w), tpu=tpu.matmul, default=fall_back)
+    return jax.lax.platform_dependent(x, *_parts(w), **kernels, default=_of_parts(otherwise))
+
+
+def _kernels(w: Packed, dtype: DTypeLike) -> dict[str, Callable[..., Array]]:
+    """The products by kernel, of the platforms that have one for W."""
+    matrix, _ = _parts(w)
+    return {name: module.matmul for name, module in _BY_PLATFORM.items() if module.problem(matrix, dtype) is None}
+
+
+def _platform() -> str:
+    """Of this process, as programs are compiled for it."""
+    name = jax.default_backend()
+    return name if name != "gpu" else "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
 
 
 def _parts(w: Packed) -> tuple[QuantizedTensor, Array | None]:
     return (w.stack, w.index) if isinstance(w, StackedTensor) else (w, None)
+
+
+def _of_parts(function: Otherwise) -> Callable[[Array, QuantizedTensor, Array | None], Array]:
+    return lambda x, w, layer: function(x, w if layer is None else StackedTensor(w, layer))
 
 
 @functools.cache

@@ -38,6 +38,7 @@ from jax.typing import DTypeLike
 
 from qlora_jax.quant.codebooks import SCALE_BLOCK_SIZE, DataType, codebook
 from qlora_jax.quant.dynamic import dynamic_values
+from qlora_jax.quant.kernels.operands import Static, stacked, static
 from qlora_jax.quant.tensor import QuantizedTensor
 
 _LANES = 128
@@ -79,7 +80,7 @@ def problem(w: QuantizedTensor, dtype: DTypeLike) -> str | None:
 
 def matmul(x: Array, w: QuantizedTensor, layer: Array | None = None, *, interpret: Any = False) -> Array:
     """x `[M, in]` times W, in the dtype of x; `layer`, int32 scalar, names the matrix where `w` is a stack."""
-    w, index = _stacked(w, layer, interpret)
+    w, index = _in_hbm(w, layer, interpret)
     count, columns = x.shape[0], w.shape[-1]
     tiles = forward_tiles(count, w, x.dtype)
     inner = w.codes.shape[1]
@@ -90,7 +91,7 @@ def matmul(x: Array, w: QuantizedTensor, layer: Array | None = None, *, interpre
     if not one_block:
         scratch.append(pltpu.VMEM((2 * inner, tiles.tile), x.dtype))
     return pl.pallas_call(
-        partial(_forward, w=_static(w), tiles=tiles, one_block=one_block),
+        partial(_forward, w=static(w), tiles=tiles, one_block=one_block),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(pl.cdiv(columns, tiles.tile), pl.cdiv(count, tiles.rows)),
@@ -111,14 +112,14 @@ def matmul(x: Array, w: QuantizedTensor, layer: Array | None = None, *, interpre
 
 def matmul_transposed(dy: Array, w: QuantizedTensor, layer: Array | None = None, *, interpret: Any = False) -> Array:
     """dy `[M, out]` times the transpose of W, in the dtype of dy."""
-    w, index = _stacked(w, layer, interpret)
+    w, index = _in_hbm(w, layer, interpret)
     count, columns = dy.shape
     inner = w.codes.shape[1]
     tiles = gradient_tiles(count, w, dy.dtype)
     scales, scale_specs = _scales(w, index, columns, lambda *_: 0)
     blocks = inner // tiles.tile
     return pl.pallas_call(
-        partial(_gradient, w=_static(w), tiles=tiles),
+        partial(_gradient, w=static(w), tiles=tiles),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(2, blocks, pl.cdiv(count, tiles.rows)),
@@ -176,32 +177,13 @@ def _forward_bytes(rows: int, tile: int, inner: int, width: int) -> int:
     return 2 * inner * tile + 2 * inner * tile * width + 4 * rows * inner * width + 8 * rows * tile
 
 
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """What a kernel knows of its matrix when it is compiled."""
-
-    data_type: DataType
-    block_size: int
-    scale_rows: int
-    double_quantized: bool
-
-
-def _static(w: QuantizedTensor) -> _Static:
-    return _Static(w.data_type, w.block_size, w.scales.shape[1], w.double_quantized)
-
-
-def _stacked(w: QuantizedTensor, layer: Array | None, interpret: Any) -> tuple[QuantizedTensor, Array]:
-    """A stack, of one matrix where it was none, and int32 `[1]`, the number of the matrix in it.
-
-    A stack stays in HBM: XLA, which does not know that a kernel reads one layer of it, would bring all of it to vector
-    memory in every layer wherever it fits.
-    """
-    if layer is None:
-        return jax.tree.map(lambda leaf: leaf[None], w), jnp.zeros((1,), jnp.int32)
-    if not interpret:
+def _in_hbm(w: QuantizedTensor, layer: Array | None, interpret: Any) -> tuple[QuantizedTensor, Array]:
+    """`stacked`, of which a stack stays in HBM: XLA, which does not know that a kernel reads one layer of it, would bring all
+    of it to vector memory in every layer wherever it fits."""
+    if layer is not None and not interpret:
         codes, scales = (pltpu.with_memory_space_constraint(leaf, pltpu.HBM) for leaf in (w.codes, w.scales))
         w = dataclasses.replace(w, codes=codes, scales=scales)
-    return w, jnp.asarray(layer, jnp.int32).reshape(1)
+    return stacked(w, layer)
 
 
 def _scales(w: QuantizedTensor, index: Array, tile: int, column: Any) -> tuple[list[Array], list[pl.BlockSpec]]:
@@ -248,7 +230,7 @@ def spans_of(rows: int) -> int:
     return (SCALE_BLOCK_SIZE - common + rows - 1) // SCALE_BLOCK_SIZE + 1
 
 
-def _write_scales(scales: Any, rest: tuple[Any, ...], out: Any, at: Any, first_column: Any, w: _Static) -> None:
+def _write_scales(scales: Any, rest: tuple[Any, ...], out: Any, at: Any, first_column: Any, w: Static) -> None:
     """Scales as float32 into columns `at` of `out` `[scale rows, columns]`; the first is column `first_column` of W."""
     codes = scales[0, :, at]
     if not w.double_quantized:
@@ -280,7 +262,7 @@ def _tables(data_type: DataType, columns: int) -> tuple[Array, Array]:
     return table(0), table(8)
 
 
-def _values(codes: Array, scales: Any, first_scale: Any, at: Any, tables: tuple[Array, Array], w: _Static) -> Array:
+def _values(codes: Array, scales: Any, first_scale: Any, at: Any, tables: tuple[Array, Array], w: Static) -> Array:
     """Codes 0-15 int32 `[n, columns]` to float32 numbers.
 
     Their scales lie in the scratch `scales`, from row `first_scale` on, in its columns `at`.
@@ -308,7 +290,7 @@ def _dot(x: Array, w: Array, contract: tuple[int, int] = (1, 0)) -> Array:
 
 
 def _forward(
-    _: Any, left: Any, right: Any, codes: Any, scales: Any, *refs: Any, w: _Static, tiles: Tiles, one_block: bool
+    _: Any, left: Any, right: Any, codes: Any, scales: Any, *refs: Any, w: Static, tiles: Tiles, one_block: bool
 ) -> None:
     rest, (out, scratch, *dense) = refs[:2] if w.double_quantized else (), refs[2:] if w.double_quantized else refs
     inner, chunk = codes.shape[1], tiles.chunk
@@ -353,7 +335,7 @@ def _forward(
     out[...] = (_dot(left[...], matrix[:inner]) + _dot(right[...], matrix[inner:])).astype(out.dtype)
 
 
-def _gradient(_: Any, dy: Any, codes: Any, scales: Any, *refs: Any, w: _Static, tiles: Tiles) -> None:
+def _gradient(_: Any, dy: Any, codes: Any, scales: Any, *refs: Any, w: Static, tiles: Tiles) -> None:
     rest, (out, scratch, matrix) = refs[:2] if w.double_quantized else (), refs[2:] if w.double_quantized else refs
     half, block, rows = (pl.program_id(axis) for axis in range(3))
     chunk, columns = tiles.chunk, codes.shape[2]
