@@ -78,6 +78,16 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
 # What a run is
 
 
+def test_packed_tables_in_a_run(options: Options) -> None:
+    """They train rows, lower the loss, and are in the record and on the card."""
+    packed = but(but(options, "model", quantize_tables="nf4"), "lora", trainable_token_indices=(5, 6))
+    folder = finetune(but(packed, "run", eval_every=3), progress=False)
+    assert read_training_record(folder) == TrainingRecord(Quantization(), "chat", "nf4")
+    assert "its token table and head in NF4" in (folder / "README.md").read_text(encoding="utf-8")
+    before, *_, after = rows_of(options.run.output)
+    assert after["eval_loss"] < before["eval_loss"]
+
+
 def test_what_a_run_leaves(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
     output = options.run.output
     folder = finetune(but(options, "run", samples=1), progress=False)

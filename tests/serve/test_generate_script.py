@@ -144,10 +144,12 @@ def test_an_adapter_is_asked_as_it_was_trained(
     adapter = write_small_adapter(tmp_path / "adapter", HIDDEN)
     TrainingRecord(Quantization("int4", 32, double_quantization=False), "guanaco").save(adapter)
     seen: list[Any] = []
+    stored: list[str] = []
 
-    def fake_load_model(checkpoint: Any, *, quantization: Any, **settings: Any) -> Any:
+    def fake_load_model(checkpoint: Any, *, quantization: Any, tables: Any, **settings: Any) -> Any:
         seen.append(quantization)
-        return load_model(checkpoint, quantization=quantization, **settings)
+        stored.append(tables)
+        return load_model(checkpoint, quantization=quantization, tables=tables, **settings)
 
     def fake_generate(graphdef: Any, state: Any, prompts: Any, **settings: Any) -> Any:
         seen.append(PreTrainedTokenizerFast.from_pretrained(folder).decode(prompts[0]))
@@ -162,9 +164,10 @@ def test_an_adapter_is_asked_as_it_was_trained(
     assert run(capsys, *options, "--data-type", "nf4", "--template", "chat")[0] == 0
     assert seen == [Quantization("nf4", 32, double_quantization=False), "<s>user: Hi</s><s>assistant: "]
     seen.clear()
-    TrainingRecord(None, "alpaca").save(adapter)
+    TrainingRecord(None, "alpaca", "int8").save(adapter)
     assert run(capsys, *options)[0] == 0
     assert seen[0] is None
+    assert stored == ["none", "none", "int8"]
     assert seen[1].startswith("Below is an instruction")
     (adapter / "qlora_jax.json").write_text('{"template": "chat"}')
     code, _, err = run(capsys, *options)
