@@ -178,8 +178,8 @@ def _forward_bytes(rows: int, tile: int, inner: int, width: int) -> int:
 
 
 def _in_hbm(w: QuantizedTensor, layer: Array | None, interpret: Any) -> tuple[QuantizedTensor, Array]:
-    """`stacked`, of which a stack stays in HBM: XLA, which does not know that a kernel reads one layer of it, would bring all
-    of it to vector memory in every layer wherever it fits."""
+    """`stacked`, of which a stack stays in HBM: XLA, which does not know that a kernel reads one layer of it, would bring
+    all of it to vector memory in every layer wherever it fits."""
     if layer is not None and not interpret:
         codes, scales = (pltpu.with_memory_space_constraint(leaf, pltpu.HBM) for leaf in (w.codes, w.scales))
         w = dataclasses.replace(w, codes=codes, scales=scales)
