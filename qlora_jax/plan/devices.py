@@ -133,10 +133,11 @@ def _gpu(
 # (openxla/xla, xla/backends/gpu/target_config/specs/*.txtpb), which are device queries of real ones. Those of L4 and
 # RTX 4090: "NVIDIA Ada GPU Architecture"; of RTX 3090: "NVIDIA Ampere GA102 GPU Architecture"; their memory: CUDA's
 # totalGlobalMem as torch.cuda.get_device_properties prints it (22692, 24217 and 24259 MiB under Linux). Sizes by compute
-# capability: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". Peaks are of dense bfloat16
+# capability: CUDA C++ Programming Guide, "Technical Specifications". Peaks are those of dense bfloat16
 # Tensor Cores with float32 sums, half of what data sheets say with sparsity: A100's (312), H100's and H200's (1979 / 2), HGX
 # B200's (4500 / 2), L4's (242 / 2), the two papers (330.4 / 2 and 142 / 2). Those of the last three are cores x clock x 1024
-# operations on an L4, 512 on a GeForce.
+# operations on an L4, 512 on a GeForce. Read at the source were OpenXLA's files; the peaks and what there is on L4, RTX 4090
+# and RTX 3090 were read in third-party tables of these papers.
 _GPUS = (
     _gpu(
         "h100",
