@@ -113,6 +113,19 @@ def test_a_kernel_of_a_stack_reads_one_layer() -> None:
     assert program.traffic() == 2 * 512 + 128 * 512 + 1024
 
 
+def test_the_configuration_of_a_kernel_does_not_end_a_computation() -> None:
+    program = parse_program(
+        "ENTRY %main (a: f32[64]) -> f32[64] {\n"
+        "  %a = f32[64]{0} parameter(0)\n"
+        '  %k = f32[64]{0} custom-call(%a), custom_call_target="tpu_custom_call", kernel_metadata={\n'
+        "{\n"
+        '}}, metadata={op_name="pallas_call"}\n'
+        "  ROOT %b = f32[64]{0} negate(%k)\n"
+        "}\n"
+    )
+    assert program.traffic() == 2 * (256 + 256)
+
+
 def test_what_updates_a_slice_writes_the_slice() -> None:
     program = parse_program(
         "ENTRY %main (a: f32[64,8], b: f32[1,8], i: s32[]) -> f32[64,8] {\n"
