@@ -27,7 +27,7 @@ from qlora_jax.checkpoint.record import chosen_quantization, read_training_recor
 from qlora_jax.checkpoint.source import open_checkpoint
 from qlora_jax.checkpoint.special_tokens import grown
 from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, tokenizer_source
-from qlora_jax.quant import DataType, Quantization
+from qlora_jax.quant import DataType, Quantization, TableStorage
 
 LOW_AGREEMENT = 0.9  # share of positions with the same most likely token, below which the other base is named
 SAMPLES = (
@@ -86,7 +86,7 @@ def main() -> int:
 def run(arguments: Arguments) -> None:
     record = read_training_record(arguments.adapter)
     quantization = chosen_quantization(record, arguments.data_type, arguments.block_size, arguments.double_quantization)
-    tables = "none" if record is None else record.tables
+    tables: TableStorage = "none" if record is None else record.tables
     if arguments.base == "dequantized" and quantization is None and tables == "none":
         raise ValueError("--base dequantized: expected an adapter that was trained on 4 bits, found one on dense weights")
     source = arguments.model or str(fetch_default_model())
