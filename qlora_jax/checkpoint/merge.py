@@ -126,7 +126,7 @@ def merge(
         checkpoint = with_copy(checkpoint, head, table)
         names.append(head)
     retrained = retrained_parameters(adapter, trained, keys)
-    packed: dict[str, TableStorage] = {name: from_tables for name in _tables(checkpoint)} if from_tables != "none" else {}
+    packed: dict[str, TableStorage] = dict.fromkeys(_tables(checkpoint), from_tables) if from_tables != "none" else {}
     entries: dict[str, dict[str, Entry]] = {
         name: {name: (_DTYPES[dtype], tuple(checkpoint.shapes[name]))}
         if quantization is None or name not in linear
