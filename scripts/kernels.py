@@ -110,6 +110,9 @@ def main() -> int:
     if arguments.model not in SIZES:
         print(f"error: --model: expected one of {', '.join(SIZES)}, found {arguments.model!r}", file=sys.stderr)
         return 1
+    if not arguments.rows or min(arguments.rows) < 1:
+        print(f"error: --rows: expected numbers from 1 on, found {' '.join(map(str, arguments.rows))}", file=sys.stderr)
+        return 1
     try:
         machine = machine_named(arguments.device)
         if machine.count > 1:

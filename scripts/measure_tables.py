@@ -1,6 +1,7 @@
 """What packed token tables cost: the held-out loss of a base model with each storage, and the bytes of its tables.
 
-    python scripts/measure_tables.py --data ../shared/data/oasst_guanaco.jsonl ../shared/data/gsm8k.jsonl
+    python scripts/measure_tables.py                                    SmolLM2-135M on rows of the instructions that ship
+    python scripts/measure_tables.py --data mine.jsonl --rows 100       on the last 100 rows of a file
 
 Each of the last rows of each file, its texts joined, is read by the base model, linear layers in NF4, up to 256 tokens. The
 last line is JSON.
@@ -9,6 +10,7 @@ last line is JSON.
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.source import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
+from qlora_jax.data import PLAIN_ANSWERS
 from qlora_jax.models import CausalLM
 from qlora_jax.quant import TABLE_STORAGES
 from qlora_jax.train.loss import row_losses
@@ -31,11 +34,11 @@ LENGTH = 256
 class Arguments:
     """What to measure on what."""
 
-    data: tuple[Path, ...]
-    """JSON lines."""
+    data: tuple[Path, ...] = (Path(PLAIN_ANSWERS),)
+    """JSON lines, of texts or of messages."""
     model: str | None = None
     """Folder, .gguf file or hub id; SmolLM2-135M-Instruct if left out."""
-    rows: int = 12
+    rows: int = 48
     """Of each file, the last ones."""
 
 
@@ -44,7 +47,7 @@ def main() -> None:
     source = arguments.model or str(fetch_default_model())
     tokenizer = load_tokenizer(source)
     texts = [
-        "\n".join(value for value in json.loads(line).values() if isinstance(value, str))
+        text_of(json.loads(line))
         for path in arguments.data
         for line in path.read_text(encoding="utf-8").splitlines()[-arguments.rows :]
     ]
@@ -71,6 +74,12 @@ def main() -> None:
         found.append({"tables": storage, "loss": total / float(mask.sum()), "table_bytes": size})
         print(f"{storage:5s} loss {found[-1]['loss']:.4f}  tables {size / 2**20:.1f} MiB", flush=True)
     print(json.dumps({"tokens": int(mask.sum()), "model": source, "rows": found}))
+
+
+def text_of(row: dict[str, Any]) -> str:
+    """The texts of a row, those of its messages too, one below the other."""
+    values = [row, *(row.get("messages") or ())]
+    return "\n".join(text for value in values for name, text in value.items() if isinstance(text, str) and name != "role")
 
 
 if __name__ == "__main__":

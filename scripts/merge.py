@@ -5,7 +5,8 @@
 
 The adapter was trained on the base in 4 bits. Merged onto the original weights (`--base original`) it meets
 weights that are slightly different from those; merged onto the dequantised ones (`--base dequantized`) it
-meets the same, at the cost of the 4-bit rounding in all linear layers. The last lines compare both with what
+meets the same, at the cost of the 4-bit rounding in all linear layers (and of that in token table and head, where these
+were packed). The last lines compare both with what
 was trained: the adapter, unmerged, on the base in 4 bits.
 """
 
@@ -26,7 +27,7 @@ from qlora_jax.checkpoint.record import chosen_quantization, read_training_recor
 from qlora_jax.checkpoint.source import open_checkpoint
 from qlora_jax.checkpoint.special_tokens import grown
 from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, tokenizer_source
-from qlora_jax.quant import DataType, Quantization
+from qlora_jax.quant import DataType, Quantization, TableStorage
 
 LOW_AGREEMENT = 0.9  # share of positions with the same most likely token, below which the other base is named
 SAMPLES = (
@@ -85,7 +86,8 @@ def main() -> int:
 def run(arguments: Arguments) -> None:
     record = read_training_record(arguments.adapter)
     quantization = chosen_quantization(record, arguments.data_type, arguments.block_size, arguments.double_quantization)
-    if arguments.base == "dequantized" and quantization is None:
+    tables: TableStorage = "none" if record is None else record.tables
+    if arguments.base == "dequantized" and quantization is None and tables == "none":
         raise ValueError("--base dequantized: expected an adapter that was trained on 4 bits, found one on dense weights")
     source = arguments.model or str(fetch_default_model())
     checkpoint = open_checkpoint(source, arguments.revision)
@@ -109,13 +111,13 @@ def run(arguments: Arguments) -> None:
         dtype="bfloat16" if arguments.dtype == "4bit" else arguments.dtype,
         quantization=packed,
         from_dequantized=quantization if arguments.base == "dequantized" else None,
+        from_tables=tables if arguments.base == "dequantized" else "none",
         tokenizer=tokenizer,
     )
     print(f"Merged {arguments.adapter} into {source} ({arguments.base} weights, {arguments.dtype}): {arguments.output}")
     if not arguments.compare:
         return
     # One model at a time: the logits of the first are on the host before the second is loaded.
-    tables = "none" if record is None else record.tables
     trained = load_adapter(load_model(checkpoint, quantization=quantization, tables=tables, lora=adapter.lora), adapter)
     before = sample_logits(trained, batches)
     del trained

@@ -6,7 +6,8 @@ Parameters that the adapter trains as a whole, or rows of tables, take their tra
 table and either was trained by itself, the result has both, and says so in config.json.
 
 W is the matrix of the checkpoint, or, with `from_dequantized`, dequantize(quantize(W)): what the adapter saw
-while it was trained. The first keeps the base as it was published; the second keeps what training arrived at
+while it was trained; `from_tables` says the same of a token table and a head that were packed. The first
+keeps the base as it was published; the second keeps what training arrived at
 (`logit_drift` tells how far apart the two end up). Without an adapter the same path exports a checkpoint, a
 GGUF file say, as such a folder. Linear layers can be written in bitsandbytes' 4 bits (bnb.py).
 
@@ -42,13 +43,22 @@ from transformers import PreTrainedTokenizerFast
 from qlora_jax.checkpoint.adapter import check_family, check_fit
 from qlora_jax.checkpoint.adapter_files import Adapter, tensor_names
 from qlora_jax.checkpoint.bnb import quantization_config, quantized_shapes, quantized_tensors
-from qlora_jax.checkpoint.load import check_tensors, with_copy, with_tied
+from qlora_jax.checkpoint.load import check_tensors, find, with_copy, with_tied
 from qlora_jax.checkpoint.retrained import Retrained, retrained_parameters
 from qlora_jax.checkpoint.source import Checkpoint, CheckpointError
 from qlora_jax.checkpoint.tokenizer import save_tokenizer
 from qlora_jax.models import T5, Key, Model, Trained, family_of, tied_head
 from qlora_jax.models.trained import TABLE
-from qlora_jax.quant import Quantization, QuantizedTensor, dequantize, quantize
+from qlora_jax.quant import (
+    PackedTable,
+    Quantization,
+    QuantizedTensor,
+    TableStorage,
+    dequantize,
+    quantize,
+    quantize_rows,
+    take_rows,
+)
 
 __all__ = ["Drift", "MergedDtype", "logit_drift", "merge", "sample_logits"]
 
@@ -76,6 +86,7 @@ def merge(
     dtype: MergedDtype = "bfloat16",
     quantization: Quantization | None = None,
     from_dequantized: Quantization | None = None,
+    from_tables: TableStorage = "none",
     tokenizer: PreTrainedTokenizerFast | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
@@ -89,6 +100,7 @@ def merge(
         quantization: of the linear layers, for transformers with bitsandbytes; None leaves them in `dtype`.
         from_dequantized: how the base was quantised in training; merge onto those values instead of the
             original ones.
+        from_tables: the same of the token table and the head.
         shard_bytes: the most that one file holds, except for a tensor that is larger by itself.
 
     Returns:
@@ -114,6 +126,7 @@ def merge(
         checkpoint = with_copy(checkpoint, head, table)
         names.append(head)
     retrained = retrained_parameters(adapter, trained, keys)
+    packed: dict[str, TableStorage] = dict.fromkeys(_tables(checkpoint), from_tables) if from_tables != "none" else {}
     entries: dict[str, dict[str, Entry]] = {
         name: {name: (_DTYPES[dtype], tuple(checkpoint.shapes[name]))}
         if quantization is None or name not in linear
@@ -131,7 +144,9 @@ def merge(
             raise CheckpointError(f"{output}: expected {needed:,} free bytes for the merged model, found {free:,}.")
         with tqdm(total=len(names), desc="merging", unit="tensor", disable=not progress, leave=False) as bar:
             for file, shard in shards.items():
-                tensors = _merged(checkpoint, adapter, retrained, shard, linear, dtype, quantization, from_dequantized, bar)
+                tensors = _merged(
+                    checkpoint, adapter, retrained, shard, linear, packed, dtype, quantization, from_dequantized, bar
+                )
                 stored = {part: entry for name in shard for part, entry in entries[name].items()}
                 _write_shard(temporary / file, stored, tensors)
         if len(shards) > 1:
@@ -228,6 +243,7 @@ def _merged(
     retrained: Mapping[str, Retrained],
     names: Sequence[str],
     linear: set[str],
+    packed: Mapping[str, TableStorage],
     dtype: MergedDtype,
     quantization: Quantization | None,
     from_dequantized: Quantization | None,
@@ -243,6 +259,8 @@ def _merged(
             bar.update()
             continue
         tensor = checkpoint.read(name)
+        if name in packed:  # before rows of it that were trained take their values
+            tensor = _through_packing(tensor, packed[name])
         if name in retrained:
             tensor = retrained[name].put(tensor)
         if name in linear and from_dequantized is not None and name not in checkpoint.quantized:
@@ -280,6 +298,22 @@ def _quantized(matrix: np.ndarray, quantization: Quantization) -> QuantizedTenso
 def _through_quantization(matrix: np.ndarray, quantization: Quantization) -> np.ndarray:
     """float32 dequantize(quantize(matrix))."""
     return np.asarray(jax.jit(dequantize, static_argnames="dtype")(_quantized(matrix, quantization), jnp.float32)).T
+
+
+def _tables(checkpoint: Checkpoint) -> list[str]:
+    """The names of the tensors that `quantize_tables` packs."""
+    family = family_of(checkpoint.config)
+    config = family.config(checkpoint.config)
+    frozen = nnx.state(nnx.eval_shape(lambda: family.model(config, tables="int8", rngs=nnx.Rngs(0))))
+    return [
+        key.name for key in config.keys if not key.linear and isinstance(find(frozen, key.path).get_value(), PackedTable)
+    ]
+
+
+def _through_packing(table: np.ndarray, storage: TableStorage) -> np.ndarray:
+    """The float32 rows of a table `[vocabulary, features]` that is packed so."""
+    packed = quantize_rows(jnp.asarray(table), storage, jnp.float32)
+    return np.asarray(take_rows(packed, jnp.arange(len(table))))
 
 
 def _bytes_of(entries: Mapping[str, Entry]) -> int:

@@ -36,7 +36,7 @@ def _(plan: Plan, recipe: Recipe, machine: Machine, title: str, seconds: float =
         title=title,
         machine=machine,
         device=(
-            ("weights in 4 bits", plan.packed_weights),
+            ("packed weights", plan.packed_weights),
             ("other frozen weights", plan.dense_weights),
             ("adapter", plan.adapter),
             ("optimizer", plan.optimizer),
@@ -70,7 +70,7 @@ def _(plan: DecodePlan, recipe: Recipe, machine: Machine, title: str, seconds: f
         title=title,
         machine=machine,
         device=(
-            ("weights in 4 bits", plan.packed_weights),
+            ("packed weights", plan.packed_weights),
             ("other frozen weights", plan.dense_weights),
             ("adapter", plan.adapter),
             ("cache", plan.cache),
@@ -94,7 +94,7 @@ def _(plan: QuickPlan, recipe: Recipe, machine: Machine, title: str, seconds: fl
         title=title,
         machine=machine,
         device=(
-            ("weights in 4 bits", plan.packed_weights),
+            ("packed weights", plan.packed_weights),
             ("other frozen weights", plan.dense_weights),
             ("adapter", plan.adapter),
             ("optimizer", plan.optimizer),

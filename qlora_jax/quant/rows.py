@@ -118,15 +118,34 @@ def take_rows(w: Array | PackedTable, index: Array) -> Array:
 
 
 def rows_product(x: Array, w: PackedTable, dtype: DTypeLike) -> Array:
-    """x `[n, features]` times all rows, `[n, rows]` in `dtype`."""
+    """x `[n, features]` times all rows, `[n, rows]` in `dtype`; the table is a constant to differentiation."""
+    product: Any = _product(jnp.dtype(dtype), x, w)
+    return product
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(dtype: Any, x: Array, w: PackedTable) -> Array:
     if (
         isinstance(w, QuantizedTensor)
+        and w.implementation != "xla"
         and (len(x) <= FEW_ROWS and dtype == x.dtype)
         and kernels.on_one_device()
-        and kernels.problem(w, x.dtype) is None
+        and kernels.exists(w, x.dtype)
     ):
         return kernels.matmul_where_chosen(x, w, otherwise=lambda x, w: _sliced_product(x, w, dtype))  # type: ignore[arg-type]
     return _sliced_product(x, w, dtype)
+
+
+def _forward(dtype: Any, x: Array, w: PackedTable) -> tuple[Array, tuple[PackedTable, Array]]:
+    return _product(dtype, x, w), (w, x[:0])  # of x the dtype alone
+
+
+def _backward(_: Any, kept: tuple[PackedTable, Array], dy: Array) -> tuple[Array, None]:
+    w, empty = kept
+    return rows_sum(dy, w, empty.dtype), None
+
+
+_product.defvjp(_forward, _backward)
 
 
 def rows_sum(share: Array, w: PackedTable, dtype: DTypeLike) -> Array:

@@ -1,5 +1,6 @@
 """Merging: against PEFT's own, read by transformers and by ourselves, and never half written."""
 
+import dataclasses
 import errno
 import importlib.util
 import json
@@ -29,7 +30,7 @@ from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.models import CausalLM, linear_modules
 from qlora_jax.models.llama import llama_config
 from qlora_jax.nn import LoRA, select_targets
-from qlora_jax.quant import Quantization, dequantize, quantize
+from qlora_jax.quant import Quantization, TableStorage, dequantize, quantize
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "merge.py"
 CONFIG: dict[str, Any] = {
@@ -221,6 +222,26 @@ def test_onto_what_training_saw(
     assert drift["dequantized"].same_token == 1
     assert drift["dequantized"].positions == 49
     assert drift["original"].mean > 0.1
+
+
+@pytest.mark.parametrize("tables", ["int8", "nf4"])
+def test_onto_the_packed_tables_that_training_saw(
+    checkpoint: Checkpoint, tensors: dict[str, np.ndarray], tmp_path: Path, tables: TableStorage
+) -> None:
+    """Logits equal those of the adapter on packed tables, of which it trained one row."""
+    lora = LoRA(rank=4, alpha=6, target_modules=("q_proj",), trainable_token_indices=(7,))
+    row = np.full((1, 64), 0.5, np.float32)
+    found = random_adapter(checkpoint, lora)
+    name = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    adapter = dataclasses.replace(found, tensors={**found.tensors, name: row})
+    merge(checkpoint, adapter, tmp_path / "it", dtype="float32", from_tables=tables, progress=False)
+    np.testing.assert_array_equal(read_all(tmp_path / "it")["model.embed_tokens.weight"][7], row[0])
+    trained = load_model(checkpoint, quantization=None, tables=tables, lora=lora, dtype=jnp.float32, progress=False)
+    merged = load_model(open_checkpoint(str(tmp_path / "it")), quantization=None, dtype=jnp.float32, progress=False)
+    before, after = (
+        sample_logits(model, [np.arange(9, dtype=np.int32)[None]]) for model in (load_adapter(trained, adapter), merged)
+    )
+    assert logit_drift(before, after).max < 1e-3
 
 
 def test_drift_of_known_logits() -> None:

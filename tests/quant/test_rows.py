@@ -20,6 +20,7 @@ from qlora_jax.quant import (
     table_shape,
     take_rows,
     with_double_quantization,
+    with_implementation,
     with_single_scales,
 )
 
@@ -82,6 +83,27 @@ def test_rows_and_products_are_those_of_the_dense_table(
         wide = dense.astype(np.float64)
         np.testing.assert_allclose(rows_product(jnp.asarray(x), one, jnp.float32), x @ wide.T, atol=2e-4)
         np.testing.assert_allclose(rows_sum(jnp.asarray(share), one, jnp.float32), share @ wide, atol=2e-4)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_the_gradient_of_a_product_is_that_of_the_dense_table(table: np.ndarray, storage: TableStorage) -> None:
+    found, draws = packed(table, storage), np.random.default_rng(2)
+    x, dy = (draws.standard_normal((3, side), np.float32) for side in table.shape[::-1])
+    _, pull_back = jax.vjp(lambda x: rows_product(x, found, jnp.float32), jnp.asarray(x))
+    dense = np.asarray(take_rows(found, jnp.arange(len(table))), np.float64)
+    np.testing.assert_allclose(pull_back(jnp.asarray(dy))[0], dy @ dense, atol=1e-4)
+
+
+def test_a_table_in_4_bits_has_a_kernel_that_differentiates_and_can_be_turned_off() -> None:
+    x = jax.ShapeDtypeStruct((4, 512), jnp.bfloat16)
+    w = jax.eval_shape(lambda w: quantize_rows(w, "nf4"), jax.ShapeDtypeStruct((1024, 512), jnp.bfloat16))
+
+    def lowered(w: Any) -> str:
+        step = jax.value_and_grad(lambda x, w: rows_product(x, w, x.dtype).astype(jnp.float32).sum())
+        return jax.jit(step).trace(x, w).lower(lowering_platforms=("tpu",)).as_text()
+
+    assert "tpu_custom_call" in lowered(w)
+    assert "tpu_custom_call" not in lowered(with_implementation(w, "xla"))
 
 
 @pytest.mark.parametrize("storage", STORAGES)

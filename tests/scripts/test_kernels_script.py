@@ -40,3 +40,9 @@ def test_matrices_of_a_model() -> None:
     expected = {"q, o": (4096, 4096), "k, v": (4096, 1024), "gate, up": (4096, 14336), "down": (14336, 4096)}
     assert script.matrices("llama-3-8b") == expected
     assert list(script.matrices("llama-7b")) == ["q, k, v, o", "gate, up", "down"]
+
+
+def test_no_rows_are_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["kernels.py", "--rows", "8", "0"])
+    assert script.main() == 1
+    assert capsys.readouterr().err == "error: --rows: expected numbers from 1 on, found 8 0\n"
