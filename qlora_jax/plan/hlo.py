@@ -233,7 +233,9 @@ def parse_program(text: str) -> Program:
             if head := _HEAD.match(line):
                 current = computations.setdefault(head[2], {})
                 entry = head[2] if head[1] else entry
-        elif line == "}" or line.startswith("}, "):  # not the end of some configuration within an instruction: "}}, metadata="
+        elif line == "}" or line.startswith(
+            "}, "
+        ):  # not the end of some configuration within an instruction: "}}, metadata="
             current = None
         elif found := _LINE.match(line):
             root, name, result, opcode, rest = found.groups()
