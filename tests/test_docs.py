@@ -80,8 +80,10 @@ def test_commands_parse(page: str, command: str, tmp_path: Path, monkeypatch: py
 def test_flags_exist(page: Path) -> None:
     known = set().union(*(flags(options_of(path.name)) for path in (ROOT / "scripts").glob("*.py")))
     text = page.read_text(encoding="utf-8")
-    commands_of_others = r"python qlora\.py .*?```|trl sft .*?```|`--lora_modules[^`]*`|`tensorboard [^`]*`|XLA_FLAGS=\S+|"
+    commands_of_others = (
+        r"python qlora\.py .*?```|trl sft .*?```|`--lora_modules[^`]*`|`tensorboard [^`]*`|XLA_FLAGS=\S+|"
         r"LIBTPU_INIT_ARGS=\"[^\"]*\""
+    )
     text = re.sub(commands_of_others, "", text, flags=re.DOTALL)
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*)", text)) - {"help", "config"}
     assert named
