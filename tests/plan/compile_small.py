@@ -62,7 +62,7 @@ def kernel_reads(machine, rows, dtype):
 
 def dense_matrices(text):
     """How many dense copies of layers' matrices live at most at once in a loop, in the order of its schedule: what a
-    fusion makes of packed bytes, from there to where it is read last."""
+    fusion makes of packed bytes, from there to where it is read last. One that multiplies as well makes no copy."""
     sizes = {a * b for a, b in ((256, 256), (256, 128), (256, 512))}
     program, most = parse_program(text), 0
     for loop, _ in program.loops():
@@ -70,7 +70,8 @@ def dense_matrices(text):
         alive = []
         for place, instruction in enumerate(body):
             inner = program.computations.get(instruction.called("calls") or "", {}).values()
-            if any(x.opcode == "parameter" and x.dtypes == ("u8",) for x in inner):
+            multiplies = any(x.opcode in ("convolution", "dot") for x in inner)
+            if not multiplies and any(x.opcode == "parameter" and x.dtypes == ("u8",) for x in inner):
                 arrays = zip(instruction.dtypes, instruction.shapes, strict=True)
                 copies = sum(dtype == "bf16" and math.prod(shape) in sizes for dtype, shape in arrays)
                 alive += [(place, last_use(body, instruction.name))] * copies
