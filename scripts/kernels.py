@@ -61,6 +61,7 @@ from qlora_jax.quant import (
 )
 from qlora_jax.quant.codebooks import SCALE_BLOCK_SIZE
 from qlora_jax.quant.kernels import gpu, tpu
+from qlora_jax.quant.kernels.tpu_scales import spans_of
 
 _KERNELS = {"tpu": tpu, "cuda": gpu}
 LAYERS = 32  # of the stack that a layer is taken from: too many for XLA to bring all of them on chip ahead of the kernel
@@ -210,7 +211,7 @@ def kernel_bytes(stack: QuantizedTensor, rows: int, gradient: bool, platform: Pl
         matrix = codes + scales + 4 * -(-scales // SCALE_BLOCK_SIZE)
         parts = 4 * grid.parts if grid.parts > 1 else 2
         return -(-rows // grid.rows) * matrix + rows * (2 * inputs + parts * outputs)
-    spread = 4 * tpu.spans_of(inputs // stack.block_size) * outputs
+    spread = 4 * spans_of(inputs // stack.block_size) * outputs
     if gradient:
         tiles = tpu.gradient_tiles(rows, stack, jnp.bfloat16)
         one_block = rows <= tiles.rows  # then dy stays; else it is read for every tile of W

@@ -21,8 +21,9 @@ import tyro
 from qlora_jax.checkpoint.adapter import check_family, load_adapter
 from qlora_jax.checkpoint.adapter_files import read_adapter
 from qlora_jax.checkpoint.default_model import fetch_default_model
+from qlora_jax.checkpoint.drift import logit_drift, sample_logits
 from qlora_jax.checkpoint.load import load_model, storage_of
-from qlora_jax.checkpoint.merge import MergedDtype, logit_drift, merge, sample_logits
+from qlora_jax.checkpoint.merge import MergedDtype, merge
 from qlora_jax.checkpoint.record import chosen_quantization, read_training_record
 from qlora_jax.checkpoint.source import open_checkpoint
 from qlora_jax.checkpoint.special_tokens import grown

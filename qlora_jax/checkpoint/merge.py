@@ -8,7 +8,7 @@ table and either was trained by itself, the result has both, and says so in conf
 W is the matrix of the checkpoint, or, with `from_dequantized`, dequantize(quantize(W)): what the adapter saw
 while it was trained; `from_tables` says the same of a token table and a head that were packed. The first
 keeps the base as it was published; the second keeps what training arrived at
-(`logit_drift` tells how far apart the two end up). Without an adapter the same path exports a checkpoint, a
+(`drift.logit_drift` tells how far apart the two end up). Without an adapter the same path exports a checkpoint, a
 GGUF file say, as such a folder. Linear layers can be written in bitsandbytes' 4 bits (bnb.py).
 
     config.json                        the checkpoint's, with the new dtype (and quantization_config)
@@ -22,7 +22,6 @@ and its tensors streamed after it: the host holds the adapter and up to three fl
 The folder is written under a temporary name beside its own, which it takes at the end: it is whole or absent.
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -36,7 +35,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from jax import Array
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -47,7 +45,7 @@ from qlora_jax.checkpoint.load import check_tensors, find, with_copy, with_tied
 from qlora_jax.checkpoint.retrained import Retrained, retrained_parameters
 from qlora_jax.checkpoint.source import Checkpoint, CheckpointError
 from qlora_jax.checkpoint.tokenizer import save_tokenizer
-from qlora_jax.models import T5, Key, Model, Trained, family_of, tied_head
+from qlora_jax.models import T5, Key, Trained, family_of, tied_head
 from qlora_jax.models.trained import TABLE
 from qlora_jax.quant import (
     PackedTable,
@@ -60,7 +58,7 @@ from qlora_jax.quant import (
     take_rows,
 )
 
-__all__ = ["Drift", "MergedDtype", "logit_drift", "merge", "sample_logits"]
+__all__ = ["MergedDtype", "merge"]
 
 MergedDtype = Literal["bfloat16", "float16", "float32"]
 Entry = tuple[np.dtype, tuple[int, ...]]  # dtype and shape of a tensor in a file
@@ -167,53 +165,6 @@ def merge(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return output
-
-
-@dataclasses.dataclass(frozen=True)
-class Drift:
-    """How far the logits of two models lie apart over some positions.
-
-    Attributes:
-        max, mean: of the absolute difference.
-        same_token: share of positions at which both prefer the same next token.
-        positions: how many were compared.
-    """
-
-    max: float
-    mean: float
-    same_token: float
-    positions: int
-
-
-def sample_logits(model: Model, batches: Sequence[Array | np.ndarray]) -> list[np.ndarray]:
-    """float32 logits `[b, t, vocabulary]` of int32 token batches `[b, t]`, on the host, so that the model may
-    be dropped before the one to compare with is loaded. An encoder-decoder reads the first half of each row, and its
-    logits are those of the second."""
-    graph, state = nnx.split(model)
-
-    def run_model(state: Any, tokens: Array) -> Array:
-        merged = nnx.merge(graph, state)
-        if not isinstance(merged, T5):
-            return merged(tokens).astype(jnp.float32)
-        sources, targets = jnp.split(tokens, [(tokens.shape[1] + 1) // 2], axis=1)
-        start = jnp.full((tokens.shape[0], 1), merged.config.decoder_start_token_id, tokens.dtype)
-        return merged(sources, jnp.concatenate([start, targets[:, :-1]], axis=1)).astype(jnp.float32)
-
-    run = jax.jit(run_model)
-    return [np.asarray(run(state, jnp.asarray(tokens))) for tokens in batches]
-
-
-def logit_drift(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> Drift:
-    """The differences between two results of `sample_logits` over the same tokens."""
-    differences = [np.abs(a - b) for a, b in zip(before, after, strict=True)]
-    same = [(a.argmax(-1) == b.argmax(-1)).sum() for a, b in zip(before, after, strict=True)]
-    positions = sum(math.prod(a.shape[:-1]) for a in before)
-    return Drift(
-        max=float(max(difference.max() for difference in differences)),
-        mean=float(sum(difference.sum(dtype=np.float64) for difference in differences) / sum(a.size for a in before)),
-        same_token=float(sum(same) / positions),
-        positions=positions,
-    )
 
 
 def check_all(checkpoint: Checkpoint, adapter: Adapter | None) -> tuple[tuple[Key, ...], Trained]:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax import Array
 
 from qlora_jax.nn import gather
+from qlora_jax.nn.parallel import devices_of_context
 from qlora_jax.quant import keep_stacked
 
 Remat = Literal["none", "dots", "full", "offload"]
@@ -62,6 +63,6 @@ def by_layer(layers: Any) -> tuple[Any, Callable[[Any, Array], Any]]:
     On one device matrices in 4 bits stay in their stacks, where kernels read them without a copy; on several, a layer's
     leaves are cut out and gathered.
     """
-    if jax.sharding.get_abstract_mesh().size > 1:
+    if devices_of_context() > 1:
         return layers, lambda state, _: gather(state)
     return keep_stacked(layers)

@@ -51,7 +51,7 @@ def place(mesh: Mesh | None, tree: Any, spec: P) -> Any:
 
 def gather(tree: Any) -> Any:
     """Whole leaves on every device of the context's mesh, in a traced function."""
-    if jax.sharding.get_abstract_mesh().size <= 1:
+    if devices_of_context() == 1:
         return tree
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, P()), tree)
 
@@ -76,6 +76,6 @@ def over_rows(function: Callable[..., Array], frozen: Any, *rows: Array, spread:
 
 def by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of arrays with a leading batch axis, run by each device on its own rows (for opaque kernels)."""
-    if jax.sharding.get_abstract_mesh().size <= 1:
+    if devices_of_context() == 1:
         return function
     return jax.shard_map(function, in_specs=P(AXIS), out_specs=P(AXIS), check_vma=False)

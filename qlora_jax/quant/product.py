@@ -3,12 +3,15 @@
 A GPU and a TPU take any form. XLA's CPU backend is at the speed of the machine only
 
     for operands in bfloat16, where the result is asked for in float32 (else it multiplies in float32: half the speed)
+    where there is more than one row of them (else it converts all of the second operand first: 25 times slower)
     where the axis that is summed over is the last of the first operand (else up to five times slower)
 
-so there the result is rounded afterwards, and a first operand that lies otherwise is turned first: the smaller of the two.
+so there the result is rounded afterwards, one row gets a second one of zeros, and a first operand that lies otherwise is
+turned first: the smaller of the two.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +20,35 @@ from jax.typing import DTypeLike
 
 
 def product(equation: str, a: Array, b: Array, dtype: DTypeLike | None = None) -> Array:
-    """`jnp.einsum` of two matrices, or of two stacks of them, in `dtype` (that of a if None). Not to be differentiated on
-    its own: the choice among platforms would keep operands of both ways."""
-    dtype = jnp.dtype(a.dtype if dtype is None else dtype)
+    """`jnp.einsum` of two matrices, or of two stacks of them, in `dtype` (that of a if None).
+
+    Every axis is in two of the three arrays, or in all. Only reverse mode differentiates it: of a choice among platforms,
+    JAX itself would keep what each of them needs.
+    """
+    result: Any = _product(equation, a, b, jnp.dtype(a.dtype if dtype is None else dtype))
+    return result
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _product(equation: str, a: Array, b: Array, dtype: Any) -> Array:
     plain = partial(jnp.einsum, equation, preferred_element_type=dtype)
     return jax.lax.platform_dependent(a, b, cpu=partial(_on_cpu, equation, dtype=dtype), default=plain)
+
+
+def _product_forward(equation: str, a: Array, b: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
+    return _product(equation, a, b, dtype), (a, b)
+
+
+def _product_backward(equation: str, _: Any, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    a, b = kept
+    operands, _, of_result = equation.partition("->")
+    of_a, _, of_b = operands.partition(",")
+    gradient = gradient.astype(a.dtype)
+    of_a_gradient = product(f"{of_result},{of_b}->{of_a}", gradient, b, a.dtype)
+    return of_a_gradient, product(f"{of_result},{of_a}->{of_b}", gradient, a, b.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def _on_cpu(equation: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
@@ -29,7 +56,11 @@ def _on_cpu(equation: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
     of_a, _, of_b = operands.partition(",")
     summed = next(axis for axis in of_a if axis in of_b and axis not in of_result)
     if of_a[-1] == summed:
-        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32).astype(dtype)
+        one_row = a.shape[-2] == 1 and a.dtype == jnp.bfloat16 and of_a[-2] == of_result[-2]
+        if one_row:
+            a = jnp.concatenate([a, jnp.zeros_like(a)], axis=-2)
+        result = jnp.einsum(equation, a, b, preferred_element_type=jnp.float32).astype(dtype)
+        return result[..., :1, :] if one_row else result
     if a.size > b.size:
         turned = f"{of_b},{of_a}->{of_result[:-2]}{of_result[-1]}{of_result[-2]}"
         return jax.lax.optimization_barrier(_on_cpu(turned, b, a, dtype)).swapaxes(-1, -2)

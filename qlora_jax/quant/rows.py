@@ -25,6 +25,7 @@ from qlora_jax.quant import kernels
 from qlora_jax.quant.codebooks import SCALE_BLOCK_SIZE
 from qlora_jax.quant.dynamic import lookup_dynamic
 from qlora_jax.quant.matmul import FEW_ROWS
+from qlora_jax.quant.product import product
 from qlora_jax.quant.spec import Quantization
 from qlora_jax.quant.tensor import QuantizedTensor, dequantize, quantize
 
@@ -119,12 +120,12 @@ def take_rows(w: Array | PackedTable, index: Array) -> Array:
 
 def rows_product(x: Array, w: PackedTable, dtype: DTypeLike) -> Array:
     """x `[n, features]` times all rows, `[n, rows]` in `dtype`; the table is a constant to differentiation."""
-    product: Any = _product(jnp.dtype(dtype), x, w)
-    return product
+    result: Any = _rows_product(jnp.dtype(dtype), x, w)
+    return result
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(dtype: Any, x: Array, w: PackedTable) -> Array:
+def _rows_product(dtype: Any, x: Array, w: PackedTable) -> Array:
     if (
         isinstance(w, QuantizedTensor)
         and w.implementation != "xla"
@@ -137,7 +138,7 @@ def _product(dtype: Any, x: Array, w: PackedTable) -> Array:
 
 
 def _forward(dtype: Any, x: Array, w: PackedTable) -> tuple[Array, tuple[PackedTable, Array]]:
-    return _product(dtype, x, w), (w, x[:0])  # of x the dtype alone
+    return _rows_product(dtype, x, w), (w, x[:0])  # of x the dtype alone
 
 
 def _backward(_: Any, kept: tuple[PackedTable, Array], dy: Array) -> tuple[Array, None]:
@@ -145,7 +146,7 @@ def _backward(_: Any, kept: tuple[PackedTable, Array], dy: Array) -> tuple[Array
     return rows_sum(dy, w, empty.dtype), None
 
 
-_product.defvjp(_forward, _backward)
+_rows_product.defvjp(_forward, _backward)
 
 
 def rows_sum(share: Array, w: PackedTable, dtype: DTypeLike) -> Array:
@@ -153,9 +154,7 @@ def rows_sum(share: Array, w: PackedTable, dtype: DTypeLike) -> Array:
 
     def add(total: Array, start: int | Array, size: int) -> Array:
         part = jax.lax.dynamic_slice_in_dim(share, start, size, axis=1)
-        return total + jnp.einsum(
-            "nv,vd->nd", part, _between(w, start, size, share.dtype), preferred_element_type=jnp.float32
-        )
+        return total + product("nv,vd->nd", part, _between(w, start, size, share.dtype), jnp.float32)
 
     rows, features = table_shape(w)
     return _over_slices(add, jnp.zeros((len(share), features), jnp.float32), rows, features).astype(dtype)
@@ -170,7 +169,7 @@ def with_single_scales(w: Array | PackedTable) -> Array | PackedTable:
 
 def _sliced_product(x: Array, w: PackedTable, dtype: DTypeLike) -> Array:
     def put(result: Array, start: int | Array, size: int) -> Array:
-        part = jnp.einsum("nd,vd->nv", x, _between(w, start, size, x.dtype), preferred_element_type=dtype)
+        part = product("nd,vd->nv", x, _between(w, start, size, x.dtype), dtype)
         return jax.lax.dynamic_update_slice_in_dim(result, part, start, axis=1)
 
     rows, features = table_shape(w)

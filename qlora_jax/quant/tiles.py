@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from qlora_jax.quant.product import product
 from qlora_jax.quant.tensor import QuantizedTensor, block_scales, dequantize_in_vectors
 
 _VALUES = 2**18  # of a tile
@@ -22,11 +23,12 @@ def matmul(x: Array, w: QuantizedTensor) -> Array:
     width = tile_width(rows, columns)
     scales = jax.lax.optimization_barrier(block_scales(w))
 
-    def product(_: None, start: Array) -> tuple[None, Array]:
-        codes, of_tile = (jax.lax.dynamic_slice_in_dim(array, start, width, axis=1) for array in (w.codes, scales))
-        return None, x @ dequantize_in_vectors(codes, of_tile, w.data_type).astype(x.dtype)
+    def of_tile(_: None, start: Array) -> tuple[None, Array]:
+        codes, tile_scales = (jax.lax.dynamic_slice_in_dim(array, start, width, axis=1) for array in (w.codes, scales))
+        values = dequantize_in_vectors(codes, tile_scales, w.data_type).astype(x.dtype)
+        return None, product("nk,km->nm", x, values)
 
-    _, parts = jax.lax.scan(product, None, width * jnp.arange(columns // width))
+    _, parts = jax.lax.scan(of_tile, None, width * jnp.arange(columns // width))
     return parts.swapaxes(0, 1).reshape(x.shape[0], columns)
 
 

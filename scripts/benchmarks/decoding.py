@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.page import Section, machine_said, skipped_said, versions_said
 from benchmarks.training import disturbed_said
-from benchmarks.workers import MEBIBYTE, OURS, Found, Platform, Run, command, cores, disturbed
+from benchmarks.workers import MEBIBYTE, OURS, Found, Platform, Run, command, cores, disturbed, peaks
 
 TEXT = """The harbour was quiet in the early morning. Two boats had come in during the night, and their crews were asleep
 below deck. On the quay a woman in a green coat counted crates of oranges, wrote the number into a small book, and counted
@@ -77,8 +77,7 @@ def summary(runs: Sequence[dict[str, Any]], rows: int, platform: Platform) -> di
         # A token alone need not keep all cores busy: only the spread of the answers tells of neighbours.
         "disturbed": disturbed(seconds, 1.0, platform),
         "prefill_seconds": statistics.median(second for found in runs for second in found["prefill_seconds"]),
-        "peak_resident_bytes": max(found["peak_resident_bytes"] for found in runs),
-        "peak_device_bytes": max((found["peak_device_bytes"] or 0 for found in runs), default=0) or None,
+        **peaks(runs),
         "load_seconds": statistics.median(found["load_seconds"] for found in runs),
         "start_seconds": statistics.median(found["start_seconds"] for found in runs),
         "tokens": runs[0]["tokens"],

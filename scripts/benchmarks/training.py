@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.page import Section, machine_said, skipped_said, versions_said
-from benchmarks.workers import MEBIBYTE, OURS, Found, Platform, Run, command, cores, disturbed
+from benchmarks.workers import MEBIBYTE, OURS, Found, Platform, Run, command, cores, disturbed, peaks
 
 
 def runs_of(
@@ -71,8 +71,7 @@ def summary(runs: Sequence[dict[str, Any]], tokens: int, platform: Platform) -> 
         "step_cpu_seconds": cpu_median,
         "busy": busy,
         "disturbed": disturbed(steps, busy, platform),
-        "peak_resident_bytes": max(found["peak_resident_bytes"] for found in runs),
-        "peak_device_bytes": max((found["peak_device_bytes"] or 0 for found in runs), default=0) or None,
+        **peaks(runs),
         **{
             name: statistics.median([found[name] for found in runs])
             for name in ("load_seconds", "first_step_seconds", "start_seconds")

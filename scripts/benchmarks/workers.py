@@ -181,6 +181,14 @@ def disturbed(seconds: Sequence[float], busy: float, platform: Platform) -> bool
     return (platform == "cpu" and busy < QUIET) or max(seconds) > STEADY * min(seconds)
 
 
+def peaks(runs: Sequence[dict[str, Any]]) -> dict[str, int | None]:
+    """The largest peaks of all runs; that of device memory is None where nothing reports one."""
+    return {
+        "peak_resident_bytes": max(found["peak_resident_bytes"] for found in runs),
+        "peak_device_bytes": max((found["peak_device_bytes"] or 0 for found in runs), default=0) or None,
+    }
+
+
 def device() -> dict[str, Any]:
     """The machine, as far as it is a CPU."""
     cpu = "unknown"

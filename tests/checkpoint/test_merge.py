@@ -23,8 +23,9 @@ from qlora_jax.checkpoint import merge as merge_module
 from qlora_jax.checkpoint.adapter import load_adapter
 from qlora_jax.checkpoint.adapter_files import Adapter, tensor_names, write_adapter
 from qlora_jax.checkpoint.default_model import fetch_default_model
+from qlora_jax.checkpoint.drift import logit_drift, sample_logits
 from qlora_jax.checkpoint.load import load_model
-from qlora_jax.checkpoint.merge import logit_drift, merge, sample_logits
+from qlora_jax.checkpoint.merge import merge
 from qlora_jax.checkpoint.source import Checkpoint, CheckpointError, open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.models import CausalLM, linear_modules

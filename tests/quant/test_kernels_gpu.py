@@ -9,20 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
+from kernel_checks import LIMITS, random, relative_error
 
 from qlora_jax.quant import StackedTensor, dequantize, kernels, matmul, quantize
 from qlora_jax.quant.codebooks import codebook
 from qlora_jax.quant.kernels import gpu
-
-LIMITS = {"float32": 1e-6, "bfloat16": 4e-3}
-
-
-def random(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
-
-
-def relative_error(found: Any, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(np.asarray(found, np.float64) - expected) / np.linalg.norm(expected))
 
 
 # 1792 rows have 28 scales a column: groups of 256 of them begin within columns. They go in 2 parts, of 7 blocks each.

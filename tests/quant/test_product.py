@@ -32,6 +32,23 @@ def test_values_are_those_of_einsum_in_float64(equation: str, result: Any, dtype
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=tolerance, atol=1e-6 * np.abs(exact).max() * 4)
 
 
+@pytest.mark.parametrize("equation", ["nk,km->nm", "nk,km->mn"])
+def test_one_row_in_bfloat16(equation: str) -> None:
+    a, b = operands(equation, jnp.bfloat16)
+    found = product(equation, a[:1], b, jnp.float32)
+    expected = np.einsum(equation, np.asarray(a[:1], np.float64), np.asarray(b, np.float64))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("equation", FORMS)
+def test_gradients_are_those_of_einsum(equation: str) -> None:
+    a, b = operands(equation, jnp.float32)
+    y, pull_back = jax.vjp(lambda a, b: product(equation, a, b), a, b)
+    expected = jax.vjp(lambda a, b: jnp.einsum(equation, a, b), a, b)[1](jnp.cos(y))
+    for found, wanted in zip(pull_back(jnp.cos(y)), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("equation", FORMS)
 def test_on_a_cpu_sums_run_over_the_last_axis_into_float32(equation: str) -> None:
     a, b = operands(equation, jnp.bfloat16)

@@ -14,31 +14,26 @@ Looking a code up. A gather along the 8 sublanes of a register is one instructio
 16 values lie in two registers of 8: two gathers by the code's low three bits and a select by its top one, 6.5 instructions a
 value with the unpacking, against 23 for a tree of 15 selects. Values are exact float32.
 
-The scales. Under double quantisation they are uint8 codes `[K/block, N]`; the value of a code is a closed form. Their absmax
-belongs to 256 scales in the order of the blocks, `n K/block + r`: some columns, or a part of one. A column touches at most
-`spans` groups, so what reaches the kernel is `[spans, N]`, the absmax of each group that a column touches, and row r of
-column n takes the one of number (n K/block mod 256 + r) // 256. That is 0.1 to 0.2 % of the packed bytes.
+The scales are made once for a tile of columns (tpu_scales.py).
 
 A stack of matrices `[layers, ...]` is passed whole, with the number of the layer: the block specs read from it where it
 lies. XLA would cut the layer out first, which reads, writes and reads the packed bytes.
 """
 
 import dataclasses
-import math
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from qlora_jax.quant.codebooks import SCALE_BLOCK_SIZE, DataType, codebook
-from qlora_jax.quant.dynamic import dynamic_values
+from qlora_jax.quant.codebooks import DataType, codebook
 from qlora_jax.quant.kernels.operands import Static, stacked, static
+from qlora_jax.quant.kernels.tpu_scales import scale_operands, write_scales
 from qlora_jax.quant.tensor import QuantizedTensor
 
 _LANES = 128
@@ -85,7 +80,7 @@ def matmul(x: Array, w: QuantizedTensor, layer: Array | None = None, *, interpre
     tiles = forward_tiles(count, w, x.dtype)
     inner = w.codes.shape[1]
     halves = [pl.BlockSpec((tiles.rows, inner), lambda n, m, _, half=half: (m, half)) for half in range(2)]
-    scales, scale_specs = _scales(w, index, tiles.tile, lambda n, m, *_: n)
+    scales, scale_specs = scale_operands(w, index, tiles.tile, lambda n, m, *_: n)
     one_block = count <= tiles.rows
     scratch = [pltpu.VMEM((w.scales.shape[1], tiles.tile), jnp.float32)]
     if not one_block:
@@ -116,7 +111,7 @@ def matmul_transposed(dy: Array, w: QuantizedTensor, layer: Array | None = None,
     count, columns = dy.shape
     inner = w.codes.shape[1]
     tiles = gradient_tiles(count, w, dy.dtype)
-    scales, scale_specs = _scales(w, index, columns, lambda *_: 0)
+    scales, scale_specs = scale_operands(w, index, columns, lambda *_: 0)
     blocks = inner // tiles.tile
     return pl.pallas_call(
         partial(_gradient, w=static(w), tiles=tiles),
@@ -186,68 +181,6 @@ def _in_hbm(w: QuantizedTensor, layer: Array | None, interpret: Any) -> tuple[Qu
     return stacked(w, layer)
 
 
-def _scales(w: QuantizedTensor, index: Array, tile: int, column: Any) -> tuple[list[Array], list[pl.BlockSpec]]:
-    """The scales as the kernels want them, and how they reach them: `column` maps a grid step to the tile of columns."""
-    rows = w.scales.shape[1]
-    arrays, specs = [w.scales], [pl.BlockSpec((1, rows, tile), lambda *i: (i[-1][0], 0, column(*i)))]
-    if w.scale_absmax is not None and w.scale_offset is not None:
-        absmax = spread_absmax(w.scale_absmax[index[0]], rows, w.shape[-1])
-        arrays += [absmax, w.scale_offset[index[0]].reshape(1, 1)]
-        specs.append(pl.BlockSpec((absmax.shape[0], tile), lambda *i: (0, column(*i))))
-        specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
-    return arrays, specs
-
-
-def spread_absmax(absmax: Array, rows: int, columns: int) -> Array:
-    """float32 `[groups]` to `[spans, columns]`: the absmax of the first group that a column touches, of the next, and so on.
-
-    Which groups these are repeats every `period` columns, or `step` groups; the choice is a product with zeros and ones,
-    since a gather is slow on TPU.
-    """
-    common = math.gcd(rows, SCALE_BLOCK_SIZE)
-    period, step = SCALE_BLOCK_SIZE // common, rows // common
-    spans = spans_of(rows)
-    if step == 1:
-        return jnp.repeat(absmax, period)[None, :columns]
-    repeats = -(-columns // period)
-    width = step + spans - 1
-    padded = jnp.pad(absmax, (0, (repeats + 1) * step + spans - absmax.size))
-    parts = [padded[: repeats * step].reshape(repeats, step)]
-    if spans > 1:
-        parts.append(padded[step : (repeats + 1) * step].reshape(repeats, step)[:, : spans - 1])
-    source = jnp.concatenate(parts, axis=1)
-    choice = np.zeros((width, spans, period), np.float32)
-    for column in range(period):
-        for span in range(spans):
-            choice[min(column * rows // SCALE_BLOCK_SIZE + span, width - 1), span, column] = 1
-    spread = jnp.einsum("gw,wsp->sgp", source, jnp.asarray(choice), precision="highest")
-    return spread.reshape(spans, -1)[:, :columns]
-
-
-def spans_of(rows: int) -> int:
-    """The most groups of 256 scales that one column of `rows` scales touches."""
-    common = math.gcd(rows, SCALE_BLOCK_SIZE)
-    return (SCALE_BLOCK_SIZE - common + rows - 1) // SCALE_BLOCK_SIZE + 1
-
-
-def _write_scales(scales: Any, rest: tuple[Any, ...], out: Any, at: Any, first_column: Any, w: Static) -> None:
-    """Scales as float32 into columns `at` of `out` `[scale rows, columns]`; the first is column `first_column` of W."""
-    codes = scales[0, :, at]
-    if not w.double_quantized:
-        out[:, at] = codes
-        return
-    absmax, offset = rest
-    groups = absmax[0:1, at]
-    if absmax.shape[0] > 1:
-        column = first_column + jax.lax.broadcasted_iota(jnp.int32, codes.shape, 1)
-        row = jax.lax.broadcasted_iota(jnp.int32, codes.shape, 0)
-        span = (((column * w.scale_rows) & (SCALE_BLOCK_SIZE - 1)) + row) >> 8  # // 256, which would ask for an attached TPU
-        groups = jnp.broadcast_to(groups, codes.shape)
-        for number in range(1, absmax.shape[0]):
-            groups = jnp.where(span == number, absmax[number : number + 1, at], groups)
-    out[:, at] = dynamic_values(codes) * groups + offset[0, 0]
-
-
 def _tables(data_type: DataType, columns: int) -> tuple[Array, Array]:
     """The values of the codes 0-7 and 8-15, float32 `[8, columns]`, one a sublane."""
     sublane = jax.lax.broadcasted_iota(jnp.int32, (8, columns), 0)
@@ -305,7 +238,7 @@ def _forward(
         return high.astype(left.dtype), low.astype(left.dtype)
 
     if one_block:
-        _write_scales(scales, rest, scratch, slice(None), first_column, w)
+        write_scales(scales, rest, scratch, slice(None), first_column, w)
         tables = _tables(w.data_type, tiles.tile)
 
         def add(number: Any, total: Array) -> Array:
@@ -322,7 +255,7 @@ def _forward(
 
     @pl.when(pl.program_id(1) == 0)
     def _unpack() -> None:
-        _write_scales(scales, rest, scratch, slice(None), first_column, w)
+        write_scales(scales, rest, scratch, slice(None), first_column, w)
 
         def write(number: Any, carry: None) -> None:
             high, low = unpacked(number)
@@ -350,7 +283,7 @@ def _gradient(_: Any, dy: Any, codes: Any, scales: Any, *refs: Any, w: Static, t
 
     @pl.when((half == 0) & (block == 0) & (rows == 0))
     def _scale() -> None:
-        by_columns(lambda first, at: _write_scales(scales, rest, scratch, at, first, w))
+        by_columns(lambda first, at: write_scales(scales, rest, scratch, at, first, w))
 
     @pl.when(rows == 0)
     def _unpack() -> None:
