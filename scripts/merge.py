@@ -119,7 +119,7 @@ def run(arguments: Arguments) -> None:
     if not arguments.compare:
         return
     # One model at a time: the logits of the first are on the host before the second is loaded.
-    trained = load_adapter(load_model(checkpoint, quantization=quantization, tables=tables, lora=adapter.lora), adapter)
+    trained = load_adapter(load_model(checkpoint, quantization=quantization, tables=tables, method=adapter.method), adapter)
     before = sample_logits(trained, batches)
     del trained
     after = sample_logits(load_model(open_checkpoint(str(arguments.output)), quantization=packed), batches)

@@ -129,7 +129,7 @@ def run(arguments: Arguments) -> None:
         draw([report], asked.plot)
         print(f"  drawn: {asked.plot}")
     recipe_values = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name != "config"}
-    recipe_values |= {"lora": dataclasses.asdict(recipe.lora)}
+    recipe_values |= {"method": dataclasses.asdict(recipe.method)}
     recipe_values["quantization"] = None if recipe.quantization is None else dataclasses.asdict(recipe.quantization)
     print(json.dumps({**as_json(report), "model": model, "recipe": recipe_values, "found": found}))
 

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from qlora_jax.checkpoint.source import Checkpoint, CheckpointError, listed
 from qlora_jax.models import Family, Key, Model, ModelConfig, Remat, family_of
-from qlora_jax.nn import AttentionImplementation, LoRA, LoRAScaling, default_implementation, frozen_sharding, place
+from qlora_jax.nn import AdapterConstant, AttentionImplementation, default_implementation, frozen_sharding, place
+from qlora_jax.peft import Method
 from qlora_jax.quant import (
     PackedTable,
     Quantization,
@@ -50,7 +51,7 @@ def load_model(
     *,
     quantization: Quantization | None = Quantization(),
     tables: TableStorage = "none",
-    lora: LoRA | None = None,
+    method: Method | None = None,
     dtype: DTypeLike | None = None,
     attention: AttentionImplementation | None = None,
     remat: Remat = "full",
@@ -85,14 +86,14 @@ def load_model(
             config,
             quantization=quantization,
             tables=tables,
-            lora=lora,
+            method=method,
             dtype=dtype,
             attention=attention or default_implementation(),
             remat=remat,
             rngs=nnx.Rngs(seed),
         )
 
-    graph, adapter, scaling, frozen = nnx.split(nnx.eval_shape(build), nnx.LoRAParam, LoRAScaling, ...)
+    graph, adapter, constants, frozen = nnx.split(nnx.eval_shape(build), nnx.LoRAParam, AdapterConstant, ...)
     check_tensors(checkpoint, family, config, frozen)
 
     total = sum(len(key.names()) for key in config.keys)
@@ -105,10 +106,10 @@ def load_model(
             not_finite += bad
     if not_finite:
         raise CheckpointError(f"{checkpoint.source}: tensors that hold NaN or infinite values: {listed(not_finite)}")
-    if lora is not None:  # the weights that the constructor would draw are dead code here, only the adapter is made
-        made = jax.jit(lambda: nnx.state(build(), nnx.LoRAParam, LoRAScaling))()
-        adapter, scaling = place(mesh, made, PartitionSpec())
-    return nnx.merge(graph, adapter, scaling, frozen)
+    if method is not None:  # the weights that the constructor would draw are dead code here, only the adapter is made
+        made = jax.jit(lambda: nnx.state(build(), nnx.LoRAParam, AdapterConstant))()
+        adapter, constants = place(mesh, made, PartitionSpec())
+    return nnx.merge(graph, adapter, constants, frozen)
 
 
 def storage_of(checkpoint: Checkpoint, asked: Quantization | None) -> Quantization | None:

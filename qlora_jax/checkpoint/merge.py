@@ -39,7 +39,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.checkpoint.adapter import check_family, check_fit
-from qlora_jax.checkpoint.adapter_files import Adapter, tensor_names
+from qlora_jax.checkpoint.adapter_files import Adapter
 from qlora_jax.checkpoint.bnb import quantization_config, quantized_shapes, quantized_tensors
 from qlora_jax.checkpoint.load import check_tensors, find, with_copy, with_tied
 from qlora_jax.checkpoint.retrained import Retrained, retrained_parameters
@@ -182,7 +182,7 @@ def check_all(checkpoint: Checkpoint, adapter: Adapter | None) -> tuple[tuple[Ke
     check_tensors(checkpoint, family, config, abstract)
     if adapter is not None:
         check_family(adapter, config.family)  # before names that another family lacks are looked for
-        model = nnx.eval_shape(lambda: family.model(config, lora=adapter.lora, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: family.model(config, method=adapter.method, rngs=nnx.Rngs(0)))
         check_fit(adapter, model)
         return config.keys, model.trained
     return config.keys, Trained()
@@ -202,8 +202,9 @@ def _merged(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a shard, one at a time."""
     for name in names:
-        name_a, name_b = tensor_names(name.rsplit(".", 1)[0])
-        adapted = name in linear and adapter is not None and name_a in adapter.tensors
+        module = name.rsplit(".", 1)[0]
+        update = {} if adapter is None or name not in linear else adapter.of_module(module)
+        adapted = bool(update)
         as_it_is = name in checkpoint.quantized and quantization == checkpoint.quantization and not adapted
         if name in linear and as_it_is and checkpoint.read_quantized is not None:
             yield from quantized_tensors(name, checkpoint.read_quantized(name), dtype).items()
@@ -217,10 +218,7 @@ def _merged(
         if name in linear and from_dequantized is not None and name not in checkpoint.quantized:
             tensor = _through_quantization(tensor, from_dequantized)
         if adapted and adapter is not None:
-            update = adapter.tensors[name_b].astype(np.float32) @ adapter.tensors[name_a].astype(np.float32)
-            update *= np.float32(adapter.lora.scaling_of(name.rsplit(".", 1)[0]))
-            update += tensor.astype(np.float32, copy=False)
-            tensor = update
+            tensor = adapter.method.merged(tensor, module, update)
         if not np.isfinite(tensor).all():
             raise CheckpointError(f"{checkpoint.source}: tensor {name} holds NaN or infinite values.")
         if name in linear and quantization is not None:

@@ -79,7 +79,7 @@ class Tuned:
             self.checkpoint,
             quantization=self.quantization,
             tables=self.tables,
-            lora=None if self.adapter is None else self.adapter.lora,
+            method=None if self.adapter is None else self.adapter.method,
             dtype=self.dtype,
             mesh=mesh,
             progress=progress,

@@ -51,7 +51,8 @@ from qlora_jax.finetune.seq2seq import seq2seq
 from qlora_jax.finetune.sft import sft
 from qlora_jax.finetune.training import train_adapter
 from qlora_jax.models import Model, T5Config, family_of
-from qlora_jax.nn import LoRA, data_mesh
+from qlora_jax.nn import data_mesh
+from qlora_jax.peft import LoRA, Method
 from qlora_jax.quant import Quantization
 from qlora_jax.train import (
     TOKENS,
@@ -73,19 +74,21 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
         ValueError, OSError: bad input, in one message, before any long work; a loss that diverged.
     """
     options.check()
-    lora, quantization, mesh = options.lora.build(), options.model.quantization(), data_mesh()
+    method, quantization, mesh = options.lora.build(), options.model.quantization(), data_mesh()
     begin = None if options.model.adapter is None else read_adapter(options.model.adapter)
     if begin is not None:
-        lora = dataclasses.replace(begin.lora, dropout=lora.dropout)
+        method = begin.method
+        if isinstance(method, LoRA):
+            method = dataclasses.replace(method, dropout=options.lora.dropout)
     claim(options)
     name = options.model.model or str(fetch_default_model())
-    checkpoint, tokenizer, lora = _open(options, name, begin, lora)
+    checkpoint, tokenizer, method = _open(options, name, begin, method)
     family = family_of(checkpoint.config)
     quantization = storage_of(checkpoint, quantization)
     eos_ids = stop_ids(name, options.model.revision, tokenizer)
     config = family.config(checkpoint.config)
     check_all(with_tied(checkpoint, family), begin)
-    nnx.eval_shape(lambda: family.model(config, lora=lora, rngs=nnx.Rngs(0)))  # does the adapter find what it names?
+    nnx.eval_shape(lambda: family.model(config, method=method, rngs=nnx.Rngs(0)))  # does the adapter find what it names?
     watched = watch.prepare(options, tokenizer, config, _say, progress=progress)
     make = seq2seq if isinstance(config, T5Config) else DECODER_OBJECTIVES[options.objective.objective]
     objective = make(Setting(options, tokenizer, config, eos_ids, _say, progress))
@@ -96,10 +99,10 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
     steps = _steps(options, source)
     watch.check_prompts(options, objective.prompts)
     if options.run.memory_check:
-        recipe = recipe_of(options, config, jax.default_backend(), lora=lora, quantization=quantization)
+        recipe = recipe_of(options, config, jax.default_backend(), method=method, quantization=quantization)
         check_memory(dataclasses.replace(recipe, length=objective.length), _say)
 
-    model = _load(options, checkpoint, quantization, lora, mesh, progress)
+    model = _load(options, checkpoint, quantization, method, mesh, progress)
     if begin is not None:
         model = load_adapter(model, begin)
     graphdef, adapter, frozen = split(objective.prepare(model))
@@ -120,13 +123,9 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
         plot_losses(rows, output / "loss.png", objective.unit)
         tuned = nnx.merge(graphdef, adapter, frozen)
         tables = None if begin is None else begin.tables
-        folder = save_adapter(tuned, output / "adapter", lora=lora, base_model_name_or_path=name, tables=tables)
+        folder = save_adapter(tuned, output / "adapter", method=method, base_model_name_or_path=name, tables=tables)
         record.save(folder)
-        if (
-            lora.trainable_token_indices
-            or options.lora.special_tokens
-            or tokenizer_source(name, options.model.adapter) != name
-        ):
+        if method.token_rows() or options.lora.special_tokens or tokenizer_source(name, options.model.adapter) != name:
             save_tokenizer(tokenizer, folder)
         kept = (best_evaluation(rows)[0] if options.run.early_stopping_patience else None) or rows[-1]["step"]
         _say(f"Saved the adapter ({_size(folder) / 2**20:.1f} MiB, read back and compared): {folder}")
@@ -177,8 +176,8 @@ def _steps(options: Options, source: Batches) -> int:
 
 
 def _open(
-    options: Options, name: str, begin: Adapter | None, lora: LoRA
-) -> tuple[Checkpoint, PreTrainedTokenizerFast, LoRA]:
+    options: Options, name: str, begin: Adapter | None, method: Method
+) -> tuple[Checkpoint, PreTrainedTokenizerFast, Method]:
     """The base and its tokenizer with all tokens of the run, and the adapter that trains those which are new."""
     checkpoint = open_checkpoint(name, options.model.revision)
     own = tokenizer_source(name, options.model.adapter)
@@ -187,11 +186,11 @@ def _open(
         check_family(begin, checkpoint.config["model_type"])
         checkpoint = grown(checkpoint, begin)
     check_tokenizer(tokenizer, checkpoint.config)
-    if options.lora.special_tokens:
+    if options.lora.special_tokens and isinstance(method, LoRA):
         tokens = add_special_tokens(tokenizer, options.lora.special_tokens)
         checkpoint = with_tokens(checkpoint, tokens)
-        lora = training_tokens(lora, checkpoint, tokens)
-    return checkpoint, tokenizer, lora
+        method = training_tokens(method, checkpoint, tokens)
+    return checkpoint, tokenizer, method
 
 
 def _rows(options: Options) -> int:
@@ -203,7 +202,7 @@ def _load(
     options: Options,
     checkpoint: Checkpoint,
     quantization: Quantization | None,
-    lora: LoRA,
+    method: Method,
     mesh: Mesh | None,
     progress: bool,
 ) -> Model:
@@ -212,7 +211,7 @@ def _load(
         checkpoint,
         quantization=quantization,
         tables=options.model.quantize_tables,
-        lora=lora,
+        method=method,
         dtype=default_dtype() if options.model.dtype == "auto" else options.model.dtype,
         remat=("dots" if on_cpu else "full") if options.model.remat == "auto" else options.model.remat,
         mesh=mesh,

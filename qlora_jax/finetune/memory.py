@@ -15,7 +15,7 @@ import jax
 
 from qlora_jax.finetune.options import Options
 from qlora_jax.models import DecoderConfig, ModelConfig
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA, Method
 from qlora_jax.plan.fit import Choice, cheaper_first
 from qlora_jax.plan.quick import ERROR, QuickPlan, quick_plan
 from qlora_jax.plan.recipe import Recipe
@@ -27,13 +27,13 @@ def recipe_of(
     config: ModelConfig,
     platform: str,
     *,
-    lora: LoRA | None = None,
+    method: Method | None = None,
     quantization: Quantization | str | None = "asked",
 ) -> Recipe:
     """The recipe that a run with these options is, on devices of a platform ("cpu", "gpu", "cuda" or "tpu").
 
     Args:
-        lora, quantization: those of the run where it knows better than its options do: an adapter to go on from, a
+        method, quantization: those of the run where it knows better than its options do: an adapter to go on from, a
             checkpoint that is quantised already.
 
     Raises:
@@ -43,13 +43,13 @@ def recipe_of(
     on_cpu, data, model = platform == "cpu", options.data, options.model
     decoder = isinstance(config, DecoderConfig)
     packed = decoder and options.objective.objective == "sft" and data.packs
-    if lora is None:
-        lora, config = _with_special_tokens(options, options.lora.build(), config)
+    if method is None:
+        method, config = _with_special_tokens(options, options.lora.build(), config)
     return Recipe(
         config=config,
         quantization=model.quantization() if isinstance(quantization, str) else quantization,
         tables=model.quantize_tables,
-        lora=lora,
+        method=method,
         dtype=("float32" if on_cpu else "bfloat16") if model.dtype == "auto" else model.dtype,
         remat=("dots" if on_cpu else "full") if model.remat == "auto" else model.remat,
         objective=options.objective.objective,

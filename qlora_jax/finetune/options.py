@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from qlora_jax.finetune.data_options import DataOptions
 from qlora_jax.finetune.watch_options import WatchOptions
 from qlora_jax.models import Remat
-from qlora_jax.nn import ALL_LINEAR, LoRA
+from qlora_jax.peft import ALL_LINEAR, LoRA
 from qlora_jax.quant import DataType, Quantization, TableStorage
 from qlora_jax.train import OPTIMIZERS, OptimizerName, Schedule
 

@@ -24,18 +24,8 @@ from qlora_jax.models.decoder import DecoderLayer, make_norm
 from qlora_jax.models.keys import linear_modules
 from qlora_jax.models.stack import Remat, by_layer, rematerialise, stack
 from qlora_jax.models.trained import HEAD, TABLE, attach, trained_parts
-from qlora_jax.nn import (
-    AttentionImplementation,
-    Delta,
-    Embedding,
-    Linear,
-    LoRA,
-    Table,
-    cached_attention,
-    causal_attention,
-    gather,
-    select_targets,
-)
+from qlora_jax.nn import AttentionImplementation, Delta, Embedding, Linear, Table, cached_attention, causal_attention, gather
+from qlora_jax.peft import Method
 from qlora_jax.quant import Quantization, TableStorage
 
 
@@ -61,7 +51,7 @@ class CausalLM(nnx.Module):
     """A decoder-only language model.
 
     Attributes:
-        trained: what an adapter trains besides LoRA's matrices.
+        trained: what an adapter trains besides the adapters.
         head_delta: the change of a head that is the token table otherwise, or None.
         attention: kernel of the causal attention.
         remat: what the backward pass of training recomputes: "full" keeps only the inputs of the layers, "offload" keeps
@@ -74,7 +64,7 @@ class CausalLM(nnx.Module):
         *,
         quantization: Quantization | None = None,
         tables: TableStorage = "none",
-        lora: LoRA | None = None,
+        method: Method | None = None,
         dtype: DTypeLike = jnp.float32,
         attention: AttentionImplementation = "xla",
         remat: Remat = "full",
@@ -85,14 +75,14 @@ class CausalLM(nnx.Module):
         Args:
             quantization: storage of the linear layers; None keeps them dense.
             tables: storage of the token table and the output head.
-            lora: adapter of the linear layers that its targets select; None for no adapter.
+            method: of fine-tuning, with its adapters; None for none.
             dtype: dtype of activations and of dense weights.
 
         Raises:
             ValueError: a target or a pattern of the adapter matches nothing; or it trains all of a table that is packed.
         """
-        self.trained = trained = trained_parts(lora, config.keys, vocabulary=config.vocab_size)
-        slots = {} if lora is None else select_targets(lora, linear_modules(config.keys))
+        self.trained = trained = trained_parts(method, config.keys, vocabulary=config.vocab_size)
+        adapters = {} if method is None else method.targets(linear_modules(config.keys))
 
         def make_layer(layer_rngs: nnx.Rngs, layer: Array) -> DecoderLayer:
             def linear(name: str, inputs: int, outputs: int, *, use_bias: bool) -> Linear:
@@ -101,7 +91,7 @@ class CausalLM(nnx.Module):
                     outputs,
                     use_bias=use_bias,
                     quantization=quantization,
-                    lora=slots.get(f"layers.{name}"),
+                    adapter=adapters.get(f"layers.{name}"),
                     layer=layer,
                     dtype=dtype,
                     rngs=layer_rngs,

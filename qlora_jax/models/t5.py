@@ -25,16 +25,8 @@ from qlora_jax.models.stack import Remat, by_layer, rematerialise
 from qlora_jax.models.t5_config import T5Config
 from qlora_jax.models.t5_layers import T5Layer, T5Stack, random_keys
 from qlora_jax.models.trained import attach, trained_parts
-from qlora_jax.nn import (
-    AttentionImplementation,
-    Embedding,
-    Linear,
-    LoRA,
-    Table,
-    biased_attention,
-    gather,
-    select_targets,
-)
+from qlora_jax.nn import AttentionImplementation, Embedding, Linear, Table, biased_attention, gather
+from qlora_jax.peft import Method
 from qlora_jax.quant import Quantization, TableStorage
 
 
@@ -62,7 +54,7 @@ class T5(nnx.Module):
     """An encoder-decoder.
 
     Attributes:
-        trained: what an adapter trains besides LoRA's matrices.
+        trained: what an adapter trains besides the adapters.
         remat: what the backward pass of training recomputes, as for `CausalLM`.
     """
 
@@ -72,7 +64,7 @@ class T5(nnx.Module):
         *,
         quantization: Quantization | None = None,
         tables: TableStorage = "none",
-        lora: LoRA | None = None,
+        method: Method | None = None,
         dtype: DTypeLike = jnp.float32,
         attention: AttentionImplementation = "xla",
         remat: Remat = "full",
@@ -83,15 +75,15 @@ class T5(nnx.Module):
         Args:
             quantization: storage of the linear layers; None keeps them dense.
             tables: storage of the token table and the output head.
-            lora: adapter of the linear layers that its targets select; None for no adapter.
+            method: of fine-tuning, with its adapters; None for none.
             dtype: dtype of activations and of dense weights.
             attention: of no effect: scores with a bias are XLA's on every platform.
 
         Raises:
             ValueError: a target or a pattern of the adapter matches nothing; or it trains all of a table that is packed.
         """
-        self.trained = trained = trained_parts(lora, config.keys, vocabulary=config.vocab_size, tables=False)
-        slots = {} if lora is None else select_targets(lora, linear_modules(config.keys))
+        self.trained = trained = trained_parts(method, config.keys, vocabulary=config.vocab_size, tables=False)
+        adapters = {} if method is None else method.targets(linear_modules(config.keys))
 
         def make_stack(side: str, layers: int, *, cross: bool) -> T5Stack:
             def make_layer(layer_rngs: nnx.Rngs, layer: Array) -> T5Layer:
@@ -101,7 +93,7 @@ class T5(nnx.Module):
                         outputs,
                         use_bias=use_bias,
                         quantization=quantization,
-                        lora=slots.get(f"{side}.layers.{name}"),
+                        adapter=adapters.get(f"{side}.layers.{name}"),
                         layer=layer,
                         dtype=dtype,
                         rngs=layer_rngs,

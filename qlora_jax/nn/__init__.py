@@ -11,28 +11,25 @@ from qlora_jax.nn.attention import (
 from qlora_jax.nn.delta import Delta
 from qlora_jax.nn.embedding import Embedding, Table
 from qlora_jax.nn.host import HostArray, brought_to_device
-from qlora_jax.nn.linear import Linear
-from qlora_jax.nn.lora import ALL_LINEAR, LoRA, LoRAScaling, Slot, lora_update
+from qlora_jax.nn.linear import AdapterConstant, Linear, LinearAdapter, MakesAdapter
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.parallel import data_mesh, frozen_sharding, gather, place, split_axis
 from qlora_jax.nn.relative import relative_position_bias
 from qlora_jax.nn.rope import RotaryEmbedding, rotate
-from qlora_jax.nn.targets import module_matches, select_targets
 
 __all__ = [
-    "ALL_LINEAR",
     "Activation",
+    "AdapterConstant",
     "AttentionImplementation",
     "Delta",
     "Embedding",
     "HostArray",
     "LayerNorm",
     "Linear",
-    "LoRA",
-    "LoRAScaling",
+    "LinearAdapter",
+    "MakesAdapter",
     "RMSNorm",
     "RotaryEmbedding",
-    "Slot",
     "Table",
     "activate",
     "biased_attention",
@@ -43,11 +40,8 @@ __all__ = [
     "default_implementation",
     "frozen_sharding",
     "gather",
-    "lora_update",
-    "module_matches",
     "place",
     "relative_position_bias",
     "rotate",
-    "select_targets",
     "split_axis",
 ]

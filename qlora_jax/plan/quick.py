@@ -22,6 +22,7 @@ import jax
 
 from qlora_jax.models import DecoderConfig
 from qlora_jax.nn import split_axis
+from qlora_jax.peft import LoRA
 from qlora_jax.plan.recipe import Recipe, abstract_step, tree_bytes
 from qlora_jax.quant import PackedTable
 from qlora_jax.train.loss import chunk_tokens
@@ -231,7 +232,7 @@ def residual_bytes(recipe: Recipe) -> tuple[int, int]:
         return 0, stream
     # q, k, v, the attention's output twice (out and o), gate and up; down ends the layer, and nothing needs it again
     products = tokens * (2 * heads + 2 * kv + hidden + 2 * inner) * size
-    lora = tokens * 7 * recipe.lora.rank * size
+    lora = tokens * 7 * (recipe.method.rank if isinstance(recipe.method, LoRA) else 0) * size
     kept = stream + layers * (products + lora)
     if recipe.remat == "dots":
         return kept, 0

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.models import T5, CausalLM, DecoderConfig, ModelConfig, Remat
-from qlora_jax.nn import LoRA, default_implementation
+from qlora_jax.nn import default_implementation
+from qlora_jax.peft import LoRA, Method
 from qlora_jax.quant import PackedTable, Quantization, TableStorage
 from qlora_jax.train.dpo import PAIRS, dpo_loss, with_reference
 from qlora_jax.train.loss import language_model_loss, seq2seq_loss
@@ -46,7 +47,7 @@ class Recipe:
     config: ModelConfig
     quantization: Quantization | None = Quantization()
     tables: TableStorage = "none"
-    lora: LoRA = LoRA()
+    method: Method = LoRA()  # noqa: RUF009
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Remat = "full"
     objective: PlannedObjective = "sft"
@@ -132,7 +133,7 @@ def abstract_model(recipe: Recipe, platform: str) -> Any:
             recipe.config,  # type: ignore[arg-type]
             quantization=recipe.quantization,
             tables=recipe.tables,
-            lora=recipe.lora,
+            method=recipe.method,
             dtype=jnp.dtype(recipe.dtype),
             attention=default_implementation(platform),
             remat=recipe.remat,

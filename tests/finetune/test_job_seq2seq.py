@@ -146,7 +146,7 @@ def test_it_learns_and_serves(options: Options, tmp_path: Path, capsys: pytest.C
     results = json.loads((options.run.output / "eval_results.json").read_text())
     assert results["eval_loss"] == rows[-1]["eval_loss"]
     checkpoint, tokenizer = open_checkpoint(str(options.model.model)), load_tokenizer(str(options.model.model))
-    model = load_model(checkpoint, lora=read_adapter_config(folder), dtype=jnp.float32, progress=False)
+    model = load_model(checkpoint, method=read_adapter_config(folder), dtype=jnp.float32, progress=False)
     model = load_adapter(model, folder)
     data = [json.loads(line) for line in Path(str(options.data.data)).read_text().splitlines()]
     out = set(np.random.default_rng(0).permutation(24)[:6].tolist())

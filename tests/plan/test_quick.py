@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 
 from qlora_jax.models.llama import llama_config
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.plan import SIZES, Recipe, quick_plan
 from qlora_jax.plan.quick import FACTORS, features, residual_bytes
 
 LLAMA = llama_config(SIZES["llama-3-8b"])
-RECIPE = Recipe(LLAMA, lora=LoRA(16), batch_size=4, length=2048, packed=False)
+RECIPE = Recipe(LLAMA, method=LoRA(16), batch_size=4, length=2048, packed=False)
 
 
 def test_weights_adapter_and_optimizer_are_exact() -> None:

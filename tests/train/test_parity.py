@@ -25,7 +25,7 @@ from qlora_jax.checkpoint.merge import merge
 from qlora_jax.checkpoint.source import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.data import PLAIN_ANSWERS, batches, encode_all, load_records
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.train import adamw, create_state, jit_train_step, language_model_loss, split
 
 torch = pytest.importorskip("torch", reason="the peers (torch, PEFT, bitsandbytes) are not installed")
@@ -57,8 +57,8 @@ class Result:
 
 def train_ours(folder: Path, work: Path, data: list[Batch], optimizer: Optimizer, micro_batches: int) -> Result:
     """Also saves the adapter before the first step under `work`, for the peer to start from."""
-    model = load_model(open_checkpoint(str(folder)), lora=LORA, dtype=jnp.float32, seed=3, progress=False)
-    save_adapter(model, work / "fresh", lora=LORA, base_model_name_or_path=str(folder))
+    model = load_model(open_checkpoint(str(folder)), method=LORA, dtype=jnp.float32, seed=3, progress=False)
+    save_adapter(model, work / "fresh", method=LORA, base_model_name_or_path=str(folder))
     graph, adapter, frozen = split(model)
     del model
     tx = adamw(optimizer.learning_rate, weight_decay=optimizer.weight_decay, max_grad_norm=optimizer.clip)
@@ -69,7 +69,7 @@ def train_ours(folder: Path, work: Path, data: list[Batch], optimizer: Optimizer
         cut = {name: jnp.asarray(x.reshape(micro_batches, -1, x.shape[-1])) for name, x in batch.items()}
         state, metrics = step(state, frozen, cut)
         rows.append(jax.device_get(metrics))
-    save_adapter(nnx.merge(graph, state.adapter, frozen), work / "trained", lora=LORA)
+    save_adapter(nnx.merge(graph, state.adapter, frozen), work / "trained", method=LORA)
     return Result(
         np.array([row["loss"] for row in rows]),
         np.array([row["grad_norm"] for row in rows]),

@@ -1,35 +1,20 @@
-"""LoRA (Hu et al. 2021): the description of an adapter, and what it adds to a linear layer.
-
-    y = x W + s * (dropout(x) A) B        A [in, r], B [r, out]; s = alpha / r, or alpha / sqrt(r) for rsLoRA
-
-A starts uniform in ±1/sqrt(in) (Kaiming uniform with a = sqrt(5)), B at zero, so that a fresh adapter changes nothing.
-
-Layers are stacked, and r and alpha may differ from one to the other. The matrices of a stack all have the largest r; a layer
-with a smaller one, or with none, has zeros in the other columns of A and rows of B, and s there is 0 (`Slot.factors`). So
-neither the output nor any gradient knows of the padding, whatever the optimizer does to it: A gets s times what B lets
-through, B gets s times what A lets through.
-"""
+"""The description of a LoRA adapter, in the terms of PEFT's LoraConfig; what it computes stands in lora_linear.py."""
 
 import dataclasses
 import math
 import re
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
-from qlora_jax.quant import matmul
+from qlora_jax.peft.lora_config import read_lora, write_lora
+from qlora_jax.peft.lora_linear import LoRALinear, Slot
+from qlora_jax.peft.targets import ALL_LINEAR, choose, known_names, pattern_matches
 
-ALL_LINEAR = "all-linear"
 Number = TypeVar("Number", int, float)
-
-
-class LoRAScaling(nnx.Variable):
-    """The frozen factors on the adapters of a stack whose ranks or scalings differ."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,68 +113,71 @@ class LoRA:
         """The factor on the update of the module of that full name."""
         return self._scaling(self.rank_of(module), _first_match(self.alpha_pattern, module, self.alpha))
 
+    @property
+    def peft_type(self) -> str:
+        return "LORA"
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return ("lora_A.weight", "lora_B.weight")
+
+    def misfit(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
+        """See `Method`."""
+        if len(shape) != 2:
+            return "expected a matrix"
+        rank, found = self.rank_of(module), shape[self.suffixes.index(suffix)]
+        return None if found == rank else f"expected r = {rank} as in the configuration"
+
+    def merged(self, weight: np.ndarray, module: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """See `Method`."""
+        a, b = (tensors[suffix].astype(np.float32) for suffix in self.suffixes)
+        update = b @ a
+        update *= np.float32(self.scaling_of(module))
+        update += weight.astype(np.float32, copy=False)
+        return update
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> "LoRA":
+        """See `Method`."""
+        return cls(**read_lora(config))
+
+    def to_peft(self, modules: Sequence[str]) -> dict[str, Any]:
+        """See `Method`."""
+        return write_lora(self, modules)
+
+    def targets(self, layers: Mapping[str, Sequence[str]]) -> dict[str, Slot]:
+        """The keys of `layers` that get an adapter, with its ranks and scalings.
+
+        Args:
+            layers: for each stacked linear layer, the full names of the modules that it stacks.
+
+        Raises:
+            ValueError: a name, pattern or number of a layer that has no effect.
+        """
+        chosen = choose(self, layers)
+        for field, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for pattern, _ in patterns:
+                if not any(pattern_matches(pattern, name) for name in chosen):
+                    raise ValueError(
+                        f"LoRA {field} {pattern!r} matches no linear layer that gets an adapter; {known_names(layers)}"
+                    )
+        slots = {}
+        for key, stacked in layers.items():
+            if chosen.isdisjoint(stacked):
+                continue
+            ranks = tuple(self.rank_of(name) if name in chosen else 0 for name in stacked)
+            scalings = tuple(self.scaling_of(name) if name in chosen else 0.0 for name in stacked)
+            slots[key] = Slot(ranks, scalings, self.dropout)
+        return slots
+
+    def make(self, in_features: int, out_features: int, *, layer: int | Array = 0, rngs: nnx.Rngs) -> LoRALinear:
+        """The adapter of a layer by itself, which has no name: rank, alpha, rsLoRA and dropout count."""
+        slot = Slot((self.rank,), (self.scaling,), self.dropout)
+        return slot.make(in_features, out_features, layer=layer, rngs=rngs)
+
     def _scaling(self, rank: int, alpha: float) -> float:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def pattern_matches(pattern: str, module: str) -> bool:
-    """Whether PEFT's rules apply an entry of rank_pattern or alpha_pattern to the module of that full name."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
-
-
 def _first_match(patterns: tuple[tuple[str, Number], ...], module: str, default: Number) -> Number:
     return next((value for pattern, value in patterns if pattern_matches(pattern, module)), default)
-
-
-@dataclasses.dataclass(frozen=True)
-class Slot:
-    """The place of an adapter in a linear layer, or in a stack of them.
-
-    Attributes:
-        ranks: r of each layer; 0: no adapter there.
-        scalings: the factor on the update of each layer.
-        dropout: share of the inputs that is zeroed while training.
-    """
-
-    ranks: tuple[int, ...]
-    scalings: tuple[float, ...]
-    dropout: float
-
-    @property
-    def rank(self) -> int:
-        """The inner size of A and B."""
-        return max(self.ranks)
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all layers have the same rank and scaling."""
-        return len(set(zip(self.ranks, self.scalings, strict=True))) == 1
-
-    def factors(self) -> np.ndarray:
-        """float32 `[layers, rank]`: the factor on each product with a column of A, 0 for padding."""
-        used = np.arange(self.rank) < np.asarray(self.ranks)[:, None]
-        return np.where(used, np.asarray(self.scalings, np.float32)[:, None], np.float32(0))
-
-
-def init_lora_a(key: Array, in_features: int, rank: int) -> Array:
-    bound = 1.0 / math.sqrt(in_features)
-    return jax.random.uniform(key, (in_features, rank), jnp.float32, -bound, bound)
-
-
-def lora_update(
-    x: Array, a: Array, b: Array, scaling: float | Array, dropout: float = 0.0, key: Array | None = None
-) -> Array:
-    """scaling * (dropout(x) A) B in the dtype of x.
-
-    Args:
-        x: `[..., in]`; a: `[in, r]`; b: `[r, out]`.
-        scaling: one factor, or one for each column of A, float32 `[r]`.
-        key: random key of the dropout; without one nothing is dropped.
-    """
-    if key is not None and dropout > 0.0:
-        keep = jax.random.bernoulli(key, 1.0 - dropout, x.shape)
-        x = jnp.where(keep, x / (1.0 - dropout), 0).astype(x.dtype)
-    if isinstance(scaling, Array):
-        scaling = scaling.astype(x.dtype)
-    inner = checkpoint_name(matmul(x, a), "lora")
-    return matmul(inner * scaling, b)
