@@ -68,13 +68,13 @@ def _measures(squared: Any, squared_w: Any, absolute: Any, absolute_w: Any, larg
     }
 
 
-def bits_per_parameter(shapes: Sequence[tuple[int, int]], how: Quantization) -> tuple[float, float]:
-    """(bits that the codes and scales need, bits that are stored) a parameter of matrices `[in, out]`.
+def bits_per_parameter(shapes: Sequence[tuple[int, ...]], how: Quantization) -> tuple[float, float]:
+    """(bits that the codes and scales need, bits that are stored) a parameter of matrices `[out, in]`.
 
     They differ where codes of two or three bits lie in slots of four.
     """
     stored, slots, values = 0, 0, 0
-    for rows, columns in shapes:
+    for columns, rows in shapes:
         q = jax.eval_shape(
             lambda w: quantize(w, how.data_type, how.block_size, how.double_quantization),
             jax.ShapeDtypeStruct((rows, columns), jnp.float32),
