@@ -53,7 +53,8 @@ class _Place:
 
     def read(self, value: np.ndarray) -> np.ndarray:
         """The part of the variable's value, oriented as in the files."""
-        return value[self.index].T if self.transposed else value[self.index]
+        part = value[self.index]
+        return part.T if self.transposed else part
 
     def of_base(self, model: Model) -> np.ndarray | np.float32:
         """float32 values that the change is added to."""
@@ -62,7 +63,8 @@ class _Place:
         value = _at(model, self.base).get_value()
         packed = isinstance(value, PackedTable)  # whose rows alone train
         found = take_rows(value, jnp.asarray(self.base_index)) if packed else value[self.base_index]
-        return np.asarray(jax.device_get(found), np.float32)
+        found = np.asarray(jax.device_get(found), np.float32)
+        return found.T if self.transposed else found
 
 
 def adapter_tensors(model: Model) -> dict[str, np.ndarray]:
@@ -125,7 +127,8 @@ def load_adapter(model: AnyModel, folder: str | Path | Adapter) -> AnyModel:
         if place.path not in filled:
             filled[place.path] = np.zeros(value.shape, value.dtype)
         tensor = adapter.tensors[name].astype(np.float32)
-        filled[place.path][place.index] = tensor.T if place.transposed else tensor - place.of_base(model)
+        change = tensor - place.of_base(model)
+        filled[place.path][place.index] = change.T if place.transposed else change
     for path, new in filled.items():
         value = variables[path].get_value()
         variables[path].set_value(jax.device_put(new, value.sharding) if isinstance(value, jax.Array) else jnp.asarray(new))
@@ -220,7 +223,10 @@ def _places_of_adapter(key: Key, adapter: AdapterModule) -> Iterator[tuple[str, 
     path, modules = (*key.path[:-1], "adapter"), key.modules()
     for part in adapter.file_parts():
         index = (part.layer, *part.index) if key.stacked else part.index
-        yield tensor_name(modules[part.layer], part.suffix), _Place((*path, part.attribute), index, part.transposed)
+        place = _Place((*path, part.attribute), index, part.transposed)
+        if part.changes:
+            place = dataclasses.replace(place, base=key.path, base_index=index)
+        yield tensor_name(modules[part.layer], part.suffix), place
 
 
 def _adapters(model: Model) -> Iterator[tuple[Key, AdapterModule]]:

@@ -245,7 +245,7 @@ class CausalLM(nnx.Module):
         if self.lm_head is not None:
             return self.lm_head.table
         table = self.embed_tokens.table
-        if table.rows is not None:
+        if table.rows is not None or self.trained.tied:
             return table
         return Table(table.weight, None if self.head_delta is None else self.head_delta[...])
 

@@ -8,7 +8,7 @@ from qlora_jax.nn.attention import (
     causal_attention,
     default_implementation,
 )
-from qlora_jax.nn.delta import Delta
+from qlora_jax.nn.delta import Delta, changed
 from qlora_jax.nn.embedding import Embedding, Table
 from qlora_jax.nn.host import HostArray, brought_to_device
 from qlora_jax.nn.linear import AdapterConstant, Linear, LinearAdapter, MakesAdapter
@@ -36,6 +36,7 @@ __all__ = [
     "brought_to_device",
     "cached_attention",
     "causal_attention",
+    "changed",
     "data_mesh",
     "default_implementation",
     "frozen_sharding",

@@ -1,5 +1,6 @@
 """Methods of parameter-efficient fine-tuning, one file each, on the layers of `nn`."""
 
+from qlora_jax.peft.full import FullFineTuning
 from qlora_jax.peft.lora import LoRA
 from qlora_jax.peft.lora_linear import LoRALinear, Slot, lora_update
 from qlora_jax.peft.method import AdapterModule, FieldErrors, FilePart, Method
@@ -14,6 +15,7 @@ __all__ = [
     "AdapterModule",
     "FieldErrors",
     "FilePart",
+    "FullFineTuning",
     "LoRA",
     "LoRALinear",
     "Method",

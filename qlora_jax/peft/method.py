@@ -26,6 +26,7 @@ class FilePart:
         attribute: of the adapter, e.g. "lora_a".
         index: the part of the layer's value that is no padding.
         transposed: whether the files hold its transpose.
+        changes: whether it is a change of the layer's weight, which the files hold with the change in it.
     """
 
     layer: int
@@ -33,6 +34,7 @@ class FilePart:
     attribute: str
     index: tuple[slice, ...] = ()
     transposed: bool = False
+    changes: bool = False
 
 
 @runtime_checkable
