@@ -12,7 +12,7 @@ Method. The data are split once by --held-out, and every run learns and is measu
 initial adapter and the order of the data, the same order for every variant. Each run is scripts/train.py's job, in a process
 of its own, with the flags of --train for all. Held-out loss and token accuracy are means over learned tokens; --answers N
 also asks for greedy answers to N held-out prompts, and counts those that end as expected (what follows #### where the data
-mark it). Peak memory is the device's, or on a CPU the most that was resident; tokens/s is the median over steps but the first.
+mark it). Peak memory is the device's, or on a CPU the most that was resident; tokens/s is the median but for the first step.
 
 Figures are means over seeds with 95 % intervals (Student's t). A variant is compared with the baseline by its differences
 seed by seed: "equal within the interval" where the interval of their mean holds 0.
@@ -27,6 +27,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
