@@ -243,12 +243,12 @@ class Options:
 
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     lora: LoRAOptions = dataclasses.field(default_factory=LoRAOptions)
-    tuning: TuningOptions = dataclasses.field(default_factory=TuningOptions)
     data: DataOptions = dataclasses.field(default_factory=DataOptions)
     optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
     run: RunOptions = dataclasses.field(default_factory=RunOptions)
     objective: ObjectiveOptions = dataclasses.field(default_factory=ObjectiveOptions)
     watch: WatchOptions = dataclasses.field(default_factory=WatchOptions)
+    tuning: TuningOptions = dataclasses.field(default_factory=TuningOptions)
 
     def method(self) -> Method:
         """The method of fine-tuning that they describe; raises ValueError where they describe none."""
