@@ -22,7 +22,7 @@ from flax import nnx
 from qlora_jax.checkpoint.adapter_config import TaskType
 from qlora_jax.checkpoint.adapter_files import PREFIX, Adapter, read_adapter, rows_name, tensor_name, write_adapter
 from qlora_jax.checkpoint.source import CheckpointError, listed
-from qlora_jax.models import FAMILIES, T5, Key, Model, families_with, linear_keys, tied_head
+from qlora_jax.models import FAMILIES, T5, Key, Model, families_with, linear_keys, method_for, tied_head
 from qlora_jax.models.trained import TABLE, TIED_HEAD
 from qlora_jax.nn import Linear
 from qlora_jax.peft import AdapterModule, LoRA, LoRALinear, Method
@@ -43,6 +43,7 @@ class _Place:
         transposed: whether the files hold its transpose.
         base: path of the frozen parameter to which the variable is a change; None: it stands for itself.
         base_index: the part of that parameter's value.
+        offset: what the files hold more than the value where there is no such parameter.
     """
 
     path: tuple[str, ...]
@@ -50,6 +51,7 @@ class _Place:
     transposed: bool = False
     base: tuple[str, ...] | None = None
     base_index: Any = ()
+    offset: float = 0.0
 
     def read(self, value: np.ndarray) -> np.ndarray:
         """The part of the variable's value, oriented as in the files."""
@@ -59,7 +61,7 @@ class _Place:
     def of_base(self, model: Model) -> np.ndarray | np.float32:
         """float32 values that the change is added to."""
         if self.base is None:
-            return np.float32(0)
+            return np.float32(self.offset)
         value = _at(model, self.base).get_value()
         packed = isinstance(value, PackedTable)  # whose rows alone train
         found = take_rows(value, jnp.asarray(self.base_index)) if packed else value[self.base_index]
@@ -97,7 +99,7 @@ def save_adapter(
     return write_adapter(
         adapter_tensors(model),
         folder,
-        method=method,
+        method=method_for(method, model.config) or method,
         base_model_name_or_path=base_model_name_or_path,
         task_type=task_type,
         tables=tables,
@@ -223,7 +225,7 @@ def _places_of_adapter(key: Key, adapter: AdapterModule) -> Iterator[tuple[str, 
     path, modules = (*key.path[:-1], "adapter"), key.modules()
     for part in adapter.file_parts():
         index = (part.layer, *part.index) if key.stacked else part.index
-        place = _Place((*path, part.attribute), index, part.transposed)
+        place = _Place((*path, part.attribute), index, part.transposed, offset=part.offset)
         if part.changes:
             place = dataclasses.replace(place, base=key.path, base_index=index)
         yield tensor_name(modules[part.layer], part.suffix), place

@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import DecoderLayer, make_norm
 from qlora_jax.models.keys import linear_modules
+from qlora_jax.models.shape import method_for
 from qlora_jax.models.stack import Remat, by_layer, rematerialise, stack
 from qlora_jax.models.trained import HEAD, TABLE, attach, trained_parts
 from qlora_jax.nn import AttentionImplementation, Delta, Embedding, Linear, Table, cached_attention, causal_attention, gather
@@ -81,6 +82,7 @@ class CausalLM(nnx.Module):
         Raises:
             ValueError: a target or a pattern of the adapter matches nothing; or it trains all of a table that is packed.
         """
+        method = method_for(method, config)
         self.trained = trained = trained_parts(method, config.keys, vocabulary=config.vocab_size)
         adapters = {} if method is None else method.targets(linear_modules(config.keys))
 

@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from qlora_jax.models.keys import linear_modules
+from qlora_jax.models.shape import method_for
 from qlora_jax.models.stack import Remat, by_layer, rematerialise
 from qlora_jax.models.t5_config import T5Config
 from qlora_jax.models.t5_layers import T5Layer, T5Stack, random_keys
@@ -82,6 +83,7 @@ class T5(nnx.Module):
         Raises:
             ValueError: a target or a pattern of the adapter matches nothing; or it trains all of a table that is packed.
         """
+        method = method_for(method, config)
         self.trained = trained = trained_parts(method, config.keys, vocabulary=config.vocab_size, tables=False)
         adapters = {} if method is None else method.targets(linear_modules(config.keys))
 
