@@ -21,6 +21,7 @@ from flax import nnx
 
 from qlora_jax.checkpoint.adapter_config import TaskType
 from qlora_jax.checkpoint.adapter_files import PREFIX, Adapter, read_adapter, rows_name, tensor_name, write_adapter
+from qlora_jax.checkpoint.prompts import encoder_tensors, fill_prompt, prompt_problems, prompt_tensors
 from qlora_jax.checkpoint.source import CheckpointError, listed
 from qlora_jax.models import FAMILIES, T5, Key, Model, families_with, linear_keys, method_for, tied_head
 from qlora_jax.models.trained import TABLE, TIED_HEAD
@@ -75,6 +76,8 @@ def adapter_tensors(model: Model) -> dict[str, np.ndarray]:
     Raises:
         ValueError: the model has no adapter.
     """
+    if model.prompt is not None:
+        return prompt_tensors(model.prompt)
     values: dict[tuple[str, ...], np.ndarray] = {}
     tensors: dict[str, np.ndarray] = {}
     for name, place in _places(model).items():
@@ -103,6 +106,7 @@ def save_adapter(
         base_model_name_or_path=base_model_name_or_path,
         task_type=task_type,
         tables=tables,
+        encoder=None if model.prompt is None else encoder_tensors(model.prompt),
     )
 
 
@@ -119,6 +123,8 @@ def load_adapter(model: AnyModel, folder: str | Path | Adapter) -> AnyModel:
     """
     adapter = folder if isinstance(folder, Adapter) else read_adapter(folder)
     check_fit(adapter, model)
+    if model.prompt is not None:
+        return fill_prompt(model, adapter.tensors, adapter.encoder)
     _check_scaling(model, adapter)
     graph, state, frozen = nnx.split(model, nnx.LoRAParam, ...)
     state = jax.tree.map(lambda leaf: leaf, state)  # new variables: those of a split are the model's own
@@ -167,6 +173,12 @@ def check_fit(adapter: Adapter, model: Model) -> None:
         CheckpointError: one message with everything that is missing, extra or misshapen, or another family.
     """
     check_family(adapter, model.config.family)
+    base = f"its configuration names the base {adapter.base!r}" if adapter.base else "its configuration names no base"
+    misfit = f"{adapter.source}: this adapter does not fit this model, a {model.config.family} ({base})"
+    if model.prompt is not None:
+        if problems := prompt_problems(model.prompt, adapter.tensors, adapter.encoder):
+            raise CheckpointError.of(misfit, problems)
+        return
     places, found = _places(model), adapter.tensors
     if not places:
         raise CheckpointError(
@@ -190,10 +202,7 @@ def check_fit(adapter: Adapter, model: Model) -> None:
     }
     problems = [f"{kind} ({len(names)}): {listed(names)}" for kind, names in kinds.items() if names]
     if problems:
-        base = f"its configuration names the base {adapter.base!r}" if adapter.base else "its configuration names no base"
-        raise CheckpointError.of(
-            f"{adapter.source}: this adapter does not fit this model, a {model.config.family} ({base})", problems
-        )
+        raise CheckpointError.of(misfit, problems)
 
 
 def _is_copied_row(name: str, tensors: Mapping[str, np.ndarray], model: Model) -> bool:

@@ -47,7 +47,7 @@ from qlora_jax.checkpoint.source import Checkpoint, CheckpointError
 from qlora_jax.checkpoint.tokenizer import save_tokenizer
 from qlora_jax.models import T5, Key, Trained, family_of, tied_head
 from qlora_jax.models.trained import TABLE
-from qlora_jax.peft import ScalesBias
+from qlora_jax.peft import PromptMethod, ScalesBias
 from qlora_jax.quant import (
     PackedTable,
     Quantization,
@@ -115,6 +115,11 @@ def merge(
         raise ValueError(f"unknown dtype {dtype!r}; expected one of {', '.join(get_args(MergedDtype))}")
     if output.exists() and (not output.is_dir() or next(output.iterdir(), None) is not None):
         raise CheckpointError(f"{output}: expected a folder that is empty or does not exist yet, found it in use.")
+    if adapter is not None and isinstance(adapter.method, PromptMethod):
+        raise CheckpointError(
+            f"{adapter.source}: virtual tokens ({adapter.method.peft_type}) are no weights: expected an adapter of linear "
+            "layers to merge, found none; generate.py takes the adapter as it is."
+        )
     checkpoint = with_tied(checkpoint, family_of(checkpoint.config))
     keys, trained = check_all(checkpoint, adapter)
     names = [name for key in keys for name in key.names()]

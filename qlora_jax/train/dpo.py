@@ -22,6 +22,7 @@ from flax import nnx
 from jax import Array
 
 from qlora_jax.nn import Linear
+from qlora_jax.peft import Prompt
 from qlora_jax.train.loss import row_losses
 from qlora_jax.train.step import Unit
 
@@ -70,7 +71,7 @@ def without_adapter(model: Any) -> Any:
     for _, module in list(nnx.iter_modules(bare)):
         if isinstance(module, Linear):
             module.adapter = None
-        for name in [name for name, value in vars(module).items() if isinstance(value, nnx.LoRAParam)]:
+        for name in [name for name, value in vars(module).items() if isinstance(value, nnx.LoRAParam | Prompt)]:
             setattr(module, name, None)
     return bare
 

@@ -110,13 +110,25 @@ class MethodPeer:
             return model.eval()(input_ids=rows).logits.numpy()
 
     def answers(self, model: Any, prompts: list[list[int]], count: int) -> list[list[int]]:
-        """Greedy answers, a prompt at a time."""
-        found = []
+        """Greedy answers, a prompt at a time.
+
+        By PEFT's generate without a cache where that works: transformers 5.24 calls `cache` what PEFT 0.21 looks for as
+        `past_key_values`, so that with a cache virtual tokens come before every new token again, and prefixes are dropped in
+        any case. There each token comes from a forward pass of PEFT's model.
+        """
+        found, torch = [], self.torch
+        prefix = model.peft_config["default"].peft_type == "PREFIX_TUNING"
         for prompt in prompts:
-            rows = self.torch.tensor([prompt])
-            mask = self.torch.ones_like(rows)
-            with self.torch.no_grad():
-                ids = model.eval().generate(input_ids=rows, attention_mask=mask, max_new_tokens=count, do_sample=False)
+            rows = torch.tensor([prompt])
+            with torch.no_grad():
+                if not self.seq2seq and not prefix:
+                    settings = {"max_new_tokens": count, "do_sample": False, "use_cache": False}
+                    ids = model.eval().generate(input_ids=rows, attention_mask=torch.ones_like(rows), **settings)
+                else:
+                    ids = torch.zeros((1, 1), dtype=torch.long) if self.seq2seq else rows
+                    for _ in range(count):
+                        inputs = {"input_ids": rows, "decoder_input_ids": ids} if self.seq2seq else {"input_ids": ids}
+                        ids = torch.cat([ids, model.eval()(**inputs).logits[:, -1:].argmax(-1)], 1)
             found.append(ids[0].tolist()[-count:])
         return found
 
@@ -148,7 +160,7 @@ def our_losses(model: Model, data: list[dict[str, np.ndarray]], rate: float) -> 
     """The same of our model, and the model that comes out."""
     graph, adapter, frozen = split(model)
     tx = adamw(rate, max_grad_norm=None)
-    state = create_state(tx, adapter)
+    state = create_state(tx, jax.tree.map(jnp.copy, adapter))  # which it takes over
     loss = seq2seq_loss if isinstance(model, T5) else language_model_loss
     step, losses = jit_train_step(graph, tx, loss, state), []
     for batch in data:
