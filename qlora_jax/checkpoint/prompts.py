@@ -79,10 +79,12 @@ def read_encoder(method: Method, folder: Path, values: np.ndarray | None, source
 def prompt_problems(prompt: Prompt, tensors: Mapping[str, np.ndarray], encoder: Mapping[str, np.ndarray]) -> list[str]:
     """What keeps an adapter from being that of a model with this prompt, which may be abstract."""
     problems = []
-    expected: dict[str, Any] = {EMBEDDINGS: jax.eval_shape(lambda: prompt()).shape}
+    own = {name: getattr(prompt, attribute_of(name)).get_value() for name in prompt.names}
+    shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in own.items()}
+    expected: dict[str, Any] = {EMBEDDINGS: jax.eval_shape(prompt.method.encode, shapes).shape}
     found: dict[str, Any] = {name: tensor.shape for name, tensor in tensors.items()}
     if encoder:
-        expected |= {name: getattr(prompt, attribute_of(name)).shape for name in prompt.names}
+        expected |= {name: value.shape for name, value in shapes.items()}
         found |= {name: tensor.shape for name, tensor in encoder.items()}
     elif prompt.names != (EMBEDDING,):
         problems.append(f"expected {ENCODER} beside it for a model with an encoder, found none")

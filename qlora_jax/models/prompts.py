@@ -58,13 +58,7 @@ def with_prompt(
         return Prompted(x, positions, segment_ids)
     n, batch = prompt.virtual_tokens, x.shape[0]
     if segment_ids is not None:
-        longest = n + segment_ids.shape[1]
-        windows = [kind.window for kind in config.kinds if kind.window is not None and kind.window < longest]
-        if windows:
-            raise ValueError(
-                f"virtual tokens in a {config.family} with a window of {windows[0]} tokens: expected one document a row "
-                "(packing off), found segment_ids"
-            )
+        check_documents(config, n, segment_ids.shape[1])
         segment_ids = jnp.pad(segment_ids, ((0, 0), (n, 0)), constant_values=1)
     # A number after those of the layers and the noise, which are split(key, layers) and fold_in(key, layers).
     key = None if key is None else jax.random.fold_in(key, config.num_hidden_layers + 1)
@@ -74,6 +68,17 @@ def with_prompt(
     first = jnp.broadcast_to(jnp.arange(n, dtype=positions.dtype), (batch, n))
     x = jnp.concatenate([prompt.embeddings(batch, x.dtype, key), x], axis=1)
     return Prompted(x, jnp.concatenate([first, positions + n], axis=1), segment_ids, None, n)
+
+
+def check_documents(config: DecoderConfig, virtual_tokens: int, length: int) -> None:
+    """Raises ValueError where rows of `length` tokens may not hold several documents beside virtual tokens."""
+    longest = virtual_tokens + length
+    windows = [kind.window for kind in config.kinds if kind.window is not None and kind.window < longest]
+    if windows:
+        raise ValueError(
+            f"virtual tokens in a {config.family} with a window of {windows[0]} tokens: expected one document a row "
+            "(packing off), found rows of several"
+        )
 
 
 def start_from_tokens(model: Any, tokens: np.ndarray) -> Any:
