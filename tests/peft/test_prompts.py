@@ -107,9 +107,7 @@ def test_outputs_and_files_both_ways(tmp_path: Path, family: str, name: str) -> 
     assert all(np.array_equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize(
-    ("family", "name"), [*(("llama", name) for name in NAMES), ("t5", "mlp"), ("t5", "lstm"), ("t5", "prefix")]
-)
+@pytest.mark.parametrize(("family", "name"), [*(("llama", name) for name in NAMES), ("t5", "mlp"), ("t5", "prefix")])
 def test_the_same_training(tmp_path: Path, family: str, name: str) -> None:
     kind, fields = config_of(name)
     peer, data = MethodPeer(tmp_path / "base", family), random_batches(family == "t5")
@@ -121,8 +119,10 @@ def test_the_same_training(tmp_path: Path, family: str, name: str) -> None:
     assert largest(found, still) > 3e-3, "training moves the loss"
 
 
-@pytest.mark.parametrize("name", ["prompt", "prefix"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "t5"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(f, n) for f in ("llama", "t5") for n in ("prompt", "prefix")] + [("gemma2", "prompt"), ("mistral", "prefix")],
+)
 def test_greedy_answers_are_those_of_peft(tmp_path: Path, family: str, name: str) -> None:
     kind, fields = config_of(name)
     peer = MethodPeer(tmp_path / "base", family)
@@ -136,8 +136,7 @@ def test_greedy_answers_are_those_of_peft(tmp_path: Path, family: str, name: str
     assert answers != our_answers(peer.ours(None), prompts, 12)
 
 
-@pytest.mark.parametrize("name", ["prompt", "prefix"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize(("family", "name"), [("llama", "prompt"), ("gemma2", "prompt"), ("mistral", "prefix")])
 def test_decoding_with_a_cache_is_the_whole_pass(tmp_path: Path, family: str, name: str) -> None:
     """Token by token, in rows padded on the left, against the logits of each row alone."""
     peer = MethodPeer(tmp_path / "base", family)
