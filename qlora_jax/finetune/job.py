@@ -46,13 +46,15 @@ from qlora_jax.finetune.dpo import dpo
 from qlora_jax.finetune.folder import claim, complete
 from qlora_jax.finetune.hub import upload
 from qlora_jax.finetune.memory import check_memory, recipe_of
+from qlora_jax.finetune.method_options import own_rate
 from qlora_jax.finetune.objective import Batches, Objective, Setting
 from qlora_jax.finetune.options import ObjectiveName, Options
+from qlora_jax.finetune.prompts import check_rows, first_tokens, named_tokenizer, started
 from qlora_jax.finetune.saving import save_tuned
 from qlora_jax.finetune.seq2seq import seq2seq
 from qlora_jax.finetune.sft import sft
 from qlora_jax.finetune.training import train_adapter
-from qlora_jax.models import Model, T5Config, family_of
+from qlora_jax.models import Model, T5Config, family_of, method_for, positions_left
 from qlora_jax.nn import data_mesh
 from qlora_jax.peft import LoRA, Method
 from qlora_jax.quant import Quantization
@@ -64,6 +66,7 @@ from qlora_jax.train import (
     perplexity,
     plot_losses,
     split,
+    without_adapter,
 )
 
 DECODER_OBJECTIVES: dict[ObjectiveName, Callable[[Setting], Objective]] = {"sft": sft, "dpo": dpo}
@@ -90,10 +93,15 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
     eos_ids = stop_ids(name, options.model.revision, tokenizer)
     config = family.config(checkpoint.config)
     check_all(with_tied(checkpoint, family), begin)
+    method = method_for(named_tokenizer(method, name), config) or method
+    starts_as = first_tokens(method, tokenizer, config, options.run.seed)
     nnx.eval_shape(lambda: family.model(config, method=method, rngs=nnx.Rngs(0)))  # does the adapter find what it names?
-    watched = watch.prepare(options, tokenizer, config, _say, progress=progress)
+    positions = positions_left(config, method)
+    room = config if positions is None else dataclasses.replace(config, max_position_embeddings=positions)
+    watched = watch.prepare(options, tokenizer, room, _say, progress=progress)
     make = seq2seq if isinstance(config, T5Config) else DECODER_OBJECTIVES[options.objective.objective]
     objective = make(Setting(options, tokenizer, config, eos_ids, _say, progress))
+    check_rows(method, config, objective.length, packed="segment_ids" in objective.arrays)
     record = TrainingRecord(quantization, objective.template, options.model.quantize_tables)
     if options.model.adapter is not None:
         _compare(read_training_record(options.model.adapter), record)
@@ -105,15 +113,16 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
         check_memory(dataclasses.replace(recipe, length=objective.length), _say)
 
     model = _load(options, checkpoint, quantization, method, mesh, progress)
-    if begin is not None:
-        model = load_adapter(model, begin)
+    model = started(model, starts_as) if begin is None else load_adapter(model, begin)
     graphdef, adapter, frozen = split(objective.prepare(model))
     del model
     _say(_describe(adapter, frozen, steps, options, objective))
     parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     learning_rate = learning_rate_schedule(
         options.optimizer.schedule,
-        options.optimizer.peak_learning_rate(parameters, options.objective.objective, options.tuning.method),
+        options.optimizer.peak_learning_rate(
+            parameters, options.objective.objective, options.tuning.method, own_rate(method)
+        ),
         steps,
         round(steps * options.optimizer.warmup_ratio),
     )
@@ -157,12 +166,15 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
             rows=rows,
             kept=kept,
             unit=objective.unit,
+            method=method,
         )
         if (questions := watched.questions) is not None:
             ask = partial(mmlu.figures, tuned, questions, options, progress=progress)
             _say(mmlu.conclude(rows, kept, ask))
         if objective.prompts:
             base = nnx.merge(graphdef, jax.tree.map(jnp.zeros_like, adapter), frozen)
+            if tuned.prompt is not None and begin is None:  # virtual tokens of zeros are tokens all the same
+                base = without_adapter(tuned)
             before = base if begin is None else load_adapter(base, begin)
             show_answers(before, tuned, objective.prompts, objective.answer, tokenizer)
         elif objective.held_out is not None and options.run.samples:

@@ -15,6 +15,7 @@ from qlora_jax.models.llama import llama_config
 from qlora_jax.models.mistral import mistral_config
 from qlora_jax.models.phi3 import phi3_config
 from qlora_jax.models.qwen import qwen2_config, qwen3_config
+from qlora_jax.models.shape import method_for, positions_left, shape_of
 from qlora_jax.models.smollm3 import smollm3_config
 from qlora_jax.models.stack import Remat
 from qlora_jax.models.t5 import T5, Seq2SeqCache
@@ -116,5 +117,8 @@ __all__ = [
     "family_of",
     "linear_keys",
     "linear_modules",
+    "method_for",
+    "positions_left",
+    "shape_of",
     "tied_head",
 ]

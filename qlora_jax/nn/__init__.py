@@ -7,6 +7,7 @@ from qlora_jax.nn.attention import (
     cached_attention,
     causal_attention,
     default_implementation,
+    with_prefix,
 )
 from qlora_jax.nn.delta import Delta, changed
 from qlora_jax.nn.embedding import Embedding, Table
@@ -45,4 +46,5 @@ __all__ = [
     "relative_position_bias",
     "rotate",
     "split_axis",
+    "with_prefix",
 ]

@@ -223,7 +223,7 @@ def residual_bytes(recipe: Recipe) -> tuple[int, int]:
     dots      also the results of all products, adapters' inner ones among them, and the attention's
     none      beside those of "dots" what stands between them: norms, rotated queries and keys, activations
     """
-    size, tokens = 2 if recipe.dtype == "bfloat16" else 4, recipe.tokens
+    size, tokens = 2 if recipe.dtype == "bfloat16" else 4, recipe.positions
     layers, hidden, inner, heads, kv = _sizes(recipe)
     stream = layers * tokens * hidden * size
     if recipe.remat == "full":
@@ -242,7 +242,7 @@ def residual_bytes(recipe: Recipe) -> tuple[int, int]:
 
 def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[str, int]:
     """Sizes, in bytes on each device, that working memory is made of: a layer's activations, a matrix, a chunk of logits."""
-    config, size, tokens = recipe.config, 2 if recipe.dtype == "bfloat16" else 4, recipe.tokens
+    config, size, tokens = recipe.config, 2 if recipe.dtype == "bfloat16" else 4, recipe.positions
     _, hidden, inner, heads, kv = _sizes(recipe)
     decoder = isinstance(config, DecoderConfig)
     attention = config.num_attention_heads if decoder else config.num_heads
@@ -255,8 +255,8 @@ def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[
     tables = 2 if decoder and not config.tie_word_embeddings else 1
     spread = devices if config.vocab_size % devices == 0 else 1  # over whom the loss spreads the rows of the head
     chunk = chunk_tokens(config.vocab_size // spread) // spread  # of each device's tokens
-    logits = min(chunk, tokens) * config.vocab_size * 4
-    looped = tokens > chunk and recipe.micro_batches == 1  # over chunks, outside of a loop over micro-batches
+    logits = min(chunk, recipe.tokens) * config.vocab_size * 4
+    looped = recipe.tokens > chunk and recipe.micro_batches == 1  # over chunks, outside of a loop over micro-batches
     return {
         "inner": tokens * inner * size,
         "hidden": tokens * hidden * size,
@@ -269,7 +269,7 @@ def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[
         "table": table,
         "hoisted": tables * table if recipe.micro_batches > 1 else 0,  # out of the loop over micro-batches
         "adapter": adapter,
-        "mask": recipe.sequences * scores * recipe.length**2 * 2,
+        "mask": recipe.sequences * scores * recipe.keys**2 * 2,
     }
 
 
