@@ -25,7 +25,7 @@ from qlora_jax.checkpoint.source import CheckpointError, listed
 from qlora_jax.models import FAMILIES, T5, Key, Model, families_with, linear_keys, tied_head
 from qlora_jax.models.trained import TABLE, TIED_HEAD
 from qlora_jax.nn import Linear
-from qlora_jax.peft import AdapterModule, LoRA, LoRALinear, Method
+from qlora_jax.peft import AdapterModule, DoRALinear, LoRA, LoRALinear, Method
 from qlora_jax.quant import PackedTable, take_rows
 
 __all__ = ["adapter_tensors", "check_family", "check_fit", "load_adapter", "save_adapter"]
@@ -226,6 +226,8 @@ def _places_of_adapter(key: Key, adapter: AdapterModule) -> Iterator[tuple[str, 
         place = _Place((*path, part.attribute), index, part.transposed)
         if part.changes:
             place = dataclasses.replace(place, base=key.path, base_index=index)
+        if part.changes_own is not None:
+            place = dataclasses.replace(place, base=(*path, part.changes_own), base_index=index)
         yield tensor_name(modules[part.layer], part.suffix), place
 
 
@@ -259,7 +261,7 @@ def _check_scaling(model: Model, adapter: Adapter) -> None:
     something else."""
     method = adapter.method
     for key, found in _adapters(model):
-        if not isinstance(method, LoRA) or not isinstance(found, LoRALinear):
+        if not isinstance(method, LoRA) or not isinstance(found, LoRALinear | DoRALinear):
             continue
         slot = found.slot
         for module, rank, scaling in zip(key.modules(), slot.ranks, slot.scalings, strict=True):

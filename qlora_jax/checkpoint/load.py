@@ -23,7 +23,16 @@ from tqdm import tqdm
 
 from qlora_jax.checkpoint.source import Checkpoint, CheckpointError, listed
 from qlora_jax.models import Family, Key, Model, ModelConfig, Remat, family_of
-from qlora_jax.nn import AdapterConstant, AttentionImplementation, default_implementation, frozen_sharding, place
+from qlora_jax.nn import (
+    AdapterConstant,
+    AttentionImplementation,
+    Linear,
+    ReadsWeight,
+    WeightConstant,
+    default_implementation,
+    frozen_sharding,
+    place,
+)
 from qlora_jax.peft import Method
 from qlora_jax.quant import (
     PackedTable,
@@ -93,7 +102,9 @@ def load_model(
             rngs=nnx.Rngs(seed),
         )
 
-    graph, adapter, constants, frozen = nnx.split(nnx.eval_shape(build), nnx.LoRAParam, AdapterConstant, ...)
+    graph, adapter, constants, following, frozen = nnx.split(
+        nnx.eval_shape(build), nnx.LoRAParam, AdapterConstant, WeightConstant, ...
+    )
     check_tensors(checkpoint, family, config, frozen)
 
     stacked = {key.path: find(frozen, key.path).get_value() for key in config.keys if key.stacked}
@@ -116,7 +127,18 @@ def load_model(
     if method is not None:  # the weights that the constructor would draw are dead code here, only the adapter is made
         made = jax.jit(lambda: nnx.state(build(), nnx.LoRAParam, AdapterConstant))()
         adapter, constants = place(mesh, made, PartitionSpec())
-    return nnx.merge(graph, adapter, constants, frozen)
+    model = nnx.merge(graph, adapter, constants, following, frozen)
+    _read_weights(model, mesh)
+    return model
+
+
+def _read_weights(model: Model, mesh: Mesh | None) -> None:
+    """Sets what of the adapters follows from the frozen weights."""
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, Linear) and isinstance(layer.adapter, ReadsWeight):
+            layer.adapter.read_weight(layer.weight.get_value())
+            for constant in (value for value in vars(layer.adapter).values() if isinstance(value, WeightConstant)):
+                constant.set_value(place(mesh, constant.get_value(), PartitionSpec()))
 
 
 def storage_of(checkpoint: Checkpoint, asked: Quantization | None) -> Quantization | None:

@@ -1,5 +1,6 @@
 """Methods of parameter-efficient fine-tuning, one file each, on the layers of `nn`."""
 
+from qlora_jax.peft.dora import DoRALinear, DoRASlot
 from qlora_jax.peft.full import FullFineTuning
 from qlora_jax.peft.lora import LoRA
 from qlora_jax.peft.lora_linear import LoRALinear, Slot, lora_update
@@ -13,6 +14,8 @@ __all__ = [
     "ALL_LINEAR",
     "METHODS",
     "AdapterModule",
+    "DoRALinear",
+    "DoRASlot",
     "FieldErrors",
     "FilePart",
     "FullFineTuning",

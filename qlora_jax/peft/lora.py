@@ -1,4 +1,4 @@
-"""The description of a LoRA adapter, in the terms of PEFT's LoraConfig; what it computes stands in lora_linear.py."""
+"""The description of a LoRA adapter, in the terms of PEFT's LoraConfig; lora_linear.py and dora.py say what it computes."""
 
 import dataclasses
 import math
@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from qlora_jax.peft.dora import MAGNITUDE, DoRALinear, DoRASlot
 from qlora_jax.peft.lora_config import read_lora, write_lora
 from qlora_jax.peft.lora_linear import LoRALinear, Slot
 from qlora_jax.peft.targets import ALL_LINEAR, choose, known_names, pattern_matches
@@ -27,6 +28,7 @@ class LoRA:
         dropout: share of the adapter's inputs that is zeroed while training.
         target_modules: "all-linear", names (or last parts of names), or one regular expression over whole names.
         use_rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023).
+        use_dora: train the lengths of the weight's columns by themselves (dora.py).
         exclude_modules: names (or last parts) or one regular expression of what gets none all the same.
         layers_to_transform: numbers of the layers that get one; none: all of them.
         layers_pattern: names of the list of layers whose numbers count, e.g. "layers"; none: any.
@@ -45,6 +47,7 @@ class LoRA:
     dropout: float = 0.0
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     use_rslora: bool = False
+    use_dora: bool = False
     exclude_modules: str | tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
@@ -119,10 +122,12 @@ class LoRA:
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        return ("lora_A.weight", "lora_B.weight")
+        return ("lora_A.weight", "lora_B.weight", *((MAGNITUDE,) if self.use_dora else ()))
 
     def misfit(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
         """See `Method`."""
+        if suffix == MAGNITUDE:
+            return None if len(shape) == 1 else "expected a vector"
         if len(shape) != 2:
             return "expected a matrix"
         rank, found = self.rank_of(module), shape[self.suffixes.index(suffix)]
@@ -130,10 +135,13 @@ class LoRA:
 
     def merged(self, weight: np.ndarray, module: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
         """See `Method`."""
-        a, b = (tensors[suffix].astype(np.float32) for suffix in self.suffixes)
+        a, b, *magnitude = (tensors[suffix].astype(np.float32) for suffix in self.suffixes)
         update = b @ a
         update *= np.float32(self.scaling_of(module))
         update += weight.astype(np.float32, copy=False)
+        for m in magnitude:
+            norm = np.linalg.norm(update, axis=1)
+            update *= (m / np.where(norm > 0, norm, 1))[:, None]
         return update
 
     @classmethod
@@ -145,7 +153,7 @@ class LoRA:
         """See `Method`."""
         return write_lora(self, modules)
 
-    def targets(self, layers: Mapping[str, Sequence[str]]) -> dict[str, Slot]:
+    def targets(self, layers: Mapping[str, Sequence[str]]) -> "dict[str, Slot] | dict[str, DoRASlot]":
         """The keys of `layers` that get an adapter, with its ranks and scalings.
 
         Args:
@@ -168,12 +176,14 @@ class LoRA:
             ranks = tuple(self.rank_of(name) if name in chosen else 0 for name in stacked)
             scalings = tuple(self.scaling_of(name) if name in chosen else 0.0 for name in stacked)
             slots[key] = Slot(ranks, scalings, self.dropout)
-        return slots
+        return {key: DoRASlot(slot) for key, slot in slots.items()} if self.use_dora else slots
 
-    def make(self, in_features: int, out_features: int, *, layer: int | Array = 0, rngs: nnx.Rngs) -> LoRALinear:
-        """The adapter of a layer by itself, which has no name: rank, alpha, rsLoRA and dropout count."""
+    def make(
+        self, in_features: int, out_features: int, *, layer: int | Array = 0, rngs: nnx.Rngs
+    ) -> LoRALinear | DoRALinear:
+        """The adapter of a layer by itself, which has no name: rank, alpha, rsLoRA, DoRA and dropout count."""
         slot = Slot((self.rank,), (self.scaling,), self.dropout)
-        return slot.make(in_features, out_features, layer=layer, rngs=rngs)
+        return (DoRASlot(slot) if self.use_dora else slot).make(in_features, out_features, layer=layer, rngs=rngs)
 
     def _scaling(self, rank: int, alpha: float) -> float:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)

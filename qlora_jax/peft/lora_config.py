@@ -53,6 +53,7 @@ _READ = frozenset(
         "rank_pattern",
         "target_modules",
         "trainable_token_indices",
+        "use_dora",
         "use_rslora",
     )
 )
@@ -80,7 +81,9 @@ def read_lora(config: Mapping[str, Any]) -> dict[str, Any]:
     tokens = fields.get("trainable_token_indices", is_rows, "tokens, or tokens by table", [])
     if saved and config.get("ensure_weight_tying"):
         fields.problems.append("ensure_weight_tying = true beside modules_to_save is not supported")
-    rslora = fields.get("use_rslora", lambda x: isinstance(x, bool), "true or false", False)
+    rslora, dora = (
+        fields.get(name, lambda x: isinstance(x, bool), "true or false", False) for name in ("use_rslora", "use_dora")
+    )
     fields.check()
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = ALL_LINEAR
@@ -90,6 +93,7 @@ def read_lora(config: Mapping[str, Any]) -> dict[str, Any]:
         "dropout": dropout,
         "target_modules": as_names(targets),
         "use_rslora": rslora,
+        "use_dora": dora,
         "exclude_modules": as_names(excluded),
         "layers_to_transform": (layers,) if isinstance(layers, int) else tuple(layers),
         # Without numbers of layers it has no meaning, and older versions of PEFT wrote it all the same.
@@ -133,7 +137,7 @@ def write_lora(lora: Any, modules: Sequence[str]) -> dict[str, Any]:
         "rank_pattern": dict(lora.rank_pattern),
         "target_modules": targets,
         "trainable_token_indices": _token_rows(lora),
-        "use_dora": False,
+        "use_dora": lora.use_dora,
         "use_rslora": lora.use_rslora,
     }
 

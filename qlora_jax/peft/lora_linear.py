@@ -71,11 +71,9 @@ class LoRALinear(nnx.Module):
 
     def __init__(self, in_features: int, out_features: int, *, slot: Slot, layer: int | Array = 0, rngs: nnx.Rngs) -> None:
         self.slot = slot
-        a = init_lora_a(rngs.params(), in_features, slot.rank)
-        factors = None if slot.uniform else jnp.asarray(slot.factors())[layer]
+        a, b, factors = start(slot, in_features, out_features, layer=layer, rngs=rngs)
         self.factors = None if factors is None else AdapterConstant(factors)
-        self.lora_a = nnx.LoRAParam(a if factors is None else jnp.where(factors[None, :] > 0, a, 0))
-        self.lora_b = nnx.LoRAParam(jnp.zeros((slot.rank, out_features), jnp.float32))
+        self.lora_a, self.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
 
     def __call__(self, x: Array, linear: Linear, key: Array | None) -> Array:
         scaling = self.slot.scalings[0] if self.factors is None else self.factors[...]
@@ -84,10 +82,26 @@ class LoRALinear(nnx.Module):
 
     def file_parts(self) -> Iterator[FilePart]:
         """See `method.AdapterModule`."""
-        for layer, rank in enumerate(self.slot.ranks):
-            if rank:
-                yield FilePart(layer, "lora_A.weight", "lora_a", (slice(None), slice(rank)), transposed=True)
-                yield FilePart(layer, "lora_B.weight", "lora_b", (slice(rank), slice(None)), transposed=True)
+        return lora_file_parts(self.slot)
+
+
+def start(
+    slot: Slot, in_features: int, out_features: int, *, layer: int | Array, rngs: nnx.Rngs
+) -> tuple[Array, Array, Array | None]:
+    """(A, B, factors on the columns of A where they differ within the stack) of a fresh adapter."""
+    a = init_lora_a(rngs.params(), in_features, slot.rank)
+    factors = None if slot.uniform else jnp.asarray(slot.factors())[layer]
+    if factors is not None:
+        a = jnp.where(factors[None, :] > 0, a, 0)
+    return a, jnp.zeros((slot.rank, out_features), jnp.float32), factors
+
+
+def lora_file_parts(slot: Slot) -> Iterator[FilePart]:
+    """Where the files' A and B lie in the `lora_a` and `lora_b` of a stack."""
+    for layer, rank in enumerate(slot.ranks):
+        if rank:
+            yield FilePart(layer, "lora_A.weight", "lora_a", (slice(None), slice(rank)), transposed=True)
+            yield FilePart(layer, "lora_B.weight", "lora_b", (slice(rank), slice(None)), transposed=True)
 
 
 def init_lora_a(key: Array, in_features: int, rank: int) -> Array:
@@ -105,10 +119,16 @@ def lora_update(
         scaling: one factor, or one for each column of A, float32 `[r]`.
         key: random key of the dropout; without one nothing is dropped.
     """
-    if key is not None and dropout > 0.0:
-        keep = jax.random.bernoulli(key, 1.0 - dropout, x.shape)
-        x = jnp.where(keep, x / (1.0 - dropout), 0).astype(x.dtype)
+    x = drop(x, dropout, key)
     if isinstance(scaling, Array):
         scaling = scaling.astype(x.dtype)
     inner = checkpoint_name(matmul(x, a), "lora")
     return matmul(inner * scaling, b)
+
+
+def drop(x: Array, share: float, key: Array | None) -> Array:
+    """Dropout: a share of x zeroed and the rest scaled up; x itself without a key or with a share of 0."""
+    if key is None or share == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - share, x.shape)
+    return jnp.where(keep, x / (1.0 - share), 0).astype(x.dtype)

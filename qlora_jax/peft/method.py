@@ -27,6 +27,7 @@ class FilePart:
         index: the part of the layer's value that is no padding.
         transposed: whether the files hold its transpose.
         changes: whether it is a change of the layer's weight, which the files hold with the change in it.
+        changes_own: attribute of the adapter to whose value it is a change, which the files hold with the change in it.
     """
 
     layer: int
@@ -35,6 +36,7 @@ class FilePart:
     index: tuple[slice, ...] = ()
     transposed: bool = False
     changes: bool = False
+    changes_own: str | None = None
 
 
 @runtime_checkable
