@@ -80,6 +80,8 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
         method = begin.method
         if isinstance(method, LoRA):
             method = dataclasses.replace(method, dropout=options.lora.dropout)
+    if options.optimizer.loraplus_lr_ratio is not None and not isinstance(method, LoRA):
+        raise ValueError(f"loraplus_lr_ratio: expected none with {method.peft_type}, which has no A and B")
     claim(options)
     name = options.model.model or str(fetch_default_model())
     checkpoint, tokenizer, method = _open(options, name, begin, method)

@@ -64,6 +64,8 @@ class LoRAOptions:
     """One regular expression over whole module names, instead of target-modules."""
     use_rslora: bool = LoRA.use_rslora
     """Scale by alpha / sqrt(r)."""
+    use_dora: bool = LoRA.use_dora
+    """DoRA: train the lengths of the weights' columns by themselves."""
     exclude_modules: tuple[str, ...] = ()
     """Names (or last parts) of linear layers that get no adapter all the same."""
     layers_to_transform: tuple[int, ...] = ()
@@ -92,6 +94,7 @@ class LoRAOptions:
             dropout=self.dropout,
             target_modules=targets if self.target_regex is None else self.target_regex,
             use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
             exclude_modules=self.exclude_modules,
             layers_to_transform=self.layers_to_transform,
             layers_pattern=self.layers_pattern,
@@ -144,6 +147,8 @@ class OptimizerOptions:
     """Decay of the second moment; 0.999 if left out, 0.99 for lion."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
+    loraplus_lr_ratio: float | None = None
+    """LoRA+: so many times the learning rate for LoRA's B (and for norms and DoRA's magnitudes); the same if left out."""
     max_grad_norm: float = 0.3
     """Global norm to which gradients are clipped; 0 for no clipping."""
     host_offload: bool = False
@@ -159,6 +164,8 @@ class OptimizerOptions:
             problems.append(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, found {self.optimizer!r}")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             problems.append(f"learning_rate: expected a number above 0, found {self.learning_rate}")
+        if self.loraplus_lr_ratio is not None and not 0 < self.loraplus_lr_ratio < math.inf:
+            problems.append(f"loraplus_lr_ratio: expected a number above 0, found {self.loraplus_lr_ratio}")
         if not 0 <= self.warmup_ratio <= 1:
             problems.append(f"warmup_ratio: expected 0 to 1, found {self.warmup_ratio}")
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
