@@ -6,6 +6,7 @@
              ->  training with evaluation and checkpoints   <output>/checkpoints, metrics.jsonl, loss.png
                  (with early stopping, also its best state  <output>/best)
              ->  the adapter in PEFT's format               <output>/adapter, read back and compared, with a model card
+                 (after full fine-tuning, the model         <output>/model)
              ->  figures of the held-out split               <output>/eval_results.json
              ->  answers before and after to prompts of the held-out split, side by side
              ->  the adapter on the hub, where asked
@@ -29,7 +30,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.checkpoint.adapter import check_family, load_adapter, save_adapter
+from qlora_jax.checkpoint.adapter import check_family, load_adapter
 from qlora_jax.checkpoint.adapter_files import Adapter, read_adapter
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import default_dtype, load_model, storage_of, with_tied
@@ -47,6 +48,7 @@ from qlora_jax.finetune.hub import upload
 from qlora_jax.finetune.memory import check_memory, recipe_of
 from qlora_jax.finetune.objective import Batches, Objective, Setting
 from qlora_jax.finetune.options import ObjectiveName, Options
+from qlora_jax.finetune.saving import save_tuned
 from qlora_jax.finetune.seq2seq import seq2seq
 from qlora_jax.finetune.sft import sft
 from qlora_jax.finetune.training import train_adapter
@@ -74,7 +76,7 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
         ValueError, OSError: bad input, in one message, before any long work; a loss that diverged.
     """
     options.check()
-    method, quantization, mesh = options.lora.build(), options.model.quantization(), data_mesh()
+    method, quantization, mesh = options.method(), options.model.quantization(), data_mesh()
     begin = None if options.model.adapter is None else read_adapter(options.model.adapter)
     if begin is not None:
         method = begin.method
@@ -113,7 +115,7 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
     parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     learning_rate = learning_rate_schedule(
         options.optimizer.schedule,
-        options.optimizer.peak_learning_rate(parameters, options.objective.objective),
+        options.optimizer.peak_learning_rate(parameters, options.objective.objective, options.tuning.method),
         steps,
         round(steps * options.optimizer.warmup_ratio),
     )
@@ -125,12 +127,22 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
         plot_losses(rows, output / "loss.png", objective.unit)
         tuned = nnx.merge(graphdef, adapter, frozen)
         tables = None if begin is None else begin.tables
-        folder = save_adapter(tuned, output / "adapter", method=method, base_model_name_or_path=name, tables=tables)
+        folder = save_tuned(
+            tuned,
+            output,
+            method=method,
+            base=name,
+            checkpoint=checkpoint,
+            tokenizer=tokenizer,
+            tables=tables,
+            progress=progress,
+        )
         record.save(folder)
         if method.token_rows() or options.lora.special_tokens or tokenizer_source(name, options.model.adapter) != name:
             save_tokenizer(tokenizer, folder)
         kept = (best_evaluation(rows)[0] if options.run.early_stopping_patience else None) or rows[-1]["step"]
-        _say(f"Saved the adapter ({_size(folder) / 2**20:.1f} MiB, read back and compared): {folder}")
+        what = "model" if options.tuning.method == "full" else "adapter"
+        _say(f"Saved the {what} ({_size(folder) / 2**20:.1f} MiB): {folder}")
         if objective.held_out is not None:
             before, after = _held_out(rows, best=options.run.early_stopping_patience > 0)
             if objective.score is not None and not options.run.predict_with_generate:

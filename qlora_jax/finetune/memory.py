@@ -44,7 +44,7 @@ def recipe_of(
     decoder = isinstance(config, DecoderConfig)
     packed = decoder and options.objective.objective == "sft" and data.packs
     if method is None:
-        method, config = _with_special_tokens(options, options.lora.build(), config)
+        method, config = _with_special_tokens(options, options.method(), config)
     return Recipe(
         config=config,
         quantization=model.quantization() if isinstance(quantization, str) else quantization,
@@ -68,14 +68,14 @@ def recipe_of(
     )
 
 
-def _with_special_tokens(options: Options, lora: LoRA, config: ModelConfig) -> tuple[LoRA, ModelConfig]:
+def _with_special_tokens(options: Options, method: Method, config: ModelConfig) -> tuple[Method, ModelConfig]:
     """With a row of the token table more for each new token, and each of them trained."""
     count, size = len(options.lora.special_tokens), config.vocab_size
-    if not count:
-        return lora, config
-    tokens = (*lora.trainable_token_indices, *range(size, size + count))
+    if not count or not isinstance(method, LoRA):
+        return method, config
+    tokens = (*method.trainable_token_indices, *range(size, size + count))
     return (
-        dataclasses.replace(lora, trainable_token_indices=tokens),
+        dataclasses.replace(method, trainable_token_indices=tokens),
         dataclasses.replace(config, vocab_size=size + count),
     )
 

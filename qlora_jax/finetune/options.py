@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from qlora_jax.finetune.data_options import DataOptions
+from qlora_jax.finetune.method_options import MethodName, TuningOptions
 from qlora_jax.finetune.watch_options import WatchOptions
 from qlora_jax.models import Remat
-from qlora_jax.peft import ALL_LINEAR, LoRA
+from qlora_jax.peft import ALL_LINEAR, FullFineTuning, LoRA, Method
 from qlora_jax.quant import DataType, Quantization, TableStorage
 from qlora_jax.train import OPTIMIZERS, OptimizerName, Schedule
 
 ObjectiveName = Literal["sft", "dpo"]
+# Of LoRA's learning rate; a tenth for full fine-tuning: Schulman et al. 2025, "LoRA Without Regret".
+_RATE_OF_METHOD: dict[MethodName, float] = {"lora": 1.0, "full": 0.1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +139,8 @@ class OptimizerOptions:
     """Update rule; bytes of its state a parameter: adamw 8, adamw8bit 2, lion 4, adafactor next to none."""
     learning_rate: float | None = None
     """The highest learning rate; by the size of the model if left out: 1e-3 below 1 billion parameters, 2e-4 below 20
-    billion, else 1e-4 (the last two are QLoRA's); for DPO 5e-5, 5e-6 and 5e-6; a tenth of that for lion."""
+    billion, else 1e-4 (the last two are QLoRA's); for DPO 5e-5, 5e-6 and 5e-6; a tenth of that for lion, and for full
+    fine-tuning."""
     schedule: Schedule = "constant"
     """Its course after the warm-up."""
     warmup_ratio: float = 0.03
@@ -181,12 +185,13 @@ class OptimizerOptions:
         if problems:
             raise ValueError("; ".join(problems))
 
-    def peak_learning_rate(self, parameters: int, objective: ObjectiveName = "sft") -> float:
+    def peak_learning_rate(self, parameters: int, objective: ObjectiveName = "sft", method: MethodName = "lora") -> float:
         """The highest learning rate for a base model of so many parameters."""
         if self.learning_rate is not None:
             return self.learning_rate
         small, middle, large = {"sft": (1e-3, 2e-4, 1e-4), "dpo": (5e-5, 5e-6, 5e-6)}[objective]
         rate = small if parameters < 1e9 else middle if parameters < 20e9 else large
+        rate *= _RATE_OF_METHOD[method]
         return rate / 10 if self.optimizer == "lion" else rate  # its updates are ±1 each, of ten times the norm
 
 
@@ -245,14 +250,20 @@ class Options:
 
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     lora: LoRAOptions = dataclasses.field(default_factory=LoRAOptions)
+    tuning: TuningOptions = dataclasses.field(default_factory=TuningOptions)
     data: DataOptions = dataclasses.field(default_factory=DataOptions)
     optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
     run: RunOptions = dataclasses.field(default_factory=RunOptions)
     objective: ObjectiveOptions = dataclasses.field(default_factory=ObjectiveOptions)
     watch: WatchOptions = dataclasses.field(default_factory=WatchOptions)
 
+    def method(self) -> Method:
+        """The method of fine-tuning that they describe; raises ValueError where they describe none."""
+        return FullFineTuning() if self.tuning.method == "full" else self.lora.build()
+
     def check(self) -> None:
         """Raises ValueError where options of several groups contradict each other."""
+        self._check_method()
         if self.model.adapter is not None:
             fresh = dataclasses.asdict(LoRAOptions(dropout=self.lora.dropout))
             given = [name for name, value in dataclasses.asdict(self.lora).items() if value != fresh[name]]
@@ -273,3 +284,18 @@ class Options:
             raise ValueError("streaming: expected max_steps beside it (the length of a stream is unknown), found none")
         if self.data.streaming and self.run.epochs != RunOptions.epochs:
             raise ValueError(f"epochs: expected max_steps alone with streaming, found {self.run.epochs}")
+
+    def _check_method(self) -> None:
+        method = self.tuning.method
+        if method == "lora":
+            return
+        plain = LoRAOptions()
+        given = [name for name, value in vars(self.lora).items() if value != getattr(plain, name)]
+        if given:
+            raise ValueError(f"{', '.join(given)}: expected none with method {method}, found some: they are LoRA's")
+        if method == "full":
+            if self.model.data_type != "none" or self.model.quantize_tables != "none":
+                found = f"{self.model.data_type} and {self.model.quantize_tables}"
+                raise ValueError(f"data_type, quantize_tables: expected none and none with method full, found {found}")
+            if self.model.adapter is not None:
+                raise ValueError(f"adapter: expected none with method full, found {self.model.adapter}; merge it first")
