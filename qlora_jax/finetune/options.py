@@ -9,7 +9,7 @@ from qlora_jax.finetune.data_options import DataOptions
 from qlora_jax.finetune.method_options import MethodName, TuningOptions
 from qlora_jax.finetune.watch_options import WatchOptions
 from qlora_jax.models import Remat
-from qlora_jax.peft import ALL_LINEAR, FullFineTuning, LoRA, Method
+from qlora_jax.peft import ALL_LINEAR, FullFineTuning, LoRA, Method, reads_weights
 from qlora_jax.quant import DataType, Quantization, TableStorage
 from qlora_jax.train import OPTIMIZERS, OptimizerName, Schedule
 
@@ -69,6 +69,11 @@ class LoRAOptions:
     """Scale by alpha / sqrt(r)."""
     use_dora: bool = LoRA.use_dora
     """DoRA: train the lengths of the weights' columns by themselves."""
+    init_lora_weights: str | None = None
+    """How A and B start, by PEFT's names: gaussian or orthogonal; pissa, pissa_niter_N or loftq, from the original weights;
+    eva, from the training data. A uniform and B zero if left out."""
+    loftq_iter: int = LoRA.loftq_iter
+    """Turns of LoftQ."""
     exclude_modules: tuple[str, ...] = ()
     """Names (or last parts) of linear layers that get no adapter all the same."""
     layers_to_transform: tuple[int, ...] = ()
@@ -98,6 +103,8 @@ class LoRAOptions:
             target_modules=targets if self.target_regex is None else self.target_regex,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
+            init_lora_weights=LoRA.init_lora_weights if self.init_lora_weights is None else self.init_lora_weights,
+            loftq_iter=self.loftq_iter,
             exclude_modules=self.exclude_modules,
             layers_to_transform=self.layers_to_transform,
             layers_pattern=self.layers_pattern,
@@ -260,6 +267,10 @@ class Options:
     def method(self) -> Method:
         """The method of fine-tuning that they describe; raises ValueError where they describe none."""
         return FullFineTuning() if self.tuning.method == "full" else self.lora.build()
+
+    def starts_from_adapter(self) -> bool:
+        """Whether training starts from another function than that of the base alone."""
+        return self.model.adapter is not None or reads_weights(self.lora.init_lora_weights or True)
 
     def check(self) -> None:
         """Raises ValueError where options of several groups contradict each other."""

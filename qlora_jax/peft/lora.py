@@ -13,6 +13,7 @@ from jax import Array
 from qlora_jax.peft.dora import MAGNITUDE, DoRALinear, DoRASlot
 from qlora_jax.peft.lora_config import read_lora, write_lora
 from qlora_jax.peft.lora_linear import LoRALinear, Slot
+from qlora_jax.peft.start import check_start, reads_weights
 from qlora_jax.peft.targets import ALL_LINEAR, choose, known_names, pattern_matches
 
 Number = TypeVar("Number", int, float)
@@ -34,12 +35,14 @@ class LoRA:
         layers_pattern: names of the list of layers whose numbers count, e.g. "layers"; none: any.
         rank_pattern: (regular expression of the last parts of a name, r there); the first that matches counts.
         alpha_pattern: the same for alpha.
+        init_lora_weights: how A and B start (start.py).
+        loftq_iter: turns of LoftQ.
         modules_to_save: ends of the names of token tables, heads and norms that train as a whole.
         trainable_token_indices: tokens whose rows of the token table train; or, of each table, (end of its name, tokens).
 
     Raises:
-        ValueError: rank < 1, alpha <= 0, dropout outside [0, 1), no target, no regular expression, a pattern given twice, or
-            layers_to_transform beside a regular expression.
+        ValueError: rank < 1, alpha <= 0, dropout outside [0, 1), no target, no regular expression, a pattern given twice,
+            layers_to_transform beside a regular expression, or a start that there is not or that does not go with the rest.
     """
 
     rank: int = 16
@@ -55,6 +58,8 @@ class LoRA:
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     modules_to_save: tuple[str, ...] = ()
     trainable_token_indices: tuple[int, ...] | tuple[tuple[str, tuple[int, ...]], ...] = ()
+    init_lora_weights: bool | str = True
+    loftq_iter: int = 1
 
     def __post_init__(self) -> None:
         for where, rank in (("rank", self.rank), *((f"rank_pattern {name!r}", r) for name, r in self.rank_pattern)):
@@ -68,6 +73,7 @@ class LoRA:
         if not self.target_modules:
             raise ValueError("LoRA target_modules: expected names, a regular expression or 'all-linear', found none")
         self._check_patterns()
+        self._check_start()
         if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR and self.layers_to_transform:
             raise ValueError("LoRA layers_to_transform: expected names as target_modules, found a regular expression")
         if self.layers_pattern and not self.layers_to_transform:
@@ -87,6 +93,20 @@ class LoRA:
         tables = tuple((entry[0], entry[1]) for entry in self.trainable_token_indices if isinstance(entry, tuple))
         tokens = tuple(entry for entry in self.trainable_token_indices if isinstance(entry, int))
         return (*((None, tokens) for _ in tokens[:1]), *tables)
+
+    def _check_start(self) -> None:
+        start = self.init_lora_weights
+        if problem := check_start(start):
+            raise ValueError(f"LoRA init_lora_weights: {problem}")
+        odd = [rank for rank in (self.rank, *(rank for _, rank in self.rank_pattern)) if rank % 2]
+        if start == "orthogonal" and odd:
+            raise ValueError(f"LoRA init_lora_weights orthogonal: expected even ranks, found {odd[0]}")
+        if self.use_dora and reads_weights(start):
+            raise ValueError(
+                f"LoRA use_dora: expected no init_lora_weights that changes the base beside it, found {start!r}"
+            )
+        if self.loftq_iter < 1 or (self.loftq_iter > 1 and start != "loftq"):
+            raise ValueError(f"LoRA loftq_iter: expected at least 1, and 1 without loftq, found {self.loftq_iter}")
 
     def _check_patterns(self) -> None:
         for field in ("rank_pattern", "alpha_pattern"):
@@ -175,14 +195,14 @@ class LoRA:
                 continue
             ranks = tuple(self.rank_of(name) if name in chosen else 0 for name in stacked)
             scalings = tuple(self.scaling_of(name) if name in chosen else 0.0 for name in stacked)
-            slots[key] = Slot(ranks, scalings, self.dropout)
+            slots[key] = Slot(ranks, scalings, self.dropout, self.init_lora_weights)
         return {key: DoRASlot(slot) for key, slot in slots.items()} if self.use_dora else slots
 
     def make(
         self, in_features: int, out_features: int, *, layer: int | Array = 0, rngs: nnx.Rngs
     ) -> LoRALinear | DoRALinear:
-        """The adapter of a layer by itself, which has no name: rank, alpha, rsLoRA, DoRA and dropout count."""
-        slot = Slot((self.rank,), (self.scaling,), self.dropout)
+        """The adapter of a layer by itself, which has no name: what concerns names does not count."""
+        slot = Slot((self.rank,), (self.scaling,), self.dropout, self.init_lora_weights)
         return (DoRASlot(slot) if self.use_dora else slot).make(in_features, out_features, layer=layer, rngs=rngs)
 
     def _scaling(self, rank: int, alpha: float) -> float:

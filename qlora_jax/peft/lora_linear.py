@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.nn import AdapterConstant, Linear
 from qlora_jax.peft.method import FilePart
+from qlora_jax.peft.start import orthogonal
 from qlora_jax.quant import matmul
 
 
@@ -34,11 +35,13 @@ class Slot:
         ranks: r of each layer; 0: no adapter there.
         scalings: the factor on the update of each layer.
         dropout: share of the inputs that is zeroed while training.
+        start: how A and B start, as far as a random key tells (start.py); A uniform and B zero otherwise.
     """
 
     ranks: tuple[int, ...]
     scalings: tuple[float, ...]
     dropout: float
+    start: bool | str = True
 
     @property
     def rank(self) -> int:
@@ -89,11 +92,28 @@ def start(
     slot: Slot, in_features: int, out_features: int, *, layer: int | Array, rngs: nnx.Rngs
 ) -> tuple[Array, Array, Array | None]:
     """(A, B, factors on the columns of A where they differ within the stack) of a fresh adapter."""
-    a = init_lora_a(rngs.params(), in_features, slot.rank)
+    key, b = rngs.params(), jnp.zeros((slot.rank, out_features), jnp.float32)
     factors = None if slot.uniform else jnp.asarray(slot.factors())[layer]
+    if slot.start == "orthogonal":
+        a, b = _orthogonal(slot, key, in_features, out_features, layer)
+    elif slot.start == "gaussian":
+        rank = slot.rank if factors is None else jnp.maximum(jnp.asarray(slot.ranks)[layer], 1)
+        a = jax.random.normal(key, (in_features, slot.rank)) / rank
+    else:
+        a = init_lora_a(key, in_features, slot.rank)
     if factors is not None:
         a = jnp.where(factors[None, :] > 0, a, 0)
-    return a, jnp.zeros((slot.rank, out_features), jnp.float32), factors
+    return a, b, factors
+
+
+def _orthogonal(slot: Slot, key: Array, in_features: int, out_features: int, layer: int | Array) -> tuple[Array, Array]:
+    """A and B of the layer's own rank, in zeros up to the largest."""
+    ranks = sorted({*slot.ranks} - {0})
+    made = [orthogonal(key, in_features, out_features, rank) for rank in ranks]
+    a = jnp.stack([jnp.pad(a, ((0, 0), (0, slot.rank - rank))) for rank, (a, _) in zip(ranks, made, strict=True)])
+    b = jnp.stack([jnp.pad(b, ((0, slot.rank - rank), (0, 0))) for rank, (_, b) in zip(ranks, made, strict=True)])
+    own = jnp.asarray([ranks.index(rank) if rank else 0 for rank in slot.ranks])[layer]
+    return a[own], b[own]
 
 
 def lora_file_parts(slot: Slot) -> Iterator[FilePart]:
