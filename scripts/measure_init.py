@@ -3,11 +3,13 @@ weights (PiSSA, LoftQ) or leave them (DoRA).
 
     python scripts/measure_init.py                               SmolLM2-135M, r 16
     python scripts/measure_init.py --rank 64 --turns 1 5         another rank; LoftQ of one and of five turns
+    OPENBLAS_NUM_THREADS=1 python scripts/measure_init.py        on a CPU that other programs use: singular values take
+                                                                 many times as long where threads wait for each other
 
 Every linear layer: the error is |W - (Q + s A B)| / |W| in Frobenius norms, W the matrix of the checkpoint, Q and A B those
-of the loaded model; for DoRA |DoRA - Q| / |W|, where DoRA is the matrix that the fresh layer multiplies with. The last columns
-count the layers in which it is smaller than of 4 bits alone. Then the logits on some sentences, against those of the dense
-model: the mean of their absolute difference. The last line is JSON, with each layer.
+of the loaded model; for DoRA |DoRA - Q| / |W|, where DoRA is the matrix that the fresh layer multiplies with. The last
+columns count the layers in which it is smaller than of 4 bits alone. Then the logits on some sentences, against those of the
+dense model: the mean of their absolute difference. The last line is JSON, with each layer.
 """
 
 import dataclasses

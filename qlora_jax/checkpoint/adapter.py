@@ -92,7 +92,16 @@ def save_adapter(
     base_model_name_or_path: str | None = None,
     tables: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """Writes the adapter that lies in the slots of a model; see `write_adapter`."""
+    """Writes the adapter that lies in the slots of a model; see `write_adapter`.
+
+    Raises:
+        ValueError: one whose start was taken off the base: `from_weights.converted` makes files of it.
+    """
+    if isinstance(method, LoRA) and method.changes_base:
+        raise ValueError(
+            f"init_lora_weights {method.init_lora_weights}: expected an adapter for the original weights, found one for a "
+            "changed base; write what from_weights.converted makes of it"
+        )
     task_type: TaskType = "SEQ_2_SEQ_LM" if isinstance(model, T5) else "CAUSAL_LM"
     return write_adapter(
         adapter_tensors(model),

@@ -122,10 +122,7 @@ def rewriting(
 
 def converted_from(method: Method) -> str | None:
     """The start of which `converted` makes files of two halves; None: it is none of those."""
-    if not isinstance(method, LoRA) or not reads_weights(method.init_lora_weights):
-        return None
-    name = str(method.init_lora_weights)
-    return None if name == "loftq" and method.loftq_iter == 1 else name
+    return str(method.init_lora_weights) if isinstance(method, LoRA) and method.changes_base else None
 
 
 def converted(

@@ -44,7 +44,7 @@ from qlora_jax.finetune import mmlu, watch
 from qlora_jax.finetune.answers import show_answers
 from qlora_jax.finetune.card import write_card
 from qlora_jax.finetune.dpo import dpo
-from qlora_jax.finetune.eva import start_from_inputs
+from qlora_jax.finetune.eva import MOST_BATCHES, start_from_inputs
 from qlora_jax.finetune.folder import claim, complete
 from qlora_jax.finetune.hub import upload
 from qlora_jax.finetune.memory import check_memory, recipe_of
@@ -271,7 +271,8 @@ def _start_from_inputs(
         )
 
     rows = objective.training(options.run.batch_size * jax.device_count())
-    batches = (place(mesh, {name: batch[name] for name in objective.arrays}, PartitionSpec("data")) for batch in rows)
+    read = (next(rows) for _ in range(MOST_BATCHES))
+    batches = (place(mesh, {name: batch[name] for name in objective.arrays}, PartitionSpec("data")) for batch in read)
     with nullcontext() if mesh is None else jax.set_mesh(mesh):
         return start_from_inputs(model, build, lora, objective.held_out_loss, batches, progress=progress)
 

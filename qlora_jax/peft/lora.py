@@ -137,6 +137,11 @@ class LoRA:
         return self._scaling(self.rank_of(module), _first_match(self.alpha_pattern, module, self.alpha))
 
     @property
+    def changes_base(self) -> bool:
+        """Whether the start takes something off the base, so that the adapter alone is none for the original weights."""
+        return reads_weights(self.init_lora_weights) and (self.init_lora_weights, self.loftq_iter) != ("loftq", 1)
+
+    @property
     def peft_type(self) -> str:
         return "LORA"
 

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from peft_peer import Peer, largest, randomised, run
 
-from qlora_jax.checkpoint.adapter import adapter_tensors, load_adapter
+from qlora_jax.checkpoint.adapter import adapter_tensors, load_adapter, save_adapter
 from qlora_jax.checkpoint.adapter_files import read_adapter, read_adapter_config, write_adapter
 from qlora_jax.checkpoint.from_weights import FromWeights, TakenOff, converted, converted_from, parted, rewriting
 from qlora_jax.checkpoint.load import load_model
@@ -274,6 +274,8 @@ def test_what_does_not_fit_is_refused(peers: Callable[[str], Peer], tmp_path: Pa
     large = LoRA(rank=33, init_lora_weights="pissa")
     with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj: expected a rank of at most 32 .*found 33"):
         load(peer, large, None, FromWeights(large, None))
+    with pytest.raises(ValueError, match="pissa: expected an adapter for the original weights, found one for a changed"):
+        save_adapter(load(peer, LoRA(rank=2), None), tmp_path / "a", method=LoRA(rank=2, init_lora_weights="pissa"))
     lora = LoRA(rank=3)
     merge(open_checkpoint(str(peer.folder)), None, tmp_path / "4", quantization=Quantization(), progress=False)
     with pytest.raises(

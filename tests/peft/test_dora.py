@@ -1,5 +1,6 @@
 """DoRA against PEFT's in both directions of file exchange, and against its formula; what a fresh one changes: nothing."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,12 @@ from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.merge import merge
 from qlora_jax.checkpoint.source import open_checkpoint
 from qlora_jax.models import CausalLM
+from qlora_jax.models.llama import llama_config
 from qlora_jax.nn import Linear
 from qlora_jax.peft import DoRALinear, LoRA
 from qlora_jax.peft.dora import column_norms
 from qlora_jax.peft.lora_linear import drop
+from qlora_jax.plan import SIZES, Recipe, quick_plan
 from qlora_jax.quant import Quantization, dequantize, quantize
 from qlora_jax.quant.stacked import StackedTensor
 
@@ -229,3 +232,15 @@ def test_no_more_than_one_dense_matrix_is_held() -> None:
     plain, dora = temporary(LoRA(rank=8)), temporary(LoRA(rank=8, use_dora=True))
     assert plain > dense / 2, "a product in 4 bits makes the matrix dense"
     assert dora < plain + dense / 2
+
+
+def test_its_plan_counts_the_magnitudes() -> None:
+    """Of seven layers of Llama-3-8B, in float32, with Adam's moments, and what the backward pass keeps of their results."""
+    recipe = Recipe(llama_config(SIZES["llama-3-8b"]), method=LoRA(16), packed=False, remat="dots")
+    dora = dataclasses.replace(recipe, method=LoRA(16, use_dora=True))
+    outputs = 32 * (2 * 4096 + 2 * 1024 + 2 * 14336 + 4096)
+    one, other = quick_plan(recipe, "cuda"), quick_plan(dora, "cuda")
+    assert other.adapter - one.adapter == 4 * outputs
+    assert other.optimizer - one.optimizer == 8 * outputs
+    assert other.dense_weights - one.dense_weights == 4 * outputs
+    assert other.residuals - one.residuals == 2 * recipe.tokens * outputs
