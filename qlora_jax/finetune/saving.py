@@ -64,4 +64,4 @@ def save_tuned(
 
 def _dtype_of(model: Model) -> MergedDtype:
     """The run's compute type."""
-    return cast(MergedDtype, jnp.dtype(model.norm.weight.dtype).name)
+    return cast(MergedDtype, jnp.dtype(model.head.weight.dtype).name)

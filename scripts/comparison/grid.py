@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from qlora_jax.finetune import MethodName
-from qlora_jax.nn import ALL_LINEAR
+from qlora_jax.peft import ALL_LINEAR
 from qlora_jax.quant import DataType
 
 METHODS: tuple[str, ...] = get_args(MethodName)
