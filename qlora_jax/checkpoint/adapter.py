@@ -26,7 +26,7 @@ from qlora_jax.checkpoint.source import CheckpointError, listed
 from qlora_jax.models import FAMILIES, T5, Key, Model, families_with, linear_keys, method_for, tied_head
 from qlora_jax.models.trained import TABLE, TIED_HEAD
 from qlora_jax.nn import Linear
-from qlora_jax.peft import AdapterModule, LoRA, LoRALinear, Method
+from qlora_jax.peft import AdapterModule, DoRALinear, LoRA, LoRALinear, Method
 from qlora_jax.quant import PackedTable, take_rows
 
 __all__ = ["adapter_tensors", "check_family", "check_fit", "load_adapter", "save_adapter"]
@@ -97,7 +97,16 @@ def save_adapter(
     base_model_name_or_path: str | None = None,
     tables: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """Writes the adapter that lies in the slots of a model; see `write_adapter`."""
+    """Writes the adapter that lies in the slots of a model; see `write_adapter`.
+
+    Raises:
+        ValueError: one whose start was taken off the base: `from_weights.converted` makes files of it.
+    """
+    if isinstance(method, LoRA) and method.changes_base:
+        raise ValueError(
+            f"init_lora_weights {method.init_lora_weights}: expected an adapter for the original weights, found one for a "
+            "changed base; write what from_weights.converted makes of it"
+        )
     task_type: TaskType = "SEQ_2_SEQ_LM" if isinstance(model, T5) else "CAUSAL_LM"
     return write_adapter(
         adapter_tensors(model),
@@ -237,6 +246,8 @@ def _places_of_adapter(key: Key, adapter: AdapterModule) -> Iterator[tuple[str, 
         place = _Place((*path, part.attribute), index, part.transposed, offset=part.offset)
         if part.changes:
             place = dataclasses.replace(place, base=key.path, base_index=index)
+        if part.changes_own is not None:
+            place = dataclasses.replace(place, base=(*path, part.changes_own), base_index=index)
         yield tensor_name(modules[part.layer], part.suffix), place
 
 
@@ -270,7 +281,7 @@ def _check_scaling(model: Model, adapter: Adapter) -> None:
     something else."""
     method = adapter.method
     for key, found in _adapters(model):
-        if not isinstance(method, LoRA) or not isinstance(found, LoRALinear):
+        if not isinstance(method, LoRA) or not isinstance(found, LoRALinear | DoRALinear):
             continue
         slot = found.slot
         for module, rank, scaling in zip(key.modules(), slot.ranks, slot.scalings, strict=True):

@@ -9,6 +9,7 @@ next is read, so that the host holds the result plus little more than the larges
 import dataclasses
 import re
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,8 +24,17 @@ from tqdm import tqdm
 
 from qlora_jax.checkpoint.source import Checkpoint, CheckpointError, listed
 from qlora_jax.models import Family, Key, Model, ModelConfig, Remat, family_of
-from qlora_jax.nn import AdapterConstant, AttentionImplementation, default_implementation, frozen_sharding, place
-from qlora_jax.peft import Method
+from qlora_jax.nn import (
+    AdapterConstant,
+    AttentionImplementation,
+    Linear,
+    ReadsWeight,
+    WeightConstant,
+    default_implementation,
+    frozen_sharding,
+    place,
+)
+from qlora_jax.peft import LoRA, Method, reads_weights
 from qlora_jax.quant import (
     PackedTable,
     Quantization,
@@ -46,6 +56,10 @@ def default_dtype(platform: str | None = None) -> Any:
     return jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16
 
 
+# (full name of a linear module, its original float32 matrix [in, out]) to what is stored in its place; None: it is itself.
+Rewrite = Callable[[str, Array], Array | None]
+
+
 def load_model(
     checkpoint: Checkpoint,
     *,
@@ -58,6 +72,7 @@ def load_model(
     mesh: Mesh | None = None,
     seed: int = 0,
     progress: bool = True,
+    rewrite: Rewrite | None = None,
 ) -> Model:
     """The model of a checkpoint, with its linear layers quantised and a fresh adapter in its slots.
 
@@ -70,11 +85,21 @@ def load_model(
         mesh: devices over which the frozen weights are spread while they are filled; None: the default device.
         seed: of the adapter's initial values.
         progress: whether to show a progress bar.
+        rewrite: of the linear matrices, one at a time, before they are stored (from_weights.py).
 
     Raises:
         CheckpointError: missing, extra or misshapen tensors (all in one message), or weights that are NaN or infinite.
-        ValueError: unsupported architecture or config; LoRA targets that match nothing.
+        ValueError: unsupported architecture or config; LoRA targets that match nothing, or a start that follows from the
+            weights without what makes it (`from_weights.FromWeights`).
     """
+    if isinstance(method, LoRA) and reads_weights(method.init_lora_weights) and rewrite is None:
+        raise ValueError(
+            f"init_lora_weights {method.init_lora_weights}: expected rewrite=FromWeights(…) beside it, found none"
+        )
+    if rewrite is not None and checkpoint.quantized:
+        raise CheckpointError(
+            f"{checkpoint.source}: expected the original weights, of which a part is taken off, found quantised ones"
+        )
     family = family_of(checkpoint.config)
     checkpoint = with_tied(checkpoint, family)
     config = family.config(checkpoint.config)
@@ -93,7 +118,9 @@ def load_model(
             rngs=nnx.Rngs(seed),
         )
 
-    graph, adapter, constants, frozen = nnx.split(nnx.eval_shape(build), nnx.LoRAParam, AdapterConstant, ...)
+    graph, adapter, constants, following, frozen = nnx.split(
+        nnx.eval_shape(build), nnx.LoRAParam, AdapterConstant, WeightConstant, ...
+    )
     check_tensors(checkpoint, family, config, frozen)
 
     stacked = {key.path: find(frozen, key.path).get_value() for key in config.keys if key.stacked}
@@ -104,7 +131,7 @@ def load_model(
         for key in config.keys:
             variable = find(frozen, key.path)
             if key.stacked:
-                value, bad = _fill_stack(checkpoint, key, buffers.pop(key.path), bar)
+                value, bad = _fill_stack(checkpoint, key, buffers.pop(key.path), bar, rewrite if key.linear else None)
             elif isinstance(variable.get_value(), PackedTable) and not key.linear:
                 value, bad = _fill_table(checkpoint, key.name, variable.get_value(), mesh, bar)
             else:
@@ -116,7 +143,18 @@ def load_model(
     if method is not None:  # the weights that the constructor would draw are dead code here, only the adapter is made
         made = jax.jit(lambda: nnx.state(build(), nnx.LoRAParam, AdapterConstant))()
         adapter, constants = place(mesh, made, PartitionSpec())
-    return nnx.merge(graph, adapter, constants, frozen)
+    model = nnx.merge(graph, adapter, constants, following, frozen)
+    _read_weights(model, mesh)
+    return model
+
+
+def _read_weights(model: Model, mesh: Mesh | None) -> None:
+    """Sets what of the adapters follows from the frozen weights."""
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, Linear) and isinstance(layer.adapter, ReadsWeight):
+            layer.adapter.read_weight(layer.weight.get_value())
+            for constant in (value for value in vars(layer.adapter).values() if isinstance(value, WeightConstant)):
+                constant.set_value(place(mesh, constant.get_value(), PartitionSpec()))
 
 
 def storage_of(checkpoint: Checkpoint, asked: Quantization | None) -> Quantization | None:
@@ -201,7 +239,7 @@ def find(state: Any, path: tuple[str, ...]) -> nnx.Variable:
     return state
 
 
-def _fill_stack(checkpoint: Checkpoint, key: Key, value: Any, bar: tqdm) -> tuple[Any, list[str]]:
+def _fill_stack(checkpoint: Checkpoint, key: Key, value: Any, bar: tqdm, rewrite: Rewrite | None) -> tuple[Any, list[str]]:
     """The value of one row of the table, of which `value` holds the room, and the names of tensors that are not finite."""
     insert = _insert_quantized if isinstance(value, QuantizedTensor) else _insert_dense
     not_finite: list[str] = []
@@ -212,7 +250,11 @@ def _fill_stack(checkpoint: Checkpoint, key: Key, value: Any, bar: tqdm) -> tupl
             bar.update()
             continue
         tensor, dtype = _to_device(checkpoint.read(name))
-        value, finite = insert(value, tensor, layer, dtype=dtype, transposed=key.linear)
+        changed = None if rewrite is None else rewrite(name.removesuffix(".weight"), _matrix(tensor, dtype))
+        if changed is None:
+            value, finite = insert(value, tensor, layer, dtype=dtype, transposed=key.linear)
+        else:
+            value, finite = insert(value, changed, layer, dtype=changed.dtype, transposed=False)
         del tensor
         # Dispatch is asynchronous: without waiting, the next tensors would be read while this one is still held.
         if not bool(jax.block_until_ready((value, finite))[1]):
@@ -297,6 +339,12 @@ def _insert_quantized(
     matrix = _from_bits(tensor.T if transposed else tensor, dtype)
     quantized = quantize(matrix, stacked.data_type, stacked.block_size, stacked.double_quantized, stacked.dtype)
     return _write(stacked, quantized, layer), _all_finite(tensor, dtype)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _matrix(tensor: Array, dtype: Any) -> Array:
+    """A linear layer's tensor as float32 `[in, out]`."""
+    return _from_bits(tensor.T, dtype).astype(jnp.float32)
 
 
 @partial(jax.jit, donate_argnums=0)

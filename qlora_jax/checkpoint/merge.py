@@ -41,7 +41,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora_jax.checkpoint.adapter import check_family, check_fit
 from qlora_jax.checkpoint.adapter_files import Adapter
 from qlora_jax.checkpoint.bnb import quantization_config, quantized_shapes, quantized_tensors
-from qlora_jax.checkpoint.load import check_tensors, find, with_copy, with_tied
+from qlora_jax.checkpoint.load import Rewrite, check_tensors, find, with_copy, with_tied
 from qlora_jax.checkpoint.retrained import Retrained, retrained_parameters
 from qlora_jax.checkpoint.source import Checkpoint, CheckpointError
 from qlora_jax.checkpoint.tokenizer import save_tokenizer
@@ -86,6 +86,7 @@ def merge(
     quantization: Quantization | None = None,
     from_dequantized: Quantization | None = None,
     from_tables: TableStorage = "none",
+    rewrite: Rewrite | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
@@ -100,6 +101,7 @@ def merge(
         from_dequantized: how the base was quantised in training; merge onto those values instead of the
             original ones.
         from_tables: the same of the token table and the head.
+        rewrite: what the base's linear matrices were turned into before that, as for `load_model`.
         shard_bytes: the most that one file holds, except for a tensor that is larger by itself.
 
     Returns:
@@ -149,7 +151,17 @@ def merge(
         with tqdm(total=len(names), desc="merging", unit="tensor", disable=not progress, leave=False) as bar:
             for file, shard in shards.items():
                 tensors = _merged(
-                    checkpoint, adapter, retrained, shard, linear, packed, dtype, quantization, from_dequantized, bar
+                    checkpoint,
+                    adapter,
+                    retrained,
+                    shard,
+                    linear,
+                    packed,
+                    dtype,
+                    quantization,
+                    from_dequantized,
+                    rewrite,
+                    bar,
                 )
                 stored = {part: entry for name in shard for part, entry in entries[name].items()}
                 _write_shard(temporary / file, stored, tensors)
@@ -204,6 +216,7 @@ def _merged(
     dtype: MergedDtype,
     quantization: Quantization | None,
     from_dequantized: Quantization | None,
+    rewrite: Rewrite | None,
     bar: tqdm,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a shard, one at a time."""
@@ -222,6 +235,9 @@ def _merged(
             tensor = _through_packing(tensor, packed[name])
         if name in retrained:
             tensor = retrained[name].put(tensor)
+        if name in linear and rewrite is not None:
+            changed = rewrite(module, jnp.asarray(tensor, jnp.float32).T)
+            tensor = tensor if changed is None else np.asarray(changed).T
         if name in linear and from_dequantized is not None and name not in checkpoint.quantized:
             tensor = _through_quantization(tensor, from_dequantized)
         if adapted and adapter is not None:

@@ -23,11 +23,14 @@ class TrainingRecord:
         quantization: of the base's linear layers; None: they were dense.
         template: the form of the prompts (data.Template, never "auto"); None: unknown.
         tables: storage of the base's token table and head.
+        converted_from: the start (LoRA's `init_lora_weights`) that was taken off the base before it was stored, and is the
+            second half of the adapter's rank (from_weights.py); None: nothing was.
     """
 
     quantization: Quantization | None
     template: str | None
     tables: TableStorage = "none"
+    converted_from: str | None = None
 
     def save(self, adapter: Path) -> None:
         """Writes the record into the adapter's folder."""
@@ -35,6 +38,7 @@ class TrainingRecord:
             "quantization": None if self.quantization is None else dataclasses.asdict(self.quantization),
             "template": self.template,
             "tables": self.tables,
+            **({} if self.converted_from is None else {"converted_from": self.converted_from}),
         }
         (adapter / NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
@@ -56,7 +60,10 @@ def read_training_record(adapter: str | Path) -> TrainingRecord | None:
         tables = values.get("tables", "none")  # records of before there was a choice lack it
         if tables not in TABLE_STORAGES:
             raise ValueError(f"tables: expected one of {', '.join(TABLE_STORAGES)}, found {tables!r}")
-        return TrainingRecord(None if stored is None else Quantization(**stored), template, tables)
+        start = values.get("converted_from")
+        if start is not None and not isinstance(start, str):
+            raise ValueError(f"converted_from: expected a name, found {start!r}")
+        return TrainingRecord(None if stored is None else Quantization(**stored), template, tables, start)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: expected quantization and template, as train.py writes them: {error!r}") from error
 

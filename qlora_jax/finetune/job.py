@@ -27,13 +27,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.checkpoint.adapter import check_family, load_adapter
+from qlora_jax.checkpoint.adapter import adapter_tensors, check_family, load_adapter
 from qlora_jax.checkpoint.adapter_files import Adapter, read_adapter
 from qlora_jax.checkpoint.default_model import fetch_default_model
-from qlora_jax.checkpoint.load import default_dtype, load_model, storage_of, with_tied
+from qlora_jax.checkpoint.from_weights import FromWeights, converted_from, parted, rewriting
+from qlora_jax.checkpoint.load import Rewrite, default_dtype, load_model, storage_of, with_tied
 from qlora_jax.checkpoint.merge import check_all
 from qlora_jax.checkpoint.record import TrainingRecord, read_training_record
 from qlora_jax.checkpoint.source import Checkpoint, open_checkpoint
@@ -43,6 +44,7 @@ from qlora_jax.finetune import mmlu, watch
 from qlora_jax.finetune.answers import show_answers
 from qlora_jax.finetune.card import write_card
 from qlora_jax.finetune.dpo import dpo
+from qlora_jax.finetune.eva import MOST_BATCHES, start_from_inputs
 from qlora_jax.finetune.folder import claim, complete
 from qlora_jax.finetune.hub import upload
 from qlora_jax.finetune.memory import check_memory, recipe_of
@@ -55,7 +57,7 @@ from qlora_jax.finetune.seq2seq import seq2seq
 from qlora_jax.finetune.sft import sft
 from qlora_jax.finetune.training import train_adapter
 from qlora_jax.models import Model, T5Config, family_of, method_for, positions_left
-from qlora_jax.nn import data_mesh
+from qlora_jax.nn import data_mesh, place
 from qlora_jax.peft import LoRA, Method
 from qlora_jax.quant import Quantization
 from qlora_jax.train import (
@@ -80,11 +82,16 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
     """
     options.check()
     method, quantization, mesh = options.method(), options.model.quantization(), data_mesh()
-    begin = None if options.model.adapter is None else read_adapter(options.model.adapter)
+    begin, trained, taken = None, None, None
+    if options.model.adapter is not None:
+        trained = read_training_record(options.model.adapter)
+        begin, taken = parted(read_adapter(options.model.adapter), trained)
     if begin is not None:
         method = begin.method
         if isinstance(method, LoRA):
             method = dataclasses.replace(method, dropout=options.lora.dropout)
+    if options.optimizer.loraplus_lr_ratio is not None and not isinstance(method, LoRA):
+        raise ValueError(f"loraplus_lr_ratio: expected none with {method.peft_type}, which has no A and B")
     claim(options)
     name = options.model.model or str(fetch_default_model())
     checkpoint, tokenizer, method = _open(options, name, begin, method)
@@ -102,9 +109,10 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
     make = seq2seq if isinstance(config, T5Config) else DECODER_OBJECTIVES[options.objective.objective]
     objective = make(Setting(options, tokenizer, config, eos_ids, _say, progress))
     check_rows(method, config, objective.length, packed="segment_ids" in objective.arrays)
-    record = TrainingRecord(quantization, objective.template, options.model.quantize_tables)
-    if options.model.adapter is not None:
-        _compare(read_training_record(options.model.adapter), record)
+    rewrite = rewriting(method, taken, quantization)
+    start = converted_from(method) if taken is None or trained is None else trained.converted_from
+    record = TrainingRecord(quantization, objective.template, options.model.quantize_tables, start)
+    _compare(trained, record)
     source = objective.training(_rows(options))
     steps = _steps(options, source)
     watch.check_prompts(options, objective.prompts)
@@ -112,8 +120,17 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
         recipe = recipe_of(options, config, jax.default_backend(), method=method, quantization=quantization)
         check_memory(dataclasses.replace(recipe, length=objective.length), _say)
 
-    model = _load(options, checkpoint, quantization, method, mesh, progress)
-    model = started(model, starts_as) if begin is None else load_adapter(model, begin)
+    model = _load(options, checkpoint, quantization, method, mesh, rewrite, progress)
+    first = begin  # what answers before training, where that is not the base
+    if begin is not None:
+        model = load_adapter(model, begin)
+    elif isinstance(rewrite, FromWeights):
+        model = rewrite.fill(model)
+        first = Adapter("the run's start", method, None, adapter_tensors(model))
+    elif isinstance(method, LoRA) and method.init_lora_weights == "eva":
+        model = _start_from_inputs(options, model, method, quantization, objective, mesh, progress)
+    else:
+        model = started(model, starts_as)
     graphdef, adapter, frozen = split(objective.prepare(model))
     del model
     _say(_describe(adapter, frozen, steps, options, objective))
@@ -142,6 +159,7 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
             checkpoint=checkpoint,
             tokenizer=tokenizer,
             tables=tables,
+            taken={} if rewrite is None else rewrite.tensors,
             progress=progress,
         )
         record.save(folder)
@@ -173,9 +191,9 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
             _say(mmlu.conclude(rows, kept, ask))
         if objective.prompts:
             base = nnx.merge(graphdef, jax.tree.map(jnp.zeros_like, adapter), frozen)
-            if tuned.prompt is not None and begin is None:  # virtual tokens of zeros are tokens all the same
+            if tuned.prompt is not None and first is None:  # virtual tokens of zeros are tokens all the same
                 base = without_adapter(tuned)
-            before = base if begin is None else load_adapter(base, begin)
+            before = base if first is None else load_adapter(base, first)
             show_answers(before, tuned, objective.prompts, objective.answer, tokenizer)
         elif objective.held_out is not None and options.run.samples:
             _say("No answers are shown: in the held-out examples nothing comes before what is learned.")
@@ -228,6 +246,7 @@ def _load(
     quantization: Quantization | None,
     method: Method,
     mesh: Mesh | None,
+    rewrite: Rewrite | None,
     progress: bool,
 ) -> Model:
     on_cpu = jax.default_backend() == "cpu"
@@ -241,7 +260,36 @@ def _load(
         mesh=mesh,
         seed=options.run.seed,
         progress=progress,
+        rewrite=rewrite,
     )
+
+
+def _start_from_inputs(
+    options: Options,
+    model: Model,
+    lora: LoRA,
+    quantization: Quantization | None,
+    objective: Objective,
+    mesh: Mesh | None,
+    progress: bool,
+) -> Model:
+    def build(method: Any) -> Model:
+        return type(model)(
+            model.config,  # type: ignore[arg-type]
+            quantization=quantization,
+            tables=options.model.quantize_tables,
+            method=method,
+            dtype=default_dtype() if options.model.dtype == "auto" else jnp.dtype(options.model.dtype),
+            attention=model.attention,
+            remat=model.remat,
+            rngs=nnx.Rngs(0),
+        )
+
+    rows = objective.training(options.run.batch_size * jax.device_count())
+    read = (next(rows) for _ in range(MOST_BATCHES))
+    batches = (place(mesh, {name: batch[name] for name in objective.arrays}, PartitionSpec("data")) for batch in read)
+    with nullcontext() if mesh is None else jax.set_mesh(mesh):
+        return start_from_inputs(model, build, lora, objective.held_out_loss, batches, progress=progress)
 
 
 def _compare(trained: TrainingRecord | None, now: TrainingRecord) -> None:

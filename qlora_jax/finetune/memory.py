@@ -64,7 +64,7 @@ def recipe_of(
         weight_decay=options.optimizer.weight_decay,
         max_grad_norm=options.optimizer.max_grad_norm or None,
         neftune_alpha=options.optimizer.neftune_alpha if options.objective.objective == "sft" else 0.0,
-        reference=options.objective.objective == "dpo" and model.adapter is not None,
+        reference=options.objective.objective == "dpo" and options.starts_from_adapter(),
     )
 
 

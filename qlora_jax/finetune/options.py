@@ -9,7 +9,7 @@ from qlora_jax.finetune.data_options import DataOptions
 from qlora_jax.finetune.method_options import MethodName, TuningOptions
 from qlora_jax.finetune.watch_options import WatchOptions
 from qlora_jax.models import Remat
-from qlora_jax.peft import ALL_LINEAR, IA3, FullFineTuning, LoRA, Method
+from qlora_jax.peft import ALL_LINEAR, IA3, FullFineTuning, LoRA, Method, reads_weights
 from qlora_jax.quant import DataType, Quantization, TableStorage
 from qlora_jax.train import OPTIMIZERS, OptimizerName, Schedule
 
@@ -68,6 +68,13 @@ class LoRAOptions:
     """One regular expression over whole module names, instead of target-modules."""
     use_rslora: bool = LoRA.use_rslora
     """Scale by alpha / sqrt(r)."""
+    use_dora: bool = LoRA.use_dora
+    """DoRA: train the lengths of the weights' columns by themselves."""
+    init_lora_weights: str | None = None
+    """How A and B start, by PEFT's names: gaussian or orthogonal; pissa, pissa_niter_N or loftq, from the original weights;
+    eva, from the training data. A uniform and B zero if left out."""
+    loftq_iter: int = LoRA.loftq_iter
+    """Turns of LoftQ."""
     exclude_modules: tuple[str, ...] = ()
     """Names (or last parts) of linear layers that get no adapter all the same."""
     layers_to_transform: tuple[int, ...] = ()
@@ -96,6 +103,9 @@ class LoRAOptions:
             dropout=self.dropout,
             target_modules=targets if self.target_regex is None else self.target_regex,
             use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            init_lora_weights=LoRA.init_lora_weights if self.init_lora_weights is None else self.init_lora_weights,
+            loftq_iter=self.loftq_iter,
             exclude_modules=self.exclude_modules,
             layers_to_transform=self.layers_to_transform,
             layers_pattern=self.layers_pattern,
@@ -150,6 +160,8 @@ class OptimizerOptions:
     """Decay of the second moment; 0.999 if left out, 0.99 for lion."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
+    loraplus_lr_ratio: float | None = None
+    """LoRA+: so many times the learning rate for LoRA's B (and for norms and DoRA's magnitudes); the same if left out."""
     max_grad_norm: float = 0.3
     """Global norm to which gradients are clipped; 0 for no clipping."""
     host_offload: bool = False
@@ -165,6 +177,8 @@ class OptimizerOptions:
             problems.append(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, found {self.optimizer!r}")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             problems.append(f"learning_rate: expected a number above 0, found {self.learning_rate}")
+        if self.loraplus_lr_ratio is not None and not 0 < self.loraplus_lr_ratio < math.inf:
+            problems.append(f"loraplus_lr_ratio: expected a number above 0, found {self.loraplus_lr_ratio}")
         if not 0 <= self.warmup_ratio <= 1:
             problems.append(f"warmup_ratio: expected 0 to 1, found {self.warmup_ratio}")
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
@@ -277,6 +291,10 @@ class Options:
             exclude_modules=lora.exclude_modules,
             modules_to_save=lora.modules_to_save,
         )
+
+    def starts_from_adapter(self) -> bool:
+        """Whether training starts from another function than that of the base alone."""
+        return self.model.adapter is not None or reads_weights(self.lora.init_lora_weights or True)
 
     def check(self) -> None:
         """Raises ValueError where options of several groups contradict each other."""

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.checkpoint.adapter import adapter_tensors, save_adapter
-from qlora_jax.checkpoint.adapter_files import Adapter
+from qlora_jax.checkpoint.adapter import adapter_tensors
+from qlora_jax.checkpoint.adapter_files import Adapter, write_adapter
+from qlora_jax.checkpoint.from_weights import converted
 from qlora_jax.checkpoint.merge import MergedDtype, merge
 from qlora_jax.checkpoint.source import Checkpoint
-from qlora_jax.models import Model
+from qlora_jax.models import T5, Model
 from qlora_jax.peft import FullFineTuning, Method
 
 
@@ -30,6 +31,7 @@ def save_tuned(
     checkpoint: Checkpoint,
     tokenizer: PreTrainedTokenizerFast,
     tables: Mapping[str, np.ndarray] | None,
+    taken: Mapping[str, np.ndarray],
     progress: bool,
 ) -> Path:
     """Saves what was trained; returns its folder.
@@ -39,12 +41,21 @@ def save_tuned(
         base: path or hub id of the base, as PEFT's users find it.
         checkpoint: the base.
         tables: those of an adapter that the run went on from (`Adapter.tables`).
+        taken: what was taken off the base before it was stored (checkpoint/from_weights.py).
 
     Raises:
         CheckpointError: it could not be written.
     """
     if not isinstance(method, FullFineTuning):
-        return save_adapter(model, output / "adapter", method=method, base_model_name_or_path=base, tables=tables)
+        tensors, method = converted(adapter_tensors(model), method, taken)
+        return write_adapter(
+            tensors,
+            output / "adapter",
+            method=method,
+            base_model_name_or_path=base,
+            task_type="SEQ_2_SEQ_LM" if isinstance(model, T5) else "CAUSAL_LM",
+            tables=tables,
+        )
     trained = Adapter(base, method, None, adapter_tensors(model))
     folder = output / "model"
     shutil.rmtree(folder, ignore_errors=True)  # of this very run, killed before it was done

@@ -12,7 +12,7 @@ from qlora_jax.nn.attention import (
 from qlora_jax.nn.delta import Delta, changed
 from qlora_jax.nn.embedding import Embedding, Table
 from qlora_jax.nn.host import HostArray, brought_to_device
-from qlora_jax.nn.linear import AdapterConstant, Linear, LinearAdapter, MakesAdapter
+from qlora_jax.nn.linear import AdapterConstant, Linear, LinearAdapter, MakesAdapter, ReadsWeight, WeightConstant
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.parallel import data_mesh, frozen_sharding, gather, place, split_axis
 from qlora_jax.nn.relative import relative_position_bias
@@ -30,8 +30,10 @@ __all__ = [
     "LinearAdapter",
     "MakesAdapter",
     "RMSNorm",
+    "ReadsWeight",
     "RotaryEmbedding",
     "Table",
+    "WeightConstant",
     "activate",
     "biased_attention",
     "brought_to_device",

@@ -7,7 +7,7 @@ The adapter is made in the constructor, never put in afterwards, so that a model
 `nnx.eval_shape`, stacked with `jax.vmap` and split by type: `nnx.LoRAParam` is what trains, `nnx.Param` is frozen.
 """
 
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,20 @@ from qlora_jax.quant import Quantization, matmul, quantize
 
 class AdapterConstant(nnx.Variable):
     """A frozen value of an adapter: made with it, not part of any checkpoint."""
+
+
+class WeightConstant(nnx.Variable):
+    """A frozen value of an adapter that follows from the layer's frozen weight, and is set where that is read."""
+
+
+@runtime_checkable
+class ReadsWeight(Protocol):
+    """An adapter that has `WeightConstant`s."""
+
+    def read_weight(self, weight: Any) -> None:
+        """Sets them. weight: an array or `QuantizedTensor` `[in, out]`, or `[layers, in, out]` where the adapters of a stack
+        are one module."""
+        ...
 
 
 class LinearAdapter(Protocol):
@@ -81,6 +95,8 @@ class Linear(nnx.Module):
         self.bias_delta: Delta | None = None
         made = None if adapter is None else adapter.make(in_features, out_features, layer=layer, rngs=rngs)
         self.adapter: LinearAdapter | None = made
+        if isinstance(made, ReadsWeight):
+            made.read_weight(weight)
 
     def base(self, x: Array) -> Array:
         """The frozen layer's output for x `[..., in]`."""

@@ -1,5 +1,6 @@
 """Methods of parameter-efficient fine-tuning, one file each, on the layers of `nn`."""
 
+from qlora_jax.peft.dora import DoRALinear, DoRASlot
 from qlora_jax.peft.full import FullFineTuning
 from qlora_jax.peft.ia3 import IA3, IA3Linear
 from qlora_jax.peft.lora import LoRA
@@ -9,6 +10,7 @@ from qlora_jax.peft.p_tuning import PTuning
 from qlora_jax.peft.prefix_tuning import PrefixTuning
 from qlora_jax.peft.prompt import Prompt, PromptMethod, PromptShape
 from qlora_jax.peft.prompt_tuning import PromptTuning
+from qlora_jax.peft.start import reads_weights
 from qlora_jax.peft.targets import ALL_LINEAR, module_matches
 
 # By PEFT's names. A new method is a file and a line here.
@@ -25,6 +27,8 @@ __all__ = [
     "IA3",
     "METHODS",
     "AdapterModule",
+    "DoRALinear",
+    "DoRASlot",
     "FieldErrors",
     "FilePart",
     "FullFineTuning",
@@ -44,4 +48,5 @@ __all__ = [
     "Slot",
     "lora_update",
     "module_matches",
+    "reads_weights",
 ]

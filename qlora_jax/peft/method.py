@@ -28,6 +28,7 @@ class FilePart:
         transposed: whether the files hold its transpose.
         changes: whether it is a change of the layer's weight, which the files hold with the change in it.
         offset: what the files hold more than the value.
+        changes_own: attribute of the adapter to whose value it is a change, which the files hold with the change in it.
     """
 
     layer: int
@@ -37,6 +38,7 @@ class FilePart:
     transposed: bool = False
     changes: bool = False
     offset: float = 0.0
+    changes_own: str | None = None
 
 
 @runtime_checkable

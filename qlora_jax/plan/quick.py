@@ -233,6 +233,8 @@ def residual_bytes(recipe: Recipe) -> tuple[int, int]:
     # q, k, v, the attention's output twice (out and o), gate and up; down ends the layer, and nothing needs it again
     products = tokens * (2 * heads + 2 * kv + hidden + 2 * inner) * size
     lora = tokens * 7 * (recipe.method.rank if isinstance(recipe.method, LoRA) else 0) * size
+    if isinstance(recipe.method, LoRA) and recipe.method.use_dora:  # each layer's result before its columns are scaled
+        lora += tokens * (heads + 2 * kv + 2 * hidden + 2 * inner) * size
     kept = stream + layers * (products + lora)
     if recipe.remat == "dots":
         return kept, 0
