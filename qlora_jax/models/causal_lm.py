@@ -19,12 +19,25 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from qlora_jax.models.chunks import chunk_count
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import DecoderLayer, make_norm
 from qlora_jax.models.keys import linear_modules
 from qlora_jax.models.stack import Remat, by_layer, rematerialise, stack
 from qlora_jax.models.trained import HEAD, TABLE, attach, trained_parts
-from qlora_jax.nn import AttentionImplementation, Delta, Embedding, Linear, Table, cached_attention, causal_attention, gather
+from qlora_jax.nn import (
+    AttentionImplementation,
+    Delta,
+    Embedding,
+    Linear,
+    Table,
+    cached_attention,
+    causal_attention,
+    fetched,
+    gather,
+    shifted_group_attention,
+)
+from qlora_jax.nn.parallel import devices_of_context
 from qlora_jax.peft import Method
 from qlora_jax.quant import Quantization, TableStorage
 
@@ -137,6 +150,7 @@ class CausalLM(nnx.Module):
         segment_ids: Array | None = None,
         key: Array | None = None,
         neftune_alpha: float = 0.0,
+        attention_groups: int = 1,
     ) -> Array:
         """int32 tokens `[b, t]` to the normed last hidden states `[b, t, hidden_size]`.
 
@@ -145,20 +159,23 @@ class CausalLM(nnx.Module):
             segment_ids: int32 `[b, t]`, for packed documents: 0 is padding, tokens see their own segment alone.
             key: random key that turns dropout and the noise of NEFTune on.
             neftune_alpha: strength of that noise on the embeddings; 0 for none.
+            attention_groups: of LongLoRA's attention (`nn.shifted`); 1: each token sees all before it.
         """
         positions = self._positions(tokens) if positions is None else positions
         rotations = self._rotations(positions)
         graph, layers = nnx.split(self.layers)
+        chunks = chunk_count(tokens.size // devices_of_context(), self.remat)
 
         def run_layer(x: Array, inputs: tuple[Any, Array | None, Array | None]) -> tuple[Array, None]:
             state, layer_key, kind = inputs
+            state = gather(state) if chunks == 1 else fetched(gather(state))
 
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-                return checkpoint_name(self._attend(q, k, v, kind, segment_ids), "attention"), None
+                return checkpoint_name(self._attend(q, k, v, kind, segment_ids, attention_groups), "attention"), None
 
             if self.remat == "offload":
                 x = checkpoint_name(x, "residual")
-            x, _ = nnx.merge(graph, gather(state))(x, *_of_kind(rotations, kind), attend, layer_key)
+            x, _ = nnx.merge(graph, state)(x, *_of_kind(rotations, kind), attend, layer_key, chunks)
             return x, None
 
         keys = None if key is None else jax.random.split(key, self.config.num_hidden_layers)
@@ -266,12 +283,12 @@ class CausalLM(nnx.Module):
         cosines, sines = zip(*rotations, strict=True)
         return jnp.stack(cosines), jnp.stack(sines)
 
-    def _attend(self, q: Array, k: Array, v: Array, kind: Array | None, segment_ids: Array | None) -> Array:
+    def _attend(self, q: Array, k: Array, v: Array, kind: Array | None, segment_ids: Array | None, groups: int) -> Array:
         """Attention of one kind; which one is known when the program runs, the kinds when it is compiled."""
         windows = list(dict.fromkeys(kind.window for kind in self.config.kinds))
 
         attend = partial(
-            causal_attention,
+            causal_attention if groups == 1 else partial(shifted_group_attention, groups=groups),
             segment_ids=segment_ids,
             scale=self.config.score_scale,
             cap=self.config.score_cap,

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 from qlora_jax.models import DecoderConfig
+from qlora_jax.models.chunks import chunk_count
 from qlora_jax.nn import split_axis
 from qlora_jax.peft import LoRA
 from qlora_jax.plan.recipe import Recipe, abstract_step, tree_bytes
@@ -258,7 +259,7 @@ def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[
     logits = min(chunk, tokens) * config.vocab_size * 4
     looped = tokens > chunk and recipe.micro_batches == 1  # over chunks, outside of a loop over micro-batches
     return {
-        "inner": tokens * inner * size,
+        "inner": -(-tokens // chunk_count(tokens, recipe.remat)) * inner * size,
         "hidden": tokens * hidden * size,
         "heads": tokens * (heads + 2 * kv) * size,
         "matrix": hidden * inner * size,
@@ -269,7 +270,7 @@ def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[
         "table": table,
         "hoisted": tables * table if recipe.micro_batches > 1 else 0,  # out of the loop over micro-batches
         "adapter": adapter,
-        "mask": recipe.sequences * scores * recipe.length**2 * 2,
+        "mask": recipe.sequences * scores * recipe.length * -(-recipe.length // recipe.attention_groups) * 2,
     }
 
 
