@@ -34,13 +34,14 @@ from qlora_jax.checkpoint.adapter_files import Adapter, read_adapter
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import default_dtype, load_model, storage_of, with_tied
 from qlora_jax.checkpoint.merge import check_all
-from qlora_jax.checkpoint.record import TrainingRecord, read_training_record
+from qlora_jax.checkpoint.record import TrainingRecord, read_training_record, with_scaling
 from qlora_jax.checkpoint.source import Checkpoint, open_checkpoint
 from qlora_jax.checkpoint.special_tokens import add_special_tokens, grown, training_tokens, with_tokens
 from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer, stop_ids, tokenizer_source
 from qlora_jax.finetune import mmlu, watch
 from qlora_jax.finetune.answers import show_answers
 from qlora_jax.finetune.card import write_card
+from qlora_jax.finetune.context_options import warn_beyond
 from qlora_jax.finetune.dpo import dpo
 from qlora_jax.finetune.folder import claim, complete
 from qlora_jax.finetune.hub import upload
@@ -50,7 +51,7 @@ from qlora_jax.finetune.options import ObjectiveName, Options
 from qlora_jax.finetune.seq2seq import seq2seq
 from qlora_jax.finetune.sft import sft
 from qlora_jax.finetune.training import train_adapter
-from qlora_jax.models import Model, T5Config, family_of
+from qlora_jax.models import Model, RopeScaling, T5Config, family_of
 from qlora_jax.nn import data_mesh
 from qlora_jax.peft import LoRA, Method
 from qlora_jax.quant import Quantization
@@ -82,19 +83,21 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
             method = dataclasses.replace(method, dropout=options.lora.dropout)
     claim(options)
     name = options.model.model or str(fetch_default_model())
-    checkpoint, tokenizer, method = _open(options, name, begin, method)
+    trained = None if options.model.adapter is None else read_training_record(options.model.adapter)
+    checkpoint, tokenizer, method, scaling = _open(options, name, begin, method, trained)
     family = family_of(checkpoint.config)
     quantization = storage_of(checkpoint, quantization)
     eos_ids = stop_ids(name, options.model.revision, tokenizer)
     config = family.config(checkpoint.config)
+    options.context.check(config, options.objective.objective)
     check_all(with_tied(checkpoint, family), begin)
     nnx.eval_shape(lambda: family.model(config, method=method, rngs=nnx.Rngs(0)))  # does the adapter find what it names?
     watched = watch.prepare(options, tokenizer, config, _say, progress=progress)
     make = seq2seq if isinstance(config, T5Config) else DECODER_OBJECTIVES[options.objective.objective]
     objective = make(Setting(options, tokenizer, config, eos_ids, _say, progress))
-    record = TrainingRecord(quantization, objective.template, options.model.quantize_tables)
-    if options.model.adapter is not None:
-        _compare(read_training_record(options.model.adapter), record)
+    record = TrainingRecord(quantization, objective.template, options.model.quantize_tables, scaling)
+    _compare(trained, record)
+    warn_beyond(config, objective.length, _say)
     source = objective.training(_rows(options))
     steps = _steps(options, source)
     watch.check_prompts(options, objective.prompts)
@@ -176,9 +179,9 @@ def _steps(options: Options, source: Batches) -> int:
 
 
 def _open(
-    options: Options, name: str, begin: Adapter | None, method: Method
-) -> tuple[Checkpoint, PreTrainedTokenizerFast, Method]:
-    """The base and its tokenizer with all tokens of the run, and the adapter that trains those which are new."""
+    options: Options, name: str, begin: Adapter | None, method: Method, trained: TrainingRecord | None
+) -> tuple[Checkpoint, PreTrainedTokenizerFast, Method, RopeScaling | None]:
+    """The base with its tokenizer, all tokens of the run and its scaling of positions; and what trains, with new tokens."""
     checkpoint = open_checkpoint(name, options.model.revision)
     own = tokenizer_source(name, options.model.adapter)
     tokenizer = load_tokenizer(own, options.model.revision if own == name else None)
@@ -186,11 +189,17 @@ def _open(
         check_family(begin, checkpoint.config["model_type"])
         checkpoint = grown(checkpoint, begin)
     check_tokenizer(tokenizer, checkpoint.config)
+    config = family_of(checkpoint.config).config(checkpoint.config)
+    scaling = options.context.scaling(config, options.data.max_length) or (trained and trained.scaling)
+    checkpoint = with_scaling(checkpoint, scaling)
+    if begin is None and isinstance(method, LoRA):
+        modules = options.context.trained(method.modules_to_save, config.keys)
+        method = dataclasses.replace(method, modules_to_save=modules)
     if options.lora.special_tokens and isinstance(method, LoRA):
         tokens = add_special_tokens(tokenizer, options.lora.special_tokens)
         checkpoint = with_tokens(checkpoint, tokens)
         method = training_tokens(method, checkpoint, tokens)
-    return checkpoint, tokenizer, method
+    return checkpoint, tokenizer, method, scaling
 
 
 def _rows(options: Options) -> int:

@@ -43,8 +43,11 @@ def recipe_of(
     on_cpu, data, model = platform == "cpu", options.data, options.model
     decoder = isinstance(config, DecoderConfig)
     packed = decoder and options.objective.objective == "sft" and data.packs
+    options.context.check(config, options.objective.objective)
     if method is None:
-        method, config = _with_special_tokens(options, options.lora.build(), config)
+        lora = options.lora.build()
+        lora = dataclasses.replace(lora, modules_to_save=options.context.trained(lora.modules_to_save, config.keys))
+        method, config = _with_special_tokens(options, lora, config)
     return Recipe(
         config=config,
         quantization=model.quantization() if isinstance(quantization, str) else quantization,
@@ -64,6 +67,7 @@ def recipe_of(
         weight_decay=options.optimizer.weight_decay,
         max_grad_norm=options.optimizer.max_grad_norm or None,
         neftune_alpha=options.optimizer.neftune_alpha if options.objective.objective == "sft" else 0.0,
+        attention_groups=options.context.groups,
         reference=options.objective.objective == "dpo" and model.adapter is not None,
     )
 

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Literal, get_args
 
+from qlora_jax.finetune.context_options import ContextOptions
 from qlora_jax.finetune.data_options import DataOptions
 from qlora_jax.finetune.watch_options import WatchOptions
 from qlora_jax.models import Remat
@@ -243,6 +244,7 @@ class Options:
     run: RunOptions = dataclasses.field(default_factory=RunOptions)
     objective: ObjectiveOptions = dataclasses.field(default_factory=ObjectiveOptions)
     watch: WatchOptions = dataclasses.field(default_factory=WatchOptions)
+    context: ContextOptions = dataclasses.field(default_factory=ContextOptions)
 
     def check(self) -> None:
         """Raises ValueError where options of several groups contradict each other."""
