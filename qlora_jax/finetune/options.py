@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Literal, get_args
 
+from qlora_jax.finetune.context_options import ContextOptions
 from qlora_jax.finetune.data_options import DataOptions
 from qlora_jax.finetune.method_options import MethodName, TuningOptions
 from qlora_jax.finetune.watch_options import WatchOptions
@@ -269,6 +270,7 @@ class Options:
     objective: ObjectiveOptions = dataclasses.field(default_factory=ObjectiveOptions)
     watch: WatchOptions = dataclasses.field(default_factory=WatchOptions)
     tuning: TuningOptions = dataclasses.field(default_factory=TuningOptions)
+    context: ContextOptions = dataclasses.field(default_factory=ContextOptions)
 
     def method(self) -> Method:
         """The method of fine-tuning that they describe; raises ValueError where they describe none."""
@@ -326,6 +328,10 @@ class Options:
         method = self.tuning.method
         if method == "lora":
             return
+        if self.context.longlora:
+            raise ValueError(f"longlora: expected method lora, found {method}")
+        if self.context.groups > 1 and method not in ("full", "ia3"):
+            raise ValueError(f"attention_groups: expected 1 with virtual tokens ({method}), found {self.context.groups}")
         plain = LoRAOptions()
         given = [
             name

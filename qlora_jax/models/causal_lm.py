@@ -19,6 +19,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from qlora_jax.models.chunks import chunk_count
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import DecoderLayer, make_norm
 from qlora_jax.models.keys import linear_modules
@@ -34,9 +35,12 @@ from qlora_jax.nn import (
     Table,
     cached_attention,
     causal_attention,
+    fetched,
     gather,
+    shifted_group_attention,
     with_prefix,
 )
+from qlora_jax.nn.parallel import devices_of_context
 from qlora_jax.peft import Method, Prompt, PromptMethod
 from qlora_jax.quant import Quantization, TableStorage
 
@@ -152,6 +156,7 @@ class CausalLM(nnx.Module):
         segment_ids: Array | None = None,
         key: Array | None = None,
         neftune_alpha: float = 0.0,
+        attention_groups: int = 1,
     ) -> Array:
         """int32 tokens `[b, t]` to the normed last hidden states `[b, t, hidden_size]`.
 
@@ -160,6 +165,7 @@ class CausalLM(nnx.Module):
             segment_ids: int32 `[b, t]`, for packed documents: 0 is padding, tokens see their own segment alone.
             key: random key that turns dropout and the noise of NEFTune on.
             neftune_alpha: strength of that noise on the embeddings; 0 for none.
+            attention_groups: of LongLoRA's attention (`nn.shifted`); 1: each token sees all before it.
 
         Raises:
             ValueError: packed documents beside virtual tokens in a model that sees a window of the tokens.
@@ -173,19 +179,21 @@ class CausalLM(nnx.Module):
         prompt = with_prompt(self.prompt, self.config, x, positions, segment_ids, key)
         rotations = self._rotations(prompt.positions)
         graph, layers = nnx.split(self.layers)
+        chunks = chunk_count(tokens.size // devices_of_context(), self.remat)
 
         def run_layer(x: Array, inputs: tuple[Any, Array | None, Array | None, Any]) -> tuple[Array, None]:
             state, layer_key, kind, prefix = inputs
+            state = gather(state) if chunks == 1 else fetched(gather(state))
 
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
                 length = q.shape[1]
                 q, k, v = (q, k, v) if prefix is None else with_prefix(q, k, v, prefix)
-                attended = self._attend(q, k, v, kind, prompt.segment_ids, prompt.virtual_tokens)
+                attended = self._attend(q, k, v, kind, prompt.segment_ids, prompt.virtual_tokens, attention_groups)
                 return checkpoint_name(attended[:, -length:], "attention"), None
 
             if self.remat == "offload":
                 x = checkpoint_name(x, "residual")
-            x, _ = nnx.merge(graph, gather(state))(x, *_of_kind(rotations, kind), attend, layer_key)
+            x, _ = nnx.merge(graph, state)(x, *_of_kind(rotations, kind), attend, layer_key, chunks)
             return x, None
 
         keys = None if key is None else jax.random.split(key, self.config.num_hidden_layers)
@@ -321,16 +329,17 @@ class CausalLM(nnx.Module):
         """The most tokens of a row that the positions are made for, beside virtual ones; None: any number."""
         return positions_left(self.config, None if self.prompt is None else self.prompt.method)
 
-    def _attend(self, q: Array, k: Array, v: Array, kind: Array | None, segment_ids: Array | None, shared: int) -> Array:
+    def _attend(
+        self, q: Array, k: Array, v: Array, kind: Array | None, segment_ids: Array | None, shared: int, groups: int
+    ) -> Array:
         """Attention of one kind; which one is known when the program runs, the kinds when it is compiled."""
         windows = list(dict.fromkeys(kind.window for kind in self.config.kinds))
 
         attend = partial(
-            causal_attention,
+            partial(causal_attention, shared=shared) if groups == 1 else partial(shifted_group_attention, groups=groups),
             segment_ids=segment_ids,
             scale=self.config.score_scale,
             cap=self.config.score_cap,
-            shared=shared,
             implementation=self.attention,
         )
         if kind is None or len(windows) == 1:
