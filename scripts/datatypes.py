@@ -17,9 +17,7 @@ it stops by itself. OUTPUT then has report.md with its plots, and report.json; t
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -30,25 +28,23 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import tyro
-from benchmarks import page
-from benchmarks.workers import Peer, command, device, find_python, run_worker, tell
-from datatype_study import plots, sections
+from benchmarks.workers import Peer, command, find_python, run_worker, tell
 from datatype_study.journal import Journal
 from datatype_study.normality import MOST, examine
-from datatype_study.summary import DENSE, Storage, difference, key_of, order, paper_order, storage_of, verdict
-from datatype_study.summary import Step as OrderStep
+from datatype_study.report import Study, write
+from datatype_study.summary import DENSE, key_of
 from datatype_study.texts import Texts, read_texts, text_losses
-from datatype_study.weights import bits_per_parameter, quantize_in_place
+from datatype_study.weights import quantize_in_place
 from flax import nnx
 from tqdm import tqdm
 
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import default_dtype, load_model
 from qlora_jax.checkpoint.merge import merge
-from qlora_jax.checkpoint.source import Checkpoint, open_checkpoint
+from qlora_jax.checkpoint.source import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.data import PLAIN_ANSWERS
-from qlora_jax.evaluate import Prompts, encode_questions, letter_logits, read_questions
+from qlora_jax.evaluate import encode_questions, letter_logits, read_questions
 from qlora_jax.models import causal_family_of, linear_keys
 from qlora_jax.nn import data_mesh
 from qlora_jax.quant import BLOCK_SIZES, DATA_TYPES, DataType, Quantization
@@ -56,8 +52,6 @@ from qlora_jax.quant import BLOCK_SIZES, DATA_TYPES, DataType, Quantization
 WHOLE = {"block_sizes": (64, 32, 128, 256, 512, 1024), "texts": 200, "length": 512, "most_questions": 500}
 QUICK = {"block_sizes": (64,), "texts": 40, "length": 128, "most_questions": 60}
 PEER = Peer("bitsandbytes", ("torch", "transformers", "bitsandbytes", "accelerate"))
-PEER_BLOCK = 64  # the one that transformers has
-LIMIT = 1e-3  # of the difference of a loss from that of the peer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,22 +168,16 @@ def run(arguments: Arguments) -> int:
         measure(arguments, study, start)
         if python is not None and "peer" not in study.journal.rows:
             study.journal.add("peer", measure_peer(study.texts, source, python, Path(temporary)))
-    report = write(arguments, study)
+    report = write(
+        study,
+        arguments.grid(),
+        block_sizes=arguments.chosen("block_sizes"),
+        folder=arguments.output,
+        target=arguments.page or arguments.output / "report.md",
+        peer=arguments.peer,
+    )
     print(json.dumps(report))
     return 0 if report["peer"] is None or all(kind["equal"] for kind in report["peer"]["kinds"].values()) else 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """What is read before the weights are, and what has been measured."""
-
-    checkpoint: Checkpoint
-    keys: tuple[Any, ...]
-    texts: Texts
-    prompts: Prompts | None
-    asked: str
-    method: dict[str, Any]
-    journal: Journal
 
 
 def open_study(arguments: Arguments, source: str) -> Study:
@@ -293,114 +281,6 @@ def measure_peer(texts: Texts, folder: str, python: Path, temporary: Path) -> di
     tell("bitsandbytes reads the texts")
     found = run_worker(words)
     return {name: found[name] for name in ("losses", "losses_in_eval", "versions")}
-
-
-def write(arguments: Arguments, study: Study) -> dict[str, Any]:
-    """Report, page and plots; the summary for the last line."""
-    rows, predicted = study.journal.rows, study.texts.predicted
-    shapes = [study.checkpoint.shapes[name] for key in study.keys for name in key.names()]
-    grid = [how for how in arguments.grid() if key_of(how) in rows]
-    width = 8.0 * np.dtype(default_dtype()).itemsize
-    storages = [
-        storage_of(how, rows, predicted, (width, width) if how is None else bits_per_parameter(shapes, how)) for how in grid
-    ]
-    quantized = [storage for storage in storages if storage.how is not None]
-    first = arguments.chosen("block_sizes")[0]
-    plotted = [storage for storage in quantized if storage.how is not None and storage.how.block_size == first]
-    double = any(storage.how.double_quantization for storage in plotted if storage.how is not None)
-    of_first = [s.key for s in plotted if s.how is not None and s.how.double_quantization == double]
-    steps, papers = order(of_first, rows, predicted), paper_order(first, rows, predicted)
-    costs = [cost for how in grid if how is not None and (cost := of_double(how, rows, predicted)) is not None]
-    target = arguments.page or arguments.output / "report.md"
-    peer = None if "peer" not in rows or not arguments.peer else beside_peer(rows, predicted)
-
-    made = [sections.perplexities(storages, image(target, "perplexity"))]
-    plots.draw_perplexities(plotted, beside(target, "perplexity"))
-    made.append(sections.orders(steps, papers, first))
-    if costs:
-        made.append(sections.double_quantisation(costs))
-    if len(arguments.chosen("block_sizes")) > 1:
-        made.append(sections.block_sizes(storages, image(target, "blocks")))
-        plots.draw_block_sizes(quantized, beside(target, "blocks"))
-    if study.prompts is not None:
-        made.append(sections.accuracies(storages, study.asked))
-    errors = {key: rows[key]["errors"] for key in of_first}
-    if errors:
-        made.append(sections.errors(errors, image(target, "layers")))
-        plots.draw_layers(errors, rows["normality"], beside(target, "layers"))
-    made.append(sections.normality(rows["normality"]))
-    if peer is not None:
-        made.append(sections.peer(peer["kinds"], LIMIT, peer["versions"]))
-    left = len(arguments.grid()) - len(grid)
-    machine = {**device(), "device": jax.devices()[0].device_kind}
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy", "scipy")}
-    versions["python"] = platform.python_version()
-    seconds = sum(rows[key_of(how)]["seconds"] for how in grid)
-    said = sections.method(study.method, study.texts, machine, versions, left, seconds)
-    page.write(target, [said, *made], page.said_command("datatypes.py"), "Data types")
-    for section in made:
-        print(page.text(section), flush=True)
-    summary = {
-        "method": study.method,
-        "device": machine,
-        "versions": versions,
-        "seconds": seconds,
-        "cells_left": left,
-        "storages": [as_json(storage) for storage in storages],
-        "order": sections.said(steps),
-        "paper_order": sections.said(papers),
-        "double_quantization": sections.said(costs),
-        "peer": peer,
-        "page": str(target),
-    }
-    details = {"errors": {s.key: rows[s.key]["errors"] for s in quantized}, "normality": rows["normality"]}
-    (arguments.output / "report.json").write_text(json.dumps({**summary, **details}, indent=1), encoding="utf-8")
-    return summary
-
-
-def of_double(how: Quantization, rows: dict[str, Any], predicted: np.ndarray) -> OrderStep | None:
-    """What double quantisation adds to a storage that was measured without it."""
-    plain, double = key_of(how), key_of(dataclasses.replace(how, double_quantization=True))
-    if how.double_quantization or double not in rows:
-        return None
-    added = difference(double, plain, rows, predicted)
-    return OrderStep(plain, double, added, verdict(added))
-
-
-def beside_peer(rows: dict[str, Any], predicted: np.ndarray) -> dict[str, Any]:
-    """Our losses less those of bitsandbytes, for the kinds that were measured here too."""
-    kinds = {}
-    for kind, theirs in rows["peer"]["losses"].items():
-        name, _, double = kind.partition("-")
-        key = DENSE if kind == DENSE else key_of(Quantization(name, PEER_BLOCK, double == "double"))
-        if key not in rows:
-            continue
-        ours, in_eval = rows[key]["losses"], rows["peer"]["losses_in_eval"].get(kind)
-        apart = (np.asarray(ours) - np.asarray(theirs)).sum() / predicted.sum()
-        kinds[kind] = {
-            "ours": float(np.sum(ours) / predicted.sum()),
-            "theirs": float(np.sum(theirs) / predicted.sum()),
-            "difference": float(apart),
-            "largest_of_a_text": float((np.abs(np.asarray(ours) - theirs) / predicted).max()),
-            "in_eval": None if in_eval is None else float(np.sum(in_eval) / predicted.sum()),
-            "equal": bool(abs(apart) <= LIMIT),
-        }
-    return {"kinds": kinds, "versions": rows["peer"]["versions"], "limit": LIMIT}
-
-
-def as_json(storage: Storage) -> dict[str, Any]:
-    """A storage with its intervals as plain values."""
-    return {name: value for name, value in dataclasses.asdict(storage).items() if value is not None}
-
-
-def beside(target: Path, name: str) -> Path:
-    """The file of a plot."""
-    return target.with_name(f"{target.stem}-{name}.png")
-
-
-def image(target: Path, name: str) -> str:
-    """The plot in Markdown."""
-    return f"![{name}]({beside(target, name).name})"
 
 
 if __name__ == "__main__":
