@@ -20,7 +20,8 @@ def draw_perplexities(storages: Sequence[Storage], path: Path) -> None:
     figure = Figure(figsize=(6 + 5 * bool(asked), 1.2 + 0.26 * len(storages)), layout="constrained")
     axes = figure.subplots(1, 1 + bool(asked), squeeze=False)[0]
     _forest(axes[0], storages, [storage.added for storage in storages], "log-perplexity added to dense weights")
-    axes[0].set_xscale("symlog", linthresh=0.02)
+    above = all(storage.added is None or storage.added.low > 0 for storage in storages)
+    axes[0].set_xscale("log") if above else axes[0].set_xscale("symlog", linthresh=0.02)
     if asked:
         _forest(axes[1], asked, [storage.added_accuracy for storage in asked], "right answers added to dense weights")
     figure.savefig(path, dpi=110)

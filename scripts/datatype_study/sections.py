@@ -26,7 +26,7 @@ def method(
         f"{len(texts.tokens)} texts ({counts}), drawn with seed {study['seed']}, of at most {study['length']} tokens: "
         f"{study['tokens']:,} tokens are predicted.",
         f"Device: {machine['device']} ({machine['cpu']}, {machine['cores']} cores); {named}. The cells took "
-        f"{seconds / 60:.1f} minutes.",
+        f"{seconds / 60:.1f} minutes; load average at the end {machine['load_average'][0]:.1f}.",
     )
     if left:
         sentences += (f"{left} cells of the grid have not been measured yet: the same command goes on.",)
