@@ -27,6 +27,10 @@ from qlora_jax.train import TOKENS, Unit, perplexity
 CARD = "README.md"
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the default model is on the hub
 _TAG = "qlora_jax"
+_CONVERTED = (
+    "It started from the base's weights (`{start}`), which were changed for that, and is converted to a LoRA for the"
+    " original ones. With PEFT it belongs on these, unquantised; qlora_jax makes the base that it was trained on anew."
+)
 
 
 def write_card(
@@ -39,6 +43,7 @@ def write_card(
     rows: list[dict[str, Any]],
     kept: int,
     unit: Unit = TOKENS,
+    converted_from: str | None = None,
 ) -> None:
     """Writes the card into the adapter's folder.
 
@@ -49,6 +54,7 @@ def write_card(
         rows: the records of the run.
         kept: the step whose adapter it is.
         unit: what the losses are means over.
+        converted_from: that of `TrainingRecord`: other programs need the base's original weights then.
     """
     base = _hub_id(options.model.model) if options.model.model else DEFAULT_BASE
     sources = [_hub_id(source) for source in options.data.sources]
@@ -73,9 +79,16 @@ def write_card(
             f"{f'[{base}](https://huggingface.co/{base})' if base else f'`{shown}`'}, trained with "
             f"qlora_jax on the base's weights {_stored(quantization, tables)}, in {kept} steps on {_data(options)}.",
             "## Use",
+            *([_CONVERTED.format(start=converted_from)] if converted_from else []),
             _with_transformers(name)
             if whole
-            else _with_peft(shown, name, config, quantization, own_tokenizer=(folder / "tokenizer.json").is_file()),
+            else _with_peft(
+                shown,
+                name,
+                config,
+                None if converted_from else quantization,
+                own_tokenizer=(folder / "tokenizer.json").is_file(),
+            ),
             f"```\npython scripts/generate.py {f'--model {name}' if whole else f'--model {shown} --adapter {name}'} "
             '--prompt "…"  # of qlora_jax\n```',
             *(["## Results", table] if (table := _results(rows, kept, unit)) else []),

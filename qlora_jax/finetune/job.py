@@ -172,6 +172,7 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
             rows=rows,
             kept=kept,
             unit=objective.unit,
+            converted_from=record.converted_from,
         )
         if (questions := watched.questions) is not None:
             ask = partial(mmlu.figures, tuned, questions, options, progress=progress)
