@@ -25,7 +25,7 @@ from qlora_jax.checkpoint.drift import logit_drift, sample_logits
 from qlora_jax.checkpoint.from_weights import parted, rewriting
 from qlora_jax.checkpoint.load import load_model, storage_of
 from qlora_jax.checkpoint.merge import MergedDtype, merge
-from qlora_jax.checkpoint.record import chosen_quantization, read_training_record
+from qlora_jax.checkpoint.record import chosen_quantization, read_training_record, with_scaling
 from qlora_jax.checkpoint.source import open_checkpoint
 from qlora_jax.checkpoint.special_tokens import grown
 from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, tokenizer_source
@@ -97,7 +97,7 @@ def run(arguments: Arguments) -> None:
     adapter, taken = parted(read_adapter(arguments.adapter), record)
     rewrite = rewriting(adapter.method, taken, quantization)
     check_family(adapter, checkpoint.config["model_type"])
-    checkpoint = grown(checkpoint, adapter)
+    checkpoint = with_scaling(grown(checkpoint, adapter), None if record is None else record.scaling)
     own = tokenizer_source(source, arguments.adapter)
     tokenizer = load_tokenizer(own, arguments.revision if own == source else None)
     check_tokenizer(tokenizer, checkpoint.config)

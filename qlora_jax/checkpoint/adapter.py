@@ -21,8 +21,9 @@ from flax import nnx
 
 from qlora_jax.checkpoint.adapter_config import TaskType
 from qlora_jax.checkpoint.adapter_files import PREFIX, Adapter, read_adapter, rows_name, tensor_name, write_adapter
+from qlora_jax.checkpoint.prompts import encoder_tensors, fill_prompt, prompt_problems, prompt_tensors
 from qlora_jax.checkpoint.source import CheckpointError, listed
-from qlora_jax.models import FAMILIES, T5, Key, Model, families_with, linear_keys, tied_head
+from qlora_jax.models import FAMILIES, T5, Key, Model, families_with, linear_keys, method_for, tied_head
 from qlora_jax.models.trained import TABLE, TIED_HEAD
 from qlora_jax.nn import Linear
 from qlora_jax.peft import AdapterModule, DoRALinear, LoRA, LoRALinear, Method
@@ -43,6 +44,7 @@ class _Place:
         transposed: whether the files hold its transpose.
         base: path of the frozen parameter to which the variable is a change; None: it stands for itself.
         base_index: the part of that parameter's value.
+        offset: what the files hold more than the value where there is no such parameter.
     """
 
     path: tuple[str, ...]
@@ -50,6 +52,7 @@ class _Place:
     transposed: bool = False
     base: tuple[str, ...] | None = None
     base_index: Any = ()
+    offset: float = 0.0
 
     def read(self, value: np.ndarray) -> np.ndarray:
         """The part of the variable's value, oriented as in the files."""
@@ -59,7 +62,7 @@ class _Place:
     def of_base(self, model: Model) -> np.ndarray | np.float32:
         """float32 values that the change is added to."""
         if self.base is None:
-            return np.float32(0)
+            return np.float32(self.offset)
         value = _at(model, self.base).get_value()
         packed = isinstance(value, PackedTable)  # whose rows alone train
         found = take_rows(value, jnp.asarray(self.base_index)) if packed else value[self.base_index]
@@ -73,6 +76,8 @@ def adapter_tensors(model: Model) -> dict[str, np.ndarray]:
     Raises:
         ValueError: the model has no adapter.
     """
+    if model.prompt is not None:
+        return prompt_tensors(model.prompt)
     values: dict[tuple[str, ...], np.ndarray] = {}
     tensors: dict[str, np.ndarray] = {}
     for name, place in _places(model).items():
@@ -106,10 +111,11 @@ def save_adapter(
     return write_adapter(
         adapter_tensors(model),
         folder,
-        method=method,
+        method=method_for(method, model.config) or method,
         base_model_name_or_path=base_model_name_or_path,
         task_type=task_type,
         tables=tables,
+        encoder=None if model.prompt is None else encoder_tensors(model.prompt),
     )
 
 
@@ -126,6 +132,8 @@ def load_adapter(model: AnyModel, folder: str | Path | Adapter) -> AnyModel:
     """
     adapter = folder if isinstance(folder, Adapter) else read_adapter(folder)
     check_fit(adapter, model)
+    if model.prompt is not None:
+        return fill_prompt(model, adapter.tensors, adapter.encoder)
     _check_scaling(model, adapter)
     graph, state, frozen = nnx.split(model, nnx.LoRAParam, ...)
     state = jax.tree.map(lambda leaf: leaf, state)  # new variables: those of a split are the model's own
@@ -174,6 +182,12 @@ def check_fit(adapter: Adapter, model: Model) -> None:
         CheckpointError: one message with everything that is missing, extra or misshapen, or another family.
     """
     check_family(adapter, model.config.family)
+    base = f"its configuration names the base {adapter.base!r}" if adapter.base else "its configuration names no base"
+    misfit = f"{adapter.source}: this adapter does not fit this model, a {model.config.family} ({base})"
+    if model.prompt is not None:
+        if problems := prompt_problems(model.prompt, adapter.tensors, adapter.encoder):
+            raise CheckpointError.of(misfit, problems)
+        return
     places, found = _places(model), adapter.tensors
     if not places:
         raise CheckpointError(
@@ -197,10 +211,7 @@ def check_fit(adapter: Adapter, model: Model) -> None:
     }
     problems = [f"{kind} ({len(names)}): {listed(names)}" for kind, names in kinds.items() if names]
     if problems:
-        base = f"its configuration names the base {adapter.base!r}" if adapter.base else "its configuration names no base"
-        raise CheckpointError.of(
-            f"{adapter.source}: this adapter does not fit this model, a {model.config.family} ({base})", problems
-        )
+        raise CheckpointError.of(misfit, problems)
 
 
 def _is_copied_row(name: str, tensors: Mapping[str, np.ndarray], model: Model) -> bool:
@@ -232,7 +243,7 @@ def _places_of_adapter(key: Key, adapter: AdapterModule) -> Iterator[tuple[str, 
     path, modules = (*key.path[:-1], "adapter"), key.modules()
     for part in adapter.file_parts():
         index = (part.layer, *part.index) if key.stacked else part.index
-        place = _Place((*path, part.attribute), index, part.transposed)
+        place = _Place((*path, part.attribute), index, part.transposed, offset=part.offset)
         if part.changes:
             place = dataclasses.replace(place, base=key.path, base_index=index)
         if part.changes_own is not None:

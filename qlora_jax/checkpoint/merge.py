@@ -47,6 +47,7 @@ from qlora_jax.checkpoint.source import Checkpoint, CheckpointError
 from qlora_jax.checkpoint.tokenizer import save_tokenizer
 from qlora_jax.models import T5, Key, Trained, family_of, tied_head
 from qlora_jax.models.trained import TABLE
+from qlora_jax.peft import PromptMethod, ScalesBias
 from qlora_jax.quant import (
     PackedTable,
     Quantization,
@@ -116,6 +117,11 @@ def merge(
         raise ValueError(f"unknown dtype {dtype!r}; expected one of {', '.join(get_args(MergedDtype))}")
     if output.exists() and (not output.is_dir() or next(output.iterdir(), None) is not None):
         raise CheckpointError(f"{output}: expected a folder that is empty or does not exist yet, found it in use.")
+    if adapter is not None and isinstance(adapter.method, PromptMethod):
+        raise CheckpointError(
+            f"{adapter.source}: virtual tokens ({adapter.method.peft_type}) are no weights: expected an adapter of linear "
+            "layers to merge, found none; generate.py takes the adapter as it is."
+        )
     checkpoint = with_tied(checkpoint, family_of(checkpoint.config))
     keys, trained = check_all(checkpoint, adapter)
     names = [name for key in keys for name in key.names()]
@@ -216,7 +222,8 @@ def _merged(
     """The tensors of a shard, one at a time."""
     for name in names:
         module = name.rsplit(".", 1)[0]
-        update = {} if adapter is None or name not in linear else adapter.of_module(module)
+        found = {} if adapter is None else adapter.of_module(module)
+        update = found if name in linear else {}
         adapted = bool(update)
         as_it_is = name in checkpoint.quantized and quantization == checkpoint.quantization and not adapted
         if name in linear and as_it_is and checkpoint.read_quantized is not None:
@@ -235,6 +242,8 @@ def _merged(
             tensor = _through_quantization(tensor, from_dequantized)
         if adapted and adapter is not None:
             tensor = adapter.method.merged(tensor, module, update)
+        elif found and name.endswith(".bias") and adapter is not None and isinstance(adapter.method, ScalesBias):
+            tensor = adapter.method.merged_bias(tensor, module, found)
         if not np.isfinite(tensor).all():
             raise CheckpointError(f"{checkpoint.source}: tensor {name} holds NaN or infinite values.")
         if name in linear and quantization is not None:

@@ -17,7 +17,7 @@ from qlora_jax.checkpoint.adapter_files import Adapter, read_adapter
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.from_weights import TakenOff, parted, rewriting
 from qlora_jax.checkpoint.load import load_model, storage_of
-from qlora_jax.checkpoint.record import TrainingRecord, chosen_quantization, read_training_record
+from qlora_jax.checkpoint.record import TrainingRecord, chosen_quantization, read_training_record, with_scaling
 from qlora_jax.checkpoint.source import Checkpoint, open_checkpoint
 from qlora_jax.checkpoint.special_tokens import grown
 from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, tokenizer_source
@@ -59,7 +59,8 @@ class Tuned:
 
     Attributes:
         source: of the base.
-        checkpoint: the base, with room for the rows that the adapter trained beyond its table.
+        checkpoint: the base, with room for the rows that the adapter trained beyond its table, and positions scaled as they
+            were in training.
         tables: storage of the token table and the head.
         record: of the training, where the adapter has one.
         dtype: compute type; None for that of the platform.
@@ -108,7 +109,7 @@ def open_tuned(chosen: TunedOptions) -> Tuned:
     checkpoint = open_checkpoint(source, chosen.revision)
     if adapter is not None:
         check_family(adapter, checkpoint.config["model_type"])
-        checkpoint = grown(checkpoint, adapter)
+        checkpoint = with_scaling(grown(checkpoint, adapter), None if record is None else record.scaling)
     own = tokenizer_source(source, chosen.adapter)
     tokenizer = load_tokenizer(own, chosen.revision if own == source else None)
     check_tokenizer(tokenizer, checkpoint.config)

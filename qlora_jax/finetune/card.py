@@ -21,6 +21,7 @@ from qlora_jax.cli import to_dict
 from qlora_jax.data import NAMED
 from qlora_jax.finetune.options import Options
 from qlora_jax.models import DecoderConfig, ModelConfig
+from qlora_jax.peft import Method
 from qlora_jax.quant import Quantization, TableStorage
 from qlora_jax.train import TOKENS, Unit, perplexity
 
@@ -31,6 +32,13 @@ _CONVERTED = (
     "It started from the base's weights (`{start}`), which were changed for that, and is converted to a LoRA for the"
     " original ones. With PEFT it belongs on these, unquantised; qlora_jax makes the base that it was trained on anew."
 )
+# By PEFT's names: what it is, and its tag.
+_KINDS = {
+    "IA3": ("An IA3 adapter", "ia3"),
+    "PROMPT_TUNING": ("Virtual tokens (prompt tuning)", "prompt-tuning"),
+    "P_TUNING": ("Virtual tokens (P-tuning)", "p-tuning"),
+    "PREFIX_TUNING": ("Keys and values (prefix tuning)", "prefix-tuning"),
+}
 
 
 def write_card(
@@ -44,6 +52,7 @@ def write_card(
     kept: int,
     unit: Unit = TOKENS,
     converted_from: str | None = None,
+    method: Method | None = None,
 ) -> None:
     """Writes the card into the adapter's folder.
 
@@ -55,7 +64,9 @@ def write_card(
         kept: the step whose adapter it is.
         unit: what the losses are means over.
         converted_from: that of `TrainingRecord`: other programs need the base's original weights then.
+        method: of the adapter; None: LoRA.
     """
+    kind = "LORA" if method is None else method.peft_type
     base = _hub_id(options.model.model) if options.model.model else DEFAULT_BASE
     sources = [_hub_id(source) for source in options.data.sources]
     whole = options.tuning.method == "full"
@@ -65,7 +76,7 @@ def write_card(
         pipeline_tag="text-generation" if isinstance(config, DecoderConfig) else "text2text-generation",
         tags=[
             *([f"base_model:{'finetune' if whole else 'adapter'}:{base}"] if base else []),
-            *_tags(options, quantization),
+            *_tags(options, quantization, kind),
             _TAG,
         ],
         datasets=[source for source in sources if source] or None,
@@ -75,7 +86,7 @@ def write_card(
     text = "\n\n".join(
         [
             f"# {name.rpartition('/')[2]}",
-            f"{'All parameters' if whole else 'A LoRA adapter'} of "
+            f"{'All parameters' if whole else _KINDS.get(kind, ('A LoRA adapter',))[0]} of "
             f"{f'[{base}](https://huggingface.co/{base})' if base else f'`{shown}`'}, trained with "
             f"qlora_jax on the base's weights {_stored(quantization, tables)}, in {kept} steps on {_data(options)}.",
             "## Use",
@@ -121,9 +132,11 @@ def _data(options: Options) -> str:
     return ", ".join(f"`{_hub_id(source) or Path(source).name}`" for source in options.data.sources)
 
 
-def _tags(options: Options, quantization: Quantization | None) -> list[str]:
+def _tags(options: Options, quantization: Quantization | None, kind: str) -> list[str]:
     if options.tuning.method == "full":
         return ["full-fine-tuning"]
+    if kind in _KINDS:
+        return [_KINDS[kind][1]]
     return ["lora", *(["qlora"] if quantization is not None else [])]
 
 

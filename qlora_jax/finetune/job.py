@@ -36,25 +36,28 @@ from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.from_weights import FromWeights, converted_from, parted, rewriting
 from qlora_jax.checkpoint.load import Rewrite, default_dtype, load_model, storage_of, with_tied
 from qlora_jax.checkpoint.merge import check_all
-from qlora_jax.checkpoint.record import TrainingRecord, read_training_record
+from qlora_jax.checkpoint.record import TrainingRecord, read_training_record, with_scaling
 from qlora_jax.checkpoint.source import Checkpoint, open_checkpoint
 from qlora_jax.checkpoint.special_tokens import add_special_tokens, grown, training_tokens, with_tokens
 from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer, stop_ids, tokenizer_source
 from qlora_jax.finetune import mmlu, watch
 from qlora_jax.finetune.answers import show_answers
 from qlora_jax.finetune.card import write_card
+from qlora_jax.finetune.context_options import warn_beyond
 from qlora_jax.finetune.dpo import dpo
 from qlora_jax.finetune.eva import MOST_BATCHES, start_from_inputs
 from qlora_jax.finetune.folder import claim, complete
 from qlora_jax.finetune.hub import upload
 from qlora_jax.finetune.memory import check_memory, recipe_of
+from qlora_jax.finetune.method_options import own_rate
 from qlora_jax.finetune.objective import Batches, Objective, Setting
 from qlora_jax.finetune.options import ObjectiveName, Options
+from qlora_jax.finetune.prompts import check_rows, first_tokens, named_tokenizer, started
 from qlora_jax.finetune.saving import save_tuned
 from qlora_jax.finetune.seq2seq import seq2seq
 from qlora_jax.finetune.sft import sft
 from qlora_jax.finetune.training import train_adapter
-from qlora_jax.models import Model, T5Config, family_of
+from qlora_jax.models import Model, RopeScaling, T5Config, family_of, method_for, positions_left
 from qlora_jax.nn import data_mesh, place
 from qlora_jax.peft import LoRA, Method
 from qlora_jax.quant import Quantization
@@ -66,6 +69,7 @@ from qlora_jax.train import (
     perplexity,
     plot_losses,
     split,
+    without_adapter,
 )
 
 DECODER_OBJECTIVES: dict[ObjectiveName, Callable[[Setting], Objective]] = {"sft": sft, "dpo": dpo}
@@ -91,20 +95,27 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
         raise ValueError(f"loraplus_lr_ratio: expected none with {method.peft_type}, which has no A and B")
     claim(options)
     name = options.model.model or str(fetch_default_model())
-    checkpoint, tokenizer, method = _open(options, name, begin, method)
+    checkpoint, tokenizer, method, scaling = _open(options, name, begin, method, trained)
     family = family_of(checkpoint.config)
     quantization = storage_of(checkpoint, quantization)
     eos_ids = stop_ids(name, options.model.revision, tokenizer)
     config = family.config(checkpoint.config)
+    options.context.check(config, options.objective.objective)
     check_all(with_tied(checkpoint, family), begin)
+    method = method_for(named_tokenizer(method, name), config) or method
+    starts_as = first_tokens(method, tokenizer, config, options.run.seed)
     nnx.eval_shape(lambda: family.model(config, method=method, rngs=nnx.Rngs(0)))  # does the adapter find what it names?
-    watched = watch.prepare(options, tokenizer, config, _say, progress=progress)
+    positions = positions_left(config, method)
+    room = config if positions is None else dataclasses.replace(config, max_position_embeddings=positions)
+    watched = watch.prepare(options, tokenizer, room, _say, progress=progress)
     make = seq2seq if isinstance(config, T5Config) else DECODER_OBJECTIVES[options.objective.objective]
     objective = make(Setting(options, tokenizer, config, eos_ids, _say, progress))
+    check_rows(method, config, objective.length, packed="segment_ids" in objective.arrays)
     rewrite = rewriting(method, taken, quantization)
     start = converted_from(method) if taken is None or trained is None else trained.converted_from
-    record = TrainingRecord(quantization, objective.template, options.model.quantize_tables, start)
+    record = TrainingRecord(quantization, objective.template, options.model.quantize_tables, start, scaling)
     _compare(trained, record)
+    warn_beyond(config, objective.length, _say)
     source = objective.training(_rows(options))
     steps = _steps(options, source)
     watch.check_prompts(options, objective.prompts)
@@ -121,13 +132,17 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
         first = Adapter("the run's start", method, None, adapter_tensors(model))
     elif isinstance(method, LoRA) and method.init_lora_weights == "eva":
         model = _start_from_inputs(options, model, method, quantization, objective, mesh, progress)
+    else:
+        model = started(model, starts_as)
     graphdef, adapter, frozen = split(objective.prepare(model))
     del model
     _say(_describe(adapter, frozen, steps, options, objective))
     parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     learning_rate = learning_rate_schedule(
         options.optimizer.schedule,
-        options.optimizer.peak_learning_rate(parameters, options.objective.objective, options.tuning.method),
+        options.optimizer.peak_learning_rate(
+            parameters, options.objective.objective, options.tuning.method, own_rate(method)
+        ),
         steps,
         round(steps * options.optimizer.warmup_ratio),
     )
@@ -173,12 +188,15 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
             kept=kept,
             unit=objective.unit,
             converted_from=record.converted_from,
+            method=method,
         )
         if (questions := watched.questions) is not None:
             ask = partial(mmlu.figures, tuned, questions, options, progress=progress)
             _say(mmlu.conclude(rows, kept, ask))
         if objective.prompts:
             base = nnx.merge(graphdef, jax.tree.map(jnp.zeros_like, adapter), frozen)
+            if tuned.prompt is not None and first is None:  # virtual tokens of zeros are tokens all the same
+                base = without_adapter(tuned)
             before = base if first is None else load_adapter(base, first)
             show_answers(before, tuned, objective.prompts, objective.answer, tokenizer)
         elif objective.held_out is not None and options.run.samples:
@@ -204,9 +222,9 @@ def _steps(options: Options, source: Batches) -> int:
 
 
 def _open(
-    options: Options, name: str, begin: Adapter | None, method: Method
-) -> tuple[Checkpoint, PreTrainedTokenizerFast, Method]:
-    """The base and its tokenizer with all tokens of the run, and the adapter that trains those which are new."""
+    options: Options, name: str, begin: Adapter | None, method: Method, trained: TrainingRecord | None
+) -> tuple[Checkpoint, PreTrainedTokenizerFast, Method, RopeScaling | None]:
+    """The base with its tokenizer, all tokens of the run and its scaling of positions; and what trains, with new tokens."""
     checkpoint = open_checkpoint(name, options.model.revision)
     own = tokenizer_source(name, options.model.adapter)
     tokenizer = load_tokenizer(own, options.model.revision if own == name else None)
@@ -214,11 +232,17 @@ def _open(
         check_family(begin, checkpoint.config["model_type"])
         checkpoint = grown(checkpoint, begin)
     check_tokenizer(tokenizer, checkpoint.config)
+    config = family_of(checkpoint.config).config(checkpoint.config)
+    scaling = options.context.scaling(config, options.data.max_length) or (trained and trained.scaling)
+    checkpoint = with_scaling(checkpoint, scaling)
+    if begin is None and isinstance(method, LoRA):
+        modules = options.context.trained(method.modules_to_save, config.keys)
+        method = dataclasses.replace(method, modules_to_save=modules)
     if options.lora.special_tokens and isinstance(method, LoRA):
         tokens = add_special_tokens(tokenizer, options.lora.special_tokens)
         checkpoint = with_tokens(checkpoint, tokens)
         method = training_tokens(method, checkpoint, tokens)
-    return checkpoint, tokenizer, method
+    return checkpoint, tokenizer, method, scaling
 
 
 def _rows(options: Options) -> int:

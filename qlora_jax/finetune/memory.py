@@ -43,8 +43,13 @@ def recipe_of(
     on_cpu, data, model = platform == "cpu", options.data, options.model
     decoder = isinstance(config, DecoderConfig)
     packed = decoder and options.objective.objective == "sft" and data.packs
+    options.context.check(config, options.objective.objective)
     if method is None:
-        method, config = _with_special_tokens(options, options.method(), config)
+        method = options.method()
+        if isinstance(method, LoRA):
+            saved = options.context.trained(method.modules_to_save, config.keys)
+            method = dataclasses.replace(method, modules_to_save=saved)
+        method, config = _with_special_tokens(options, method, config)
     return Recipe(
         config=config,
         quantization=model.quantization() if isinstance(quantization, str) else quantization,
@@ -64,6 +69,7 @@ def recipe_of(
         weight_decay=options.optimizer.weight_decay,
         max_grad_norm=options.optimizer.max_grad_norm or None,
         neftune_alpha=options.optimizer.neftune_alpha if options.objective.objective == "sft" else 0.0,
+        attention_groups=options.context.groups,
         reference=options.objective.objective == "dpo" and options.starts_from_adapter(),
     )
 

@@ -5,17 +5,19 @@ import math
 from pathlib import Path
 from typing import Literal, get_args
 
+from qlora_jax.finetune.context_options import ContextOptions
 from qlora_jax.finetune.data_options import DataOptions
 from qlora_jax.finetune.method_options import MethodName, TuningOptions
 from qlora_jax.finetune.watch_options import WatchOptions
 from qlora_jax.models import Remat
-from qlora_jax.peft import ALL_LINEAR, FullFineTuning, LoRA, Method, reads_weights
+from qlora_jax.peft import ALL_LINEAR, IA3, FullFineTuning, LoRA, Method, reads_weights
 from qlora_jax.quant import DataType, Quantization, TableStorage
 from qlora_jax.train import OPTIMIZERS, OptimizerName, Schedule
 
 ObjectiveName = Literal["sft", "dpo"]
+_SHARED = ("target_modules", "target_regex", "exclude_modules", "modules_to_save")  # options of LoRA that IA3 has too
 # Of LoRA's learning rate; a tenth for full fine-tuning: Schulman et al. 2025, "LoRA Without Regret".
-_RATE_OF_METHOD: dict[MethodName, float] = {"lora": 1.0, "full": 0.1}
+_RATE_OF_METHOD: dict[MethodName, float] = {"full": 0.1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +149,8 @@ class OptimizerOptions:
     learning_rate: float | None = None
     """The highest learning rate; by the size of the model if left out: 1e-3 below 1 billion parameters, 2e-4 below 20
     billion, else 1e-4 (the last two are QLoRA's); for DPO 5e-5, 5e-6 and 5e-6; a tenth of that for lion, and for full
-    fine-tuning."""
+    fine-tuning. Of any size: ia3 3e-3, prompt-tuning 3e-2, prefix-tuning 1e-2, p-tuning and prefix-projection 1e-3; a
+    twentieth of that for DPO."""
     schedule: Schedule = "constant"
     """Its course after the warm-up."""
     warmup_ratio: float = 0.03
@@ -192,13 +195,17 @@ class OptimizerOptions:
         if problems:
             raise ValueError("; ".join(problems))
 
-    def peak_learning_rate(self, parameters: int, objective: ObjectiveName = "sft", method: MethodName = "lora") -> float:
-        """The highest learning rate for a base model of so many parameters."""
+    def peak_learning_rate(
+        self, parameters: int, objective: ObjectiveName = "sft", method: MethodName = "lora", own: float | None = None
+    ) -> float:
+        """The highest learning rate for a base model of so many parameters; `own` is that of a method of any size."""
         if self.learning_rate is not None:
             return self.learning_rate
+        if own is not None:
+            return own / (20 if objective == "dpo" else 1) / (10 if self.optimizer == "lion" else 1)
         small, middle, large = {"sft": (1e-3, 2e-4, 1e-4), "dpo": (5e-5, 5e-6, 5e-6)}[objective]
         rate = small if parameters < 1e9 else middle if parameters < 20e9 else large
-        rate *= _RATE_OF_METHOD[method]
+        rate *= _RATE_OF_METHOD.get(method, 1.0)
         return rate / 10 if self.optimizer == "lion" else rate  # its updates are ±1 each, of ten times the norm
 
 
@@ -257,16 +264,35 @@ class Options:
 
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     lora: LoRAOptions = dataclasses.field(default_factory=LoRAOptions)
-    tuning: TuningOptions = dataclasses.field(default_factory=TuningOptions)
     data: DataOptions = dataclasses.field(default_factory=DataOptions)
     optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
     run: RunOptions = dataclasses.field(default_factory=RunOptions)
     objective: ObjectiveOptions = dataclasses.field(default_factory=ObjectiveOptions)
     watch: WatchOptions = dataclasses.field(default_factory=WatchOptions)
+    tuning: TuningOptions = dataclasses.field(default_factory=TuningOptions)
+    context: ContextOptions = dataclasses.field(default_factory=ContextOptions)
 
     def method(self) -> Method:
         """The method of fine-tuning that they describe; raises ValueError where they describe none."""
-        return FullFineTuning() if self.tuning.method == "full" else self.lora.build()
+        match self.tuning.method:
+            case "lora":
+                return self.lora.build()
+            case "full":
+                return FullFineTuning()
+            case "ia3":
+                return self._ia3()
+            case _:
+                return self.tuning.virtual()
+
+    def _ia3(self) -> IA3:
+        lora = self.lora.build()  # whose targets and exclusions it shares
+        usual = self.lora.target_regex is None and self.lora.target_modules == (ALL_LINEAR,)
+        return IA3(
+            target_modules=None if usual else lora.target_modules,
+            feedforward_modules=self.tuning.feedforward_modules or None,
+            exclude_modules=lora.exclude_modules,
+            modules_to_save=lora.modules_to_save,
+        )
 
     def starts_from_adapter(self) -> bool:
         """Whether training starts from another function than that of the base alone."""
@@ -280,6 +306,8 @@ class Options:
             given = [name for name, value in dataclasses.asdict(self.lora).items() if value != fresh[name]]
             if given:
                 raise ValueError(f"adapter: has its own shape: expected no {', '.join(given)} beside it, found some")
+            if self.tuning != TuningOptions():
+                raise ValueError(f"adapter: is of its own method: expected no method beside it, found {self.tuning.method}")
         share = "held_out_rows" if self.data.streaming else "held_out"
         none_held_out = self.data.eval_data is None and getattr(self.data, share) == 0
         if self.run.early_stopping_patience and none_held_out:
@@ -300,8 +328,16 @@ class Options:
         method = self.tuning.method
         if method == "lora":
             return
+        if self.context.longlora:
+            raise ValueError(f"longlora: expected method lora, found {method}")
+        if self.context.groups > 1 and method not in ("full", "ia3"):
+            raise ValueError(f"attention_groups: expected 1 with virtual tokens ({method}), found {self.context.groups}")
         plain = LoRAOptions()
-        given = [name for name, value in vars(self.lora).items() if value != getattr(plain, name)]
+        given = [
+            name
+            for name, value in vars(self.lora).items()
+            if value != getattr(plain, name) and not (method == "ia3" and name in _SHARED)
+        ]
         if given:
             raise ValueError(f"{', '.join(given)}: expected none with method {method}, found some: they are LoRA's")
         if method == "full":

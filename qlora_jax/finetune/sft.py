@@ -54,7 +54,11 @@ def sft(setting: Setting) -> Objective:
         count_tokens=_count_tokens,
         row=f"{'up to ' if data.group_by_length else ''}{length} tokens",
         length=length,
-        loss=partial(language_model_loss, neftune_alpha=options.optimizer.neftune_alpha),
+        loss=partial(
+            language_model_loss,
+            neftune_alpha=options.optimizer.neftune_alpha,
+            attention_groups=options.context.groups,
+        ),
         held_out_loss=language_model_figures,
         unit=TOKENS,
         template=corpus.template,

@@ -230,7 +230,14 @@ def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
     return tuple(split(array) for array in arrays)
 
 
-def language_model_loss(model: Any, batch: Mapping[str, Array], key: Array | None, *, neftune_alpha: float = 0.0) -> Array:
+def language_model_loss(
+    model: Any,
+    batch: Mapping[str, Array],
+    key: Array | None,
+    *,
+    neftune_alpha: float = 0.0,
+    attention_groups: int = 1,
+) -> Array:
     """The summed cross-entropy of a batch over its learned tokens, float32 scalar.
 
     Args:
@@ -238,10 +245,12 @@ def language_model_loss(model: Any, batch: Mapping[str, Array], key: Array | Non
         batch: `inputs`, `targets`, `loss_mask`, each `[b, t]`; `positions` and `segment_ids` where documents are packed.
         key: random key of dropout and NEFTune; None turns both off.
         neftune_alpha: noise on the embeddings, for models whose `hidden` takes that argument; 0 for none.
+        attention_groups: of LongLoRA's attention, for models whose `hidden` takes that argument; 1 for dense attention.
     """
-    noise = {"neftune_alpha": neftune_alpha} if neftune_alpha else {}
+    more: dict[str, Any] = {"neftune_alpha": neftune_alpha} if neftune_alpha else {}
+    more |= {"attention_groups": attention_groups} if attention_groups > 1 else {}
     hidden = model.hidden(
-        batch["inputs"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"), key=key, **noise
+        batch["inputs"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"), key=key, **more
     )
     return row_losses(model, hidden, batch["targets"], batch["loss_mask"]).sum()
 

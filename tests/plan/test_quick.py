@@ -51,6 +51,16 @@ def test_options_move_memory_the_right_way() -> None:
     assert quick_plan(dataclasses.replace(RECIPE, batch_size=8), "cuda").peak > plan.peak
 
 
+def test_of_a_long_sequence_one_chunk_of_inner_activations_counts() -> None:
+    long = dataclasses.replace(RECIPE, batch_size=1, length=32768)
+    kept, chunked = (features(dataclasses.replace(long, remat=remat), "cuda", 1, 1) for remat in ("dots", "full"))
+    assert chunked["inner"] == 8192 * 14336 * 2 == kept["inner"] // 4
+    assert chunked["stream"] < kept["stream"] == kept["hidden"]
+    assert features(RECIPE, "cuda", 1, 1)["stream"] == RECIPE.tokens * 4096 * 2  # 4 x 2048 are one chunk
+    groups = features(dataclasses.replace(long, packed=True, attention_groups=4), "cuda", 1, 1)
+    assert groups["mask"] == features(dataclasses.replace(long, packed=True), "cuda", 1, 1)["mask"] // 4
+
+
 def test_packed_tables_are_exact() -> None:
     """By hand: a byte a value and a float32 scale a row; or half a byte, a scale a block, one of 256 of those, an offset."""
     values, plain = 128256 * 4096, quick_plan(RECIPE, "cuda")
