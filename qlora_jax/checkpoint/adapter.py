@@ -21,11 +21,12 @@ from flax import nnx
 
 from qlora_jax.checkpoint.adapter_config import TaskType
 from qlora_jax.checkpoint.adapter_files import PREFIX, Adapter, read_adapter, rows_name, tensor_name, write_adapter
+from qlora_jax.checkpoint.prompts import encoder_tensors, fill_prompt, prompt_problems, prompt_tensors
 from qlora_jax.checkpoint.source import CheckpointError, listed
-from qlora_jax.models import FAMILIES, T5, Key, Model, families_with, linear_keys, tied_head
+from qlora_jax.models import FAMILIES, T5, Key, Model, families_with, linear_keys, method_for, tied_head
 from qlora_jax.models.trained import TABLE, TIED_HEAD
 from qlora_jax.nn import Linear
-from qlora_jax.peft import AdapterModule, LoRA, LoRALinear, Method
+from qlora_jax.peft import AdapterModule, DoRALinear, LoRA, LoRALinear, Method
 from qlora_jax.quant import PackedTable, take_rows
 
 __all__ = ["adapter_tensors", "check_family", "check_fit", "load_adapter", "save_adapter"]
@@ -43,6 +44,7 @@ class _Place:
         transposed: whether the files hold its transpose.
         base: path of the frozen parameter to which the variable is a change; None: it stands for itself.
         base_index: the part of that parameter's value.
+        offset: what the files hold more than the value where there is no such parameter.
     """
 
     path: tuple[str, ...]
@@ -50,19 +52,22 @@ class _Place:
     transposed: bool = False
     base: tuple[str, ...] | None = None
     base_index: Any = ()
+    offset: float = 0.0
 
     def read(self, value: np.ndarray) -> np.ndarray:
         """The part of the variable's value, oriented as in the files."""
-        return value[self.index].T if self.transposed else value[self.index]
+        part = value[self.index]
+        return part.T if self.transposed else part
 
     def of_base(self, model: Model) -> np.ndarray | np.float32:
         """float32 values that the change is added to."""
         if self.base is None:
-            return np.float32(0)
+            return np.float32(self.offset)
         value = _at(model, self.base).get_value()
         packed = isinstance(value, PackedTable)  # whose rows alone train
         found = take_rows(value, jnp.asarray(self.base_index)) if packed else value[self.base_index]
-        return np.asarray(jax.device_get(found), np.float32)
+        found = np.asarray(jax.device_get(found), np.float32)
+        return found.T if self.transposed else found
 
 
 def adapter_tensors(model: Model) -> dict[str, np.ndarray]:
@@ -71,6 +76,8 @@ def adapter_tensors(model: Model) -> dict[str, np.ndarray]:
     Raises:
         ValueError: the model has no adapter.
     """
+    if model.prompt is not None:
+        return prompt_tensors(model.prompt)
     values: dict[tuple[str, ...], np.ndarray] = {}
     tensors: dict[str, np.ndarray] = {}
     for name, place in _places(model).items():
@@ -90,15 +97,25 @@ def save_adapter(
     base_model_name_or_path: str | None = None,
     tables: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """Writes the adapter that lies in the slots of a model; see `write_adapter`."""
+    """Writes the adapter that lies in the slots of a model; see `write_adapter`.
+
+    Raises:
+        ValueError: one whose start was taken off the base: `from_weights.converted` makes files of it.
+    """
+    if isinstance(method, LoRA) and method.changes_base:
+        raise ValueError(
+            f"init_lora_weights {method.init_lora_weights}: expected an adapter for the original weights, found one for a "
+            "changed base; write what from_weights.converted makes of it"
+        )
     task_type: TaskType = "SEQ_2_SEQ_LM" if isinstance(model, T5) else "CAUSAL_LM"
     return write_adapter(
         adapter_tensors(model),
         folder,
-        method=method,
+        method=method_for(method, model.config) or method,
         base_model_name_or_path=base_model_name_or_path,
         task_type=task_type,
         tables=tables,
+        encoder=None if model.prompt is None else encoder_tensors(model.prompt),
     )
 
 
@@ -115,6 +132,8 @@ def load_adapter(model: AnyModel, folder: str | Path | Adapter) -> AnyModel:
     """
     adapter = folder if isinstance(folder, Adapter) else read_adapter(folder)
     check_fit(adapter, model)
+    if model.prompt is not None:
+        return fill_prompt(model, adapter.tensors, adapter.encoder)
     _check_scaling(model, adapter)
     graph, state, frozen = nnx.split(model, nnx.LoRAParam, ...)
     state = jax.tree.map(lambda leaf: leaf, state)  # new variables: those of a split are the model's own
@@ -125,7 +144,8 @@ def load_adapter(model: AnyModel, folder: str | Path | Adapter) -> AnyModel:
         if place.path not in filled:
             filled[place.path] = np.zeros(value.shape, value.dtype)
         tensor = adapter.tensors[name].astype(np.float32)
-        filled[place.path][place.index] = tensor.T if place.transposed else tensor - place.of_base(model)
+        change = tensor - place.of_base(model)
+        filled[place.path][place.index] = change.T if place.transposed else change
     for path, new in filled.items():
         value = variables[path].get_value()
         variables[path].set_value(jax.device_put(new, value.sharding) if isinstance(value, jax.Array) else jnp.asarray(new))
@@ -162,6 +182,12 @@ def check_fit(adapter: Adapter, model: Model) -> None:
         CheckpointError: one message with everything that is missing, extra or misshapen, or another family.
     """
     check_family(adapter, model.config.family)
+    base = f"its configuration names the base {adapter.base!r}" if adapter.base else "its configuration names no base"
+    misfit = f"{adapter.source}: this adapter does not fit this model, a {model.config.family} ({base})"
+    if model.prompt is not None:
+        if problems := prompt_problems(model.prompt, adapter.tensors, adapter.encoder):
+            raise CheckpointError.of(misfit, problems)
+        return
     places, found = _places(model), adapter.tensors
     if not places:
         raise CheckpointError(
@@ -185,10 +211,7 @@ def check_fit(adapter: Adapter, model: Model) -> None:
     }
     problems = [f"{kind} ({len(names)}): {listed(names)}" for kind, names in kinds.items() if names]
     if problems:
-        base = f"its configuration names the base {adapter.base!r}" if adapter.base else "its configuration names no base"
-        raise CheckpointError.of(
-            f"{adapter.source}: this adapter does not fit this model, a {model.config.family} ({base})", problems
-        )
+        raise CheckpointError.of(misfit, problems)
 
 
 def _is_copied_row(name: str, tensors: Mapping[str, np.ndarray], model: Model) -> bool:
@@ -220,7 +243,12 @@ def _places_of_adapter(key: Key, adapter: AdapterModule) -> Iterator[tuple[str, 
     path, modules = (*key.path[:-1], "adapter"), key.modules()
     for part in adapter.file_parts():
         index = (part.layer, *part.index) if key.stacked else part.index
-        yield tensor_name(modules[part.layer], part.suffix), _Place((*path, part.attribute), index, part.transposed)
+        place = _Place((*path, part.attribute), index, part.transposed, offset=part.offset)
+        if part.changes:
+            place = dataclasses.replace(place, base=key.path, base_index=index)
+        if part.changes_own is not None:
+            place = dataclasses.replace(place, base=(*path, part.changes_own), base_index=index)
+        yield tensor_name(modules[part.layer], part.suffix), place
 
 
 def _adapters(model: Model) -> Iterator[tuple[Key, AdapterModule]]:
@@ -253,7 +281,7 @@ def _check_scaling(model: Model, adapter: Adapter) -> None:
     something else."""
     method = adapter.method
     for key, found in _adapters(model):
-        if not isinstance(method, LoRA) or not isinstance(found, LoRALinear):
+        if not isinstance(method, LoRA) or not isinstance(found, LoRALinear | DoRALinear):
             continue
         slot = found.slot
         for module, rank, scaling in zip(key.modules(), slot.ranks, slot.scalings, strict=True):

@@ -10,6 +10,9 @@
                                  (PEFT's name; the rows themselves, not their change)
                                  and, where PEFT had resized the base, the base's token table and head
         base_model.model.model.embed_tokens.weight
+                                 of virtual tokens nothing of this, but (prompts.py)
+        prompt_embeddings    [rows, features]
+    prompt_encoder.safetensors   what made these, where an encoder did
 
 Writing. Both files are written beside their final places, flushed, read back and compared bit for bit with
 the values in memory; only then do they take their names, the configuration last. An adapter that is empty or
@@ -32,8 +35,10 @@ import safetensors
 import safetensors.numpy
 
 from qlora_jax.checkpoint.adapter_config import CONFIG, TaskType, config_of, method_of, read_config
+from qlora_jax.checkpoint.prompts import ENCODER, read_encoder, with_encoder
 from qlora_jax.checkpoint.source import CheckpointError, listed, resolve
-from qlora_jax.peft import Method
+from qlora_jax.peft import Method, PromptMethod
+from qlora_jax.peft.prompt import EMBEDDINGS
 
 __all__ = ["Adapter", "read_adapter", "read_adapter_config", "tensor_name", "write_adapter"]
 
@@ -55,6 +60,7 @@ class Adapter:
         base: the base model that its configuration names, or None. Only shapes decide whether it fits.
         tensors: by the files' names; `[r, in]` for lora_A, `[out, r]` for lora_B, else as in the base's checkpoint.
         tables: the token table and head of a base that PEFT had resized, by the files' names (resized.py).
+        encoder: the parameters of an encoder of virtual tokens, where there is one (prompts.py).
     """
 
     source: str
@@ -62,6 +68,7 @@ class Adapter:
     base: str | None
     tensors: Mapping[str, np.ndarray]
     tables: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    encoder: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def modules(self) -> list[str]:
@@ -92,6 +99,7 @@ def write_adapter(
     base_model_name_or_path: str | None = None,
     task_type: TaskType = "CAUSAL_LM",
     tables: Mapping[str, np.ndarray] | None = None,
+    encoder: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """Writes what `adapter_tensors` returned, and verifies it, as the module describes. An adapter in
     `folder` is replaced.
@@ -102,6 +110,7 @@ def write_adapter(
         base_model_name_or_path: path or hub id of the base, by which PEFT's users find it.
         task_type: by which PEFT chooses its wrapper around the base.
         tables: those of `Adapter`, where the base had them.
+        encoder: that of `Adapter`, where there is one.
 
     Returns:
         The folder.
@@ -129,6 +138,10 @@ def write_adapter(
             # pairs it with the new weights.
             if (folder / CONFIG).exists() and (folder / CONFIG).read_bytes() != text.encode():
                 (folder / CONFIG).unlink()
+            (folder / ENCODER).unlink(missing_ok=True)
+            if encoder:
+                _write(Path(temporary) / ENCODER, safetensors.numpy.save(dict(encoder), {"format": "pt"}))
+                os.replace(Path(temporary) / ENCODER, folder / ENCODER)
             os.replace(weights_file, folder / WEIGHTS)
             os.replace(config_file, folder / CONFIG)
     except OSError as error:
@@ -150,7 +163,7 @@ def read_adapter_config(folder: str | Path) -> Method:
             the way is named.
     """
     path = _folder_of(folder)
-    return method_of(str(folder), read_config(path, str(folder)))
+    return with_encoder(method_of(str(folder), read_config(path, str(folder))), path)
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -162,7 +175,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     """
     path, source = _folder_of(folder), str(folder)
     config = read_config(path, source)
-    method = method_of(source, config)
+    method = with_encoder(method_of(source, config), path)
     file = path / WEIGHTS
     if not file.is_file():
         pickled = " only adapter_model.bin, which is pickled and not read" if (path / "adapter_model.bin").is_file() else ""
@@ -176,7 +189,8 @@ def read_adapter(folder: str | Path) -> Adapter:
     problems = _problems_of_tensors(tensors, method)
     if problems:
         raise CheckpointError.of(source, problems)
-    return Adapter(source, method, config.get("base_model_name_or_path") or None, tensors, tables)
+    encoder = read_encoder(method, path, tensors.get(EMBEDDINGS), source)
+    return Adapter(source, method, config.get("base_model_name_or_path") or None, tensors, tables, encoder)
 
 
 def _is_table(tensor: str, method: Method) -> bool:
@@ -199,7 +213,9 @@ def _problems_of_tensors(tensors: Mapping[str, np.ndarray], method: Method) -> l
     odd, misfits, not_finite, dtypes = [], [], [], []
     for name, tensor in tensors.items():
         module, suffix = split_name(name, method)
-        if not name.startswith(PREFIX) or (suffix is None and not _is_trained_besides(name, method)):
+        if not name.startswith(EMBEDDINGS if isinstance(method, PromptMethod) else PREFIX) or (
+            suffix is None and not _is_trained_besides(name, method)
+        ):
             odd.append(f"{name} {list(tensor.shape)}")
         elif suffix is not None and (misfit := method.misfit(module, suffix, tensor.shape)):
             misfits.append(f"{name} {list(tensor.shape)}: {misfit}")
@@ -207,9 +223,10 @@ def _problems_of_tensors(tensors: Mapping[str, np.ndarray], method: Method) -> l
             dtypes.append(f"{name} {tensor.dtype}")
         elif not np.isfinite(tensor).all():
             not_finite.append(name)
-    endings = " or ".join(f"….{suffix}" for suffix in method.suffixes)
+    endings = PREFIX + " or ".join(f"….{suffix}" for suffix in method.suffixes)
+    names = EMBEDDINGS if isinstance(method, PromptMethod) else f"{endings}, and what {CONFIG} names besides"
     kinds = {
-        f"expected tensors named {PREFIX}{endings}, and what {CONFIG} names besides, found": odd,
+        f"expected tensors named {names}, found": odd,
         f"tensors that do not fit {CONFIG}": misfits,
         "expected floats, found": dtypes,
         "tensors that hold NaN or infinite values": not_finite,
@@ -227,6 +244,8 @@ def _is_trained_besides(tensor: str, method: Method) -> bool:
 def split_name(tensor: str, method: Method) -> tuple[str, str | None]:
     """(the module's full name, the rest) of the name of an adapter's tensor; (the name, None) where it is none."""
     for suffix in method.suffixes:
+        if tensor == EMBEDDINGS == suffix:  # of the model as a whole
+            return "", suffix
         if tensor.endswith("." + suffix):
             return tensor.removeprefix(PREFIX).removesuffix("." + suffix), suffix
     return tensor, None
@@ -235,7 +254,7 @@ def split_name(tensor: str, method: Method) -> tuple[str, str | None]:
 def adapted_modules(tensors: Iterable[str], method: Method) -> list[str]:
     """The full names of the modules whose adapters have tensors of these names."""
     split = [split_name(name, method) for name in tensors]
-    return list(dict.fromkeys(module for module, suffix in split if suffix is not None))
+    return list(dict.fromkeys(module for module, suffix in split if suffix is not None and module))
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -25,12 +25,15 @@ class TrainingRecord:
         quantization: of the base's linear layers; None: they were dense.
         template: the form of the prompts (data.Template, never "auto"); None: unknown.
         tables: storage of the base's token table and head.
+        converted_from: the start (LoRA's `init_lora_weights`) that was taken off the base before it was stored, and is the
+            second half of the adapter's rank (from_weights.py); None: nothing was.
         scaling: of the base's positions; None: its own.
     """
 
     quantization: Quantization | None
     template: str | None
     tables: TableStorage = "none"
+    converted_from: str | None = None
     scaling: RopeScaling | None = None
 
     def save(self, adapter: Path) -> None:
@@ -39,6 +42,7 @@ class TrainingRecord:
             "quantization": None if self.quantization is None else dataclasses.asdict(self.quantization),
             "template": self.template,
             "tables": self.tables,
+            **({} if self.converted_from is None else {"converted_from": self.converted_from}),
             "rope_scaling": None if self.scaling is None else dataclasses.asdict(self.scaling),
         }
         (adapter / NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -61,11 +65,15 @@ def read_training_record(adapter: str | Path) -> TrainingRecord | None:
         tables = values.get("tables", "none")  # records of before there was a choice lack it
         if tables not in TABLE_STORAGES:
             raise ValueError(f"tables: expected one of {', '.join(TABLE_STORAGES)}, found {tables!r}")
+        start = values.get("converted_from")
+        if start is not None and not isinstance(start, str):
+            raise ValueError(f"converted_from: expected a name, found {start!r}")
         scaling = values.get("rope_scaling")
         return TrainingRecord(
             None if stored is None else Quantization(**stored),
             template,
             tables,
+            start,
             None if scaling is None else RopeScaling(**scaling),
         )
     except (ValueError, KeyError, TypeError) as error:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from qlora_jax.checkpoint.adapter import check_family, load_adapter
 from qlora_jax.checkpoint.adapter_files import Adapter, read_adapter
 from qlora_jax.checkpoint.default_model import fetch_default_model
+from qlora_jax.checkpoint.from_weights import TakenOff, parted, rewriting
 from qlora_jax.checkpoint.load import load_model, storage_of
 from qlora_jax.checkpoint.record import TrainingRecord, chosen_quantization, read_training_record, with_scaling
 from qlora_jax.checkpoint.source import Checkpoint, open_checkpoint
@@ -63,6 +64,7 @@ class Tuned:
         tables: storage of the token table and the head.
         record: of the training, where the adapter has one.
         dtype: compute type; None for that of the platform.
+        taken: what was taken off the base before it was stored.
     """
 
     source: str
@@ -73,14 +75,17 @@ class Tuned:
     tables: TableStorage
     record: TrainingRecord | None
     dtype: str | None
+    taken: TakenOff | None = None
 
     def load(self, *, mesh: Mesh | None = None, progress: bool = True) -> Model:
         """The model with its adapter."""
+        method = None if self.adapter is None else self.adapter.method
         model = load_model(
             self.checkpoint,
             quantization=self.quantization,
             tables=self.tables,
-            method=None if self.adapter is None else self.adapter.method,
+            method=method,
+            rewrite=rewriting(method, self.taken, self.quantization),
             dtype=self.dtype,
             mesh=mesh,
             progress=progress,
@@ -96,7 +101,9 @@ def open_tuned(chosen: TunedOptions) -> Tuned:
     """
     source = chosen.model or str(fetch_default_model())
     adapter = None if chosen.adapter is None else read_adapter(chosen.adapter)
-    record = None if chosen.adapter is None else read_training_record(chosen.adapter)
+    record, taken = None if chosen.adapter is None else read_training_record(chosen.adapter), None
+    if adapter is not None:
+        adapter, taken = parted(adapter, record)
     quantization = chosen_quantization(record, chosen.data_type, chosen.block_size, chosen.double_quantization)
     tables = chosen.quantize_tables or ("none" if record is None else record.tables)
     checkpoint = open_checkpoint(source, chosen.revision)
@@ -107,4 +114,5 @@ def open_tuned(chosen: TunedOptions) -> Tuned:
     tokenizer = load_tokenizer(own, chosen.revision if own == source else None)
     check_tokenizer(tokenizer, checkpoint.config)
     dtype = None if chosen.dtype == "auto" else chosen.dtype
-    return Tuned(source, checkpoint, adapter, tokenizer, storage_of(checkpoint, quantization), tables, record, dtype)
+    quantization = storage_of(checkpoint, quantization)
+    return Tuned(source, checkpoint, adapter, tokenizer, quantization, tables, record, dtype, taken)

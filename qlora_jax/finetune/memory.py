@@ -45,9 +45,11 @@ def recipe_of(
     packed = decoder and options.objective.objective == "sft" and data.packs
     options.context.check(config, options.objective.objective)
     if method is None:
-        lora = options.lora.build()
-        lora = dataclasses.replace(lora, modules_to_save=options.context.trained(lora.modules_to_save, config.keys))
-        method, config = _with_special_tokens(options, lora, config)
+        method = options.method()
+        if isinstance(method, LoRA):
+            modules = options.context.trained(method.modules_to_save, config.keys)
+            method = dataclasses.replace(method, modules_to_save=modules)
+        method, config = _with_special_tokens(options, method, config)
     return Recipe(
         config=config,
         quantization=model.quantization() if isinstance(quantization, str) else quantization,
@@ -68,18 +70,18 @@ def recipe_of(
         max_grad_norm=options.optimizer.max_grad_norm or None,
         neftune_alpha=options.optimizer.neftune_alpha if options.objective.objective == "sft" else 0.0,
         attention_groups=options.context.groups,
-        reference=options.objective.objective == "dpo" and model.adapter is not None,
+        reference=options.objective.objective == "dpo" and options.starts_from_adapter(),
     )
 
 
-def _with_special_tokens(options: Options, lora: LoRA, config: ModelConfig) -> tuple[LoRA, ModelConfig]:
+def _with_special_tokens(options: Options, method: Method, config: ModelConfig) -> tuple[Method, ModelConfig]:
     """With a row of the token table more for each new token, and each of them trained."""
     count, size = len(options.lora.special_tokens), config.vocab_size
-    if not count:
-        return lora, config
-    tokens = (*lora.trainable_token_indices, *range(size, size + count))
+    if not count or not isinstance(method, LoRA):
+        return method, config
+    tokens = (*method.trainable_token_indices, *range(size, size + count))
     return (
-        dataclasses.replace(lora, trainable_token_indices=tokens),
+        dataclasses.replace(method, trainable_token_indices=tokens),
         dataclasses.replace(config, vocab_size=size + count),
     )
 

@@ -16,7 +16,7 @@ from flax import nnx
 
 from qlora_jax.models.keys import Key
 from qlora_jax.nn import Delta
-from qlora_jax.peft import Method
+from qlora_jax.peft import FullFineTuning, Method
 from qlora_jax.quant import PackedTable
 
 TABLE, HEAD = ("embed_tokens", "weight"), ("lm_head", "weight")
@@ -30,10 +30,12 @@ class Trained:
     Attributes:
         whole: those that train as a whole; that of a head which is otherwise the token table has the path `TIED_HEAD`.
         rows: (row of the table of keys, tokens) for tables of which some rows train.
+        tied: whether a head that is the token table stays so where the table trains.
     """
 
     whole: tuple[Key, ...] = ()
     rows: tuple[tuple[Key, tuple[int, ...]], ...] = ()
+    tied: bool = False
 
     def rows_of(self, path: tuple[str, ...]) -> tuple[int, ...] | None:
         """The tokens whose rows train in the table at that path."""
@@ -42,7 +44,7 @@ class Trained:
     @property
     def unties(self) -> bool:
         """Whether a head that is the token table would become one of its own."""
-        return any(key.path in (TABLE, TIED_HEAD) for key in self.whole)
+        return not self.tied and any(key.path in (TABLE, TIED_HEAD) for key in self.whole)
 
 
 def trained_parts(method: Method | None, keys: Sequence[Key], *, vocabulary: int, tables: bool = True) -> Trained:
@@ -57,6 +59,10 @@ def trained_parts(method: Method | None, keys: Sequence[Key], *, vocabulary: int
     """
     if method is None:
         return Trained()
+    if isinstance(method, FullFineTuning):
+        if not tables:
+            raise ValueError("full fine-tuning: expected a decoder-only model, found two stacks that share a table")
+        return Trained(tuple(key for key in keys if not key.linear), tied=True)
     known = [*keys]
     if tables and (head := tied_head(keys)) is not None:
         known.append(Key(head, TIED_HEAD))

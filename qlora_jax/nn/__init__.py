@@ -7,11 +7,12 @@ from qlora_jax.nn.attention import (
     cached_attention,
     causal_attention,
     default_implementation,
+    with_prefix,
 )
-from qlora_jax.nn.delta import Delta
+from qlora_jax.nn.delta import Delta, changed
 from qlora_jax.nn.embedding import Embedding, Table
 from qlora_jax.nn.host import HostArray, brought_to_device, fetched
-from qlora_jax.nn.linear import AdapterConstant, Linear, LinearAdapter, MakesAdapter
+from qlora_jax.nn.linear import AdapterConstant, Linear, LinearAdapter, MakesAdapter, ReadsWeight, WeightConstant
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.parallel import data_mesh, frozen_sharding, gather, place, split_axis
 from qlora_jax.nn.relative import relative_position_bias
@@ -30,13 +31,16 @@ __all__ = [
     "LinearAdapter",
     "MakesAdapter",
     "RMSNorm",
+    "ReadsWeight",
     "RotaryEmbedding",
     "Table",
+    "WeightConstant",
     "activate",
     "biased_attention",
     "brought_to_device",
     "cached_attention",
     "causal_attention",
+    "changed",
     "data_mesh",
     "default_implementation",
     "fetched",
@@ -47,4 +51,5 @@ __all__ = [
     "rotate",
     "shifted_group_attention",
     "split_axis",
+    "with_prefix",
 ]

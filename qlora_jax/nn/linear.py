@@ -7,7 +7,7 @@ The adapter is made in the constructor, never put in afterwards, so that a model
 `nnx.eval_shape`, stacked with `jax.vmap` and split by type: `nnx.LoRAParam` is what trains, `nnx.Param` is frozen.
 """
 
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,26 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from qlora_jax.nn.delta import Delta, value_of
 from qlora_jax.quant import Quantization, matmul, quantize
 
 
 class AdapterConstant(nnx.Variable):
     """A frozen value of an adapter: made with it, not part of any checkpoint."""
+
+
+class WeightConstant(nnx.Variable):
+    """A frozen value of an adapter that follows from the layer's frozen weight, and is set where that is read."""
+
+
+@runtime_checkable
+class ReadsWeight(Protocol):
+    """An adapter that has `WeightConstant`s."""
+
+    def read_weight(self, weight: Any) -> None:
+        """Sets them. weight: an array or `QuantizedTensor` `[in, out]`, or `[layers, in, out]` where the adapters of a stack
+        are one module."""
+        ...
 
 
 class LinearAdapter(Protocol):
@@ -46,6 +61,7 @@ class Linear(nnx.Module):
     Attributes:
         weight: `nnx.Param` holding a `QuantizedTensor` or an array `[in, out]`.
         bias: `nnx.Param` `[out]`, or None.
+        bias_delta: what training adds to it; None: nothing.
         adapter: what trains, or None.
     """
 
@@ -76,13 +92,19 @@ class Linear(nnx.Module):
             weight = quantize(weight, quantization.data_type, quantization.block_size, quantization.double_quantization)
         self.weight = nnx.Param(weight)
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if use_bias else None
+        self.bias_delta: Delta | None = None
         made = None if adapter is None else adapter.make(in_features, out_features, layer=layer, rngs=rngs)
         self.adapter: LinearAdapter | None = made
+        if isinstance(made, ReadsWeight):
+            made.read_weight(weight)
 
     def base(self, x: Array) -> Array:
         """The frozen layer's output for x `[..., in]`."""
-        y = matmul(x, self.weight.get_value())
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return self.with_bias(matmul(x, self.weight.get_value()))
+
+    def with_bias(self, y: Array) -> Array:
+        """A product with the weight, and the bias where there is one."""
+        return y if self.bias is None else y + value_of(self.bias, self.bias_delta).astype(y.dtype)
 
     def __call__(self, x: Array, *, key: Array | None = None) -> Array:
         """x `[..., in]` to `[..., out]` in the dtype of x; `key` turns the adapter's dropout on."""

@@ -1,5 +1,6 @@
 """PEFT's LoraConfig to and from the fields of `LoRA`."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from qlora_jax.peft.fields import (
     is_table,
     is_whole,
 )
+from qlora_jax.peft.start import reads_weights
 from qlora_jax.peft.targets import ALL_LINEAR
 
 # PEFT's fields whose value is of no consequence here: records, training-time settings, and settings of
@@ -43,6 +45,7 @@ _READ = frozenset(
         "alpha_pattern",
         "ensure_weight_tying",
         "exclude_modules",
+        "init_lora_weights",
         "layers_pattern",
         "layers_to_transform",
         "lora_alpha",
@@ -53,14 +56,17 @@ _READ = frozenset(
         "rank_pattern",
         "target_modules",
         "trainable_token_indices",
+        "use_dora",
         "use_rslora",
     )
 )
 _EXPECTED: dict[str, tuple[object, ...]] = {
     "bias": ("none", None),
-    # The others (pissa, olora, corda, loftq …) also change the base model's weights.
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
+
+
+# Of an adapter that was trained, those that leave the base as it was, and one whose base can be made anew from the original.
+_STARTS_OF_FILES = (True, False, None, "gaussian", "orthogonal", "eva", "pissa")
 
 
 def read_lora(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +86,12 @@ def read_lora(config: Mapping[str, Any]) -> dict[str, Any]:
     tokens = fields.get("trainable_token_indices", is_rows, "tokens, or tokens by table", [])
     if saved and config.get("ensure_weight_tying"):
         fields.problems.append("ensure_weight_tying = true beside modules_to_save is not supported")
-    rslora = fields.get("use_rslora", lambda x: isinstance(x, bool), "true or false", False)
+    rslora, dora = (
+        fields.get(name, lambda x: isinstance(x, bool), "true or false", False) for name in ("use_rslora", "use_dora")
+    )
+    start = config.get("init_lora_weights")
+    if start not in _STARTS_OF_FILES:
+        fields.problems.append(f"init_lora_weights = {json.dumps(start)} is not supported: it names a base that was changed")
     fields.check()
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = ALL_LINEAR
@@ -90,6 +101,8 @@ def read_lora(config: Mapping[str, Any]) -> dict[str, Any]:
         "dropout": dropout,
         "target_modules": as_names(targets),
         "use_rslora": rslora,
+        "use_dora": dora,
+        "init_lora_weights": start or True,
         "exclude_modules": as_names(excluded),
         "layers_to_transform": (layers,) if isinstance(layers, int) else tuple(layers),
         # Without numbers of layers it has no meaning, and older versions of PEFT wrote it all the same.
@@ -101,6 +114,17 @@ def read_lora(config: Mapping[str, Any]) -> dict[str, Any]:
             ((name, tuple(rows)) for name, rows in tokens.items()) if isinstance(tokens, dict) else tokens
         ),
     }
+
+
+# EVA as it is computed here: ranks are not redistributed (rho 1), and all real tokens count.
+_EVA = {
+    "adjust_scaling_factors": True,
+    "label_mask_value": -100,
+    "rho": 1.0,
+    "tau": 0.99,
+    "use_label_mask": False,
+    "whiten": False,
+}
 
 
 def write_lora(lora: Any, modules: Sequence[str]) -> dict[str, Any]:
@@ -116,9 +140,11 @@ def write_lora(lora: Any, modules: Sequence[str]) -> dict[str, Any]:
     return {
         "alpha_pattern": {name: _number(alpha) for name, alpha in lora.alpha_pattern},
         "bias": "none",
+        **({"eva_config": _EVA} if lora.init_lora_weights == "eva" else {}),
         "exclude_modules": as_list(lora.exclude_modules),
         "fan_in_fan_out": False,
-        "init_lora_weights": True,
+        # The others change the base, and files hold what fits the original (checkpoint/from_weights.py).
+        "init_lora_weights": True if reads_weights(lora.init_lora_weights) else lora.init_lora_weights,
         "layer_replication": None,
         "layers_pattern": as_list(lora.layers_pattern),
         "layers_to_transform": list(lora.layers_to_transform) or None,
@@ -133,7 +159,7 @@ def write_lora(lora: Any, modules: Sequence[str]) -> dict[str, Any]:
         "rank_pattern": dict(lora.rank_pattern),
         "target_modules": targets,
         "trainable_token_indices": _token_rows(lora),
-        "use_dora": False,
+        "use_dora": lora.use_dora,
         "use_rslora": lora.use_rslora,
     }
 

@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.nn import AdapterConstant, Linear
 from qlora_jax.peft.method import FilePart
+from qlora_jax.peft.start import orthogonal
 from qlora_jax.quant import matmul
 
 
@@ -34,11 +35,13 @@ class Slot:
         ranks: r of each layer; 0: no adapter there.
         scalings: the factor on the update of each layer.
         dropout: share of the inputs that is zeroed while training.
+        start: how A and B start, as far as a random key tells (start.py); A uniform and B zero otherwise.
     """
 
     ranks: tuple[int, ...]
     scalings: tuple[float, ...]
     dropout: float
+    start: bool | str = True
 
     @property
     def rank(self) -> int:
@@ -71,11 +74,9 @@ class LoRALinear(nnx.Module):
 
     def __init__(self, in_features: int, out_features: int, *, slot: Slot, layer: int | Array = 0, rngs: nnx.Rngs) -> None:
         self.slot = slot
-        a = init_lora_a(rngs.params(), in_features, slot.rank)
-        factors = None if slot.uniform else jnp.asarray(slot.factors())[layer]
+        a, b, factors = start(slot, in_features, out_features, layer=layer, rngs=rngs)
         self.factors = None if factors is None else AdapterConstant(factors)
-        self.lora_a = nnx.LoRAParam(a if factors is None else jnp.where(factors[None, :] > 0, a, 0))
-        self.lora_b = nnx.LoRAParam(jnp.zeros((slot.rank, out_features), jnp.float32))
+        self.lora_a, self.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
 
     def __call__(self, x: Array, linear: Linear, key: Array | None) -> Array:
         scaling = self.slot.scalings[0] if self.factors is None else self.factors[...]
@@ -84,10 +85,43 @@ class LoRALinear(nnx.Module):
 
     def file_parts(self) -> Iterator[FilePart]:
         """See `method.AdapterModule`."""
-        for layer, rank in enumerate(self.slot.ranks):
-            if rank:
-                yield FilePart(layer, "lora_A.weight", "lora_a", (slice(None), slice(rank)), transposed=True)
-                yield FilePart(layer, "lora_B.weight", "lora_b", (slice(rank), slice(None)), transposed=True)
+        return lora_file_parts(self.slot)
+
+
+def start(
+    slot: Slot, in_features: int, out_features: int, *, layer: int | Array, rngs: nnx.Rngs
+) -> tuple[Array, Array, Array | None]:
+    """(A, B, factors on the columns of A where they differ within the stack) of a fresh adapter."""
+    key, b = rngs.params(), jnp.zeros((slot.rank, out_features), jnp.float32)
+    factors = None if slot.uniform else jnp.asarray(slot.factors())[layer]
+    if slot.start == "orthogonal":
+        a, b = _orthogonal(slot, key, in_features, out_features, layer)
+    elif slot.start == "gaussian":
+        rank = slot.rank if factors is None else jnp.maximum(jnp.asarray(slot.ranks)[layer], 1)
+        a = jax.random.normal(key, (in_features, slot.rank)) / rank
+    else:
+        a = init_lora_a(key, in_features, slot.rank)
+    if factors is not None:
+        a = jnp.where(factors[None, :] > 0, a, 0)
+    return a, b, factors
+
+
+def _orthogonal(slot: Slot, key: Array, in_features: int, out_features: int, layer: int | Array) -> tuple[Array, Array]:
+    """A and B of the layer's own rank, in zeros up to the largest."""
+    ranks = sorted({*slot.ranks} - {0})
+    made = [orthogonal(key, in_features, out_features, rank) for rank in ranks]
+    a = jnp.stack([jnp.pad(a, ((0, 0), (0, slot.rank - rank))) for rank, (a, _) in zip(ranks, made, strict=True)])
+    b = jnp.stack([jnp.pad(b, ((0, slot.rank - rank), (0, 0))) for rank, (_, b) in zip(ranks, made, strict=True)])
+    own = jnp.asarray([ranks.index(rank) if rank else 0 for rank in slot.ranks])[layer]
+    return a[own], b[own]
+
+
+def lora_file_parts(slot: Slot) -> Iterator[FilePart]:
+    """Where the files' A and B lie in the `lora_a` and `lora_b` of a stack."""
+    for layer, rank in enumerate(slot.ranks):
+        if rank:
+            yield FilePart(layer, "lora_A.weight", "lora_a", (slice(None), slice(rank)), transposed=True)
+            yield FilePart(layer, "lora_B.weight", "lora_b", (slice(rank), slice(None)), transposed=True)
 
 
 def init_lora_a(key: Array, in_features: int, rank: int) -> Array:
@@ -105,10 +139,16 @@ def lora_update(
         scaling: one factor, or one for each column of A, float32 `[r]`.
         key: random key of the dropout; without one nothing is dropped.
     """
-    if key is not None and dropout > 0.0:
-        keep = jax.random.bernoulli(key, 1.0 - dropout, x.shape)
-        x = jnp.where(keep, x / (1.0 - dropout), 0).astype(x.dtype)
+    x = drop(x, dropout, key)
     if isinstance(scaling, Array):
         scaling = scaling.astype(x.dtype)
     inner = checkpoint_name(matmul(x, a), "lora")
     return matmul(inner * scaling, b)
+
+
+def drop(x: Array, share: float, key: Array | None) -> Array:
+    """Dropout: a share of x zeroed and the rest scaled up; x itself without a key or with a share of 0."""
+    if key is None or share == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - share, x.shape)
+    return jnp.where(keep, x / (1.0 - share), 0).astype(x.dtype)

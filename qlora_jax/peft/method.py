@@ -26,6 +26,9 @@ class FilePart:
         attribute: of the adapter, e.g. "lora_a".
         index: the part of the layer's value that is no padding.
         transposed: whether the files hold its transpose.
+        changes: whether it is a change of the layer's weight, which the files hold with the change in it.
+        offset: what the files hold more than the value.
+        changes_own: attribute of the adapter to whose value it is a change, which the files hold with the change in it.
     """
 
     layer: int
@@ -33,6 +36,9 @@ class FilePart:
     attribute: str
     index: tuple[slice, ...] = ()
     transposed: bool = False
+    changes: bool = False
+    offset: float = 0.0
+    changes_own: str | None = None
 
 
 @runtime_checkable
@@ -41,6 +47,48 @@ class AdapterModule(Protocol):
 
     def file_parts(self) -> Iterator[FilePart]:
         """The tensors of the files."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelShape:
+    """What a method may have to know of a model.
+
+    Attributes:
+        family: the model_type of its config.json.
+        layers: of a decoder; of the encoder, where there is one.
+        decoder_layers: of the decoder.
+        kv_heads: heads of keys and values.
+    """
+
+    family: str
+    hidden_size: int
+    layers: int
+    decoder_layers: int
+    kv_heads: int
+    head_dim: int
+    encoder_decoder: bool
+
+
+@runtime_checkable
+class OfModel(Protocol):
+    """A method with choices that a model makes, where they are left open."""
+
+    def for_model(self, shape: ModelShape) -> "Method":
+        """The same with nothing left open.
+
+        Raises:
+            ValueError: it does not go with such a model.
+        """
+        ...
+
+
+@runtime_checkable
+class ScalesBias(Protocol):
+    """A method that changes the bias of a linear layer as well."""
+
+    def merged_bias(self, bias: np.ndarray, module: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """A module's bias with its adapter in it, float32 `[out]`; see `Method.merged`."""
         ...
 
 

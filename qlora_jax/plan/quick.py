@@ -227,7 +227,7 @@ def residual_bytes(recipe: Recipe) -> tuple[int, int]:
     dots      also the results of all products, adapters' inner ones among them, and the attention's
     none      beside those of "dots" what stands between them: norms, rotated queries and keys, activations
     """
-    size, tokens = 2 if recipe.dtype == "bfloat16" else 4, recipe.tokens
+    size, tokens = 2 if recipe.dtype == "bfloat16" else 4, recipe.positions
     layers, hidden, inner, heads, kv = _sizes(recipe)
     stream = layers * tokens * hidden * size
     if recipe.remat == "full":
@@ -237,6 +237,8 @@ def residual_bytes(recipe: Recipe) -> tuple[int, int]:
     # q, k, v, the attention's output twice (out and o), gate and up; down ends the layer, and nothing needs it again
     products = tokens * (2 * heads + 2 * kv + hidden + 2 * inner) * size
     lora = tokens * 7 * (recipe.method.rank if isinstance(recipe.method, LoRA) else 0) * size
+    if isinstance(recipe.method, LoRA) and recipe.method.use_dora:  # each layer's result before its columns are scaled
+        lora += tokens * (heads + 2 * kv + 2 * hidden + 2 * inner) * size
     kept = stream + layers * (products + lora)
     if recipe.remat == "dots":
         return kept, 0
@@ -246,7 +248,7 @@ def residual_bytes(recipe: Recipe) -> tuple[int, int]:
 
 def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[str, int]:
     """Sizes, in bytes on each device, that working memory is made of: a layer's activations, a matrix, a chunk of logits."""
-    config, size, tokens = recipe.config, 2 if recipe.dtype == "bfloat16" else 4, recipe.tokens
+    config, size, tokens = recipe.config, 2 if recipe.dtype == "bfloat16" else 4, recipe.positions
     _, hidden, inner, heads, kv = _sizes(recipe)
     decoder = isinstance(config, DecoderConfig)
     attention = config.num_attention_heads if decoder else config.num_heads
@@ -259,9 +261,9 @@ def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[
     tables = 2 if decoder and not config.tie_word_embeddings else 1
     spread = devices if config.vocab_size % devices == 0 else 1  # over whom the loss spreads the rows of the head
     chunk = chunk_tokens(config.vocab_size // spread) // spread  # of each device's tokens
-    logits = min(chunk, tokens) * config.vocab_size * 4
-    looped = tokens > chunk and recipe.micro_batches == 1  # over chunks, outside of a loop over micro-batches
-    seen = -(-recipe.length // recipe.attention_groups)  # tokens that a token may see
+    logits = min(chunk, recipe.tokens) * config.vocab_size * 4
+    looped = recipe.tokens > chunk and recipe.micro_batches == 1  # over chunks, outside of a loop over micro-batches
+    seen = -(-recipe.keys // recipe.attention_groups)  # tokens that a token may see
     at_once = -(-tokens // chunk_count(tokens, recipe.remat)) if decoder else tokens  # in the feed-forward
     in_chunks = platform == "cuda" and devices == 1 and at_once < tokens
     stream = round(_ATTENTION * tokens + (1 - _ATTENTION) * at_once) if in_chunks else tokens
@@ -278,7 +280,7 @@ def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[
         "table": table,
         "hoisted": tables * table if recipe.micro_batches > 1 else 0,  # out of the loop over micro-batches
         "adapter": adapter,
-        "mask": int((_CHUNKED_MASK if in_chunks else 1) * recipe.sequences * scores * recipe.length * seen * 2),
+        "mask": int((_CHUNKED_MASK if in_chunks else 1) * recipe.sequences * scores * recipe.keys * seen * 2),
     }
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 
 from qlora_jax.models import T5, CausalLM, DecoderConfig, ModelConfig, Remat
 from qlora_jax.nn import default_implementation
-from qlora_jax.peft import LoRA, Method
+from qlora_jax.peft import LoRA, Method, PromptMethod
 from qlora_jax.quant import PackedTable, Quantization, TableStorage
 from qlora_jax.train.dpo import PAIRS, dpo_loss, with_reference
 from qlora_jax.train.loss import language_model_loss, seq2seq_loss
@@ -83,6 +83,17 @@ class Recipe:
     def tokens(self) -> int:
         """Tokens that a device's pass through the model sees."""
         return self.sequences * self.length
+
+    @property
+    def keys(self) -> int:
+        """Keys of a sequence, with those of virtual tokens."""
+        return self.length + (self.method.virtual_tokens if isinstance(self.method, PromptMethod) else 0)
+
+    @property
+    def positions(self) -> int:
+        """Tokens that a device's pass through the layers sees, with virtual ones."""
+        embedded = isinstance(self.method, PromptMethod) and not self.method.is_prefix
+        return self.sequences * (self.keys if embedded else self.length)
 
 
 @dataclasses.dataclass(frozen=True)
