@@ -28,6 +28,10 @@ from qlora_jax.train import TOKENS, Unit, perplexity
 CARD = "README.md"
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the default model is on the hub
 _TAG = "qlora_jax"
+_CONVERTED = (
+    "It started from the base's weights (`{start}`), which were changed for that, and is converted to a LoRA for the"
+    " original ones. With PEFT it belongs on these, unquantised; qlora_jax makes the base that it was trained on anew."
+)
 # By PEFT's names: what it is, and its tag.
 _KINDS = {
     "IA3": ("An IA3 adapter", "ia3"),
@@ -47,6 +51,7 @@ def write_card(
     rows: list[dict[str, Any]],
     kept: int,
     unit: Unit = TOKENS,
+    converted_from: str | None = None,
     method: Method | None = None,
 ) -> None:
     """Writes the card into the adapter's folder.
@@ -58,6 +63,7 @@ def write_card(
         rows: the records of the run.
         kept: the step whose adapter it is.
         unit: what the losses are means over.
+        converted_from: that of `TrainingRecord`: other programs need the base's original weights then.
         method: of the adapter; None: LoRA.
     """
     kind = "LORA" if method is None else method.peft_type
@@ -84,9 +90,16 @@ def write_card(
             f"{f'[{base}](https://huggingface.co/{base})' if base else f'`{shown}`'}, trained with "
             f"qlora_jax on the base's weights {_stored(quantization, tables)}, in {kept} steps on {_data(options)}.",
             "## Use",
+            *([_CONVERTED.format(start=converted_from)] if converted_from else []),
             _with_transformers(name)
             if whole
-            else _with_peft(shown, name, config, quantization, own_tokenizer=(folder / "tokenizer.json").is_file()),
+            else _with_peft(
+                shown,
+                name,
+                config,
+                None if converted_from else quantization,
+                own_tokenizer=(folder / "tokenizer.json").is_file(),
+            ),
             f"```\npython scripts/generate.py {f'--model {name}' if whole else f'--model {shown} --adapter {name}'} "
             '--prompt "…"  # of qlora_jax\n```',
             *(["## Results", table] if (table := _results(rows, kept, unit)) else []),

@@ -187,6 +187,7 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
             rows=rows,
             kept=kept,
             unit=objective.unit,
+            converted_from=record.converted_from,
             method=method,
         )
         if (questions := watched.questions) is not None:

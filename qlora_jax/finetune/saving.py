@@ -29,7 +29,7 @@ def save_tuned(
     method: Method,
     base: str,
     checkpoint: Checkpoint,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast | None,
     tables: Mapping[str, np.ndarray] | None,
     taken: Mapping[str, np.ndarray],
     progress: bool,
@@ -40,6 +40,7 @@ def save_tuned(
         output: of the run.
         base: path or hub id of the base, as PEFT's users find it.
         checkpoint: the base.
+        tokenizer: what goes beside a model; None: nothing.
         tables: those of an adapter that the run went on from (`Adapter.tables`).
         taken: what was taken off the base before it was stored (checkpoint/from_weights.py).
 

@@ -168,8 +168,11 @@ class CausalLM(nnx.Module):
             attention_groups: of LongLoRA's attention (`nn.shifted`); 1: each token sees all before it.
 
         Raises:
-            ValueError: packed documents beside virtual tokens in a model that sees a window of the tokens.
+            ValueError: packed documents beside virtual tokens in a model that sees a window of the tokens; or virtual tokens
+                beside attention groups.
         """
+        if self.prompt is not None and attention_groups > 1:
+            raise ValueError(f"attention_groups: expected 1 with virtual tokens, found {attention_groups}")
         positions = self._positions(tokens) if positions is None else positions
         x = self._embed(tokens)
         if key is not None and neftune_alpha > 0:
@@ -179,7 +182,7 @@ class CausalLM(nnx.Module):
         prompt = with_prompt(self.prompt, self.config, x, positions, segment_ids, key)
         rotations = self._rotations(prompt.positions)
         graph, layers = nnx.split(self.layers)
-        chunks = chunk_count(tokens.size // devices_of_context(), self.remat)
+        chunks = chunk_count(prompt.x.shape[0] * prompt.x.shape[1] // devices_of_context(), self.remat)
 
         def run_layer(x: Array, inputs: tuple[Any, Array | None, Array | None, Any]) -> tuple[Array, None]:
             state, layer_key, kind, prefix = inputs

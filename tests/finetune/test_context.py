@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import write_tiny_llama
 
 from qlora_jax.checkpoint.adapter_files import read_adapter
 from qlora_jax.checkpoint.record import read_training_record
@@ -27,9 +27,9 @@ WORDS = ("red", "green", "blue", "black", "white", "brown", "pink", "grey")
 
 
 @pytest.fixture(scope="module")
-def short_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def short_llama(make_tiny_llama: Callable[..., Path]) -> Path:
     """A model with a context of 32 tokens."""
-    return write_tiny_llama(tmp_path_factory.mktemp("short-llama"), max_position_embeddings=32)
+    return make_tiny_llama(max_position_embeddings=32)
 
 
 @pytest.fixture(scope="module")

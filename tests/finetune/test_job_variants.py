@@ -83,6 +83,9 @@ def test_pissa_saves_what_it_trained(tiny_llama: Path, data: Path, tmp_path: Pat
     assert record is not None
     assert record.converted_from == "pissa"
     assert isinstance(method, LoRA)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "(`pissa`)" in card
+    assert "load_in_4bit" not in card
     assert (method.rank, method.rank_pattern, method.init_lora_weights) == (8, (("q_proj", 6),), True)
     more = dataclasses.replace(
         options,

@@ -50,6 +50,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # transformers' name, confi
     "qwen2": ("Qwen2", DECODER),
     "mistral": ("Mistral", DECODER | {"sliding_window": 5}),
     "gemma2": ("Gemma2", DECODER | {"head_dim": 8, "sliding_window": 5}),
+    "gpt_neox": ("GPTNeoX", {name: value for name, value in DECODER.items() if name != "num_key_value_heads"}),
     "t5": ("T5", T5_FIELDS),
 }
 

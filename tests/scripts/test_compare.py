@@ -31,7 +31,7 @@ def import_script() -> Any:
 script = import_script()
 
 
-@pytest.mark.parametrize("name", [*script.STUDY, *script.QUICK, "lora/r8/int4+dq/q_proj"])
+@pytest.mark.parametrize("name", [*script.STUDY, *script.QUICK, "dora/fp4/r4", "lora/r8/int4+dq/q_proj"])
 def test_a_variant_becomes_flags_of_the_job(name: str) -> None:
     variant = grid.parse_variant(name)
     options = parse(Options, description=None, arguments=variant.flags())
