@@ -42,7 +42,7 @@ def perplexities(storages: Sequence[Storage], image: str) -> Section:
             f"{storage.stored:.3f}",
             f"{storage.error:.4f}",
             storage.log_perplexity.text(),
-            f"{math.exp(storage.log_perplexity.value):.3f}",
+            f"{math.exp(storage.log_perplexity.value):.5g}",
             "" if storage.added is None else storage.added.text(sign=True),
         )
         for storage in storages
