@@ -357,11 +357,10 @@ def test_values_that_are_not_finite_are_refused(saved: Path, tmp_path: Path, val
 
 
 UNSUPPORTED: dict[str, Any] = {
-    "use_dora": True,
     "bias": "all",
     "fan_in_fan_out": True,
     "lora_bias": True,
-    "init_lora_weights": "pissa",
+    "init_lora_weights": "corda",
     "layer_replication": [[0, 2]],
     "target_parameters": ["experts"],
     "alora_invocation_tokens": [3],
@@ -417,7 +416,7 @@ def test_fields_without_consequence_are_tolerated(saved: Path) -> None:
         some_new_switch=False,
         some_new_size=16,
         some_new_list=[],
-        init_lora_weights="gaussian",
+        init_lora_weights=False,
         loftq_config={"loftq_bits": 4},
         modules_to_save=[],
         layers_to_transform=None,
