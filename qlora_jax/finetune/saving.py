@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.checkpoint.adapter import adapter_tensors
+from qlora_jax.checkpoint.adapter import adapter_tensors, save_adapter
 from qlora_jax.checkpoint.adapter_files import Adapter, write_adapter
 from qlora_jax.checkpoint.from_weights import converted
 from qlora_jax.checkpoint.merge import MergedDtype, merge
 from qlora_jax.checkpoint.source import Checkpoint
 from qlora_jax.models import T5, Model
-from qlora_jax.peft import FullFineTuning, Method
+from qlora_jax.peft import FullFineTuning, LoRA, Method
 
 
 def save_tuned(
@@ -47,16 +47,19 @@ def save_tuned(
     Raises:
         CheckpointError: it could not be written.
     """
-    if not isinstance(method, FullFineTuning):
-        tensors, method = converted(adapter_tensors(model), method, taken)
+    folder = output / "adapter"
+    if isinstance(method, LoRA) and (taken or method.changes_base):
+        tensors, plain = converted(adapter_tensors(model), method, taken)
         return write_adapter(
             tensors,
-            output / "adapter",
-            method=method,
+            folder,
+            method=plain,
             base_model_name_or_path=base,
             task_type="SEQ_2_SEQ_LM" if isinstance(model, T5) else "CAUSAL_LM",
             tables=tables,
         )
+    if not isinstance(method, FullFineTuning):
+        return save_adapter(model, folder, method=method, base_model_name_or_path=base, tables=tables)
     trained = Adapter(base, method, None, adapter_tensors(model))
     folder = output / "model"
     shutil.rmtree(folder, ignore_errors=True)  # of this very run, killed before it was done
