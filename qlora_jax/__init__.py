@@ -6,7 +6,8 @@ from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.source import CheckpointError, open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.models import T5, CausalLM, DecoderConfig, T5Config
-from qlora_jax.nn import Linear, LoRA
+from qlora_jax.nn import Linear
+from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization, QuantizedTensor, dequantize, matmul, quantize
 from qlora_jax.serve import Sampling, generate, generate_seq2seq
 from qlora_jax.train import (

@@ -31,7 +31,6 @@ told. The last line is the result as JSON.
 
 import dataclasses
 import json
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -151,7 +150,7 @@ def run(arguments: Arguments) -> None:
             report[task] = values
             print(page.text(section), flush=True)
             if arguments.output is not None:  # after each, so that an hour's work is not lost with the last task
-                page.write(arguments.output, sections, said_command())
+                page.write(arguments.output, sections, page.said_command("bench.py"))
     print(json.dumps({"device": machine, **report}))
 
 
@@ -279,17 +278,6 @@ def checkpoint_folder(model: str | None, temporary: Path) -> Path:
         return Path(model).expanduser()
     checkpoint = open_checkpoint(model or str(fetch_default_model()))
     return merge(checkpoint, None, temporary / "checkpoint", dtype="bfloat16", progress=False)
-
-
-def said_command() -> str:
-    """The command line, without where things lie on this machine."""
-    words, skipping = [], False
-    for word in sys.argv[1:]:
-        skipping = word.startswith("--peer-python") or (skipping and not word.startswith("--"))
-        if not skipping:
-            flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-            words.append(f"{flag}{equals}{Path(value).name if value.startswith('/') else value}")
-    return shlex.join(["python", "scripts/bench.py", *words])
 
 
 if __name__ == "__main__":

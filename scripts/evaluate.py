@@ -20,7 +20,7 @@ from flax import nnx
 from qlora_jax.checkpoint.tuned import TunedOptions, open_tuned
 from qlora_jax.cli import run
 from qlora_jax.evaluate import Prompts, Scores, encode_questions, evaluate_mmlu, read_questions
-from qlora_jax.models import CausalLM, causal_family_of
+from qlora_jax.models import CausalLM, causal_family_of, positions_left
 from qlora_jax.nn import data_mesh
 
 
@@ -90,7 +90,8 @@ def load(options: Options) -> tuple[CausalLM, Prompts, str]:
         limit=asked.limit,
         seed=asked.seed,
     )
-    longest = asked.max_length if config.endless else min(asked.max_length, config.max_position_embeddings)
+    room = positions_left(config, None if tuned.adapter is None else tuned.adapter.method)
+    longest = asked.max_length if room is None else min(asked.max_length, room)
     prompts = encode_questions(questions.questions, tuned.tokenizer, longest)
     model = tuned.load(mesh=data_mesh(), progress=sys.stderr.isatty())
     assert isinstance(model, CausalLM)  # as `causal_family_of` has made sure

@@ -144,8 +144,7 @@ def load(options: Options) -> Loaded:
     eos_ids = stop_ids(tuned.source, options.model.revision, tokenizer)
     if isinstance(model, T5):  # nothing limits its length
         return Loaded(graphdef, state, tokenizer, template, eos_ids, None, model.config.decoder_start_token_id)
-    most = None if model.config.endless else model.config.max_position_embeddings
-    return Loaded(graphdef, state, tokenizer, template, eos_ids, most, None)
+    return Loaded(graphdef, state, tokenizer, template, eos_ids, model.max_positions, None)
 
 
 def answer_prompts(loaded: Loaded, options: Options, prompts: Sequence[str]) -> None:

@@ -35,7 +35,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from qlora_jax.models import CausalLM, DecoderConfig, causal_family_of
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.plan import (
     DEVICES,
     SIZES,
@@ -244,7 +244,7 @@ def steps(model: str, machine: Machine, mesh: Mesh) -> list[dict[str, Any]]:
     assert isinstance(config, DecoderConfig)
 
     def build() -> CausalLM:
-        return CausalLM(config, quantization=Quantization(), lora=LoRA(rank=16), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        return CausalLM(config, quantization=Quantization(), method=LoRA(rank=16), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
 
     abstract = nnx.eval_shape(build)
     graph, state = nnx.split(abstract)

@@ -32,7 +32,7 @@ from qlora_jax.checkpoint.load import default_dtype, load_model
 from qlora_jax.checkpoint.source import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.data import PLAIN_ANSWERS, BatchIterator, batches, encode_all, load_records
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization
 from qlora_jax.train import OptimizerName, create_state, jit_train_step, language_model_loss, optimizer, split
 
@@ -82,7 +82,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     source = _batches(name, arguments)
     lora = LoRA(rank=arguments.rank)
     remat = "dots" if jax.default_backend() == "cpu" else "full"
-    model = load_model(open_checkpoint(name), quantization=Quantization(), lora=lora, remat=remat, seed=arguments.seed)
+    model = load_model(open_checkpoint(name), quantization=Quantization(), method=lora, remat=remat, seed=arguments.seed)
     graphdef, adapter, frozen = split(model)
     states, steps = {}, {}
     for run in RUNS:

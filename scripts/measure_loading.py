@@ -43,7 +43,7 @@ from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.merge import merge
 from qlora_jax.checkpoint.source import Checkpoint, open_checkpoint
 from qlora_jax.models import CausalLM
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.quant import DATA_TYPES, DataType, Quantization, QuantizedTensor
 
 Model = Literal["llama-2-7b", "llama-3-8b", "tiny"]
@@ -240,7 +240,7 @@ def measure(folder: Path, arguments: Arguments) -> dict[str, Any]:
         model = load_model(
             dataclasses.replace(checkpoint, read=read),
             quantization=Quantization(arguments.data_type, double_quantization=arguments.double_quantization),
-            lora=LoRA(rank=arguments.rank) if arguments.rank else None,
+            method=LoRA(rank=arguments.rank) if arguments.rank else None,
             dtype=arguments.dtype,
             progress=False,
         )

@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.ahead import check_names, config_of, main_of  # before JAX
 from tqdm import tqdm
 
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.plan import DoesNotFit, Plan, Recipe, check_compiler, compile_train_step, machine_named
 
 GIB = 2**30
@@ -74,7 +74,7 @@ def run(arguments: Arguments) -> None:
     for (model, rank, batch, length), name in tqdm(chosen, unit="program", desc="compiling"):
         recipe = Recipe(
             config=config_of(model),
-            lora=LoRA(rank),
+            method=LoRA(rank),
             batch_size=max(batch // machine.count, 1),
             length=length,
             packed=False,

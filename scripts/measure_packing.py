@@ -32,7 +32,7 @@ from qlora_jax.checkpoint.load import default_dtype, load_model
 from qlora_jax.checkpoint.source import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.data import BatchIterator, Example, batches, encode_all, open_source, padding_share
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization
 from qlora_jax.train import create_state, jit_train_step, language_model_loss, optimizer, split
 
@@ -139,7 +139,7 @@ def _train(name: str, sources: dict[str, BatchIterator], arguments: Arguments) -
     """(seconds of each timed step, losses of all steps), by kind."""
     remat = "dots" if jax.default_backend() == "cpu" else "full"
     lora = LoRA(rank=arguments.rank)
-    model = load_model(open_checkpoint(name), quantization=Quantization(), lora=lora, remat=remat, seed=arguments.seed)
+    model = load_model(open_checkpoint(name), quantization=Quantization(), method=lora, remat=remat, seed=arguments.seed)
     graphdef, adapter, frozen = split(model)
     tx = optimizer("adamw", 1e-4)
     state = create_state(tx, adapter, arguments.seed)

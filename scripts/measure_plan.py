@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.ahead import check_names, config_of, main_of  # before JAX
 from scipy.optimize import least_squares
 
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.plan import (
     SIZES,
     DoesNotFit,

@@ -22,9 +22,10 @@ from qlora_jax.checkpoint.adapter import check_family, load_adapter
 from qlora_jax.checkpoint.adapter_files import read_adapter
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.drift import logit_drift, sample_logits
+from qlora_jax.checkpoint.from_weights import parted, rewriting
 from qlora_jax.checkpoint.load import load_model, storage_of
 from qlora_jax.checkpoint.merge import MergedDtype, merge
-from qlora_jax.checkpoint.record import chosen_quantization, read_training_record
+from qlora_jax.checkpoint.record import chosen_quantization, read_training_record, with_scaling
 from qlora_jax.checkpoint.source import open_checkpoint
 from qlora_jax.checkpoint.special_tokens import grown
 from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, tokenizer_source
@@ -93,9 +94,10 @@ def run(arguments: Arguments) -> None:
     source = arguments.model or str(fetch_default_model())
     checkpoint = open_checkpoint(source, arguments.revision)
     quantization = storage_of(checkpoint, quantization)
-    adapter = read_adapter(arguments.adapter)
+    adapter, taken = parted(read_adapter(arguments.adapter), record)
+    rewrite = rewriting(adapter.method, taken, quantization)
     check_family(adapter, checkpoint.config["model_type"])
-    checkpoint = grown(checkpoint, adapter)
+    checkpoint = with_scaling(grown(checkpoint, adapter), None if record is None else record.scaling)
     own = tokenizer_source(source, arguments.adapter)
     tokenizer = load_tokenizer(own, arguments.revision if own == source else None)
     check_tokenizer(tokenizer, checkpoint.config)
@@ -112,6 +114,7 @@ def run(arguments: Arguments) -> None:
         dtype="bfloat16" if arguments.dtype == "4bit" else arguments.dtype,
         quantization=packed,
         from_dequantized=quantization if arguments.base == "dequantized" else None,
+        rewrite=rewrite,
         from_tables=tables if arguments.base == "dequantized" else "none",
         tokenizer=tokenizer,
     )
@@ -119,9 +122,10 @@ def run(arguments: Arguments) -> None:
     if not arguments.compare:
         return
     # One model at a time: the logits of the first are on the host before the second is loaded.
-    trained = load_adapter(load_model(checkpoint, quantization=quantization, tables=tables, lora=adapter.lora), adapter)
+    base = load_model(checkpoint, quantization=quantization, tables=tables, method=adapter.method, rewrite=rewrite)
+    trained = load_adapter(base, adapter)
     before = sample_logits(trained, batches)
-    del trained
+    del base, trained
     after = sample_logits(load_model(open_checkpoint(str(arguments.output)), quantization=packed), batches)
     drift = logit_drift(before, after)
     storage = "dense weights" if quantization is None else quantization.data_type

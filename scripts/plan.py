@@ -31,7 +31,7 @@ from qlora_jax.checkpoint.source import CheckpointError, open_checkpoint
 from qlora_jax.cli import parse
 from qlora_jax.finetune.memory import recipe_of
 from qlora_jax.finetune.options import Options
-from qlora_jax.models import family_of
+from qlora_jax.models import family_of, scaled
 from qlora_jax.plan import (
     HUB_IDS,
     SIZES,
@@ -108,7 +108,10 @@ def run(arguments: Arguments) -> None:
         check_compiler(machine)  # before anything is downloaded or traced
     model = arguments.model.model or _DEFAULT
     hf_config = read_config(model)
-    recipe = recipe_of(arguments, family_of(hf_config).config(hf_config), machine.device.platform)
+    config = family_of(hf_config).config(hf_config)
+    if (scaling := arguments.context.scaling(config, arguments.data.max_length)) is not None:
+        config = family_of(hf_config).config(scaled(hf_config, config, scaling))
+    recipe = recipe_of(arguments, config, machine.device.platform)
     if is_quantized(hf_config) and recipe.quantization is not None:
         print("The checkpoint is quantised already: planned with the storage that the options name.", file=sys.stderr)
     found: dict[str, Any] = {}
@@ -129,7 +132,7 @@ def run(arguments: Arguments) -> None:
         draw([report], asked.plot)
         print(f"  drawn: {asked.plot}")
     recipe_values = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name != "config"}
-    recipe_values |= {"lora": dataclasses.asdict(recipe.lora)}
+    recipe_values |= {"method": dataclasses.asdict(recipe.method)}
     recipe_values["quantization"] = None if recipe.quantization is None else dataclasses.asdict(recipe.quantization)
     print(json.dumps({**as_json(report), "model": model, "recipe": recipe_values, "found": found}))
 

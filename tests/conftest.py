@@ -34,13 +34,14 @@ os.environ |= {
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # `datasets` reports each local file that it opens to the hub
 }
 
-# scripts/benchmarks/, which Python finds for a script that it runs. The folder scripts/ itself stays out of the path: its
-# modules have names that libraries look for.
-_spec = importlib.util.spec_from_file_location(
-    "benchmarks", Path(__file__).parents[1] / "scripts" / "benchmarks" / "__init__.py"
-)
-assert _spec is not None
-sys.modules["benchmarks"] = importlib.util.module_from_spec(_spec)
+# The packages in scripts/, which Python finds for a script that it runs. The folder scripts/ itself stays out of the path:
+# its modules have names that libraries look for.
+for _package in ("benchmarks", "comparison", "datatype_study"):
+    _spec = importlib.util.spec_from_file_location(
+        _package, Path(__file__).parents[1] / "scripts" / _package / "__init__.py"
+    )
+    assert _spec is not None
+    sys.modules[_package] = importlib.util.module_from_spec(_spec)
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<pad>")
 CHATML = (

@@ -17,7 +17,7 @@ def read(path: Path, *flags: str) -> Options:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_it_is_a_config(path: Path) -> None:
     options = read(path)
-    options.lora.build()
+    options.method()
     options.model.quantization()
     assert options.model.model is not None
     assert options.run.output == Path("runs") / path.stem

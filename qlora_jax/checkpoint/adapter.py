@@ -20,11 +20,13 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.checkpoint.adapter_config import TaskType
-from qlora_jax.checkpoint.adapter_files import PREFIX, Adapter, read_adapter, rows_name, tensor_names, write_adapter
+from qlora_jax.checkpoint.adapter_files import PREFIX, Adapter, read_adapter, rows_name, tensor_name, write_adapter
+from qlora_jax.checkpoint.prompts import encoder_tensors, fill_prompt, prompt_problems, prompt_tensors
 from qlora_jax.checkpoint.source import CheckpointError, listed
-from qlora_jax.models import FAMILIES, T5, Key, Model, families_with, linear_keys, tied_head
+from qlora_jax.models import FAMILIES, T5, Key, Model, families_with, linear_keys, method_for, tied_head
 from qlora_jax.models.trained import TABLE, TIED_HEAD
-from qlora_jax.nn import Linear, LoRA, Slot
+from qlora_jax.nn import Linear
+from qlora_jax.peft import AdapterModule, DoRALinear, LoRA, LoRALinear, Method
 from qlora_jax.quant import PackedTable, take_rows
 
 __all__ = ["adapter_tensors", "check_family", "check_fit", "load_adapter", "save_adapter"]
@@ -38,28 +40,34 @@ class _Place:
 
     Attributes:
         path: attribute names from the model to the variable.
-        index: the part of its value that is the tensor, transposed where it is a matrix of LoRA.
+        index: the part of its value that is the tensor.
+        transposed: whether the files hold its transpose.
         base: path of the frozen parameter to which the variable is a change; None: it stands for itself.
         base_index: the part of that parameter's value.
+        offset: what the files hold more than the value where there is no such parameter.
     """
 
     path: tuple[str, ...]
     index: tuple[int | slice, ...]
+    transposed: bool = False
     base: tuple[str, ...] | None = None
     base_index: Any = ()
+    offset: float = 0.0
 
     def read(self, value: np.ndarray) -> np.ndarray:
         """The part of the variable's value, oriented as in the files."""
-        return value[self.index] if self.base is not None else value[self.index].T
+        part = value[self.index]
+        return part.T if self.transposed else part
 
     def of_base(self, model: Model) -> np.ndarray | np.float32:
         """float32 values that the change is added to."""
         if self.base is None:
-            return np.float32(0)
+            return np.float32(self.offset)
         value = _at(model, self.base).get_value()
         packed = isinstance(value, PackedTable)  # whose rows alone train
         found = take_rows(value, jnp.asarray(self.base_index)) if packed else value[self.base_index]
-        return np.asarray(jax.device_get(found), np.float32)
+        found = np.asarray(jax.device_get(found), np.float32)
+        return found.T if self.transposed else found
 
 
 def adapter_tensors(model: Model) -> dict[str, np.ndarray]:
@@ -68,6 +76,8 @@ def adapter_tensors(model: Model) -> dict[str, np.ndarray]:
     Raises:
         ValueError: the model has no adapter.
     """
+    if model.prompt is not None:
+        return prompt_tensors(model.prompt)
     values: dict[tuple[str, ...], np.ndarray] = {}
     tensors: dict[str, np.ndarray] = {}
     for name, place in _places(model).items():
@@ -75,7 +85,7 @@ def adapter_tensors(model: Model) -> dict[str, np.ndarray]:
             values[place.path] = np.asarray(jax.device_get(_at(model, place.path).get_value()), np.float32)
         tensors[name] = np.ascontiguousarray(place.read(values[place.path]) + place.of_base(model))
     if not tensors:
-        raise ValueError("expected a model with LoRA parameters, found none: was it made with lora=None?")
+        raise ValueError("expected a model with LoRA parameters, found none: was it made with method=None?")
     return tensors
 
 
@@ -83,19 +93,29 @@ def save_adapter(
     model: Model,
     folder: str | Path,
     *,
-    lora: LoRA,
+    method: Method,
     base_model_name_or_path: str | None = None,
     tables: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """Writes the adapter that lies in the slots of a model; see `write_adapter`."""
+    """Writes the adapter that lies in the slots of a model; see `write_adapter`.
+
+    Raises:
+        ValueError: one whose start was taken off the base: `from_weights.converted` makes files of it.
+    """
+    if isinstance(method, LoRA) and method.changes_base:
+        raise ValueError(
+            f"init_lora_weights {method.init_lora_weights}: expected an adapter for the original weights, found one for a "
+            "changed base; write what from_weights.converted makes of it"
+        )
     task_type: TaskType = "SEQ_2_SEQ_LM" if isinstance(model, T5) else "CAUSAL_LM"
     return write_adapter(
         adapter_tensors(model),
         folder,
-        lora=lora,
+        method=method_for(method, model.config) or method,
         base_model_name_or_path=base_model_name_or_path,
         task_type=task_type,
         tables=tables,
+        encoder=None if model.prompt is None else encoder_tensors(model.prompt),
     )
 
 
@@ -104,7 +124,7 @@ def load_adapter(model: AnyModel, folder: str | Path | Adapter) -> AnyModel:
     shared.
 
     Args:
-        model: made with `lora=read_adapter_config(folder)`.
+        model: made with `method=read_adapter_config(folder)`.
 
     Raises:
         CheckpointError: it was made for another family; the slots and the tensors do not pair off one to one; or shapes or
@@ -112,6 +132,8 @@ def load_adapter(model: AnyModel, folder: str | Path | Adapter) -> AnyModel:
     """
     adapter = folder if isinstance(folder, Adapter) else read_adapter(folder)
     check_fit(adapter, model)
+    if model.prompt is not None:
+        return fill_prompt(model, adapter.tensors, adapter.encoder)
     _check_scaling(model, adapter)
     graph, state, frozen = nnx.split(model, nnx.LoRAParam, ...)
     state = jax.tree.map(lambda leaf: leaf, state)  # new variables: those of a split are the model's own
@@ -122,7 +144,8 @@ def load_adapter(model: AnyModel, folder: str | Path | Adapter) -> AnyModel:
         if place.path not in filled:
             filled[place.path] = np.zeros(value.shape, value.dtype)
         tensor = adapter.tensors[name].astype(np.float32)
-        filled[place.path][place.index] = tensor.T if place.base is None else tensor - place.of_base(model)
+        change = tensor - place.of_base(model)
+        filled[place.path][place.index] = change.T if place.transposed else change
     for path, new in filled.items():
         value = variables[path].get_value()
         variables[path].set_value(jax.device_put(new, value.sharding) if isinstance(value, jax.Array) else jnp.asarray(new))
@@ -159,10 +182,16 @@ def check_fit(adapter: Adapter, model: Model) -> None:
         CheckpointError: one message with everything that is missing, extra or misshapen, or another family.
     """
     check_family(adapter, model.config.family)
+    base = f"its configuration names the base {adapter.base!r}" if adapter.base else "its configuration names no base"
+    misfit = f"{adapter.source}: this adapter does not fit this model, a {model.config.family} ({base})"
+    if model.prompt is not None:
+        if problems := prompt_problems(model.prompt, adapter.tensors, adapter.encoder):
+            raise CheckpointError.of(misfit, problems)
+        return
     places, found = _places(model), adapter.tensors
     if not places:
         raise CheckpointError(
-            f"{adapter.source}: the model has no LoRA slots; make it with lora=read_adapter_config({adapter.source!r})."
+            f"{adapter.source}: the model has no LoRA slots; make it with method=read_adapter_config({adapter.source!r})."
         )
     expected = {
         name: place.read(np.broadcast_to(np.float32(0), _at(model, place.path).shape)).shape
@@ -182,10 +211,7 @@ def check_fit(adapter: Adapter, model: Model) -> None:
     }
     problems = [f"{kind} ({len(names)}): {listed(names)}" for kind, names in kinds.items() if names]
     if problems:
-        base = f"its configuration names the base {adapter.base!r}" if adapter.base else "its configuration names no base"
-        raise CheckpointError.of(
-            f"{adapter.source}: this adapter does not fit this model, a {model.config.family} ({base})", problems
-        )
+        raise CheckpointError.of(misfit, problems)
 
 
 def _is_copied_row(name: str, tensors: Mapping[str, np.ndarray], model: Model) -> bool:
@@ -200,36 +226,37 @@ def _is_copied_row(name: str, tensors: Mapping[str, np.ndarray], model: Model) -
 
 def _places(model: Model) -> dict[str, _Place]:
     """Where each tensor of the files lies in a model with slots, by its name."""
-    places = {name: place for key, slot in _slots(model) for name, place in _places_of_slot(key, slot)}
+    places = {name: place for key, adapter in _adapters(model) for name, place in _places_of_adapter(key, adapter)}
     for key in model.trained.whole:
         base = TABLE if key.path == TIED_HEAD else key.path
         path = TIED_HEAD if key.path == TIED_HEAD else (*base[:-1], f"{base[-1]}_delta")
         for layer, name in enumerate(key.names()):
             index = (layer,) if key.stacked else ()
-            places[PREFIX + name] = _Place(path, index, base, index)
+            places[PREFIX + name] = _Place(path, index, base=base, base_index=index)
     for key, tokens in model.trained.rows:
         path = (*key.path[:-1], f"{key.path[-1]}_delta")
-        places[rows_name(key.modules()[0])] = _Place(path, (), key.path, np.asarray(tokens))
+        places[rows_name(key.modules()[0])] = _Place(path, (), base=key.path, base_index=np.asarray(tokens))
     return places
 
 
-def _places_of_slot(key: Key, slot: Slot) -> Iterator[tuple[str, _Place]]:
-    path = key.path[:-1]
-    for layer, (module, rank) in enumerate(zip(key.modules(), slot.ranks, strict=True)):
-        if rank == 0:
-            continue
-        name_a, name_b = tensor_names(module)
-        first: tuple[int, ...] = (layer,) if key.stacked else ()
-        yield name_a, _Place((*path, "lora_a"), (*first, slice(None), slice(rank)))
-        yield name_b, _Place((*path, "lora_b"), (*first, slice(rank), slice(None)))
+def _places_of_adapter(key: Key, adapter: AdapterModule) -> Iterator[tuple[str, _Place]]:
+    path, modules = (*key.path[:-1], "adapter"), key.modules()
+    for part in adapter.file_parts():
+        index = (part.layer, *part.index) if key.stacked else part.index
+        place = _Place((*path, part.attribute), index, part.transposed, offset=part.offset)
+        if part.changes:
+            place = dataclasses.replace(place, base=key.path, base_index=index)
+        if part.changes_own is not None:
+            place = dataclasses.replace(place, base=(*path, part.changes_own), base_index=index)
+        yield tensor_name(modules[part.layer], part.suffix), place
 
 
-def _slots(model: Model) -> Iterator[tuple[Key, Slot]]:
-    """(row of the linear layer in the table of keys, its slot) for each that has one."""
+def _adapters(model: Model) -> Iterator[tuple[Key, AdapterModule]]:
+    """(row of the linear layer in the table of keys, its adapter) for each that has one."""
     for key in linear_keys(model.config.keys):
         layer = _at(model, key.path[:-1])
-        if isinstance(layer, Linear) and layer.slot is not None and layer.lora_a is not None:
-            yield key, layer.slot
+        if isinstance(layer, Linear) and isinstance(layer.adapter, AdapterModule):
+            yield key, layer.adapter
 
 
 def _at(model: Any, path: tuple[str, ...]) -> Any:
@@ -252,13 +279,16 @@ def _family_of_base(adapter: Adapter) -> str | None:
 def _check_scaling(model: Model, adapter: Adapter) -> None:
     """The factor on an adapter lies in the graph of a model: one made for another adapter would compute
     something else."""
-    lora = adapter.lora
-    for key, slot in _slots(model):
-        for module, rank, found in zip(key.modules(), slot.ranks, slot.scalings, strict=True):
-            expected = lora.scaling_of(module)
-            if rank and not math.isclose(found, expected):
+    method = adapter.method
+    for key, found in _adapters(model):
+        if not isinstance(method, LoRA) or not isinstance(found, LoRALinear | DoRALinear):
+            continue
+        slot = found.slot
+        for module, rank, scaling in zip(key.modules(), slot.ranks, slot.scalings, strict=True):
+            expected = method.scaling_of(module)
+            if rank and not math.isclose(scaling, expected):
                 raise CheckpointError(
                     f"{adapter.source}: expected a model whose LoRA scaling is {expected:g} at {module} (alpha "
-                    f"{lora.alpha:g}, r {lora.rank}, rsLoRA {'on' if lora.use_rslora else 'off'}), found {found:g}; make it "
-                    f"with lora=read_adapter_config({adapter.source!r})."
+                    f"{method.alpha:g}, r {method.rank}, rsLoRA {'on' if method.use_rslora else 'off'}), found {scaling:g}; "
+                    f"make it with method=read_adapter_config({adapter.source!r})."
                 )

@@ -10,6 +10,9 @@
                                  (PEFT's name; the rows themselves, not their change)
                                  and, where PEFT had resized the base, the base's token table and head
         base_model.model.model.embed_tokens.weight
+                                 of virtual tokens nothing of this, but (prompts.py)
+        prompt_embeddings    [rows, features]
+    prompt_encoder.safetensors   what made these, where an encoder did
 
 Writing. Both files are written beside their final places, flushed, read back and compared bit for bit with
 the values in memory; only then do they take their names, the configuration last. An adapter that is empty or
@@ -22,7 +25,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +34,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from qlora_jax.checkpoint.adapter_config import CONFIG, TaskType, config_of, lora_of, read_config
+from qlora_jax.checkpoint.adapter_config import CONFIG, TaskType, config_of, method_of, read_config
+from qlora_jax.checkpoint.prompts import ENCODER, read_encoder, with_encoder
 from qlora_jax.checkpoint.source import CheckpointError, listed, resolve
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import Method, PromptMethod
+from qlora_jax.peft.prompt import EMBEDDINGS
 
-__all__ = ["Adapter", "read_adapter", "read_adapter_config", "tensor_names", "write_adapter"]
+__all__ = ["Adapter", "read_adapter", "read_adapter_config", "tensor_name", "write_adapter"]
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -51,27 +56,34 @@ class Adapter:
 
     Attributes:
         source: where it was read from, for messages.
-        lora: its shape and scaling.
+        method: its shape and scaling.
         base: the base model that its configuration names, or None. Only shapes decide whether it fits.
         tensors: by the files' names; `[r, in]` for lora_A, `[out, r]` for lora_B, else as in the base's checkpoint.
         tables: the token table and head of a base that PEFT had resized, by the files' names (resized.py).
+        encoder: the parameters of an encoder of virtual tokens, where there is one (prompts.py).
     """
 
     source: str
-    lora: LoRA
+    method: Method
     base: str | None
     tensors: Mapping[str, np.ndarray]
     tables: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    encoder: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def modules(self) -> list[str]:
         """The full names of the linear modules that it adapts."""
-        return list(dict.fromkeys(_module_of(name) for name in self.tensors if ".lora_" in name))
+        return adapted_modules(self.tensors, self.method)
+
+    def of_module(self, module: str) -> dict[str, np.ndarray]:
+        """The tensors of a linear module, by what follows its name; none where it has no adapter."""
+        names = {suffix: tensor_name(module, suffix) for suffix in self.method.suffixes}
+        return {suffix: self.tensors[name] for suffix, name in names.items() if name in self.tensors}
 
 
-def tensor_names(module: str) -> tuple[str, str]:
-    """The names of A and B of a module, e.g. "model.layers.0.self_attn.q_proj"."""
-    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+def tensor_name(module: str, suffix: str) -> str:
+    """The name of a tensor of the adapter of a module, e.g. "model.layers.0.self_attn.q_proj" and "lora_A.weight"."""
+    return f"{PREFIX}{module}.{suffix}"
 
 
 def rows_name(module: str) -> str:
@@ -83,20 +95,22 @@ def write_adapter(
     tensors: Mapping[str, np.ndarray],
     folder: str | Path,
     *,
-    lora: LoRA,
+    method: Method,
     base_model_name_or_path: str | None = None,
     task_type: TaskType = "CAUSAL_LM",
     tables: Mapping[str, np.ndarray] | None = None,
+    encoder: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """Writes what `adapter_tensors` returned, and verifies it, as the module describes. An adapter in
     `folder` is replaced.
 
     Args:
-        lora: what the adapter was made with. "all-linear" is written as the names that it stood for, as PEFT
+        method: what the adapter was made with. "all-linear" is written as the names that it stood for, as PEFT
             does.
         base_model_name_or_path: path or hub id of the base, by which PEFT's users find it.
         task_type: by which PEFT chooses its wrapper around the base.
         tables: those of `Adapter`, where the base had them.
+        encoder: that of `Adapter`, where there is one.
 
     Returns:
         The folder.
@@ -107,10 +121,10 @@ def write_adapter(
             `folder` before is still there.
     """
     folder = Path(folder)
-    problems = _problems_of_tensors(tensors, lora)
+    problems = _problems_of_tensors(tensors, method)
     if problems:
         raise CheckpointError.of(f"{folder}: adapter not saved", problems)
-    config = config_of(tensors, lora, base_model_name_or_path, task_type)
+    config = config_of(adapted_modules(tensors, method), method, base_model_name_or_path, task_type)
     text = json.dumps(config, indent=2) + "\n"
     tensors = {**tensors, **(tables or {})}
     try:
@@ -124,6 +138,10 @@ def write_adapter(
             # pairs it with the new weights.
             if (folder / CONFIG).exists() and (folder / CONFIG).read_bytes() != text.encode():
                 (folder / CONFIG).unlink()
+            (folder / ENCODER).unlink(missing_ok=True)
+            if encoder:
+                _write(Path(temporary) / ENCODER, safetensors.numpy.save(dict(encoder), {"format": "pt"}))
+                os.replace(Path(temporary) / ENCODER, folder / ENCODER)
             os.replace(weights_file, folder / WEIGHTS)
             os.replace(config_file, folder / CONFIG)
     except OSError as error:
@@ -134,7 +152,7 @@ def write_adapter(
     return folder
 
 
-def read_adapter_config(folder: str | Path) -> LoRA:
+def read_adapter_config(folder: str | Path) -> Method:
     """The adapter's shape, with which a model gets the right slots.
 
     Args:
@@ -145,7 +163,7 @@ def read_adapter_config(folder: str | Path) -> LoRA:
             the way is named.
     """
     path = _folder_of(folder)
-    return lora_of(str(folder), read_config(path, str(folder)))
+    return with_encoder(method_of(str(folder), read_config(path, str(folder))), path)
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -157,7 +175,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     """
     path, source = _folder_of(folder), str(folder)
     config = read_config(path, source)
-    lora = lora_of(source, config)
+    method = with_encoder(method_of(source, config), path)
     file = path / WEIGHTS
     if not file.is_file():
         pickled = " only adapter_model.bin, which is pickled and not read" if (path / "adapter_model.bin").is_file() else ""
@@ -166,17 +184,18 @@ def read_adapter(folder: str | Path) -> Adapter:
         tensors = safetensors.numpy.load_file(file)
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{source}: {WEIGHTS} is damaged: {error}.") from error
-    tables = {name: tensor for name, tensor in tensors.items() if _is_table(name, lora)}
+    tables = {name: tensor for name, tensor in tensors.items() if _is_table(name, method)}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in tables and not _is_copy(name, tensors)}
-    problems = _problems_of_tensors(tensors, lora)
+    problems = _problems_of_tensors(tensors, method)
     if problems:
         raise CheckpointError.of(source, problems)
-    return Adapter(source, lora, config.get("base_model_name_or_path") or None, tensors, tables)
+    encoder = read_encoder(method, path, tensors.get(EMBEDDINGS), source)
+    return Adapter(source, method, config.get("base_model_name_or_path") or None, tensors, tables, encoder)
 
 
-def _is_table(tensor: str, lora: LoRA) -> bool:
+def _is_table(tensor: str, method: Method) -> bool:
     """Whether a tensor is the token table or head of a base that PEFT had resized."""
-    if not tensor.startswith(PREFIX) or _is_trained_besides(tensor, lora):
+    if not tensor.startswith(PREFIX) or _is_trained_besides(tensor, method):
         return False
     return any(tensor.endswith(f".{name}{ending}") for name in TABLE_NAMES for ending in TABLE_ENDINGS)
 
@@ -187,41 +206,55 @@ def _is_copy(tensor: str, tensors: Mapping[str, np.ndarray]) -> bool:
     return ".modules_to_save." in tensor and other is not None and np.array_equal(tensors[tensor], other)
 
 
-def _problems_of_tensors(tensors: Mapping[str, np.ndarray], lora: LoRA) -> list[str]:
+def _problems_of_tensors(tensors: Mapping[str, np.ndarray], method: Method) -> list[str]:
     """What makes tensors no LoRA adapter, whatever the model."""
     if not tensors:
         return ["holds no tensors"]
-    odd, ranks, not_finite, dtypes = [], [], [], []
+    odd, misfits, not_finite, dtypes = [], [], [], []
     for name, tensor in tensors.items():
-        side = next((i for i, end in enumerate((".lora_A.weight", ".lora_B.weight")) if name.endswith(end)), None)
-        besides = side is None and _is_trained_besides(name, lora)
-        if not name.startswith(PREFIX) or (side is None and not besides) or (side is not None and tensor.ndim != 2):
+        module, suffix = split_name(name, method)
+        if not name.startswith(EMBEDDINGS if isinstance(method, PromptMethod) else PREFIX) or (
+            suffix is None and not _is_trained_besides(name, method)
+        ):
             odd.append(f"{name} {list(tensor.shape)}")
-        elif side is not None and tensor.shape[side] != (rank := lora.rank_of(_module_of(name))):
-            ranks.append(f"{name} {list(tensor.shape)}, not {rank}")
+        elif suffix is not None and (misfit := method.misfit(module, suffix, tensor.shape)):
+            misfits.append(f"{name} {list(tensor.shape)}: {misfit}")
         elif not jnp.issubdtype(tensor.dtype, jnp.floating):
             dtypes.append(f"{name} {tensor.dtype}")
         elif not np.isfinite(tensor).all():
             not_finite.append(name)
+    endings = PREFIX + " or ".join(f"….{suffix}" for suffix in method.suffixes)
+    names = EMBEDDINGS if isinstance(method, PromptMethod) else f"{endings}, and what {CONFIG} names besides"
     kinds = {
-        f"expected matrices named {PREFIX}….lora_A.weight or ….lora_B.weight, and what {CONFIG} names besides, found": odd,
-        f"expected r = {lora.rank}{' and rank_pattern' if lora.rank_pattern else ''} as in {CONFIG}, found": ranks,
+        f"expected tensors named {names}, found": odd,
+        f"tensors that do not fit {CONFIG}": misfits,
         "expected floats, found": dtypes,
         "tensors that hold NaN or infinite values": not_finite,
     }
     return [f"{kind} ({len(names)}): {listed(names)}" for kind, names in kinds.items() if names]
 
 
-def _is_trained_besides(tensor: str, lora: LoRA) -> bool:
+def _is_trained_besides(tensor: str, method: Method) -> bool:
     """Whether a tensor belongs to what modules_to_save or trainable_token_indices name."""
     if tensor.endswith(ROWS):
-        return bool(lora.trainable_token_indices)
-    return any(tensor.rpartition(".")[0].endswith(name) for name in lora.modules_to_save)
+        return bool(method.token_rows())
+    return any(tensor.rpartition(".")[0].endswith(name) for name in method.modules_to_save)
 
 
-def _module_of(tensor: str) -> str:
-    """The full name of the module that a tensor of the files belongs to."""
-    return tensor.removeprefix(PREFIX).rsplit(".lora_", 1)[0]
+def split_name(tensor: str, method: Method) -> tuple[str, str | None]:
+    """(the module's full name, the rest) of the name of an adapter's tensor; (the name, None) where it is none."""
+    for suffix in method.suffixes:
+        if tensor == EMBEDDINGS == suffix:  # of the model as a whole
+            return "", suffix
+        if tensor.endswith("." + suffix):
+            return tensor.removeprefix(PREFIX).removesuffix("." + suffix), suffix
+    return tensor, None
+
+
+def adapted_modules(tensors: Iterable[str], method: Method) -> list[str]:
+    """The full names of the modules whose adapters have tensors of these names."""
+    split = [split_name(name, method) for name in tensors]
+    return list(dict.fromkeys(module for module, suffix in split if suffix is not None and module))
 
 
 def _write(path: Path, content: bytes) -> None:

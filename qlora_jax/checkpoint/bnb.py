@@ -36,6 +36,7 @@ from qlora_jax.quant import (
     to_blocks,
 )
 
+_DATA_TYPES = ("nf4", "fp4")  # that bitsandbytes has
 _STATE = ".quant_state.bitsandbytes__"
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _STATE_BYTES = 256  # filled with spaces, so that the size is known before the values are
@@ -152,8 +153,11 @@ def quantized_shapes(
     Raises:
         ValueError: a data type that bitsandbytes does not have.
     """
-    if quantization.data_type not in ("nf4", "fp4"):
-        raise ValueError(f"bitsandbytes stores nf4 and fp4; found {quantization.data_type}")
+    if quantization.data_type not in _DATA_TYPES:
+        raise ValueError(
+            f"bitsandbytes has no {quantization.data_type}: expected {' or '.join(_DATA_TYPES)} for weights that it is to "
+            "read in 4 bits; weights in 16 or 32 bits can be written of any"
+        )
     size, uint8, float32 = math.prod(shape), np.dtype(np.uint8), np.dtype(np.float32)
     blocks, nested = math.ceil(size / quantization.block_size), quantization.double_quantization
     shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -197,6 +201,8 @@ def _read_state(
         state = json.loads(checkpoint.read(state_name).tobytes())
         rows, columns = map(int, state["shape"])
         nested = "nested_offset" in state
+        if state["quant_type"] not in _DATA_TYPES:
+            raise ValueError(f"quant_type: expected {' or '.join(_DATA_TYPES)}, found {state['quant_type']}")
         quantization = Quantization(cast(DataType, state["quant_type"]), int(state["blocksize"]), nested)
         offset = float(state["nested_offset"]) if nested else None
         if nested and state["nested_blocksize"] != SCALE_BLOCK_SIZE:

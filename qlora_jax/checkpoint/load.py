@@ -1,14 +1,15 @@
 """From a checkpoint to a model, one matrix at a time.
 
 The model is built abstractly first (shapes, no memory). Every tensor of the checkpoint is checked against it by name and
-shape before any is read. Then, for each row of the family's key table, the stacked buffers of the result are allocated on
-the device and filled in place: one tensor is read, quantised and written to its layer, and dropped before the next is read,
-so that the host holds the result plus little more than the largest tensor.
+shape before any is read. Then the stacked buffers of the result are allocated on the device, by one program, and for each
+row of the family's key table filled in place: one tensor is read, quantised and written to its layer, and dropped before the
+next is read, so that the host holds the result plus little more than the largest tensor.
 """
 
 import dataclasses
 import re
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,17 @@ from tqdm import tqdm
 
 from qlora_jax.checkpoint.source import Checkpoint, CheckpointError, listed
 from qlora_jax.models import Family, Key, Model, ModelConfig, Remat, family_of
-from qlora_jax.nn import AttentionImplementation, LoRA, LoRAScaling, default_implementation, frozen_sharding, place
+from qlora_jax.nn import (
+    AdapterConstant,
+    AttentionImplementation,
+    Linear,
+    ReadsWeight,
+    WeightConstant,
+    default_implementation,
+    frozen_sharding,
+    place,
+)
+from qlora_jax.peft import LoRA, Method, reads_weights
 from qlora_jax.quant import (
     PackedTable,
     Quantization,
@@ -45,18 +56,23 @@ def default_dtype(platform: str | None = None) -> Any:
     return jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16
 
 
+# (full name of a linear module, its original float32 matrix [in, out]) to what is stored in its place; None: it is itself.
+Rewrite = Callable[[str, Array], Array | None]
+
+
 def load_model(
     checkpoint: Checkpoint,
     *,
     quantization: Quantization | None = Quantization(),
     tables: TableStorage = "none",
-    lora: LoRA | None = None,
+    method: Method | None = None,
     dtype: DTypeLike | None = None,
     attention: AttentionImplementation | None = None,
     remat: Remat = "full",
     mesh: Mesh | None = None,
     seed: int = 0,
     progress: bool = True,
+    rewrite: Rewrite | None = None,
 ) -> Model:
     """The model of a checkpoint, with its linear layers quantised and a fresh adapter in its slots.
 
@@ -69,11 +85,21 @@ def load_model(
         mesh: devices over which the frozen weights are spread while they are filled; None: the default device.
         seed: of the adapter's initial values.
         progress: whether to show a progress bar.
+        rewrite: of the linear matrices, one at a time, before they are stored (from_weights.py).
 
     Raises:
         CheckpointError: missing, extra or misshapen tensors (all in one message), or weights that are NaN or infinite.
-        ValueError: unsupported architecture or config; LoRA targets that match nothing.
+        ValueError: unsupported architecture or config; LoRA targets that match nothing, or a start that follows from the
+            weights without what makes it (`from_weights.FromWeights`).
     """
+    if isinstance(method, LoRA) and reads_weights(method.init_lora_weights) and rewrite is None:
+        raise ValueError(
+            f"init_lora_weights {method.init_lora_weights}: expected rewrite=FromWeights(…) beside it, found none"
+        )
+    if rewrite is not None and checkpoint.quantized:
+        raise CheckpointError(
+            f"{checkpoint.source}: expected the original weights, of which a part is taken off, found quantised ones"
+        )
     family = family_of(checkpoint.config)
     checkpoint = with_tied(checkpoint, family)
     config = family.config(checkpoint.config)
@@ -85,30 +111,50 @@ def load_model(
             config,
             quantization=quantization,
             tables=tables,
-            lora=lora,
+            method=method,
             dtype=dtype,
             attention=attention or default_implementation(),
             remat=remat,
             rngs=nnx.Rngs(seed),
         )
 
-    graph, adapter, scaling, frozen = nnx.split(nnx.eval_shape(build), nnx.LoRAParam, LoRAScaling, ...)
+    graph, adapter, constants, following, frozen = nnx.split(
+        nnx.eval_shape(build), nnx.LoRAParam, AdapterConstant, WeightConstant, ...
+    )
     check_tensors(checkpoint, family, config, frozen)
 
+    stacked = {key.path: find(frozen, key.path).get_value() for key in config.keys if key.stacked}
+    buffers = _zeros(mesh, stacked)
     total = sum(len(key.names()) for key in config.keys)
     not_finite: list[str] = []
     with tqdm(total=total, desc="loading", unit="tensor", disable=not progress, leave=False) as bar:
         for key in config.keys:
             variable = find(frozen, key.path)
-            value, bad = _fill(checkpoint, key, variable.get_value(), mesh, bar)
+            if key.stacked:
+                value, bad = _fill_stack(checkpoint, key, buffers.pop(key.path), bar, rewrite if key.linear else None)
+            elif isinstance(variable.get_value(), PackedTable) and not key.linear:
+                value, bad = _fill_table(checkpoint, key.name, variable.get_value(), mesh, bar)
+            else:
+                value, bad = _fill_dense(checkpoint, key, variable.get_value(), mesh, bar)
             variable.set_value(value)
             not_finite += bad
     if not_finite:
         raise CheckpointError(f"{checkpoint.source}: tensors that hold NaN or infinite values: {listed(not_finite)}")
-    if lora is not None:  # the weights that the constructor would draw are dead code here, only the adapter is made
-        made = jax.jit(lambda: nnx.state(build(), nnx.LoRAParam, LoRAScaling))()
-        adapter, scaling = place(mesh, made, PartitionSpec())
-    return nnx.merge(graph, adapter, scaling, frozen)
+    if method is not None:  # the weights that the constructor would draw are dead code here, only the adapter is made
+        made = jax.jit(lambda: nnx.state(build(), nnx.LoRAParam, AdapterConstant))()
+        adapter, constants = place(mesh, made, PartitionSpec())
+    model = nnx.merge(graph, adapter, constants, following, frozen)
+    _read_weights(model, mesh)
+    return model
+
+
+def _read_weights(model: Model, mesh: Mesh | None) -> None:
+    """Sets what of the adapters follows from the frozen weights."""
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, Linear) and isinstance(layer.adapter, ReadsWeight):
+            layer.adapter.read_weight(layer.weight.get_value())
+            for constant in (value for value in vars(layer.adapter).values() if isinstance(value, WeightConstant)):
+                constant.set_value(place(mesh, constant.get_value(), PartitionSpec()))
 
 
 def storage_of(checkpoint: Checkpoint, asked: Quantization | None) -> Quantization | None:
@@ -193,36 +239,37 @@ def find(state: Any, path: tuple[str, ...]) -> nnx.Variable:
     return state
 
 
-def _fill(checkpoint: Checkpoint, key: Key, abstract: Any, mesh: Mesh | None, bar: tqdm) -> tuple[Any, list[str]]:
-    """The value of one row of the table, and the names of tensors that are not finite."""
-    if isinstance(abstract, PackedTable) and not key.linear:
-        return _fill_table(checkpoint, key.name, abstract, mesh, bar)
-    if key.stacked:
-        value = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=frozen_sharding(mesh, leaf.shape)), abstract
-        )
-        insert = _insert_quantized if isinstance(abstract, QuantizedTensor) else _insert_dense
-    else:
-        value, insert = None, None
+def _fill_stack(checkpoint: Checkpoint, key: Key, value: Any, bar: tqdm, rewrite: Rewrite | None) -> tuple[Any, list[str]]:
+    """The value of one row of the table, of which `value` holds the room, and the names of tensors that are not finite."""
+    insert = _insert_quantized if isinstance(value, QuantizedTensor) else _insert_dense
     not_finite: list[str] = []
     for layer, name in enumerate(key.names()):
-        if name in checkpoint.quantized and isinstance(abstract, QuantizedTensor) and checkpoint.read_quantized is not None:
-            one = dataclasses.replace(checkpoint.read_quantized(name), dtype=abstract.dtype)
+        if name in checkpoint.quantized and isinstance(value, QuantizedTensor) and checkpoint.read_quantized is not None:
+            one = dataclasses.replace(checkpoint.read_quantized(name), dtype=value.dtype)
             value = jax.block_until_ready(_write_quantized(value, one, layer))
             bar.update()
             continue
         tensor, dtype = _to_device(checkpoint.read(name))
-        if not bool(_all_finite(tensor, dtype)):
-            not_finite.append(name)
-        if insert is not None:
-            value = insert(value, tensor, layer, dtype=dtype, transposed=key.linear)
+        changed = None if rewrite is None else rewrite(name.removesuffix(".weight"), _matrix(tensor, dtype))
+        if changed is None:
+            value, finite = insert(value, tensor, layer, dtype=dtype, transposed=key.linear)
         else:
-            value = jax.device_put(_convert(tensor, dtype, abstract.dtype), frozen_sharding(mesh, abstract.shape))
+            value, finite = insert(value, changed, layer, dtype=changed.dtype, transposed=False)
         del tensor
         # Dispatch is asynchronous: without waiting, the next tensors would be read while this one is still held.
-        jax.block_until_ready(value)
+        if not bool(jax.block_until_ready((value, finite))[1]):
+            not_finite.append(name)
         bar.update()
     return value, not_finite
+
+
+def _fill_dense(checkpoint: Checkpoint, key: Key, abstract: Any, mesh: Mesh | None, bar: tqdm) -> tuple[Array, list[str]]:
+    """The same for a parameter that there is once."""
+    tensor, dtype = _to_device(checkpoint.read(key.name))
+    value, finite = _convert(tensor, dtype, abstract.dtype)
+    value = jax.device_put(value, frozen_sharding(mesh, abstract.shape))
+    bar.update()
+    return value, [] if bool(finite) else [key.name]
 
 
 def _fill_table(
@@ -230,11 +277,11 @@ def _fill_table(
 ) -> tuple[PackedTable, list[str]]:
     """A token table or head in fewer bits, of which the device never holds more than some rows dense."""
     tensor = checkpoint.read(name)
-    value, finite = empty_rows(abstract, partial(_zeros, mesh)), True
+    value, finite = empty_rows(abstract, partial(_zeros_of, mesh)), True
     for start in range(0, len(tensor), _TABLE_ROWS):
         rows, dtype = _to_device(tensor[start : start + _TABLE_ROWS])
-        finite &= bool(_all_finite(rows, dtype))
-        value = jax.block_until_ready(_put_rows(value, rows, start, dtype=dtype))
+        value, all_finite = jax.block_until_ready(_put_rows(value, rows, start, dtype=dtype))
+        finite &= bool(all_finite)
     bar.update()
     if isinstance(value, QuantizedTensor):  # scales are quantised all together
         value = jax.jit(with_double_quantization)(value)
@@ -242,13 +289,20 @@ def _fill_table(
     return value, [] if finite else [name]
 
 
-def _zeros(mesh: Mesh | None, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+def _zeros(mesh: Mesh | None, tree: Any) -> Any:
+    """Arrays for a tree of shapes. One program makes them all: they would be compiled one by one otherwise."""
+    shardings = jax.tree.map(lambda leaf: frozen_sharding(mesh, leaf.shape), tree)
+    make = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree), out_shardings=shardings)
+    return make()
+
+
+def _zeros_of(mesh: Mesh | None, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     return jnp.zeros(shape, dtype, device=frozen_sharding(mesh, shape))
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames="dtype")
-def _put_rows(table: PackedTable, rows: Array, start: int, dtype: Any) -> PackedTable:
-    return put_rows(table, _from_bits(rows, dtype), start)
+def _put_rows(table: PackedTable, rows: Array, start: int, dtype: Any) -> tuple[PackedTable, Array]:
+    return put_rows(table, _from_bits(rows, dtype), start), _all_finite(rows, dtype)
 
 
 def _to_device(tensor: np.ndarray) -> tuple[Array, Any]:
@@ -265,7 +319,6 @@ def _from_bits(tensor: Array, dtype: Any) -> Array:
     return jax.lax.bitcast_convert_type(tensor, dtype) if dtype == jnp.bfloat16 else tensor
 
 
-@partial(jax.jit, static_argnames="dtype")
 def _all_finite(tensor: Array, dtype: Any) -> Array:
     """Whether no value is NaN or infinite, by parts: of all at once XLA's CPU backend would store an answer a value."""
     rows = tensor.reshape(-1, tensor.shape[-1])
@@ -279,11 +332,19 @@ def _all_finite(tensor: Array, dtype: Any) -> Array:
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames=("dtype", "transposed"))
-def _insert_quantized(stacked: QuantizedTensor, tensor: Array, layer: int, dtype: Any, transposed: bool) -> QuantizedTensor:
+def _insert_quantized(
+    stacked: QuantizedTensor, tensor: Array, layer: int, dtype: Any, transposed: bool
+) -> tuple[Any, Array]:
     # Transposed first: then the bits that `quantize` loops over are seen to be the argument itself, not a copy.
     matrix = _from_bits(tensor.T if transposed else tensor, dtype)
     quantized = quantize(matrix, stacked.data_type, stacked.block_size, stacked.double_quantized, stacked.dtype)
-    return _write(stacked, quantized, layer)
+    return _write(stacked, quantized, layer), _all_finite(tensor, dtype)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _matrix(tensor: Array, dtype: Any) -> Array:
+    """A linear layer's tensor as float32 `[in, out]`."""
+    return _from_bits(tensor.T, dtype).astype(jnp.float32)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -292,14 +353,14 @@ def _write_quantized(stacked: QuantizedTensor, one: QuantizedTensor, layer: int)
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames=("dtype", "transposed"))
-def _insert_dense(stacked: Array, tensor: Array, layer: int, dtype: Any, transposed: bool) -> Array:
+def _insert_dense(stacked: Array, tensor: Array, layer: int, dtype: Any, transposed: bool) -> tuple[Array, Array]:
     matrix = _from_bits(tensor.T if transposed else tensor, dtype)
-    return _write(stacked, matrix.astype(stacked.dtype), layer)
+    return _write(stacked, matrix.astype(stacked.dtype), layer), _all_finite(tensor, dtype)
 
 
 @partial(jax.jit, static_argnames=("dtype", "result_dtype"))
-def _convert(tensor: Array, dtype: Any, result_dtype: Any) -> Array:
-    return _from_bits(tensor, dtype).astype(result_dtype)
+def _convert(tensor: Array, dtype: Any, result_dtype: Any) -> tuple[Array, Array]:
+    return _from_bits(tensor, dtype).astype(result_dtype), _all_finite(tensor, dtype)
 
 
 def _write(stacked: Any, one: Any, layer: int) -> Any:

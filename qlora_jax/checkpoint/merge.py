@@ -39,14 +39,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.checkpoint.adapter import check_family, check_fit
-from qlora_jax.checkpoint.adapter_files import Adapter, tensor_names
+from qlora_jax.checkpoint.adapter_files import Adapter
 from qlora_jax.checkpoint.bnb import quantization_config, quantized_shapes, quantized_tensors
-from qlora_jax.checkpoint.load import check_tensors, find, with_copy, with_tied
+from qlora_jax.checkpoint.load import Rewrite, check_tensors, find, with_copy, with_tied
 from qlora_jax.checkpoint.retrained import Retrained, retrained_parameters
 from qlora_jax.checkpoint.source import Checkpoint, CheckpointError
 from qlora_jax.checkpoint.tokenizer import save_tokenizer
 from qlora_jax.models import T5, Key, Trained, family_of, tied_head
 from qlora_jax.models.trained import TABLE
+from qlora_jax.peft import PromptMethod, ScalesBias
 from qlora_jax.quant import (
     PackedTable,
     Quantization,
@@ -85,6 +86,7 @@ def merge(
     quantization: Quantization | None = None,
     from_dequantized: Quantization | None = None,
     from_tables: TableStorage = "none",
+    rewrite: Rewrite | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
@@ -99,6 +101,7 @@ def merge(
         from_dequantized: how the base was quantised in training; merge onto those values instead of the
             original ones.
         from_tables: the same of the token table and the head.
+        rewrite: what the base's linear matrices were turned into before that, as for `load_model`.
         shard_bytes: the most that one file holds, except for a tensor that is larger by itself.
 
     Returns:
@@ -114,6 +117,11 @@ def merge(
         raise ValueError(f"unknown dtype {dtype!r}; expected one of {', '.join(get_args(MergedDtype))}")
     if output.exists() and (not output.is_dir() or next(output.iterdir(), None) is not None):
         raise CheckpointError(f"{output}: expected a folder that is empty or does not exist yet, found it in use.")
+    if adapter is not None and isinstance(adapter.method, PromptMethod):
+        raise CheckpointError(
+            f"{adapter.source}: virtual tokens ({adapter.method.peft_type}) are no weights: expected an adapter of linear "
+            "layers to merge, found none; generate.py takes the adapter as it is."
+        )
     checkpoint = with_tied(checkpoint, family_of(checkpoint.config))
     keys, trained = check_all(checkpoint, adapter)
     names = [name for key in keys for name in key.names()]
@@ -143,7 +151,17 @@ def merge(
         with tqdm(total=len(names), desc="merging", unit="tensor", disable=not progress, leave=False) as bar:
             for file, shard in shards.items():
                 tensors = _merged(
-                    checkpoint, adapter, retrained, shard, linear, packed, dtype, quantization, from_dequantized, bar
+                    checkpoint,
+                    adapter,
+                    retrained,
+                    shard,
+                    linear,
+                    packed,
+                    dtype,
+                    quantization,
+                    from_dequantized,
+                    rewrite,
+                    bar,
                 )
                 stored = {part: entry for name in shard for part, entry in entries[name].items()}
                 _write_shard(temporary / file, stored, tensors)
@@ -182,7 +200,7 @@ def check_all(checkpoint: Checkpoint, adapter: Adapter | None) -> tuple[tuple[Ke
     check_tensors(checkpoint, family, config, abstract)
     if adapter is not None:
         check_family(adapter, config.family)  # before names that another family lacks are looked for
-        model = nnx.eval_shape(lambda: family.model(config, lora=adapter.lora, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: family.model(config, method=adapter.method, rngs=nnx.Rngs(0)))
         check_fit(adapter, model)
         return config.keys, model.trained
     return config.keys, Trained()
@@ -198,12 +216,15 @@ def _merged(
     dtype: MergedDtype,
     quantization: Quantization | None,
     from_dequantized: Quantization | None,
+    rewrite: Rewrite | None,
     bar: tqdm,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a shard, one at a time."""
     for name in names:
-        name_a, name_b = tensor_names(name.rsplit(".", 1)[0])
-        adapted = name in linear and adapter is not None and name_a in adapter.tensors
+        module = name.rsplit(".", 1)[0]
+        found = {} if adapter is None else adapter.of_module(module)
+        update = found if name in linear else {}
+        adapted = bool(update)
         as_it_is = name in checkpoint.quantized and quantization == checkpoint.quantization and not adapted
         if name in linear and as_it_is and checkpoint.read_quantized is not None:
             yield from quantized_tensors(name, checkpoint.read_quantized(name), dtype).items()
@@ -214,13 +235,15 @@ def _merged(
             tensor = _through_packing(tensor, packed[name])
         if name in retrained:
             tensor = retrained[name].put(tensor)
+        if name in linear and rewrite is not None:
+            changed = rewrite(module, jnp.asarray(tensor, jnp.float32).T)
+            tensor = tensor if changed is None else np.asarray(changed).T
         if name in linear and from_dequantized is not None and name not in checkpoint.quantized:
             tensor = _through_quantization(tensor, from_dequantized)
         if adapted and adapter is not None:
-            update = adapter.tensors[name_b].astype(np.float32) @ adapter.tensors[name_a].astype(np.float32)
-            update *= np.float32(adapter.lora.scaling_of(name.rsplit(".", 1)[0]))
-            update += tensor.astype(np.float32, copy=False)
-            tensor = update
+            tensor = adapter.method.merged(tensor, module, update)
+        elif found and name.endswith(".bias") and adapter is not None and isinstance(adapter.method, ScalesBias):
+            tensor = adapter.method.merged_bias(tensor, module, found)
         if not np.isfinite(tensor).all():
             raise CheckpointError(f"{checkpoint.source}: tensor {name} holds NaN or infinite values.")
         if name in linear and quantization is not None:

@@ -1,7 +1,8 @@
 """What a run leaves beside the adapter that PEFT's configuration has no field for: `qlora_jax.json`.
 
 An adapter is right for the base that it was trained on and for prompts of the form that it has seen. PEFT's files name the
-base, but not how its weights were rounded, nor how prompts were written. Generation and merging take both from here.
+base, but not how its weights were rounded, its positions scaled, or prompts written. Generation and merging take all of it
+from here.
 """
 
 import dataclasses
@@ -9,7 +10,8 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from qlora_jax.checkpoint.source import CheckpointError, resolve
+from qlora_jax.checkpoint.source import Checkpoint, CheckpointError, resolve
+from qlora_jax.models import RopeScaling, family_of, scaled
 from qlora_jax.quant import TABLE_STORAGES, DataType, Quantization, TableStorage
 
 NAME = "qlora_jax.json"
@@ -23,11 +25,16 @@ class TrainingRecord:
         quantization: of the base's linear layers; None: they were dense.
         template: the form of the prompts (data.Template, never "auto"); None: unknown.
         tables: storage of the base's token table and head.
+        converted_from: the start (LoRA's `init_lora_weights`) that was taken off the base before it was stored, and is the
+            second half of the adapter's rank (from_weights.py); None: nothing was.
+        scaling: of the base's positions; None: its own.
     """
 
     quantization: Quantization | None
     template: str | None
     tables: TableStorage = "none"
+    converted_from: str | None = None
+    scaling: RopeScaling | None = None
 
     def save(self, adapter: Path) -> None:
         """Writes the record into the adapter's folder."""
@@ -35,6 +42,8 @@ class TrainingRecord:
             "quantization": None if self.quantization is None else dataclasses.asdict(self.quantization),
             "template": self.template,
             "tables": self.tables,
+            **({} if self.converted_from is None else {"converted_from": self.converted_from}),
+            "rope_scaling": None if self.scaling is None else dataclasses.asdict(self.scaling),
         }
         (adapter / NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
@@ -56,9 +65,31 @@ def read_training_record(adapter: str | Path) -> TrainingRecord | None:
         tables = values.get("tables", "none")  # records of before there was a choice lack it
         if tables not in TABLE_STORAGES:
             raise ValueError(f"tables: expected one of {', '.join(TABLE_STORAGES)}, found {tables!r}")
-        return TrainingRecord(None if stored is None else Quantization(**stored), template, tables)
+        start = values.get("converted_from")
+        if start is not None and not isinstance(start, str):
+            raise ValueError(f"converted_from: expected a name, found {start!r}")
+        scaling = values.get("rope_scaling")
+        return TrainingRecord(
+            None if stored is None else Quantization(**stored),
+            template,
+            tables,
+            start,
+            None if scaling is None else RopeScaling(**scaling),
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: expected quantization and template, as train.py writes them: {error!r}") from error
+
+
+def with_scaling(checkpoint: Checkpoint, scaling: RopeScaling | None) -> Checkpoint:
+    """The checkpoint as that of a model with such positions; None: as it is.
+
+    Raises:
+        ValueError: see `models.scaled`.
+    """
+    if scaling is None:
+        return checkpoint
+    config = family_of(checkpoint.config).config(checkpoint.config)
+    return dataclasses.replace(checkpoint, config=scaled(checkpoint.config, config, scaling))
 
 
 def chosen_quantization(

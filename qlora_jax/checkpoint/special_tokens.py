@@ -20,7 +20,7 @@ from qlora_jax.checkpoint.resized import names_of, with_tables
 from qlora_jax.checkpoint.source import Checkpoint, CheckpointError
 from qlora_jax.models import DecoderConfig, family_of, tied_head
 from qlora_jax.models.trained import HEAD, TABLE, TIED_HEAD, trained_parts
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -86,7 +86,7 @@ def grown(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     the token table and head that PEFT had resized where the adapter's files hold them."""
     checkpoint = with_tables(checkpoint, adapter)
     size = checkpoint.config.get("vocab_size", 0)
-    tokens = {token for _, tokens in adapter.lora.token_rows() for token in tokens}
+    tokens = {token for _, tokens in adapter.method.token_rows() for token in tokens}
     beyond = sorted(token for token in tokens.union(range(size, _rows_of_whole(checkpoint, adapter))) if token >= size)
     if not beyond:
         return checkpoint

@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from qlora_jax.checkpoint.adapter import check_family, load_adapter
 from qlora_jax.checkpoint.adapter_files import Adapter, read_adapter
 from qlora_jax.checkpoint.default_model import fetch_default_model
+from qlora_jax.checkpoint.from_weights import TakenOff, parted, rewriting
 from qlora_jax.checkpoint.load import load_model, storage_of
-from qlora_jax.checkpoint.record import TrainingRecord, chosen_quantization, read_training_record
+from qlora_jax.checkpoint.record import TrainingRecord, chosen_quantization, read_training_record, with_scaling
 from qlora_jax.checkpoint.source import Checkpoint, open_checkpoint
 from qlora_jax.checkpoint.special_tokens import grown
 from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, tokenizer_source
@@ -58,10 +59,12 @@ class Tuned:
 
     Attributes:
         source: of the base.
-        checkpoint: the base, with room for the rows that the adapter trained beyond its table.
+        checkpoint: the base, with room for the rows that the adapter trained beyond its table, and positions scaled as they
+            were in training.
         tables: storage of the token table and the head.
         record: of the training, where the adapter has one.
         dtype: compute type; None for that of the platform.
+        taken: what was taken off the base before it was stored.
     """
 
     source: str
@@ -72,14 +75,17 @@ class Tuned:
     tables: TableStorage
     record: TrainingRecord | None
     dtype: str | None
+    taken: TakenOff | None = None
 
     def load(self, *, mesh: Mesh | None = None, progress: bool = True) -> Model:
         """The model with its adapter."""
+        method = None if self.adapter is None else self.adapter.method
         model = load_model(
             self.checkpoint,
             quantization=self.quantization,
             tables=self.tables,
-            lora=None if self.adapter is None else self.adapter.lora,
+            method=method,
+            rewrite=rewriting(method, self.taken, self.quantization),
             dtype=self.dtype,
             mesh=mesh,
             progress=progress,
@@ -95,15 +101,18 @@ def open_tuned(chosen: TunedOptions) -> Tuned:
     """
     source = chosen.model or str(fetch_default_model())
     adapter = None if chosen.adapter is None else read_adapter(chosen.adapter)
-    record = None if chosen.adapter is None else read_training_record(chosen.adapter)
+    record, taken = None if chosen.adapter is None else read_training_record(chosen.adapter), None
+    if adapter is not None:
+        adapter, taken = parted(adapter, record)
     quantization = chosen_quantization(record, chosen.data_type, chosen.block_size, chosen.double_quantization)
     tables = chosen.quantize_tables or ("none" if record is None else record.tables)
     checkpoint = open_checkpoint(source, chosen.revision)
     if adapter is not None:
         check_family(adapter, checkpoint.config["model_type"])
-        checkpoint = grown(checkpoint, adapter)
+        checkpoint = with_scaling(grown(checkpoint, adapter), None if record is None else record.scaling)
     own = tokenizer_source(source, chosen.adapter)
     tokenizer = load_tokenizer(own, chosen.revision if own == source else None)
     check_tokenizer(tokenizer, checkpoint.config)
     dtype = None if chosen.dtype == "auto" else chosen.dtype
-    return Tuned(source, checkpoint, adapter, tokenizer, storage_of(checkpoint, quantization), tables, record, dtype)
+    quantization = storage_of(checkpoint, quantization)
+    return Tuned(source, checkpoint, adapter, tokenizer, quantization, tables, record, dtype, taken)

@@ -14,8 +14,7 @@ token that never follows "Answer:".)
 Long prompts lose their last examples, as in Hendrycks' program, and never a part of the question. (The QLoRA authors'
 program cuts the end of the prompt off, which is the question.) Questions too long by themselves are left out and counted.
 
-Shapes. Prompts are sorted into lengths of 128, 256, 512 … and padded on the right, where no earlier token sees it; a batch
-has always the same rows. So at most five programs are compiled up to 2,048 tokens.
+Shapes. Prompts are padded to few lengths (lengths.py): at most five programs are compiled up to 2,048 tokens.
 """
 
 from collections.abc import Sequence
@@ -32,13 +31,12 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from qlora_jax.data.records import DataError
+from qlora_jax.evaluate.lengths import padded_batches
 from qlora_jax.evaluate.questions import LETTERS, Question
 from qlora_jax.nn import data_mesh, place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_SHORTEST = 128
 
 
 class LanguageModel(Protocol):
@@ -168,22 +166,10 @@ def letter_logits(
     """The logits of A, B, C and D after each prompt, float32 `[n, 4]`; the arguments are those of `evaluate_mmlu`."""
     mesh = None if jax.sharding.get_abstract_mesh().empty else data_mesh()
     devices = 1 if mesh is None else mesh.size
-    rows = -(-batch_size // devices) * devices
-    by_length: dict[int, list[int]] = {}
-    for index, tokens in enumerate(prompts.tokens):
-        by_length.setdefault(_padded(len(tokens)), []).append(index)
-    batches = [
-        (length, indices[start : start + rows])
-        for length, indices in sorted(by_length.items())
-        for start in range(0, len(indices), rows)
-    ]
+    batches = padded_batches(prompts.tokens, -(-batch_size // devices) * devices)
     result = np.zeros((len(prompts.tokens), len(LETTERS)), np.float32)
     letters = np.asarray(prompts.letters, np.int32)
-    for length, indices in tqdm(batches, desc="MMLU", unit="batch", leave=False, disable=not progress):
-        tokens, lengths = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
-        for row, index in enumerate(indices):
-            lengths[row] = len(prompts.tokens[index])
-            tokens[row, : lengths[row]] = prompts.tokens[index]
+    for indices, tokens, lengths in tqdm(batches, desc="MMLU", unit="batch", leave=False, disable=not progress):
         placed = place(mesh, (tokens, lengths), P("data"))
         result[indices] = np.asarray(_last_logits(graphdef, state, *placed, letters))[: len(indices)]
     return result
@@ -204,8 +190,3 @@ def _letters(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     if len({tuple(row[:-1]) for row in rows}) != 1 or len(set(letters)) != len(LETTERS):
         raise DataError(f"tokenizer: expected 'Answer: A' to 'Answer: D' to differ in their last tokens alone, found {rows}")
     return letters
-
-
-def _padded(length: int) -> int:
-    """The next power of two, at least 128."""
-    return max(_SHORTEST, 1 << (length - 1).bit_length())

@@ -98,7 +98,7 @@ def read_questions(
         source: a file (JSONL, JSON, CSV, TSV, Parquet), a folder of such files, or a hub id, such as cais/mmlu.
         split: of a hub data set; "validation" if None, as in the QLoRA authors' program.
         shots: solved examples before each question that comes as question and choices; 5 if None. Whole prompts
-            have theirs: None.
+            have theirs: None; or 0, which leaves them out.
         examples: where the examples are from, in the same forms; the split "dev" of a hub data set if None.
         limit: a random sample of at most so many questions, in their order. (The first ones would all be of a few
             subjects: files of MMLU are sorted.)
@@ -123,8 +123,10 @@ def read_questions(
     whole = {"subject", "input", "output"} <= set(rows.column_names)
     questions = [_question(rows[int(index)], f"{source}, row {index} (counted from 0)") for index in chosen]
     if whole:
-        if shots is not None or examples is not None:
+        if shots not in (None, 0) or examples is not None:
             raise DataError(f"{source}: expected no shots and no examples for whole prompts, which have theirs; found some")
+        if shots == 0:
+            questions = [replace(question, examples=()) for question in questions]
     elif shots != 0:
         if examples is None and local:
             raise DataError(

@@ -1,6 +1,7 @@
 """The main job, from options to an adapter."""
 
 from qlora_jax.finetune.job import finetune
+from qlora_jax.finetune.method_options import MethodName, TuningOptions
 from qlora_jax.finetune.options import (
     DataOptions,
     LoRAOptions,
@@ -15,11 +16,13 @@ from qlora_jax.finetune.watch_options import WatchOptions
 __all__ = [
     "DataOptions",
     "LoRAOptions",
+    "MethodName",
     "ModelOptions",
     "ObjectiveOptions",
     "OptimizerOptions",
     "Options",
     "RunOptions",
+    "TuningOptions",
     "WatchOptions",
     "finetune",
 ]

@@ -21,12 +21,24 @@ from qlora_jax.cli import to_dict
 from qlora_jax.data import NAMED
 from qlora_jax.finetune.options import Options
 from qlora_jax.models import DecoderConfig, ModelConfig
+from qlora_jax.peft import Method
 from qlora_jax.quant import Quantization, TableStorage
 from qlora_jax.train import TOKENS, Unit, perplexity
 
 CARD = "README.md"
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the default model is on the hub
 _TAG = "qlora_jax"
+_CONVERTED = (
+    "It started from the base's weights (`{start}`), which were changed for that, and is converted to a LoRA for the"
+    " original ones. With PEFT it belongs on these, unquantised; qlora_jax makes the base that it was trained on anew."
+)
+# By PEFT's names: what it is, and its tag.
+_KINDS = {
+    "IA3": ("An IA3 adapter", "ia3"),
+    "PROMPT_TUNING": ("Virtual tokens (prompt tuning)", "prompt-tuning"),
+    "P_TUNING": ("Virtual tokens (P-tuning)", "p-tuning"),
+    "PREFIX_TUNING": ("Keys and values (prefix tuning)", "prefix-tuning"),
+}
 
 
 def write_card(
@@ -39,6 +51,8 @@ def write_card(
     rows: list[dict[str, Any]],
     kept: int,
     unit: Unit = TOKENS,
+    converted_from: str | None = None,
+    method: Method | None = None,
 ) -> None:
     """Writes the card into the adapter's folder.
 
@@ -49,14 +63,22 @@ def write_card(
         rows: the records of the run.
         kept: the step whose adapter it is.
         unit: what the losses are means over.
+        converted_from: that of `TrainingRecord`: other programs need the base's original weights then.
+        method: of the adapter; None: LoRA.
     """
+    kind = "LORA" if method is None else method.peft_type
     base = _hub_id(options.model.model) if options.model.model else DEFAULT_BASE
     sources = [_hub_id(source) for source in options.data.sources]
+    whole = options.tuning.method == "full"
     data = ModelCardData(
         base_model=base,
-        library_name="peft",
+        library_name="transformers" if whole else "peft",
         pipeline_tag="text-generation" if isinstance(config, DecoderConfig) else "text2text-generation",
-        tags=[*([f"base_model:adapter:{base}"] if base else []), "lora", "qlora", _TAG],
+        tags=[
+            *([f"base_model:{'finetune' if whole else 'adapter'}:{base}"] if base else []),
+            *_tags(options, quantization, kind),
+            _TAG,
+        ],
         datasets=[source for source in sources if source] or None,
     )
     name = options.watch.push_to_hub or options.run.output.name
@@ -64,11 +86,22 @@ def write_card(
     text = "\n\n".join(
         [
             f"# {name.rpartition('/')[2]}",
-            f"A LoRA adapter of {f'[{base}](https://huggingface.co/{base})' if base else f'`{shown}`'}, trained with "
+            f"{'All parameters' if whole else _KINDS.get(kind, ('A LoRA adapter',))[0]} of "
+            f"{f'[{base}](https://huggingface.co/{base})' if base else f'`{shown}`'}, trained with "
             f"qlora_jax on the base's weights {_stored(quantization, tables)}, in {kept} steps on {_data(options)}.",
             "## Use",
-            _with_peft(shown, name, config, quantization, own_tokenizer=(folder / "tokenizer.json").is_file()),
-            f'```\npython scripts/generate.py --model {shown} --adapter {name} --prompt "…"  # of qlora_jax\n```',
+            *([_CONVERTED.format(start=converted_from)] if converted_from else []),
+            _with_transformers(name)
+            if whole
+            else _with_peft(
+                shown,
+                name,
+                config,
+                None if converted_from else quantization,
+                own_tokenizer=(folder / "tokenizer.json").is_file(),
+            ),
+            f"```\npython scripts/generate.py {f'--model {name}' if whole else f'--model {shown} --adapter {name}'} "
+            '--prompt "…"  # of qlora_jax\n```',
             *(["## Results", table] if (table := _results(rows, kept, unit)) else []),
             "## Training procedure",
             f"The options that are not the defaults:\n\n```json\n{json.dumps(_chosen(options), indent=2)}\n```",
@@ -97,6 +130,27 @@ def _data(options: Options) -> str:
     if not options.data.sources:
         return "the instructions that qlora_jax ships with"
     return ", ".join(f"`{_hub_id(source) or Path(source).name}`" for source in options.data.sources)
+
+
+def _tags(options: Options, quantization: Quantization | None, kind: str) -> list[str]:
+    if options.tuning.method == "full":
+        return ["full-fine-tuning"]
+    if kind in _KINDS:
+        return [_KINDS[kind][1]]
+    return ["lora", *(["qlora"] if quantization is not None else [])]
+
+
+def _with_transformers(model: str) -> str:
+    return "\n".join(
+        [
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'tokenizer = AutoTokenizer.from_pretrained("{model}")',
+            f'model = AutoModelForCausalLM.from_pretrained("{model}")',
+            "```",
+        ]
+    )
 
 
 def _with_peft(

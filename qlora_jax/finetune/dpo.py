@@ -65,6 +65,6 @@ def dpo(setting: Setting) -> Objective:
         template=corpus.template,
         prompts=prompts,
         answer=partial(greedy, eos_ids=setting.eos_ids),
-        # Without an adapter to go on from, the reference is the base itself.
-        prepare=with_reference if options.model.adapter is not None else unchanged,
+        # The reference is the base itself where it is what training starts from.
+        prepare=with_reference if options.starts_from_adapter() else unchanged,
     )

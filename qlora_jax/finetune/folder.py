@@ -19,7 +19,7 @@ COMPLETED = "completed"  # made by the last act of a run
 _WRITING = f".{RECORD}.writing"
 _LOGS = ("metrics.jsonl", "samples.jsonl")
 _OWN = (
-    *("adapter", "best", "checkpoints", *_LOGS, *(f".{name}.writing" for name in _LOGS)),
+    *("adapter", "model", "best", "checkpoints", *_LOGS, *(f".{name}.writing" for name in _LOGS)),
     *("tensorboard", "wandb", "eval_results.json", "loss.png", COMPLETED, RECORD, _WRITING),
 )
 
@@ -41,7 +41,9 @@ def claim(options: Options) -> None:
         raise ValueError(f"--output {folder}: expected an empty folder or a run to resume, found other files")
     if options.run.overwrite:
         return
-    if (folder / COMPLETED).exists() and (folder / "adapter" / "adapter_config.json").exists():
+    if (folder / COMPLETED).exists() and any(
+        (folder / saved).exists() for saved in ("adapter/adapter_config.json", "model/config.json")
+    ):
         raise ValueError(f"--output {folder}: holds a finished run; choose another folder, or --overwrite to delete it")
     before, now, defaults = _read(record), record_of(options), record_of(Options())
     different = [

@@ -6,6 +6,7 @@
              ->  training with evaluation and checkpoints   <output>/checkpoints, metrics.jsonl, loss.png
                  (with early stopping, also its best state  <output>/best)
              ->  the adapter in PEFT's format               <output>/adapter, read back and compared, with a model card
+                 (after full fine-tuning, the model         <output>/model)
              ->  figures of the held-out split               <output>/eval_results.json
              ->  answers before and after to prompts of the held-out split, side by side
              ->  the adapter on the hub, where asked
@@ -26,32 +27,39 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.checkpoint.adapter import check_family, load_adapter, save_adapter
+from qlora_jax.checkpoint.adapter import adapter_tensors, check_family, load_adapter
 from qlora_jax.checkpoint.adapter_files import Adapter, read_adapter
 from qlora_jax.checkpoint.default_model import fetch_default_model
-from qlora_jax.checkpoint.load import default_dtype, load_model, storage_of, with_tied
+from qlora_jax.checkpoint.from_weights import FromWeights, converted_from, parted, rewriting
+from qlora_jax.checkpoint.load import Rewrite, default_dtype, load_model, storage_of, with_tied
 from qlora_jax.checkpoint.merge import check_all
-from qlora_jax.checkpoint.record import TrainingRecord, read_training_record
+from qlora_jax.checkpoint.record import TrainingRecord, read_training_record, with_scaling
 from qlora_jax.checkpoint.source import Checkpoint, open_checkpoint
 from qlora_jax.checkpoint.special_tokens import add_special_tokens, grown, training_tokens, with_tokens
 from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer, stop_ids, tokenizer_source
 from qlora_jax.finetune import mmlu, watch
 from qlora_jax.finetune.answers import show_answers
 from qlora_jax.finetune.card import write_card
+from qlora_jax.finetune.context_options import warn_beyond
 from qlora_jax.finetune.dpo import dpo
+from qlora_jax.finetune.eva import MOST_BATCHES, start_from_inputs
 from qlora_jax.finetune.folder import claim, complete
 from qlora_jax.finetune.hub import upload
 from qlora_jax.finetune.memory import check_memory, recipe_of
+from qlora_jax.finetune.method_options import own_rate
 from qlora_jax.finetune.objective import Batches, Objective, Setting
 from qlora_jax.finetune.options import ObjectiveName, Options
+from qlora_jax.finetune.prompts import check_rows, first_tokens, named_tokenizer, started
+from qlora_jax.finetune.saving import save_tuned
 from qlora_jax.finetune.seq2seq import seq2seq
 from qlora_jax.finetune.sft import sft
 from qlora_jax.finetune.training import train_adapter
-from qlora_jax.models import Model, T5Config, family_of
-from qlora_jax.nn import LoRA, data_mesh
+from qlora_jax.models import Model, RopeScaling, T5Config, family_of, method_for, positions_left
+from qlora_jax.nn import data_mesh, place
+from qlora_jax.peft import LoRA, Method
 from qlora_jax.quant import Quantization
 from qlora_jax.train import (
     TOKENS,
@@ -61,6 +69,7 @@ from qlora_jax.train import (
     perplexity,
     plot_losses,
     split,
+    without_adapter,
 )
 
 DECODER_OBJECTIVES: dict[ObjectiveName, Callable[[Setting], Objective]] = {"sft": sft, "dpo": dpo}
@@ -73,42 +82,67 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
         ValueError, OSError: bad input, in one message, before any long work; a loss that diverged.
     """
     options.check()
-    lora, quantization, mesh = options.lora.build(), options.model.quantization(), data_mesh()
-    begin = None if options.model.adapter is None else read_adapter(options.model.adapter)
+    method, quantization, mesh = options.method(), options.model.quantization(), data_mesh()
+    begin, trained, taken = None, None, None
+    if options.model.adapter is not None:
+        trained = read_training_record(options.model.adapter)
+        begin, taken = parted(read_adapter(options.model.adapter), trained)
     if begin is not None:
-        lora = dataclasses.replace(begin.lora, dropout=lora.dropout)
+        method = begin.method
+        if isinstance(method, LoRA):
+            method = dataclasses.replace(method, dropout=options.lora.dropout)
+    if options.optimizer.loraplus_lr_ratio is not None and not isinstance(method, LoRA):
+        raise ValueError(f"loraplus_lr_ratio: expected none with {method.peft_type}, which has no A and B")
     claim(options)
     name = options.model.model or str(fetch_default_model())
-    checkpoint, tokenizer, lora = _open(options, name, begin, lora)
+    checkpoint, tokenizer, method, scaling = _open(options, name, begin, method, trained)
     family = family_of(checkpoint.config)
     quantization = storage_of(checkpoint, quantization)
     eos_ids = stop_ids(name, options.model.revision, tokenizer)
     config = family.config(checkpoint.config)
+    options.context.check(config, options.objective.objective)
     check_all(with_tied(checkpoint, family), begin)
-    nnx.eval_shape(lambda: family.model(config, lora=lora, rngs=nnx.Rngs(0)))  # does the adapter find what it names?
-    watched = watch.prepare(options, tokenizer, config, _say, progress=progress)
+    method = method_for(named_tokenizer(method, name), config) or method
+    starts_as = first_tokens(method, tokenizer, config, options.run.seed)
+    nnx.eval_shape(lambda: family.model(config, method=method, rngs=nnx.Rngs(0)))  # does the adapter find what it names?
+    positions = positions_left(config, method)
+    room = config if positions is None else dataclasses.replace(config, max_position_embeddings=positions)
+    watched = watch.prepare(options, tokenizer, room, _say, progress=progress)
     make = seq2seq if isinstance(config, T5Config) else DECODER_OBJECTIVES[options.objective.objective]
     objective = make(Setting(options, tokenizer, config, eos_ids, _say, progress))
-    record = TrainingRecord(quantization, objective.template, options.model.quantize_tables)
-    if options.model.adapter is not None:
-        _compare(read_training_record(options.model.adapter), record)
+    check_rows(method, config, objective.length, packed="segment_ids" in objective.arrays)
+    rewrite = rewriting(method, taken, quantization)
+    start = converted_from(method) if taken is None or trained is None else trained.converted_from
+    record = TrainingRecord(quantization, objective.template, options.model.quantize_tables, start, scaling)
+    _compare(trained, record)
+    warn_beyond(config, objective.length, _say)
     source = objective.training(_rows(options))
     steps = _steps(options, source)
     watch.check_prompts(options, objective.prompts)
     if options.run.memory_check:
-        recipe = recipe_of(options, config, jax.default_backend(), lora=lora, quantization=quantization)
+        recipe = recipe_of(options, config, jax.default_backend(), method=method, quantization=quantization)
         check_memory(dataclasses.replace(recipe, length=objective.length), _say)
 
-    model = _load(options, checkpoint, quantization, lora, mesh, progress)
+    model = _load(options, checkpoint, quantization, method, mesh, rewrite, progress)
+    first = begin  # what answers before training, where that is not the base
     if begin is not None:
         model = load_adapter(model, begin)
+    elif isinstance(rewrite, FromWeights):
+        model = rewrite.fill(model)
+        first = Adapter("the run's start", method, None, adapter_tensors(model))
+    elif isinstance(method, LoRA) and method.init_lora_weights == "eva":
+        model = _start_from_inputs(options, model, method, quantization, objective, mesh, progress)
+    else:
+        model = started(model, starts_as)
     graphdef, adapter, frozen = split(objective.prepare(model))
     del model
     _say(_describe(adapter, frozen, steps, options, objective))
     parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     learning_rate = learning_rate_schedule(
         options.optimizer.schedule,
-        options.optimizer.peak_learning_rate(parameters, options.objective.objective),
+        options.optimizer.peak_learning_rate(
+            parameters, options.objective.objective, options.tuning.method, own_rate(method)
+        ),
         steps,
         round(steps * options.optimizer.warmup_ratio),
     )
@@ -120,16 +154,23 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
         plot_losses(rows, output / "loss.png", objective.unit)
         tuned = nnx.merge(graphdef, adapter, frozen)
         tables = None if begin is None else begin.tables
-        folder = save_adapter(tuned, output / "adapter", lora=lora, base_model_name_or_path=name, tables=tables)
+        folder = save_tuned(
+            tuned,
+            output,
+            method=method,
+            base=name,
+            checkpoint=checkpoint,
+            tokenizer=tokenizer,
+            tables=tables,
+            taken={} if rewrite is None else rewrite.tensors,
+            progress=progress,
+        )
         record.save(folder)
-        if (
-            lora.trainable_token_indices
-            or options.lora.special_tokens
-            or tokenizer_source(name, options.model.adapter) != name
-        ):
+        if method.token_rows() or options.lora.special_tokens or tokenizer_source(name, options.model.adapter) != name:
             save_tokenizer(tokenizer, folder)
         kept = (best_evaluation(rows)[0] if options.run.early_stopping_patience else None) or rows[-1]["step"]
-        _say(f"Saved the adapter ({_size(folder) / 2**20:.1f} MiB, read back and compared): {folder}")
+        what = "model" if options.tuning.method == "full" else "adapter"
+        _say(f"Saved the {what} ({_size(folder) / 2**20:.1f} MiB): {folder}")
         if objective.held_out is not None:
             before, after = _held_out(rows, best=options.run.early_stopping_patience > 0)
             if objective.score is not None and not options.run.predict_with_generate:
@@ -146,13 +187,17 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
             rows=rows,
             kept=kept,
             unit=objective.unit,
+            converted_from=record.converted_from,
+            method=method,
         )
         if (questions := watched.questions) is not None:
             ask = partial(mmlu.figures, tuned, questions, options, progress=progress)
             _say(mmlu.conclude(rows, kept, ask))
         if objective.prompts:
             base = nnx.merge(graphdef, jax.tree.map(jnp.zeros_like, adapter), frozen)
-            before = base if begin is None else load_adapter(base, begin)
+            if tuned.prompt is not None and first is None:  # virtual tokens of zeros are tokens all the same
+                base = without_adapter(tuned)
+            before = base if first is None else load_adapter(base, first)
             show_answers(before, tuned, objective.prompts, objective.answer, tokenizer)
         elif objective.held_out is not None and options.run.samples:
             _say("No answers are shown: in the held-out examples nothing comes before what is learned.")
@@ -177,9 +222,9 @@ def _steps(options: Options, source: Batches) -> int:
 
 
 def _open(
-    options: Options, name: str, begin: Adapter | None, lora: LoRA
-) -> tuple[Checkpoint, PreTrainedTokenizerFast, LoRA]:
-    """The base and its tokenizer with all tokens of the run, and the adapter that trains those which are new."""
+    options: Options, name: str, begin: Adapter | None, method: Method, trained: TrainingRecord | None
+) -> tuple[Checkpoint, PreTrainedTokenizerFast, Method, RopeScaling | None]:
+    """The base with its tokenizer, all tokens of the run and its scaling of positions; and what trains, with new tokens."""
     checkpoint = open_checkpoint(name, options.model.revision)
     own = tokenizer_source(name, options.model.adapter)
     tokenizer = load_tokenizer(own, options.model.revision if own == name else None)
@@ -187,11 +232,17 @@ def _open(
         check_family(begin, checkpoint.config["model_type"])
         checkpoint = grown(checkpoint, begin)
     check_tokenizer(tokenizer, checkpoint.config)
-    if options.lora.special_tokens:
+    config = family_of(checkpoint.config).config(checkpoint.config)
+    scaling = options.context.scaling(config, options.data.max_length) or (trained and trained.scaling)
+    checkpoint = with_scaling(checkpoint, scaling)
+    if begin is None and isinstance(method, LoRA):
+        modules = options.context.trained(method.modules_to_save, config.keys)
+        method = dataclasses.replace(method, modules_to_save=modules)
+    if options.lora.special_tokens and isinstance(method, LoRA):
         tokens = add_special_tokens(tokenizer, options.lora.special_tokens)
         checkpoint = with_tokens(checkpoint, tokens)
-        lora = training_tokens(lora, checkpoint, tokens)
-    return checkpoint, tokenizer, lora
+        method = training_tokens(method, checkpoint, tokens)
+    return checkpoint, tokenizer, method, scaling
 
 
 def _rows(options: Options) -> int:
@@ -203,8 +254,9 @@ def _load(
     options: Options,
     checkpoint: Checkpoint,
     quantization: Quantization | None,
-    lora: LoRA,
+    method: Method,
     mesh: Mesh | None,
+    rewrite: Rewrite | None,
     progress: bool,
 ) -> Model:
     on_cpu = jax.default_backend() == "cpu"
@@ -212,13 +264,42 @@ def _load(
         checkpoint,
         quantization=quantization,
         tables=options.model.quantize_tables,
-        lora=lora,
+        method=method,
         dtype=default_dtype() if options.model.dtype == "auto" else options.model.dtype,
         remat=("dots" if on_cpu else "full") if options.model.remat == "auto" else options.model.remat,
         mesh=mesh,
         seed=options.run.seed,
         progress=progress,
+        rewrite=rewrite,
     )
+
+
+def _start_from_inputs(
+    options: Options,
+    model: Model,
+    lora: LoRA,
+    quantization: Quantization | None,
+    objective: Objective,
+    mesh: Mesh | None,
+    progress: bool,
+) -> Model:
+    def build(method: Any) -> Model:
+        return type(model)(
+            model.config,  # type: ignore[arg-type]
+            quantization=quantization,
+            tables=options.model.quantize_tables,
+            method=method,
+            dtype=default_dtype() if options.model.dtype == "auto" else jnp.dtype(options.model.dtype),
+            attention=model.attention,
+            remat=model.remat,
+            rngs=nnx.Rngs(0),
+        )
+
+    rows = objective.training(options.run.batch_size * jax.device_count())
+    read = (next(rows) for _ in range(MOST_BATCHES))
+    batches = (place(mesh, {name: batch[name] for name in objective.arrays}, PartitionSpec("data")) for batch in read)
+    with nullcontext() if mesh is None else jax.set_mesh(mesh):
+        return start_from_inputs(model, build, lora, objective.held_out_loss, batches, progress=progress)
 
 
 def _compare(trained: TrainingRecord | None, now: TrainingRecord) -> None:

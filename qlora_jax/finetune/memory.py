@@ -15,7 +15,7 @@ import jax
 
 from qlora_jax.finetune.options import Options
 from qlora_jax.models import DecoderConfig, ModelConfig
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA, Method
 from qlora_jax.plan.fit import Choice, cheaper_first
 from qlora_jax.plan.quick import ERROR, QuickPlan, quick_plan
 from qlora_jax.plan.recipe import Recipe
@@ -27,13 +27,13 @@ def recipe_of(
     config: ModelConfig,
     platform: str,
     *,
-    lora: LoRA | None = None,
+    method: Method | None = None,
     quantization: Quantization | str | None = "asked",
 ) -> Recipe:
     """The recipe that a run with these options is, on devices of a platform ("cpu", "gpu", "cuda" or "tpu").
 
     Args:
-        lora, quantization: those of the run where it knows better than its options do: an adapter to go on from, a
+        method, quantization: those of the run where it knows better than its options do: an adapter to go on from, a
             checkpoint that is quantised already.
 
     Raises:
@@ -43,13 +43,18 @@ def recipe_of(
     on_cpu, data, model = platform == "cpu", options.data, options.model
     decoder = isinstance(config, DecoderConfig)
     packed = decoder and options.objective.objective == "sft" and data.packs
-    if lora is None:
-        lora, config = _with_special_tokens(options, options.lora.build(), config)
+    options.context.check(config, options.objective.objective)
+    if method is None:
+        method = options.method()
+        if isinstance(method, LoRA):
+            saved = options.context.trained(method.modules_to_save, config.keys)
+            method = dataclasses.replace(method, modules_to_save=saved)
+        method, config = _with_special_tokens(options, method, config)
     return Recipe(
         config=config,
         quantization=model.quantization() if isinstance(quantization, str) else quantization,
         tables=model.quantize_tables,
-        lora=lora,
+        method=method,
         dtype=("float32" if on_cpu else "bfloat16") if model.dtype == "auto" else model.dtype,
         remat=("dots" if on_cpu else "full") if model.remat == "auto" else model.remat,
         objective=options.objective.objective,
@@ -64,18 +69,19 @@ def recipe_of(
         weight_decay=options.optimizer.weight_decay,
         max_grad_norm=options.optimizer.max_grad_norm or None,
         neftune_alpha=options.optimizer.neftune_alpha if options.objective.objective == "sft" else 0.0,
-        reference=options.objective.objective == "dpo" and model.adapter is not None,
+        attention_groups=options.context.groups,
+        reference=options.objective.objective == "dpo" and options.starts_from_adapter(),
     )
 
 
-def _with_special_tokens(options: Options, lora: LoRA, config: ModelConfig) -> tuple[LoRA, ModelConfig]:
+def _with_special_tokens(options: Options, method: Method, config: ModelConfig) -> tuple[Method, ModelConfig]:
     """With a row of the token table more for each new token, and each of them trained."""
     count, size = len(options.lora.special_tokens), config.vocab_size
-    if not count:
-        return lora, config
-    tokens = (*lora.trainable_token_indices, *range(size, size + count))
+    if not count or not isinstance(method, LoRA):
+        return method, config
+    tokens = (*method.trainable_token_indices, *range(size, size + count))
     return (
-        dataclasses.replace(lora, trainable_token_indices=tokens),
+        dataclasses.replace(method, trainable_token_indices=tokens),
         dataclasses.replace(config, vocab_size=size + count),
     )
 

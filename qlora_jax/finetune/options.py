@@ -5,14 +5,19 @@ import math
 from pathlib import Path
 from typing import Literal, get_args
 
+from qlora_jax.finetune.context_options import ContextOptions
 from qlora_jax.finetune.data_options import DataOptions
+from qlora_jax.finetune.method_options import MethodName, TuningOptions
 from qlora_jax.finetune.watch_options import WatchOptions
 from qlora_jax.models import Remat
-from qlora_jax.nn import ALL_LINEAR, LoRA
+from qlora_jax.peft import ALL_LINEAR, IA3, FullFineTuning, LoRA, Method, reads_weights
 from qlora_jax.quant import DataType, Quantization, TableStorage
 from qlora_jax.train import OPTIMIZERS, OptimizerName, Schedule
 
 ObjectiveName = Literal["sft", "dpo"]
+_SHARED = ("target_modules", "target_regex", "exclude_modules", "modules_to_save")  # options of LoRA that IA3 has too
+# Of LoRA's learning rate; a tenth for full fine-tuning: Schulman et al. 2025, "LoRA Without Regret".
+_RATE_OF_METHOD: dict[MethodName, float] = {"full": 0.1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +69,13 @@ class LoRAOptions:
     """One regular expression over whole module names, instead of target-modules."""
     use_rslora: bool = LoRA.use_rslora
     """Scale by alpha / sqrt(r)."""
+    use_dora: bool = LoRA.use_dora
+    """DoRA: train the lengths of the weights' columns by themselves."""
+    init_lora_weights: str | None = None
+    """How A and B start, by PEFT's names: gaussian or orthogonal; pissa, pissa_niter_N or loftq, from the original weights;
+    eva, from the training data. A uniform and B zero if left out."""
+    loftq_iter: int = LoRA.loftq_iter
+    """Turns of LoftQ."""
     exclude_modules: tuple[str, ...] = ()
     """Names (or last parts) of linear layers that get no adapter all the same."""
     layers_to_transform: tuple[int, ...] = ()
@@ -92,6 +104,9 @@ class LoRAOptions:
             dropout=self.dropout,
             target_modules=targets if self.target_regex is None else self.target_regex,
             use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            init_lora_weights=LoRA.init_lora_weights if self.init_lora_weights is None else self.init_lora_weights,
+            loftq_iter=self.loftq_iter,
             exclude_modules=self.exclude_modules,
             layers_to_transform=self.layers_to_transform,
             layers_pattern=self.layers_pattern,
@@ -133,7 +148,9 @@ class OptimizerOptions:
     """Update rule; bytes of its state a parameter: adamw 8, adamw8bit 2, lion 4, adafactor next to none."""
     learning_rate: float | None = None
     """The highest learning rate; by the size of the model if left out: 1e-3 below 1 billion parameters, 2e-4 below 20
-    billion, else 1e-4 (the last two are QLoRA's); for DPO 5e-5, 5e-6 and 5e-6; a tenth of that for lion."""
+    billion, else 1e-4 (the last two are QLoRA's); for DPO 5e-5, 5e-6 and 5e-6; a tenth of that for lion, and for full
+    fine-tuning. Of any size: ia3 3e-3, prompt-tuning 3e-2, prefix-tuning 1e-2, p-tuning and prefix-projection 1e-3; a
+    twentieth of that for DPO."""
     schedule: Schedule = "constant"
     """Its course after the warm-up."""
     warmup_ratio: float = 0.03
@@ -144,6 +161,8 @@ class OptimizerOptions:
     """Decay of the second moment; 0.999 if left out, 0.99 for lion."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
+    loraplus_lr_ratio: float | None = None
+    """LoRA+: so many times the learning rate for LoRA's B (and for norms and DoRA's magnitudes); the same if left out."""
     max_grad_norm: float = 0.3
     """Global norm to which gradients are clipped; 0 for no clipping."""
     host_offload: bool = False
@@ -159,6 +178,8 @@ class OptimizerOptions:
             problems.append(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, found {self.optimizer!r}")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             problems.append(f"learning_rate: expected a number above 0, found {self.learning_rate}")
+        if self.loraplus_lr_ratio is not None and not 0 < self.loraplus_lr_ratio < math.inf:
+            problems.append(f"loraplus_lr_ratio: expected a number above 0, found {self.loraplus_lr_ratio}")
         if not 0 <= self.warmup_ratio <= 1:
             problems.append(f"warmup_ratio: expected 0 to 1, found {self.warmup_ratio}")
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
@@ -174,12 +195,17 @@ class OptimizerOptions:
         if problems:
             raise ValueError("; ".join(problems))
 
-    def peak_learning_rate(self, parameters: int, objective: ObjectiveName = "sft") -> float:
-        """The highest learning rate for a base model of so many parameters."""
+    def peak_learning_rate(
+        self, parameters: int, objective: ObjectiveName = "sft", method: MethodName = "lora", own: float | None = None
+    ) -> float:
+        """The highest learning rate for a base model of so many parameters; `own` is that of a method of any size."""
         if self.learning_rate is not None:
             return self.learning_rate
+        if own is not None:
+            return own / (20 if objective == "dpo" else 1) / (10 if self.optimizer == "lion" else 1)
         small, middle, large = {"sft": (1e-3, 2e-4, 1e-4), "dpo": (5e-5, 5e-6, 5e-6)}[objective]
         rate = small if parameters < 1e9 else middle if parameters < 20e9 else large
+        rate *= _RATE_OF_METHOD.get(method, 1.0)
         return rate / 10 if self.optimizer == "lion" else rate  # its updates are ±1 each, of ten times the norm
 
 
@@ -243,14 +269,45 @@ class Options:
     run: RunOptions = dataclasses.field(default_factory=RunOptions)
     objective: ObjectiveOptions = dataclasses.field(default_factory=ObjectiveOptions)
     watch: WatchOptions = dataclasses.field(default_factory=WatchOptions)
+    tuning: TuningOptions = dataclasses.field(default_factory=TuningOptions)
+    context: ContextOptions = dataclasses.field(default_factory=ContextOptions)
+
+    def method(self) -> Method:
+        """The method of fine-tuning that they describe; raises ValueError where they describe none."""
+        match self.tuning.method:
+            case "lora":
+                return self.lora.build()
+            case "full":
+                return FullFineTuning()
+            case "ia3":
+                return self._ia3()
+            case _:
+                return self.tuning.virtual()
+
+    def _ia3(self) -> IA3:
+        lora = self.lora.build()  # whose targets and exclusions it shares
+        usual = self.lora.target_regex is None and self.lora.target_modules == (ALL_LINEAR,)
+        return IA3(
+            target_modules=None if usual else lora.target_modules,
+            feedforward_modules=self.tuning.feedforward_modules or None,
+            exclude_modules=lora.exclude_modules,
+            modules_to_save=lora.modules_to_save,
+        )
+
+    def starts_from_adapter(self) -> bool:
+        """Whether training starts from another function than that of the base alone."""
+        return self.model.adapter is not None or reads_weights(self.lora.init_lora_weights or True)
 
     def check(self) -> None:
         """Raises ValueError where options of several groups contradict each other."""
+        self._check_method()
         if self.model.adapter is not None:
             fresh = dataclasses.asdict(LoRAOptions(dropout=self.lora.dropout))
             given = [name for name, value in dataclasses.asdict(self.lora).items() if value != fresh[name]]
             if given:
                 raise ValueError(f"adapter: has its own shape: expected no {', '.join(given)} beside it, found some")
+            if self.tuning != TuningOptions():
+                raise ValueError(f"adapter: is of its own method: expected no method beside it, found {self.tuning.method}")
         share = "held_out_rows" if self.data.streaming else "held_out"
         none_held_out = self.data.eval_data is None and getattr(self.data, share) == 0
         if self.run.early_stopping_patience and none_held_out:
@@ -266,3 +323,26 @@ class Options:
             raise ValueError("streaming: expected max_steps beside it (the length of a stream is unknown), found none")
         if self.data.streaming and self.run.epochs != RunOptions.epochs:
             raise ValueError(f"epochs: expected max_steps alone with streaming, found {self.run.epochs}")
+
+    def _check_method(self) -> None:
+        method = self.tuning.method
+        if method == "lora":
+            return
+        if self.context.longlora:
+            raise ValueError(f"longlora: expected method lora, found {method}")
+        if self.context.groups > 1 and method not in ("full", "ia3"):
+            raise ValueError(f"attention_groups: expected 1 with virtual tokens ({method}), found {self.context.groups}")
+        plain = LoRAOptions()
+        given = [
+            name
+            for name, value in vars(self.lora).items()
+            if value != getattr(plain, name) and not (method == "ia3" and name in _SHARED)
+        ]
+        if given:
+            raise ValueError(f"{', '.join(given)}: expected none with method {method}, found some: they are LoRA's")
+        if method == "full":
+            if self.model.data_type != "none" or self.model.quantize_tables != "none":
+                found = f"{self.model.data_type} and {self.model.quantize_tables}"
+                raise ValueError(f"data_type, quantize_tables: expected none and none with method full, found {found}")
+            if self.model.adapter is not None:
+                raise ValueError(f"adapter: expected none with method full, found {self.model.adapter}; merge it first")

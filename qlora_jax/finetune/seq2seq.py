@@ -15,7 +15,7 @@ from qlora_jax.finetune.corpus import read_corpus
 from qlora_jax.finetune.objective import Objective, Setting, expect_defaults
 from qlora_jax.models import Model, T5Config
 from qlora_jax.serve import generate_seq2seq
-from qlora_jax.train import TOKENS, seq2seq_loss
+from qlora_jax.train import TOKENS, seq2seq_figures, seq2seq_loss
 
 # What has no meaning for sources and targets.
 _UNUSED = (
@@ -90,7 +90,7 @@ def seq2seq(setting: Setting) -> Objective:
         row=f"{source_length} source and {target_length} target tokens",
         length=max(source_length, target_length),
         loss=seq2seq_loss,
-        held_out_loss=seq2seq_loss,
+        held_out_loss=seq2seq_figures,
         unit=TOKENS,
         template=corpus.template,
         prompts=[pair.source for pair in corpus.held_out[: options.run.samples]],

@@ -11,7 +11,7 @@ from qlora_jax.finetune.answers import greedy
 from qlora_jax.finetune.corpus import read_corpus
 from qlora_jax.finetune.objective import Batches, Objective, Setting, expect_defaults
 from qlora_jax.finetune.streaming import open_stream
-from qlora_jax.train import TOKENS, language_model_loss
+from qlora_jax.train import TOKENS, language_model_figures, language_model_loss
 
 
 def sft(setting: Setting) -> Objective:
@@ -54,8 +54,12 @@ def sft(setting: Setting) -> Objective:
         count_tokens=_count_tokens,
         row=f"{'up to ' if data.group_by_length else ''}{length} tokens",
         length=length,
-        loss=partial(language_model_loss, neftune_alpha=options.optimizer.neftune_alpha),
-        held_out_loss=language_model_loss,
+        loss=partial(
+            language_model_loss,
+            neftune_alpha=options.optimizer.neftune_alpha,
+            attention_groups=options.context.groups,
+        ),
+        held_out_loss=language_model_figures,
         unit=TOKENS,
         template=corpus.template,
         prompts=_prompts(corpus.held_out[: options.run.samples]),

@@ -151,6 +151,7 @@ def _optimizer(options: Options, learning_rate: optax.Schedule) -> Optimizer | H
         beta2=chosen.beta2,
         weight_decay=chosen.weight_decay,
         max_grad_norm=chosen.max_grad_norm or None,
+        loraplus_lr_ratio=chosen.loraplus_lr_ratio,
     )
     offloaded = chosen.host_offload or chosen.host_adapter
     return host_offload(tx, adapter=chosen.host_adapter) if offloaded else tx

@@ -15,6 +15,8 @@ from qlora_jax.models.llama import llama_config
 from qlora_jax.models.mistral import mistral_config
 from qlora_jax.models.phi3 import phi3_config
 from qlora_jax.models.qwen import qwen2_config, qwen3_config
+from qlora_jax.models.scaling import RopeKind, RopeScaling, factor_for, scaled, unscaled_context
+from qlora_jax.models.shape import method_for, positions_left, shape_of
 from qlora_jax.models.smollm3 import smollm3_config
 from qlora_jax.models.stack import Remat
 from qlora_jax.models.t5 import T5, Seq2SeqCache
@@ -108,13 +110,21 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Remat",
+    "RopeKind",
+    "RopeScaling",
     "Seq2SeqCache",
     "T5Config",
     "Trained",
     "causal_family_of",
+    "factor_for",
     "families_with",
     "family_of",
     "linear_keys",
     "linear_modules",
+    "method_for",
+    "positions_left",
+    "scaled",
+    "shape_of",
     "tied_head",
+    "unscaled_context",
 ]

@@ -19,9 +19,12 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from qlora_jax.models.chunks import chunk_count
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import DecoderLayer, make_norm
 from qlora_jax.models.keys import linear_modules
+from qlora_jax.models.prompts import with_prompt
+from qlora_jax.models.shape import method_for, positions_left
 from qlora_jax.models.stack import Remat, by_layer, rematerialise, stack
 from qlora_jax.models.trained import HEAD, TABLE, attach, trained_parts
 from qlora_jax.nn import (
@@ -29,13 +32,16 @@ from qlora_jax.nn import (
     Delta,
     Embedding,
     Linear,
-    LoRA,
     Table,
     cached_attention,
     causal_attention,
+    fetched,
     gather,
-    select_targets,
+    shifted_group_attention,
+    with_prefix,
 )
+from qlora_jax.nn.parallel import devices_of_context
+from qlora_jax.peft import Method, Prompt, PromptMethod
 from qlora_jax.quant import Quantization, TableStorage
 
 
@@ -61,7 +67,8 @@ class CausalLM(nnx.Module):
     """A decoder-only language model.
 
     Attributes:
-        trained: what an adapter trains besides LoRA's matrices.
+        trained: what an adapter trains besides the adapters.
+        prompt: virtual tokens, or keys and values of such, before every row; None: none.
         head_delta: the change of a head that is the token table otherwise, or None.
         attention: kernel of the causal attention.
         remat: what the backward pass of training recomputes: "full" keeps only the inputs of the layers, "offload" keeps
@@ -74,7 +81,7 @@ class CausalLM(nnx.Module):
         *,
         quantization: Quantization | None = None,
         tables: TableStorage = "none",
-        lora: LoRA | None = None,
+        method: Method | None = None,
         dtype: DTypeLike = jnp.float32,
         attention: AttentionImplementation = "xla",
         remat: Remat = "full",
@@ -85,14 +92,15 @@ class CausalLM(nnx.Module):
         Args:
             quantization: storage of the linear layers; None keeps them dense.
             tables: storage of the token table and the output head.
-            lora: adapter of the linear layers that its targets select; None for no adapter.
+            method: of fine-tuning, with its adapters; None for none.
             dtype: dtype of activations and of dense weights.
 
         Raises:
             ValueError: a target or a pattern of the adapter matches nothing; or it trains all of a table that is packed.
         """
-        self.trained = trained = trained_parts(lora, config.keys, vocabulary=config.vocab_size)
-        slots = {} if lora is None else select_targets(lora, linear_modules(config.keys))
+        method = method_for(method, config)
+        self.trained = trained = trained_parts(method, config.keys, vocabulary=config.vocab_size)
+        adapters = {} if method is None else method.targets(linear_modules(config.keys))
 
         def make_layer(layer_rngs: nnx.Rngs, layer: Array) -> DecoderLayer:
             def linear(name: str, inputs: int, outputs: int, *, use_bias: bool) -> Linear:
@@ -101,7 +109,7 @@ class CausalLM(nnx.Module):
                     outputs,
                     use_bias=use_bias,
                     quantization=quantization,
-                    lora=slots.get(f"layers.{name}"),
+                    adapter=adapters.get(f"layers.{name}"),
                     layer=layer,
                     dtype=dtype,
                     rngs=layer_rngs,
@@ -123,6 +131,7 @@ class CausalLM(nnx.Module):
                 config.vocab_size, config.hidden_size, rows=rows, storage=tables, dtype=dtype, rngs=rngs
             )
         self.head_delta: Delta | None = None
+        self.prompt = Prompt(method, rngs) if isinstance(method, PromptMethod) else None
         attach(self, trained)
         self.config = config
         self.attention: AttentionImplementation = attention
@@ -147,6 +156,7 @@ class CausalLM(nnx.Module):
         segment_ids: Array | None = None,
         key: Array | None = None,
         neftune_alpha: float = 0.0,
+        attention_groups: int = 1,
     ) -> Array:
         """int32 tokens `[b, t]` to the normed last hidden states `[b, t, hidden_size]`.
 
@@ -155,31 +165,44 @@ class CausalLM(nnx.Module):
             segment_ids: int32 `[b, t]`, for packed documents: 0 is padding, tokens see their own segment alone.
             key: random key that turns dropout and the noise of NEFTune on.
             neftune_alpha: strength of that noise on the embeddings; 0 for none.
+            attention_groups: of LongLoRA's attention (`nn.shifted`); 1: each token sees all before it.
+
+        Raises:
+            ValueError: packed documents beside virtual tokens in a model that sees a window of the tokens; or virtual tokens
+                beside attention groups.
         """
+        if self.prompt is not None and attention_groups > 1:
+            raise ValueError(f"attention_groups: expected 1 with virtual tokens, found {attention_groups}")
         positions = self._positions(tokens) if positions is None else positions
-        rotations = self._rotations(positions)
-        graph, layers = nnx.split(self.layers)
-
-        def run_layer(x: Array, inputs: tuple[Any, Array | None, Array | None]) -> tuple[Array, None]:
-            state, layer_key, kind = inputs
-
-            def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-                return checkpoint_name(self._attend(q, k, v, kind, segment_ids), "attention"), None
-
-            if self.remat == "offload":
-                x = checkpoint_name(x, "residual")
-            x, _ = nnx.merge(graph, gather(state))(x, *_of_kind(rotations, kind), attend, layer_key)
-            return x, None
-
-        keys = None if key is None else jax.random.split(key, self.config.num_hidden_layers)
-        inputs = (layers, keys, self._layer_kinds())
         x = self._embed(tokens)
         if key is not None and neftune_alpha > 0:
             # split(key, n)[i] is fold_in(key, i): the number after the last layer's draws from a key of its own.
             noise_key = jax.random.fold_in(key, self.config.num_hidden_layers)
             x = x + self.config.embedding_scale * _neftune_noise(x, segment_ids, neftune_alpha, noise_key).astype(x.dtype)
-        x, _ = jax.lax.scan(rematerialise(run_layer, self.remat), x, inputs)
-        return self.norm(x)
+        prompt = with_prompt(self.prompt, self.config, x, positions, segment_ids, key)
+        rotations = self._rotations(prompt.positions)
+        graph, layers = nnx.split(self.layers)
+        chunks = chunk_count(prompt.x.shape[0] * prompt.x.shape[1] // devices_of_context(), self.remat)
+
+        def run_layer(x: Array, inputs: tuple[Any, Array | None, Array | None, Any]) -> tuple[Array, None]:
+            state, layer_key, kind, prefix = inputs
+            state = gather(state) if chunks == 1 else fetched(gather(state))
+
+            def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+                length = q.shape[1]
+                q, k, v = (q, k, v) if prefix is None else with_prefix(q, k, v, prefix)
+                attended = self._attend(q, k, v, kind, prompt.segment_ids, prompt.virtual_tokens, attention_groups)
+                return checkpoint_name(attended[:, -length:], "attention"), None
+
+            if self.remat == "offload":
+                x = checkpoint_name(x, "residual")
+            x, _ = nnx.merge(graph, state)(x, *_of_kind(rotations, kind), attend, layer_key, chunks)
+            return x, None
+
+        keys = None if key is None else jax.random.split(key, self.config.num_hidden_layers)
+        inputs = (layers, keys, self._layer_kinds(), prompt.prefix)
+        x, _ = jax.lax.scan(rematerialise(run_layer, self.remat), prompt.x, inputs)
+        return self.norm(x[:, -tokens.shape[1] :])
 
     def decode(self, tokens: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """New tokens after those of the cache.
@@ -191,14 +214,25 @@ class CausalLM(nnx.Module):
         Returns:
             (logits of the last token `[b, vocabulary]`, the cache with the new tokens in it).
         """
-        config, count = self.config, tokens.shape[1]
+        virtual = 0 if self.prompt is None else self.prompt.virtual_tokens
+        x, cache = self._extended(self._embed(tokens), jnp.where(positions < 0, positions, positions + virtual), cache)
+        return self.logits(self.norm(x[:, -1])), cache
+
+    def _extended(self, x: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        """Embedded tokens `[b, t, hidden_size]` to what the last layer makes of them, and the cache with them."""
+        config, count = self.config, x.shape[1]
         rotations = self._rotations(jnp.maximum(positions, 0))
         filled = jax.lax.dynamic_update_slice(cache.filled, positions >= 0, (0, cache.length))
         slots, own = jnp.arange(cache.filled.shape[1]), cache.length + jnp.arange(count)[:, None]
         mask = filled[:, None, :] & (slots <= own)[None]
-        # Prompts are padded on the left: slots lie as far apart as positions do.
+        # Prompts are padded on the left: slots lie as far apart as positions do, but for virtual tokens before the padding.
+        places = slots[None]
+        if self.prompt is not None:
+            padding = cache.length + count - 1 - positions[:, -1:]
+            places = jnp.where(places < self.prompt.virtual_tokens, places + padding, places)
+        places = places[:, None, :]
         masks = jnp.stack(
-            [mask if kind.window is None else mask & (slots > own - kind.window)[None] for kind in config.kinds]
+            [mask if kind.window is None else mask & (places > own[None] - kind.window) for kind in config.kinds]
         )
         graph, layers = nnx.split(self.layers)
         scanned, layer_of = by_layer(layers)
@@ -221,14 +255,31 @@ class CausalLM(nnx.Module):
             x, (keys, values) = nnx.merge(graph, layer_of(state, layer))(x, *_of_kind(rotations, kind), attend, None)
             return (x, keys, values), None
 
-        start = (self._embed(tokens), cache.keys, cache.values)
         inputs = (scanned, jnp.arange(config.num_hidden_layers), self._layer_kinds())
-        (x, keys, values), _ = jax.lax.scan(run_layer, start, inputs)
-        logits = self.logits(self.norm(x[:, -1]))
-        return logits, KVCache(keys, values, filled, cache.length + count)
+        (x, keys, values), _ = jax.lax.scan(run_layer, (x, cache.keys, cache.values), inputs)
+        return x, KVCache(keys, values, filled, cache.length + count)
 
     def init_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache for `capacity` tokens a row."""
+        """A cache for `capacity` tokens a row, with nothing in it but virtual tokens."""
+        if self.prompt is None:
+            return self._empty_cache(batch_size, capacity)
+        n, config = self.prompt.virtual_tokens, self.config
+        cache, dtype = self._empty_cache(batch_size, n + capacity), self.embed_tokens.weight.dtype
+        if self.prompt.is_prefix:
+            prefix = self.prompt.keys_and_values(config.num_hidden_layers, config.num_key_value_heads)
+            keys, values = (x.swapaxes(1, 2)[:, None] for x in prefix)
+        else:  # what later tokens see of the first ones does not depend on the later ones
+            positions = jnp.arange(n, dtype=jnp.int32)[None]
+            _, one = self._extended(self.prompt.embeddings(1, dtype), positions, self._empty_cache(1, n))
+            keys, values = one.keys, one.values
+        return KVCache(
+            cache.keys.at[:, :, :, :n].set(keys.astype(dtype)),
+            cache.values.at[:, :, :, :n].set(values.astype(dtype)),
+            cache.filled.at[:, :n].set(True),
+            jnp.asarray(n, jnp.int32),
+        )
+
+    def _empty_cache(self, batch_size: int, capacity: int) -> KVCache:
         config = self.config
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
         dtype = self.embed_tokens.weight.dtype
@@ -255,7 +306,7 @@ class CausalLM(nnx.Module):
         if self.lm_head is not None:
             return self.lm_head.table
         table = self.embed_tokens.table
-        if table.rows is not None:
+        if table.rows is not None or self.trained.tied:
             return table
         return Table(table.weight, None if self.head_delta is None else self.head_delta[...])
 
@@ -276,12 +327,19 @@ class CausalLM(nnx.Module):
         cosines, sines = zip(*rotations, strict=True)
         return jnp.stack(cosines), jnp.stack(sines)
 
-    def _attend(self, q: Array, k: Array, v: Array, kind: Array | None, segment_ids: Array | None) -> Array:
+    @property
+    def max_positions(self) -> int | None:
+        """The most tokens of a row that the positions are made for, beside virtual ones; None: any number."""
+        return positions_left(self.config, None if self.prompt is None else self.prompt.method)
+
+    def _attend(
+        self, q: Array, k: Array, v: Array, kind: Array | None, segment_ids: Array | None, shared: int, groups: int
+    ) -> Array:
         """Attention of one kind; which one is known when the program runs, the kinds when it is compiled."""
         windows = list(dict.fromkeys(kind.window for kind in self.config.kinds))
 
         attend = partial(
-            causal_attention,
+            partial(causal_attention, shared=shared) if groups == 1 else partial(shifted_group_attention, groups=groups),
             segment_ids=segment_ids,
             scale=self.config.score_scale,
             cap=self.config.score_cap,

@@ -5,10 +5,11 @@
     GPT-NeoX:         x = x + attention(norm(x)) + feed_forward(norm'(x))
 
 Attention is grouped-query with rotary positions (or none), feed-forward is down(f(gate(x)) * up(x)) or down(f(up(x))). The
-names of linear layers are those of Llama, whatever the file calls them: the key tables translate.
+names of linear layers are those of Llama, whatever the file calls them: the key tables translate. All that is of each token
+by itself after attention can run over chunks of the tokens (`chunks`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -17,11 +18,11 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from qlora_jax.models.chunks import Keys, over_chunks
 from qlora_jax.models.config import DecoderConfig, Fused
 from qlora_jax.nn import Activation, LayerNorm, Linear, RMSNorm, activate, rotate
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
-Keys = Sequence[Array | None]
 _MOST_LINEAR = 7  # linear layers of a layer, each with a random key of its own
 
 
@@ -125,13 +126,20 @@ class DecoderLayer(nnx.Module):
         self.pre_feedforward_layernorm = norm() if config.post_norms else None
         self.post_feedforward_layernorm = norm() if config.post_norms else None
 
-    def __call__(self, x: Array, cosine: Array, sine: Array, attend: Attend, key: Array | None) -> tuple[Array, Any]:
+    def __call__(
+        self, x: Array, cosine: Array, sine: Array, attend: Attend, key: Array | None, chunks: int = 1
+    ) -> tuple[Array, Any]:
+        """The layer's result, and what `attend` returns besides; the feed-forward runs over so many chunks of the tokens."""
         keys: Keys = [None] * _MOST_LINEAR if key is None else list(jax.random.split(key, _MOST_LINEAR))
         attended, cache = self.self_attn(self.input_layernorm(x), cosine, sine, attend, keys[:4])
         if self.parallel:
-            return x + attended + self.mlp(self.post_attention_layernorm(x), keys[4:]), cache
+            return attended + over_chunks(self._add_feed_forward, x, keys[4:], chunks), cache
+        if self.post_feedforward_layernorm is not None:
+            attended = self.post_attention_layernorm(attended)
+        return over_chunks(self._add_feed_forward, x + attended, keys[4:], chunks), cache
+
+    def _add_feed_forward(self, x: Array, keys: Keys) -> Array:
+        """x with what the feed-forward makes of it; of each token by itself."""
         if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
-            x = x + attended
-            return x + self.mlp(self.post_attention_layernorm(x), keys[4:]), cache
-        x = x + self.post_attention_layernorm(attended)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), keys[4:])), cache
+            return x + self.mlp(self.post_attention_layernorm(x), keys)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), keys))

@@ -21,20 +21,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from qlora_jax.models.keys import linear_modules
+from qlora_jax.models.shape import method_for
 from qlora_jax.models.stack import Remat, by_layer, rematerialise
 from qlora_jax.models.t5_config import T5Config
 from qlora_jax.models.t5_layers import T5Layer, T5Stack, random_keys
 from qlora_jax.models.trained import attach, trained_parts
-from qlora_jax.nn import (
-    AttentionImplementation,
-    Embedding,
-    Linear,
-    LoRA,
-    Table,
-    biased_attention,
-    gather,
-    select_targets,
-)
+from qlora_jax.nn import AttentionImplementation, Embedding, Linear, Table, biased_attention, gather, with_prefix
+from qlora_jax.peft import Method, Prompt, PromptMethod
+from qlora_jax.peft.prompt import cross_order
 from qlora_jax.quant import Quantization, TableStorage
 
 
@@ -62,7 +56,8 @@ class T5(nnx.Module):
     """An encoder-decoder.
 
     Attributes:
-        trained: what an adapter trains besides LoRA's matrices.
+        trained: what an adapter trains besides the adapters.
+        prompt: virtual tokens before the sources, or keys and values before those of the decoder; None: none.
         remat: what the backward pass of training recomputes, as for `CausalLM`.
     """
 
@@ -72,7 +67,7 @@ class T5(nnx.Module):
         *,
         quantization: Quantization | None = None,
         tables: TableStorage = "none",
-        lora: LoRA | None = None,
+        method: Method | None = None,
         dtype: DTypeLike = jnp.float32,
         attention: AttentionImplementation = "xla",
         remat: Remat = "full",
@@ -83,15 +78,16 @@ class T5(nnx.Module):
         Args:
             quantization: storage of the linear layers; None keeps them dense.
             tables: storage of the token table and the output head.
-            lora: adapter of the linear layers that its targets select; None for no adapter.
+            method: of fine-tuning, with its adapters; None for none.
             dtype: dtype of activations and of dense weights.
             attention: of no effect: scores with a bias are XLA's on every platform.
 
         Raises:
             ValueError: a target or a pattern of the adapter matches nothing; or it trains all of a table that is packed.
         """
-        self.trained = trained = trained_parts(lora, config.keys, vocabulary=config.vocab_size, tables=False)
-        slots = {} if lora is None else select_targets(lora, linear_modules(config.keys))
+        method = method_for(method, config)
+        self.trained = trained = trained_parts(method, config.keys, vocabulary=config.vocab_size, tables=False)
+        adapters = {} if method is None else method.targets(linear_modules(config.keys))
 
         def make_stack(side: str, layers: int, *, cross: bool) -> T5Stack:
             def make_layer(layer_rngs: nnx.Rngs, layer: Array) -> T5Layer:
@@ -101,7 +97,7 @@ class T5(nnx.Module):
                         outputs,
                         use_bias=use_bias,
                         quantization=quantization,
-                        lora=slots.get(f"{side}.layers.{name}"),
+                        adapter=adapters.get(f"{side}.layers.{name}"),
                         layer=layer,
                         dtype=dtype,
                         rngs=layer_rngs,
@@ -119,6 +115,7 @@ class T5(nnx.Module):
         else:
             self.lm_head = Embedding(config.vocab_size, config.hidden_size, storage=tables, dtype=dtype, rngs=rngs)
         attach(self, trained)
+        self.prompt = Prompt(method, rngs) if isinstance(method, PromptMethod) else None
         self.config = config
         self.attention: AttentionImplementation = attention
         self.remat: Remat = remat
@@ -132,14 +129,18 @@ class T5(nnx.Module):
         return self.logits(self.hidden(inputs, encoded, source_mask, key=keys[1]))
 
     def encode(self, sources: Array, source_mask: Array | None = None, *, key: Array | None = None) -> Array:
-        """int32 sources `[b, s]` to hidden states `[b, s, hidden_size]`.
+        """int32 sources `[b, s]` to hidden states `[b, s, hidden_size]`, of n virtual tokens before them too if there are.
 
         Args:
             source_mask: `[b, s]`, not 0 where a real token lies; None: everywhere.
             key: random key that turns the adapter's dropout on.
         """
-        positions = jnp.arange(sources.shape[1])
-        bias, mask = self.encoder.bias(positions, positions, bidirectional=True), _mask(sources, source_mask)
+        embedded = self.shared(sources)
+        if self.prompt is not None and not self.prompt.is_prefix:
+            own = None if key is None else jax.random.fold_in(key, self.config.num_layers + 1)
+            embedded = jnp.concatenate([self.prompt.embeddings(len(sources), embedded.dtype, own), embedded], axis=1)
+        positions = jnp.arange(embedded.shape[1])
+        bias, mask = self.encoder.bias(positions, positions, bidirectional=True), _mask(embedded, source_mask)
         graph, layers = nnx.split(self.encoder.layers)
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
@@ -151,7 +152,7 @@ class T5(nnx.Module):
             return x, None
 
         keys = None if key is None else jax.random.split(key, self.config.num_layers)
-        x, _ = jax.lax.scan(rematerialise(run_layer, self.remat), self.shared(sources), (layers, keys))
+        x, _ = jax.lax.scan(rematerialise(run_layer, self.remat), embedded, (layers, keys))
         return self.encoder.norm(x)
 
     def hidden(self, inputs: Array, encoded: Array, source_mask: Array | None = None, *, key: Array | None = None) -> Array:
@@ -163,17 +164,20 @@ class T5(nnx.Module):
             encoded: what `encode` returned for the sources; source_mask: the mask that it got.
             key: random key that turns the adapter's dropout on.
         """
-        positions = jnp.arange(inputs.shape[1])
-        bias = self.decoder.bias(positions, positions, bidirectional=False)
-        causal, mask = (positions[None, :] <= positions[:, None])[None], _mask(encoded, source_mask)
+        prefix, n = self._prefix(key), 0 if self.prompt is None or not self.prompt.is_prefix else self.prompt.virtual_tokens
+        positions, places = n + jnp.arange(inputs.shape[1]), jnp.arange(n + inputs.shape[1])
+        bias = self.decoder.bias(positions, places, bidirectional=False)
+        causal, mask = (places[None, :] <= positions[:, None])[None], _mask(encoded, source_mask)
         graph, layers = nnx.split(self.decoder.layers)
 
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-            return checkpoint_name(biased_attention(q, k, v, causal, bias, scale=1.0), "attention"), None
-
-        def run_layer(x: Array, inputs: tuple[Any, Array | None]) -> tuple[Array, None]:
-            layer, keys = nnx.merge(graph, gather(inputs[0])), random_keys(inputs[1])
+        def run_layer(x: Array, inputs: tuple[Any, Array | None, Any]) -> tuple[Array, None]:
+            layer, keys, before = nnx.merge(graph, gather(inputs[0])), random_keys(inputs[1]), inputs[2]
             k, v = layer.keys_and_values_of(encoded, keys)
+
+            def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+                if before is not None:
+                    _, k, v = with_prefix(q, k, v, before)
+                return checkpoint_name(biased_attention(q, k, v, causal, bias, scale=1.0), "attention"), None
 
             def attend_sources(q: Array) -> Array:
                 return checkpoint_name(biased_attention(q, k, v, mask, None, scale=1.0), "attention")
@@ -182,28 +186,28 @@ class T5(nnx.Module):
             return x, None
 
         keys = None if key is None else jax.random.split(key, self.config.num_decoder_layers)
-        x, _ = jax.lax.scan(rematerialise(run_layer, self.remat), self.shared(inputs), (layers, keys))
+        x, _ = jax.lax.scan(rematerialise(run_layer, self.remat), self.shared(inputs), (layers, keys, prefix))
         return self._ready(self.decoder.norm(x))
 
     def init_cache(self, encoded: Array, source_mask: Array | None, capacity: int) -> Seq2SeqCache:
-        """The cache before the first target, with room for `capacity` of them a row."""
-        config, (batch, length) = self.config, encoded.shape[:2]
+        """The cache before the first target, with room for `capacity` of them a row, and what virtual tokens put there."""
+        config, (batch, length), prefix = self.config, encoded.shape[:2], self._prefix(None)
         graph, layers = nnx.split(self.decoder.layers)
 
         def run_layer(_: None, state: Any) -> tuple[None, tuple[Array, Array]]:
             return None, nnx.merge(graph, gather(state)).keys_and_values_of(encoded, random_keys(None))
 
         _, (source_keys, source_values) = jax.lax.scan(run_layer, None, layers)
-        shape = (config.num_decoder_layers, batch, capacity, config.num_heads, config.head_dim)
-        mask = jnp.ones((batch, length), bool) if source_mask is None else source_mask.astype(bool)
-        return Seq2SeqCache(  # two buffers, not one twice: a buffer can be donated only once
-            jnp.zeros(shape, encoded.dtype),
-            jnp.zeros(shape, encoded.dtype),
-            source_keys,
-            source_values,
-            mask,
-            jnp.zeros((), jnp.int32),
-        )
+        n = 0 if prefix is None else prefix[0].shape[1]
+        shape = (config.num_decoder_layers, batch, n + capacity, config.num_heads, config.head_dim)
+        # Two buffers, not one twice: a buffer can be donated only once.
+        keys, values = jnp.zeros(shape, encoded.dtype), jnp.zeros(shape, encoded.dtype)
+        if prefix is not None:
+            keys, values = (
+                x.at[:, :, :n].set(before[:, None].astype(x.dtype)) for x, before in zip((keys, values), prefix, strict=True)
+            )
+        mask = jnp.broadcast_to(_mask(encoded, source_mask)[:, 0], (batch, length))
+        return Seq2SeqCache(keys, values, source_keys, source_values, mask, jnp.asarray(n, jnp.int32))
 
     def decode(self, tokens: Array, cache: Seq2SeqCache) -> tuple[Array, Seq2SeqCache]:
         """The decoder's next input, int32 `[b]`, to (logits `[b, vocabulary]`, the cache with it)."""
@@ -250,6 +254,15 @@ class T5(nnx.Module):
         """The output head's table `[vocabulary, hidden_size]`."""
         return self._head().table
 
+    def _prefix(self, key: Array | None) -> tuple[Array, Array] | None:
+        """Keys and values `[decoder layers, n, heads, head_dim]` before those of the decoder's self-attention, or None."""
+        if self.prompt is None or not self.prompt.is_prefix:
+            return None
+        config = self.config
+        keys, values = self.prompt.keys_and_values(config.num_layers, config.num_heads, key)
+        order = jnp.asarray(cross_order(config.num_layers, config.num_decoder_layers))
+        return keys[order], values[order]
+
     def _head(self) -> Embedding:
         return self.shared if self.lm_head is None else self.lm_head
 
@@ -262,5 +275,8 @@ class T5(nnx.Module):
 
 
 def _mask(rows: Array, mask: Array | None) -> Array:
-    """bool `[b or 1, 1, s]`: what every query may see of rows `[b, s, …]`."""
-    return jnp.ones((1, 1, rows.shape[1]), bool) if mask is None else mask.astype(bool)[:, None]
+    """bool `[b or 1, 1, s]`: what every query may see of rows `[b, s, …]`; virtual tokens, which the mask lacks, too."""
+    if mask is None:
+        return jnp.ones((1, 1, rows.shape[1]), bool)
+    virtual = rows.shape[1] - mask.shape[1]
+    return jnp.pad(mask.astype(bool), ((0, 0), (virtual, 0)), constant_values=True)[:, None]

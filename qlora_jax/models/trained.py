@@ -1,4 +1,4 @@
-"""What an adapter trains besides LoRA's matrices: whole token tables, heads and norms, or rows of the tables.
+"""What an adapter trains besides the adapters: whole token tables, heads and norms, or rows of the tables.
 
     modules_to_save            every module whose name ends with one of these, by PEFT's rule: "norm" is input_layernorm too
     trainable_token_indices    rows of the token table, and of the head where that is the same table; or rows by table
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.models.keys import Key
-from qlora_jax.nn import Delta, LoRA
+from qlora_jax.nn import Delta
+from qlora_jax.peft import FullFineTuning, Method
 from qlora_jax.quant import PackedTable
 
 TABLE, HEAD = ("embed_tokens", "weight"), ("lm_head", "weight")
@@ -29,10 +30,12 @@ class Trained:
     Attributes:
         whole: those that train as a whole; that of a head which is otherwise the token table has the path `TIED_HEAD`.
         rows: (row of the table of keys, tokens) for tables of which some rows train.
+        tied: whether a head that is the token table stays so where the table trains.
     """
 
     whole: tuple[Key, ...] = ()
     rows: tuple[tuple[Key, tuple[int, ...]], ...] = ()
+    tied: bool = False
 
     def rows_of(self, path: tuple[str, ...]) -> tuple[int, ...] | None:
         """The tokens whose rows train in the table at that path."""
@@ -41,11 +44,11 @@ class Trained:
     @property
     def unties(self) -> bool:
         """Whether a head that is the token table would become one of its own."""
-        return any(key.path in (TABLE, TIED_HEAD) for key in self.whole)
+        return not self.tied and any(key.path in (TABLE, TIED_HEAD) for key in self.whole)
 
 
-def trained_parts(lora: LoRA | None, keys: Sequence[Key], *, vocabulary: int, tables: bool = True) -> Trained:
-    """What of a model with these keys trains besides LoRA's matrices.
+def trained_parts(method: Method | None, keys: Sequence[Key], *, vocabulary: int, tables: bool = True) -> Trained:
+    """What of a model with these keys trains besides the adapters.
 
     Args:
         vocabulary: rows of the token table.
@@ -54,15 +57,19 @@ def trained_parts(lora: LoRA | None, keys: Sequence[Key], *, vocabulary: int, ta
     Raises:
         ValueError: a name that matches nothing or what cannot train, or tokens that the table lacks.
     """
-    if lora is None:
+    if method is None:
         return Trained()
+    if isinstance(method, FullFineTuning):
+        if not tables:
+            raise ValueError("full fine-tuning: expected a decoder-only model, found two stacks that share a table")
+        return Trained(tuple(key for key in keys if not key.linear), tied=True)
     known = [*keys]
     if tables and (head := tied_head(keys)) is not None:
         known.append(Key(head, TIED_HEAD))
     # transformers calls the head of GPT-NeoX lm_head from version 5 on, and so do PEFT's files; checkpoints do not.
     known += [dataclasses.replace(key, name="lm_head.weight") for key in known if key.name == "embed_out.weight"]
-    whole = _whole(lora, known, tables)
-    rows = _rows(lora, known, vocabulary, tables)
+    whole = _whole(method, known, tables)
+    rows = _rows(method, known, vocabulary, tables)
     if both := [key.name for key, _ in rows if key in whole]:
         raise ValueError(f"modules_to_save, trainable_token_indices: expected {both[0]} in one of them, found it in both")
     return Trained(whole, rows)
@@ -100,12 +107,12 @@ def attach(model: Any, trained: Trained) -> None:
             setattr(module, f"{name}_delta", delta)
 
 
-def _whole(lora: LoRA, keys: Sequence[Key], tables: bool) -> tuple[Key, ...]:
+def _whole(method: Method, keys: Sequence[Key], tables: bool) -> tuple[Key, ...]:
     chosen = []
     containers = {
         name.rsplit(".", depth)[0] for key in keys for name in key.modules() for depth in range(1, name.count(".") + 1)
     }
-    for entry in lora.modules_to_save:
+    for entry in method.modules_to_save:
         matched = {key: [name.endswith(entry) for name in key.modules()] for key in keys}
         found = [key for key, matches in matched.items() if any(matches)]
         if parts := [name for name in sorted(containers) if name.endswith(entry)]:
@@ -124,13 +131,13 @@ def _whole(lora: LoRA, keys: Sequence[Key], tables: bool) -> tuple[Key, ...]:
     return tuple(key for key in keys if key in chosen)
 
 
-def _rows(lora: LoRA, keys: Sequence[Key], vocabulary: int, tables: bool) -> tuple[tuple[Key, tuple[int, ...]], ...]:
-    if not lora.trainable_token_indices:
+def _rows(method: Method, keys: Sequence[Key], vocabulary: int, tables: bool) -> tuple[tuple[Key, tuple[int, ...]], ...]:
+    if not method.token_rows():
         return ()
     if not tables:
         raise ValueError("trainable_token_indices: expected a decoder-only model, found two stacks that share a table")
     found: dict[Key, tuple[int, ...]] = {}
-    for entry, tokens in lora.token_rows():
+    for entry, tokens in method.token_rows():
         key = next((k for k in keys if _is_table(k, entry)), None)
         if key is None:
             raise ValueError(f"trainable_token_indices {entry!r}: expected the name of the token table or the head")

@@ -7,47 +7,49 @@ from qlora_jax.nn.attention import (
     cached_attention,
     causal_attention,
     default_implementation,
+    with_prefix,
 )
-from qlora_jax.nn.delta import Delta
+from qlora_jax.nn.delta import Delta, changed
 from qlora_jax.nn.embedding import Embedding, Table
-from qlora_jax.nn.host import HostArray, brought_to_device
-from qlora_jax.nn.linear import Linear
-from qlora_jax.nn.lora import ALL_LINEAR, LoRA, LoRAScaling, Slot, lora_update
+from qlora_jax.nn.host import HostArray, brought_to_device, fetched
+from qlora_jax.nn.linear import AdapterConstant, Linear, LinearAdapter, MakesAdapter, ReadsWeight, WeightConstant
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.parallel import data_mesh, frozen_sharding, gather, place, split_axis
 from qlora_jax.nn.relative import relative_position_bias
 from qlora_jax.nn.rope import RotaryEmbedding, rotate
-from qlora_jax.nn.targets import module_matches, select_targets
+from qlora_jax.nn.shifted import shifted_group_attention
 
 __all__ = [
-    "ALL_LINEAR",
     "Activation",
+    "AdapterConstant",
     "AttentionImplementation",
     "Delta",
     "Embedding",
     "HostArray",
     "LayerNorm",
     "Linear",
-    "LoRA",
-    "LoRAScaling",
+    "LinearAdapter",
+    "MakesAdapter",
     "RMSNorm",
+    "ReadsWeight",
     "RotaryEmbedding",
-    "Slot",
     "Table",
+    "WeightConstant",
     "activate",
     "biased_attention",
     "brought_to_device",
     "cached_attention",
     "causal_attention",
+    "changed",
     "data_mesh",
     "default_implementation",
+    "fetched",
     "frozen_sharding",
     "gather",
-    "lora_update",
-    "module_matches",
     "place",
     "relative_position_bias",
     "rotate",
-    "select_targets",
+    "shifted_group_attention",
     "split_axis",
+    "with_prefix",
 ]

@@ -19,6 +19,7 @@ from qlora_jax.quant.product import product
 
 AttentionImplementation = Literal["xla", "cudnn", "splash"]
 _SPLASH_BLOCK = 512
+_MULTIPLE = {"xla": 1, "cudnn": 64, "splash": 128}  # of the lengths that a kernel is at home with
 
 
 def default_implementation(platform: str | None = None) -> AttentionImplementation:
@@ -41,6 +42,7 @@ def causal_attention(
     window: int | None = None,
     scale: float | None = None,
     cap: float | None = None,
+    shared: int = 0,
     implementation: AttentionImplementation = "xla",
 ) -> Array:
     """Causal self-attention within segments.
@@ -52,6 +54,7 @@ def causal_attention(
         window: how many tokens a token sees, itself included; None: all before it.
         scale: factor on the scores q·k; None: d ** -0.5.
         cap: scores become cap * tanh(score / cap); None: no cap (Gemma 2's soft-capping).
+        shared: how many tokens at the start of a row all of its segments see (virtual ones).
 
     Returns:
         `[b, t, heads, d]` in the dtype of q.
@@ -59,11 +62,22 @@ def causal_attention(
     length = q.shape[1]
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     window = None if window is None or window >= length else window
+    if shared and segment_ids is not None and implementation == "splash":  # which has no such masks
+        implementation = "xla"
+    if shared and (
+        more := -length % _MULTIPLE[implementation]
+    ):  # virtual tokens make odd lengths; no token sees what follows
+        q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (q, k, v))
+        segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, more)))
+        arguments = {"window": window, "scale": scale, "cap": cap, "shared": shared, "implementation": implementation}
+        return causal_attention(q, k, v, segment_ids=segment_ids, **arguments)[:, :length]
     if implementation == "splash" and length % 128 == 0 and q.shape[-1] % 64 == 0:  # the kernel's tiles fit
         return _splash(q, k, v, segment_ids, window, scale, cap)
     mask = None
     if segment_ids is not None:
-        mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids > 0)[:, None, :]
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        same = same | (jnp.arange(length) < shared)[None, None] if shared else same
+        mask = same & (segment_ids > 0)[:, None, :]
     if implementation == "cudnn" and q.dtype in (jnp.bfloat16, jnp.float16) and cap is None:
         mask = None if mask is None else mask[:, None]
         local = None if window is None else (window - 1, 0)
@@ -74,6 +88,18 @@ def causal_attention(
     if window is not None:
         seen = jnp.triu(seen, 1 - window)
     return _grouped(q, _heads_first(k, v), seen if mask is None else seen & mask, None, scale, cap)
+
+
+def with_prefix(q: Array, k: Array, v: Array, prefix: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+    """What `causal_attention` takes where all tokens see n more keys and values, `[n, kv_heads, d]`, which come first.
+
+    It is as exact as simple: n queries of zeros stand before the others, whose results are the last t of those of
+    n + t. So the mask stays the causal one, which every kernel has.
+    """
+    keys, values = (jnp.broadcast_to(x.astype(k.dtype), (k.shape[0], *x.shape)) for x in prefix)
+    queries = jnp.zeros((q.shape[0], keys.shape[1], *q.shape[2:]), q.dtype)
+    q, k, v = (jnp.concatenate(pair, axis=1) for pair in ((queries, q), (keys, k), (values, v)))
+    return q, k, v
 
 
 def biased_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | None, *, scale: float) -> Array:

@@ -47,6 +47,16 @@ def to_device(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.device_put(leaf, memory.Space.Device), tree)
 
 
+def fetched(tree: Any) -> Any:
+    """The tree with copies on the device in place of `HostArray`s, in a traced function: for what reads them in a loop, so
+    that each comes to the device, and its gradient goes back, once."""
+
+    def fetch(leaf: Any) -> Any:
+        return leaf[...] if isinstance(leaf, HostArray) else leaf
+
+    return jax.tree.map(fetch, tree, is_leaf=lambda leaf: isinstance(leaf, HostArray))
+
+
 def brought_to_device(tree: Any) -> Any:
     """Copies on the device of leaves that lie in host memory; to be called outside of a traced function."""
 

@@ -1,10 +1,13 @@
-"""Linear: a frozen weight, in 4 bits or dense, with an optional LoRA adapter in its slots.
+"""Linear: a frozen weight, in 4 bits or dense, with an optional adapter.
 
-    y = x W (+ bias) (+ s * (dropout(x) A) B)
+    y = x W (+ bias)                 without an adapter
+    y = adapter(x, this layer)       with one: LoRA and its relatives add to the above, IA3 scales it (`peft`)
 
-The slots are made in the constructor, never put in afterwards, so that a model can be built abstractly with
+The adapter is made in the constructor, never put in afterwards, so that a model can be built abstractly with
 `nnx.eval_shape`, stacked with `jax.vmap` and split by type: `nnx.LoRAParam` is what trains, `nnx.Param` is frozen.
 """
+
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +16,43 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from qlora_jax.nn.lora import LoRA, LoRAScaling, Slot, init_lora_a, lora_update
+from qlora_jax.nn.delta import Delta, value_of
 from qlora_jax.quant import Quantization, matmul, quantize
+
+
+class AdapterConstant(nnx.Variable):
+    """A frozen value of an adapter: made with it, not part of any checkpoint."""
+
+
+class WeightConstant(nnx.Variable):
+    """A frozen value of an adapter that follows from the layer's frozen weight, and is set where that is read."""
+
+
+@runtime_checkable
+class ReadsWeight(Protocol):
+    """An adapter that has `WeightConstant`s."""
+
+    def read_weight(self, weight: Any) -> None:
+        """Sets them. weight: an array or `QuantizedTensor` `[in, out]`, or `[layers, in, out]` where the adapters of a stack
+        are one module."""
+        ...
+
+
+class LinearAdapter(Protocol):
+    """An `nnx.Module` that computes a linear layer's output. What it trains is `nnx.LoRAParam`."""
+
+    def __call__(self, x: Array, linear: "Linear", key: Array | None) -> Array:
+        """x `[..., in]` to `[..., out]` in the dtype of x; `linear.base(x)` is the frozen layer's output, `key` a random key
+        while training."""
+        ...
+
+
+class MakesAdapter(Protocol):
+    """What describes an adapter of a linear layer, or of the same layer in all of a stack."""
+
+    def make(self, in_features: int, out_features: int, *, layer: int | Array, rngs: nnx.Rngs) -> LinearAdapter:
+        """The adapter of one layer; traced, with `layer` an int32 scalar, where it is one of a stack."""
+        ...
 
 
 class Linear(nnx.Module):
@@ -23,9 +61,8 @@ class Linear(nnx.Module):
     Attributes:
         weight: `nnx.Param` holding a `QuantizedTensor` or an array `[in, out]`.
         bias: `nnx.Param` `[out]`, or None.
-        lora_a, lora_b: float32 `nnx.LoRAParam` `[in, r]` and `[r, out]`, or None.
-        slot: the ranks and scalings of the adapter, in a stack those of all its layers; None: no adapter.
-        factors: float32 `LoRAScaling` `[r]` where they differ within the stack, or None.
+        bias_delta: what training adds to it; None: nothing.
+        adapter: what trains, or None.
     """
 
     def __init__(
@@ -35,7 +72,7 @@ class Linear(nnx.Module):
         *,
         use_bias: bool = False,
         quantization: Quantization | None = None,
-        lora: LoRA | Slot | None = None,
+        adapter: MakesAdapter | None = None,
         layer: int | Array = 0,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -44,8 +81,8 @@ class Linear(nnx.Module):
 
         Args:
             quantization: how to store the weight; None keeps it dense in `dtype`.
-            lora: the adapter, or its place in a stack of layers; None for a plain frozen layer. Of a `LoRA` only rank,
-                alpha, rsLoRA and dropout count: a layer by itself has no name for the rest to match.
+            adapter: what makes the adapter, such as a `LoRA`, of which only what concerns a layer by itself counts; None for
+                a plain frozen layer.
             layer: which layer of the stack this is, int32 scalar.
             dtype: dtype of a dense weight and of the bias. The computation runs in the dtype of the input.
         """
@@ -55,22 +92,21 @@ class Linear(nnx.Module):
             weight = quantize(weight, quantization.data_type, quantization.block_size, quantization.double_quantization)
         self.weight = nnx.Param(weight)
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if use_bias else None
-        self.slot = slot = Slot((lora.rank,), (lora.scaling,), lora.dropout) if isinstance(lora, LoRA) else lora
-        if slot is None:
-            self.lora_a = self.lora_b = self.factors = None
-            return
-        a = init_lora_a(rngs.params(), in_features, slot.rank)
-        factors = None if slot.uniform else jnp.asarray(slot.factors())[layer]
-        self.factors = None if factors is None else LoRAScaling(factors)
-        self.lora_a = nnx.LoRAParam(a if factors is None else jnp.where(factors[None, :] > 0, a, 0))
-        self.lora_b = nnx.LoRAParam(jnp.zeros((slot.rank, out_features), jnp.float32))
+        self.bias_delta: Delta | None = None
+        made = None if adapter is None else adapter.make(in_features, out_features, layer=layer, rngs=rngs)
+        self.adapter: LinearAdapter | None = made
+        if isinstance(made, ReadsWeight):
+            made.read_weight(weight)
+
+    def base(self, x: Array) -> Array:
+        """The frozen layer's output for x `[..., in]`."""
+        return self.with_bias(matmul(x, self.weight.get_value()))
+
+    def with_bias(self, y: Array) -> Array:
+        """A product with the weight, and the bias where there is one."""
+        return y if self.bias is None else y + value_of(self.bias, self.bias_delta).astype(y.dtype)
 
     def __call__(self, x: Array, *, key: Array | None = None) -> Array:
         """x `[..., in]` to `[..., out]` in the dtype of x; `key` turns the adapter's dropout on."""
-        y = matmul(x, self.weight.get_value())
-        if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)
-        if self.slot is not None and self.lora_a is not None and self.lora_b is not None:
-            scaling = self.slot.scalings[0] if self.factors is None else self.factors[...]
-            y = y + lora_update(x, self.lora_a[...], self.lora_b[...], scaling, self.slot.dropout, key)
+        y = self.base(x) if self.adapter is None else self.adapter(x, self, key)
         return checkpoint_name(y, "linear")

@@ -21,13 +21,18 @@ from typing import Any
 import jax
 
 from qlora_jax.models import DecoderConfig
+from qlora_jax.models.chunks import chunk_count
 from qlora_jax.nn import split_axis
+from qlora_jax.peft import LoRA
 from qlora_jax.plan.recipe import Recipe, abstract_step, tree_bytes
 from qlora_jax.quant import PackedTable
 from qlora_jax.train.loss import chunk_tokens
 
 ERROR = 0.05  # the relative error of the peak that scripts/measure_plan.py holds it to
 _PROGRAM = 2**26  # of a feature that is the same for all: a TPU's program itself and what it holds in the chip's own memory
+# Where the feed-forward takes chunks on a GPU, attention's backward pass is the worst moment of a layer: the share of what
+# is as large as the stream that it holds, and how much more of a mask (by llama-2-7b and llama-3-8b at 1 x 32768).
+_ATTENTION, _CHUNKED_MASK = 0.45, 1.95
 # Bytes of working memory for each byte of a feature, by platform and moment; scripts/measure_plan.py prints this table.
 FACTORS: dict[str, dict[str, dict[str, float]]] = {
     "cuda": {
@@ -44,7 +49,7 @@ FACTORS: dict[str, dict[str, dict[str, float]]] = {
         "layer": {
             "program": 0.0,
             "inner": 2.159,
-            "hidden": 17.861,
+            "stream": 17.861,
             "heads": 0.433,
             "matrix": 0.0,
             "adapter": 0.305,
@@ -67,7 +72,7 @@ FACTORS: dict[str, dict[str, dict[str, float]]] = {
         "layer": {
             "program": 0.362,
             "inner": 4.397,
-            "hidden": 0.0,
+            "stream": 0.0,
             "heads": 4.177,
             "matrix": 2.316,
             "adapter": 0.142,
@@ -90,7 +95,7 @@ FACTORS: dict[str, dict[str, dict[str, float]]] = {
         "layer": {
             "program": 0.0,
             "inner": 0.0,
-            "hidden": 39.552,
+            "stream": 39.552,
             "heads": 4.372,
             "matrix": 0.0,
             "adapter": 2.023,
@@ -113,7 +118,7 @@ FACTORS: dict[str, dict[str, dict[str, float]]] = {
         "layer": {
             "program": 0.0,
             "inner": 8.0,
-            "hidden": 8.0,
+            "stream": 8.0,
             "heads": 4.0,
             "matrix": 2.0,
             "adapter": 1.0,
@@ -222,7 +227,7 @@ def residual_bytes(recipe: Recipe) -> tuple[int, int]:
     dots      also the results of all products, adapters' inner ones among them, and the attention's
     none      beside those of "dots" what stands between them: norms, rotated queries and keys, activations
     """
-    size, tokens = 2 if recipe.dtype == "bfloat16" else 4, recipe.tokens
+    size, tokens = 2 if recipe.dtype == "bfloat16" else 4, recipe.positions
     layers, hidden, inner, heads, kv = _sizes(recipe)
     stream = layers * tokens * hidden * size
     if recipe.remat == "full":
@@ -231,7 +236,9 @@ def residual_bytes(recipe: Recipe) -> tuple[int, int]:
         return 0, stream
     # q, k, v, the attention's output twice (out and o), gate and up; down ends the layer, and nothing needs it again
     products = tokens * (2 * heads + 2 * kv + hidden + 2 * inner) * size
-    lora = tokens * 7 * recipe.lora.rank * size
+    lora = tokens * 7 * (recipe.method.rank if isinstance(recipe.method, LoRA) else 0) * size
+    if isinstance(recipe.method, LoRA) and recipe.method.use_dora:  # each layer's result before its columns are scaled
+        lora += tokens * (heads + 2 * kv + 2 * hidden + 2 * inner) * size
     kept = stream + layers * (products + lora)
     if recipe.remat == "dots":
         return kept, 0
@@ -241,7 +248,7 @@ def residual_bytes(recipe: Recipe) -> tuple[int, int]:
 
 def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[str, int]:
     """Sizes, in bytes on each device, that working memory is made of: a layer's activations, a matrix, a chunk of logits."""
-    config, size, tokens = recipe.config, 2 if recipe.dtype == "bfloat16" else 4, recipe.tokens
+    config, size, tokens = recipe.config, 2 if recipe.dtype == "bfloat16" else 4, recipe.positions
     _, hidden, inner, heads, kv = _sizes(recipe)
     decoder = isinstance(config, DecoderConfig)
     attention = config.num_attention_heads if decoder else config.num_heads
@@ -254,11 +261,16 @@ def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[
     tables = 2 if decoder and not config.tie_word_embeddings else 1
     spread = devices if config.vocab_size % devices == 0 else 1  # over whom the loss spreads the rows of the head
     chunk = chunk_tokens(config.vocab_size // spread) // spread  # of each device's tokens
-    logits = min(chunk, tokens) * config.vocab_size * 4
-    looped = tokens > chunk and recipe.micro_batches == 1  # over chunks, outside of a loop over micro-batches
+    logits = min(chunk, recipe.tokens) * config.vocab_size * 4
+    looped = recipe.tokens > chunk and recipe.micro_batches == 1  # over chunks, outside of a loop over micro-batches
+    seen = -(-recipe.keys // recipe.attention_groups)  # tokens that a token may see
+    at_once = -(-tokens // chunk_count(tokens, recipe.remat)) if decoder else tokens  # in the feed-forward
+    in_chunks = platform == "cuda" and devices == 1 and at_once < tokens
+    stream = round(_ATTENTION * tokens + (1 - _ATTENTION) * at_once) if in_chunks else tokens
     return {
-        "inner": tokens * inner * size,
+        "inner": at_once * inner * size,
         "hidden": tokens * hidden * size,
+        "stream": stream * hidden * size,
         "heads": tokens * (heads + 2 * kv) * size,
         "matrix": hidden * inner * size,
         "logits": logits,
@@ -268,7 +280,7 @@ def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[
         "table": table,
         "hoisted": tables * table if recipe.micro_batches > 1 else 0,  # out of the loop over micro-batches
         "adapter": adapter,
-        "mask": recipe.sequences * scores * recipe.length**2 * 2,
+        "mask": int((_CHUNKED_MASK if in_chunks else 1) * recipe.sequences * scores * recipe.keys * seen * 2),
     }
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.models import T5, CausalLM, DecoderConfig, ModelConfig, Remat
-from qlora_jax.nn import LoRA, default_implementation
+from qlora_jax.nn import default_implementation
+from qlora_jax.peft import LoRA, Method, PromptMethod
 from qlora_jax.quant import PackedTable, Quantization, TableStorage
 from qlora_jax.train.dpo import PAIRS, dpo_loss, with_reference
 from qlora_jax.train.loss import language_model_loss, seq2seq_loss
@@ -40,13 +41,14 @@ class Recipe:
         packed: whether batches say which document each token belongs to, which those of pairs never do.
         host_optimizer: whether the optimizer's state lives in pinned host memory.
         host_adapter: whether the adapter and its gradient do, and the optimizer's state with them.
+        attention_groups: of LongLoRA's attention; 1 for dense attention.
         reference: whether DPO's reference is a copy of the adapter, as where a run goes on from one; else it is the base.
     """
 
     config: ModelConfig
     quantization: Quantization | None = Quantization()
     tables: TableStorage = "none"
-    lora: LoRA = LoRA()
+    method: Method = LoRA()  # noqa: RUF009
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Remat = "full"
     objective: PlannedObjective = "sft"
@@ -60,10 +62,11 @@ class Recipe:
     weight_decay: float = 0.0
     max_grad_norm: float | None = 0.3
     neftune_alpha: float = 0.0
+    attention_groups: int = 1
     reference: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "micro_batches", "length"):
+        for name in ("batch_size", "micro_batches", "length", "attention_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
         if self.host_adapter and not self.host_optimizer:
@@ -80,6 +83,17 @@ class Recipe:
     def tokens(self) -> int:
         """Tokens that a device's pass through the model sees."""
         return self.sequences * self.length
+
+    @property
+    def keys(self) -> int:
+        """Keys of a sequence, with those of virtual tokens."""
+        return self.length + (self.method.virtual_tokens if isinstance(self.method, PromptMethod) else 0)
+
+    @property
+    def positions(self) -> int:
+        """Tokens that a device's pass through the layers sees, with virtual ones."""
+        embedded = isinstance(self.method, PromptMethod) and not self.method.is_prefix
+        return self.sequences * (self.keys if embedded else self.length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +146,7 @@ def abstract_model(recipe: Recipe, platform: str) -> Any:
             recipe.config,  # type: ignore[arg-type]
             quantization=recipe.quantization,
             tables=recipe.tables,
-            lora=recipe.lora,
+            method=recipe.method,
             dtype=jnp.dtype(recipe.dtype),
             attention=default_implementation(platform),
             remat=recipe.remat,
@@ -148,7 +162,8 @@ def _loss(recipe: Recipe) -> tuple[LossFunction, Unit]:
         return dpo_loss, PAIRS
     if not isinstance(recipe.config, DecoderConfig):
         return seq2seq_loss, TOKENS
-    return partial(language_model_loss, neftune_alpha=recipe.neftune_alpha), TOKENS
+    loss = partial(language_model_loss, neftune_alpha=recipe.neftune_alpha, attention_groups=recipe.attention_groups)
+    return loss, TOKENS
 
 
 def abstract_batch(recipe: Recipe, devices: int = 1) -> dict[str, jax.ShapeDtypeStruct]:

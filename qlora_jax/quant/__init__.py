@@ -2,7 +2,15 @@
 arrays in 8 bits, block by block."""
 
 from qlora_jax.quant.blocks import from_blocks, to_blocks
-from qlora_jax.quant.codebooks import BLOCK_SIZES, DATA_TYPES, SCALE_BLOCK_SIZE, DataType, codebook, dynamic_map
+from qlora_jax.quant.codebooks import (
+    BLOCK_SIZES,
+    DATA_TYPES,
+    SCALE_BLOCK_SIZE,
+    DataType,
+    code_bits,
+    codebook,
+    dynamic_map,
+)
 from qlora_jax.quant.dynamic import BlockwiseArray, dequantize_blockwise, quantize_blockwise
 from qlora_jax.quant.matmul import matmul, with_implementation
 from qlora_jax.quant.rows import (
@@ -37,6 +45,7 @@ __all__ = [
     "QuantizedTensor",
     "StackedTensor",
     "TableStorage",
+    "code_bits",
     "codebook",
     "dequantize",
     "dequantize_blockwise",

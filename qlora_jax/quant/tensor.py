@@ -53,14 +53,14 @@ _CHUNK = 2**20  # values quantised at a time: bounds the float32 temporaries whi
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedTensor:
-    """A frozen `[..., in, out]` matrix in 4 bits a value.
+    """A frozen `[..., in, out]` matrix in slots of 4 bits a value.
 
     Attributes:
         codes: uint8, two codes a byte, in the layout that the module describes.
         scales: one per block: uint8 codes of the dynamic map under double quantisation, else float32 absmax.
         scale_absmax: float32 `[..., ceil(blocks / 256)]` under double quantisation, in the order of the blocks; else None.
         scale_offset: float32 `[...]`, the mean that was subtracted from the scales; None without double quantisation.
-        data_type: "nf4", "fp4" or "int4".
+        data_type: one of `DATA_TYPES`.
         block_size: values that share a scale.
         dtype: what `dequantize` returns by default.
         flat_shape: (in, out) in the flat layout; None in the column layout, where the shape follows from `codes`.
@@ -214,6 +214,7 @@ def _quantize_matrix(w: Array, data_type: DataType, block_size: int) -> tuple[Ar
     chunk = min(blocks, _CHUNK // block_size)
     padded = jnp.pad(flat, (0, -(-blocks // chunk) * chunk * block_size - flat.size))
     edges, code_of = borders(data_type)
+    sorted_by_value = np.array_equal(code_of, np.arange(code_of.size))
 
     # Over bfloat16 numbers XLA's CPU backend converts the whole matrix to float32 ahead of the loop; over bits it cannot.
     as_bits = w.dtype == jnp.bfloat16
@@ -225,7 +226,7 @@ def _quantize_matrix(w: Array, data_type: DataType, block_size: int) -> tuple[Ar
         absmax = jnp.max(jnp.abs(x), axis=1)
         scaled = jnp.clip(x * (1.0 / jnp.where(absmax == 0, 1.0, absmax))[:, None], -1.0, 1.0)
         above = sum(((scaled > edge).astype(jnp.uint8) for edge in edges), jnp.zeros(x.shape, jnp.uint8))
-        return above if data_type != "fp4" else jnp.asarray(code_of)[above], absmax
+        return above if sorted_by_value else jnp.asarray(code_of)[above], absmax
 
     codes, absmax = jax.lax.map(quantize_chunk, padded.reshape(-1, chunk, block_size))
     codes, absmax = codes.reshape(-1)[: flat.size], absmax.reshape(-1)[:blocks]

@@ -3,7 +3,14 @@
 from qlora_jax.train.dpo import PAIRS, dpo_loss, with_reference, without_adapter
 from qlora_jax.train.log import MetricsLog, best_evaluation, peak_memory_bytes, perplexity, plot_losses
 from qlora_jax.train.loop import BatchSource, Cadence, DivergedError, Watch, mean_metrics, train
-from qlora_jax.train.loss import chunked_cross_entropy, language_model_loss, seq2seq_loss, token_losses
+from qlora_jax.train.loss import (
+    chunked_cross_entropy,
+    language_model_figures,
+    language_model_loss,
+    seq2seq_figures,
+    seq2seq_loss,
+    token_losses,
+)
 from qlora_jax.train.offload import HostOffload, host_offload
 from qlora_jax.train.optim import (
     OPTIMIZERS,
@@ -56,6 +63,7 @@ __all__ = [
     "init_state",
     "jit_eval_step",
     "jit_train_step",
+    "language_model_figures",
     "language_model_loss",
     "learning_rate_schedule",
     "mean_metrics",
@@ -63,6 +71,7 @@ __all__ = [
     "peak_memory_bytes",
     "perplexity",
     "plot_losses",
+    "seq2seq_figures",
     "seq2seq_loss",
     "split",
     "token_losses",

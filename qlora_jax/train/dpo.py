@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from qlora_jax.nn import Linear
+from qlora_jax.peft import Prompt
 from qlora_jax.train.loss import row_losses
 from qlora_jax.train.step import Unit
 
@@ -66,8 +68,10 @@ def without_adapter(model: Any) -> Any:
     """The same model with its adapter left out; it shares all other arrays with `model`, which stays as it is."""
     graphdef, state = nnx.split(model)
     bare = nnx.merge(graphdef, state)
-    for _, module in nnx.iter_modules(bare):
-        for name in [name for name, value in vars(module).items() if isinstance(value, nnx.LoRAParam)]:
+    for _, module in list(nnx.iter_modules(bare)):
+        if isinstance(module, Linear):
+            module.adapter = None
+        for name in [name for name, value in vars(module).items() if isinstance(value, nnx.LoRAParam | Prompt)]:
             setattr(module, name, None)
     return bare
 

@@ -22,7 +22,7 @@ The hidden states travel, some megabytes a chunk, and not the head, a gigabyte t
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -230,7 +230,14 @@ def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
     return tuple(split(array) for array in arrays)
 
 
-def language_model_loss(model: Any, batch: Mapping[str, Array], key: Array | None, *, neftune_alpha: float = 0.0) -> Array:
+def language_model_loss(
+    model: Any,
+    batch: Mapping[str, Array],
+    key: Array | None,
+    *,
+    neftune_alpha: float = 0.0,
+    attention_groups: int = 1,
+) -> Array:
     """The summed cross-entropy of a batch over its learned tokens, float32 scalar.
 
     Args:
@@ -238,10 +245,12 @@ def language_model_loss(model: Any, batch: Mapping[str, Array], key: Array | Non
         batch: `inputs`, `targets`, `loss_mask`, each `[b, t]`; `positions` and `segment_ids` where documents are packed.
         key: random key of dropout and NEFTune; None turns both off.
         neftune_alpha: noise on the embeddings, for models whose `hidden` takes that argument; 0 for none.
+        attention_groups: of LongLoRA's attention, for models whose `hidden` takes that argument; 1 for dense attention.
     """
-    noise = {"neftune_alpha": neftune_alpha} if neftune_alpha else {}
+    more: dict[str, Any] = {"neftune_alpha": neftune_alpha} if neftune_alpha else {}
+    more |= {"attention_groups": attention_groups} if attention_groups > 1 else {}
     hidden = model.hidden(
-        batch["inputs"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"), key=key, **noise
+        batch["inputs"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"), key=key, **more
     )
     return row_losses(model, hidden, batch["targets"], batch["loss_mask"]).sum()
 
@@ -260,16 +269,61 @@ def seq2seq_loss(model: Any, batch: Mapping[str, Array], key: Array | None) -> A
     return row_losses(model, hidden, batch["targets"], batch["loss_mask"]).sum()
 
 
+def language_model_figures(model: Any, batch: Mapping[str, Array], key: Array | None) -> tuple[Array, dict[str, Array]]:
+    """`language_model_loss` of held-out data, and over its learned tokens the sum of what TRL calls `mean_token_accuracy`: 1
+    for a token to which the model gives the highest of all logits."""
+    hidden = model.hidden(batch["inputs"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"), key=key)
+    return _figures(model, hidden, batch)
+
+
+def seq2seq_figures(model: Any, batch: Mapping[str, Array], key: Array | None) -> tuple[Array, dict[str, Array]]:
+    """`seq2seq_loss` with the same figure."""
+    encoded = model.encode(batch["sources"], batch["source_mask"], key=None)
+    return _figures(model, model.hidden(batch["inputs"], encoded, batch["source_mask"], key=None), batch)
+
+
+def _figures(model: Any, hidden: Array, batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+    """(summed loss, other sums); not to be differentiated."""
+
+    def figures(head: Table, hidden: Array, targets: Array, weights: Array, axis: str | None) -> Array:
+        chunk = chunk_tokens(head.shape[0]) // (1 if axis is None else jax.lax.axis_size(axis))
+        head = head.folded()
+
+        def run(part: tuple[Array, Array, Array]) -> Array:
+            h, target, weight = _gathered(axis, *part)
+            losses, logits, _ = _chunk_loss(head, h, target, weight, model.logit_cap, axis)
+            own, here = _own_rows(head, target, axis)
+            label = jnp.take_along_axis(logits, jnp.minimum(own, logits.shape[1] - 1)[:, None], axis=1)[:, 0]
+            highest = logits.max(-1) if axis is None else jax.lax.pmax(logits.max(-1), axis)
+            hits = here & (label >= highest)
+            if axis is not None:
+                hits = jax.lax.psum(hits.astype(jnp.float32), axis) > 0
+            return jnp.stack([_own(axis, losses), _own(axis, jnp.where(hits, weight, 0))])
+
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        found = jax.lax.map(run, _chunks(chunk, flat, targets.reshape(-1), weights.reshape(-1)))
+        return found.transpose(0, 2, 1).reshape(-1, 2)[: flat.shape[0]].reshape(*targets.shape, 2).sum(1)
+
+    sums = _over_rows_with_head(model.head, figures, hidden, batch["targets"], batch["loss_mask"]).sum(0)
+    return sums[0], {"mean_token_accuracy": sums[1]}
+
+
 def row_losses(model: Any, hidden: Array, targets: Array, weights: Array) -> Array:
     """The weighted cross-entropy of each row, summed over its tokens: `[b, t, d]` hidden states to float32 `[b]`."""
-    head, devices = model.head, devices_of_context()
-    head = head if isinstance(head, Table) else Table(head)
-    axis = AXIS if devices > 1 and head.delta is None and head.shape[0] % devices == 0 else None
 
-    def losses(head: Table, hidden: Array, targets: Array, weights: Array) -> Array:
+    def losses(head: Table, hidden: Array, targets: Array, weights: Array, axis: str | None) -> Array:
         flat = hidden.reshape(-1, hidden.shape[-1])
         each = token_losses(flat, head, targets.reshape(-1), weights.reshape(-1), None, model.logit_cap, axis)
         return each.reshape(targets.shape).sum(1)
 
+    return _over_rows_with_head(model.head, losses, hidden, targets, weights)
+
+
+def _over_rows_with_head(head: Any, function: Callable[..., Array], *arrays: Array) -> Array:
+    """`function(head, *arrays, axis)` with the rows of the arrays, and of the head where that can be, spread over the
+    devices."""
+    devices = devices_of_context()
+    head = head if isinstance(head, Table) else Table(head)
+    axis = AXIS if devices > 1 and head.delta is None and head.shape[0] % devices == 0 else None
     head, spread = head.by_rows(AXIS) if axis is not None else (head, None)
-    return over_rows(losses, head, hidden, targets, weights, spread=spread)
+    return over_rows(partial(function, axis=axis), head, *arrays, spread=spread)

@@ -24,7 +24,7 @@ import optax
 from jax import Array
 
 from qlora_jax.nn.host import HostArray, to_device, to_host
-from qlora_jax.train.optim import Optimizer, clip_factor
+from qlora_jax.train.optim import Optimizer, clip_factor, scaled
 
 HOST = "pinned_host"
 _LEAST = 128  # values of a layer's leaf that goes to the host
@@ -80,22 +80,25 @@ class HostOffload:
         factor = clip_factor(norm, self.tx.max_grad_norm)
         gradients, other_gradients = _groups(jax.tree.leaves(gradient))
         stacks, rest = _groups(leaves)
+        rates, other_rates = _groups(leaves, self.tx.rates(params))
         done = [
-            self._stack(gradients[layers], old, stack, factor)
+            self._stack(gradients[layers], old, stack, factor, rates[layers])
             for (layers, stack), old in zip(stacks.items(), state.stacks, strict=True)
         ]
-        other, kept_rest = self._update(other_gradients, state.rest, rest, factor) if rest else ([], None)
+        other, kept_rest = self._update(other_gradients, state.rest, rest, factor, other_rates) if rest else ([], None)
         stacked = [iter(new) for new, _ in done]
         of, others = dict(zip(stacks, stacked, strict=True)), iter(other)
         new = [next(of[leaf.shape[0]] if _is_stack(leaf) else others) for leaf in leaves]
         return tree.unflatten(new), HostState(tuple(kept for _, kept in done), kept_rest), norm
 
-    def _stack(self, gradient: Any, state: Any, params: list[Array], factor: Array) -> tuple[list[Array], Any]:
+    def _stack(
+        self, gradient: Any, state: Any, params: list[Array], factor: Array, rates: list[float]
+    ) -> tuple[list[Array], Any]:
         """The parameters of a stack and their state, updated a layer at a time."""
         if self.adapter:
 
             def move(_: None, layer: tuple[Any, Any, Any]) -> tuple[None, tuple[Any, Any]]:
-                return None, self._update(*layer, factor)
+                return None, self._update(*layer, factor, rates)
 
             _, (new, kept) = jax.lax.scan(move, None, (gradient, state, params))
             return new, kept
@@ -104,17 +107,17 @@ class HostOffload:
         def change(params: list[Array], layer: tuple[Array, Any, Any]) -> tuple[list[Array], Any]:
             index, gradient, state = layer
             old = [jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False) for leaf in params]
-            new, kept = self._update(gradient, state, old, factor)
+            new, kept = self._update(gradient, state, old, factor, rates)
             pairs = zip(params, new, strict=True)
             return [jax.lax.dynamic_update_index_in_dim(leaf, value, index, 0) for leaf, value in pairs], kept
 
         layers = jnp.arange(params[0].shape[0])
         return jax.lax.scan(change, params, (layers, gradient, state))
 
-    def _update(self, gradient: Any, state: Any, params: Any, factor: Array) -> tuple[Any, Any]:
+    def _update(self, gradient: Any, state: Any, params: Any, factor: Array, rates: list[float]) -> tuple[Any, Any]:
         gradient, state, params = to_device((gradient, state, params))
         updates, state = self.tx.rule.update([leaf * factor for leaf in gradient], state, params)
-        params = optax.apply_updates(params, updates)
+        params = optax.apply_updates(params, scaled(updates, rates))
         kept = jax.tree.map(lambda leaf: to_host(leaf) if _kind(leaf.shape) == HOST else leaf, state)
         return to_host(params) if self.adapter else params, kept
 
@@ -178,10 +181,11 @@ def _is_stack(leaf: Array) -> bool:
     return leaf.ndim > 2
 
 
-def _groups(leaves: Sequence[Array]) -> tuple[dict[int, list[Array]], list[Array]]:
-    """(stacks by their number of layers, the rest), each in the order of the leaves."""
-    stacks: dict[int, list[Array]] = {}
-    for leaf in leaves:
-        if _is_stack(leaf):
-            stacks.setdefault(leaf.shape[0], []).append(leaf)
-    return stacks, [leaf for leaf in leaves if not _is_stack(leaf)]
+def _groups(leaves: Sequence[Array], values: Sequence[Any] | None = None) -> tuple[dict[int, list[Any]], list[Any]]:
+    """(stacks by their number of layers, the rest), each in the order of the leaves; of `values` that belong to the leaves,
+    if given, in place of the leaves themselves."""
+    stacks: dict[int, list[Any]] = {}
+    rest: list[Any] = []
+    for leaf, value in zip(leaves, leaves if values is None else values, strict=True):
+        (stacks.setdefault(leaf.shape[0], []) if _is_stack(leaf) else rest).append(value)
+    return stacks, rest

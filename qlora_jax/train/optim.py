@@ -7,6 +7,7 @@ lion          4 bytes                 sign(beta1 m + (1 - beta1) g)           Ch
 adafactor     4 (1/in + 1/out) bytes  g / sqrt(row means x column means)      Shazeer & Stern 2018
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from qlora_jax.train import loraplus
 from qlora_jax.train.adam8bit import scale_by_adam8bit
 
 OptimizerName = Literal["adamw", "adamw8bit", "lion", "adafactor"]
@@ -31,10 +33,12 @@ class Optimizer:
     Attributes:
         rule: gradients to updates. `host_offload` takes those that treat each matrix by itself, as all rules here do.
         max_grad_norm: None for no clipping.
+        loraplus_lr_ratio: by what the updates of LoRA's B are multiplied (train.loraplus); None: as those of A.
     """
 
     rule: optax.GradientTransformation
     max_grad_norm: float | None = None
+    loraplus_lr_ratio: float | None = None
 
     def init(self, params: optax.Params) -> optax.OptState:
         return self.rule.init(params)
@@ -43,7 +47,20 @@ class Optimizer:
         self, updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         factor = clip_factor(optax.tree.norm(updates), self.max_grad_norm)
-        return self.rule.update(jax.tree.map(lambda leaf: leaf * factor, updates), state, params)
+        updates, state = self.rule.update(jax.tree.map(lambda leaf: leaf * factor, updates), state, params)
+        leaves, tree = jax.tree.flatten(updates)
+        return tree.unflatten(scaled(leaves, self.rates(updates))), state
+
+    def rates(self, params: Any) -> list[float]:
+        """The factor on the learning rate of each leaf of the parameters."""
+        if self.loraplus_lr_ratio is None:
+            return [1.0] * len(jax.tree.leaves(params))
+        return loraplus.rates(params, self.loraplus_lr_ratio)
+
+
+def scaled(updates: Any, rates: list[float]) -> list[Array]:
+    """A list of updates times their factors."""
+    return [leaf if rate == 1 else leaf * rate for leaf, rate in zip(updates, rates, strict=True)]
 
 
 def clip_factor(norm: Array, max_grad_norm: float | None) -> Array:
@@ -89,6 +106,7 @@ def optimizer(
     epsilon: float = 1e-8,
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 0.3,
+    loraplus_lr_ratio: float | None = None,
 ) -> Optimizer:
     """An update rule behind clipping by the global norm; the defaults are the QLoRA authors', those of Lion its paper's.
 
@@ -98,10 +116,13 @@ def optimizer(
             1 - t^-0.8 at step t.
         epsilon: of both kinds of AdamW.
         max_grad_norm: None for no clipping.
+        loraplus_lr_ratio: learning rate of LoRA's B by that of A; None for the same.
 
     Raises:
-        ValueError: unknown name, or decays for Adafactor.
+        ValueError: unknown name, decays for Adafactor, or a ratio that is no positive number.
     """
+    if loraplus_lr_ratio is not None and not 0 < loraplus_lr_ratio < math.inf:
+        raise ValueError(f"loraplus_lr_ratio: expected a number above 0, found {loraplus_lr_ratio}")
     b1 = 0.9 if beta1 is None else beta1
     b2 = (0.99 if name == "lion" else 0.999) if beta2 is None else beta2
     match name:
@@ -120,7 +141,8 @@ def optimizer(
         case _:
             raise ValueError(f"unknown optimizer {name!r}; expected one of {', '.join(OPTIMIZERS)}")
     decay = () if weight_decay == 0 else (optax.add_decayed_weights(weight_decay),)
-    return Optimizer(optax.chain(rule, *decay, optax.scale_by_learning_rate(learning_rate)), max_grad_norm)
+    chain = optax.chain(rule, *decay, optax.scale_by_learning_rate(learning_rate))
+    return Optimizer(chain, max_grad_norm, loraplus_lr_ratio)
 
 
 def adamw(

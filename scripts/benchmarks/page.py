@@ -1,6 +1,8 @@
 """Results as sections of one page: a title, sentences, a table, more sentences; as text for a terminal and as Markdown."""
 
 import dataclasses
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,9 +37,9 @@ def text(section: Section) -> str:
     return "\n".join([*lines, *section.after, ""])
 
 
-def markdown(sections: Sequence[Section], command: str) -> str:
+def markdown(sections: Sequence[Section], command: str, title: str = "Results") -> str:
     """The page of all sections; `command` is what made it."""
-    lines = ["# Results", "", f"Made by `{command}`, whose head says how; the figures of one run on one machine.", ""]
+    lines = [f"# {title}", "", f"Made by `{command}`, whose head says how; the figures of one run on one machine.", ""]
     for section in sections:
         lines += [f"## {section.title}", "", *(line for sentence in section.before for line in (sentence, ""))]
         if section.rows:
@@ -46,9 +48,20 @@ def markdown(sections: Sequence[Section], command: str) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, sections: Sequence[Section], command: str) -> None:
+def write(path: Path, sections: Sequence[Section], command: str, title: str = "Results") -> None:
     """Writes the page."""
-    path.write_text(markdown(sections, command), encoding="utf-8")
+    path.write_text(markdown(sections, command, title), encoding="utf-8")
+
+
+def said_command(script: str) -> str:
+    """The command line, without where things lie on this machine."""
+    words, skipping = [], False
+    for word in sys.argv[1:]:
+        skipping = word.startswith("--peer-python") or (skipping and not word.startswith("--"))
+        if not skipping:
+            flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+            words.append(f"{flag}{equals}{Path(value).name if value.startswith('/') else value}")
+    return shlex.join(["python", f"scripts/{script}", *words])
 
 
 def _row(cells: Sequence[str]) -> str:

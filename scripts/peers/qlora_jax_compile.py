@@ -18,14 +18,14 @@ def main() -> None:
 
     import benchmarks.ahead  # before JAX
 
-    from qlora_jax.nn import LoRA
+    from qlora_jax.peft import LoRA
     from qlora_jax.plan import DoesNotFit, Recipe, compile_decode_step, compile_train_step, machine_named
     from qlora_jax.plan.compile import versions
 
     machine = machine_named(arguments.device)
     recipe = Recipe(
         config=benchmarks.ahead.config_of(arguments.model),
-        lora=LoRA(arguments.rank),
+        method=LoRA(arguments.rank),
         batch_size=arguments.batch_size,
         length=arguments.length,
         packed=False,

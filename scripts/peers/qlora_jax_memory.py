@@ -40,7 +40,7 @@ def main() -> None:
     from qlora_jax.checkpoint.load import load_model
     from qlora_jax.checkpoint.source import open_checkpoint
     from qlora_jax.models import family_of
-    from qlora_jax.nn import LoRA
+    from qlora_jax.peft import LoRA
     from qlora_jax.plan import Recipe
     from qlora_jax.plan.recipe import abstract_step
     from qlora_jax.train.step import create_state, jit_train_step, split
@@ -48,7 +48,7 @@ def main() -> None:
     checkpoint = open_checkpoint(arguments.model)
     recipe = Recipe(
         config=family_of(checkpoint.config).config(checkpoint.config),
-        lora=LoRA(rank=arguments.rank, alpha=16.0),
+        method=LoRA(rank=arguments.rank, alpha=16.0),
         dtype=arguments.dtype,
         remat=arguments.remat,
         batch_size=arguments.batch_size,
@@ -77,7 +77,7 @@ def main() -> None:
 
     def load() -> tuple[Any, Any]:
         model = load_model(
-            checkpoint, lora=recipe.lora, dtype=jnp.dtype(arguments.dtype), remat=arguments.remat, progress=False
+            checkpoint, method=recipe.method, dtype=jnp.dtype(arguments.dtype), remat=arguments.remat, progress=False
         )
         _, adapter, frozen = split(model)
         return jax.block_until_ready((create_state(planned.tx, adapter), frozen))

@@ -22,7 +22,7 @@ def main() -> None:
 
     from qlora_jax.checkpoint.load import load_model
     from qlora_jax.checkpoint.source import open_checkpoint
-    from qlora_jax.nn import LoRA
+    from qlora_jax.peft import LoRA
     from qlora_jax.quant import Quantization
     from qlora_jax.train.loss import language_model_loss
     from qlora_jax.train.optim import adamw
@@ -33,7 +33,7 @@ def main() -> None:
     model = load_model(
         open_checkpoint(arguments.model),
         quantization=Quantization("nf4", double_quantization=True),
-        lora=LoRA(rank=arguments.rank, alpha=16.0),
+        method=LoRA(rank=arguments.rank, alpha=16.0),
         dtype=jnp.dtype(arguments.dtype),
         remat=arguments.remat,
         progress=False,

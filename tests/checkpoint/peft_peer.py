@@ -13,7 +13,7 @@ from flax import nnx
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.source import open_checkpoint
 from qlora_jax.models import T5, Model
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 
 VOCABULARY = 61
 DECODER: dict[str, Any] = {
@@ -86,7 +86,7 @@ class Peer:
 
     def ours(self, lora: LoRA | None) -> Model:
         checkpoint = open_checkpoint(str(self.folder))
-        return load_model(checkpoint, quantization=None, lora=lora, dtype=jnp.float32, progress=False)
+        return load_model(checkpoint, quantization=None, method=lora, dtype=jnp.float32, progress=False)
 
     def logits(self, model: Any) -> np.ndarray:
         tokens = self.torch.from_numpy(random_tokens()).long()

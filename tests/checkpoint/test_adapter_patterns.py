@@ -15,7 +15,7 @@ from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.merge import merge
 from qlora_jax.checkpoint.source import CheckpointError, open_checkpoint
 from qlora_jax.models import FAMILIES, families_with, family_of, linear_modules
-from qlora_jax.nn import LoRA, module_matches
+from qlora_jax.peft import LoRA, module_matches
 
 TOLERANCE = 1e-4  # on logits whose standard deviation is about 3
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -91,7 +91,7 @@ def test_there_and_back(peers: Callable[[str], Peer], tmp_path: Path, case: str)
     assert largest(peer.logits(peer.base()), expected) > 1000 * TOLERANCE, "the adapter has to be seen"
 
     moved = randomised(model)
-    save_adapter(moved, tmp_path / "ours", lora=lora, base_model_name_or_path=str(peer.folder))
+    save_adapter(moved, tmp_path / "ours", method=lora, base_model_name_or_path=str(peer.folder))
     theirs = peer.logits(peer.peft.PeftModel.from_pretrained(peer.base(), tmp_path / "ours"))
     assert largest(theirs, expected) > 1000 * TOLERANCE
     assert largest(run(moved), theirs) < TOLERANCE
@@ -116,7 +116,7 @@ def test_merged(peers: Callable[[str], Peer], tmp_path: Path, case: str) -> None
 def test_the_order_of_patterns_decides_and_is_kept(peers: Callable[[str], Peer], tmp_path: Path) -> None:
     lora = LoRA(rank=4, rank_pattern=(("up_proj", 2), (r"mlp\..*", 6), ("down_proj", 3)))
     peer = peers("llama")
-    save_adapter(randomised(peer.ours(lora)), tmp_path, lora=lora)
+    save_adapter(randomised(peer.ours(lora)), tmp_path, method=lora)
     tensors = read_adapter(tmp_path).tensors
     ranks = {name.split(".")[-3]: tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name}
     assert ranks == {

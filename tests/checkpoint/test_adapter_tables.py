@@ -20,7 +20,7 @@ from qlora_jax.checkpoint.merge import merge
 from qlora_jax.checkpoint.source import CheckpointError, open_checkpoint
 from qlora_jax.models import CausalLM
 from qlora_jax.models.llama import llama_config
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.train import adamw, create_state, jit_train_step, language_model_loss, split
 from qlora_jax.train.dpo import without_adapter
 
@@ -73,12 +73,12 @@ def test_there_and_back_and_merged(peers: Callable[[str, bool], Peer], tmp_path:
     peer = peers(family, tied)
     expected = peer.logits(peer.random_adapter(tmp_path / "theirs", **fields))
     adapter = read_adapter(tmp_path / "theirs")
-    model = load_adapter(peer.ours(adapter.lora), adapter)
+    model = load_adapter(peer.ours(adapter.method), adapter)
     assert largest(run(model), expected) < TOLERANCE
     assert largest(run(without_adapter(model)), peer.logits(peer.base())) < TOLERANCE
 
     moved = randomised(model)
-    save_adapter(moved, tmp_path / "ours", lora=adapter.lora, base_model_name_or_path=str(peer.folder))
+    save_adapter(moved, tmp_path / "ours", method=adapter.method, base_model_name_or_path=str(peer.folder))
     theirs = peer.logits(peer.peft.PeftModel.from_pretrained(peer.base(), tmp_path / "ours"))
     assert largest(theirs, expected) > 1000 * TOLERANCE
     assert largest(run(moved), theirs) < 5 * TOLERANCE
@@ -176,7 +176,7 @@ SIZES: dict[str, Any] = {
 def test_what_cannot_train(fields: dict[str, Any], message: str) -> None:
     config = llama_config(SIZES | {"tie_word_embeddings": True})
     with pytest.raises(ValueError, match=message):
-        nnx.eval_shape(lambda: CausalLM(config, lora=LoRA(**fields), rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda: CausalLM(config, method=LoRA(**fields), rngs=nnx.Rngs(0)))
 
 
 def test_files_without_what_the_configuration_names_are_refused(peers: Callable[[str, bool], Peer], tmp_path: Path) -> None:
@@ -198,11 +198,11 @@ def test_rows_of_a_packed_table(peers: Callable[[str, bool], Peer], tmp_path: Pa
     peer.random_adapter(tmp_path / "theirs", trainable_token_indices=[7, 3, 60])
     adapter = read_adapter(tmp_path / "theirs")
     checkpoint = open_checkpoint(str(peer.folder))
-    model = load_model(checkpoint, quantization=None, tables="int8", lora=adapter.lora, progress=False)
+    model = load_model(checkpoint, quantization=None, tables="int8", method=adapter.method, progress=False)
     model = load_adapter(model, adapter)
     rows = next(tensor for name, tensor in adapter.tensors.items() if "trainable_tokens" in name)
     np.testing.assert_allclose(model.embed_tokens(jnp.asarray([7, 3, 60])), rows, atol=1e-6)
-    save_adapter(model, tmp_path / "ours", lora=adapter.lora)
+    save_adapter(model, tmp_path / "ours", method=adapter.method)
     again = read_adapter(tmp_path / "ours").tensors
     for name, tensor in adapter.tensors.items():
         np.testing.assert_allclose(again[name], tensor, atol=1e-6)

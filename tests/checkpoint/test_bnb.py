@@ -16,7 +16,7 @@ from qlora_jax.checkpoint.load import load_model, storage_of
 from qlora_jax.checkpoint.merge import merge
 from qlora_jax.checkpoint.source import CheckpointError, open_checkpoint
 from qlora_jax.models import CausalLM
-from qlora_jax.quant import Quantization, QuantizedTensor, from_blocks, quantize, to_blocks
+from qlora_jax.quant import DATA_TYPES, Quantization, QuantizedTensor, from_blocks, quantize, to_blocks
 
 SIZES: dict[str, Any] = {
     "vocab_size": 101,
@@ -200,7 +200,8 @@ def edit_state(tensors: dict[str, np.ndarray], **fields: Any) -> None:
 BAD: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
     "wrong shape": (lambda t: edit_state(t, shape=[64, 128]), r"expected 128 values, found 64"),
     "no state": (lambda t: t.update({STATE: np.frombuffer(b"{nonsense", np.uint8)}), "expected JSON with quant_type"),
-    "unknown type": (lambda t: edit_state(t, quant_type="nf5"), "unknown data type 'nf5'"),
+    "unknown type": (lambda t: edit_state(t, quant_type="nf5"), "quant_type: expected nf4 or fp4, found nf5"),
+    "a type of ours": (lambda t: edit_state(t, quant_type="nf3"), "quant_type: expected nf4 or fp4, found nf3"),
     "no scales": (lambda t: t.pop(f"{Q}.absmax"), r"absmax: expected 64 values, found none"),
     "no codes": (lambda t: t.pop(Q), "missing, though"),
     "two kinds": (lambda t: edit_state(t, blocksize=32) or t.update({f"{Q}.absmax": np.zeros(128, np.uint8)}), "one kind"),
@@ -225,6 +226,15 @@ def test_damage_that_only_the_data_show(written: Path) -> None:
 def test_another_storage_than_its_own_is_refused(written: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is quantised already: expected .*nf4.* found .*fp4"):
         load(written, Quantization("fp4"))
+
+
+@pytest.mark.parametrize("data_type", sorted(set(DATA_TYPES) - {"nf4", "fp4"}))
+def test_types_that_bitsandbytes_has_not_are_not_written_for_it(
+    make_tiny_llama: Callable[..., Path], tmp_path: Path, data_type: Any
+) -> None:
+    with pytest.raises(ValueError, match=f"bitsandbytes has no {data_type}: expected nf4 or fp4"):
+        merge(open_checkpoint(str(make_tiny_llama())), None, tmp_path / "w", quantization=Quantization(data_type))
+    assert not (tmp_path / "w").exists()
 
 
 def test_other_quantisations_are_refused(written: Path) -> None:

@@ -15,7 +15,7 @@ from qlora_jax.checkpoint.load import default_dtype, load_model
 from qlora_jax.checkpoint.source import Checkpoint, CheckpointError
 from qlora_jax.models import CausalLM
 from qlora_jax.models.llama import llama_config
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization, QuantizedTensor, TableStorage, dequantize, quantize, quantize_rows, take_rows
 
 CONFIG: dict[str, Any] = {
@@ -144,19 +144,19 @@ def test_an_unsupported_architecture_lists_those_that_are(tensors: dict[str, np.
 
 def test_adapter_is_fresh_and_follows_the_seed(tensors: dict[str, np.ndarray]) -> None:
     def adapter(seed: int) -> Any:
-        model = load(tensors, lora=LoRA(rank=3, target_modules=("q_proj",)), seed=seed)
-        assert model.layers.self_attn.k_proj.lora_a is None
+        model = load(tensors, method=LoRA(rank=3, target_modules=("q_proj",)), seed=seed)
+        assert model.layers.self_attn.k_proj.adapter is None
         return model.layers.self_attn.q_proj
 
     layer = adapter(0)
-    assert layer.lora_a.shape == (2, 64, 3)
-    assert layer.lora_b.shape == (2, 3, 64)
-    assert not np.any(layer.lora_b[...])
-    a = np.asarray(layer.lora_a[...])
+    assert layer.adapter.lora_a.shape == (2, 64, 3)
+    assert layer.adapter.lora_b.shape == (2, 3, 64)
+    assert not np.any(layer.adapter.lora_b[...])
+    a = np.asarray(layer.adapter.lora_a[...])
     assert 0.9 < np.abs(a).max() * 64**0.5 <= 1
     assert not np.array_equal(a[0], a[1])
-    np.testing.assert_array_equal(a, adapter(0).lora_a[...])
-    assert not np.array_equal(a, adapter(1).lora_a[...])
+    np.testing.assert_array_equal(a, adapter(0).adapter.lora_a[...])
+    assert not np.array_equal(a, adapter(1).adapter.lora_a[...])
 
 
 @pytest.mark.parametrize(("platform", "dtype"), [("cpu", jnp.float32), ("gpu", jnp.bfloat16), ("tpu", jnp.bfloat16)])
@@ -194,4 +194,4 @@ def test_a_packed_table_that_is_not_finite_is_an_error(tensors: dict[str, np.nda
 
 def test_all_of_a_packed_table_does_not_train(tensors: dict[str, np.ndarray]) -> None:
     with pytest.raises(ValueError, match="trains as a whole: expected quantize_tables none"):
-        load(tensors, tables="nf4", lora=LoRA(2, modules_to_save=("lm_head",)))
+        load(tensors, tables="nf4", method=LoRA(2, modules_to_save=("lm_head",)))

@@ -21,7 +21,7 @@ from flax import nnx
 
 from qlora_jax.checkpoint import merge as merge_module
 from qlora_jax.checkpoint.adapter import load_adapter
-from qlora_jax.checkpoint.adapter_files import Adapter, tensor_names, write_adapter
+from qlora_jax.checkpoint.adapter_files import Adapter, tensor_name, write_adapter
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.drift import logit_drift, sample_logits
 from qlora_jax.checkpoint.load import load_model
@@ -30,7 +30,7 @@ from qlora_jax.checkpoint.source import Checkpoint, CheckpointError, open_checkp
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.models import CausalLM, linear_modules
 from qlora_jax.models.llama import llama_config
-from qlora_jax.nn import LoRA, select_targets
+from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization, TableStorage, dequantize, quantize
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "merge.py"
@@ -88,13 +88,17 @@ def random_adapter(checkpoint: Checkpoint, lora: LoRA, scale: float = 0.1) -> Ad
     generator, config = np.random.default_rng(1), llama_config(checkpoint.config)
     modules = linear_modules(config.keys)
     found: dict[str, np.ndarray] = {}
-    for path in sorted(select_targets(lora, modules)):
+    for path in sorted(lora.targets(modules)):
         for module in modules[path]:
             outputs, inputs = checkpoint.shapes[f"{module}.weight"]
-            name_a, name_b = tensor_names(module)
+            name_a, name_b = names_of(module)
             found[name_a] = scale * generator.standard_normal((lora.rank, inputs), np.float32)
             found[name_b] = scale * generator.standard_normal((outputs, lora.rank), np.float32)
     return Adapter("memory", lora, "owner/base", found)
+
+
+def names_of(module: str) -> list[str]:
+    return [tensor_name(module, suffix) for suffix in LORA.suffixes]
 
 
 def read_all(folder: Path) -> dict[str, np.ndarray]:
@@ -107,7 +111,7 @@ def test_merged_in_float32_the_weights_are_those_of_peft(checkpoint: Checkpoint,
     peft = pytest.importorskip("peft", reason="PEFT, to compare with, is not installed")
     transformers = pytest.importorskip("transformers")
     merge(checkpoint, None, tmp_path / "base", dtype="float32", progress=False)
-    write_adapter(adapter.tensors, tmp_path / "adapter", lora=LORA)
+    write_adapter(adapter.tensors, tmp_path / "adapter", method=LORA)
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()
 
@@ -136,8 +140,8 @@ def test_weights_are_rounded_once(
     for name, tensor in tensors.items():
         module = name.removesuffix(".weight")
         expected = tensor.astype(np.float64)
-        if tensor_names(module)[0] in adapter.tensors:
-            a, b = (adapter.tensors[part].astype(np.float64) for part in tensor_names(module))
+        if names_of(module)[0] in adapter.tensors:
+            a, b = (adapter.tensors[part].astype(np.float64) for part in names_of(module))
             expected = expected + 6 / 4 * b @ a
             assert np.abs(expected - tensor).max() > 0.01
         assert found[name].dtype == numpy_dtype
@@ -212,7 +216,7 @@ def test_onto_what_training_saw(
         np.random.default_rng(0).integers(0, 101, (2, 20), np.int32),
         np.arange(9, dtype=np.int32)[None],
     ]
-    trained = load_model(checkpoint, quantization=quantization, lora=adapter.lora, dtype=jnp.float32, progress=False)
+    trained = load_model(checkpoint, quantization=quantization, method=adapter.method, dtype=jnp.float32, progress=False)
     before = sample_logits(load_adapter(trained, adapter), batches)
     drift = {}
     for name in ("dequantized", "original"):
@@ -237,7 +241,7 @@ def test_onto_the_packed_tables_that_training_saw(
     adapter = dataclasses.replace(found, tensors={**found.tensors, name: row})
     merge(checkpoint, adapter, tmp_path / "it", dtype="float32", from_tables=tables, progress=False)
     np.testing.assert_array_equal(read_all(tmp_path / "it")["model.embed_tokens.weight"][7], row[0])
-    trained = load_model(checkpoint, quantization=None, tables=tables, lora=lora, dtype=jnp.float32, progress=False)
+    trained = load_model(checkpoint, quantization=None, tables=tables, method=lora, dtype=jnp.float32, progress=False)
     merged = load_model(open_checkpoint(str(tmp_path / "it")), quantization=None, dtype=jnp.float32, progress=False)
     before, after = (
         sample_logits(model, [np.arange(9, dtype=np.int32)[None]]) for model in (load_adapter(trained, adapter), merged)
@@ -287,7 +291,7 @@ def test_a_full_disk_leaves_nothing_behind(
 
 def test_an_adapter_that_does_not_fit(checkpoint: Checkpoint, adapter: Adapter, tmp_path: Path) -> None:
     broken = dict(adapter.tensors)
-    name_a, name_b = tensor_names(Q)
+    name_a, name_b = names_of(Q)
     del broken[name_a]
     broken[name_b] = np.zeros((3, 4), np.float32)
     with pytest.raises(CheckpointError) as caught:
@@ -360,7 +364,7 @@ def test_script_merges_the_default_model(
 ) -> None:
     default = fetch_default_model()
     lora = LoRA(rank=2, target_modules=("q_proj", "down_proj"))
-    write_adapter(random_adapter(open_checkpoint(str(default)), lora, 0.02).tensors, tmp_path / "adapter", lora=lora)
+    write_adapter(random_adapter(open_checkpoint(str(default)), lora, 0.02).tensors, tmp_path / "adapter", method=lora)
     (tmp_path / "sample.txt").write_text("The capital of France is Paris.\n\nWater boils at 100 degrees.\n")
     arguments = [
         "--adapter",

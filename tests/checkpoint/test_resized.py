@@ -16,7 +16,7 @@ from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.merge import merge
 from qlora_jax.checkpoint.source import Checkpoint, CheckpointError, open_checkpoint
 from qlora_jax.checkpoint.special_tokens import grown
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 
 pytestmark = [
     # PEFT calls a property of transformers that is to be renamed.
@@ -70,11 +70,11 @@ def test_there_and_back_and_merged(tmp_path: Path, case: str, monkeypatch: pytes
 
     checkpoint, adapter = open_checkpoint(str(peer.folder)), read_adapter(tmp_path / "theirs")
     room = grown(checkpoint, adapter)
-    loaded = load_adapter(load_model(room, quantization=None, lora=adapter.lora, progress=False), adapter)
+    loaded = load_adapter(load_model(room, quantization=None, method=adapter.method, progress=False), adapter)
     assert run(loaded).shape[-1] == rows
     assert largest(run(loaded), expected) < TOLERANCE
 
-    save_adapter(loaded, tmp_path / "ours", lora=adapter.lora, tables=adapter.tables)
+    save_adapter(loaded, tmp_path / "ours", method=adapter.method, tables=adapter.tables)
     again = read_adapter(tmp_path / "ours")
     for saved, before in ((again.tables, adapter.tables), (again.tensors, adapter.tensors)):
         assert all(largest(saved[name], before[name]) < 1e-6 for name in saved)

@@ -17,7 +17,7 @@ from qlora_jax.checkpoint.merge import merge
 from qlora_jax.checkpoint.source import Checkpoint, CheckpointError, open_checkpoint
 from qlora_jax.checkpoint.special_tokens import add_special_tokens, grown, training_tokens, with_tokens
 from qlora_jax.checkpoint.tokenizer import load_tokenizer, save_tokenizer
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 
 # PEFT calls a property of transformers that is to be renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -87,11 +87,11 @@ def test_peft_computes_the_same_over_a_resized_base(tmp_path: Path, family: str,
     checkpoint = open_checkpoint(str(peer.folder))
     larger = with_tokens(checkpoint, tokens)
     lora = training_tokens(LoRA(rank=4), larger, tokens)
-    model = randomised(load_model(larger, quantization=None, lora=lora, progress=False))
-    save_adapter(model, tmp_path / "adapter", lora=lora)
+    model = randomised(load_model(larger, quantization=None, method=lora, progress=False))
+    save_adapter(model, tmp_path / "adapter", method=lora)
 
     adapter = read_adapter(tmp_path / "adapter")
-    assert adapter.lora == LoRA(**(vars(lora) | {"target_modules": adapter.lora.target_modules}))
+    assert adapter.method == LoRA(**(vars(lora) | {"target_modules": adapter.method.target_modules}))
     rows = [tensor.shape for name, tensor in adapter.tensors.items() if "trainable_tokens" in name]
     assert rows == [(3, 32)] * (1 if tied else 2)
     base = peer.base()
@@ -100,7 +100,7 @@ def test_peft_computes_the_same_over_a_resized_base(tmp_path: Path, family: str,
     assert theirs.shape[-1] == VOCABULARY + 2
     assert largest(run(model), theirs) < 5e-4
     loaded = load_adapter(
-        load_model(grown(checkpoint, adapter), quantization=None, lora=adapter.lora, progress=False), adapter
+        load_model(grown(checkpoint, adapter), quantization=None, method=adapter.method, progress=False), adapter
     )
     assert largest(run(loaded), theirs) < 5e-4
     merge(grown(checkpoint, adapter), adapter, tmp_path / "merged", dtype="float32", progress=False)
@@ -122,12 +122,12 @@ def test_rows_of_whole_tables_find_room(tmp_path: Path, family: str, tied: bool,
     table = "embed_in" if family == "gpt_neox" else "embed_tokens"
     lora = training_tokens(LoRA(rank=4, modules_to_save=(table, "lm_head")[: 1 + both]), larger, tokens)
     assert lora.token_rows() == (() if both else (("lm_head", tokens),))
-    model = randomised(load_model(larger, quantization=None, lora=lora, progress=False))
-    save_adapter(model, tmp_path / "adapter", lora=lora)
+    model = randomised(load_model(larger, quantization=None, method=lora, progress=False))
+    save_adapter(model, tmp_path / "adapter", method=lora)
 
     adapter = read_adapter(tmp_path / "adapter")
     room = grown(checkpoint, adapter)
-    loaded = load_adapter(load_model(room, quantization=None, lora=adapter.lora, progress=False), adapter)
+    loaded = load_adapter(load_model(room, quantization=None, method=adapter.method, progress=False), adapter)
     assert largest(run(loaded), run(model)) < 1e-4
     base = peer.base()
     base.resize_token_embeddings(VOCABULARY + 2)
@@ -141,7 +141,7 @@ def test_rows_of_whole_tables_find_room(tmp_path: Path, family: str, tied: bool,
 def test_only_their_rows_and_lora_train(make_tiny_llama: Callable[..., Path]) -> None:
     checkpoint = with_tokens(open_checkpoint(str(make_tiny_llama())), [259, 260])
     lora = training_tokens(LoRA(rank=2), checkpoint, (259, 260))
-    model = load_model(checkpoint, quantization=None, lora=lora, progress=False)
+    model = load_model(checkpoint, quantization=None, method=lora, progress=False)
     sizes = {path: leaf.size for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))}
     assert sum(size for path, size in sizes.items() if path[-1] not in ("lora_a", "lora_b")) == 2 * 64
 
@@ -158,8 +158,8 @@ def test_a_head_that_would_not_learn_them_is_an_error(tiny_llama: Path, saved: t
 def test_rows_far_beyond_the_base_are_an_error(tiny_llama: Path, tmp_path: Path) -> None:
     lora = LoRA(rank=2, trainable_token_indices=(1000,))
     checkpoint = open_checkpoint(str(tiny_llama))
-    larger = load_model(with_tokens(checkpoint, [1000]), quantization=None, lora=lora, progress=False)
-    save_adapter(larger, tmp_path, lora=lora)
+    larger = load_model(with_tokens(checkpoint, [1000]), quantization=None, method=lora, progress=False)
+    save_adapter(larger, tmp_path, method=lora)
     with pytest.raises(CheckpointError, match="expected trainable_token_indices below 259 or next to it, found 1000"):
         grown(checkpoint, read_adapter(tmp_path))
 

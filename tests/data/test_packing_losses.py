@@ -53,7 +53,7 @@ def losses_of_documents(model: Any, source: BatchIterator) -> dict[bytes, float]
 
 
 def test_losses_of_documents_are_unchanged(tiny_llama: Path, examples: list[Example]) -> None:
-    model = load_model(open_checkpoint(str(tiny_llama)), quantization=None, lora=None, dtype="float32", remat="none")
+    model = load_model(open_checkpoint(str(tiny_llama)), quantization=None, method=None, dtype="float32", remat="none")
     options: dict[str, Any] = {"batch_size": 4, "length": LENGTH, "pad_id": 2, "epochs": 1}
     alone = losses_of_documents(model, batches(examples, packing=False, **options))
     packed_source = batches(examples, packing=True, **options)

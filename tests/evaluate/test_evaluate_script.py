@@ -15,7 +15,7 @@ from qlora_jax.checkpoint.adapter import load_adapter, save_adapter
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.source import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,11 +49,11 @@ def questions(tmp_path: Path) -> Path:
 def test_an_adapter_is_asked(tiny_llama: Path, tmp_path: Path, questions: Path) -> None:
     """By two devices; the accuracies are those of full logits, one prompt at a time, of the model with the adapter."""
     lora = LoRA(rank=4, alpha=64.0)
-    model = load_model(open_checkpoint(str(tiny_llama)), quantization=Quantization(), lora=lora)
+    model = load_model(open_checkpoint(str(tiny_llama)), quantization=Quantization(), method=lora)
     graphdef, adapter, rest = nnx.split(model, nnx.LoRAParam, ...)
     draws = np.random.default_rng(0)
     adapter = jax.tree.map(lambda x: x + 0.3 * draws.standard_normal(x.shape, np.float32), adapter)
-    folder = save_adapter(nnx.merge(graphdef, adapter, rest), tmp_path / "adapter", lora=lora)
+    folder = save_adapter(nnx.merge(graphdef, adapter, rest), tmp_path / "adapter", method=lora)
     model_flags = ["--model", str(tiny_llama), "--adapter", str(folder)]
     done = call("--mmlu", str(questions), *model_flags, "--batch-size", "5", devices=2)
     assert done.returncode == 0, done.stderr

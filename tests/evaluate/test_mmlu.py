@@ -25,6 +25,7 @@ from qlora_jax.evaluate import (
     read_questions,
 )
 from qlora_jax.evaluate import mmlu as mmlu_module
+from qlora_jax.evaluate.lengths import padded_length
 
 
 def question(number: int, *, words: int = 1, examples: int = 0) -> Question:
@@ -48,7 +49,7 @@ def test_logits_equal_transformers(tiny: tuple[Any, Any, Any], tiny_llama: Path)
     graphdef, state, tokenizer = tiny
     questions = [question(number, words=1 + 17 * (number % 4)) for number in range(7)]
     prompts = encode_questions(questions, tokenizer, 512)
-    assert len({mmlu_module._padded(len(tokens)) for tokens in prompts.tokens}) > 1
+    assert len({padded_length(len(tokens)) for tokens in prompts.tokens}) > 1
     peer = LlamaForCausalLM.from_pretrained(tiny_llama).eval()
     expected = []
     for one in questions:

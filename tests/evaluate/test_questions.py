@@ -159,3 +159,12 @@ def test_faults_of_what_is_asked(tmp_path: Path, examples: str) -> None:
         read_questions(whole, shots=5)
     with pytest.raises(FileNotFoundError, match=r"missing\.jsonl"):
         read_questions(str(tmp_path / "missing.jsonl"))
+
+
+def test_without_shots_whole_prompts_lose_their_examples(tmp_path: Path) -> None:
+    header = "The following are multiple choice questions (with answers) about  physics."
+    choices = "A. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
+    prompt = f"{header}\n\nSolved?\n{choices} B\n\nAsked?\n{choices}"
+    path = write(tmp_path / "whole.jsonl", [{"subject": "physics", "input": prompt, "output": "C"}])
+    assert [one.prompt() for one in read_questions(path).questions] == [prompt]
+    assert [one.prompt() for one in read_questions(path, shots=0).questions] == [f"{header}\n\nAsked?\n{choices}"]

@@ -84,7 +84,7 @@ def test_a_card_of_local_names(tmp_path: Path, tiny_llama: Path, config: Any) ->
     card = card_of(tmp_path, options, config, quantization=None, rows=[{"step": 1, "loss": 1.0}], kept=1)
     assert "base_model" not in card.data.to_dict()
     assert "datasets" not in card.data.to_dict()
-    assert card.data.tags == ["lora", "qlora", "qlora_jax"]
+    assert card.data.tags == ["lora", "qlora_jax"]
     assert f"`{tiny_llama.name}`" in card.text
     assert str(tiny_llama) not in card.text
     assert "## Results" not in card.text

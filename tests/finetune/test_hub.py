@@ -99,7 +99,7 @@ def test_the_job_uploads_its_adapter(
     (tmp_path / "got").mkdir()
     for name, content in files.items():
         (tmp_path / "got" / name).write_bytes(content)
-    assert read_adapter(tmp_path / "got").lora.rank == 4
+    assert read_adapter(tmp_path / "got").method.rank == 4
     assert ModelCard.load(tmp_path / "got" / "README.md").data.library_name == "peft"
     assert "Uploaded the adapter: https://huggingface.co/me/mine" in capsys.readouterr().err
     server.error = hub.HTTPError("cut off")

@@ -93,7 +93,7 @@ def test_what_a_run_leaves(options: Options, capsys: pytest.CaptureFixture[str])
     folder = finetune(but(options, "run", samples=1), progress=False)
     assert folder == output / "adapter"
     adapter = read_adapter(folder)
-    assert (adapter.lora.rank, adapter.lora.alpha, adapter.base) == (4, 8.0, options.model.model)
+    assert (adapter.method.rank, adapter.method.alpha, adapter.base) == (4, 8.0, options.model.model)
     assert read_training_record(folder) == TrainingRecord(Quantization(), "chat")
     assert len(adapter.tensors) == 2 * 7 * 2  # A and B, seven layers, two blocks
     assert all(np.abs(tensor).max() > 0 for tensor in adapter.tensors.values())
@@ -133,8 +133,8 @@ def test_new_special_tokens_are_trained_saved_and_used(options: Options, tmp_pat
     tokenizer, adapter = load_tokenizer(folder), read_adapter(folder)
     assert tokenizer.convert_tokens_to_ids(["<|a|>", "<|b|>"]) == [size, size + 1]
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    assert adapter.lora.trainable_token_indices == (size, size + 1)
-    assert adapter.lora.scaling_of("model.layers.1.self_attn.q_proj") == 1.5
+    assert adapter.method.trainable_token_indices == (size, size + 1)
+    assert adapter.method.scaling_of("model.layers.1.self_attn.q_proj") == 1.5
     ranks = {name.split(".")[4]: tensor.shape[0] for name, tensor in adapter.tensors.items() if "lora_A" in name}
     assert ranks == {"0": 4, "1": 2}
     table = open_checkpoint(str(options.model.model)).read("model.embed_tokens.weight")

@@ -19,7 +19,7 @@ import pytest
 from flax import nnx
 
 from qlora_jax.checkpoint.adapter import load_adapter
-from qlora_jax.checkpoint.adapter_files import read_adapter, read_adapter_config, tensor_names, write_adapter
+from qlora_jax.checkpoint.adapter_files import read_adapter, read_adapter_config, tensor_name, write_adapter
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.source import open_checkpoint
 from qlora_jax.cli import parse, run
@@ -35,7 +35,7 @@ from qlora_jax.finetune import (
     training,
 )
 from qlora_jax.finetune import job as job_module
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
@@ -88,7 +88,7 @@ def test_it_learns_to_prefer(options: Options, capsys: pytest.CaptureFixture[str
     assert last["rewards/accuracies"] == 1.0
     assert last["eval_loss"] < 0.9 * math.log(2)
     assert last["eval_rewards/accuracies"] == 1.0
-    assert read_adapter(folder).lora.rank == 4
+    assert read_adapter(folder).method.rank == 4
     shown = capsys.readouterr()
     assert "20 of 20 pairs kept" in shown.err
     assert "steps of 4 × 2 × 64 tokens" in shown.err
@@ -119,7 +119,7 @@ def test_it_resumes(options: Options, tmp_path: Path, monkeypatch: pytest.Monkey
 def sequence_log_probabilities(options: Options, adapter: str, texts: list[tuple[list[int], list[int]]]) -> np.ndarray:
     """Σ log π of each answer, by NumPy from the logits of the model with an adapter."""
     checkpoint = open_checkpoint(str(options.model.model))
-    model: Any = load_model(checkpoint, lora=read_adapter_config(adapter), dtype=jnp.float32, progress=False)
+    model: Any = load_model(checkpoint, method=read_adapter_config(adapter), dtype=jnp.float32, progress=False)
     graph, state = nnx.split(load_adapter(model, adapter))
     forward = jax.jit(lambda state, tokens: nnx.merge(graph, state)(tokens))
     sums = []
@@ -144,7 +144,7 @@ def test_it_goes_on_from_an_adapter_which_is_the_reference(options: Options, tmp
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[-1]["rewards/margins"] > 0.1
     found = read_adapter(folder)
-    assert (found.lora.rank, found.lora.alpha) == (4, 8.0)
+    assert (found.method.rank, found.method.alpha) == (4, 8.0)
     old = read_adapter(start).tensors
     assert 0 < max(np.abs(found.tensors[name] - tensor).max() for name, tensor in old.items()) < 0.2
 
@@ -206,9 +206,10 @@ def test_beta_and_smoothing_reach_the_loss(options: Options, tmp_path: Path) -> 
 
 def another_adapter(folder: Path) -> str:
     tensors = {
-        name: np.ones(shape, np.float32) for name, shape in zip(tensor_names("lm.q_proj"), ((4, 8), (8, 4)), strict=True)
+        tensor_name("lm.q_proj", suffix): np.ones(shape, np.float32)
+        for suffix, shape in zip(LoRA().suffixes, ((4, 8), (8, 4)), strict=True)
     }
-    return str(write_adapter(tensors, folder / "other", lora=LoRA(rank=4, target_modules=("q_proj",))))
+    return str(write_adapter(tensors, folder / "other", method=LoRA(rank=4, target_modules=("q_proj",))))
 
 
 ANSWER = [{"question": "1?", "answer": "red"}] * 3

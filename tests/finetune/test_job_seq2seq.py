@@ -146,7 +146,7 @@ def test_it_learns_and_serves(options: Options, tmp_path: Path, capsys: pytest.C
     results = json.loads((options.run.output / "eval_results.json").read_text())
     assert results["eval_loss"] == rows[-1]["eval_loss"]
     checkpoint, tokenizer = open_checkpoint(str(options.model.model)), load_tokenizer(str(options.model.model))
-    model = load_model(checkpoint, lora=read_adapter_config(folder), dtype=jnp.float32, progress=False)
+    model = load_model(checkpoint, method=read_adapter_config(folder), dtype=jnp.float32, progress=False)
     model = load_adapter(model, folder)
     data = [json.loads(line) for line in Path(str(options.data.data)).read_text().splitlines()]
     out = set(np.random.default_rng(0).permutation(24)[:6].tolist())
@@ -210,7 +210,8 @@ def test_it_resumes_and_stops_early_and_measures_rouge_on_the_way(
     assert [row["step"] for row in rows if "eval_rougeL" in row] == [0, 2, 4, 6]
     assert "The adapter is that of step 2" in capsys.readouterr().err
     results = json.loads((whole.run.output / "eval_results.json").read_text())
-    assert results == {"step": 2, "eval_loss": 1.0, "eval_rougeL": rows[2]["eval_rougeL"]}
+    assert results == {name: rows[2][name] for name in ("step", "eval_loss", "eval_mean_token_accuracy", "eval_rougeL")}
+    assert results["eval_loss"] == 1.0
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", "lion", "adafactor"])

@@ -38,7 +38,7 @@ def test_options_are_the_recipe() -> None:
     assert recipe.quantization is not None
     assert recipe.quantization.data_type == "fp4"
     assert recipe.config.vocab_size == 128258
-    assert recipe.lora.trainable_token_indices == (128256, 128257)
+    assert recipe.method.trainable_token_indices == (128256, 128257)
     on_cpu = recipe_of(Options(), LLAMA, "cpu")
     assert (on_cpu.dtype, on_cpu.remat, on_cpu.length, on_cpu.packed) == ("float32", "dots", 512, True)
     pairs = recipe_of(Options(objective=ObjectiveOptions(objective="dpo")), LLAMA, "gpu")

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_jax.cli import parse
 from qlora_jax.finetune import DataOptions, OptimizerOptions, Options, RunOptions
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from qlora_jax.checkpoint.adapter_files import read_adapter, read_adapter_config
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.source import open_checkpoint
 from qlora_jax.models import FAMILIES, CausalLM, Remat, family_of
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.serve import generate
 from qlora_jax.train import language_model_loss
 
@@ -116,7 +116,9 @@ class Peer:
         self.folder = folder
 
     def ours(self, lora: LoRA | None = None) -> CausalLM:
-        return load_model(open_checkpoint(str(self.folder)), quantization=None, lora=lora, dtype=jnp.float32, progress=False)
+        return load_model(
+            open_checkpoint(str(self.folder)), quantization=None, method=lora, dtype=jnp.float32, progress=False
+        )
 
     def logits(self, tokens: np.ndarray, model: Any = None) -> np.ndarray:
         with self.torch.no_grad():
@@ -193,7 +195,7 @@ def test_adapters_go_both_ways(make_peer: Callable[[str], Peer], case: str, tmp_
     model = load_adapter(peer.ours(lora), tmp_path / "theirs")
     assert largest(run(model, tokens), expected) < TOLERANCE
 
-    save_adapter(model, tmp_path / "ours", lora=LoRA(rank=4, alpha=8))
+    save_adapter(model, tmp_path / "ours", method=LoRA(rank=4, alpha=8))
     again = peft.PeftModel.from_pretrained(tuned.unload(), tmp_path / "ours").eval()
     assert largest(peer.logits(tokens, again), expected) < 1e-5
     ours, theirs = (read_adapter(tmp_path / name).tensors for name in ("ours", "theirs"))
@@ -236,7 +238,7 @@ def test_remat_changes_no_gradient_where_layers_differ(case: str, remat: Remat) 
     batch = {"inputs": tokens, "targets": jnp.roll(tokens, -1, 1), "loss_mask": jnp.ones(tokens.shape)}
 
     def gradients(remat: Remat) -> Any:
-        model = CausalLM(config, lora=LoRA(rank=4), remat=remat, rngs=nnx.Rngs(0))
+        model = CausalLM(config, method=LoRA(rank=4), remat=remat, rngs=nnx.Rngs(0))
         graph, adapter, frozen = nnx.split(model, nnx.LoRAParam, ...)
         adapter = jax.tree.map(lambda leaf: leaf + 0.05, adapter)
 

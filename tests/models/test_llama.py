@@ -15,7 +15,7 @@ from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.source import open_checkpoint
 from qlora_jax.models import CausalLM, Remat
 from qlora_jax.models.llama import llama_config
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization, QuantizedTensor, dequantize
 
 TINY: dict[str, Any] = {
@@ -228,7 +228,7 @@ def test_padding_on_the_right_changes_no_earlier_logit() -> None:
 @pytest.mark.parametrize("quantization", [None, Quantization()], ids=["dense", "nf4"])
 def test_decoding_with_a_cache_equals_the_whole_forward_pass(quantization: Quantization | None) -> None:
     """Prompts of different lengths, padded on the left; then one token at a time."""
-    model = with_random_adapter(tiny(quantization=quantization, lora=LoRA(rank=4)))
+    model = with_random_adapter(tiny(quantization=quantization, method=LoRA(rank=4)))
     rows = random_tokens(3, 14)
     prompts, new = (8, 3, 5), 6
     width = max(prompts)
@@ -250,7 +250,7 @@ def test_decoding_with_a_cache_equals_the_whole_forward_pass(quantization: Quant
 
 
 def test_remat_changes_no_gradient() -> None:
-    model = with_random_adapter(tiny(quantization=Quantization(), lora=LoRA(rank=4)))
+    model = with_random_adapter(tiny(quantization=Quantization(), method=LoRA(rank=4)))
 
     def gradients(remat: Remat) -> tuple[jax.Array, Any]:
         model.remat = remat
@@ -273,7 +273,7 @@ def test_remat_changes_no_gradient() -> None:
 
 
 def test_dropout_needs_a_key_and_differs_by_layer() -> None:
-    model = with_random_adapter(tiny(lora=LoRA(rank=4, dropout=0.5)))
+    model = with_random_adapter(tiny(method=LoRA(rank=4, dropout=0.5)))
     tokens = random_tokens(1, 8)
     still = run(model, tokens)
     np.testing.assert_array_equal(still, run(model, tokens))

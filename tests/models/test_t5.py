@@ -23,7 +23,7 @@ from qlora_jax.checkpoint.merge import merge
 from qlora_jax.checkpoint.source import Checkpoint, CheckpointError, open_checkpoint
 from qlora_jax.data import Seq2SeqExample, seq2seq_batches
 from qlora_jax.models import FAMILIES, T5, CausalLM, Remat, causal_family_of, family_of, t5_config
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization, QuantizedTensor
 from qlora_jax.serve import Sampling, generate_seq2seq
 from qlora_jax.train import adamw, create_state, jit_train_step, seq2seq_loss, split
@@ -93,7 +93,7 @@ class Peer:
 
     def ours(self, lora: LoRA | None = None, quantization: Quantization | None = None) -> T5:
         checkpoint = open_checkpoint(str(self.folder))
-        model = load_model(checkpoint, quantization=quantization, lora=lora, dtype=jnp.float32, progress=False)
+        model = load_model(checkpoint, quantization=quantization, method=lora, dtype=jnp.float32, progress=False)
         assert isinstance(model, T5)
         return model
 
@@ -223,7 +223,7 @@ def test_adapters_go_both_ways(make_peer: Callable[[str], Peer], case: str, tmp_
     model = load_adapter(peer.ours(read_adapter_config(tmp_path / "theirs")), tmp_path / "theirs")
     assert largest(run(model, *batch), expected) < TOLERANCE
 
-    save_adapter(model, tmp_path / "ours", lora=LoRA(rank=4, alpha=8))
+    save_adapter(model, tmp_path / "ours", method=LoRA(rank=4, alpha=8))
     again = peft.PeftModel.from_pretrained(tuned.unload(), tmp_path / "ours").eval()
     assert isinstance(again, peft.PeftModelForSeq2SeqLM)
     assert largest(peer.logits(*batch, again), expected) < 1e-5
@@ -272,7 +272,7 @@ def test_training_equals_transformers_with_peft(
     model = peer.ours(lora)
     last = {name: jnp.asarray(x) for name, x in data[-1].items()}
     untrained = float(jax.jit(seq2seq_loss)(model, last, None) / last["loss_mask"].sum())
-    save_adapter(model, tmp_path / "fresh", lora=lora)
+    save_adapter(model, tmp_path / "fresh", method=lora)
     graph, adapter, frozen = split(model)
     tx = adamw(rate, max_grad_norm=None)
     state = create_state(tx, adapter)
@@ -283,7 +283,7 @@ def test_training_equals_transformers_with_peft(
         state, metrics = step(state, frozen, cut)
         ours.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
-    save_adapter(nnx.merge(graph, state.adapter, frozen), tmp_path / "trained", lora=lora)
+    save_adapter(nnx.merge(graph, state.adapter, frozen), tmp_path / "trained", method=lora)
 
     tuned = peft.PeftModel.from_pretrained(peer.model, tmp_path / "fresh", is_trainable=True).train()
     trainable = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
@@ -339,7 +339,7 @@ def loss_and_gradient(remat: Remat) -> tuple[float, Any]:
     """Of an adapter with dropout."""
     config = t5_config(SIZES | {"feed_forward_proj": "gated-gelu"})
     batch = {name: jnp.asarray(x) for name, x in training_batches(1)[0].items()}
-    model = T5(config, lora=LoRA(rank=4, dropout=0.2), remat=remat, rngs=nnx.Rngs(0))
+    model = T5(config, method=LoRA(rank=4, dropout=0.2), remat=remat, rngs=nnx.Rngs(0))
     model.shared.weight[...] *= 50  # to embeddings of unit variance, so that no gradient is lost in rounding
     graph, adapter, frozen = nnx.split(model, nnx.LoRAParam, ...)
     leaves, tree = jax.tree.flatten(adapter)
@@ -365,7 +365,7 @@ def test_dropout_acts_in_both_stacks() -> None:
     """A random key changes what an adapter of either stack adds, and nothing without an adapter."""
     sources, mask, inputs = example(8)
     for target in (r"encoder\..*", r"decoder\..*EncDecAttention\.k"):
-        model = T5(t5_config(SIZES), lora=LoRA(rank=4, dropout=0.5, target_modules=target), rngs=nnx.Rngs(0))
+        model = T5(t5_config(SIZES), method=LoRA(rank=4, dropout=0.5, target_modules=target), rngs=nnx.Rngs(0))
         graph, adapter, frozen = nnx.split(model, nnx.LoRAParam, ...)
         model = nnx.merge(graph, jax.tree.map(lambda leaf: leaf + 0.1, adapter), frozen)
         plain = run(model, sources, mask, inputs)

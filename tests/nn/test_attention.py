@@ -1,11 +1,13 @@
 """Attention against a plain NumPy one; the kernels of the platforms as their compilers take them."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.nn import biased_attention, cached_attention, causal_attention, default_implementation
+from qlora_jax.nn import biased_attention, cached_attention, causal_attention, default_implementation, with_prefix
 
 
 def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -127,6 +129,41 @@ def test_splash_lowers_for_tpu_with_its_gradient(segmented: bool, window: int | 
     traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, kv, kv, ids)
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("tpu_custom_call") >= 2, "a kernel forward and one or two backward"
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_keys_before_all_others(segmented: bool) -> None:
+    """Every token sees them, whatever its segment; and the padding to lengths that kernels want changes nothing."""
+    (q, k, v), (_, keys, values) = random_qkv(length=9), random_qkv(length=3)
+    prefix = keys[0], values[0]
+    ids = jnp.asarray([[1] * 4 + [2] * 5] * len(q), jnp.int32)
+    all_ids = jnp.pad(ids, ((0, 0), (3, 0)), constant_values=1)
+    attend = partial(
+        causal_attention,
+        *with_prefix(*map(jnp.asarray, (q, k, v)), prefix),  # pyright: ignore[reportArgumentType]
+        segment_ids=all_ids if segmented else None,
+        shared=3,
+    )
+    before = (np.broadcast_to(x, (len(q), *x.shape)) for x in prefix)
+    same = np.asarray(ids)[:, :, None] == np.asarray(ids)[:, None, :]
+    mask = np.tril(np.ones((9, 9), bool))[None] & (same if segmented else True)
+    mask = np.concatenate([np.ones((len(q), 9, 3), bool), np.broadcast_to(mask, (len(q), 9, 9))], -1)
+    k, v = (np.concatenate(pair, 1) for pair in zip(before, (k, v), strict=True))
+    np.testing.assert_allclose(attend()[:, 3:], reference(q, k, v, mask), atol=1e-5)
+    for implementation in ("cudnn", "splash"):  # padded, then XLA's for float32
+        np.testing.assert_allclose(attend(implementation=implementation)[:, 3:], reference(q, k, v, mask), atol=1e-5)
+
+
+def test_splash_takes_odd_lengths_of_virtual_tokens() -> None:
+    q, kv = (jax.ShapeDtypeStruct((2, 256, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    prefix = jax.ShapeDtypeStruct((20, 2, 64), jnp.bfloat16)
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, prefix: jax.Array) -> jax.Array:
+        out = causal_attention(*with_prefix(q, k, v, (prefix, prefix)), shared=20, implementation="splash")
+        return out[:, 20:].astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).trace(q, kv, kv, prefix)
+    assert traced.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") >= 2
 
 
 @pytest.mark.parametrize(("platform", "expected"), [("cpu", "xla"), ("gpu", "cudnn"), ("tpu", "splash")])

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 from flax.nnx import bridge
 
-from qlora_jax.nn import Linear, LoRA, lora_update
+from qlora_jax.nn import Linear
+from qlora_jax.peft import LoRA, LoRALinear, lora_update
 from qlora_jax.quant import Quantization, QuantizedTensor, dequantize
 
 LORA = LoRA(rank=4, alpha=6)
@@ -32,26 +33,25 @@ def dense_weight(layer: Linear) -> np.ndarray:
 @pytest.mark.parametrize("quantization", [None, Quantization()], ids=["dense", "nf4"])
 @pytest.mark.parametrize("use_bias", [False, True])
 def test_equals_dense_arithmetic(quantization: Quantization | None, use_bias: bool) -> None:
-    layer, x = linear(quantization=quantization, lora=LORA, use_bias=use_bias), random(2, 3, 64)
-    assert layer.lora_a is not None
-    assert layer.lora_b is not None
+    layer, x = linear(quantization=quantization, adapter=LORA, use_bias=use_bias), random(2, 3, 64)
+    assert isinstance(layer.adapter, LoRALinear)
     if layer.bias is not None:
         layer.bias.set_value(jnp.asarray(random(24, seed=1)))
     base = x @ dense_weight(layer) + (0 if layer.bias is None else np.asarray(layer.bias[...]))
     np.testing.assert_allclose(layer(x), base, atol=1e-5, err_msg="a fresh adapter must change nothing")
-    layer.lora_b.set_value(jnp.asarray(random(4, 24, seed=2)))
-    update = 6 / 4 * x @ np.asarray(layer.lora_a[...]) @ np.asarray(layer.lora_b[...])
+    layer.adapter.lora_b.set_value(jnp.asarray(random(4, 24, seed=2)))
+    update = 6 / 4 * x @ np.asarray(layer.adapter.lora_a[...]) @ np.asarray(layer.adapter.lora_b[...])
     np.testing.assert_allclose(layer(x), base + update, atol=1e-4)
 
 
 def test_only_the_adapter_is_of_the_kind_that_trains() -> None:
-    layer = linear(quantization=Quantization(), lora=LORA, use_bias=True)
+    layer = linear(quantization=Quantization(), adapter=LORA, use_bias=True)
     graph, adapter, frozen = nnx.split(layer, nnx.LoRAParam, nnx.Param)
-    assert {path[0] for path, _ in nnx.to_flat_state(adapter)} == {"lora_a", "lora_b"}
+    assert {path[1] for path, _ in nnx.to_flat_state(adapter)} == {"lora_a", "lora_b"}
     assert {path[0] for path, _ in nnx.to_flat_state(frozen)} == {"weight", "bias"}
     x = random(5, 64)
     gradient = jax.grad(lambda adapter: (nnx.merge(graph, adapter, frozen)(x) ** 2).sum())(adapter)
-    found = {path[0]: variable.get_value() for path, variable in nnx.to_flat_state(gradient)}
+    found = {path[-1]: variable.get_value() for path, variable in nnx.to_flat_state(gradient)}
     assert np.abs(found["lora_b"]).max() > 0.1
     np.testing.assert_array_equal(found["lora_a"], 0)  # B is zero
     assert nnx.state(linear(), nnx.LoRAParam) == nnx.State({})
@@ -59,17 +59,17 @@ def test_only_the_adapter_is_of_the_kind_that_trains() -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_computes_in_the_dtype_of_its_input(dtype: Any) -> None:
-    layer = linear(quantization=Quantization(), lora=LORA, use_bias=True, dtype=dtype)
+    layer = linear(quantization=Quantization(), adapter=LORA, use_bias=True, dtype=dtype)
     assert layer(jnp.asarray(random(3, 64), dtype)).dtype == dtype
     assert layer(jnp.asarray(random(3, 64))).dtype == jnp.float32
-    assert layer.lora_a is not None
-    assert layer.lora_a.dtype == jnp.float32
+    assert isinstance(layer.adapter, LoRALinear)
+    assert layer.adapter.lora_a.dtype == jnp.float32
 
 
 def test_an_abstract_layer_has_its_slots() -> None:
-    layer = nnx.eval_shape(lambda: linear(quantization=Quantization(), lora=LORA))
-    assert layer.lora_a.shape == (64, 4)
-    assert layer.lora_b.shape == (4, 24)
+    layer = nnx.eval_shape(lambda: linear(quantization=Quantization(), adapter=LORA))
+    assert layer.adapter.lora_a.shape == (64, 4)
+    assert layer.adapter.lora_b.shape == (4, 24)
     assert layer.weight.get_value().shape == (64, 24)
 
 
@@ -86,7 +86,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = bridge.to_linen(Linear, 64, 24, quantization=Quantization(), lora=LORA, name="ours")(x)
+        x = bridge.to_linen(Linear, 64, 24, quantization=Quantization(), adapter=LORA, name="ours")(x)
         return nn.Dense(3, name="theirs")(nn.relu(x))
 
 
@@ -95,7 +95,7 @@ def test_inside_a_linen_module_only_the_adapter_is_trained() -> None:
     variables = block.init(jax.random.key(0), x)
     adapter = variables["LoRAParam"]
     frozen = {name: value for name, value in variables.items() if name != "LoRAParam"}
-    assert {"lora_a", "lora_b"} == adapter["ours"].keys()
+    assert {"lora_a", "lora_b"} == adapter["ours"]["adapter"].keys()
 
     def loss(adapter: Any) -> jax.Array:
         return (block.apply({"LoRAParam": adapter, **frozen}, x) ** 2).sum()

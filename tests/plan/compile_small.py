@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from tiny_llama import TINY
 
 from qlora_jax.models.llama import llama_config
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.plan import DEVICES, SIZES, Recipe, compile_decode_step, compile_train_step, machine_mesh, machine_named
 from qlora_jax.plan import compile as compiling
 from qlora_jax.plan.compile import compile_program
@@ -21,7 +21,7 @@ from qlora_jax.plan.hlo import parse_program
 from qlora_jax.plan.topology import context
 from qlora_jax.quant import StackedTensor, matmul, quantize
 
-RECIPE = Recipe(llama_config(TINY), lora=LoRA(8), length=128, packed=False)
+RECIPE = Recipe(llama_config(TINY), method=LoRA(8), length=128, packed=False)
 
 
 def one_product(machine):
@@ -112,7 +112,7 @@ def main(platform):
         result["fit"] = {"found": largest_that_fits(peak, limit, start=8), "asked": asked, "limit": limit}
     else:
         result["train"] = of(compile_train_step(RECIPE, machine_named("v5e")))
-        large = Recipe(llama_config(SIZES["llama-3-8b"]), lora=LoRA(16))  # what is small lies in a TPU's own memory
+        large = Recipe(llama_config(SIZES["llama-3-8b"]), method=LoRA(16))  # what is small lies in a TPU's own memory
         result["decode"] = of(compile_decode_step(large, machine_named("v5e"), capacity=2048))
     print(json.dumps(result))
 

@@ -6,7 +6,7 @@ import pytest
 from tiny_llama import TINY
 
 from qlora_jax.models.llama import llama_config
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.plan import Recipe
 from qlora_jax.plan.flops import count_flops
 from qlora_jax.plan.hlo import parse_program
@@ -29,7 +29,7 @@ def test_a_training_step_is_counted_as_by_hand(micro_batches: int) -> None:
     """Full remat: a layer's products run forward twice and back once, but for the last product of the second forward."""
     rank, tokens, length = 8, 2 * 64, 64
     recipe = Recipe(
-        llama_config(TINY), lora=LoRA(rank), batch_size=2, length=length, packed=False, micro_batches=micro_batches
+        llama_config(TINY), method=LoRA(rank), batch_size=2, length=length, packed=False, micro_batches=micro_batches
     )
     step = abstract_step(recipe, "cpu")
     traced = jax.jit(

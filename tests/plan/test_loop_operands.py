@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import qlora_jax.quant.tensor
 from qlora_jax.models.llama import llama_config
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.plan import Recipe
 from qlora_jax.plan.recipe import abstract_step
 from qlora_jax.quant import codebook
@@ -37,7 +37,7 @@ SCALES = {"3x192", "3x64", "3x320", "5x192"}
 
 def loop_operands() -> list[Counter[str]]:
     """For each loop of the step, how many operands of each type it has."""
-    recipe = Recipe(llama_config(TINY), lora=LoRA(8), length=128, packed=False)
+    recipe = Recipe(llama_config(TINY), method=LoRA(8), length=128, packed=False)
     step = abstract_step(recipe, "tpu")
     sharding = NamedSharding(jax.make_mesh((1,), ("data",)), P())
     state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), step.state)

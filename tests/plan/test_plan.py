@@ -11,7 +11,7 @@ from tiny_llama import TINY
 
 from qlora_jax.models import CausalLM, family_of
 from qlora_jax.models.llama import llama_config
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.plan import HUB_IDS, SIZES, Program, Recipe, as_json, draw, machine_named, quick_plan, report_of, table
 from qlora_jax.plan.recipe import abstract_batch, abstract_step, tree_bytes, weight_bytes
 from qlora_jax.quant import Quantization
@@ -46,7 +46,7 @@ def test_weights_are_counted_by_kind() -> None:
     config = llama_config(TINY)
 
     def build() -> CausalLM:
-        return CausalLM(config, quantization=Quantization(), lora=LoRA(rank=8), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        return CausalLM(config, quantization=Quantization(), method=LoRA(rank=8), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
 
     _, adapter, frozen = split(nnx.eval_shape(build))
     packed, dense = weight_bytes(frozen)
@@ -83,7 +83,7 @@ def test_pairs_are_two_batches() -> None:
 
 @pytest.mark.parametrize(("optimizer", "bytes_a_value"), [("adamw", 8), ("lion", 4)])
 def test_the_state_is_that_of_the_optimizer(optimizer: OptimizerName, bytes_a_value: int) -> None:
-    step = abstract_step(Recipe(llama_config(TINY), lora=LoRA(8), optimizer=optimizer), "cuda")
+    step = abstract_step(Recipe(llama_config(TINY), method=LoRA(8), optimizer=optimizer), "cuda")
     counters = 2 * 4  # of the rule and of the schedule
     assert tree_bytes(step.state.opt_state) == bytes_a_value * tree_bytes(step.state.adapter) // 4 + counters
 
@@ -95,7 +95,7 @@ def test_a_recipe_says_what_is_wrong() -> None:
 
 def test_a_report_sums_up_and_is_drawn(tmp_path: Path) -> None:
     machine = machine_named("v5e:2x2")
-    recipe = Recipe(llama_config(TINY), lora=LoRA(8), packed=False)
+    recipe = Recipe(llama_config(TINY), method=LoRA(8), packed=False)
     report = report_of(quick_plan(recipe, "tpu", 4), recipe, machine, "tiny")
     assert sum(size for _, size in report.device) == report.total == as_json(report)["peak"]
     assert report.fits

@@ -61,7 +61,7 @@ def test_the_last_line_is_json_with_method_versions_and_device(
     assert any(line.split()[:2] == ["total", "10.000"] for line in lines)
     recipe = asked["recipe"]
     assert recipe.config.num_hidden_layers == 80
-    assert recipe.lora.rank == 32
+    assert recipe.method.rank == 32
     assert recipe.packed
     assert recipe.host_optimizer
     assert recipe.objective == "sft"
@@ -91,7 +91,7 @@ def test_a_recipe_of_train_py_means_the_same(script: Any) -> None:
     )
     config = script.read_config(arguments.model.model)
     recipe = recipe_of(arguments, family_of(config).config(config), "cuda")
-    assert (recipe.lora.rank, recipe.lora.dropout) == (64, 0.05)
+    assert (recipe.method.rank, recipe.method.dropout) == (64, 0.05)
     assert (recipe.batch_size, recipe.micro_batches, recipe.length) == (1, 16, 512)
     assert (recipe.packed, recipe.host_optimizer, recipe.remat, recipe.dtype) == (False, True, "full", "bfloat16")
     assert (recipe.optimizer, recipe.max_grad_norm) == ("lion", 0.3)

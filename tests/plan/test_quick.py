@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 
 from qlora_jax.models.llama import llama_config
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.plan import SIZES, Recipe, quick_plan
 from qlora_jax.plan.quick import FACTORS, features, residual_bytes
 
 LLAMA = llama_config(SIZES["llama-3-8b"])
-RECIPE = Recipe(LLAMA, lora=LoRA(16), batch_size=4, length=2048, packed=False)
+RECIPE = Recipe(LLAMA, method=LoRA(16), batch_size=4, length=2048, packed=False)
 
 
 def test_weights_adapter_and_optimizer_are_exact() -> None:
@@ -49,6 +49,16 @@ def test_options_move_memory_the_right_way() -> None:
     eight = quick_plan(dataclasses.replace(RECIPE, optimizer="adamw8bit"), "cuda")
     assert eight.optimizer == pytest.approx(plan.optimizer * 2.03 / 8, rel=0.01)
     assert quick_plan(dataclasses.replace(RECIPE, batch_size=8), "cuda").peak > plan.peak
+
+
+def test_of_a_long_sequence_one_chunk_of_inner_activations_counts() -> None:
+    long = dataclasses.replace(RECIPE, batch_size=1, length=32768)
+    kept, chunked = (features(dataclasses.replace(long, remat=remat), "cuda", 1, 1) for remat in ("dots", "full"))
+    assert chunked["inner"] == 8192 * 14336 * 2 == kept["inner"] // 4
+    assert chunked["stream"] < kept["stream"] == kept["hidden"]
+    assert features(RECIPE, "cuda", 1, 1)["stream"] == RECIPE.tokens * 4096 * 2  # 4 x 2048 are one chunk
+    groups = features(dataclasses.replace(long, packed=True, attention_groups=4), "cuda", 1, 1)
+    assert groups["mask"] == features(dataclasses.replace(long, packed=True), "cuda", 1, 1)["mask"] // 4
 
 
 def test_packed_tables_are_exact() -> None:

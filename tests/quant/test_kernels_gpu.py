@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 from kernel_checks import LIMITS, random, relative_error
 
-from qlora_jax.quant import StackedTensor, dequantize, kernels, matmul, quantize
+from qlora_jax.quant import DATA_TYPES, StackedTensor, dequantize, kernels, matmul, quantize
 from qlora_jax.quant.codebooks import codebook
 from qlora_jax.quant.kernels import gpu
 
@@ -24,6 +24,8 @@ from qlora_jax.quant.kernels import gpu
         (512, 256, "fp4", 128, False, 17),
         (768, 128, "int4", 128, True, 64),
         (640, 128, "nf4", 64, False, 100),
+        (256, 128, "fp4-e3m0", 64, True, 2),
+        (256, 128, "nf3", 64, True, 2),
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -47,7 +49,7 @@ def test_a_matrix_is_read_where_it_lies_in_its_stack() -> None:
     assert relative_error(found, expected) < LIMITS["float32"]
 
 
-@pytest.mark.parametrize("data_type", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("data_type", DATA_TYPES)
 def test_the_ptx_looks_every_byte_up(data_type: Any) -> None:
     packed, exact = np.arange(256, dtype=np.uint8), codebook(data_type)
     for dtype, count in (("bfloat16", 1), ("float32", 3)):

@@ -21,6 +21,8 @@ from qlora_jax.quant.kernels.tpu_scales import spread_absmax
         (512, 256, "fp4", 128, False, 17),
         (768, 128, "int4", 128, True, 64),
         (512, 640, "nf4", 64, False, 200),
+        (256, 128, "fp4-e3m0", 64, True, 2),
+        (256, 128, "nf3", 64, True, 2),
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

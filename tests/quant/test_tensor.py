@@ -19,6 +19,7 @@ from qlora_jax.quant import (
     BLOCK_SIZES,
     DATA_TYPES,
     QuantizedTensor,
+    code_bits,
     codebook,
     dequantize,
     dynamic_map,
@@ -75,6 +76,14 @@ SHAPES = [(128, 32), (64, 1), (192, 5), (1, 1), (7, 13), (97, 101), (100, 64), (
 def test_equals_the_reference(data_type: Any, shape: tuple[int, int]) -> None:
     w = random(*shape)
     check_reference(w, data_type, 64)
+
+
+@pytest.mark.parametrize("data_type", DATA_TYPES)
+def test_codes_beyond_the_table_are_never_written(data_type: Any) -> None:
+    q = quantize(random(320, 8), data_type)
+    written = np.unique(unpack(q))
+    expected = 15 if data_type == "int4" else 2 ** code_bits(data_type)
+    assert (written.size, written.max()) == (expected, expected - 1)
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)

@@ -16,7 +16,7 @@ from qlora_jax.checkpoint.source import CheckpointError, open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.models import CausalLM
 from qlora_jax.models.llama import llama_config
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization
 from qlora_jax.serve import Sampling, generate
 from qlora_jax.serve.generate import decode_step
@@ -55,7 +55,7 @@ def tiny() -> CausalLM:
 
 @functools.cache
 def quantized_with_adapter() -> CausalLM:
-    model = build(quantization=Quantization(), lora=LoRA(rank=4, alpha=64))
+    model = build(quantization=Quantization(), method=LoRA(rank=4, alpha=64))
     for path, value in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):  # B starts at zero: no adapter at all
         value.set_value(0.3 * jax.random.normal(jax.random.key(len(str(path))), value.shape))
     return model

@@ -14,13 +14,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.checkpoint import tuned
-from qlora_jax.checkpoint.adapter_files import tensor_names, write_adapter
+from qlora_jax.checkpoint.adapter_files import tensor_name, write_adapter
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.record import TrainingRecord
 from qlora_jax.checkpoint.source import CheckpointError
 from qlora_jax.models.llama import llama_config
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
@@ -88,10 +88,10 @@ def write_small_adapter(path: Path, width: int) -> Path:
     draws = np.random.default_rng(1)
     tensors: dict[str, np.ndarray] = {}
     for layer in range(LAYERS):
-        a, b = tensor_names(f"model.layers.{layer}.self_attn.q_proj")
+        a, b = (tensor_name(f"model.layers.{layer}.self_attn.q_proj", suffix) for suffix in LoRA().suffixes)
         tensors[a] = draws.normal(size=(2, width)).astype(np.float32)
         tensors[b] = draws.normal(size=(width, 2)).astype(np.float32)
-    return write_adapter(tensors, path, lora=LoRA(rank=2, alpha=8, target_modules=("q_proj",)))
+    return write_adapter(tensors, path, method=LoRA(rank=2, alpha=8, target_modules=("q_proj",)))
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

@@ -15,7 +15,7 @@ from flax import nnx
 from qlora_jax.checkpoint.state import StateStore
 from qlora_jax.models import CausalLM
 from qlora_jax.models.llama import llama_config
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.quant import BlockwiseArray, Quantization
 from qlora_jax.train import Transformation, create_state, host_offload, jit_train_step, language_model_loss, optimizer, split
 
@@ -147,7 +147,7 @@ def build() -> tuple[Any, Any, Any]:
     lora = LoRA(rank=32, alpha=32)
 
     def make() -> CausalLM:
-        return CausalLM(llama_config(CONFIG), quantization=Quantization(), lora=lora, remat="none", rngs=nnx.Rngs(0))
+        return CausalLM(llama_config(CONFIG), quantization=Quantization(), method=lora, remat="none", rngs=nnx.Rngs(0))
 
     graph, _, _ = split(nnx.eval_shape(make))
     adapter, frozen = jax.jit(lambda: split(make())[1:])()

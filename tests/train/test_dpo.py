@@ -11,7 +11,7 @@ from flax import nnx
 
 from qlora_jax.models import CausalLM
 from qlora_jax.models.llama import llama_config
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization
 from qlora_jax.train import (
     PAIRS,
@@ -42,7 +42,7 @@ CONFIG: dict[str, Any] = {
 
 def make(lora: LoRA | None, **fields: Any) -> CausalLM:
     config = llama_config(CONFIG | fields)
-    return CausalLM(config, quantization=Quantization(), lora=lora, remat="none", rngs=nnx.Rngs(0))
+    return CausalLM(config, quantization=Quantization(), method=lora, remat="none", rngs=nnx.Rngs(0))
 
 
 @cache

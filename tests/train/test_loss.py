@@ -14,7 +14,7 @@ import pytest
 
 from qlora_jax.nn import Table
 from qlora_jax.quant import TableStorage, quantize_rows, take_rows
-from qlora_jax.train import chunked_cross_entropy, language_model_loss
+from qlora_jax.train import chunked_cross_entropy, language_model_figures, language_model_loss
 from qlora_jax.train.loss import LEAST, LOGITS, chunk_tokens
 
 
@@ -284,3 +284,26 @@ def test_four_devices_hold_the_rows_of_the_head_apart() -> None:
     assert max(case["error"] for case in found) < 2e-5
     # 21 rows are not to be had in four parts, and a head of which rows train is summed up whole
     assert [case["whole"] for case in found] == [False, False, False, False, True, True]
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_the_figures_of_held_out_data(cap: float | None) -> None:
+    """Loss and token accuracy against all logits at once."""
+    hidden, head, targets, weights = problem(6 * LEAST // 4, 8, 37)
+    weights = np.where(weights > 0, 1, 0).astype(np.float32)
+    batch = {"inputs": targets, "targets": targets, "loss_mask": weights}
+    batch = {name: jnp.asarray(x.reshape(6, -1)) for name, x in batch.items()}
+
+    class Model:
+        logit_cap = cap
+
+        def __init__(self) -> None:
+            self.head = Table(jnp.asarray(head))
+
+        def hidden(self, tokens: Any, **_: Any) -> Any:
+            return jnp.asarray(hidden.reshape(*tokens.shape, -1))
+
+    loss, more = language_model_figures(Model(), batch, None)
+    hits = (hidden @ head.T).argmax(1) == targets
+    np.testing.assert_allclose(loss, language_model_loss(Model(), batch, None), rtol=1e-6)
+    assert 0 < float(more["mean_token_accuracy"]) == (hits * weights).sum()

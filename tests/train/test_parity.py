@@ -25,12 +25,14 @@ from qlora_jax.checkpoint.merge import merge
 from qlora_jax.checkpoint.source import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.data import PLAIN_ANSWERS, batches, encode_all, load_records
-from qlora_jax.nn import LoRA
-from qlora_jax.train import adamw, create_state, jit_train_step, language_model_loss, split
+from qlora_jax.peft import LoRA
+from qlora_jax.train import create_state, jit_train_step, language_model_loss, split
+from qlora_jax.train import optimizer as make_optimizer
 
 torch = pytest.importorskip("torch", reason="the peers (torch, PEFT, bitsandbytes) are not installed")
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
+create_loraplus_optimizer = pytest.importorskip("peft.optimizers").create_loraplus_optimizer
 transformers = pytest.importorskip("transformers")
 
 # PEFT calls a property of transformers that is to be renamed.
@@ -46,6 +48,7 @@ class Optimizer:
     learning_rate: float = 2e-4
     weight_decay: float = 0.0
     clip: float | None = None
+    loraplus_lr_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,21 @@ class Result:
     adapter: dict[str, np.ndarray]
 
 
-def train_ours(folder: Path, work: Path, data: list[Batch], optimizer: Optimizer, micro_batches: int) -> Result:
+def train_ours(
+    folder: Path, work: Path, data: list[Batch], optimizer: Optimizer, micro_batches: int, lora: LoRA = LORA
+) -> Result:
     """Also saves the adapter before the first step under `work`, for the peer to start from."""
-    model = load_model(open_checkpoint(str(folder)), lora=LORA, dtype=jnp.float32, seed=3, progress=False)
-    save_adapter(model, work / "fresh", lora=LORA, base_model_name_or_path=str(folder))
+    model = load_model(open_checkpoint(str(folder)), method=lora, dtype=jnp.float32, seed=3, progress=False)
+    save_adapter(model, work / "fresh", method=lora, base_model_name_or_path=str(folder))
     graph, adapter, frozen = split(model)
     del model
-    tx = adamw(optimizer.learning_rate, weight_decay=optimizer.weight_decay, max_grad_norm=optimizer.clip)
+    tx = make_optimizer(
+        "adamw",
+        optimizer.learning_rate,
+        weight_decay=optimizer.weight_decay,
+        max_grad_norm=optimizer.clip,
+        loraplus_lr_ratio=optimizer.loraplus_lr_ratio,
+    )
     state = create_state(tx, adapter)
     step = jit_train_step(graph, tx, language_model_loss, state)
     rows: list[dict[str, Any]] = []
@@ -69,7 +80,7 @@ def train_ours(folder: Path, work: Path, data: list[Batch], optimizer: Optimizer
         cut = {name: jnp.asarray(x.reshape(micro_batches, -1, x.shape[-1])) for name, x in batch.items()}
         state, metrics = step(state, frozen, cut)
         rows.append(jax.device_get(metrics))
-    save_adapter(nnx.merge(graph, state.adapter, frozen), work / "trained", lora=LORA)
+    save_adapter(nnx.merge(graph, state.adapter, frozen), work / "trained", method=lora)
     return Result(
         np.array([row["loss"] for row in rows]),
         np.array([row["grad_norm"] for row in rows]),
@@ -92,7 +103,16 @@ def train_theirs(folder: Path, fresh: Path, data: list[Batch], optimizer: Optimi
     model = peft.PeftModel.from_pretrained(base, fresh, is_trainable=True).train()
     assert any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    update = torch.optim.AdamW(trainable.values(), lr=optimizer.learning_rate, weight_decay=optimizer.weight_decay)
+    if optimizer.loraplus_lr_ratio is None:
+        update = torch.optim.AdamW(trainable.values(), lr=optimizer.learning_rate, weight_decay=optimizer.weight_decay)
+    else:
+        update = create_loraplus_optimizer(
+            model,
+            torch.optim.AdamW,
+            lr=optimizer.learning_rate,
+            loraplus_lr_ratio=optimizer.loraplus_lr_ratio,
+            loraplus_weight_decay=optimizer.weight_decay,
+        )
     losses, norms = [], []
     for batch in data:
         # Ours are pairs (input, target); theirs are tokens, shifted inside.
@@ -111,8 +131,13 @@ def train_theirs(folder: Path, fresh: Path, data: list[Batch], optimizer: Optimi
         update.step()
         update.zero_grad(set_to_none=True)
         losses.append(loss.item())
-    adapter = {name.replace(".default.", "."): p.detach().numpy() for name, p in trainable.items()}
+    adapter = {_in_files(name): p.detach().numpy() for name, p in trainable.items()}
     return Result(np.array(losses), np.array(norms), adapter)
+
+
+def _in_files(parameter: str) -> str:
+    name = parameter.replace(".default.", ".")
+    return name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name
 
 
 def random_batches(vocabulary: int, rows: int, length: int) -> Iterator[Batch]:
@@ -163,6 +188,26 @@ def test_a_tiny_llama(
     assert found["loss"] < 1e-5
     assert found["gradient norm"] < 1e-4
     assert found["adapter"] < 0.05 * STEPS * optimizer.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("lora", "optimizer"),
+    [
+        (LoRA(rank=8, alpha=16, use_dora=True), Optimizer(learning_rate=2e-3, clip=0.3)),
+        (LORA, Optimizer(learning_rate=5e-4, weight_decay=0.1, clip=0.3, loraplus_lr_ratio=16.0)),
+        (LoRA(rank=8, use_dora=True), Optimizer(learning_rate=2e-4, loraplus_lr_ratio=4.0)),
+    ],
+    ids=["DoRA", "LoRA+", "both"],
+)
+def test_variants(tiny_llama: Path, tmp_path: Path, record_property: Any, lora: LoRA, optimizer: Optimizer) -> None:
+    source = random_batches(259, 4, 48)
+    data = [next(source) for _ in range(STEPS)]
+    ours = train_ours(tiny_llama, tmp_path, data, optimizer, 1, lora)
+    theirs = train_theirs(tiny_llama, tmp_path / "fresh", data, optimizer)
+    found = compare(ours, theirs, record_property)
+    assert found["loss"] < 1e-4
+    assert found["gradient norm"] < 1e-3
+    assert found["adapter"] < 0.05 * STEPS * optimizer.learning_rate * (optimizer.loraplus_lr_ratio or 1)
 
 
 def test_smollm2(tmp_path: Path, record_property: Any) -> None:

@@ -23,7 +23,7 @@ from flax import nnx
 
 from qlora_jax.models import CausalLM
 from qlora_jax.models.llama import llama_config
-from qlora_jax.nn import LoRA
+from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization
 from qlora_jax.train import (
     TrainState,
@@ -58,7 +58,7 @@ def build(dropout: float) -> tuple[Any, Any, Any]:
     lora = LoRA(rank=4, alpha=8, dropout=dropout)
 
     def make() -> CausalLM:
-        return CausalLM(llama_config(CONFIG), quantization=Quantization(), lora=lora, remat="none", rngs=nnx.Rngs(0))
+        return CausalLM(llama_config(CONFIG), quantization=Quantization(), method=lora, remat="none", rngs=nnx.Rngs(0))
 
     graph, abstract, _ = split(nnx.eval_shape(make))
     adapter, frozen = jax.tree.map(np.array, jax.jit(lambda: split(make())[1:])())

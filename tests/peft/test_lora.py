@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qlora_jax.nn import Linear, LoRA, Slot, lora_update, module_matches, select_targets
-from qlora_jax.nn.lora import init_lora_a
+from qlora_jax.nn import Linear
+from qlora_jax.peft import LoRA, LoRALinear, Slot, lora_update, module_matches
+from qlora_jax.peft.lora_linear import init_lora_a
 
 LAYERS = {
     f"layers.{name}": [f"model.layers.{layer}.{name}" for layer in range(12)]
@@ -32,14 +33,14 @@ STACK = Slot((1, 0, 3), (2.0, 0.0, 0.5), 0.0)
     ],
 )
 def test_stacked_layers_that_are_selected(targets: str | tuple[str, ...], expected: set[str]) -> None:
-    slots = select_targets(LoRA(rank=3, alpha=6, target_modules=targets), LAYERS)
+    slots = LoRA(rank=3, alpha=6, target_modules=targets).targets(LAYERS)
     assert slots == {f"layers.{name}": Slot((3,) * 12, (2.0,) * 12, 0.0) for name in expected}
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "k_proj"), ("proj",), "q_proj", r"q_proj|.*k_proj"])
 def test_a_target_that_matches_nothing_is_an_error(targets: str | tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="matches no linear layer; their names end in: down_proj, q_proj, v_proj"):
-        select_targets(LoRA(target_modules=targets), LAYERS)
+        LoRA(target_modules=targets).targets(LAYERS)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_a_target_that_matches_nothing_is_an_error(targets: str | tuple[str, ...
     [(("model.layers.1.mlp.down_proj",), {1}), (r"model\.layers\.1\d?\.mlp.*", {1, 10, 11})],
 )
 def test_some_layers_of_a_stack(targets: str | tuple[str, ...], expected: set[int]) -> None:
-    slots = select_targets(LoRA(rank=4, alpha=2, target_modules=targets), LAYERS)
+    slots = LoRA(rank=4, alpha=2, target_modules=targets).targets(LAYERS)
     ranks = tuple(4 if layer in expected else 0 for layer in range(12))
     assert slots == {"layers.mlp.down_proj": Slot(ranks, tuple(rank / 8 for rank in ranks), 0.0)}
 
@@ -65,7 +66,7 @@ def test_some_layers_of_a_stack(targets: str | tuple[str, ...], expected: set[in
 )
 def test_what_has_no_effect_is_an_error(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        select_targets(LoRA(**fields), LAYERS)
+        LoRA(**fields).targets(LAYERS)
 
 
 def test_a_name_in_a_list_is_no_regular_expression() -> None:
@@ -94,10 +95,10 @@ def test_padding_changes_nothing_and_has_no_gradient() -> None:
 
 def test_a_stack_starts_with_zeros_in_the_padding() -> None:
     for layer, (rank, _) in enumerate(SLOTS):
-        made = Linear(8, 6, lora=STACK, layer=layer, rngs=nnx.Rngs(layer))
-        assert made.lora_a is not None
-        assert np.all(np.asarray(made.lora_a[...])[:, :rank] != 0)
-        assert np.all(np.asarray(made.lora_a[...])[:, rank:] == 0)
+        made = Linear(8, 6, adapter=STACK, layer=layer, rngs=nnx.Rngs(layer))
+        assert isinstance(made.adapter, LoRALinear)
+        assert np.all(np.asarray(made.adapter.lora_a[...])[:, :rank] != 0)
+        assert np.all(np.asarray(made.adapter.lora_a[...])[:, rank:] == 0)
 
 
 def test_scaling() -> None:

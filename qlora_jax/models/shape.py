@@ -1,0 +1,35 @@
+"""What methods of fine-tuning have to know of a model."""
+
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.t5_config import T5Config
+from qlora_jax.peft import Method, ModelShape, OfModel, PromptMethod
+
+
+def shape_of(config: DecoderConfig | T5Config) -> ModelShape:
+    """The shape of a model with that configuration."""
+    decoder = isinstance(config, DecoderConfig)
+    return ModelShape(
+        family=config.family,
+        hidden_size=config.hidden_size,
+        layers=config.num_hidden_layers if decoder else config.num_layers,
+        decoder_layers=config.num_hidden_layers if decoder else config.num_decoder_layers,
+        kv_heads=config.num_key_value_heads if decoder else config.num_heads,
+        head_dim=config.head_dim,
+        encoder_decoder=not decoder,
+    )
+
+
+def method_for(method: Method | None, config: DecoderConfig | T5Config) -> Method | None:
+    """The method with all that it leaves to the model chosen.
+
+    Raises:
+        ValueError: it does not go with the model.
+    """
+    return method.for_model(shape_of(config)) if isinstance(method, OfModel) else method
+
+
+def positions_left(config: DecoderConfig | T5Config, method: object) -> int | None:
+    """The most tokens of a row that a model's positions are made for, beside the method's virtual ones; None: any number."""
+    if not isinstance(config, DecoderConfig) or config.endless:
+        return None
+    return config.max_position_embeddings - (method.virtual_tokens if isinstance(method, PromptMethod) else 0)

@@ -1,0 +1,210 @@
+"""P-tuning (Liu et al. 2021): an encoder makes the embeddings of n virtual tokens from a table of as many.
+
+    MLP     e = W3 relu(W2 relu(W1 t + b1) + b2) + b3                       hidden, hidden, hidden_size of the model
+    LSTM    e = W2 relu(W1 [forward(t); backward(t)] + b1) + b2             a bidirectional LSTM along the virtual tokens
+
+The LSTM is torch's: gates i, f, g, o in turn, two biases, dropout between its layers while training.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from qlora_jax.peft.fields import Fields, is_number, is_whole
+from qlora_jax.peft.method import ModelShape, TokenRows
+from qlora_jax.peft.prompt import (
+    COMMON_FIELDS,
+    EMBEDDING,
+    EMBEDDINGS,
+    UNKNOWN,
+    PromptShape,
+    check_prompt,
+    dense,
+    misfit_of,
+    no_merging,
+    no_targets,
+    normal,
+    prompt_shape,
+    read_prompt,
+    through,
+    uniform,
+    write_prompt,
+)
+
+Encoder = Literal["MLP", "LSTM"]
+_READ = COMMON_FIELDS | {
+    "encoder_reparameterization_type",
+    "encoder_hidden_size",
+    "encoder_num_layers",
+    "encoder_dropout",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PTuning:
+    """The virtual tokens, in the terms of PEFT's PromptEncoderConfig.
+
+    Attributes:
+        virtual_tokens: n.
+        encoder: MLP or LSTM.
+        hidden_size: of the encoder; None: the model's.
+        layers: of the LSTM.
+        dropout: between the layers of the LSTM.
+        encoded: whether there is an encoder; without one the embeddings themselves train.
+        shape: what the model has to be like.
+
+    Raises:
+        ValueError: no virtual token, or sizes that make no encoder.
+    """
+
+    virtual_tokens: int = 20
+    encoder: Encoder = "MLP"
+    hidden_size: int | None = None
+    layers: int = 2
+    dropout: float = 0.0
+    encoded: bool = True
+    shape: PromptShape = UNKNOWN
+
+    def __post_init__(self) -> None:
+        check_prompt("PTuning", self.virtual_tokens)
+        if self.encoder not in get_args(Encoder):
+            raise ValueError(f"PTuning encoder: expected one of {', '.join(get_args(Encoder))}, found {self.encoder!r}")
+        if self.layers < 1 or (self.hidden_size is not None and self.hidden_size < 1):
+            raise ValueError(f"PTuning layers, hidden_size: expected at least 1, found {self.layers}, {self.hidden_size}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"PTuning dropout: expected 0 <= dropout < 1, found {self.dropout}")
+
+    @property
+    def rows(self) -> int:
+        """Rows of the values in files."""
+        return self.virtual_tokens * (self.shape.submodules or 1)
+
+    @property
+    def is_prefix(self) -> bool:
+        return False
+
+    @property
+    def peft_type(self) -> str:
+        return "P_TUNING"
+
+    @property
+    def modules_to_save(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return (EMBEDDINGS,)
+
+    def token_rows(self) -> TokenRows:
+        """See `Method`."""
+        return ()
+
+    def targets(self, layers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+        """See `Method`."""
+        return no_targets(layers)
+
+    def for_model(self, shape: ModelShape) -> "PTuning":
+        """See `OfModel`."""
+        found = prompt_shape("PTuning", self.shape, shape, is_prefix=False)
+        return dataclasses.replace(self, shape=found, hidden_size=self.hidden_size or found.token_dim)
+
+    def parameters(self, key: Array) -> dict[str, Array]:
+        """See `PromptMethod`."""
+        features, hidden = self.shape.token_dim or 0, self.hidden_size or 0
+        first, *keys = jax.random.split(key, 4)
+        table = {EMBEDDING: normal(first, self.rows, features)}
+        if not self.encoded:
+            return table
+        if self.encoder == "MLP":
+            sizes = (features, hidden, hidden, features)
+            names = ("mlp_head.0", "mlp_head.2", "mlp_head.4")
+        else:
+            sizes, names = (2 * hidden, 2 * hidden, features), ("mlp_head.0", "mlp_head.2")
+            table |= self._fresh_lstm(keys.pop(), features, hidden)
+        for key, name, inputs, outputs in zip(keys, names, sizes, sizes[1:], strict=False):
+            table |= dense(key, name, inputs, outputs)
+        return table
+
+    def encode(self, parameters: Mapping[str, Array], key: Array | None = None) -> Array:
+        """See `PromptMethod`."""
+        x = parameters[EMBEDDING]
+        if not self.encoded:
+            return x
+        if self.encoder == "LSTM":
+            x = self._run_lstm(x, parameters, key)
+            return through(jax.nn.relu(through(x, parameters, "mlp_head.0")), parameters, "mlp_head.2")
+        x = jax.nn.relu(through(x, parameters, "mlp_head.0"))
+        return through(jax.nn.relu(through(x, parameters, "mlp_head.2")), parameters, "mlp_head.4")
+
+    def _fresh_lstm(self, key: Array, features: int, hidden: int) -> dict[str, Array]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer in range(self.layers):
+            inputs = features if layer == 0 else 2 * hidden
+            for end in (f"l{layer}", f"l{layer}_reverse"):
+                shapes |= {f"lstm_head.weight_ih_{end}": (4 * hidden, inputs)}
+                shapes |= {f"lstm_head.weight_hh_{end}": (4 * hidden, hidden)}
+                shapes |= {f"lstm_head.bias_ih_{end}": (4 * hidden,), f"lstm_head.bias_hh_{end}": (4 * hidden,)}
+        return uniform(key, hidden, shapes)
+
+    def _run_lstm(self, x: Array, parameters: Mapping[str, Array], key: Array | None) -> Array:
+        for layer in range(self.layers):
+            if layer and key is not None and self.dropout > 0:
+                keep = jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - self.dropout, x.shape)
+                x = jnp.where(keep, x / (1 - self.dropout), 0)
+            sides = [_lstm(x, parameters, f"l{layer}"), _lstm(x[::-1], parameters, f"l{layer}_reverse")[::-1]]
+            x = jnp.concatenate(sides, axis=-1)
+        return x
+
+    def projected(self) -> "PTuning":
+        """See `PromptMethod`."""
+        return dataclasses.replace(self, encoded=False)
+
+    def misfit(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
+        """See `Method`."""
+        return misfit_of(shape, self.rows, self.shape.token_dim)
+
+    def merged(self, weight: np.ndarray, module: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Raises ValueError."""
+        raise no_merging("PTuning")
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> "PTuning":
+        """See `Method`."""
+        fields = Fields(config, read=_READ)
+        encoder = fields.get("encoder_reparameterization_type", lambda x: x in get_args(Encoder), "MLP or LSTM", "MLP")
+        hidden = fields.get("encoder_hidden_size", lambda x: x is None or is_whole(x), "a whole number")
+        layers = fields.get("encoder_num_layers", is_whole, "a whole number", 2)
+        dropout = fields.get("encoder_dropout", is_number, "a number", 0.0)
+        common = read_prompt(fields)
+        fields.check()
+        return cls(encoder=encoder, hidden_size=hidden, layers=layers, dropout=dropout, **common)
+
+    def to_peft(self, modules: Sequence[str]) -> dict[str, Any]:
+        """See `Method`."""
+        return write_prompt(self.virtual_tokens, self.shape) | {
+            "encoder_dropout": self.dropout,
+            "encoder_hidden_size": self.hidden_size,
+            "encoder_num_layers": self.layers,
+            "encoder_reparameterization_type": self.encoder,
+        }
+
+
+def _lstm(x: Array, parameters: Mapping[str, Array], end: str) -> Array:
+    """One direction of one layer: `[t, inputs]` to `[t, hidden]`."""
+    of_input, of_state = parameters[f"lstm_head.weight_ih_{end}"], parameters[f"lstm_head.weight_hh_{end}"]
+    bias = parameters[f"lstm_head.bias_ih_{end}"] + parameters[f"lstm_head.bias_hh_{end}"]
+
+    def step(state: tuple[Array, Array], gates: Array) -> tuple[tuple[Array, Array], Array]:
+        output, cell = state
+        i, f, g, o = jnp.split(gates + of_state @ output, 4)
+        cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
+        output = jax.nn.sigmoid(o) * jnp.tanh(cell)
+        return (output, cell), output
+
+    zero = jnp.zeros(of_state.shape[1], x.dtype)
+    return jax.lax.scan(step, (zero, zero), x @ of_input.T + bias[None])[1]

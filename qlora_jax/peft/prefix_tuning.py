@@ -1,0 +1,153 @@
+"""Prefix tuning (Li and Liang 2021): n keys and values, trained, before those of every layer.
+
+    values = P                                                P [n, layers * 2 * features]
+    values = W2 tanh(W1 e + b1) + b2                          e [n, features], the reparameterisation of the paper
+
+They are not rotated by their positions; those of the tokens count from n on, as in PEFT.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from qlora_jax.peft.fields import Fields, is_whole
+from qlora_jax.peft.method import ModelShape, TokenRows
+from qlora_jax.peft.prompt import (
+    COMMON_FIELDS,
+    EMBEDDING,
+    EMBEDDINGS,
+    UNKNOWN,
+    PromptShape,
+    check_prompt,
+    dense,
+    misfit_of,
+    no_merging,
+    no_targets,
+    normal,
+    prompt_shape,
+    read_prompt,
+    through,
+    write_prompt,
+)
+
+_READ = COMMON_FIELDS | {"encoder_hidden_size", "prefix_projection", "init_weights"}
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixTuning:
+    """The keys and values, in the terms of PEFT's PrefixTuningConfig.
+
+    Attributes:
+        virtual_tokens: n.
+        projection: whether an MLP makes them.
+        hidden_size: of that MLP; None: the features of all keys of a layer.
+        zero: whether they start at zero instead of at random.
+        encoded: whether there is that MLP; without it the values themselves train.
+        shape: what the model has to be like.
+
+    Raises:
+        ValueError: no virtual token, or no features in the MLP.
+    """
+
+    virtual_tokens: int = 20
+    projection: bool = False
+    hidden_size: int | None = None
+    zero: bool = False
+    encoded: bool = True
+    shape: PromptShape = UNKNOWN
+
+    def __post_init__(self) -> None:
+        check_prompt("PrefixTuning", self.virtual_tokens)
+        if self.hidden_size is not None and self.hidden_size < 1:
+            raise ValueError(f"PrefixTuning hidden_size: expected at least 1, found {self.hidden_size}")
+
+    @property
+    def features(self) -> int | None:
+        """Of all layers' keys and values."""
+        shape = self.shape
+        return None if shape.layers is None or shape.token_dim is None else 2 * shape.layers * shape.token_dim
+
+    @property
+    def is_prefix(self) -> bool:
+        return True
+
+    @property
+    def peft_type(self) -> str:
+        return "PREFIX_TUNING"
+
+    @property
+    def modules_to_save(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return (EMBEDDINGS,)
+
+    def token_rows(self) -> TokenRows:
+        """See `Method`."""
+        return ()
+
+    def targets(self, layers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+        """See `Method`."""
+        return no_targets(layers)
+
+    def for_model(self, shape: ModelShape) -> "PrefixTuning":
+        """See `OfModel`."""
+        found = prompt_shape("PrefixTuning", self.shape, shape, is_prefix=True)
+        return dataclasses.replace(self, shape=found, hidden_size=self.hidden_size or found.token_dim)
+
+    def parameters(self, key: Array) -> dict[str, Array]:
+        """See `PromptMethod`."""
+        n, features, all_features = self.virtual_tokens, self.shape.token_dim or 0, self.features or 0
+        first, second, third = jax.random.split(key, 3)
+        if not (self.projection and self.encoded):
+            table = normal(first, n, all_features)
+            return {EMBEDDING: jnp.zeros_like(table) if self.zero else table}
+        hidden = self.hidden_size or 0
+        last = dense(third, "transform.2", hidden, all_features)
+        if self.zero:
+            last = jax.tree.map(jnp.zeros_like, last)
+        return {EMBEDDING: normal(first, n, features), **dense(second, "transform.0", features, hidden), **last}
+
+    def encode(self, parameters: Mapping[str, Array], key: Array | None = None) -> Array:
+        """See `PromptMethod`."""
+        x = parameters[EMBEDDING]
+        if not (self.projection and self.encoded):
+            return x
+        return through(jnp.tanh(through(x, parameters, "transform.0")), parameters, "transform.2")
+
+    def projected(self) -> "PrefixTuning":
+        """See `PromptMethod`."""
+        return dataclasses.replace(self, encoded=False)
+
+    def misfit(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
+        """See `Method`."""
+        return misfit_of(shape, self.virtual_tokens, self.features)
+
+    def merged(self, weight: np.ndarray, module: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Raises ValueError."""
+        raise no_merging("PrefixTuning")
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> "PrefixTuning":
+        """See `Method`."""
+        fields = Fields(config, read=_READ)
+        projection = fields.get("prefix_projection", lambda x: isinstance(x, bool), "true or false", False)
+        hidden = fields.get("encoder_hidden_size", lambda x: x is None or is_whole(x), "a whole number")
+        start = fields.get("init_weights", lambda x: x in (None, "zero"), "zero or nothing")
+        common = read_prompt(fields)
+        fields.check()
+        return cls(projection=projection, hidden_size=hidden, zero=start == "zero", **common)
+
+    def to_peft(self, modules: Sequence[str]) -> dict[str, Any]:
+        """See `Method`."""
+        return write_prompt(self.virtual_tokens, self.shape) | {
+            "encoder_hidden_size": self.hidden_size,
+            "init_weights": "zero" if self.zero else None,
+            "prefix_projection": self.projection,
+        }

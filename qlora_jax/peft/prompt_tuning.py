@@ -1,0 +1,154 @@
+"""Prompt tuning (Lester et al. 2021): n embeddings, trained, before those of the tokens.
+
+They start from a normal distribution, from rows of the token table drawn at random, or from those of the tokens of a text.
+The last two need the table, which is not there yet when a model is made: `initial_tokens` says which rows,
+`models.prompts.start_from_tokens` puts them in.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+from jax import Array
+
+from qlora_jax.peft.fields import Fields
+from qlora_jax.peft.method import ModelShape, TokenRows
+from qlora_jax.peft.prompt import (
+    COMMON_FIELDS,
+    EMBEDDING,
+    EMBEDDINGS,
+    UNKNOWN,
+    PromptShape,
+    check_prompt,
+    misfit_of,
+    no_merging,
+    no_targets,
+    normal,
+    prompt_shape,
+    read_prompt,
+    write_prompt,
+)
+
+PromptInit = Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"]
+_READ = COMMON_FIELDS | {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"}
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptTuning:
+    """The virtual tokens, in the terms of PEFT's PromptTuningConfig.
+
+    Attributes:
+        virtual_tokens: n.
+        init: what they start from: RANDOM, SAMPLE_VOCAB or TEXT.
+        init_text: the text of TEXT.
+        tokenizer: path or hub id of the tokenizer of that text, for PEFT.
+        shape: what the model has to be like.
+
+    Raises:
+        ValueError: no virtual token, an unknown start, or a text without TEXT or the other way round.
+    """
+
+    virtual_tokens: int = 20
+    init: PromptInit = "RANDOM"
+    init_text: str | None = None
+    tokenizer: str | None = None
+    shape: PromptShape = UNKNOWN
+
+    def __post_init__(self) -> None:
+        check_prompt("PromptTuning", self.virtual_tokens)
+        if self.init not in get_args(PromptInit):
+            raise ValueError(f"PromptTuning init: expected one of {', '.join(get_args(PromptInit))}, found {self.init!r}")
+        if (self.init == "TEXT") != (self.init_text is not None):
+            raise ValueError(f"PromptTuning init_text: expected one with init TEXT alone, found {self.init_text!r}")
+
+    def initial_tokens(self, text: Sequence[int], vocabulary: int, seed: int) -> np.ndarray | None:
+        """The tokens whose embeddings are the start, int32 `[rows]`; None for a random start.
+
+        Args:
+            text: the tokens of `init_text`, which are cut off or repeated.
+            vocabulary: rows of the token table to draw from.
+
+        Raises:
+            ValueError: a text without tokens.
+        """
+        if self.init == "RANDOM":
+            return None
+        if self.init == "SAMPLE_VOCAB":
+            return np.random.default_rng(seed).integers(0, vocabulary, self.rows, np.int32)
+        if not len(text):
+            raise ValueError("PromptTuning init_text: expected a text with at least one token, found none")
+        return np.resize(np.asarray(text, np.int32), self.rows)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the values in files."""
+        return self.virtual_tokens * (self.shape.submodules or 1)
+
+    @property
+    def is_prefix(self) -> bool:
+        return False
+
+    @property
+    def peft_type(self) -> str:
+        return "PROMPT_TUNING"
+
+    @property
+    def modules_to_save(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return (EMBEDDINGS,)
+
+    def token_rows(self) -> TokenRows:
+        """See `Method`."""
+        return ()
+
+    def targets(self, layers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+        """See `Method`."""
+        return no_targets(layers)
+
+    def for_model(self, shape: ModelShape) -> "PromptTuning":
+        """See `OfModel`."""
+        return dataclasses.replace(self, shape=prompt_shape("PromptTuning", self.shape, shape, is_prefix=False))
+
+    def parameters(self, key: Array) -> dict[str, Array]:
+        """See `PromptMethod`."""
+        return {EMBEDDING: normal(key, self.rows, self.shape.token_dim or 0)}
+
+    def encode(self, parameters: Mapping[str, Array], key: Array | None = None) -> Array:
+        """See `PromptMethod`."""
+        return parameters[EMBEDDING]
+
+    def projected(self) -> "PromptTuning":
+        """See `PromptMethod`."""
+        return self
+
+    def misfit(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
+        """See `Method`."""
+        return misfit_of(shape, self.rows, self.shape.token_dim)
+
+    def merged(self, weight: np.ndarray, module: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Raises ValueError."""
+        raise no_merging("PromptTuning")
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> "PromptTuning":
+        """See `Method`."""
+        fields = Fields(config, read=_READ, inert=frozenset(("tokenizer_kwargs",)))
+        init = fields.get("prompt_tuning_init", lambda x: x in get_args(PromptInit), "a known start", "RANDOM")
+        text = fields.get("prompt_tuning_init_text", lambda x: x is None or isinstance(x, str), "a text")
+        tokenizer = fields.get("tokenizer_name_or_path", lambda x: x is None or isinstance(x, str), "a path")
+        common = read_prompt(fields)
+        fields.check()
+        return cls(init=init, init_text=text if init == "TEXT" else None, tokenizer=tokenizer, **common)
+
+    def to_peft(self, modules: Sequence[str]) -> dict[str, Any]:
+        """See `Method`."""
+        return write_prompt(self.virtual_tokens, self.shape) | {
+            "prompt_tuning_init": self.init,
+            "prompt_tuning_init_text": self.init_text,
+            "tokenizer_kwargs": None,
+            "tokenizer_name_or_path": self.tokenizer,
+        }

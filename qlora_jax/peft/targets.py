@@ -1,0 +1,104 @@
+"""Which modules of a model an adapter's description selects, by PEFT's rules (`check_target_module_exists` and
+`get_pattern_key` of PEFT 0.21).
+
+    target_modules        a list holds exact names or their last parts; a string is a regular expression that has to match
+                          the whole name; "all-linear" means every linear layer but the output head
+    exclude_modules       the same two forms, and wins
+    layers_to_transform   of the names that a list's last parts select, those whose first number is one of these
+    rank_pattern, …       the first regular expression that matches the name's end, from a dot on
+
+PEFT ignores what selects nothing. Here that is an error: a misspelt name must not leave a layer untrained in silence.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+ALL_LINEAR = "all-linear"
+
+
+class Targets(Protocol):
+    """What selects linear modules, by PEFT's names; `lora.LoRA` says what each means."""
+
+    @property
+    def target_modules(self) -> str | tuple[str, ...]: ...
+    @property
+    def exclude_modules(self) -> str | tuple[str, ...]: ...
+    @property
+    def layers_to_transform(self) -> tuple[int, ...]: ...
+    @property
+    def layers_pattern(self) -> tuple[str, ...]: ...
+
+
+def name_matches(names: Sequence[str], module: str) -> bool:
+    """Whether a list of names holds the full name of the module or last parts of it."""
+    return any(module == name or module.endswith("." + name) for name in names)
+
+
+def module_matches(targets: Targets, module: str) -> bool:
+    """Whether the linear module of that full name, e.g. "model.layers.0.self_attn.q_proj", gets an adapter."""
+    excluded = targets.exclude_modules
+    if re.fullmatch(excluded, module) if isinstance(excluded, str) else name_matches(excluded, module):
+        return False
+    wanted = targets.target_modules
+    if wanted == ALL_LINEAR:
+        return _is_transformed(targets, module)
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, module) is not None
+    return module in wanted or (name_matches(wanted, module) and _is_transformed(targets, module))
+
+
+def choose(targets: Targets, layers: Mapping[str, Sequence[str]]) -> set[str]:
+    """The full names of the modules that get an adapter.
+
+    Args:
+        layers: for each stacked linear layer, the full names of the modules that it stacks.
+
+    Raises:
+        ValueError: a name, pattern or number of a layer that has no effect.
+    """
+    names, kind = [name for stacked in layers.values() for name in stacked], type(targets).__name__
+    chosen = {name for name in names if module_matches(targets, name)}
+
+    def check(field: str, entries: str | tuple[str, ...]) -> None:
+        if entries == ALL_LINEAR:
+            return
+        for entry in [entries] if isinstance(entries, str) else entries:
+            if not any(re.fullmatch(entry, n) if isinstance(entries, str) else name_matches([entry], n) for n in names):
+                raise ValueError(f"{kind} {field} {entry!r} matches no linear layer; {known_names(layers)}")
+
+    check("target", targets.target_modules)
+    check("exclude_modules", targets.exclude_modules)
+    numbers = {_layer_number(targets, name) for name in chosen}
+    if absent := sorted(set(targets.layers_to_transform) - numbers):
+        raise ValueError(f"{kind} layers_to_transform: no linear layer among the targets is in layer {absent[0]}")
+    if not chosen:
+        raise ValueError(
+            f"{kind} exclude_modules {targets.exclude_modules!r}: nothing is left of {targets.target_modules!r}"
+        )
+    return chosen
+
+
+def known_names(layers: Mapping[str, Sequence[str]]) -> str:
+    """What linear modules there are, for messages."""
+    names = {name.rsplit(".", 1)[-1] for stacked in layers.values() for name in stacked}
+    return "their names end in: " + ", ".join(sorted(names))
+
+
+def pattern_matches(pattern: str, module: str) -> bool:
+    """Whether PEFT's rules apply an entry of rank_pattern or alpha_pattern to the module of that full name."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def _is_transformed(targets: Targets, module: str) -> bool:
+    return not targets.layers_to_transform or _layer_number(targets, module) in targets.layers_to_transform
+
+
+def _layer_number(targets: Targets, module: str) -> int | None:
+    """The first number in the name of a module that follows the name of a list of layers."""
+    for pattern in targets.layers_pattern:
+        if match := re.match(rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\.", module):
+            return int(match["number"])
+    if not targets.layers_pattern and (match := re.match(r".*?\.[^.]*\.(?P<number>\d+)\.", module)):
+        return int(match["number"])
+    return None

@@ -1,0 +1,130 @@
+"""The cells of a comparison: variants of a run, each with several seeds.
+
+A variant is written as its parts with slashes between them, in any order after the method; what is left out is the default:
+
+    lora/nf4+dq/r16/all-linear      method / storage of the base / rank / targets, the last three with commas in between
+    lora/none/q_proj,v_proj         LoRA on a dense base, on two kinds of layers
+    full                            full fine-tuning, whose base is dense, without rank or targets
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from qlora_jax.finetune import MethodName
+from qlora_jax.peft import ALL_LINEAR
+from qlora_jax.quant import DataType
+
+METHODS: tuple[str, ...] = get_args(MethodName)
+STORAGES = ("none", *(f"{name}{end}" for name in get_args(DataType) for end in ("", "+dq")))
+RANKED = ("lora", "dora", "rslora")  # methods with a rank
+TARGETED = (*RANKED, "ia3")  # methods that choose among linear layers
+DENSE = ("full",)  # methods whose base is not quantised
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to fine-tune.
+
+    Attributes:
+        storage: of the base's linear layers: "none", or a 4-bit data type, with "+dq" where its scales are quantised.
+        rank: None for methods without one.
+        targets: names of linear layers; () for methods that have no choice.
+    """
+
+    method: str
+    storage: str
+    rank: int | None
+    targets: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        rank = [] if self.rank is None else [f"r{self.rank}"]
+        return "/".join([self.method, self.storage, *rank, *([",".join(self.targets)] if self.targets else [])])
+
+    def flags(self) -> list[str]:
+        """The flags of train.py that make a run this variant."""
+        flags = ["--method", "lora" if self.method in RANKED else self.method]
+        flags += {"dora": ["--use-dora"], "rslora": ["--use-rslora"]}.get(self.method, [])
+        data_type, _, doubled = self.storage.partition("+")
+        flags += ["--data-type", data_type]
+        if data_type != "none":
+            flags.append("--double-quantization" if doubled else "--no-double-quantization")
+        if self.rank is not None:
+            flags += ["--rank", str(self.rank)]
+        if self.targets:
+            flags += ["--target-modules", *self.targets]
+        return flags
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A run of the comparison."""
+
+    variant: Variant
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name.replace('/', '--').replace(',', '+')}--seed{self.seed}"
+
+    def flags(self, common: Sequence[str], rates: Mapping[str, float]) -> list[str]:
+        """The flags of train.py of its run.
+
+        Args:
+            common: those for all cells.
+            rates: learning rates by method.
+        """
+        flags = [*common, *self.variant.flags(), "--seed", str(self.seed)]
+        if self.variant.method in rates:
+            flags += ["--learning-rate", str(rates[self.variant.method])]
+        return flags
+
+
+def parse_variant(text: str, *, rank: int = 16) -> Variant:
+    """A variant from its name.
+
+    Raises:
+        ValueError: an unknown method or part, or a part that the method has no use for.
+    """
+    method, *parts = text.split("/")
+    known = (*METHODS, *(name for name in RANKED if name not in METHODS))
+    if method not in known:
+        raise ValueError(f"variant {text!r}: unknown method {method!r}; expected one of {', '.join(known)}")
+    found: dict[str, Any] = {}
+    for part in parts:
+        kind = "storage" if part in STORAGES else "rank" if re.fullmatch(r"r\d+", part) else "targets"
+        if kind in found:
+            raise ValueError(
+                f"variant {text!r}: expected one {kind}, found {part!r} too; storages are {', '.join(STORAGES)}"
+            )
+        found[kind] = int(part[1:]) if kind == "rank" else part
+    takes = {"storage": method not in DENSE or found.get("storage") == "none", "rank": method in RANKED}
+    takes["targets"] = method in TARGETED
+    for kind, taken in takes.items():
+        if kind in found and not taken:
+            raise ValueError(f"variant {text!r}: {method} takes no {kind}, found {found[kind]}")
+    return Variant(
+        method,
+        found.get("storage", "none" if method in DENSE else "nf4+dq"),
+        found.get("rank", rank) if method in RANKED else None,
+        tuple(found["targets"].split(",")) if "targets" in found else (ALL_LINEAR,) if method in RANKED else (),
+    )
+
+
+def product(methods: Sequence[str], storages: Sequence[str], ranks: Sequence[int], targets: Sequence[str]) -> list[Variant]:
+    """All variants of these axes; a method that has no use for one appears once along it.
+
+    Raises:
+        ValueError: unknown names.
+    """
+    names = []
+    for method, storage, rank, target in itertools.product(methods, storages, ranks, targets):
+        parts = [method]
+        parts += [storage] if method not in DENSE else []
+        parts += [f"r{rank}"] if method in RANKED else []
+        parts += [target] if method in TARGETED and not (method not in RANKED and target == ALL_LINEAR) else []
+        names.append("/".join(parts))
+    return [parse_variant(name) for name in dict.fromkeys(names)]

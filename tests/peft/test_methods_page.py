@@ -1,0 +1,61 @@
+"""docs/methods.md: the method that it adds in one file is short, trains, and goes through files and merging."""
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from method_peer import largest
+
+from qlora_jax.checkpoint.adapter import load_adapter, save_adapter
+from qlora_jax.checkpoint.adapter_files import read_adapter, read_adapter_config
+from qlora_jax.checkpoint.load import load_model
+from qlora_jax.checkpoint.merge import merge
+from qlora_jax.checkpoint.source import open_checkpoint
+from qlora_jax.peft import METHODS
+from qlora_jax.train import adamw, create_state, jit_train_step, language_model_loss, split
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
+
+
+def test_a_method_in_one_file(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(code.splitlines()) <= 60
+    monkeypatch.delitem(METHODS, "RANK_ONE", raising=False)  # and takes away what the page puts in
+    (tmp_path / "rank_one.py").write_text(code, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("rank_one", tmp_path / "rank_one.py")
+    assert spec is not None
+    assert spec.loader is not None
+    page: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+
+    method, tokens = page.RankOne(), np.arange(3, 35, dtype=np.int32).reshape(2, 16)
+    checkpoint = open_checkpoint(str(tiny_llama))
+
+    def fresh(method: Any, checkpoint: Any = checkpoint) -> Any:
+        return load_model(checkpoint, quantization=None, method=method, dtype=jnp.float32, progress=False)
+
+    graph, adapter, frozen = split(fresh(method))
+    tx = adamw(1e-2)
+    state, losses = create_state(tx, adapter), []
+    step = jit_train_step(graph, tx, language_model_loss, state)
+    batch = {"inputs": tokens[None, :, :-1], "targets": tokens[None, :, 1:], "loss_mask": np.ones((1, 2, 15), np.float32)}
+    for _ in range(5):
+        state, metrics = step(state, frozen, {name: jnp.asarray(value) for name, value in batch.items()})
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.05
+    trained = nnx.merge(graph, state.adapter, frozen)
+
+    save_adapter(trained, tmp_path / "adapter", method=method)
+    assert read_adapter_config(tmp_path / "adapter") == method
+    loaded = load_adapter(fresh(method), tmp_path / "adapter")
+    assert largest(loaded(tokens), trained(tokens)) < 1e-5
+    merge(checkpoint, read_adapter(tmp_path / "adapter"), tmp_path / "merged", dtype="float32", progress=False)
+    merged = fresh(None, open_checkpoint(str(tmp_path / "merged")))
+    assert largest(merged(tokens), trained(tokens)) < 1e-4
+    assert largest(merged(tokens), fresh(None)(tokens)) > 1e-2
+    monkeypatch.delitem(METHODS, "RANK_ONE")
