@@ -56,7 +56,7 @@ def test_the_last_line_is_json_with_method_versions_and_device(
     assert result["device"] == "NVIDIA H100 80GB HBM3"
     assert result["versions"] == {"jax": "0"}
     assert result["method"]
-    assert result["recipe"]["lora"]["rank"] == 32
+    assert result["recipe"]["method"]["rank"] == 32
     assert result["floor_seconds"] == {"compute": 2e12 / 989.4e12, "memory": 1e9 / 3.35232e12}
     assert any(line.split()[:2] == ["total", "10.000"] for line in lines)
     recipe = asked["recipe"]
