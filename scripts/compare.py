@@ -46,8 +46,6 @@ from qlora_jax.finetune import Options
 ROOT = Path(__file__).parents[1]
 STUDY = ("lora/none", "full", "lora/nf4", "lora/nf4+dq", "lora/fp4", "lora/nf4+dq/q_proj,v_proj")
 QUICK = ("lora/none", "lora/nf4+dq", "lora/nf4+dq/q_proj,v_proj")
-# A rank of LoRA learns best at about ten times the rate of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret").
-RATES = {"full": 1e-4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Arguments:
     """Runs of each variant."""
     baseline: str | None = None
     """Variant that the others are compared with; the first if left out."""
-    rates: dict[str, float] = dataclasses.field(default_factory=lambda: dict(RATES))
+    rates: dict[str, float] = dataclasses.field(default_factory=dict)
     """Learning rates of methods, in turn: a method and its rate; train.py's default for others."""
     train: str = ""
     """More flags of train.py for all runs, as one string."""
@@ -145,7 +143,7 @@ def chosen_variants(arguments: Arguments) -> list[Variant]:
         variants = [parse_variant(name, rank=rank) for name in arguments.variants or (QUICK if arguments.quick else STUDY)]
     if twice := [variant.name for variant in variants if variants.count(variant) > 1]:
         raise ValueError(f"variants: expected each once, found {twice[0]} twice")
-    unused = [method for method in arguments.rates if method not in {v.method for v in variants} | RATES.keys()]
+    unused = [method for method in arguments.rates if method not in {v.method for v in variants}]
     if unused:
         raise ValueError(f"rates: no variant has the method {unused[0]!r}")
     if len(set(arguments.seeds)) < len(arguments.seeds):
@@ -248,8 +246,9 @@ def report(arguments: Arguments, results: dict[str, dict[int, dict[str, Any]]], 
     intro = (
         f"{method['model']} on {', '.join(Path(source).name for source in arguments.data)}: {arguments.steps} steps of "
         f"{arguments.batch_size} rows of up to {arguments.max_length} tokens, {arguments.held_out} rows held out; means "
-        f"over seeds with 95 % intervals. Learning rates are train.py's defaults, but "
-        f"{arguments.rates}. {', '.join(f'{name} {value}' for name, value in versions.items())}."
+        f"over seeds with 95 % intervals. Learning rates: "
+        f"{arguments.rates or 'the defaults of train.py by method'}. "
+        f"{', '.join(f'{name} {value}' for name, value in versions.items())}."
     )
     page.write(results, baseline, arguments.output, "Ways to fine-tune, side by side", intro, data)
 

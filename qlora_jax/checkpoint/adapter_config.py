@@ -44,15 +44,15 @@ def read_config(path: Path, source: str) -> dict[str, Any]:
 def method_of(source: str, config: Mapping[str, Any]) -> Method:
     """The method that the fields describe; raises CheckpointError for those that are not supported."""
     kind = config.get("peft_type")
-    # The fields of a file without a kind are LoRA's, or the error says what is missing.
     found = METHODS.get(str(kind))
     problems = [] if found else [f"peft_type: expected one of {', '.join(METHODS)}, found {kind!r}"]
     try:
-        described = (found or METHODS["LORA"]).from_peft(config)
+        # The fields of a file of no known kind are read as LoRA's, so that all that is wrong is told at once.
+        method = (found or METHODS["LORA"]).from_peft(config)
+        if found is not None:
+            return method
     except FieldErrors as error:
         problems += error.problems
     except ValueError as error:
         problems.append(str(error))
-    if problems:
-        raise CheckpointError.of(f"{source}: {CONFIG}", problems)
-    return described  # pyright: ignore[reportPossiblyUnboundVariable]
+    raise CheckpointError.of(f"{source}: {CONFIG}", problems)

@@ -52,7 +52,7 @@ class TakenOff:
     tensors: Mapping[str, np.ndarray]
 
     def __call__(self, module: str, w: Array) -> Array | None:
-        """See `load.Rewrite`."""
+        """See `fill.Rewrite`."""
         names = [tensor_name(module, suffix) for suffix in (A, B)]
         if names[0] not in self.tensors:
             return None
@@ -80,7 +80,7 @@ class FromWeights:
         self.tensors: dict[str, np.ndarray] = {}
 
     def __call__(self, module: str, w: Array) -> Array | None:
-        """See `load.Rewrite`."""
+        """See `fill.Rewrite`."""
         method = self._method
         if not module_matches(method, module):
             return None

@@ -41,7 +41,8 @@ from transformers import PreTrainedTokenizerFast
 from qlora_jax.checkpoint.adapter import check_family, check_fit
 from qlora_jax.checkpoint.adapter_files import Adapter
 from qlora_jax.checkpoint.bnb import quantization_config, quantized_shapes, quantized_tensors
-from qlora_jax.checkpoint.load import Rewrite, check_tensors, find, with_copy, with_tied
+from qlora_jax.checkpoint.fill import Rewrite
+from qlora_jax.checkpoint.load import check_tensors, find, with_copy, with_tied
 from qlora_jax.checkpoint.retrained import Retrained, retrained_parameters
 from qlora_jax.checkpoint.source import Checkpoint, CheckpointError
 from qlora_jax.checkpoint.tokenizer import save_tokenizer

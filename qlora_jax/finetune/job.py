@@ -33,8 +33,9 @@ from transformers import PreTrainedTokenizerFast
 from qlora_jax.checkpoint.adapter import adapter_tensors, check_family, load_adapter
 from qlora_jax.checkpoint.adapter_files import Adapter, read_adapter
 from qlora_jax.checkpoint.default_model import fetch_default_model
+from qlora_jax.checkpoint.fill import Rewrite
 from qlora_jax.checkpoint.from_weights import FromWeights, converted_from, parted, rewriting
-from qlora_jax.checkpoint.load import Rewrite, default_dtype, load_model, storage_of, with_tied
+from qlora_jax.checkpoint.load import default_dtype, load_model, storage_of, with_tied
 from qlora_jax.checkpoint.merge import check_all
 from qlora_jax.checkpoint.record import TrainingRecord, read_training_record, with_scaling
 from qlora_jax.checkpoint.source import Checkpoint, open_checkpoint
@@ -165,7 +166,8 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
             taken={} if rewrite is None else rewrite.tensors,
             progress=progress,
         )
-        record.save(folder)
+        if options.tuning.method != "full":  # a model says for itself how it is held
+            record.save(folder)
         if method.token_rows() or options.lora.special_tokens or tokenizer_source(name, options.model.adapter) != name:
             save_tokenizer(tokenizer, folder)
         kept = (best_evaluation(rows)[0] if options.run.early_stopping_patience else None) or rows[-1]["step"]

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from qlora_jax.models import gpt_neox, llama
-from qlora_jax.models.causal_lm import CausalLM, KVCache
+from qlora_jax.models.causal_lm import CausalLM
 from qlora_jax.models.config import AttentionKind, DecoderConfig
 from qlora_jax.models.gemma import gemma2_config, gemma3_config, gemma_config
 from qlora_jax.models.gpt_neox import gpt_neox_config
 from qlora_jax.models.keys import Key, linear_keys, linear_modules
+from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.llama import llama_config
 from qlora_jax.models.mistral import mistral_config
 from qlora_jax.models.phi3 import phi3_config

@@ -7,7 +7,6 @@ The layers are one module whose parameters are stacked along a first axis: made 
 window, other positions, none), all kinds are in the program once and each layer takes its own.
 """
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -23,6 +22,7 @@ from qlora_jax.models.chunks import chunk_count
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import DecoderLayer, make_norm
 from qlora_jax.models.keys import linear_modules
+from qlora_jax.models.kv_cache import KVCache, empty_cache
 from qlora_jax.models.prompts import with_prompt
 from qlora_jax.models.shape import method_for, positions_left
 from qlora_jax.models.stack import Remat, by_layer, rematerialise, stack
@@ -43,24 +43,6 @@ from qlora_jax.nn import (
 from qlora_jax.nn.parallel import devices_of_context
 from qlora_jax.peft import Method, Prompt, PromptMethod
 from qlora_jax.quant import Quantization, TableStorage
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of past tokens, for decoding.
-
-    Attributes:
-        keys, values: `[layers, b, kv_heads, capacity, head_dim]`: as attention multiplies with them, since a compiler that
-            wants another order copies all of them in every step.
-        filled: bool `[b, capacity]`, true where a real token lies.
-        length: int32 scalar, the slots used so far, by all rows alike (prompts are padded on the left).
-    """
-
-    keys: Array
-    values: Array
-    filled: Array
-    length: Array
 
 
 class CausalLM(nnx.Module):
@@ -261,33 +243,23 @@ class CausalLM(nnx.Module):
 
     def init_cache(self, batch_size: int, capacity: int) -> KVCache:
         """A cache for `capacity` tokens a row, with nothing in it but virtual tokens."""
+        config, dtype = self.config, self.embed_tokens.weight.dtype
         if self.prompt is None:
-            return self._empty_cache(batch_size, capacity)
-        n, config = self.prompt.virtual_tokens, self.config
-        cache, dtype = self._empty_cache(batch_size, n + capacity), self.embed_tokens.weight.dtype
+            return empty_cache(config, dtype, batch_size, capacity)
+        n = self.prompt.virtual_tokens
+        cache = empty_cache(config, dtype, batch_size, n + capacity)
         if self.prompt.is_prefix:
             prefix = self.prompt.keys_and_values(config.num_hidden_layers, config.num_key_value_heads)
             keys, values = (x.swapaxes(1, 2)[:, None] for x in prefix)
         else:  # what later tokens see of the first ones does not depend on the later ones
             positions = jnp.arange(n, dtype=jnp.int32)[None]
-            _, one = self._extended(self.prompt.embeddings(1, dtype), positions, self._empty_cache(1, n))
+            _, one = self._extended(self.prompt.embeddings(1, dtype), positions, empty_cache(config, dtype, 1, n))
             keys, values = one.keys, one.values
         return KVCache(
             cache.keys.at[:, :, :, :n].set(keys.astype(dtype)),
             cache.values.at[:, :, :, :n].set(values.astype(dtype)),
             cache.filled.at[:, :n].set(True),
             jnp.asarray(n, jnp.int32),
-        )
-
-    def _empty_cache(self, batch_size: int, capacity: int) -> KVCache:
-        config = self.config
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
-        dtype = self.embed_tokens.weight.dtype
-        return KVCache(  # two buffers, not one twice: a buffer can be donated only once
-            jnp.zeros(shape, dtype),
-            jnp.zeros(shape, dtype),
-            jnp.zeros((batch_size, capacity), bool),
-            jnp.zeros((), jnp.int32),
         )
 
     def logits(self, hidden: Array) -> Array:

@@ -38,7 +38,7 @@ _READ = frozenset(("target_modules", "exclude_modules", "feedforward_modules", "
 
 @dataclasses.dataclass(frozen=True)
 class IA3:
-    """The adapter, in the terms of PEFT's IA3Config (peft.targets holds its rules of matching).
+    """The adapter, in the terms of PEFT's IA3Config (targets.py holds its rules of matching).
 
     Attributes:
         target_modules: "all-linear", names (or last parts of names), or one regular expression over whole names; None:

@@ -21,7 +21,7 @@ Number = TypeVar("Number", int, float)
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """The adapter's shape, in the terms of PEFT's LoraConfig (nn.targets holds its rules of matching).
+    """The adapter's shape, in the terms of PEFT's LoraConfig (targets.py holds its rules of matching).
 
     Attributes:
         rank: r, the inner size of the adapter.

@@ -27,7 +27,6 @@ from qlora_jax.peft.prompt import (
     dense,
     misfit_of,
     no_merging,
-    no_targets,
     normal,
     prompt_shape,
     read_prompt,
@@ -105,8 +104,8 @@ class PTuning:
         return ()
 
     def targets(self, layers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-        """See `Method`."""
-        return no_targets(layers)
+        """Of linear layers, none has an adapter."""
+        return {}
 
     def for_model(self, shape: ModelShape) -> "PTuning":
         """See `OfModel`."""

@@ -13,7 +13,7 @@ For an encoder-decoder PEFT makes twice as many rows of embeddings (`submodules`
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -225,8 +225,3 @@ def write_prompt(virtual_tokens: int, shape: PromptShape) -> dict[str, Any]:
 def no_merging(kind: str) -> ValueError:
     """The error of who merges virtual tokens into weights."""
     return ValueError(f"{kind}: virtual tokens are no weights of the model: they cannot be merged into it")
-
-
-def no_targets(layers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Of linear layers, none has an adapter."""
-    return {}

@@ -23,7 +23,6 @@ from qlora_jax.peft.prompt import (
     check_prompt,
     misfit_of,
     no_merging,
-    no_targets,
     normal,
     prompt_shape,
     read_prompt,
@@ -106,8 +105,8 @@ class PromptTuning:
         return ()
 
     def targets(self, layers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-        """See `Method`."""
-        return no_targets(layers)
+        """Of linear layers, none has an adapter."""
+        return {}
 
     def for_model(self, shape: ModelShape) -> "PromptTuning":
         """See `OfModel`."""

@@ -48,7 +48,7 @@ class Recipe:
     config: ModelConfig
     quantization: Quantization | None = Quantization()
     tables: TableStorage = "none"
-    method: Method = LoRA()  # noqa: RUF009
+    method: Method = LoRA()
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Remat = "full"
     objective: PlannedObjective = "sft"

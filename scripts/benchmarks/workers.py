@@ -88,9 +88,9 @@ def find_python(peer: Peer, pythons: Sequence[Path]) -> tuple[Path | None, str]:
     for python in pythons:
         missing = missing_packages(python, peer.packages)
         if not missing and peer.cuda and not has_cuda(python):
-            reasons.append(f"{python}: needs a CUDA GPU, found none")
+            reasons.append(f"{python.name}: needs a CUDA GPU, found none")
         elif missing:
-            reasons.append(f"{python} has no {', '.join(missing)}")
+            reasons.append(f"{python.name} has no {', '.join(missing)}")
         else:
             return python, ""
     return None, "; ".join(reasons) or "no interpreter was named"

@@ -1,6 +1,5 @@
 """scripts/bench.py: both sides do the same work on the same tiny model, and the figures are put together rightly."""
 
-import importlib.util
 import json
 import math
 import sys
@@ -12,6 +11,7 @@ import pytest
 from benchmarks import compiled, decoding, memory, page, training, workers
 from benchmarks.workers import OURS, Found, Peer, Run
 from safetensors.numpy import save_file
+from script_module import import_script
 
 from qlora_jax.checkpoint.source import Checkpoint
 from qlora_jax.models.llama import llama_config
@@ -35,17 +35,7 @@ CONFIG: dict[str, Any] = {
 WORK = {"batch_size": 2, "length": 16, "rank": 4, "steps": 1, "warmup": 1}
 
 
-def import_script() -> Any:
-    spec = importlib.util.spec_from_file_location("bench_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-script = import_script()
+script = import_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")

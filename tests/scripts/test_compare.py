@@ -1,8 +1,6 @@
 """scripts/compare.py: its grid, its intervals against scipy's own tests, and a small comparison end to end."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 from comparison import cell, grid, page
 from comparison.intervals import difference, interval, verdict
 from scipy import stats
+from script_module import import_script
 
 from qlora_jax.cli import parse
 from qlora_jax.finetune import Options
@@ -18,17 +17,7 @@ from qlora_jax.finetune import Options
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare.py"
 
 
-def import_script() -> Any:
-    spec = importlib.util.spec_from_file_location("compare_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-script = import_script()
+script = import_script(SCRIPT)
 
 
 @pytest.mark.parametrize("name", [*script.STUDY, *script.QUICK, "dora/fp4/r4", "lora/r8/int4+dq/q_proj"])

@@ -1,10 +1,8 @@
 """scripts/datatypes.py on a tiny random model: its losses, errors and tests against NumPy, scipy and bitsandbytes."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +14,7 @@ from datatype_study.journal import Journal
 from datatype_study.texts import Texts, text_losses
 from datatype_study.weights import bits_per_parameter, quantize_in_place
 from flax import nnx
+from script_module import import_script
 
 from qlora_jax.checkpoint.load import find, load_model
 from qlora_jax.checkpoint.source import open_checkpoint
@@ -27,17 +26,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "datatypes.py"
 TINY = ("--texts", "4", "--length", "32", "--sample", "50", "--units", "3", "--batch-size", "2")
 
 
-def import_script() -> Any:
-    spec = importlib.util.spec_from_file_location("datatypes_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-script = import_script()
+script = import_script(SCRIPT)
 
 
 def test_losses_and_errors(tiny_llama: Path) -> None:

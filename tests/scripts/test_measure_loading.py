@@ -1,16 +1,15 @@
 """scripts/measure_loading.py in small: the criterion itself needs gigabytes, its parts do not."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
+from script_module import import_script
 
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.source import open_checkpoint
@@ -18,17 +17,7 @@ from qlora_jax.checkpoint.source import open_checkpoint
 SCRIPT = Path(__file__).parents[2] / "scripts" / "measure_loading.py"
 
 
-def import_script() -> Any:
-    spec = importlib.util.spec_from_file_location("measure_loading_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-script = import_script()
+script = import_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")
