@@ -23,6 +23,7 @@ from qlora_jax.train import (
     Optimizer,
     TrainState,
     best_evaluation,
+    compiled_first,
     create_state,
     host_offload,
     jit_eval_step,
@@ -61,7 +62,7 @@ def train_adapter(
     tx = _optimizer(options, learning_rate)
     state = create_state(tx, adapter, run.seed)
     start(options)
-    eval_step = jit_eval_step(graphdef, objective.held_out_loss, unit=objective.unit)
+    eval_step = compiled_first(jit_eval_step(graphdef, objective.held_out_loss, unit=objective.unit))
     mesh = data_mesh()
 
     def model_of(state: TrainState) -> Any:
@@ -115,7 +116,7 @@ def train_adapter(
         )
         cadence = Cadence(steps, run.eval_every, run.save_every, run.early_stopping_patience)
         state = train(
-            jit_train_step(graphdef, tx, objective.loss, state, unit=objective.unit),
+            compiled_first(jit_train_step(graphdef, tx, objective.loss, state, unit=objective.unit)),
             state,
             frozen,
             source,

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from qlora_jax.models.chunks import chunk_count
@@ -37,6 +36,7 @@ from qlora_jax.nn import (
     causal_attention,
     fetched,
     gather,
+    keep,
     shifted_group_attention,
     with_prefix,
 )
@@ -174,11 +174,10 @@ class CausalLM(nnx.Module):
                 length = q.shape[1]
                 q, k, v = (q, k, v) if prefix is None else with_prefix(q, k, v, prefix)
                 attended = self._attend(q, k, v, kind, prompt.segment_ids, prompt.virtual_tokens, attention_groups)
-                return checkpoint_name(attended[:, -length:], "attention"), None
+                attended = attended[:, -length:]
+                return attended if self.attention == "xla" else keep(attended, "attention"), None  # XLA's keeps its own
 
-            if self.remat == "offload":
-                x = checkpoint_name(x, "residual")
-            x, _ = nnx.merge(graph, state)(x, *_of_kind(rotations, kind), attend, layer_key, chunks)
+            x, _ = nnx.merge(graph, state)(keep(x, "residual"), *_of_kind(rotations, kind), attend, layer_key, chunks)
             return x, None
 
         keys = None if key is None else jax.random.split(key, self.config.num_hidden_layers)

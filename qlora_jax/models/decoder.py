@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 
 from qlora_jax.models.chunks import Keys, over_chunks
 from qlora_jax.models.config import DecoderConfig, Fused
-from qlora_jax.nn import Activation, LayerNorm, Linear, RMSNorm, activate, rotate
+from qlora_jax.nn import Activation, LayerNorm, Linear, RMSNorm, activate, gated, rotate
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 _MOST_LINEAR = 7  # linear layers of a layer, each with a random key of its own
@@ -103,9 +103,9 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Array, keys: Keys) -> Array:
         if self.fused:
             gate, up = jnp.split(self.gate_up_proj(x, key=keys[0]), 2, axis=-1)
-            inner = activate(self.activation, gate) * up
+            inner = gated(self.activation, gate, up)
         elif self.gated:
-            inner = activate(self.activation, self.gate_proj(x, key=keys[0])) * self.up_proj(x, key=keys[1])
+            inner = gated(self.activation, self.gate_proj(x, key=keys[0]), self.up_proj(x, key=keys[1]))
         else:
             inner = activate(self.activation, self.up_proj(x, key=keys[1]))
         return self.down_proj(inner, key=keys[2])

@@ -37,15 +37,16 @@ def rematerialise(run_layer: Callable[..., Any], remat: Remat) -> Callable[..., 
     """The body of a scan over layers whose backward pass recomputes what `remat` says.
 
     "full" keeps only the inputs of the layers, "offload" keeps them in host memory (under the name "residual"), "dots" keeps
-    the results of all products, "none" keeps everything.
+    the results of all products, "none" keeps everything. The layer names its inputs "residual".
     """
     match remat:
         case "none":
             return run_layer
         case "full":
-            return jax.checkpoint(run_layer, prevent_cse=False)
+            policy = jax.checkpoint_policies.save_only_these_names("residual")
+            return jax.checkpoint(run_layer, policy=policy, prevent_cse=False)
         case "dots":
-            policy = jax.checkpoint_policies.save_only_these_names("linear", "lora", "attention")
+            policy = jax.checkpoint_policies.save_only_these_names("residual", "linear", "lora", "attention")
             return jax.checkpoint(run_layer, policy=policy, prevent_cse=False)
         case "offload":
             policy = jax.checkpoint_policies.save_and_offload_only_these_names(

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from qlora_jax.models.keys import linear_modules
@@ -26,7 +25,7 @@ from qlora_jax.models.stack import Remat, by_layer, rematerialise
 from qlora_jax.models.t5_config import T5Config
 from qlora_jax.models.t5_layers import T5Layer, T5Stack, random_keys
 from qlora_jax.models.trained import attach, trained_parts
-from qlora_jax.nn import AttentionImplementation, Embedding, Linear, Table, biased_attention, gather, with_prefix
+from qlora_jax.nn import AttentionImplementation, Embedding, Linear, Table, biased_attention, gather, keep, with_prefix
 from qlora_jax.peft import Method, Prompt, PromptMethod
 from qlora_jax.peft.prompt import cross_order
 from qlora_jax.quant import Quantization, TableStorage
@@ -144,11 +143,11 @@ class T5(nnx.Module):
         graph, layers = nnx.split(self.encoder.layers)
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-            return checkpoint_name(biased_attention(q, k, v, mask, bias, scale=1.0), "attention"), None
+            return biased_attention(q, k, v, mask, bias, scale=1.0), None
 
         def run_layer(x: Array, inputs: tuple[Any, Array | None]) -> tuple[Array, None]:
             state, layer_key = inputs
-            x, _ = nnx.merge(graph, gather(state))(self._residual(x), attend, None, random_keys(layer_key))
+            x, _ = nnx.merge(graph, gather(state))(keep(x, "residual"), attend, None, random_keys(layer_key))
             return x, None
 
         keys = None if key is None else jax.random.split(key, self.config.num_layers)
@@ -177,12 +176,12 @@ class T5(nnx.Module):
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
                 if before is not None:
                     _, k, v = with_prefix(q, k, v, before)
-                return checkpoint_name(biased_attention(q, k, v, causal, bias, scale=1.0), "attention"), None
+                return biased_attention(q, k, v, causal, bias, scale=1.0), None
 
             def attend_sources(q: Array) -> Array:
-                return checkpoint_name(biased_attention(q, k, v, mask, None, scale=1.0), "attention")
+                return biased_attention(q, k, v, mask, None, scale=1.0)
 
-            x, _ = layer(self._residual(x), attend, attend_sources, keys)
+            x, _ = layer(keep(x, "residual"), attend, attend_sources, keys)
             return x, None
 
         keys = None if key is None else jax.random.split(key, self.config.num_decoder_layers)
@@ -269,9 +268,6 @@ class T5(nnx.Module):
     def _ready(self, x: Array) -> Array:
         """The token table is made for embeddings of unit variance: as a head it gets smaller inputs."""
         return x * self.config.hidden_size**-0.5 if self.lm_head is None else x
-
-    def _residual(self, x: Array) -> Array:
-        return checkpoint_name(x, "residual") if self.remat == "offload" else x
 
 
 def _mask(rows: Array, mask: Array | None) -> Array:

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from qlora_jax.models.decoder import Attend, Keys, MakeLinear
 from qlora_jax.models.stack import stack
 from qlora_jax.models.t5_config import T5Config
-from qlora_jax.nn import Activation, Embedding, RMSNorm, activate, relative_position_bias
+from qlora_jax.nn import Activation, Embedding, RMSNorm, activate, gated, relative_position_bias
 
 _MOST_LINEAR = 11  # linear layers of a decoder's layer, each with a random key of its own
 _CROSS = slice(4, 8)  # those of cross-attention among them
@@ -57,7 +57,7 @@ class T5FeedForward(nnx.Module):
         up = self.up(x, key=keys[0])
         if self.gate is None:
             return self.down(activate(self.activation, up), key=keys[2])
-        return self.down(activate(self.activation, self.gate(x, key=keys[1])) * up, key=keys[2])
+        return self.down(gated(self.activation, self.gate(x, key=keys[1]), up), key=keys[2])
 
 
 class T5Layer(nnx.Module):

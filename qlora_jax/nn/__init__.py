@@ -1,6 +1,6 @@
 """Flax NNX layers: frozen weights, LoRA slots, and what a decoder needs besides."""
 
-from qlora_jax.nn.activation import Activation, activate
+from qlora_jax.nn.activation import Activation, activate, gated
 from qlora_jax.nn.attention import (
     AttentionImplementation,
     biased_attention,
@@ -12,6 +12,7 @@ from qlora_jax.nn.attention import (
 from qlora_jax.nn.delta import Delta, changed
 from qlora_jax.nn.embedding import Embedding, Table
 from qlora_jax.nn.host import HostArray, brought_to_device, fetched
+from qlora_jax.nn.kept import keep
 from qlora_jax.nn.linear import AdapterConstant, Linear, LinearAdapter, MakesAdapter, ReadsWeight, WeightConstant
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.parallel import data_mesh, frozen_sharding, gather, place, split_axis
@@ -45,7 +46,9 @@ __all__ = [
     "default_implementation",
     "fetched",
     "frozen_sharding",
+    "gated",
     "gather",
+    "keep",
     "place",
     "relative_position_bias",
     "rotate",

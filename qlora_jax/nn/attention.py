@@ -12,13 +12,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
+from qlora_jax.nn.kept import keep
 from qlora_jax.nn.parallel import by_rows
 from qlora_jax.quant.product import product
 
 AttentionImplementation = Literal["xla", "cudnn", "splash"]
 _SPLASH_BLOCK = 512
+_BLOCK, _MOST_BLOCKS = 128, 8  # queries of a block of XLA's attention at least, and how many blocks at most
 _MULTIPLE = {"xla": 1, "cudnn": 64, "splash": 128}  # of the lengths that a kernel is at home with
 
 
@@ -73,21 +74,49 @@ def causal_attention(
         return causal_attention(q, k, v, segment_ids=segment_ids, **arguments)[:, :length]
     if implementation == "splash" and length % 128 == 0 and q.shape[-1] % 64 == 0:  # the kernel's tiles fit
         return _splash(q, k, v, segment_ids, window, scale, cap)
-    mask = None
-    if segment_ids is not None:
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        same = same | (jnp.arange(length) < shared)[None, None] if shared else same
-        mask = same & (segment_ids > 0)[:, None, :]
     if implementation == "cudnn" and q.dtype in (jnp.bfloat16, jnp.float16) and cap is None:
-        mask = None if mask is None else mask[:, None]
+        mask = None if segment_ids is None else _same_segment(segment_ids, shared, slice(None), slice(None))[:, None]
         local = None if window is None else (window - 1, 0)
         return jax.nn.dot_product_attention(
             q, k, v, mask=mask, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
         )
-    seen = jnp.tril(jnp.ones((length, length), bool))[None]
-    if window is not None:
-        seen = jnp.triu(seen, 1 - window)
-    return _grouped(q, _heads_first(k, v), seen if mask is None else seen & mask, None, scale, cap)
+    return _in_blocks(q, k, v, segment_ids, window, scale, cap, shared)
+
+
+def _in_blocks(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    window: int | None,
+    scale: float,
+    cap: float | None,
+    shared: int,
+) -> Array:
+    """XLA's causal attention, some queries at a time against the keys that any of them may see.
+
+    Of n blocks that leaves (n + 1) / 2n of the products, and what is made of the scores of one stays near the cores.
+    """
+    length = q.shape[1]
+    block = max(_BLOCK, -(-length // (_MOST_BLOCKS * _BLOCK)) * _BLOCK)
+    parts = []
+    for start in range(0, length, block):
+        first, stop = 0 if window is None else max(0, start - window + 1), min(start + block, length)
+        queries, keys = slice(start, stop), slice(first, stop)
+        rows, columns = jnp.arange(start, stop)[:, None], jnp.arange(first, stop)
+        mask = (columns <= rows if window is None else (columns <= rows) & (columns > rows - window))[None]
+        if segment_ids is not None:
+            mask = mask & _same_segment(segment_ids, shared, queries, keys)
+        parts.append(_grouped(q[:, queries], _heads_first(k[:, keys], v[:, keys]), mask, None, scale, cap))
+    return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+
+def _same_segment(segment_ids: Array, shared: int, queries: slice, keys: slice) -> Array:
+    """bool `[b, queries, keys]`: which keys are of a query's own segment, or among the first ones that all of them see."""
+    own, others = segment_ids[:, queries, None], segment_ids[:, None, keys]
+    same = own == others
+    same = same | (jnp.arange(segment_ids.shape[1])[keys] < shared) if shared else same
+    return same & (others > 0)
 
 
 def with_prefix(q: Array, k: Array, v: Array, prefix: tuple[Array, Array]) -> tuple[Array, Array, Array]:
@@ -176,8 +205,8 @@ def _attend_forward(
     weights = jnp.exp(scores - highest)
     normalizer = jnp.sum(weights, axis=-1, keepdims=True)
     out = product("nts,nsd->ntd", weights.astype(v.dtype), v) / normalizer.astype(v.dtype)
-    out = checkpoint_name(out, "attention")
-    return out, (q, k, v, mask, bias, out, checkpoint_name(highest + jnp.log(normalizer), "attention"))
+    out = keep(out, "attention")
+    return out, (q, k, v, mask, bias, out, keep(highest + jnp.log(normalizer), "attention"))
 
 
 def _attend_backward(scale: float, cap: float | None, saved: Any, gradient: Array) -> tuple[Array, Array, Array, None, None]:

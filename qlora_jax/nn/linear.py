@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from qlora_jax.nn.delta import Delta, value_of
+from qlora_jax.nn.kept import keep
 from qlora_jax.quant import Quantization, matmul, quantize
 
 
@@ -109,4 +109,4 @@ class Linear(nnx.Module):
     def __call__(self, x: Array, *, key: Array | None = None) -> Array:
         """x `[..., in]` to `[..., out]` in the dtype of x; `key` turns the adapter's dropout on."""
         y = self.base(x) if self.adapter is None else self.adapter(x, self, key)
-        return checkpoint_name(y, "linear")
+        return keep(y, "linear")

@@ -142,9 +142,10 @@ def _llama3(plain: np.ndarray, fields: Mapping[str, Any]) -> np.ndarray:
 def rotate(x: Array, cosine: Array, sine: Array) -> Array:
     """Turns the pairs (i, i + r/2) of the first r features of x `[b, t, heads, d]`; cosine and sine `[b, t, r/2]`, r <= d.
 
-    The computation runs in the dtype of x.
+    The result has the dtype of x; the computation runs in float32.
     """
     half = cosine.shape[-1]
-    cosine, sine = (part[:, :, None, :].astype(x.dtype) for part in (cosine, sine))
-    first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
-    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine, rest], axis=-1)
+    cosine, sine = cosine[:, :, None, :], sine[:, :, None, :]
+    first, second, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
+    turned = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate([*turned, rest], axis=-1).astype(x.dtype)

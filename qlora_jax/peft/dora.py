@@ -26,10 +26,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from qlora_jax.nn import AdapterConstant, Linear, WeightConstant
+from qlora_jax.nn.kept import keep
 from qlora_jax.peft.lora_linear import Slot, drop, lora_file_parts, lora_update, start
 from qlora_jax.peft.method import FilePart
 from qlora_jax.quant import QuantizedTensor, dequantize, matmul
@@ -72,7 +72,7 @@ class DoRALinear(nnx.Module):
         update = lora_update(dropped, self.lora_a[...], self.lora_b[...], self._scaling())
         base = matmul(dropped, weight)
         # The gradient of m reads it, and the layer's own result does not give it back.
-        directed = checkpoint_name(base + update, "linear")
+        directed = keep(base + update, "linear")
         scale = self._scale(weight, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         # In float32: a bfloat16 scale near 1 would have steps of 0.4 %.
         y = scale * directed.astype(jnp.float32)
@@ -99,7 +99,7 @@ class DoRALinear(nnx.Module):
         inner = jnp.einsum("ir,is->rs", a, a, precision="highest")
         own = jnp.einsum("rs,so->ro", inner, b, precision="highest")
         total = jnp.sqrt(jnp.maximum(norm * norm + (b * (2 * crossed + own)).sum(0), 0))
-        total = checkpoint_name(jnp.where(total > 0, total, 1), "lora")  # a column of zeros stays one
+        total = keep(jnp.where(total > 0, total, 1), "lora")  # a column of zeros stays one
         scale = (norm + self.lora_magnitude[...]) / total
         return scale if self.factors is None else jnp.where(self.factors[...].max() > 0, scale, 1)
 

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.nn import AdapterConstant, Linear
+from qlora_jax.nn.kept import keep
 from qlora_jax.peft.method import FilePart
 from qlora_jax.peft.start import orthogonal
 from qlora_jax.quant import matmul
@@ -142,7 +142,7 @@ def lora_update(
     x = drop(x, dropout, key)
     if isinstance(scaling, Array):
         scaling = scaling.astype(x.dtype)
-    inner = checkpoint_name(matmul(x, a), "lora")
+    inner = keep(matmul(x, a), "lora")
     return matmul(inner * scaling, b)
 
 

@@ -260,7 +260,9 @@ def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[
     table = int(config.vocab_size * hidden * of_value) if devices > 1 else 0  # gathered
     tables = 2 if decoder and not config.tie_word_embeddings else 1
     spread = devices if config.vocab_size % devices == 0 else 1  # over whom the loss spreads the rows of the head
-    chunk = chunk_tokens(config.vocab_size // spread) // spread  # of each device's tokens
+    chunk = (
+        chunk_tokens(config.vocab_size // spread, cpu=platform == "cpu" and devices == 1) // spread
+    )  # of each device's tokens
     logits = min(chunk, recipe.tokens) * config.vocab_size * 4
     looped = recipe.tokens > chunk and recipe.micro_batches == 1  # over chunks, outside of a loop over micro-batches
     seen = -(-recipe.keys // recipe.attention_groups)  # tokens that a token may see

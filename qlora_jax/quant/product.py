@@ -7,7 +7,8 @@ A GPU and a TPU take any form. XLA's CPU backend is at the speed of the machine 
     where the axis that is summed over is the last of the first operand (else up to five times slower)
 
 so there the result is rounded afterwards, one row gets a second one of zeros, and a first operand that lies otherwise is
-turned first: the smaller of the two.
+turned first: the smaller of the two. In bfloat16 it gets one more row of zeros, too: XLA takes a turned operand back into
+the product, barrier or not, finds no such product in bfloat16, and converts both operands to float32.
 """
 
 from functools import partial
@@ -65,7 +66,11 @@ def _on_cpu(equation: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
         turned = f"{of_b},{of_a}->{of_result[:-2]}{of_result[-1]}{of_result[-2]}"
         return jax.lax.optimization_barrier(_on_cpu(turned, b, a, dtype)).swapaxes(-1, -2)
     turned = f"{of_a[:-2]}{of_a[-1]}{of_a[-2]},{of_b}->{of_result}"
-    return _on_cpu(turned, jax.lax.optimization_barrier(a.swapaxes(-1, -2)), b, dtype)
+    a = a.swapaxes(-1, -2)
+    if a.dtype != jnp.bfloat16:
+        return _on_cpu(turned, jax.lax.optimization_barrier(a), b, dtype)
+    a = jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, 1), (0, 0)])
+    return _on_cpu(turned, a, b, dtype)[..., :-1, :]
 
 
 @jax.custom_vjp

@@ -25,6 +25,7 @@ from qlora_jax.quant import kernels
 from qlora_jax.quant.codebooks import SCALE_BLOCK_SIZE
 from qlora_jax.quant.dynamic import lookup_dynamic
 from qlora_jax.quant.matmul import FEW_ROWS
+from qlora_jax.quant.moved import moved
 from qlora_jax.quant.product import product
 from qlora_jax.quant.spec import Quantization
 from qlora_jax.quant.tensor import QuantizedTensor, dequantize, quantize
@@ -108,14 +109,14 @@ def table_shape(w: Array | PackedTable) -> tuple[int, int]:
 
 
 def take_rows(w: Array | PackedTable, index: Array) -> Array:
-    """The rows at int32 `[...]`, dense: `[..., features]`."""
+    """The rows at int32 `[...]`, dense: `[..., features]`; the table is a constant to differentiation."""
     if isinstance(w, Int8Rows):
         return (w.codes[index].astype(jnp.float32) * w.scales[index][..., None]).astype(w.dtype)
     if isinstance(w, QuantizedTensor):
         numbers = index.reshape(-1)
         found = _single(w, numbers, partial(jnp.take, indices=numbers, axis=1, mode="clip"))
         return dequantize(found).T.reshape(*index.shape, -1)
-    return w[index]
+    return moved(lambda w: w[index], w)
 
 
 def rows_product(x: Array, w: PackedTable, dtype: DTypeLike) -> Array:

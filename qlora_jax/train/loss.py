@@ -11,7 +11,7 @@ frozen: no gradient of it is formed. Where an adapter trains a change of the hea
 the way back.
 
 Each chunk reads the whole head twice, so it is as large as a fixed amount of memory for its logits allows, and never small
-(`chunk_tokens`).
+(`chunk_tokens`). On a CPU it is smaller: its logits stay in the cache, and many times as long is spent multiplying.
 
 On several devices each holds its rows of the head, and for a chunk of every device's tokens the logits of these rows alone:
 
@@ -35,11 +35,13 @@ from qlora_jax.nn.parallel import AXIS, devices_of_context, over_rows
 
 LOGITS = 2**27  # bytes that the float32 logits of a chunk are to take, about
 LEAST = 512  # tokens of a chunk: with fewer, reading the head takes longer than multiplying with it
+ON_CPU = 4  # times as little of both
 
 
-def chunk_tokens(rows: int) -> int:
+def chunk_tokens(rows: int, *, cpu: bool = False) -> int:
     """Tokens of a chunk for a head of so many rows: a power of two, which divides most batches."""
-    return max(2 ** round(math.log2(LOGITS / (4 * rows))), LEAST)
+    less = ON_CPU if cpu else 1
+    return max(2 ** round(math.log2(LOGITS / (less * 4 * rows))), LEAST // less)
 
 
 def chunked_cross_entropy(
@@ -69,7 +71,7 @@ def token_losses(
         hidden: `[n, d]`; head: `[vocabulary, d]`, dense or packed; only its delta, if any, is no constant to
             differentiation.
         targets: int32 `[n]`; weights: float32 `[n]`, 0 for tokens that are not learned.
-        chunk: of this device's tokens, whose logits exist at a time; by the rows of the head if None.
+        chunk: of this device's tokens, whose logits exist at a time; by the rows of the head and the platform if None.
         cap: logits are cap * tanh(products / cap); None: the products.
         axis: of a mesh, over whose devices the rows of the head, which has no delta then, and the tokens are spread, in a
             function that each of them runs (`jax.shard_map`); None: the head is whole.
@@ -77,8 +79,6 @@ def token_losses(
     table = head if isinstance(head, Table) else Table(head)
     if axis is not None and table.delta is not None:
         raise ValueError("token_losses: expected a head without a delta where its rows are spread, found one")
-    if chunk is None:
-        chunk = chunk_tokens(table.shape[0]) // (1 if axis is None else jax.lax.axis_size(axis))
     losses: Any = _token_losses(hidden, table.weight, table.delta, targets, weights, table.rows, chunk, cap, axis)
     return losses
 
@@ -91,19 +91,18 @@ def _token_losses(
     targets: Array,
     weights: Array,
     rows: tuple[int, ...] | None,
-    chunk: int,
+    chunk: int | None,
     cap: float | None,
     axis: str | None,
 ) -> Array:
-    head = Table(weight, delta, rows).folded()
-    chunks = _chunks(chunk, hidden, targets, weights)
+    def losses(chunk: int, head: Table, hidden: Array, targets: Array, weights: Array) -> Array:
+        def run(part: tuple[Array, Array, Array]) -> Array:
+            h, target, weight = _gathered(axis, *part)
+            return _own(axis, _chunk_loss(head, h, target, weight, cap, axis)[0])
 
-    def run(part: tuple[Array, Array, Array]) -> Array:
-        h, target, weight = _gathered(axis, *part)
-        return _own(axis, _chunk_loss(head, h, target, weight, cap, axis)[0])
+        return jax.lax.map(run, _chunks(chunk, hidden, targets, weights)).reshape(-1)[: hidden.shape[0]]
 
-    losses = jax.lax.map(run, chunks)
-    return losses.reshape(-1)[: hidden.shape[0]]
+    return _with_chunk(losses, chunk, axis, Table(weight, delta, rows).folded(), hidden, targets, weights)
 
 
 def _forward(
@@ -113,12 +112,12 @@ def _forward(
     targets: Array,
     weights: Array,
     rows: tuple[int, ...] | None,
-    chunk: int,
+    chunk: int | None,
     cap: float | None,
     axis: str | None,
 ) -> tuple[Array, Any]:
     if delta is None:
-        losses, gradient, _ = _losses_and_gradients(hidden, Table(weight), targets, weights, chunk, cap, axis)
+        losses, gradient, _ = _losses_and_gradients(Table(weight), hidden, targets, weights, chunk, cap, axis)
         return losses, gradient
     # The gradient of the head sums over tokens, whose own factors are known only on the way back.
     losses: Any = _token_losses(hidden, weight, delta, targets, weights, rows, chunk, cap, axis)
@@ -126,13 +125,13 @@ def _forward(
 
 
 def _backward(
-    rows: tuple[int, ...] | None, chunk: int, cap: float | None, axis: str | None, kept: Any, cotangent: Array
+    rows: tuple[int, ...] | None, chunk: int | None, cap: float | None, axis: str | None, kept: Any, cotangent: Array
 ) -> tuple[Any, ...]:
     if not isinstance(kept, tuple):
         return (kept * cotangent[:, None]).astype(kept.dtype), None, None, None, None
     hidden, weight, delta, targets, weights = kept
     head = Table(weight, delta, rows)
-    _, of_hidden, of_delta = _losses_and_gradients(hidden, head, targets, weights * cotangent, chunk, cap, axis)
+    _, of_hidden, of_delta = _losses_and_gradients(head, hidden, targets, weights * cotangent, chunk, cap, axis)
     return of_hidden, None, of_delta, None, None
 
 
@@ -140,31 +139,48 @@ _token_losses.defvjp(_forward, _backward)
 
 
 def _losses_and_gradients(
-    hidden: Array, table: Table, targets: Array, weights: Array, chunk: int, cap: float | None, axis: str | None
+    table: Table, hidden: Array, targets: Array, weights: Array, chunk: int | None, cap: float | None, axis: str | None
 ) -> tuple[Array, Array, Array | None]:
     """The losses `[n]`, and the gradients of their sum with respect to the hidden states and to the table's delta."""
-    head, rows = table.folded(), None if table.rows is None else jnp.asarray(table.rows)
 
-    def run(of_delta: Array | None, part: tuple[Array, Array, Array]) -> tuple[Array | None, tuple[Array, Array]]:
-        h, target, weight = _gathered(axis, *part)
-        losses, logits, log_normalizer = _chunk_loss(head, h, target, weight, cap, axis)
-        # The 1 of the target goes off in float32: for a confident token nothing of the difference would survive bfloat16.
-        own, _ = _own_rows(head, target, axis)
-        share = jnp.exp(logits - log_normalizer[:, None]).at[jnp.arange(target.size), own].add(-1.0, mode="drop")
-        if cap is not None:  # tanh' = 1 - tanh²
-            share = share * (1 - (logits / cap) ** 2)
-        share = (share * weight[:, None]).astype(h.dtype)
-        of_hidden = _summed(axis, share, head)
-        if of_delta is not None:
-            trained = share if rows is None else share[:, rows]
-            of_delta = of_delta + jnp.einsum("nr,nd->rd", trained, h, preferred_element_type=jnp.float32)
-        return of_delta, (_own(axis, losses), of_hidden)
+    def of_chunks(chunk: int, table: Table, hidden: Array, targets: Array, weights: Array) -> tuple[Any, ...]:
+        head, rows = table.folded(), None if table.rows is None else jnp.asarray(table.rows)
 
-    start = None if table.delta is None else jnp.zeros(table.delta.shape, jnp.float32)
-    chunks: Any = _chunks(chunk, hidden, targets, weights)
-    of_delta, (losses, gradients) = jax.lax.scan(run, start, chunks)
-    count, features = hidden.shape
-    return losses.reshape(-1)[:count], gradients.reshape(-1, features)[:count], of_delta
+        def run(of_delta: Array | None, part: tuple[Array, Array, Array]) -> tuple[Array | None, tuple[Array, Array]]:
+            h, target, weight = _gathered(axis, *part)
+            losses, logits, log_normalizer = _chunk_loss(head, h, target, weight, cap, axis)
+            # The 1 of the target goes off in float32: for a confident token nothing of the difference would survive
+            # bfloat16.
+            own, _ = _own_rows(head, target, axis)
+            share = jnp.exp(logits - log_normalizer[:, None]).at[jnp.arange(target.size), own].add(-1.0, mode="drop")
+            if cap is not None:  # tanh' = 1 - tanh²
+                share = share * (1 - (logits / cap) ** 2)
+            share = (share * weight[:, None]).astype(h.dtype)
+            of_hidden = _summed(axis, share, head)
+            if of_delta is not None:
+                trained = share if rows is None else share[:, rows]
+                of_delta = of_delta + jnp.einsum("nr,nd->rd", trained, h, preferred_element_type=jnp.float32)
+            return of_delta, (_own(axis, losses), of_hidden)
+
+        start = None if table.delta is None else jnp.zeros(table.delta.shape, jnp.float32)
+        chunks: Any = _chunks(chunk, hidden, targets, weights)
+        of_delta, (losses, gradients) = jax.lax.scan(run, start, chunks)
+        count, features = hidden.shape
+        return losses.reshape(-1)[:count], gradients.reshape(-1, features)[:count], of_delta
+
+    losses, of_hidden, of_delta = _with_chunk(of_chunks, chunk, axis, table, hidden, targets, weights)
+    return losses, of_hidden, of_delta
+
+
+def _with_chunk(run: Callable[..., Any], chunk: int | None, axis: str | None, head: Table, *arrays: Array) -> Any:
+    """`run(chunk, head, *arrays)`, with the chunk of the platform where it is None."""
+    if chunk is not None:
+        return run(chunk, head, *arrays)
+    rows = head.shape[0]
+    if axis is not None:
+        return run(chunk_tokens(rows) // jax.lax.axis_size(axis), head, *arrays)
+    on_cpu, elsewhere = partial(run, chunk_tokens(rows, cpu=True)), partial(run, chunk_tokens(rows))
+    return jax.lax.platform_dependent(head, *arrays, cpu=on_cpu, default=elsewhere)
 
 
 def _chunk_loss(
@@ -286,23 +302,23 @@ def _figures(model: Any, hidden: Array, batch: Mapping[str, Array]) -> tuple[Arr
     """(summed loss, other sums); not to be differentiated."""
 
     def figures(head: Table, hidden: Array, targets: Array, weights: Array, axis: str | None) -> Array:
-        chunk = chunk_tokens(head.shape[0]) // (1 if axis is None else jax.lax.axis_size(axis))
-        head = head.folded()
+        def of_chunks(chunk: int, head: Table, hidden: Array, targets: Array, weights: Array) -> Array:
+            def run(part: tuple[Array, Array, Array]) -> Array:
+                h, target, weight = _gathered(axis, *part)
+                losses, logits, _ = _chunk_loss(head, h, target, weight, model.logit_cap, axis)
+                own, here = _own_rows(head, target, axis)
+                label = jnp.take_along_axis(logits, jnp.minimum(own, logits.shape[1] - 1)[:, None], axis=1)[:, 0]
+                highest = logits.max(-1) if axis is None else jax.lax.pmax(logits.max(-1), axis)
+                hits = here & (label >= highest)
+                if axis is not None:
+                    hits = jax.lax.psum(hits.astype(jnp.float32), axis) > 0
+                return jnp.stack([_own(axis, losses), _own(axis, jnp.where(hits, weight, 0))])
 
-        def run(part: tuple[Array, Array, Array]) -> Array:
-            h, target, weight = _gathered(axis, *part)
-            losses, logits, _ = _chunk_loss(head, h, target, weight, model.logit_cap, axis)
-            own, here = _own_rows(head, target, axis)
-            label = jnp.take_along_axis(logits, jnp.minimum(own, logits.shape[1] - 1)[:, None], axis=1)[:, 0]
-            highest = logits.max(-1) if axis is None else jax.lax.pmax(logits.max(-1), axis)
-            hits = here & (label >= highest)
-            if axis is not None:
-                hits = jax.lax.psum(hits.astype(jnp.float32), axis) > 0
-            return jnp.stack([_own(axis, losses), _own(axis, jnp.where(hits, weight, 0))])
+            found = jax.lax.map(run, _chunks(chunk, hidden, targets, weights))
+            return found.transpose(0, 2, 1).reshape(-1, 2)[: hidden.shape[0]]
 
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        found = jax.lax.map(run, _chunks(chunk, flat, targets.reshape(-1), weights.reshape(-1)))
-        return found.transpose(0, 2, 1).reshape(-1, 2)[: flat.shape[0]].reshape(*targets.shape, 2).sum(1)
+        flat = (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1))
+        return _with_chunk(of_chunks, None, axis, head.folded(), *flat).reshape(*targets.shape, 2).sum(1)
 
     sums = _over_rows_with_head(model.head, figures, hidden, batch["targets"], batch["loss_mask"]).sum(0)
     return sums[0], {"mean_token_accuracy": sums[1]}

@@ -26,7 +26,7 @@ def main() -> None:
     from qlora_jax.quant import Quantization
     from qlora_jax.train.loss import language_model_loss
     from qlora_jax.train.optim import adamw
-    from qlora_jax.train.step import create_state, jit_train_step, split
+    from qlora_jax.train.step import compiled_first, create_state, jit_train_step, split
 
     jax.devices()
     start = time.perf_counter()
@@ -47,7 +47,7 @@ def main() -> None:
     jax.block_until_ready((state, frozen))
     load_seconds = time.perf_counter() - start
 
-    train = jit_train_step(graphdef, tx, language_model_loss, state)
+    train = compiled_first(jit_train_step(graphdef, tx, language_model_loss, state))
     mask = np.ones((1, arguments.batch_size, arguments.length), np.float32)
     mask[..., -1] = 0.0
 
