@@ -23,12 +23,17 @@ def activate(name: Activation, x: Array) -> Array:
             return jax.nn.relu(x)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def gated(name: Activation, gate: Array, up: Array) -> Array:
     """activate(gate) * up, computed in float32 and rounded once, to the dtype of gate.
 
     The backward pass keeps gate and up alone, and nothing in float32.
     """
+    result: Any = _gated(name, gate, up)
+    return result
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated(name: Activation, gate: Array, up: Array) -> Array:
     return _exactly(name, gate, up).astype(gate.dtype)
 
 
@@ -37,8 +42,7 @@ def _exactly(name: Activation, gate: Array, up: Array) -> Array:
 
 
 def _forward(name: Activation, gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
-    result: Any = gated(name, gate, up)
-    return result, (gate, up)
+    return _exactly(name, gate, up).astype(gate.dtype), (gate, up)
 
 
 def _backward(name: Activation, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
@@ -46,4 +50,4 @@ def _backward(name: Activation, kept: tuple[Array, Array], gradient: Array) -> t
     return pull(gradient.astype(jnp.float32))
 
 
-gated.defvjp(_forward, _backward)
+_gated.defvjp(_forward, _backward)

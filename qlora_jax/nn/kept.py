@@ -1,6 +1,7 @@
 """Values that a recomputing backward pass may keep, by name."""
 
 from functools import partial
+from typing import Any
 
 import jax
 from jax import Array
@@ -9,9 +10,14 @@ from jax.ad_checkpoint import checkpoint_name
 from qlora_jax.quant.moved import moved
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def keep(x: Array, name: str) -> Array:
     """x, which a policy of `jax.checkpoint` may keep by that name: `checkpoint_name`, but for the move into a stack."""
+    kept: Any = _keep(x, name)
+    return kept
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _keep(x: Array, name: str) -> Array:
     return moved(partial(checkpoint_name, name=name), x)
 
 
@@ -23,4 +29,4 @@ def _backward(_name: str, _kept: None, gradient: Array) -> tuple[Array]:
     return (gradient,)
 
 
-keep.defvjp(_forward, _backward)
+_keep.defvjp(_forward, _backward)

@@ -225,7 +225,7 @@ def residual_bytes(recipe: Recipe) -> tuple[int, int]:
     full      the input of each layer
     offload   the same, in host memory
     dots      also the results of all products, adapters' inner ones among them, and the attention's
-    none      beside those of "dots" what stands between them: norms, rotated queries and keys, activations
+    none      beside those of "dots" what stands between them: norms, rotated queries and keys, what goes into down
     """
     size, tokens = 2 if recipe.dtype == "bfloat16" else 4, recipe.positions
     layers, hidden, inner, heads, kv = _sizes(recipe)
@@ -242,7 +242,7 @@ def residual_bytes(recipe: Recipe) -> tuple[int, int]:
     kept = stream + layers * (products + lora)
     if recipe.remat == "dots":
         return kept, 0
-    between = tokens * (3 * hidden + heads + kv + 2 * inner) * size
+    between = tokens * (3 * hidden + heads + kv + inner) * size
     return kept + layers * between, 0
 
 

@@ -1,5 +1,6 @@
 """Attention against a plain NumPy one; the kernels of the platforms as their compilers take them."""
 
+import re
 from functools import partial
 
 import jax
@@ -47,6 +48,30 @@ def test_segments_see_themselves_and_padding_stays_finite() -> None:
     assert np.isfinite(found).all()
     real = segments > 0
     np.testing.assert_allclose(found[real], reference(q, k, v, mask)[real], atol=1e-5)
+
+
+@pytest.mark.parametrize(("window", "shared"), [(None, 0), (100, 0), (200, 3)])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_blocks_of_queries(segmented: bool, window: int | None, shared: int) -> None:
+    """More tokens than one block has, with what a block leaves out: the numbers of all scores at once."""
+    q, k, v = random_qkv(length=300)
+    rows, columns = np.arange(300)[:, None], np.arange(300)
+    seen = (columns <= rows) & (columns > rows - (window or 300))
+    segments = np.sort(np.random.default_rng(1).integers(1, 4, (2, 300)), axis=1).astype(np.int32)
+    same = (segments[:, :, None] == segments[:, None, :]) | (columns < shared)
+    mask = seen & (same if segmented else np.ones((2, 1, 1), bool))
+    ids = jnp.asarray(segments) if segmented else None
+    found = causal_attention(q, k, v, segment_ids=ids, window=window, shared=shared if segmented else 0)
+    np.testing.assert_allclose(found, reference(q, k, v, mask), atol=1e-5)
+
+
+def test_blocks_make_fewer_products() -> None:
+    """Of n blocks (n + 1) / 2n, by the sizes of all products of the lowered program."""
+    q = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.float32)
+    text = jax.jit(causal_attention).lower(q, q, q).as_text()
+    shapes = re.findall(r"dot_general.*-> tensor<2x(\d+)x(\d+)xf32>", text)
+    scores = sum(int(queries) * int(keys) for queries, keys in shapes if int(keys) != 64)
+    assert scores == 1024 * 1024 * 9 / 16
 
 
 @pytest.mark.parametrize(("window", "cap"), [(3, None), (None, 1.5), (4, 1.5), (11, None), (1, None)])

@@ -190,6 +190,7 @@ def test_the_chunk_follows_from_the_vocabulary(rows: int) -> None:
     chunk = chunk_tokens(rows)
     assert chunk.bit_count() == 1
     assert chunk == LEAST or LOGITS / 1.5 < 4 * rows * chunk < LOGITS * 1.5
+    assert chunk / 4 <= chunk_tokens(rows, cpu=True) < chunk
 
 
 class Parrot:

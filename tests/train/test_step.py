@@ -28,6 +28,7 @@ from qlora_jax.quant import Quantization
 from qlora_jax.train import (
     TrainState,
     adamw,
+    compiled_first,
     create_state,
     host_offload,
     init_state,
@@ -367,3 +368,23 @@ def test_four_devices_train_as_one_does() -> None:
         for name, value in one.items():
             np.testing.assert_allclose(four[name], value, rtol=1e-5, err_msg=name)
     np.testing.assert_allclose(found[4]["adapter"], found[1]["adapter"], rtol=1e-4)
+
+
+def test_a_step_is_compiled_once_a_shape_before_it_runs() -> None:
+    compiled: list[tuple[int, ...]] = []
+    jitted = jax.jit(lambda state, batch: (state + batch["x"].sum(), batch["x"].sum()))
+
+    class Watched:
+        def lower(self, state: Any, batch: Any) -> Any:
+            compiled.append(batch["x"].shape)
+            return jitted.lower(state, batch)
+
+        def __call__(self, state: Any, batch: Any) -> Any:
+            assert batch["x"].shape in compiled
+            return jitted(state, batch)
+
+    step, state = compiled_first(Watched()), jnp.zeros(())
+    for size in (3, 3, 5, 3, 5):
+        state, _ = step(state, {"x": jnp.ones(size)})
+    assert compiled == [(3,), (5,)]
+    assert state == 3 + 3 + 5 + 3 + 5
