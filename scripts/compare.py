@@ -34,6 +34,8 @@ from typing import Any
 
 import numpy as np
 import tyro
+from benchmarks.page import said_command
+from benchmarks.workers import device
 from comparison import page
 from comparison.grid import Cell, Variant, parse_variant, product
 from tqdm import tqdm
@@ -227,7 +229,7 @@ def run_cell(arguments: Arguments, cell: Cell, common: Sequence[str]) -> dict[st
 
 def report(arguments: Arguments, results: dict[str, dict[int, dict[str, Any]]], baseline: str) -> None:
     """Writes the report of what is there so far."""
-    versions = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+    versions, machine = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")}, device()
     method = {
         "model": arguments.model or "SmolLM2-135M-Instruct",
         "data": list(arguments.data),
@@ -240,6 +242,7 @@ def report(arguments: Arguments, results: dict[str, dict[int, dict[str, Any]]], 
         "seeds": list(arguments.seeds),
         "baseline": baseline,
         "versions": versions,
+        "machine": machine,
     }
     data = json.dumps({"method": method, "results": results}, indent=2)
     (arguments.output / "report.json").write_text(data + "\n", encoding="utf-8")
@@ -248,7 +251,8 @@ def report(arguments: Arguments, results: dict[str, dict[int, dict[str, Any]]], 
         f"{arguments.batch_size} rows of up to {arguments.max_length} tokens, {arguments.held_out} rows held out; means "
         f"over seeds with 95 % intervals. Learning rates: "
         f"{arguments.rates or 'the defaults of train.py by method'}. "
-        f"{', '.join(f'{name} {value}' for name, value in versions.items())}."
+        f"{', '.join(f'{name} {value}' for name, value in versions.items())}; {machine['cpu']}, {machine['cores']} cores. "
+        f"Made by: {said_command('compare.py')}"
     )
     page.write(results, baseline, arguments.output, "Ways to fine-tune, side by side", intro, data)
 

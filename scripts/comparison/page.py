@@ -93,6 +93,20 @@ def verdict_table(results: Results, baseline: str) -> tuple[list[str], list[list
     return header, rows
 
 
+def pair_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): each variant against each other one by the first figure, as difference and verdict."""
+    name = shown_figures(results)[0]
+    rows = []
+    for variant, seeds in results.items():
+        row = [variant]
+        for other, others in results.items():
+            change = None if variant == other else difference(of_seeds(seeds, name), of_seeds(others, name))
+            said = verdict(change, lower_is_better=FIGURES[name][1])
+            row.append("" if variant == other else said if change is None else f"{change}: {said}")
+        rows.append(row)
+    return ["is … than the one above", *results], rows
+
+
 def plot(results: Results, path: Path) -> None:
     """Every figure by variant: a dot a seed, the mean, and its interval."""
     figures = shown_figures(results)
@@ -115,6 +129,8 @@ def write(results: Results, baseline: str, folder: Path, title: str, intro: str,
     tables = [("Runs", *main_table(results))]
     if baseline in results and len(results) > 1:
         tables.append(("Verdicts", *verdict_table(results, baseline)))
+    if len(results) > 2 and shown_figures(results):
+        tables.append((f"Each against each: {FIGURES[shown_figures(results)[0]][0]}", *pair_table(results)))
     plot(results, folder / "report.png")
     markdown = [f"# {title}", "", intro, ""]
     for caption, header, rows in tables:

@@ -126,4 +126,23 @@ def test_the_report_of_several_seeds(tmp_path: Path) -> None:
     }
     page.write(results, "a", tmp_path, "title", "intro", "{}")
     text = (tmp_path / "report.md").read_text()
+    assert "Each against each" not in text
     assert "| b | 1.002 ± 0.0052 | worse |" in text
+
+
+def test_each_against_each(tmp_path: Path) -> None:
+    losses = {"a": (1.0, 1.1, 1.2), "b": (2.0, 2.101, 2.2), "c": (1.0, 1.3, 1.0)}
+    sizes = {"trainable_parameters": 10, "checkpoint_bytes": 1, "peak_memory_bytes": 1, "tokens_per_second": 1.0}
+    results = {
+        name: {seed: {"figures": {"eval_loss": loss}, **sizes} for seed, loss in enumerate(found)}
+        for name, found in losses.items()
+    }
+    header, rows = page.pair_table(results)
+    assert header[1:] == list(losses)
+    by_name = {row[0]: dict(zip(losses, row[1:], strict=True)) for row in rows}
+    assert by_name["a"]["a"] == ""
+    assert by_name["b"]["a"].endswith(": worse")
+    assert by_name["a"]["b"].endswith(": better")
+    assert by_name["c"]["a"].endswith(": equal within the interval")
+    page.write(results, "a", tmp_path, "title", "intro", "{}")
+    assert "## Each against each: held-out loss" in (tmp_path / "report.md").read_text()
