@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from matplotlib.figure import Figure
 
 from qlora_jax.train.step import TOKENS, Unit
 
@@ -72,6 +71,8 @@ def plot_losses(rows: list[dict[str, Any]], path: Path, unit: Unit = TOKENS) -> 
     """Draws the training loss of every step, its running mean, and the held-out loss."""
     training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    from matplotlib.figure import Figure  # a second, which only who draws has to wait
+
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     if training:
