@@ -141,7 +141,7 @@ def peak_with(row: dict[str, Any], factors: dict[str, dict[str, float]]) -> int:
 
 
 def fit(rows: list[dict[str, Any]], start: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Factors, none below 0, with small relative errors of the peaks, above all the largest ones."""
+    """Factors, none below 0, for which the worst relative error of a peak is small."""
     names = [(moment, name) for moment, factors in start.items() for name in factors]
 
     def factors_of(values: np.ndarray) -> dict[str, dict[str, float]]:

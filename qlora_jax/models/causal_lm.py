@@ -174,8 +174,7 @@ class CausalLM(nnx.Module):
                 length = q.shape[1]
                 q, k, v = (q, k, v) if prefix is None else with_prefix(q, k, v, prefix)
                 attended = self._attend(q, k, v, kind, prompt.segment_ids, prompt.virtual_tokens, attention_groups)
-                attended = attended[:, -length:]
-                return attended if self.attention == "xla" else keep(attended, "attention"), None  # XLA's keeps its own
+                return attended[:, -length:], None
 
             x, _ = nnx.merge(graph, state)(keep(x, "residual"), *_of_kind(rotations, kind), attend, layer_key, chunks)
             return x, None

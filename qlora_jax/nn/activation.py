@@ -42,7 +42,8 @@ def _exactly(name: Activation, gate: Array, up: Array) -> Array:
 
 
 def _forward(name: Activation, gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _exactly(name, gate, up).astype(gate.dtype), (gate, up)
+    result: Any = _gated(name, gate, up)
+    return result, (gate, up)
 
 
 def _backward(name: Activation, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:

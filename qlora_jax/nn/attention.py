@@ -19,7 +19,9 @@ from qlora_jax.quant.product import product
 
 AttentionImplementation = Literal["xla", "cudnn", "splash"]
 _SPLASH_BLOCK = 512
-_BLOCK, _MOST_BLOCKS = 128, 8  # queries of a block of XLA's attention at least, and how many blocks at most
+# Of XLA's causal attention: queries of a block at least, whose scores a CPU's caches hold, and how many blocks at most, each
+# of which is a part of the program.
+_BLOCK, _MOST_BLOCKS = 128, 8
 _MULTIPLE = {"xla": 1, "cudnn": 64, "splash": 128}  # of the lengths that a kernel is at home with
 
 
@@ -73,14 +75,20 @@ def causal_attention(
         arguments = {"window": window, "scale": scale, "cap": cap, "shared": shared, "implementation": implementation}
         return causal_attention(q, k, v, segment_ids=segment_ids, **arguments)[:, :length]
     if implementation == "splash" and length % 128 == 0 and q.shape[-1] % 64 == 0:  # the kernel's tiles fit
-        return _splash(q, k, v, segment_ids, window, scale, cap)
+        return keep(_splash(q, k, v, segment_ids, window, scale, cap), "attention")
     if implementation == "cudnn" and q.dtype in (jnp.bfloat16, jnp.float16) and cap is None:
         mask = None if segment_ids is None else _same_segment(segment_ids, shared, slice(None), slice(None))[:, None]
         local = None if window is None else (window - 1, 0)
-        return jax.nn.dot_product_attention(
+        attended = jax.nn.dot_product_attention(
             q, k, v, mask=mask, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
         )
+        return keep(attended, "attention")
     return _in_blocks(q, k, v, segment_ids, window, scale, cap, shared)
+
+
+def block_of_queries(length: int) -> int:
+    """How many queries of so many tokens XLA's causal attention takes at a time."""
+    return max(_BLOCK, -(-length // (_MOST_BLOCKS * _BLOCK)) * _BLOCK)
 
 
 def _in_blocks(
@@ -95,11 +103,11 @@ def _in_blocks(
 ) -> Array:
     """XLA's causal attention, some queries at a time against the keys that any of them may see.
 
-    Of n blocks that leaves (n + 1) / 2n of the products, and what is made of the scores of one stays near the cores.
+    Of n blocks that leaves (n + 1) / 2n of the products, and the scores of one block, not of all tokens, in memory. The
+    gradients of keys and values are summed over blocks in float32.
     """
-    length = q.shape[1]
-    block = max(_BLOCK, -(-length // (_MOST_BLOCKS * _BLOCK)) * _BLOCK)
-    parts = []
+    length, block, dtype, parts = q.shape[1], block_of_queries(q.shape[1]), q.dtype, []
+    k, v = k.astype(jnp.float32), v.astype(jnp.float32)
     for start in range(0, length, block):
         first, stop = 0 if window is None else max(0, start - window + 1), min(start + block, length)
         queries, keys = slice(start, stop), slice(first, stop)
@@ -107,7 +115,8 @@ def _in_blocks(
         mask = (columns <= rows if window is None else (columns <= rows) & (columns > rows - window))[None]
         if segment_ids is not None:
             mask = mask & _same_segment(segment_ids, shared, queries, keys)
-        parts.append(_grouped(q[:, queries], _heads_first(k[:, keys], v[:, keys]), mask, None, scale, cap))
+        near = _heads_first(k[:, keys].astype(dtype), v[:, keys].astype(dtype))
+        parts.append(_grouped(q[:, queries], near, mask, None, scale, cap))
     return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 

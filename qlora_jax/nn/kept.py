@@ -1,4 +1,8 @@
-"""Values that a recomputing backward pass may keep, by name."""
+"""Values that a recomputing backward pass may keep, by the names that the policies of `models.stack` choose from.
+
+A value in bfloat16 is named as the integers of its bits (`quant.moved`): XLA's CPU backend would stack those of all layers
+as float32. Integers have no gradient, so a rule of its own passes that on.
+"""
 
 from functools import partial
 from typing import Any
@@ -11,7 +15,7 @@ from qlora_jax.quant.moved import moved
 
 
 def keep(x: Array, name: str) -> Array:
-    """x, which a policy of `jax.checkpoint` may keep by that name: `checkpoint_name`, but for the move into a stack."""
+    """x itself, which a policy of `jax.checkpoint` may keep by that name."""
     kept: Any = _keep(x, name)
     return kept
 

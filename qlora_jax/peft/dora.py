@@ -28,8 +28,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from qlora_jax.nn import AdapterConstant, Linear, WeightConstant
-from qlora_jax.nn.kept import keep
+from qlora_jax.nn import AdapterConstant, Linear, WeightConstant, keep
 from qlora_jax.peft.lora_linear import Slot, drop, lora_file_parts, lora_update, start
 from qlora_jax.peft.method import FilePart
 from qlora_jax.quant import QuantizedTensor, dequantize, matmul

@@ -20,8 +20,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from qlora_jax.nn import AdapterConstant, Linear
-from qlora_jax.nn.kept import keep
+from qlora_jax.nn import AdapterConstant, Linear, keep
 from qlora_jax.peft.method import FilePart
 from qlora_jax.peft.start import orthogonal
 from qlora_jax.quant import matmul

@@ -182,7 +182,7 @@ def compile_program(function: Any, arguments: tuple[Any, ...], machine: Machine)
         temporaries=memory.temp_size_in_bytes,
         host_arguments=memory.host_argument_size_in_bytes,
         host_temporaries=memory.host_temp_size_in_bytes,
-        flops=count_flops(traced.jaxpr) / machine.count,
+        flops=count_flops(traced.jaxpr, platform=platform) / machine.count,
         traffic=parse_program(text).traffic(),
         compile_seconds=seconds,
         text=text,

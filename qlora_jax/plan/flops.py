@@ -14,13 +14,17 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
-def count_flops(jaxpr: Any, *, causal: bool = True) -> float:
-    """Operations of all products of a (closed) jaxpr, of all devices together."""
+def count_flops(jaxpr: Any, *, platform: str | None = None, causal: bool = True) -> float:
+    """Operations of all products of a (closed) jaxpr, of all devices together.
+
+    Args:
+        platform: whose branch counts where there is a choice among platforms; None: the one with the most.
+    """
     inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
-    return sum(_equation_flops(equation, causal) for equation in inner.eqns)
+    return sum(_equation_flops(equation, platform, causal) for equation in inner.eqns)
 
 
-def _equation_flops(equation: Any, causal: bool) -> float:
+def _equation_flops(equation: Any, platform: str | None, causal: bool) -> float:
     name = equation.primitive.name
     if name == "dot_general":
         return _dot_flops(equation)
@@ -31,7 +35,10 @@ def _equation_flops(equation: Any, causal: bool) -> float:
     repeats = equation.params.get("length", 1) if name == "scan" else 1
     if name == "shard_map":  # its body is what one device does
         repeats = equation.params["mesh"].size
-    bodies = [count_flops(body, causal=causal) for body in _bodies(equation)]
+    bodies = [count_flops(body, platform=platform, causal=causal) for body in _bodies(equation)]
+    if platform is not None and (platforms := equation.params.get("branches_platforms")):
+        own = [body for body, names in zip(bodies, platforms, strict=True) if names is not None and platform in names]
+        return own[0] if own else bodies[platforms.index(None)]
     if name in ("cond", "platform_index"):  # one branch runs
         return max(bodies, default=0.0)
     return repeats * sum(bodies)

@@ -23,6 +23,7 @@ import jax
 from qlora_jax.models import DecoderConfig
 from qlora_jax.models.chunks import chunk_count
 from qlora_jax.nn import split_axis
+from qlora_jax.nn.attention import block_of_queries
 from qlora_jax.peft import LoRA
 from qlora_jax.plan.recipe import Recipe, abstract_step, tree_bytes
 from qlora_jax.quant import PackedTable
@@ -256,13 +257,13 @@ def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[
     fused = platform != "cpu" and decoder and config.score_cap is None and recipe.dtype == "bfloat16"
     masked = recipe.packed and platform == "cuda"
     scores = (1 if masked else 0) if fused else 2 * attention
+    queries = recipe.keys if fused or not decoder else min(block_of_queries(recipe.keys), recipe.keys)  # at a time
     of_value = {"none": size, "int8": 1, "nf4": 0.516}[recipe.tables]  # bytes in a table
     table = int(config.vocab_size * hidden * of_value) if devices > 1 else 0  # gathered
     tables = 2 if decoder and not config.tie_word_embeddings else 1
     spread = devices if config.vocab_size % devices == 0 else 1  # over whom the loss spreads the rows of the head
-    chunk = (
-        chunk_tokens(config.vocab_size // spread, cpu=platform == "cpu" and devices == 1) // spread
-    )  # of each device's tokens
+    # of each device's tokens
+    chunk = chunk_tokens(config.vocab_size // spread, cpu=platform == "cpu" and devices == 1) // spread
     logits = min(chunk, recipe.tokens) * config.vocab_size * 4
     looped = recipe.tokens > chunk and recipe.micro_batches == 1  # over chunks, outside of a loop over micro-batches
     seen = -(-recipe.keys // recipe.attention_groups)  # tokens that a token may see
@@ -282,7 +283,7 @@ def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[
         "table": table,
         "hoisted": tables * table if recipe.micro_batches > 1 else 0,  # out of the loop over micro-batches
         "adapter": adapter,
-        "mask": int((_CHUNKED_MASK if in_chunks else 1) * recipe.sequences * scores * recipe.keys * seen * 2),
+        "mask": int((_CHUNKED_MASK if in_chunks else 1) * recipe.sequences * scores * queries * seen * 2),
     }
 
 

@@ -12,7 +12,7 @@ from jax import Array
 
 
 def moved(move: Callable[[Array], Array], x: Array) -> Array:
-    """`move(x)`, for what neither looks at the numbers nor is differentiated."""
+    """`move(x)`, where `move` only copies numbers; in bfloat16 a constant to differentiation."""
     if x.dtype != jnp.bfloat16:
         return move(x)
     return jax.lax.bitcast_convert_type(move(jax.lax.bitcast_convert_type(x, jnp.uint16)), x.dtype)

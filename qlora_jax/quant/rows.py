@@ -116,7 +116,7 @@ def take_rows(w: Array | PackedTable, index: Array) -> Array:
         numbers = index.reshape(-1)
         found = _single(w, numbers, partial(jnp.take, indices=numbers, axis=1, mode="clip"))
         return dequantize(found).T.reshape(*index.shape, -1)
-    return moved(lambda w: w[index], w)
+    return moved(lambda w: w[index], jax.lax.stop_gradient(w))
 
 
 def rows_product(x: Array, w: PackedTable, dtype: DTypeLike) -> Array:

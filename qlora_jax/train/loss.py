@@ -35,12 +35,12 @@ from qlora_jax.nn.parallel import AXIS, devices_of_context, over_rows
 
 LOGITS = 2**27  # bytes that the float32 logits of a chunk are to take, about
 LEAST = 512  # tokens of a chunk: with fewer, reading the head takes longer than multiplying with it
-ON_CPU = 4  # times as little of both
+CPU_SHARE = 4  # a CPU takes so many times less of both
 
 
 def chunk_tokens(rows: int, *, cpu: bool = False) -> int:
     """Tokens of a chunk for a head of so many rows: a power of two, which divides most batches."""
-    less = ON_CPU if cpu else 1
+    less = CPU_SHARE if cpu else 1
     return max(2 ** round(math.log2(LOGITS / (less * 4 * rows))), LEAST // less)
 
 
@@ -173,7 +173,8 @@ def _losses_and_gradients(
 
 
 def _with_chunk(run: Callable[..., Any], chunk: int | None, axis: str | None, head: Table, *arrays: Array) -> Any:
-    """`run(chunk, head, *arrays)`, with the chunk of the platform where it is None."""
+    """`run(chunk, head, *arrays)`; where the chunk is None with that of the platform, for a head that is spread over devices
+    always the larger one, which they share."""
     if chunk is not None:
         return run(chunk, head, *arrays)
     rows = head.shape[0]

@@ -10,6 +10,7 @@ the adapter is differentiated, updated and donated; the frozen part is read.
 
 import ctypes
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -194,10 +195,10 @@ def jit_eval_step(
 
 
 def compiled_first(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A jitted step that is compiled before it runs on a batch, its last argument, of new shapes; and what the compiler took
-    of the machine's memory is given back before the program takes its own.
+    """A jitted step that compiles before it runs on a batch, its last argument, of new shapes, so that compiler and program
+    do not need the machine's memory at the same time.
 
-    A compiler leaves some hundred megabytes that the C library keeps for later: the peak would be the sum of both.
+    A compiler frees some hundred megabytes, which the C library would keep; here they go back to the system in between.
     """
     known: set[tuple[Any, ...]] = set()
 
@@ -206,7 +207,7 @@ def compiled_first(step: Callable[..., Any]) -> Callable[..., Any]:
         if shapes not in known:
             step.lower(*arguments).compile()  # which the call below finds
             known.add(shapes)
-            if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of glibc alone
+            if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # of glibc alone
                 trim(0)
         return step(*arguments)
 

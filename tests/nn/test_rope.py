@@ -39,6 +39,14 @@ def test_rotation_keeps_the_dtype() -> None:
     assert rotate(jnp.ones((1, 5, 2, 16), jnp.bfloat16), cosine, sine).dtype == jnp.bfloat16
 
 
+def test_bfloat16_is_rounded_once() -> None:
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 50, 2, 16)), jnp.bfloat16)
+    cosine, sine = embedding()(jnp.arange(50)[None])
+    exact = np.asarray(rotate(x.astype(jnp.float32), cosine, sine), np.float64)
+    found = np.asarray(rotate(x, cosine, sine), np.float64)
+    assert (np.abs(found - exact) <= 2**-8 * np.abs(exact)).all()
+
+
 def test_refused_configurations() -> None:
     with pytest.raises(ValueError, match="rope_type 'mrope' is not supported; expected one of default, linear"):
         embedding(rope_type="mrope")

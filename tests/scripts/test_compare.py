@@ -140,9 +140,9 @@ def test_each_against_each(tmp_path: Path) -> None:
     header, rows = page.pair_table(results)
     assert header[1:] == list(losses)
     by_name = {row[0]: dict(zip(losses, row[1:], strict=True)) for row in rows}
-    assert by_name["a"]["a"] == ""
+    assert by_name["a"] == {"a": "", "b": "", "c": ""}
     assert by_name["b"]["a"].endswith(": worse")
-    assert by_name["a"]["b"].endswith(": better")
     assert by_name["c"]["a"].endswith(": equal within the interval")
+    assert by_name["c"]["b"].endswith(": better")
     page.write(results, "a", tmp_path, "title", "intro", "{}")
     assert "## Each against each: held-out loss" in (tmp_path / "report.md").read_text()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from qlora_jax.nn import Table
 from qlora_jax.quant import TableStorage, quantize_rows, take_rows
 from qlora_jax.train import chunked_cross_entropy, language_model_figures, language_model_loss
-from qlora_jax.train.loss import LEAST, LOGITS, chunk_tokens
+from qlora_jax.train.loss import LEAST, LOGITS, chunk_tokens, token_losses
 
 
 def problem(n: int, d: int, v: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -191,6 +192,16 @@ def test_the_chunk_follows_from_the_vocabulary(rows: int) -> None:
     assert chunk.bit_count() == 1
     assert chunk == LEAST or LOGITS / 1.5 < 4 * rows * chunk < LOGITS * 1.5
     assert chunk / 4 <= chunk_tokens(rows, cpu=True) < chunk
+
+
+def test_a_cpu_takes_smaller_chunks() -> None:
+    """By the logits that the programs of both platforms hold."""
+    h, w = jax.ShapeDtypeStruct((4096, 8), jnp.float32), jax.ShapeDtypeStruct((32000, 8), jnp.float32)
+    targets, weights = jax.ShapeDtypeStruct((4096,), jnp.int32), jax.ShapeDtypeStruct((4096,), jnp.float32)
+    traced = jax.jit(jax.grad(lambda *arguments: token_losses(*arguments).sum())).trace(h, w, targets, weights)
+    for platform, chunk in (("cpu", chunk_tokens(32000, cpu=True)), ("tpu", chunk_tokens(32000))):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert {int(n) for n in re.findall(r"tensor<(\d+)x32000xf32>", text)} == {chunk}
 
 
 class Parrot:
