@@ -1,0 +1,143 @@
+"""scripts/measure_long_context.py in small: its texts, its reading through the cache against one dense pass, its page."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import write_tiny_llama
+from long_context.page import MODELS, table, verdict
+from long_context.texts import DIGITS, Prompt, Writer, answers
+from script_module import import_script
+
+from qlora_jax.checkpoint.load import load_model
+from qlora_jax.checkpoint.source import open_checkpoint
+from qlora_jax.checkpoint.tokenizer import load_tokenizer
+from qlora_jax.models import CausalLM
+from qlora_jax.train import split
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "measure_long_context.py"
+script = import_script(SCRIPT)
+
+
+@pytest.fixture
+def writer(tiny_llama: Path) -> Writer:
+    return Writer(load_tokenizer(tiny_llama), answers()[:50], seed=0)
+
+
+def text_of(tokens: np.ndarray, folder: Path) -> str:
+    return str(load_tokenizer(folder).decode(tokens.tolist()))
+
+
+def test_a_prompt_holds_its_key_once_and_ends_where_it_is_to(writer: Writer, tiny_llama: Path) -> None:
+    for number in range(20):
+        prompt = writer.prompt("beyond", 300, 5000)
+        text = text_of(prompt.tokens, tiny_llama)
+        assert text.count(f"The pass key is {text[-DIGITS:]}. Remember it.") == 1, number
+        assert len(prompt.tokens) == len(prompt.positions) == 300
+        assert prompt.positions[-1] == 5000
+        assert prompt.positions[0] >= 0
+        assert (np.diff(prompt.positions) >= 1).all()
+        told = text.index(" The pass key")  # a token a byte, and a character
+        assert prompt.depth == prompt.positions[len(text[:told].encode())] / 5000
+        answer = prompt.positions[-len(" What is the pass key? The pass key is 01234") :]
+        assert (np.diff(answer) == 1).all()
+
+
+def test_a_prompt_without_room_for_gaps_has_none(writer: Writer) -> None:
+    assert (writer.prompt("real", 300, 299, 0.5).positions == np.arange(300)).all()
+
+
+def test_a_row_of_training_learns_the_answers_alone_within_reach(writer: Writer, tiny_llama: Path) -> None:
+    reach = 128
+    for _ in range(20):
+        row = writer.row(1024, 8000, reach)
+        assert {values.shape for values in row.values()} == {(1024,)}
+        assert (row["inputs"][1:] == row["targets"][:-1]).all()
+        assert row["positions"][0] >= 0
+        assert row["positions"][-1] < 8000
+        assert (np.diff(row["positions"]) >= 1).all()
+        learned = np.flatnonzero(row["loss_mask"])
+        assert len(learned) >= 4 * DIGITS
+        told = None
+        for start in learned[: len(learned) // DIGITS * DIGITS : DIGITS]:
+            key = text_of(row["targets"][start : start + DIGITS], tiny_llama)
+            seen = text_of(row["inputs"][max(start + DIGITS - reach, 0) : start + 1], tiny_llama)
+            told = f"The pass key is {key}. Remember it."
+            assert told in seen
+
+
+def test_the_cache_in_chunks_answers_as_one_dense_pass(
+    tiny_llama: Path, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a random model says, it is asked to say it; something else counts as wrong."""
+    monkeypatch.setattr(script, "CHUNK", 32)
+    monkeypatch.setattr(script, "GROWTH", 64)
+    model = load_model(open_checkpoint(str(tiny_llama)), dtype=jnp.float32, progress=False)
+    assert isinstance(model, CausalLM)
+    prompt = writer.prompt("real", 200, 199)
+    tokens = prompt.tokens.copy()
+    for place in range(len(tokens) - DIGITS, len(tokens)):
+        tokens[place] = int(model(jnp.asarray(tokens[None, :place]))[0, -1].argmax())
+    prompts = [
+        Prompt(kind, said, prompt.positions, prompt.depth) for kind in ("real", "beyond") for said in (tokens, prompt.tokens)
+    ]
+    assert script.ask(split(model), prompts) == [True, False, True, False]
+
+
+def test_the_table_and_what_it_says() -> None:
+    depths = (0.1, 0.4, 0.5, 0.9)
+    prompts = [Prompt("beyond", np.zeros(1), np.zeros(1), depth) for depth in depths]
+    right = {MODELS[0]: [False, False, False, True], MODELS[1]: [False] * 4, MODELS[2]: [True] * 4}
+    rows = table(prompts, right)
+    assert [(row["depth"], row["prompts"]) for row in rows] == [
+        ("all", 4),
+        ("first third", 1),
+        ("middle", 2),
+        ("last third", 1),
+    ]
+    assert [rows[0][name]["value"] for name in MODELS] == [0.25, 0.0, 1.0]
+    assert rows[0]["gains"][MODELS[0]]["value"] == 0.75
+    assert "gains" not in rows[1]
+    assert verdict(rows[0]).startswith("beyond: of 4 keys the tuned model finds 4, the untuned one 1 as it is and 0 with")
+    assert "not clearly more" in verdict(rows[0])
+    assert "clearly more than either" in verdict(table(prompts * 5, {name: hits * 5 for name, hits in right.items()})[0])
+    worse = dict(zip(MODELS, reversed([*right.values()]), strict=True))
+    assert "clearly less" in verdict(table(prompts * 5, {name: hits * 5 for name, hits in worse.items()})[0])
+
+
+def test_the_report(tmp_path: Path) -> None:
+    model, page = write_tiny_llama(tmp_path / "model", max_position_embeddings=1024), tmp_path / "page.md"
+    sizes = ["--extended", "2048", "--length", "1024", "--steps", "2", "--prompts", "2", "--real", "2", "--rank", "2"]
+    command = [sys.executable, str(SCRIPT), "--model", str(model), *sizes, "--output", str(page)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert page.read_text(encoding="utf-8") in done.stdout
+    assert len(report["losses"]) == 2
+    assert [prompt["kind"] for prompt in report["prompts"]] == ["within"] * 2 + ["beyond"] * 2 + ["real"] * 2
+    assert [prompt["last"] for prompt in report["prompts"][-2:]] == [2047] * 2
+    assert {name: len(hits) for name, hits in report["right"].items()} == dict.fromkeys(MODELS, 6)
+    assert [row["prompts"] for row in report["rows"] if row["depth"] == "all"] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "1"], "--steps: expected at least 2, found 1"),
+        (
+            ["--length", "512", "--extended", "512"],
+            "--length, --extended: expected at most and above the model's context of 512",
+        ),
+        (["--length", "256"], "--length: expected at least"),
+    ],
+)
+def test_bad_input_is_one_line(tiny_llama: Path, options: list[str], message: str) -> None:
+    command = [sys.executable, str(SCRIPT), "--model", str(tiny_llama), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {message}")
+    assert len(done.stderr.splitlines()) == 1
