@@ -7,10 +7,11 @@ The recipe of LongLoRA (Chen et al. 2023), by the package's own pieces: the base
 linear layers, the token table and the norms trained, positions divided by `extended` / context, and in training attention in
 4 groups of a row, half of the heads shifted by half a group. Evaluation is dense: each token sees all before it.
 
-Rows of 16384 tokens take a CPU minutes a step, so that most rows here are short and their positions have gaps, as in PoSE
-(Zhu et al. 2023): the positions that a row of `length` tokens skips are shared out at random among the starts of its
-sentences, most of them to a few. A query of S²-Attn sees a group, so that every training row holds many keys, each asked for
-within half a group of tokens but, by the gaps, up to thousands of positions later. What is learned are the answers' digits.
+Rows of 16384 tokens take a CPU minutes a step, so that most texts here are short and their positions have gaps, as in PoSE
+(Zhu et al. 2023): the positions that a text skips are shared out at random among the starts of its sentences, most of them
+to a few. A query of S²-Attn sees a group, so that every row of training packs many short documents, wherever the groups'
+borders are, and each asks for a key of its own: at most half a group of tokens after it was told, so that at least half of
+the heads can see it, but up to `extended` positions. The digits of answers are learned, other tokens with little weight.
 
     within, beyond    prompts of `length` tokens with one key somewhere, whose last position is drawn from the upper half of
                       the context, or from what lies between it and `extended`

@@ -17,7 +17,7 @@ import numpy as np
 from qlora_jax.data import PLAIN_ANSWERS
 
 DIGITS = 5  # of a key
-OTHERS = 0.1  # weight in training of a token that is no digit of an answer
+OTHERS = 0.03  # weight in training of a token that is no digit of an answer
 DEPTHS = ("first third", "middle", "last third")
 
 
@@ -64,22 +64,27 @@ class Writer:
             yield sentence
 
     def row(self, length: int, extended: int, reach: int) -> dict[str, np.ndarray]:
-        """A row of training, arrays `[length]`; at most `reach` tokens from where a key is told to the end of its answer."""
-        pieces: list[list[int]] = []
-        learned: list[np.ndarray] = []
-        while sum(map(len, pieces)) <= length:
+        """A row of training, arrays `[length]`: packed documents, each with a key, at most `reach` tokens from where it is
+        told to the end of the answer, and with positions of its own."""
+        documents: list[dict[str, np.ndarray]] = []
+        total = 0
+        while total <= length:
             told, asked = self.key()
             between = int(self._draws.integers(reach - len(told) - len(asked) + 1))
-            new = [*self.filler(int(self._draws.integers(reach // 2))), told, *self.filler(between), asked]
-            pieces += new
-            learned.append(np.arange(-sum(map(len, new)), 0) >= -DIGITS)
-        tokens, mask = np.concatenate(pieces)[: length + 1], np.concatenate(learned)[: length + 1]
-        return {
-            "inputs": tokens[:-1].astype(np.int32),
-            "targets": tokens[1:].astype(np.int32),
-            "loss_mask": np.where(mask[1:], 1, OTHERS).astype(np.float32),
-            "positions": self._positions(pieces, extended)[:length],
-        }
+            before = int(self._draws.integers(reach // 2))
+            pieces = [*self.filler(before), told, *self.filler(between), asked]
+            tokens = np.concatenate(pieces)
+            document = {
+                "inputs": tokens[:-1],
+                "targets": tokens[1:],
+                "loss_mask": np.where(np.arange(1, len(tokens)) >= len(tokens) - DIGITS, 1, OTHERS),
+                "positions": self._positions(pieces, int(self._draws.integers(len(tokens), extended + 1)))[:-1],
+                "segment_ids": np.full(len(tokens) - 1, len(documents) + 1),
+            }
+            documents.append(document)
+            total += len(tokens) - 1
+        row = {name: np.concatenate([document[name] for document in documents])[:length] for name in documents[0]}
+        return {name: values.astype(np.float32 if name == "loss_mask" else np.int32) for name, values in row.items()}
 
     def prompt(self, kind: str, length: int, last: int, place: float | None = None) -> Prompt:
         """A prompt of so many tokens whose last position is given, with its key at that share of the filler, or anywhere."""
