@@ -53,7 +53,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     """The page."""
     arguments, losses = report["arguments"], report["losses"]
     steps, rank, length, extended, real = (arguments[name] for name in ("steps", "rank", "length", "extended", "real"))
-    rate, first, last = arguments["learning_rate"], np.mean(losses[:5]), np.mean(losses[-5:])
+    rate, ratio = arguments["learning_rate"], arguments["loraplus_lr_ratio"]
+    first, last = np.mean(losses[:5]), np.mean(losses[-5:])
     training, total = (report["seconds"][name] / 60 for name in ("training", "all"))
     versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
     lines = [
@@ -64,9 +65,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         *(f"- {verdict(row)}." for row in report["rows"] if row["depth"] == ALL),
         "",
-        f"{steps} steps of one row of {length} tokens, whose positions have gaps; learning rate {rate:g}, rank {rank},",
-        f"{report['dtype']}. The loss was {first:.2f} over the first five steps and {last:.2f} over the last five.",
-        f"{report['device']}, {versions};",
+        f"{steps} steps of one row of {length} tokens, whose positions have gaps; learning rate {rate:g}",
+        f"(LoRA+, ratio {ratio:g}), rank {rank}, {report['dtype']}. The loss was {first:.2f} over the first five steps and",
+        f"{last:.2f} over the last five. {report['device']}, {versions};",
         f"{training:.0f} minutes of training, {total:.0f} with all questions. Made by",
         f"`python scripts/measure_long_context.py --real {real} --output docs/long-context.md`, whose head describes it.",
         "",
