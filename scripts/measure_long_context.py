@@ -207,14 +207,15 @@ def ask(parts: Parts, prompts: Sequence[Prompt]) -> list[bool]:
         tokens, positions = tokens[:-DIGITS], positions[:-DIGITS]
         padding = -len(tokens) % CHUNK
         tokens, positions = np.pad(tokens, (padding, 0)), np.pad(positions, (padding, 0), constant_values=-1)
-        cache = nnx.merge(graph, adapter, frozen).init_cache(1, 0)
+        cache, found = nnx.merge(graph, adapter, frozen).init_cache(1, 0), []
         for start in tqdm(range(0, len(tokens), CHUNK), desc="reading", unit="chunk", leave=False):
             cache = grown(cache, GROWTH) if start % GROWTH == 0 else cache
             here = slice(start, start + CHUNK)
             token, cache = decode(adapter, frozen, tokens[here], positions[here], cache)
-        cache, found = grown(cache, CHUNK), [int(token)]
+            found = [int(token)]  # waits for it, so that the bar tells the truth
+        cache = grown(cache, CHUNK)
         for number in range(1, DIGITS):
-            token, cache = decode(adapter, frozen, token[None], positions[-1:] + number, cache)
+            token, cache = decode(adapter, frozen, np.asarray(found[-1:], np.int32), positions[-1:] + number, cache)
             found.append(int(token))
         return np.asarray(found)
 
