@@ -37,6 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from benchmarks.workers import cores
 from flax import nnx
 from jax import Array
 from long_context.page import markdown, table
@@ -130,6 +131,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         "context": context,
         "dtype": "bfloat16",
         "device": jax.devices()[0].device_kind,
+        "cores": cores(),
         "versions": {package: importlib.metadata.version(package) for package in ("jax", "flax", "optax", "numpy")},
         "seconds": seconds,
         "losses": losses,

@@ -67,7 +67,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         f"{steps} steps of one row of {length} tokens, whose positions have gaps; learning rate {rate:g}",
         f"(LoRA+, ratio {ratio:g}), rank {rank}, {report['dtype']}. The loss was {first:.2f} over the first five steps and",
-        f"{last:.2f} over the last five. {report['device']}, {versions};",
+        f"{last:.2f} over the last five. Device: {report['device']}, cores: {report['cores']}; {versions};",
         f"{training:.0f} minutes of training, {total:.0f} with all questions. Made by",
         f"`python scripts/measure_long_context.py --real {real} --output docs/long-context.md`, whose head describes it.",
         "",
