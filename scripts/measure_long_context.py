@@ -19,7 +19,7 @@ the heads can see it, but up to `extended` positions. The digits of answers are 
 
 An answer counts where all digits are the most likely ones: what greedy decoding finds. Filler are sentences of the
 instructions that ship, others than in training. Three models get the same prompts: the untuned one as it is, the same with
-positions divided, and the tuned one. Shares have Wilson's 95 % intervals, differences those of pairs. The last line is JSON.
+positions divided, and the tuned one. Shares have Wilson's 95 % intervals, pairs an exact test. The last line is JSON.
 Details: scripts/long_context/.
 """
 

@@ -1,16 +1,23 @@
-"""What was found, as a table and in words."""
+"""What was found, as a table and in words.
+
+Of two models' answers to the same prompts, those count that only one of them has right: a wins, b loses. The interval of the
+difference of shares is Student's over the pairs, none where all pairs are alike; whether the one is better, the exact sign
+test says (McNemar): w of w + l by chance, p = ½ each.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
 from long_context.texts import DEPTHS, DIGITS, Prompt
 from qlora_jax.evaluate import Interval, paired_difference, share_interval
 
 MODELS = ("untuned", "untuned, scaled", "tuned")
 ALL = "all"  # depths together
+SIGNIFICANCE = 0.05
 
 
 def table(prompts: Sequence[Prompt], right: Mapping[str, Sequence[bool]]) -> list[dict[str, Any]]:
@@ -25,11 +32,18 @@ def table(prompts: Sequence[Prompt], right: Mapping[str, Sequence[bool]]) -> lis
             hits = {name: [right[name][i] for i in chosen] for name in MODELS}
             row: dict[str, Any] = {"kind": kind, "depth": depth, "prompts": len(chosen)}
             row |= {name: dataclasses.asdict(share_interval(hits[name])) for name in MODELS}
-            if len(chosen) > 1:  # one pair has no interval
-                gains = {name: paired_difference(hits["tuned"], hits[name]) for name in MODELS[:2]}
-                row["gains"] = {name: dataclasses.asdict(gain) for name, gain in gains.items()}
+            row["gains"] = {name: gain(hits["tuned"], hits[name]) for name in MODELS[:2]}
             rows.append(row)
     return rows
+
+
+def gain(tuned: Sequence[bool], other: Sequence[bool]) -> dict[str, Any]:
+    """The difference of the shares of one model and another, its interval (None: see above) and p."""
+    pairs = np.asarray(tuned, int) - np.asarray(other, int)
+    wins, losses = int((pairs > 0).sum()), int((pairs < 0).sum())
+    p = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    interval = None if (pairs == pairs[0]).all() else dataclasses.asdict(paired_difference(tuned, other))
+    return {"value": float(pairs.mean()), "interval": interval, "wins": wins, "losses": losses, "p": p}
 
 
 def verdict(row: Mapping[str, Any]) -> str:
@@ -39,14 +53,12 @@ def verdict(row: Mapping[str, Any]) -> str:
         f"{row['kind']}: of {row['prompts']} keys the tuned model finds {tuned}, the untuned one {untuned} as it is and "
         f"{scaled} with its positions divided"
     )
-    gains = [*row.get("gains", {}).values()]
-    if not gains:
-        return found
-    if all(gain["low"] > 0 for gain in gains):
-        return f"{found}: clearly more than either (the intervals of the differences lie above 0)"
-    if any(gain["high"] < 0 for gain in gains):
+    gains = [*row["gains"].values()]
+    if all(gain["p"] < SIGNIFICANCE and gain["value"] > 0 for gain in gains):
+        return f"{found}: clearly more than either (p up to {max(gain['p'] for gain in gains):.2g})"
+    if any(gain["p"] < SIGNIFICANCE and gain["value"] < 0 for gain in gains):
         return f"{found}: clearly less than one of them"
-    return f"{found}: not clearly more than either (an interval of the differences holds 0)"
+    return f"{found}: not clearly more than both (p up to {max(gain['p'] for gain in gains):.2g})"
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -78,7 +90,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     ]
     for row in report["rows"]:
         cells = [Interval(**row[name]).text(2) for name in MODELS]
-        cells.append(Interval(**row["gains"][MODELS[0]]).text(2, sign=True) if "gains" in row else "")
+        gained = row["gains"][MODELS[0]]
+        interval = gained["interval"]
+        cells.append(f"{gained['value']:+.2f}" if interval is None else Interval(**interval).text(2, sign=True))
         lines.append(f"| {row['kind']} | {row['depth']} | {row['prompts']} | {' | '.join(cells)} |")
     lines += [
         "",

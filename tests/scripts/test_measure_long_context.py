@@ -103,13 +103,16 @@ def test_the_table_and_what_it_says() -> None:
         ("last third", 1),
     ]
     assert [rows[0][name]["value"] for name in MODELS] == [0.25, 0.0, 1.0]
-    assert rows[0]["gains"][MODELS[0]]["value"] == 0.75
-    assert "gains" not in rows[1]
+    gained, scaled = (rows[0]["gains"][name] for name in MODELS[:2])
+    assert (gained["value"], gained["wins"], gained["losses"], gained["p"]) == (0.75, 3, 0, 0.25)  # 2 · ½³
+    assert gained["interval"]["value"] == 0.75
+    assert (scaled["value"], scaled["interval"], scaled["p"]) == (1.0, None, 0.125)
     assert verdict(rows[0]).startswith("beyond: of 4 keys the tuned model finds 4, the untuned one 1 as it is and 0 with")
-    assert "not clearly more" in verdict(rows[0])
-    assert "clearly more than either" in verdict(table(prompts * 5, {name: hits * 5 for name, hits in right.items()})[0])
-    worse = dict(zip(MODELS, reversed([*right.values()]), strict=True))
-    assert "clearly less" in verdict(table(prompts * 5, {name: hits * 5 for name, hits in worse.items()})[0])
+    assert verdict(rows[0]).endswith("not clearly more than both (p up to 0.25)")
+    more = {name: hits * 5 for name, hits in right.items()}
+    assert "clearly more than either (p up to 6.1e-05)" in verdict(table(prompts * 5, more)[0])
+    less = dict(zip(MODELS, reversed([*more.values()]), strict=True))
+    assert "clearly less" in verdict(table(prompts * 5, less)[0])
 
 
 def test_the_report(
