@@ -98,8 +98,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         f"within: {length} tokens with gaps, the last position in the upper half of the context; beyond: the same, the last",
         f"position between it and {extended}; real: {extended} tokens without gaps. Thirds are those of positions.",
-        "The tuned model has learned the wording of the question, too: how much of its gain is that of positions, the untuned",
-        "model within its context shows.",
+        "The tuned model has learned the wording of the question, too: how much of its gain is that of positions,",
+        "the untuned model within its context shows.",
         "",
     ]
     return "\n".join(lines)
