@@ -36,7 +36,7 @@ os.environ |= {
 
 # The packages in scripts/, which Python finds for a script that it runs. The folder scripts/ itself stays out of the path:
 # its modules have names that libraries look for.
-for _package in ("benchmarks", "comparison", "datatype_study"):
+for _package in ("benchmarks", "comparison", "datatype_study", "long_context"):
     _spec = importlib.util.spec_from_file_location(
         _package, Path(__file__).parents[1] / "scripts" / _package / "__init__.py"
     )
