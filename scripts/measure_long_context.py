@@ -37,6 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from benchmarks.page import said_command
 from benchmarks.workers import cores
 from flax import nnx
 from jax import Array
@@ -127,6 +128,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     seconds["all"] = time.perf_counter() - started
     described = dataclasses.asdict(arguments) | {"output": None, "model": Path(source).name}
     return {
+        "command": said_command("measure_long_context.py"),
         "arguments": described,
         "context": context,
         "dtype": "bfloat16",
@@ -143,9 +145,9 @@ def measure(arguments: Arguments) -> dict[str, Any]:
 
 def check(arguments: Arguments, context: int, reach: int, key: int) -> None:
     """Raises ValueError where there is nothing to measure, or no room for it."""
-    for name in ("steps", "prompts"):
-        if (value := getattr(arguments, name)) < 2:
-            raise ValueError(f"--{name}: expected at least 2, found {value}")
+    for name, least in (("steps", 2), ("prompts", 2), ("rank", 1), ("real", 0)):
+        if (value := getattr(arguments, name)) < least:
+            raise ValueError(f"--{name}: expected at least {least}, found {value}")
     if not arguments.length <= context < arguments.extended:
         found = f"{arguments.length} and {arguments.extended}"
         raise ValueError(f"--length, --extended: expected at most and above the model's context of {context}, found {found}")

@@ -54,6 +54,8 @@ def verdict(row: Mapping[str, Any]) -> str:
         f"{scaled} with its positions divided"
     )
     gains = [*row["gains"].values()]
+    if 2 * 0.5 ** row["prompts"] >= SIGNIFICANCE:  # p of all pairs alike
+        return f"{found}: too few to tell"
     if all(gain["p"] < SIGNIFICANCE and gain["value"] > 0 for gain in gains):
         return f"{found}: clearly more than either (p up to {max(gain['p'] for gain in gains):.2g})"
     if any(gain["p"] < SIGNIFICANCE and gain["value"] < 0 for gain in gains):
@@ -64,7 +66,7 @@ def verdict(row: Mapping[str, Any]) -> str:
 def markdown(report: Mapping[str, Any]) -> str:
     """The page."""
     arguments, losses = report["arguments"], report["losses"]
-    steps, rank, length, extended, real = (arguments[name] for name in ("steps", "rank", "length", "extended", "real"))
+    steps, rank, length, extended = (arguments[name] for name in ("steps", "rank", "length", "extended"))
     rate, ratio = arguments["learning_rate"], arguments["loraplus_lr_ratio"]
     first, last = np.mean(losses[:5]), np.mean(losses[-5:])
     training, total = (report["seconds"][name] / 60 for name in ("training", "all"))
@@ -81,7 +83,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"(LoRA+, ratio {ratio:g}), rank {rank}, {report['dtype']}. The loss was {first:.2f} over the first five steps and",
         f"{last:.2f} over the last five. Device: {report['device']}, cores: {report['cores']}; {versions};",
         f"{training:.0f} minutes of training, {total:.0f} with all questions. Made by",
-        f"`python scripts/measure_long_context.py --real {real} --output docs/long-context.md`, whose head describes it.",
+        f"`{report['command']}`, whose head describes it.",
         "",
         "Shares of right answers, greedy and of all digits, with 95 % intervals:",
         "",

@@ -54,7 +54,13 @@ class Writer:
         """(the sentences that tell a key, those that ask for it, with the answer)."""
         digits = "".join(map(str, self._draws.integers(0, 10, DIGITS)))
         told = self._encode(f" The pass key is {digits}. Remember it.")
-        return told, self._encode(f" What is the pass key? The pass key is {digits}")
+        question = " What is the pass key? The pass key is "
+        asked = self._encode(question + digits)
+        if asked[:-DIGITS] != self._encode(question):
+            raise ValueError(
+                f"model: expected a tokenizer that makes a token of each digit, found {asked[-DIGITS:]} for {digits}"
+            )
+        return told, asked
 
     def filler(self, count: int) -> Iterator[list[int]]:
         """Sentences of so many tokens together, of which the last is cut."""
