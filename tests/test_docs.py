@@ -105,6 +105,12 @@ def test_config_files_are_valid(page: Path, tmp_path: Path) -> None:
         from_toml(Options, tmp_path / "run.toml")
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_and_pictures_that_are_linked_exist(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
 def test_every_argument_of_qlora_has_a_row() -> None:
     text = (ROOT / "docs" / "qlora.md").read_text(encoding="utf-8")
     rows = {
