@@ -1,6 +1,7 @@
 """What a training step on a CPU keeps for the backward pass: 16 bits a number in bfloat16, and no float32 copy of it."""
 
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,19 +30,20 @@ CONFIG: dict[str, Any] = {
 }
 
 
+def make_model(remat: Any) -> CausalLM:
+    return CausalLM(
+        llama_config(CONFIG),
+        quantization=Quantization(),
+        method=LoRA(4),
+        dtype=jnp.bfloat16,
+        remat=remat,
+        rngs=nnx.Rngs(0),
+    )
+
+
 def compiled_text(remat: Any) -> str:
     """The gradient of a step of 2 x 32 tokens, compiled for this CPU."""
-    model = nnx.eval_shape(
-        lambda: CausalLM(
-            llama_config(CONFIG),
-            quantization=Quantization(),
-            method=LoRA(4),
-            dtype=jnp.bfloat16,
-            remat=remat,
-            rngs=nnx.Rngs(0),
-        )
-    )
-    graph, adapter, frozen = split(model)
+    graph, adapter, frozen = split(nnx.eval_shape(partial(make_model, remat)))
     batch = {name: jax.ShapeDtypeStruct((2, 32), jnp.int32) for name in ("inputs", "targets")}
     batch["loss_mask"] = jax.ShapeDtypeStruct((2, 32), jnp.float32)
 
@@ -71,15 +73,7 @@ def test_what_is_kept_gives_the_same_gradients(remat: Any) -> None:
     """In bfloat16, against a step that keeps everything."""
 
     def gradients(remat: Any) -> list[np.ndarray]:
-        model = CausalLM(
-            llama_config(CONFIG),
-            quantization=Quantization(),
-            method=LoRA(4),
-            dtype=jnp.bfloat16,
-            remat=remat,
-            rngs=nnx.Rngs(0),
-        )
-        graph, adapter, frozen = split(model)
+        graph, adapter, frozen = split(make_model(remat))
         draws = np.random.default_rng(0)
         adapter = jax.tree.map(lambda x: x + 0.05 * draws.standard_normal(x.shape, np.float32), adapter)
         batch = {name: draws.integers(0, 96, (2, 32)).astype(np.int32) for name in ("inputs", "targets")}
