@@ -106,8 +106,9 @@ def _in_blocks(
     Of n blocks that leaves (n + 1) / 2n of the products, and the scores of one block, not of all tokens, in memory. The
     gradients of keys and values are summed over blocks in float32.
     """
-    length, block, dtype, parts = q.shape[1], block_of_queries(q.shape[1]), q.dtype, []
-    k, v = k.astype(jnp.float32), v.astype(jnp.float32)
+    length, block, parts = q.shape[1], block_of_queries(q.shape[1]), []
+    if length > block:
+        k, v = k.astype(jnp.float32), v.astype(jnp.float32)
     for start in range(0, length, block):
         first, stop = 0 if window is None else max(0, start - window + 1), min(start + block, length)
         queries, keys = slice(start, stop), slice(first, stop)
@@ -115,8 +116,7 @@ def _in_blocks(
         mask = (columns <= rows if window is None else (columns <= rows) & (columns > rows - window))[None]
         if segment_ids is not None:
             mask = mask & _same_segment(segment_ids, shared, queries, keys)
-        near = _heads_first(k[:, keys].astype(dtype), v[:, keys].astype(dtype))
-        parts.append(_grouped(q[:, queries], near, mask, None, scale, cap))
+        parts.append(_grouped(q[:, queries], _heads_first(k[:, keys], v[:, keys]), mask, None, scale, cap))
     return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
@@ -187,7 +187,8 @@ def _grouped(q: Array, kv: tuple[Array, Array], mask: Array, bias: Array | None,
 def _attend(q: Array, k: Array, v: Array, mask: Array, bias: Array | None, scale: float, cap: float | None) -> Array:
     """softmax(scale q kᵀ + bias) v for q `[n, t, d]`, k and v `[n, s, d]`, mask bool `[n or 1, t or 1, s]`.
 
-    `cap` caps the scores before the bias; the bias `[m, t, s]` repeats along n, and no gradient of it is formed.
+    `cap` caps the scores before the bias; the bias `[m, t, s]` repeats along n, and no gradient of it is formed. All is in
+    the dtype of q but for the gradients of k and v, which are in theirs: float32 where a caller sums several.
 
     The backward pass is FlashAttention's (Dao et al. 2022, section B.2): from the logarithm of the softmax's normalizer it
     makes the weights again without a reduction, and the reduction of their gradient is a sum over d, not over s.
@@ -209,27 +210,30 @@ def _masked(scores: Array, mask: Array, bias: Array | None) -> Array:
 def _attend_forward(
     q: Array, k: Array, v: Array, mask: Array, bias: Array | None, scale: float, cap: float | None
 ) -> tuple[Array, Any]:
+    of_keys = k[:0]  # whose dtype the gradient takes; the keys themselves are kept in the dtype of q
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
     scores = _masked(_scores(q, k, scale, cap), mask, bias)
     highest = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - highest)
     normalizer = jnp.sum(weights, axis=-1, keepdims=True)
     out = product("nts,nsd->ntd", weights.astype(v.dtype), v) / normalizer.astype(v.dtype)
     out = keep(out, "attention")
-    return out, (q, k, v, mask, bias, out, keep(highest + jnp.log(normalizer), "attention"))
+    return out, (q, k, v, of_keys, mask, bias, out, keep(highest + jnp.log(normalizer), "attention"))
 
 
 def _attend_backward(scale: float, cap: float | None, saved: Any, gradient: Array) -> tuple[Array, Array, Array, None, None]:
-    q, k, v, mask, bias, out, log_normalizer = saved
+    q, k, v, of_keys, mask, bias, out, log_normalizer = saved
     scores = _scores(q, k, scale, cap)
     weights = jnp.exp(_masked(scores, mask, bias) - log_normalizer)
-    dv = product("nts,ntd->nsd", weights.astype(v.dtype), gradient)
+    dv = product("nts,ntd->nsd", weights.astype(v.dtype), gradient, of_keys.dtype)
     dweights = product("ntd,nsd->nts", gradient, v, jnp.float32)
     delta = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     dscores = weights * (dweights - delta) * scale
     if cap is not None:  # tanh' = 1 - tanh²
         dscores = dscores * (1 - (scores / cap) ** 2)
     dscores = dscores.astype(q.dtype)
-    return product("nts,nsd->ntd", dscores, k), product("nts,ntd->nsd", dscores, q), dv, None, None
+    dk = product("nts,ntd->nsd", dscores, q, of_keys.dtype)
+    return product("nts,nsd->ntd", dscores, k), dk, dv, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -77,7 +77,7 @@ def test_blocks_of_queries(segmented: bool, window: int | None, shared: int) -> 
 
 
 def test_blocks_in_bfloat16_add_their_gradients_in_float32() -> None:
-    """The gradients of keys and values of 8 blocks are nearly as near to the exact ones as those of all scores at once."""
+    """The gradients of keys and values of 8 blocks are as near to the exact ones as those of all scores at once."""
     exact = [jnp.asarray(x) for x in random_qkv(length=1024)]
     seen = jnp.tril(jnp.ones((1024, 1024), bool))[None]
 
@@ -96,7 +96,7 @@ def test_blocks_in_bfloat16_add_their_gradients_in_float32() -> None:
         return [float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)) for a, b in pairs]
 
     for ours, plain in zip(errors(causal_attention), errors(at_once), strict=True):
-        assert ours < 1.5 * plain  # rounded as parts and as their sum: √2
+        assert ours < 1.1 * plain
 
 
 def test_blocks_make_fewer_products() -> None:
