@@ -13,6 +13,8 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import numpy as np
 from benchmarks.ahead import check_names, config_of, main_of  # before JAX
 from scipy.optimize import least_squares
 
+from qlora_jax.models import ModelConfig
 from qlora_jax.peft import LoRA
 from qlora_jax.plan import (
     SIZES,
@@ -33,21 +36,23 @@ from qlora_jax.plan import (
 )
 from qlora_jax.plan.quick import ERROR, FACTORS, features, kind_of, worst_moment
 
-# What a recipe of the grid is, beside its model: the paper's, a packed one, one that offloads, one that keeps products.
-RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {"lora": LoRA(64, 16.0, 0.05), "batch_size": 1, "length": 512, "packed": False, "host_optimizer": True},
-    "packed": {"lora": LoRA(16), "batch_size": 4, "length": 2048},
-    "offload": {
-        "lora": LoRA(16),
-        "batch_size": 2,
-        "length": 2048,
-        "packed": False,
-        "remat": "offload",
-        "optimizer": "adamw8bit",
-        "host_optimizer": True,
-        "micro_batches": 2,
-    },
-    "dots": {"lora": LoRA(32), "batch_size": 1, "length": 1024, "packed": False, "remat": "dots", "optimizer": "lion"},
+# The recipes of the grid, each of which takes a model's config: the paper's, a packed one, one that offloads, one that keeps
+# products.
+RECIPES: dict[str, Callable[[ModelConfig], Recipe]] = {
+    "paper": partial(Recipe, method=LoRA(64, 16.0, 0.05), batch_size=1, length=512, packed=False, host_optimizer=True),
+    "packed": partial(Recipe, method=LoRA(16), batch_size=4, length=2048),
+    "offload": partial(
+        Recipe,
+        method=LoRA(16),
+        batch_size=2,
+        length=2048,
+        packed=False,
+        remat="offload",
+        optimizer="adamw8bit",
+        host_optimizer=True,
+        micro_batches=2,
+    ),
+    "dots": partial(Recipe, method=LoRA(32), batch_size=1, length=1024, packed=False, remat="dots", optimizer="lion"),
 }
 
 
@@ -78,7 +83,7 @@ def run(arguments: Arguments) -> None:
             check_compiler(machine)
         for model in arguments.models:
             for name in arguments.recipes:
-                recipe = Recipe(config_of(model), **RECIPES[name])
+                recipe = RECIPES[name](config_of(model))
                 key = (model, machine.name, name)
                 if key not in recorded and arguments.compile:
                     recorded[key] = _compile(recipe, machine)
