@@ -125,11 +125,17 @@ def load_model(
     if not_finite:
         raise CheckpointError(f"{checkpoint.source}: tensors that hold NaN or infinite values: {listed(not_finite)}")
     if method is not None:  # the weights that the constructor would draw are dead code here, only the adapter is made
-        made = jax.jit(lambda: nnx.state(build(), nnx.LoRAParam, AdapterConstant))()
+        draw = jax.jit(lambda: nnx.state(build(), nnx.LoRAParam, AdapterConstant), compiler_options=_once())
+        made = draw()
         adapter, constants = place(mesh, made, PartitionSpec())
     model = nnx.merge(graph, adapter, constants, following, frozen)
     _read_weights(model, mesh)
     return model
+
+
+def _once() -> dict[str, Any]:
+    """Compiler options of a program that runs once: LLVM takes seconds to make it some milliseconds faster."""
+    return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
 
 
 def _read_weights(model: Model, mesh: Mesh | None) -> None:

@@ -67,6 +67,7 @@ def dequantize_blockwise(q: BlockwiseArray) -> Array:
     return values.reshape(-1)[: q.codes.size].reshape(q.codes.shape)
 
 
+@partial(jax.jit, static_argnames="signed")  # so that in a program it is traced once for each shape
 def lookup_dynamic(codes: Array, signed: bool = True) -> Array:
     """Codes of a dynamic map to float32 values: a gather, or on TPU its closed form (right to 1.1e-7)."""
 

@@ -258,7 +258,7 @@ def _quantize_scales(absmax: Array) -> tuple[Array, Array, Array]:
 
 
 def _mean(values: Array) -> Array:
-    """The mean of float32 `[n]` values, summed in pairs of (sum, rounding error) so that it is correctly rounded."""
+    """The mean of float32 `[n]` values, summed as pairs of (sum, rounding error) so that it is correctly rounded."""
 
     def two_sum(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
         total = a[0] + b[0]
@@ -266,12 +266,9 @@ def _mean(values: Array) -> Array:
         error = (a[0] - (total - shadow)) + (b[0] - shadow)
         return total, a[1] + b[1] + error
 
-    high, low = values, jnp.zeros_like(values)
-    while high.size > 1:
-        if high.size % 2:
-            high, low = jnp.pad(high, (0, 1)), jnp.pad(low, (0, 1))
-        high, low = two_sum((high[0::2], low[0::2]), (high[1::2], low[1::2]))
-    return _divide(high[0] + low[0], values.size)
+    zero = jnp.float32(0)
+    high, low = jax.lax.reduce((values, jnp.zeros_like(values)), (zero, zero), two_sum, (0,))
+    return _divide(high + low, values.size)
 
 
 def _divide(x: Array, divisor: float) -> Array:
@@ -313,6 +310,7 @@ def _times_scales(values: Array, scales: Array) -> Array:
     return (values.reshape(scales.shape[0], -1, columns) * scales[:, None, :]).reshape(rows, columns)
 
 
+@partial(jax.jit, static_argnames="data_type")  # so that in a program it is traced once for each shape
 def _lookup(codes: Array, data_type: DataType) -> Array:
     """Codes to float32 values: a gather from the table on GPU, a tree of selects where that is fewer instructions."""
     table = codebook(data_type)
