@@ -57,7 +57,7 @@ from qlora_jax.finetune.prompts import check_rows, first_tokens, named_tokenizer
 from qlora_jax.finetune.saving import save_tuned
 from qlora_jax.finetune.seq2seq import seq2seq
 from qlora_jax.finetune.sft import sft
-from qlora_jax.finetune.training import train_adapter
+from qlora_jax.finetune.training import make_optimizer, started_ahead, train_adapter
 from qlora_jax.models import Model, RopeScaling, T5Config, family_of, method_for, positions_left
 from qlora_jax.nn import data_mesh, place
 from qlora_jax.peft import LoRA, Method
@@ -120,9 +120,21 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
     source = objective.training(_rows(options))
     steps = _steps(options, source)
     watch.check_prompts(options, objective.prompts)
+    recipe = recipe_of(options, config, jax.default_backend(), method=method, quantization=quantization)
+    recipe = dataclasses.replace(recipe, length=objective.length)
     if options.run.memory_check:
-        recipe = recipe_of(options, config, jax.default_backend(), method=method, quantization=quantization)
-        check_memory(dataclasses.replace(recipe, length=objective.length), _say)
+        check_memory(recipe, _say)
+    parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
+    learning_rate = learning_rate_schedule(
+        options.optimizer.schedule,
+        options.optimizer.peak_learning_rate(
+            parameters, options.objective.objective, options.tuning.method, own_rate(method)
+        ),
+        steps,
+        round(steps * options.optimizer.warmup_ratio),
+    )
+    tx = make_optimizer(options, learning_rate)
+    ahead = started_ahead(options, objective, recipe, tx, source)
 
     model = _load(options, checkpoint, quantization, method, mesh, rewrite, progress)
     first = begin  # what answers before training, where that is not the base
@@ -138,19 +150,22 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
     graphdef, adapter, frozen = split(objective.prepare(model))
     del model
     _say(_describe(adapter, frozen, steps, options, objective))
-    parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
-    learning_rate = learning_rate_schedule(
-        options.optimizer.schedule,
-        options.optimizer.peak_learning_rate(
-            parameters, options.objective.objective, options.tuning.method, own_rate(method)
-        ),
-        steps,
-        round(steps * options.optimizer.warmup_ratio),
-    )
     output = options.run.output
     with nullcontext() if mesh is None else jax.set_mesh(mesh):
         adapter, rows = train_adapter(
-            options, objective, graphdef, adapter, frozen, source, steps, learning_rate, watched, _say, progress=progress
+            options,
+            objective,
+            graphdef,
+            adapter,
+            frozen,
+            source,
+            steps,
+            tx,
+            learning_rate,
+            ahead,
+            watched,
+            _say,
+            progress=progress,
         )
         plot_losses(rows, output / "loss.png", objective.unit)
         tuned = nnx.merge(graphdef, adapter, frozen)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -16,13 +17,16 @@ from qlora_jax.finetune.folder import start
 from qlora_jax.finetune.objective import Batches, Objective
 from qlora_jax.finetune.options import Options
 from qlora_jax.nn import brought_to_device, data_mesh, place
+from qlora_jax.plan.recipe import Recipe, abstract_model
 from qlora_jax.train import (
+    Ahead,
     Cadence,
     HostOffload,
     MetricsLog,
     Optimizer,
     TrainState,
     best_evaluation,
+    compile_ahead,
     compiled_first,
     create_state,
     host_offload,
@@ -43,7 +47,9 @@ def train_adapter(
     frozen: Any,
     source: Batches,
     steps: int,
+    tx: Optimizer | HostOffload,
     learning_rate: optax.Schedule,
+    ahead: Ahead | None,
     watched: watch.Watched,
     say: Callable[[str], None],
     *,
@@ -54,15 +60,17 @@ def train_adapter(
     Args:
         graphdef, adapter, frozen: the model in parts, as `train.split` gives them.
         steps: of the whole run.
+        tx: what updates the adapter, at rates of `learning_rate`.
+        ahead: programs on their way; None: they are compiled where they are needed.
 
     Returns:
         The trained adapter (with early stopping, that of the lowest held-out loss) and the rows of the log.
     """
     run = options.run
-    tx = _optimizer(options, learning_rate)
     state = create_state(tx, adapter, run.seed)
     start(options)
-    eval_step = compiled_first(jit_eval_step(graphdef, objective.held_out_loss, unit=objective.unit))
+    train_ahead, eval_ahead = (None, None) if ahead is None else ahead.programs(graphdef)
+    eval_step = compiled_first(jit_eval_step(graphdef, objective.held_out_loss, unit=objective.unit), eval_ahead)
     mesh = data_mesh()
 
     def model_of(state: TrainState) -> Any:
@@ -72,9 +80,7 @@ def train_adapter(
         return place(mesh, {name: batch[name] for name in objective.arrays}, P("data"))
 
     def put_micro_batches(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        arrays = {name: batch[name] for name in objective.arrays}
-        cut = {name: x.reshape(run.accumulation_steps, -1, x.shape[-1]) for name, x in arrays.items()}
-        return place(mesh, cut, P(None, "data"))
+        return place(mesh, micro_batches(options, objective, batch), P(None, "data"))
 
     def evaluate(state: TrainState) -> dict[str, float]:
         assert objective.held_out is not None
@@ -116,7 +122,7 @@ def train_adapter(
         )
         cadence = Cadence(steps, run.eval_every, run.save_every, run.early_stopping_patience)
         state = train(
-            compiled_first(jit_train_step(graphdef, tx, objective.loss, state, unit=objective.unit)),
+            compiled_first(jit_train_step(graphdef, tx, objective.loss, state, unit=objective.unit), train_ahead),
             state,
             frozen,
             source,
@@ -143,7 +149,38 @@ def train_adapter(
         return brought_to_device(adapter), log.rows
 
 
-def _optimizer(options: Options, learning_rate: optax.Schedule) -> Optimizer | HostOffload:
+def started_ahead(
+    options: Options,
+    objective: Objective,
+    recipe: Recipe,
+    tx: Optimizer | HostOffload,
+    source: Batches,
+) -> Ahead | None:
+    """The run's programs, on their way; None where the first batch is not known yet, or stands for no other."""
+    if options.data.streaming or options.data.group_by_length:
+        return None
+    position = source.get_state()
+    batch = micro_batches(options, objective, next(source))
+    source.set_state(position)
+    return compile_ahead(
+        partial(abstract_model, recipe, jax.default_backend()),
+        tx,
+        objective.loss,
+        batch,
+        unit=objective.unit,
+        held_out_loss=None if objective.held_out is None else objective.held_out_loss,
+        mesh=data_mesh(),
+    )
+
+
+def micro_batches(options: Options, objective: Objective, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the loss reads of a batch `[rows, t]`, as `[micro-batches, b, t]`."""
+    count = options.run.accumulation_steps
+    return {name: batch[name].reshape(count, -1, batch[name].shape[-1]) for name in objective.arrays}
+
+
+def make_optimizer(options: Options, learning_rate: optax.Schedule) -> Optimizer | HostOffload:
+    """That of the options, with its state where they put it."""
     chosen = options.optimizer
     tx = optimizer(
         chosen.optimizer,

@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -194,24 +195,45 @@ def jit_eval_step(
     return jax.jit(step)
 
 
-def compiled_first(step: Callable[..., Any]) -> Callable[..., Any]:
+def compiled_first(step: Callable[..., Any], ahead: Future[jax.stages.Compiled] | None = None) -> Callable[..., Any]:
     """A jitted step that compiles before it runs on a batch, its last argument, of new shapes, so that compiler and program
     do not need the machine's memory at the same time.
 
     A compiler frees some hundred megabytes, which the C library would keep; here they go back to the system in between.
+
+    Args:
+        ahead: the same step as it is compiled elsewhere (ahead.py), for arguments of the first shapes, if it is.
     """
-    known: set[tuple[Any, ...]] = set()
+    programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def call(*arguments: Any) -> Any:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments[-1]))
-        if shapes not in known:
-            step.lower(*arguments).compile()  # which the call below finds
-            known.add(shapes)
+        if shapes not in programs:
+            programs[shapes] = _program(step, None if programs else ahead, arguments)
             if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # of glibc alone
                 trim(0)
-        return step(*arguments)
+        return programs[shapes](*arguments)
 
     return call
+
+
+def _program(step: Any, ahead: Future[jax.stages.Compiled] | None, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+    """What runs the step: a program that is there, or the step itself, which now finds its own."""
+    if ahead is not None and _takes(compiled := ahead.result(), arguments):
+        return compiled
+    step.lower(*arguments).compile()
+    return step
+
+
+def _takes(compiled: jax.stages.Compiled, arguments: tuple[Any, ...]) -> bool:
+    """Whether a program is for arguments of these shapes that lie where these do."""
+    expected, tree = jax.tree.flatten(compiled.args_info[0])
+    places, found = jax.tree.leaves(compiled.input_shardings[0]), jax.tree.leaves(arguments)
+    return tree == jax.tree.structure(arguments) and all(
+        (info.shape, info.dtype) == (leaf.shape, leaf.dtype)
+        and not (isinstance(leaf, Array) and leaf.committed and not leaf.sharding.is_equivalent_to(place, leaf.ndim))
+        for info, place, leaf in zip(expected, places, found, strict=True)
+    )
 
 
 def _loss_and_sums(result: Array | tuple[Array, dict[str, Array]]) -> tuple[Array, dict[str, Array]]:

@@ -7,6 +7,7 @@ step, where the adapters still are zero, are equal.
 """
 
 import time
+from functools import partial
 
 import worker
 
@@ -22,18 +23,36 @@ def main() -> None:
 
     from qlora_jax.checkpoint.load import load_model
     from qlora_jax.checkpoint.source import open_checkpoint
+    from qlora_jax.models import family_of
     from qlora_jax.peft import LoRA
+    from qlora_jax.plan import Recipe
+    from qlora_jax.plan.recipe import abstract_model
     from qlora_jax.quant import Quantization
+    from qlora_jax.train.ahead import compile_ahead
     from qlora_jax.train.loss import language_model_loss
     from qlora_jax.train.optim import adamw
     from qlora_jax.train.step import compiled_first, create_state, jit_train_step, split
 
     jax.devices()
     start = time.perf_counter()
+    checkpoint, tx = open_checkpoint(arguments.model), adamw(2e-4, max_grad_norm=0.3)
+    quantization, lora = Quantization("nf4", double_quantization=True), LoRA(rank=arguments.rank, alpha=16.0)
+    recipe = Recipe(
+        family_of(checkpoint.config).config(checkpoint.config),
+        quantization=quantization,
+        method=lora,
+        dtype=arguments.dtype,
+        remat=arguments.remat,
+    )
+    mask = np.ones((1, arguments.batch_size, arguments.length), np.float32)
+    mask[..., -1] = 0.0
+    tokens = jax.ShapeDtypeStruct(mask.shape, jnp.int32)
+    shapes = {"inputs": tokens, "targets": tokens, "loss_mask": mask}
+    ahead = compile_ahead(partial(abstract_model, recipe, jax.default_backend()), tx, language_model_loss, shapes)
     model = load_model(
-        open_checkpoint(arguments.model),
-        quantization=Quantization("nf4", double_quantization=True),
-        method=LoRA(rank=arguments.rank, alpha=16.0),
+        checkpoint,
+        quantization=quantization,
+        method=lora,
         dtype=jnp.dtype(arguments.dtype),
         remat=arguments.remat,
         progress=False,
@@ -42,14 +61,12 @@ def main() -> None:
     graphdef, adapter, frozen = split(model)
     del model
     trainable = sum(leaf.size for leaf in jax.tree.leaves(adapter))
-    tx = adamw(2e-4, max_grad_norm=0.3)
     state = create_state(tx, adapter)
     jax.block_until_ready((state, frozen))
     load_seconds = time.perf_counter() - start
 
-    train = compiled_first(jit_train_step(graphdef, tx, language_model_loss, state))
-    mask = np.ones((1, arguments.batch_size, arguments.length), np.float32)
-    mask[..., -1] = 0.0
+    in_time = None if ahead is None else ahead.programs(graphdef)[0]
+    train = compiled_first(jit_train_step(graphdef, tx, language_model_loss, state), in_time)
 
     def step(tokens: np.ndarray) -> float:
         nonlocal state
