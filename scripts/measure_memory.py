@@ -1,7 +1,7 @@
 """What well-known runs need in memory: a table of compiled training steps, as docs/memory.md shows it.
 
     python scripts/measure_memory.py --output docs/memory.md
-    python scripts/measure_memory.py --device v5e:2x2 --models llama-3-8b
+    python scripts/measure_memory.py --devices v5p --models llama-3-8b
 
 Each run is compiled four times, by how much it leaves to host memory:
 
@@ -57,21 +57,29 @@ SHOWN = (
 class Arguments:
     """Which runs, on what."""
 
-    device: str = "h100"
-    """Device as scripts/plan.py takes it; on several, the rows of a run are spread over them."""
-    models: tuple[str, ...] = tuple(model for model, *_ in RUNS)
-    """Models of the table."""
+    devices: tuple[str, ...] = ("h100", "v5e:2x2")
+    """Devices as scripts/plan.py takes them; on several, the rows of a run are spread over them."""
+    models: tuple[str, ...] | None = None
+    """Models of the tables; if left out, all of them on one device and Llama-3-8B on several."""
     output: Path | None = None
     """Markdown file to write; standard output alone if left out."""
 
 
 def run(arguments: Arguments) -> None:
-    check_names("models", arguments.models, (model for model, *_ in RUNS))
-    machine = machine_named(arguments.device)
-    check_compiler(machine)
-    chosen = [(one, name) for one in RUNS if one[0] in arguments.models for name in OFFLOADED]
+    if arguments.models is not None:
+        check_names("models", arguments.models, (model for model, *_ in RUNS))
+    machines = [machine_named(name) for name in arguments.devices]
+    for machine in machines:
+        check_compiler(machine)
+    chosen = [
+        (machine, one, name)
+        for machine in machines
+        for one in RUNS
+        for name in OFFLOADED
+        if one[0] in (arguments.models or ([one[0]] if machine.count == 1 else ["llama-3-8b"]))
+    ]
     rows = []
-    for (model, rank, batch, length), name in tqdm(chosen, unit="program", desc="compiling"):
+    for machine, (model, rank, batch, length), name in tqdm(chosen, unit="program", desc="compiling"):
         recipe = Recipe(
             config=config_of(model),
             method=LoRA(rank),
@@ -80,17 +88,17 @@ def run(arguments: Arguments) -> None:
             packed=False,
             **OFFLOADED[name],
         )
-        row = {"model": model, "rank": rank, "batch": batch, "length": length, "offloaded": name}
+        row = {"device": machine.name, "model": model, "rank": rank, "batch": batch, "length": length, "offloaded": name}
         try:
             rows.append(row | figures(compile_train_step(recipe, machine)))
         except DoesNotFit as error:
             rows.append(row | {"peak": None, "why": str(error)})
-    text = markdown(rows, machine.name)
+    text = markdown(rows)
     print(text)
     if arguments.output is not None:
         arguments.output.write_text(text, encoding="utf-8")
     method = "XLA buffer assignment of compiled train steps; GEMMs not autotuned"
-    print(json.dumps({"method": method, "device": machine.name, "rows": rows}))
+    print(json.dumps({"method": method, "devices": arguments.devices, "rows": rows}))
 
 
 def figures(plan: Plan) -> dict[str, Any]:
@@ -106,18 +114,29 @@ def figures(plan: Plan) -> dict[str, Any]:
     }
 
 
-def markdown(rows: list[dict[str, Any]], device: str) -> str:
-    """The table of docs/memory.md."""
-    versions = next((row["versions"] for row in rows if row["peak"] is not None), {})
-    compilers = ", ".join(f"{name} {version}" for name, version in versions.items())
-    columns = ("model", "rank", "batch", "left to the host", *(name for name, _ in SHOWN), "compiled in s")
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The page docs/memory.md."""
     lines = [
         "# Memory of well-known runs",
         "",
-        f"GiB of one training step, compiled for {device} ({compilers}):",
-        "NF4 with double quantisation, LoRA on all linear layers, bfloat16 activations, float32 adapter and AdamW, layers",
-        "recomputed in the backward pass. Made by `python scripts/measure_memory.py --output docs/memory.md`, whose head",
-        "says what is left to the host in each line.",
+        "GiB of one training step on each device, as XLA compiles it: NF4 with double quantisation, LoRA on all linear",
+        "layers, bfloat16 activations, float32 adapter and AdamW, layers recomputed in the backward pass. Made by",
+        "`python scripts/measure_memory.py --output docs/memory.md`, whose head says what is left to the host in each line.",
+    ]
+    for device in dict.fromkeys(row["device"] for row in rows):
+        lines += table(device, [row for row in rows if row["device"] == device])
+    return "\n".join([*lines, "", "## The floor", "", *floor(rows), ""])
+
+
+def table(device: str, rows: list[dict[str, Any]]) -> list[str]:
+    """The lines of one device."""
+    versions = next((row["versions"] for row in rows if row["peak"] is not None), {})
+    columns = ("model", "rank", "batch", "left to the host", *(name for name, _ in SHOWN), "compiled in s")
+    lines = [
+        "",
+        f"## {device}",
+        "",
+        f"{', '.join(f'{name} {version}' for name, version in versions.items())}.",
         "",
         f"| {' | '.join(columns)} |",
         f"|{' --- |' * len(columns)}",
@@ -129,7 +148,25 @@ def markdown(rows: list[dict[str, Any]], device: str) -> str:
             continue
         sizes = " | ".join(f"{row[name] / GIB:.2f}" for _, name in SHOWN)
         lines.append(f"{start} {sizes} | {row['compile_seconds']:.0f} |")
-    return "\n".join([*lines, ""])
+    return lines
+
+
+def floor(rows: list[dict[str, Any]]) -> list[str]:
+    """What stands between these runs and less memory."""
+    lines = [
+        "Nothing that the options can move stands on the device in the lines `most`; what is left there is",
+        "",
+        "- the frozen weights, which each step reads whole: 4.127 bits a value, token table and head in bfloat16 or, in the",
+        "  lines `most, NF4`, in 4 bits too. Fewer bits a value, or more devices, are the only way below them;",
+        "- what one layer holds while it is computed again and differentiated (activations of a micro-batch, one dense",
+        "  matrix at a time), or a chunk of logits with the head, whichever is more. Fewer tokens a micro-batch lessen it.",
+    ]
+    least = [row for row in rows if row["offloaded"] == "most" and row["peak"] is not None]
+    if not least:
+        return lines
+    shares = {row["model"] + " on " + row["device"]: row["weights"] / row["peak"] for row in least}
+    said = ", ".join(f"{share:.0%} of {name}" for name, share in shares.items())
+    return [*lines, "", f"The frozen weights are of the peak of `most`: {said}."]
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 if not any(any(Path("/dev").glob(pattern)) for pattern in ("nvidia[0-9]*", "accel[0-9]*", "vfio/[0-9]*")):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # as a compiler alone it is of use to several processes
 
 import numpy as np
 import pytest

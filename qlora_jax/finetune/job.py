@@ -65,6 +65,7 @@ from qlora_jax.quant import Quantization
 from qlora_jax.train import (
     TOKENS,
     Unit,
+    abandoned_on_error,
     best_evaluation,
     learning_rate_schedule,
     perplexity,
@@ -136,17 +137,18 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
     tx = make_optimizer(options, learning_rate)
     ahead = started_ahead(options, objective, recipe, tx, source)
 
-    model = _load(options, checkpoint, quantization, method, mesh, rewrite, progress)
-    first = begin  # what answers before training, where that is not the base
-    if begin is not None:
-        model = load_adapter(model, begin)
-    elif isinstance(rewrite, FromWeights):
-        model = rewrite.fill(model)
-        first = Adapter("the run's start", method, None, adapter_tensors(model))
-    elif isinstance(method, LoRA) and method.init_lora_weights == "eva":
-        model = _start_from_inputs(options, model, method, quantization, objective, mesh, progress)
-    else:
-        model = started(model, starts_as)
+    with abandoned_on_error(ahead):
+        model = _load(options, checkpoint, quantization, method, mesh, rewrite, progress)
+        first = begin  # what answers before training, where that is not the base
+        if begin is not None:
+            model = load_adapter(model, begin)
+        elif isinstance(rewrite, FromWeights):
+            model = rewrite.fill(model)
+            first = Adapter("the run's start", method, None, adapter_tensors(model))
+        elif isinstance(method, LoRA) and method.init_lora_weights == "eva":
+            model = _start_from_inputs(options, model, method, quantization, objective, mesh, progress)
+        else:
+            model = started(model, starts_as)
     graphdef, adapter, frozen = split(objective.prepare(model))
     del model
     _say(_describe(adapter, frozen, steps, options, objective))

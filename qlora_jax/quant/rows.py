@@ -116,7 +116,14 @@ def take_rows(w: Array | PackedTable, index: Array) -> Array:
         numbers = index.reshape(-1)
         found = _single(w, numbers, partial(jnp.take, indices=numbers, axis=1, mode="clip"))
         return dequantize(found).T.reshape(*index.shape, -1)
-    return moved(lambda w: w[index], jax.lax.stop_gradient(w))
+
+    def take(w: Array, index: Array) -> Array:
+        return w[index]
+
+    def take_bits(w: Array, index: Array) -> Array:  # a TPU would make a copy of the table for its bits
+        return moved(partial(take, index=index), w)
+
+    return jax.lax.platform_dependent(jax.lax.stop_gradient(w), index, cpu=take_bits, default=take)
 
 
 def rows_product(x: Array, w: PackedTable, dtype: DTypeLike) -> Array:

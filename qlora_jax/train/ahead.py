@@ -119,6 +119,18 @@ def compile_ahead(
 
 
 @contextmanager
+def abandoned_on_error(ahead: Ahead | None) -> Iterator[None]:
+    """Where an error ends the wait for programs: none is begun any more, so that the process need not wait to end."""
+    try:
+        yield
+    except BaseException:
+        for future in (ahead.evaluate, ahead.train) if ahead is not None else ():
+            if future is not None:
+                future.cancel()
+        raise
+
+
+@contextmanager
 def _short_turns() -> Iterator[None]:
     """Where Python's threads take turns ten times as often.
 

@@ -28,6 +28,7 @@ from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization
 from qlora_jax.train import (
     Ahead,
+    abandoned_on_error,
     adamw,
     compile_ahead,
     compiled_first,
@@ -108,6 +109,23 @@ def test_where_the_compiler_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compile_ahead(model, host_offload(TX), loss, batch) is None
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert compile_ahead(model, TX, loss, batch) is None
+
+
+def test_an_error_begins_no_more_programs() -> None:
+    hold = threading.Event()
+
+    def model() -> Any:
+        hold.wait()
+        return nnx.eval_shape(make)
+
+    ahead = compile_ahead(model, TX, language_model_loss, batch_of(2), held_out_loss=language_model_loss)
+    assert ahead is not None
+    with pytest.raises(ValueError, match="damaged"), abandoned_on_error(ahead):
+        raise ValueError("damaged")
+    hold.set()
+    assert ahead.train.cancelled()
+    assert ahead.evaluate is not None
+    assert ahead.evaluate.cancelled()
 
 
 def steps_lowered(options: Options) -> list[tuple[str, bool]]:
