@@ -21,7 +21,8 @@ from qlora_jax.plan.hlo import parse_program
 from qlora_jax.plan.topology import context
 from qlora_jax.quant import StackedTensor, matmul, quantize
 
-RECIPE = Recipe(llama_config(TINY), method=LoRA(8), length=128, packed=False)
+VOCABULARY = 640  # so that nothing but the token table has as many values
+RECIPE = Recipe(llama_config(TINY | {"vocab_size": VOCABULARY}), method=LoRA(8), length=128, packed=False)
 
 
 def one_product(machine):
@@ -35,7 +36,7 @@ def of(plan):
     del values["machine"]
     parsed = parse_program(program.text)
     loops = [trips for _, trips in parsed.loops()]
-    counts = {"dense_matrices": dense_matrices(program.text)}
+    counts = {"dense_matrices": dense_matrices(program.text), "copied_tables": copied_tables(parsed)}
     counts |= {"copied_stacks": copies(program.text, "u8", 3), "copied_caches": copies(program.text, "bf16", 5)}
     return {**values, "peak": program.peak, "loops": loops, "stack_reads": parsed.stack_reads(), **counts}
 
@@ -47,6 +48,16 @@ def copies(text, dtype, axes):
     entry = program.computations[program.entry].values()
     made = [x for x in entry if x.opcode not in ("parameter", "get-tuple-element", "tuple", "while", "bitcast")]
     return sum(x == dtype and len(shape) == axes for one in made for x, shape in zip(one.dtypes, one.shapes, strict=True))
+
+
+def copied_tables(program):
+    """How many arrays as large as the token table are made anywhere in a program. A TPU may fetch a small one into its own
+    memory, which is no copy in that of the device."""
+    moves = ("parameter", "get-tuple-element", "tuple", "while", "bitcast", "copy-start", "copy-done")
+    size = VOCABULARY * TINY["hidden_size"]
+    bodies = [program.entry, *(loop.called("body") for loop, _ in program.loops())]
+    made = [x for name in bodies for x in program.computations[name].values() if x.opcode not in moves]
+    return sum(math.prod(shape) == size for one in made for shape in one.shapes)
 
 
 def kernel_reads(machine, rows, dtype):

@@ -110,3 +110,8 @@ def test_a_decode_step_for_tpu_reads_everything_once(tpu: Any) -> None:
 def test_few_dense_copies_of_matrices_live_at_once(platform: str, request: pytest.FixtureRequest) -> None:
     plan = request.getfixturevalue(platform)["train"]
     assert plan["dense_matrices"] <= 1
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_the_token_table_is_read_where_it_lies(platform: str, request: pytest.FixtureRequest) -> None:
+    assert request.getfixturevalue(platform)["train"]["copied_tables"] == 0
