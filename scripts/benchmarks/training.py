@@ -5,8 +5,8 @@ CPU s      median of the process's CPU time in a step, all threads
 busy       CPU time / (wall time x cores) of those steps
 peak       largest peak resident memory of a process, everything counted (libraries, loading, compiler)
 device     largest peak of the accelerator's memory, where there is one
-load       median time to read and quantise the checkpoint
-first      median time of the first step: compiling, for JAX
+load       median time to read and quantise the checkpoint; ours compiles the step meanwhile
+first      median time of the first step: for JAX with compiling, or what is left of it
 start      median time from the start of the program to the end of the first step: imports, load and first
 loss       of the first step, where the adapters are still zero: it is equal where both compute the same; Tunix'
                Llama does not (its rotary positions have a theta of their own)
