@@ -76,7 +76,7 @@ def run(arguments: Arguments) -> None:
         for machine in machines
         for one in RUNS
         for name in OFFLOADED
-        if one[0] in (arguments.models or ([one[0]] if machine.count == 1 else ["llama-3-8b"]))
+        if one[0] in ((one[0] if machine.count == 1 else "llama-3-8b",) if arguments.models is None else arguments.models)
     ]
     rows = []
     for machine, (model, rank, batch, length), name in tqdm(chosen, unit="program", desc="compiling"):

@@ -1,7 +1,8 @@
 """What tests of several packages share: a checkpoint of a tiny random Llama, made anew, and what has been compiled.
 
 Every run of a job makes its programs anew, and so does every process that a test starts. JAX's cache of compiled programs,
-in a folder of this session alone, compiles each once; the environment brings it to the processes.
+in a folder of each test process of this session, compiles each once there; the environment brings it to the processes that
+its tests start.
 """
 
 import importlib.util

@@ -2,7 +2,7 @@
 
     options  ->  everything that can be wrong is found      checkpoint headers, tokenizer, data, output folder
              ->  the objective: what is learned             answers, preferences or targets (objective.py)
-             ->  the base model, quantised while it is read
+             ->  the base model, quantised while it is read, and the steps, compiled meanwhile
              ->  training with evaluation and checkpoints   <output>/checkpoints, metrics.jsonl, loss.png
                  (with early stopping, also its best state  <output>/best)
              ->  the adapter in PEFT's format               <output>/adapter, read back and compared, with a model card
@@ -19,7 +19,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from qlora_jax.checkpoint.adapter_files import Adapter, read_adapter
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.fill import Rewrite
 from qlora_jax.checkpoint.from_weights import FromWeights, converted_from, parted, rewriting
-from qlora_jax.checkpoint.load import default_dtype, load_model, storage_of, with_tied
+from qlora_jax.checkpoint.load import load_model, storage_of, with_tied
 from qlora_jax.checkpoint.merge import check_all
 from qlora_jax.checkpoint.record import TrainingRecord, read_training_record, with_scaling
 from qlora_jax.checkpoint.source import Checkpoint, open_checkpoint
@@ -61,11 +61,10 @@ from qlora_jax.finetune.training import make_optimizer, started_ahead, train_ada
 from qlora_jax.models import Model, RopeScaling, T5Config, family_of, method_for, positions_left
 from qlora_jax.nn import data_mesh, place
 from qlora_jax.peft import LoRA, Method
-from qlora_jax.quant import Quantization
+from qlora_jax.plan.recipe import Recipe
 from qlora_jax.train import (
     TOKENS,
     Unit,
-    abandoned_on_error,
     best_evaluation,
     learning_rate_schedule,
     perplexity,
@@ -135,10 +134,9 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
         round(steps * options.optimizer.warmup_ratio),
     )
     tx = make_optimizer(options, learning_rate)
-    ahead = started_ahead(options, objective, recipe, tx, source)
-
-    with abandoned_on_error(ahead):
-        model = _load(options, checkpoint, quantization, method, mesh, rewrite, progress)
+    output = options.run.output
+    with closing(started_ahead(options, objective, recipe, tx, source)) as ahead:
+        model = _load(options, checkpoint, recipe, mesh, rewrite, progress)
         first = begin  # what answers before training, where that is not the base
         if begin is not None:
             model = load_adapter(model, begin)
@@ -146,29 +144,30 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
             model = rewrite.fill(model)
             first = Adapter("the run's start", method, None, adapter_tensors(model))
         elif isinstance(method, LoRA) and method.init_lora_weights == "eva":
-            model = _start_from_inputs(options, model, method, quantization, objective, mesh, progress)
+            model = _start_from_inputs(options, model, method, recipe, objective, mesh, progress)
         else:
             model = started(model, starts_as)
-    graphdef, adapter, frozen = split(objective.prepare(model))
-    del model
-    _say(_describe(adapter, frozen, steps, options, objective))
-    output = options.run.output
-    with nullcontext() if mesh is None else jax.set_mesh(mesh):
-        adapter, rows = train_adapter(
-            options,
-            objective,
-            graphdef,
-            adapter,
-            frozen,
-            source,
-            steps,
-            tx,
-            learning_rate,
-            ahead,
-            watched,
-            _say,
-            progress=progress,
-        )
+        graphdef, adapter, frozen = split(objective.prepare(model))
+        del model
+        _say(_describe(adapter, frozen, steps, options, objective))
+        with _spread_over(mesh):
+            adapter, rows = train_adapter(
+                options,
+                objective,
+                graphdef,
+                adapter,
+                frozen,
+                source,
+                steps,
+                tx,
+                learning_rate,
+                ahead,
+                watched,
+                _say,
+                progress=progress,
+            )
+    del ahead  # and its programs
+    with _spread_over(mesh):
         plot_losses(rows, output / "loss.png", objective.unit)
         tuned = nnx.merge(graphdef, adapter, frozen)
         tables = None if begin is None else begin.tables
@@ -226,6 +225,10 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
     return folder
 
 
+def _spread_over(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
 def _steps(options: Options, source: Batches) -> int:
     """How many steps the run has."""
     steps, most = 0, options.run.max_steps
@@ -272,20 +275,18 @@ def _rows(options: Options) -> int:
 def _load(
     options: Options,
     checkpoint: Checkpoint,
-    quantization: Quantization | None,
-    method: Method,
+    recipe: Recipe,
     mesh: Mesh | None,
     rewrite: Rewrite | None,
     progress: bool,
 ) -> Model:
-    on_cpu = jax.default_backend() == "cpu"
     return load_model(
         checkpoint,
-        quantization=quantization,
-        tables=options.model.quantize_tables,
-        method=method,
-        dtype=default_dtype() if options.model.dtype == "auto" else options.model.dtype,
-        remat=("dots" if on_cpu else "full") if options.model.remat == "auto" else options.model.remat,
+        quantization=recipe.quantization,
+        tables=recipe.tables,
+        method=recipe.method,
+        dtype=recipe.dtype,
+        remat=recipe.remat,
         mesh=mesh,
         seed=options.run.seed,
         progress=progress,
@@ -297,7 +298,7 @@ def _start_from_inputs(
     options: Options,
     model: Model,
     lora: LoRA,
-    quantization: Quantization | None,
+    recipe: Recipe,
     objective: Objective,
     mesh: Mesh | None,
     progress: bool,
@@ -305,10 +306,10 @@ def _start_from_inputs(
     def build(method: Any) -> Model:
         return type(model)(
             model.config,  # type: ignore[arg-type]
-            quantization=quantization,
-            tables=options.model.quantize_tables,
+            quantization=recipe.quantization,
+            tables=recipe.tables,
             method=method,
-            dtype=default_dtype() if options.model.dtype == "auto" else jnp.dtype(options.model.dtype),
+            dtype=jnp.dtype(recipe.dtype),
             attention=model.attention,
             remat=model.remat,
             rngs=nnx.Rngs(0),
@@ -317,7 +318,7 @@ def _start_from_inputs(
     rows = objective.training(options.run.batch_size * jax.device_count())
     read = (next(rows) for _ in range(MOST_BATCHES))
     batches = (place(mesh, {name: batch[name] for name in objective.arrays}, PartitionSpec("data")) for batch in read)
-    with nullcontext() if mesh is None else jax.set_mesh(mesh):
+    with _spread_over(mesh):
         return start_from_inputs(model, build, lora, objective.held_out_loss, batches, progress=progress)
 
 

@@ -49,7 +49,7 @@ def train_adapter(
     steps: int,
     tx: Optimizer | HostOffload,
     learning_rate: optax.Schedule,
-    ahead: Ahead | None,
+    ahead: Ahead,
     watched: watch.Watched,
     say: Callable[[str], None],
     *,
@@ -61,7 +61,7 @@ def train_adapter(
         graphdef, adapter, frozen: the model in parts, as `train.split` gives them.
         steps: of the whole run.
         tx: what updates the adapter, at rates of `learning_rate`.
-        ahead: programs on their way; None: they are compiled where they are needed.
+        ahead: programs on their way.
 
     Returns:
         The trained adapter (with early stopping, that of the lowest held-out loss) and the rows of the log.
@@ -69,7 +69,7 @@ def train_adapter(
     run = options.run
     state = create_state(tx, adapter, run.seed)
     start(options)
-    train_ahead, eval_ahead = (None, None) if ahead is None else ahead.programs(graphdef)
+    train_ahead, eval_ahead = ahead.programs(graphdef)
     eval_step = compiled_first(jit_eval_step(graphdef, objective.held_out_loss, unit=objective.unit), eval_ahead)
     mesh = data_mesh()
 
@@ -155,10 +155,10 @@ def started_ahead(
     recipe: Recipe,
     tx: Optimizer | HostOffload,
     source: Batches,
-) -> Ahead | None:
-    """The run's programs, on their way; None where the first batch is not known yet, or stands for no other."""
+) -> Ahead:
+    """The run's programs, on their way; none where the first batch is not known yet, or stands for no other."""
     if options.data.streaming or options.data.group_by_length:
-        return None
+        return Ahead()
     position = source.get_state()
     batch = micro_batches(options, objective, next(source))
     source.set_state(position)
@@ -169,6 +169,7 @@ def started_ahead(
         batch,
         unit=objective.unit,
         held_out_loss=None if objective.held_out is None else objective.held_out_loss,
+        evaluate_first=not any((options.run.output / "checkpoints").glob("[0-9]*")),  # a run that goes on trains first
         mesh=data_mesh(),
     )
 

@@ -17,14 +17,15 @@ from jax.typing import DTypeLike
 
 from qlora_jax.nn.delta import Delta, value_of
 from qlora_jax.nn.kept import keep
+from qlora_jax.nn.parallel import Whole
 from qlora_jax.quant import Quantization, matmul, quantize
 
 
-class AdapterConstant(nnx.Variable):
+class AdapterConstant(Whole):
     """A frozen value of an adapter: made with it, not part of any checkpoint."""
 
 
-class WeightConstant(nnx.Variable):
+class WeightConstant(Whole):
     """A frozen value of an adapter that follows from the layer's frozen weight, and is set where that is read."""
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from flax import nnx
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -36,6 +37,25 @@ def frozen_sharding(mesh: Mesh | None, shape: tuple[int, ...]) -> NamedSharding 
         return None
     axis = split_axis(shape, mesh.size)
     return NamedSharding(mesh, P() if axis is None else P(*[None] * axis, AXIS))
+
+
+class Whole(nnx.Variable):
+    """A frozen variable that belongs to an adapter, and lies whole on each device as it does."""
+
+
+def frozen_shapes(mesh: Mesh | None, frozen: Any) -> Any:
+    """The frozen part of a model as shapes that say where the job puts each leaf."""
+
+    def placed(variable: Any) -> Any:
+        def place_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
+            sharding = frozen_sharding(mesh, leaf.shape)
+            if sharding is not None and isinstance(variable, Whole):
+                sharding = NamedSharding(sharding.mesh, P())
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return jax.tree.map(place_leaf, variable)
+
+    return jax.tree.map(placed, frozen, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def split_axis(shape: tuple[int, ...], devices: int) -> int | None:

@@ -25,8 +25,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qlora_jax.nn import frozen_sharding
-from qlora_jax.nn.parallel import AXIS
+from qlora_jax.nn.parallel import AXIS, frozen_shapes
 from qlora_jax.plan.devices import Machine
 from qlora_jax.plan.flops import count_flops
 from qlora_jax.plan.hlo import parse_program
@@ -147,7 +146,7 @@ def placed_step(step: AbstractStep, mesh: Mesh) -> AbstractStep:
         if step.tx.adapter:
             state = dataclasses.replace(state, adapter=place(step.state.adapter, mesh, P(), HOST))
     return dataclasses.replace(
-        step, state=state, frozen=place_frozen(step.frozen, mesh), batch=place(step.batch, mesh, P(None, AXIS))
+        step, state=state, frozen=frozen_shapes(mesh, step.frozen), batch=place(step.batch, mesh, P(None, AXIS))
     )
 
 
@@ -155,13 +154,6 @@ def place(tree: Any, mesh: Mesh, spec: P, memory_kind: str | None = None) -> Any
     # NamedSharding keeps the kind of memory ahead of time; SingleDeviceSharding drops it.
     sharding = NamedSharding(mesh, spec, memory_kind=memory_kind)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
-
-
-def place_frozen(tree: Any, mesh: Mesh) -> Any:
-    """Frozen leaves spread as a loaded model's are."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=frozen_sharding(mesh, leaf.shape)), tree
-    )
 
 
 def compile_program(function: Any, arguments: tuple[Any, ...], machine: Machine) -> Program:

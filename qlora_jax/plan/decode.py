@@ -12,7 +12,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from qlora_jax.models import DecoderConfig
-from qlora_jax.plan.compile import Program, compile_program, place, place_frozen, versions
+from qlora_jax.nn.parallel import frozen_shapes
+from qlora_jax.plan.compile import Program, compile_program, place, versions
 from qlora_jax.plan.devices import Machine
 from qlora_jax.plan.recipe import Recipe, abstract_model, tree_bytes, weight_bytes
 from qlora_jax.plan.topology import context, machine_mesh
@@ -48,7 +49,7 @@ def compile_decode_step(recipe: Recipe, machine: Machine, *, capacity: int) -> D
     mesh = machine_mesh(machine)
     model = abstract_model(dataclasses.replace(recipe, objective="sft"), machine.device.platform)
     graphdef, adapter, frozen = split(model)
-    adapter, frozen = place(adapter, mesh, P()), place_frozen(frozen, mesh)
+    adapter, frozen = place(adapter, mesh, P()), frozen_shapes(mesh, frozen)
     rows = recipe.batch_size * machine.count
     cache = place(jax.eval_shape(lambda: model.init_cache(rows, capacity)), mesh, P())
     token = place(jax.ShapeDtypeStruct((rows,), jnp.int32), mesh, P())

@@ -120,7 +120,7 @@ def take_rows(w: Array | PackedTable, index: Array) -> Array:
     def take(w: Array, index: Array) -> Array:
         return w[index]
 
-    def take_bits(w: Array, index: Array) -> Array:  # a TPU would make a copy of the table for its bits
+    def take_bits(w: Array, index: Array) -> Array:  # on a CPU alone: a TPU would copy the table to have its bits
         return moved(partial(take, index=index), w)
 
     return jax.lax.platform_dependent(jax.lax.stop_gradient(w), index, cpu=take_bits, default=take)

@@ -1,6 +1,6 @@
 """Training as pure functions of explicit state: loss, optimizers, step, and the loop around them."""
 
-from qlora_jax.train.ahead import Ahead, abandoned_on_error, compile_ahead
+from qlora_jax.train.ahead import Ahead, compile_ahead
 from qlora_jax.train.dpo import PAIRS, dpo_loss, with_reference, without_adapter
 from qlora_jax.train.log import MetricsLog, best_evaluation, peak_memory_bytes, perplexity, plot_losses
 from qlora_jax.train.loop import BatchSource, Cadence, DivergedError, Watch, mean_metrics, train
@@ -57,7 +57,6 @@ __all__ = [
     "Transformation",
     "Unit",
     "Watch",
-    "abandoned_on_error",
     "adamw",
     "best_evaluation",
     "chunked_cross_entropy",

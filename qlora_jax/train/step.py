@@ -202,7 +202,8 @@ def compiled_first(step: Callable[..., Any], ahead: Future[jax.stages.Compiled] 
     A compiler frees some hundred megabytes, which the C library would keep; here they go back to the system in between.
 
     Args:
-        ahead: the same step as it is compiled elsewhere (ahead.py), for arguments of the first shapes, if it is.
+        ahead: the same step as it is compiled elsewhere (ahead.py) for arguments of the first shapes, beside what runs there
+            before; None: it is not.
     """
     programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
@@ -228,11 +229,17 @@ def _program(step: Any, ahead: Future[jax.stages.Compiled] | None, arguments: tu
 def _takes(compiled: jax.stages.Compiled, arguments: tuple[Any, ...]) -> bool:
     """Whether a program is for arguments of these shapes that lie where these do."""
     expected, tree = jax.tree.flatten(compiled.args_info[0])
-    places, found = jax.tree.leaves(compiled.input_shardings[0]), jax.tree.leaves(arguments)
+    # The place of an argument that the program does not read is None.
+    places = jax.tree.leaves(compiled.input_shardings[0], is_leaf=lambda place: place is None)
+
+    def lies_at(leaf: Any, place: jax.sharding.Sharding | None) -> bool:
+        if place is None or not isinstance(leaf, Array) or not leaf.committed:
+            return True
+        return leaf.sharding.is_equivalent_to(place, leaf.ndim)
+
     return tree == jax.tree.structure(arguments) and all(
-        (info.shape, info.dtype) == (leaf.shape, leaf.dtype)
-        and not (isinstance(leaf, Array) and leaf.committed and not leaf.sharding.is_equivalent_to(place, leaf.ndim))
-        for info, place, leaf in zip(expected, places, found, strict=True)
+        (info.shape, info.dtype) == (leaf.shape, leaf.dtype) and lies_at(leaf, place)
+        for info, place, leaf in zip(expected, places, jax.tree.leaves(arguments), strict=True)
     )
 
 

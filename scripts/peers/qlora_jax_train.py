@@ -65,8 +65,7 @@ def main() -> None:
     jax.block_until_ready((state, frozen))
     load_seconds = time.perf_counter() - start
 
-    in_time = None if ahead is None else ahead.programs(graphdef)[0]
-    train = compiled_first(jit_train_step(graphdef, tx, language_model_loss, state), in_time)
+    train = compiled_first(jit_train_step(graphdef, tx, language_model_loss, state), ahead.programs(graphdef)[0])
 
     def step(tokens: np.ndarray) -> float:
         nonlocal state

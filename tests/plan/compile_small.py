@@ -51,12 +51,15 @@ def copies(text, dtype, axes):
 
 
 def copied_tables(program):
-    """How many arrays as large as the token table are made anywhere in a program. A TPU may fetch a small one into its own
-    memory, which is no copy in that of the device."""
+    """How many arrays as large as the token table are made in a program or its loops. A TPU may fetch a small one into its
+    own memory, which is no copy in that of the device."""
     moves = ("parameter", "get-tuple-element", "tuple", "while", "bitcast", "copy-start", "copy-done")
     size = VOCABULARY * TINY["hidden_size"]
-    bodies = [program.entry, *(loop.called("body") for loop, _ in program.loops())]
-    made = [x for name in bodies for x in program.computations[name].values() if x.opcode not in moves]
+
+    def bodies(name):
+        return [name, *(inner for loop, _ in program.loops(name) for inner in bodies(loop.called("body")))]
+
+    made = [x for name in bodies(program.entry) for x in program.computations[name].values() if x.opcode not in moves]
     return sum(math.prod(shape) == size for one in made for shape in one.shapes)
 
 

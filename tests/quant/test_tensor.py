@@ -1,6 +1,7 @@
 """Quantised tensors against a plain NumPy reference, under JAX's transformations, and as the TPU's compiler
 sees them."""
 
+import math
 import os
 import re
 import subprocess
@@ -103,6 +104,15 @@ def check_reference(w: np.ndarray, data_type: Any, block_size: int) -> None:
     # Zero has two codes in FP4.
     np.testing.assert_array_equal(codebook(data_type)[found_codes], codebook(data_type)[codes])
     np.testing.assert_array_equal(dequantize(q), values)
+
+
+@pytest.mark.parametrize("count", [1, 9216, 8_208_384])
+def test_the_offset_of_the_scales_is_their_exact_sum_by_their_count(count: int) -> None:
+    """As many as a whole table of 128,256 rows has, too, whose float32 sum alone would lose seven digits."""
+    mean = jax.jit(tensor_module._mean)
+    for seed in range(4):
+        scales = np.abs(np.random.default_rng(seed).standard_normal(count, np.float32))
+        assert mean(scales) == np.float32(math.fsum(scales)) / np.float32(count)
 
 
 @pytest.mark.parametrize("shape", [(4096, 40), (97, 101), (1, 1)], ids=str)
