@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,16 @@ for _package in ("benchmarks", "comparison", "datatype_study", "long_context"):
     )
     assert _spec is not None
     sys.modules[_package] = importlib.util.module_from_spec(_spec)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_end_with_their_module() -> Iterator[None]:
+    """Else a process that runs all modules holds gigabytes of them."""
+    import jax  # which reads the environment
+
+    yield
+    jax.clear_caches()
+
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<pad>")
 CHATML = (
