@@ -146,19 +146,18 @@ def peak_with(row: dict[str, Any], factors: dict[str, dict[str, float]]) -> int:
 
 
 def fit(rows: list[dict[str, Any]], start: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Factors, none below 0, for which the worst relative error of a peak is small."""
-    names = [(moment, name) for moment, factors in start.items() for name in factors]
+    """Factors, none below 0, for which the worst relative error of a peak is small. Those of sizes that no row has stay."""
+    present = {name for row in rows for name, size in row["features"].items() if size}
+    names = [(moment, name) for moment, factors in start.items() for name in factors if name in present]
 
     def factors_of(values: np.ndarray) -> dict[str, dict[str, float]]:
-        found: dict[str, dict[str, float]] = {moment: {} for moment in start}
+        found = {moment: dict(factors) for moment, factors in start.items()}
         for (moment, name), value in zip(names, values, strict=True):
-            found[moment][name] = round(float(value), 3)
+            found[moment][name] = float(value)
         return found
 
     def errors(values: np.ndarray) -> np.ndarray:
-        factors: dict[str, dict[str, float]] = {moment: {} for moment in start}
-        for (moment, name), value in zip(names, values, strict=True):
-            factors[moment][name] = float(value)
+        factors = factors_of(values)
         return np.asarray([peak_with(row, factors) / row["compiled"] - 1 for row in rows])
 
     first = np.asarray([start[moment][name] for moment, name in names])
@@ -173,7 +172,7 @@ def fit(rows: list[dict[str, Any]], start: dict[str, dict[str, float]]) -> dict[
         least_squares(lambda values: (errors(values) / ERROR) ** 3, np.maximum(found.x, 1e-3), bounds=(0, np.inf))
         for found in fits
     ]
-    return factors_of(min(worst, key=lambda found: found.cost).x)
+    return factors_of(np.round(min(worst, key=lambda found: found.cost).x, 3))
 
 
 def _read(path: Path | None) -> dict[tuple[str, str, str], int | None]:
