@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from tiny_config import CONFIG
 
 from qlora_jax.checkpoint.state import StateStore
 from qlora_jax.models import CausalLM
@@ -19,17 +20,6 @@ from qlora_jax.peft import LoRA
 from qlora_jax.quant import BlockwiseArray, Quantization
 from qlora_jax.train import Transformation, create_state, host_offload, jit_train_step, language_model_loss, optimizer, split
 
-CONFIG: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}
 SHAPES = {"large": (3, 50, 41), "matrix": (64, 64), "small": (4095,)}  # 6150 values: the last block is a partial one
 
 

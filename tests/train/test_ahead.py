@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_config import CONFIG
 
 from qlora_jax.finetune import finetune
 from qlora_jax.finetune.data_options import DataOptions
@@ -39,17 +40,6 @@ from qlora_jax.train import (
     split,
 )
 
-CONFIG: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}
 TX = adamw(1e-2)
 
 

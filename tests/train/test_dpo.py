@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_config import CONFIG
 
 from qlora_jax.models import CausalLM
 from qlora_jax.models.llama import llama_config
@@ -26,18 +27,6 @@ from qlora_jax.train import (
     with_reference,
     without_adapter,
 )
-
-CONFIG: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}
 
 
 def make(lora: LoRA | None, **fields: Any) -> CausalLM:

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from tiny_config import CONFIG
 
 from qlora_jax.models import CausalLM
 from qlora_jax.models.llama import llama_config
@@ -38,17 +39,6 @@ from qlora_jax.train import (
     split,
 )
 
-CONFIG: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}
 Batch = dict[str, jax.Array]
 Offload = Literal["nothing", "state", "adapter"]
 
