@@ -51,6 +51,7 @@ from qlora_jax.plan import SIZES, CompilerMissing, check_compiler, machine_named
 Task = Literal["train", "decode", "memory", "compiled"]
 Ours = Literal["float32-dots", "float32-full", "float32-none", "bfloat16-dots", "bfloat16-full", "bfloat16-none"]
 Torch = Literal["float32", "float32-checkpointing", "bfloat16", "bfloat16-checkpointing"]
+Prepared = Literal["float32-prepared", "bfloat16-prepared"]
 Qwix = Literal["float32", "float32-block", "float32-decoder", "bfloat16", "bfloat16-block", "bfloat16-decoder"]
 Decoded = Literal["dense-float32", "dense-bfloat16", "nf4-float32", "nf4-bfloat16"]
 HF = Peer("hf", ("torch", "transformers", "peft", "bitsandbytes", "accelerate"))
@@ -85,8 +86,15 @@ class Arguments:
 
     ours: tuple[Ours, ...] = ("float32-dots", "float32-full", "bfloat16-dots", "bfloat16-full")
     """train: compute dtype and what the backward pass recomputes, of our runs."""
-    hf: tuple[Torch, ...] = ("float32", "float32-checkpointing", "bfloat16", "bfloat16-checkpointing")
-    """train: compute dtype, and whether with gradient checkpointing, of transformers + PEFT; nothing: none."""
+    hf: tuple[Torch | Prepared, ...] = (
+        "float32",
+        "float32-checkpointing",
+        "bfloat16",
+        "bfloat16-checkpointing",
+        "bfloat16-prepared",
+    )
+    """train: compute dtype, and whether with gradient checkpointing, or as PEFT prepares a model in 4 bits (checkpointing, and
+    float32 for all that is not quantised), of transformers + PEFT; nothing: none."""
     qwix: tuple[Qwix, ...] = ("float32-decoder", "bfloat16-decoder")
     """train: compute dtype, and what Tunix recomputes; nothing: none, and none in "compiled"."""
     unsloth: tuple[Torch, ...] = ("bfloat16", "bfloat16-checkpointing")

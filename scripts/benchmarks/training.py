@@ -45,7 +45,8 @@ def runs_of(
                 words = command(pythons[side], "qwix_train.py", **common, remat=kind or "none")
             else:
                 library = "unsloth" if side == "unsloth" else "peft"
-                words = command(pythons[side], "hf_train.py", **common, library=library, gradient_checkpointing=bool(kind))
+                how = {"gradient_checkpointing": kind == "checkpointing", "prepared": kind == "prepared"}
+                words = command(pythons[side], "hf_train.py", **common, library=library, **how)
             runs.append(Run(side, variant, words))
     return runs
 

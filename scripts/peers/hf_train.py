@@ -4,6 +4,9 @@ The counterpart of qlora_jax_train.py: the same flags, tokens, number of steps a
 LoRA on all linear layers, AdamW with clipping, on the GPU where PyTorch has one. PyTorch runs eagerly on a CPU, so that its
 work is done when a call returns; on a GPU the loss as a Python number waits for it.
 
+`--prepared` begins as PEFT's guide does, with `prepare_model_for_kbit_training`: it casts to float32 all that is not
+quantised (norms, embeddings and the head) and turns checkpointing on.
+
 Unsloth's step has not been run where this was written, for want of a CUDA GPU: its calls follow its documentation.
 """
 
@@ -21,8 +24,11 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 def main() -> None:
     parser = worker.train_parser(__doc__)
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--prepared", action="store_true", help="by peft.prepare_model_for_kbit_training")
     parser.add_argument("--library", choices=("peft", "unsloth"), default="peft")
     arguments = worker.parse_train(parser)
+    if arguments.prepared and (arguments.gradient_checkpointing or arguments.library == "unsloth"):
+        parser.error("--prepared: expected PEFT alone, which turns checkpointing on by itself")
     if arguments.library == "unsloth":
         import unsloth  # noqa: F401  # type: ignore  # before transformers, which it changes
 
@@ -77,6 +83,8 @@ def with_peft(arguments: argparse.Namespace, device: str) -> Any:
             bnb_4bit_compute_dtype=dtype,
         ),
     )
+    if arguments.prepared:
+        model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from lowered import BOTH_AHEAD, steps_lowered
 
 from qlora_jax.checkpoint.adapter import load_adapter
 from qlora_jax.checkpoint.adapter_files import read_adapter, read_adapter_config, tensor_name, write_adapter
@@ -75,7 +76,9 @@ def rows_of(options: Options) -> list[dict[str, Any]]:
 
 
 def test_it_learns_to_prefer(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = finetune(but(options, "run", samples=1), progress=False)
+    with steps_lowered() as steps:
+        folder = finetune(but(options, "run", samples=1), progress=False)
+    assert steps == BOTH_AHEAD
     before, *rows = rows_of(options)
     assert before["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from huggingface_hub import ModelCard
+from lowered import BOTH_AHEAD, steps_lowered
 
 from qlora_jax.checkpoint.adapter import adapter_tensors
 from qlora_jax.checkpoint.adapter_files import read_adapter
@@ -60,7 +61,9 @@ def test_a_run_and_what_it_leaves(
 ) -> None:
     options = options_of(tiny_llama, data, tmp_path / "run", **tuning)
     options = dataclasses.replace(options, run=dataclasses.replace(options.run, samples=samples))
-    folder = finetune(options, progress=False)
+    with steps_lowered() as steps:
+        folder = finetune(options, progress=False)
+    assert steps == BOTH_AHEAD
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     before, after = rows[0]["eval_loss"], rows[-1]["eval_loss"]
     assert after < before

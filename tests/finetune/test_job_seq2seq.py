@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from lowered import BOTH_AHEAD, steps_lowered
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
@@ -128,7 +129,9 @@ def test_new_special_tokens_are_refused(options: Options) -> None:
 
 def test_it_learns_and_serves(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run in one piece, its files, and what generation and merging make of them."""
-    folder = finetune(but(options, "run", samples=1), progress=False)
+    with steps_lowered() as steps:
+        folder = finetune(but(options, "run", samples=1), progress=False)
+    assert steps == BOTH_AHEAD
     rows = rows_of(options)
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, 12, 24]
     assert not any("eval_rougeL" in row for row in rows)

@@ -90,11 +90,12 @@ def check_train(found: dict[str, Any]) -> None:
 
 def test_both_sides_compute_the_same_first_loss(folder: Path) -> None:
     needs(script.HF)
-    runs = train_runs(folder, ours=("float32-full",), hf=("float32-checkpointing",))
-    ours, peer = (workers.run_worker(run.command) for run in runs)
-    check_train(ours)
-    check_train(peer)
+    runs = train_runs(folder, ours=("float32-full",), hf=("float32-checkpointing", "float32-prepared"))
+    ours, peer, prepared = (workers.run_worker(run.command) for run in runs)
+    for found in (ours, peer, prepared):
+        check_train(found)
     assert ours["losses"][0] == pytest.approx(peer["losses"][0], rel=1e-4)
+    assert prepared["losses"] == pytest.approx(peer["losses"], rel=1e-5)
     assert abs(ours["losses"][0] - math.log(97)) > 0.1, "the model is too flat for the loss to tell anything"
     assert ours["trainable_parameters"] == peer["trainable_parameters"]
 
@@ -180,7 +181,7 @@ def test_an_interpreter_that_is_none_is_said() -> None:
 def test_the_sides_take_turns() -> None:
     variants = {
         OURS: ("float32-dots", "bfloat16-full"),
-        "hf": ("float32", "bfloat16-checkpointing"),
+        "hf": ("float32", "bfloat16-checkpointing", "bfloat16-prepared"),
         "qwix": ("bfloat16-block",),
     }
     pythons = {OURS: Path("a"), "hf": Path("b"), "qwix": Path("c")}
@@ -190,11 +191,13 @@ def test_the_sides_take_turns() -> None:
         "hf float32",
         "ours bfloat16-full",
         "hf bfloat16-checkpointing",
+        "hf bfloat16-prepared",
         "qwix bfloat16-block",
     ]
     commands = {run.name: run.command for run in runs}
     assert commands["ours bfloat16-full"][-2:] == ("--dtype=bfloat16", "--remat=full")
     assert commands["hf bfloat16-checkpointing"][-3:] == ("--dtype=bfloat16", "--library=peft", "--gradient-checkpointing")
+    assert commands["hf bfloat16-prepared"][-3:] == ("--dtype=bfloat16", "--library=peft", "--prepared")
     assert commands["hf float32"][-1] == "--library=peft"
     assert commands["qwix bfloat16-block"][0] == "c"
 

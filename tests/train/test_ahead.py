@@ -4,7 +4,6 @@ References: JAX's own log of what was lowered, with the thread that did it; the 
 """
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from lowered import BOTH_AHEAD, steps_lowered
 from tiny_config import CONFIG
 
 from qlora_jax.finetune import finetune
@@ -159,28 +159,6 @@ def test_closed_it_begins_no_more_programs() -> None:
         assert future.cancelled()
 
 
-def steps_lowered(options: Options) -> list[tuple[str, bool]]:
-    """(name of a step, whether the thread ahead lowered it) of a run, in order."""
-    found: list[tuple[str, bool]] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            text = record.getMessage()
-            for name in ("jit(train_step)", "jit(step)"):  # the second is the evaluation's
-                if text.startswith(f"Compiling {name}"):
-                    found.append((name, threading.current_thread().name.startswith("compile")))
-
-    listener = Listener()
-    logging.getLogger("jax").addHandler(listener)
-    jax.config.update("jax_log_compiles", True)  # of all threads, which `jax.log_compiles` is not
-    try:
-        finetune(options, progress=False)
-    finally:
-        jax.config.update("jax_log_compiles", False)
-        logging.getLogger("jax").removeHandler(listener)
-    return found
-
-
 def options_of(model: Path, folder: Path, *, dora: bool = False) -> Options:
     data = folder / "data.jsonl"
     rows = [{"question": f"{number}?", "answer": "red" * (1 + number % 3)} for number in range(24)]
@@ -194,15 +172,19 @@ def options_of(model: Path, folder: Path, *, dora: bool = False) -> Options:
 
 
 def test_a_run_compiles_its_steps_ahead(tiny_llama: Path, tmp_path: Path) -> None:
-    assert steps_lowered(options_of(tiny_llama, tmp_path)) == [("jit(step)", True), ("jit(train_step)", True)]
+    with steps_lowered() as found:
+        finetune(options_of(tiny_llama, tmp_path), progress=False)
+    assert found == BOTH_AHEAD
 
 
 _DEVICES = """
-import pathlib, sys
+import json, pathlib, sys
 sys.path.insert(0, sys.argv[1])
-import test_ahead
-options = test_ahead.options_of(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]), dora=True)
-print(test_ahead.json.dumps(test_ahead.steps_lowered(options)))
+import lowered, test_ahead
+with lowered.steps_lowered() as found:
+    options = test_ahead.options_of(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]), dora=True)
+    test_ahead.finetune(options, progress=False)
+print(json.dumps(found))
 """
 
 
@@ -216,4 +198,4 @@ def test_so_does_one_on_several_devices(tiny_llama: Path, tmp_path: Path) -> Non
         env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [["jit(step)", True], ["jit(train_step)", True]]
+    assert [tuple(step) for step in json.loads(done.stdout.splitlines()[-1])] == BOTH_AHEAD
