@@ -93,8 +93,8 @@ class Arguments:
         "bfloat16-checkpointing",
         "bfloat16-prepared",
     )
-    """train: compute dtype, and whether with gradient checkpointing, or as PEFT prepares a model in 4 bits (checkpointing, and
-    float32 for all that is not quantised), of transformers + PEFT; nothing: none."""
+    """train: compute dtype, and whether with gradient checkpointing, or as PEFT prepares a model in 4 bits (with
+    checkpointing, and float32 for all that is not quantised), of transformers + PEFT; nothing: none."""
     qwix: tuple[Qwix, ...] = ("float32-decoder", "bfloat16-decoder")
     """train: compute dtype, and what Tunix recomputes; nothing: none, and none in "compiled"."""
     unsloth: tuple[Torch, ...] = ("bfloat16", "bfloat16-checkpointing")

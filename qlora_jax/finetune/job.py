@@ -5,22 +5,20 @@
              ->  the base model, quantised while it is read, and the steps, compiled meanwhile
              ->  training with evaluation and checkpoints   <output>/checkpoints, metrics.jsonl, loss.png
                  (with early stopping, also its best state  <output>/best)
-             ->  the adapter in PEFT's format               <output>/adapter, read back and compared, with a model card
+             ->  what the run leaves (finish.py)            <output>/adapter, in PEFT's format, with a model card
                  (after full fine-tuning, the model         <output>/model)
-             ->  figures of the held-out split               <output>/eval_results.json
-             ->  answers before and after to prompts of the held-out split, side by side
+                 figures of the held-out split              <output>/eval_results.json
+                 answers to prompts of it, before and after
              ->  the adapter on the hub, where asked
 
 The same command on the same folder goes on where it was stopped.
 """
 
 import dataclasses
-import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +38,12 @@ from qlora_jax.checkpoint.merge import check_all
 from qlora_jax.checkpoint.record import TrainingRecord, read_training_record, with_scaling
 from qlora_jax.checkpoint.source import Checkpoint, open_checkpoint
 from qlora_jax.checkpoint.special_tokens import add_special_tokens, grown, training_tokens, with_tokens
-from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer, stop_ids, tokenizer_source
-from qlora_jax.finetune import mmlu, watch
-from qlora_jax.finetune.answers import show_answers
-from qlora_jax.finetune.card import write_card
+from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, stop_ids, tokenizer_source
+from qlora_jax.finetune import watch
 from qlora_jax.finetune.context_options import warn_beyond
 from qlora_jax.finetune.dpo import dpo
 from qlora_jax.finetune.eva import MOST_BATCHES, start_from_inputs
+from qlora_jax.finetune.finish import finish
 from qlora_jax.finetune.folder import claim, complete
 from qlora_jax.finetune.hub import upload
 from qlora_jax.finetune.memory import check_memory, recipe_of
@@ -54,7 +51,6 @@ from qlora_jax.finetune.method_options import own_rate
 from qlora_jax.finetune.objective import Batches, Objective, Setting
 from qlora_jax.finetune.options import ObjectiveName, Options
 from qlora_jax.finetune.prompts import check_rows, first_tokens, named_tokenizer, started
-from qlora_jax.finetune.saving import save_tuned
 from qlora_jax.finetune.seq2seq import seq2seq
 from qlora_jax.finetune.sft import sft
 from qlora_jax.finetune.training import make_optimizer, started_ahead, train_adapter
@@ -63,14 +59,8 @@ from qlora_jax.nn import data_mesh, place
 from qlora_jax.peft import LoRA, Method
 from qlora_jax.plan.recipe import Recipe
 from qlora_jax.train import (
-    TOKENS,
-    Unit,
-    best_evaluation,
     learning_rate_schedule,
-    perplexity,
-    plot_losses,
     split,
-    without_adapter,
 )
 
 DECODER_OBJECTIVES: dict[ObjectiveName, Callable[[Setting], Objective]] = {"sft": sft, "dpo": dpo}
@@ -134,7 +124,6 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
         round(steps * options.optimizer.warmup_ratio),
     )
     tx = make_optimizer(options, learning_rate)
-    output = options.run.output
     with closing(started_ahead(options, objective, recipe, tx, source)) as ahead:
         model = _load(options, checkpoint, recipe, mesh, rewrite, progress)
         first = begin  # what answers before training, where that is not the base
@@ -168,57 +157,26 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
             )
     del ahead  # and its programs
     with _spread_over(mesh):
-        plot_losses(rows, output / "loss.png", objective.unit)
-        tuned = nnx.merge(graphdef, adapter, frozen)
-        tables = None if begin is None else begin.tables
-        folder = save_tuned(
-            tuned,
-            output,
-            method=method,
-            base=name,
+        folder = finish(
+            options,
+            objective,
+            graphdef,
+            adapter,
+            frozen,
+            rows,
+            name=name,
             checkpoint=checkpoint,
             tokenizer=tokenizer,
-            tables=tables,
+            config=config,
+            method=method,
+            record=record,
+            begin=begin,
+            first=first,
             taken={} if rewrite is None else rewrite.tensors,
+            questions=watched.questions,
+            say=_say,
             progress=progress,
         )
-        if options.tuning.method != "full":  # a model says for itself how it is held
-            record.save(folder)
-        if method.token_rows() or options.lora.special_tokens or tokenizer_source(name, options.model.adapter) != name:
-            save_tokenizer(tokenizer, folder)
-        kept = (best_evaluation(rows)[0] if options.run.early_stopping_patience else None) or rows[-1]["step"]
-        what = "model" if options.tuning.method == "full" else "adapter"
-        _say(f"Saved the {what} ({_size(folder) / 2**20:.1f} MiB): {folder}")
-        if objective.held_out is not None:
-            before, after = _held_out(rows, best=options.run.early_stopping_patience > 0)
-            if objective.score is not None and not options.run.predict_with_generate:
-                after |= {f"eval_{name}": value for name, value in objective.score(tuned).items()}
-            (output / "eval_results.json").write_text(json.dumps(after, indent=2) + "\n", encoding="utf-8")
-            _say(_conclude(before, after, objective.unit))
-            rows = [row | after if row["step"] == kept else row for row in rows]
-        write_card(
-            folder,
-            options,
-            config=config,
-            quantization=quantization,
-            tables=options.model.quantize_tables,
-            rows=rows,
-            kept=kept,
-            unit=objective.unit,
-            converted_from=record.converted_from,
-            method=method,
-        )
-        if (questions := watched.questions) is not None:
-            ask = partial(mmlu.figures, tuned, questions, options, progress=progress)
-            _say(mmlu.conclude(rows, kept, ask))
-        if objective.prompts:
-            base = nnx.merge(graphdef, jax.tree.map(jnp.zeros_like, adapter), frozen)
-            if tuned.prompt is not None and first is None:  # virtual tokens of zeros are tokens all the same
-                base = without_adapter(tuned)
-            before = base if first is None else load_adapter(base, first)
-            show_answers(before, tuned, objective.prompts, objective.answer, tokenizer)
-        elif objective.held_out is not None and options.run.samples:
-            _say("No answers are shown: in the held-out examples nothing comes before what is learned.")
     if options.watch.push_to_hub:
         _say(f"Uploaded the adapter: {upload(folder, options.watch.push_to_hub)}")
     complete(options)
@@ -335,29 +293,6 @@ def _describe(adapter: Any, frozen: Any, steps: int, options: Options, objective
         f"{trainable:,} trainable parameters; frozen weights {weights / 2**20:,.0f} MiB; "
         f"{steps} steps of {_rows(options)} × {objective.row} on {jax.device_count()} {jax.devices()[0].device_kind}"
     )
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
-
-
-def _held_out(rows: Sequence[dict[str, Any]], *, best: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The held-out figures before training and of the adapter: that of the lowest loss if `best`, else the last."""
-    evaluated = [row for row in rows if "eval_loss" in row]
-    after = min(evaluated[1:], key=lambda row: row["eval_loss"]) if best else evaluated[-1]
-    before, after = ({k: v for k, v in row.items() if k.startswith(("step", "eval_"))} for row in (evaluated[0], after))
-    return before, after
-
-
-def _conclude(before: dict[str, Any], after: dict[str, Any], unit: Unit) -> str:
-    lines = []
-    for name in (name for name in after if name.startswith("eval_")):
-        start = f"{before[name]:.3f} before, " if name in before else ""
-        line = f"Held-out {name.removeprefix('eval_')} {start}{after[name]:.3f} after"
-        if name == "eval_loss" and unit == TOKENS:
-            line += f" (perplexity {perplexity(before[name]):.1f} and {perplexity(after[name]):.1f})"
-        lines.append(f"{line}.")
-    return "\n".join(lines)
 
 
 def _say(text: str) -> None:
