@@ -5,6 +5,7 @@ in a folder of each test process of this session, compiles each once there; the 
 its tests start.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -26,6 +27,14 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+# Most of the suite's time is compiling for the CPU, and most of that LLVM's: tests have it optimise nothing, on which no
+# result depends. Where they have the choice, they take XLA's older code generator, too, which has less to do. Processes that
+# set XLA_FLAGS themselves, for several devices, compile as users do; so do all with `XLA_FLAGS= python -m pytest`.
+_LIGHT = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    _LIGHT += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", _LIGHT)
 
 # Before JAX and `datasets` are imported, which read them then.
 COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
