@@ -58,7 +58,7 @@ def finish(
         name: of the base, a folder or a hub id.
         begin: the adapter that the run began with, or None.
         first: what answers before training, where that is not the base.
-        taken: tensors of the start that its conversion to LoRA takes off again, by name.
+        taken: what was taken off the base before it was stored (checkpoint/from_weights.py), by name.
         questions: of MMLU; None for none.
     """
     output = options.run.output
