@@ -17,7 +17,7 @@ from qlora_jax.checkpoint.source import CheckpointError, open_checkpoint
 from qlora_jax.models import FAMILIES, families_with, family_of, linear_modules
 from qlora_jax.peft import LoRA, module_matches
 
-TOLERANCE = 3e-4  # on logits whose standard deviation is about 3 and largest over 10: float32 sums in another order
+TOLERANCE = 1e-4  # on logits whose standard deviation is about 3
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # PEFT calls a property of transformers that is to be renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -27,7 +27,7 @@ from qlora_jax.peft.lora_linear import Slot, start
 from qlora_jax.peft.pissa import principal, without
 from qlora_jax.quant import Quantization, dequantize, quantize
 
-TOLERANCE = 3e-4  # on logits up to 10: float32 sums in another order
+TOLERANCE = 1e-4
 PATTERNS: dict[str, Any] = {
     "use_rslora": True,
     "rank_pattern": ((r"layers\.1\..*_proj", 3),),
