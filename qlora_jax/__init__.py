@@ -1,10 +1,11 @@
 """QLoRA in pure JAX + Flax: fine-tune large language models whose frozen weights lie in 4 bits."""
 
-from qlora_jax.checkpoint.adapter import load_adapter, save_adapter
-from qlora_jax.checkpoint.adapter_files import read_adapter_config
+from qlora_jax.adapters.bind import load_adapter, save_adapter
+from qlora_jax.adapters.files import read_adapter_config
 from qlora_jax.checkpoint.load import load_model
-from qlora_jax.checkpoint.source import CheckpointError, open_checkpoint
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
+from qlora_jax.errors import CheckpointError
 from qlora_jax.models import T5, CausalLM, DecoderConfig, T5Config
 from qlora_jax.nn import Linear
 from qlora_jax.peft import LoRA

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from qlora_jax.checkpoint.tuned import TunedOptions, open_tuned
+from qlora_jax.adapters.pretrained import TunedOptions, open_tuned
 from qlora_jax.cli import run
 from qlora_jax.evaluate import Prompts, Scores, encode_questions, evaluate_mmlu, read_questions
 from qlora_jax.models import CausalLM, causal_family_of, positions_left

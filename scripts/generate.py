@@ -21,8 +21,8 @@ import tyro
 from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
+from qlora_jax.adapters.pretrained import TunedOptions, open_tuned
 from qlora_jax.checkpoint.tokenizer import stop_ids
-from qlora_jax.checkpoint.tuned import TunedOptions, open_tuned
 from qlora_jax.data import Template, encode_prompt
 from qlora_jax.models import T5, Model
 from qlora_jax.serve import Sampling, generate, generate_seq2seq, stream_text

@@ -18,18 +18,18 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from qlora_jax.checkpoint.adapter import check_family, load_adapter
-from qlora_jax.checkpoint.adapter_files import read_adapter
+from qlora_jax.adapters.bind import check_family, load_adapter
+from qlora_jax.adapters.files import read_adapter
+from qlora_jax.adapters.metadata import chosen_quantization, read_adapter_metadata, with_scaling
+from qlora_jax.adapters.special_tokens import grown
+from qlora_jax.adapters.weight_init import parted, rewriting
 from qlora_jax.checkpoint.default_model import fetch_default_model
-from qlora_jax.checkpoint.drift import logit_drift, sample_logits
-from qlora_jax.checkpoint.from_weights import parted, rewriting
 from qlora_jax.checkpoint.load import load_model, storage_of
-from qlora_jax.checkpoint.merge import MergedDtype, merge
-from qlora_jax.checkpoint.record import chosen_quantization, read_training_record, with_scaling
-from qlora_jax.checkpoint.source import open_checkpoint
-from qlora_jax.checkpoint.special_tokens import grown
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, tokenizer_source
-from qlora_jax.quant import DataType, Quantization, TableStorage
+from qlora_jax.export.drift import logit_drift, sample_logits
+from qlora_jax.export.merge import MergedDtype, merge
+from qlora_jax.quant import DataType, EmbeddingStorage, Quantization
 
 LOW_AGREEMENT = 0.9  # share of positions with the same most likely token, below which the other base is named
 SAMPLES = (
@@ -86,10 +86,10 @@ def main() -> int:
 
 
 def run(arguments: Arguments) -> None:
-    record = read_training_record(arguments.adapter)
+    record = read_adapter_metadata(arguments.adapter)
     quantization = chosen_quantization(record, arguments.data_type, arguments.block_size, arguments.double_quantization)
-    tables: TableStorage = "none" if record is None else record.tables
-    if arguments.base == "dequantized" and quantization is None and tables == "none":
+    embedding_storage: EmbeddingStorage = "none" if record is None else record.embedding_storage
+    if arguments.base == "dequantized" and quantization is None and embedding_storage == "none":
         raise ValueError("--base dequantized: expected an adapter that was trained on 4 bits, found one on dense weights")
     source = arguments.model or str(fetch_default_model())
     checkpoint = open_checkpoint(source, arguments.revision)
@@ -115,14 +115,16 @@ def run(arguments: Arguments) -> None:
         quantization=packed,
         from_dequantized=quantization if arguments.base == "dequantized" else None,
         rewrite=rewrite,
-        from_tables=tables if arguments.base == "dequantized" else "none",
+        from_embedding_storage=embedding_storage if arguments.base == "dequantized" else "none",
         tokenizer=tokenizer,
     )
     print(f"Merged {arguments.adapter} into {source} ({arguments.base} weights, {arguments.dtype}): {arguments.output}")
     if not arguments.compare:
         return
     # One model at a time: the logits of the first are on the host before the second is loaded.
-    base = load_model(checkpoint, quantization=quantization, tables=tables, method=adapter.method, rewrite=rewrite)
+    base = load_model(
+        checkpoint, quantization=quantization, embedding_storage=embedding_storage, method=adapter.method, rewrite=rewrite
+    )
     trained = load_adapter(base, adapter)
     before = sample_logits(trained, batches)
     del base, trained

@@ -26,11 +26,12 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask a metadata 
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA complains of programs that do not fit: that is what is asked
 
-from qlora_jax.checkpoint.bnb import is_quantized
-from qlora_jax.checkpoint.source import CheckpointError, open_checkpoint
+from qlora_jax.checkpoint.bitsandbytes import is_quantized
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.cli import parse
+from qlora_jax.errors import CheckpointError
 from qlora_jax.finetune.memory import recipe_of
-from qlora_jax.finetune.options import Options
+from qlora_jax.finetune.options.options import Options
 from qlora_jax.models import family_of, scaled
 from qlora_jax.plan import (
     HUB_IDS,

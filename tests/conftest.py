@@ -6,10 +6,8 @@ its tests start.
 """
 
 import importlib.metadata
-import importlib.util
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,15 +42,6 @@ os.environ |= {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # `datasets` reports each local file that it opens to the hub
 }
-
-# The packages in scripts/, which Python finds for a script that it runs. The folder scripts/ itself stays out of the path:
-# its modules have names that libraries look for.
-for _package in ("benchmarks", "comparison", "datatype_study", "long_context"):
-    _spec = importlib.util.spec_from_file_location(
-        _package, Path(__file__).parents[1] / "scripts" / _package / "__init__.py"
-    )
-    assert _spec is not None
-    sys.modules[_package] = importlib.util.module_from_spec(_spec)
 
 
 @pytest.fixture(scope="module", autouse=True)

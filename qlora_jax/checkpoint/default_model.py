@@ -21,7 +21,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from qlora_jax.checkpoint.source import CheckpointError
+from qlora_jax.errors import CheckpointError
 
 __all__ = ["default_cache", "fetch_default_model"]
 

@@ -16,12 +16,19 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from qlora_jax.checkpoint.source import Checkpoint
-from qlora_jax.models import Key
+from qlora_jax.checkpoint.checkpoint import Checkpoint
+from qlora_jax.models import ParameterMapping
 from qlora_jax.nn import frozen_sharding
-from qlora_jax.quant import PackedTable, QuantizedTensor, empty_rows, put_rows, quantize, with_double_quantization
+from qlora_jax.quant import (
+    PackedEmbedding,
+    QuantizedTensor,
+    empty_embedding,
+    quantize,
+    with_double_quantization,
+    write_embedding_rows,
+)
 
-__all__ = ["Rewrite", "fill_dense", "fill_stack", "fill_table", "zeros"]
+__all__ = ["Rewrite", "fill_dense", "fill_embedding", "fill_stack", "zeros"]
 
 _CHUNK = 2**20  # values checked at a time
 _TABLE_ROWS = 4096  # of a token table, packed at a time
@@ -30,7 +37,9 @@ _TABLE_ROWS = 4096  # of a token table, packed at a time
 Rewrite = Callable[[str, Array], Array | None]
 
 
-def fill_stack(checkpoint: Checkpoint, key: Key, value: Any, bar: tqdm, rewrite: Rewrite | None) -> tuple[Any, list[str]]:
+def fill_stack(
+    checkpoint: Checkpoint, key: ParameterMapping, value: Any, bar: tqdm, rewrite: Rewrite | None
+) -> tuple[Any, list[str]]:
     """The value of one row of the table, of which `value` holds the room, and the names of tensors that are not finite."""
     insert = _insert_quantized if isinstance(value, QuantizedTensor) else _insert_dense
     not_finite: list[str] = []
@@ -54,7 +63,9 @@ def fill_stack(checkpoint: Checkpoint, key: Key, value: Any, bar: tqdm, rewrite:
     return value, not_finite
 
 
-def fill_dense(checkpoint: Checkpoint, key: Key, abstract: Any, mesh: Mesh | None, bar: tqdm) -> tuple[Array, list[str]]:
+def fill_dense(
+    checkpoint: Checkpoint, key: ParameterMapping, abstract: Any, mesh: Mesh | None, bar: tqdm
+) -> tuple[Array, list[str]]:
     """The same for a parameter that there is once."""
     tensor, dtype = _to_device(checkpoint.read(key.name))
     value, finite = _convert(tensor, dtype, abstract.dtype)
@@ -63,12 +74,12 @@ def fill_dense(checkpoint: Checkpoint, key: Key, abstract: Any, mesh: Mesh | Non
     return value, [] if bool(finite) else [key.name]
 
 
-def fill_table(
-    checkpoint: Checkpoint, name: str, abstract: PackedTable, mesh: Mesh | None, bar: tqdm
-) -> tuple[PackedTable, list[str]]:
+def fill_embedding(
+    checkpoint: Checkpoint, name: str, abstract: PackedEmbedding, mesh: Mesh | None, bar: tqdm
+) -> tuple[PackedEmbedding, list[str]]:
     """A token table or head in fewer bits, of which the device never holds more than some rows dense."""
     tensor = checkpoint.read(name)
-    value, finite = empty_rows(abstract, partial(_zeros_of, mesh)), True
+    value, finite = empty_embedding(abstract, partial(_zeros_of, mesh)), True
     for start in range(0, len(tensor), _TABLE_ROWS):
         rows, dtype = _to_device(tensor[start : start + _TABLE_ROWS])
         value, all_finite = jax.block_until_ready(_put_rows(value, rows, start, dtype=dtype))
@@ -92,8 +103,8 @@ def _zeros_of(mesh: Mesh | None, shape: tuple[int, ...], dtype: DTypeLike) -> Ar
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames="dtype")
-def _put_rows(table: PackedTable, rows: Array, start: int, dtype: Any) -> tuple[PackedTable, Array]:
-    return put_rows(table, _from_bits(rows, dtype), start), _all_finite(rows, dtype)
+def _put_rows(table: PackedEmbedding, rows: Array, start: int, dtype: Any) -> tuple[PackedEmbedding, Array]:
+    return write_embedding_rows(table, _from_bits(rows, dtype), start), _all_finite(rows, dtype)
 
 
 def _to_device(tensor: np.ndarray) -> tuple[Array, Any]:

@@ -18,8 +18,9 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from qlora_jax.checkpoint.fill import Rewrite, fill_dense, fill_stack, fill_table, zeros
-from qlora_jax.checkpoint.source import Checkpoint, CheckpointError, listed
+from qlora_jax.checkpoint.checkpoint import Checkpoint
+from qlora_jax.checkpoint.fill import Rewrite, fill_dense, fill_embedding, fill_stack, zeros
+from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.models import Family, Model, ModelConfig, Remat, family_of
 from qlora_jax.nn import (
     AdapterConstant,
@@ -31,12 +32,7 @@ from qlora_jax.nn import (
     place,
 )
 from qlora_jax.peft import LoRA, Method, reads_weights
-from qlora_jax.quant import (
-    PackedTable,
-    Quantization,
-    TableStorage,
-    table_shape,
-)
+from qlora_jax.quant import EmbeddingStorage, PackedEmbedding, Quantization, embedding_shape
 
 
 def default_dtype(platform: str | None = None) -> Any:
@@ -48,7 +44,7 @@ def load_model(
     checkpoint: Checkpoint,
     *,
     quantization: Quantization | None = Quantization(),
-    tables: TableStorage = "none",
+    embedding_storage: EmbeddingStorage = "none",
     method: Method | None = None,
     dtype: DTypeLike | None = None,
     attention: AttentionImplementation | None = None,
@@ -63,7 +59,7 @@ def load_model(
     Args:
         quantization: None keeps the linear layers dense. A checkpoint that is quantised already is taken as it is: this
             must be its own (`storage_of`), or None for the dense values that it stands for.
-        tables: storage of the token table and the output head.
+        embedding_storage: storage of the token table and the output head.
         dtype: of activations and dense weights; by platform if None.
         attention: kernel; by platform if None.
         mesh: devices over which the frozen weights are spread while they are filled; None: the default device.
@@ -94,7 +90,7 @@ def load_model(
         return family.model(
             config,
             quantization=quantization,
-            tables=tables,
+            embedding_storage=embedding_storage,
             method=method,
             dtype=dtype,
             attention=attention or default_implementation(),
@@ -107,23 +103,23 @@ def load_model(
     )
     check_tensors(checkpoint, family, config, frozen)
 
-    stacked = {key.path: find(frozen, key.path).get_value() for key in config.keys if key.stacked}
+    stacked = {key.path: find(frozen, key.path).get_value() for key in config.parameter_mappings if key.stacked}
     buffers = zeros(mesh, stacked)
-    total = sum(len(key.names()) for key in config.keys)
+    total = sum(len(key.names()) for key in config.parameter_mappings)
     not_finite: list[str] = []
     with tqdm(total=total, desc="loading", unit="tensor", disable=not progress, leave=False) as bar:
-        for key in config.keys:
+        for key in config.parameter_mappings:
             variable = find(frozen, key.path)
             if key.stacked:
                 value, bad = fill_stack(checkpoint, key, buffers.pop(key.path), bar, rewrite if key.linear else None)
-            elif isinstance(variable.get_value(), PackedTable) and not key.linear:
-                value, bad = fill_table(checkpoint, key.name, variable.get_value(), mesh, bar)
+            elif isinstance(variable.get_value(), PackedEmbedding) and not key.linear:
+                value, bad = fill_embedding(checkpoint, key.name, variable.get_value(), mesh, bar)
             else:
                 value, bad = fill_dense(checkpoint, key, variable.get_value(), mesh, bar)
             variable.set_value(value)
             not_finite += bad
     if not_finite:
-        raise CheckpointError(f"{checkpoint.source}: tensors that hold NaN or infinite values: {listed(not_finite)}")
+        raise CheckpointError(f"{checkpoint.source}: tensors that hold NaN or infinite values: {list_names(not_finite)}")
     if method is not None:  # the weights that the constructor would draw are dead code here, only the adapter is made
         draw = jax.jit(lambda: nnx.state(build(), nnx.LoRAParam, AdapterConstant), compiler_options=_once())
         made = draw()
@@ -181,10 +177,12 @@ def _check_storage(checkpoint: Checkpoint, quantization: Quantization | None, co
             f"{checkpoint.source}: is quantised already: expected {own} or dense layers, found {quantization}; values "
             "in 4 bits are not quantised again"
         )
-    dense = [name for key in config.keys if key.linear for name in key.names() if name not in checkpoint.quantized]
+    dense = [
+        name for key in config.parameter_mappings if key.linear for name in key.names() if name not in checkpoint.quantized
+    ]
     if dense:
         warnings.warn(
-            f"{checkpoint.source}: {len(dense)} linear layers lie dense in this checkpoint ({listed(dense)}); they are "
+            f"{checkpoint.source}: {len(dense)} linear layers lie dense in this checkpoint ({list_names(dense)}); they are "
             "quantised like the others",
             stacklevel=3,
         )
@@ -197,9 +195,9 @@ def check_tensors(checkpoint: Checkpoint, family: Family, config: ModelConfig, f
         CheckpointError: one message with every kind of problem.
     """
     expected: dict[str, tuple[int, ...]] = {}
-    for key in config.keys:
+    for key in config.parameter_mappings:
         value = find(frozen, key.path).get_value()
-        shape = value.shape if key.linear or not isinstance(value, PackedTable) else table_shape(value)
+        shape = value.shape if key.linear or not isinstance(value, PackedEmbedding) else embedding_shape(value)
         shape = shape[1:] if key.stacked else shape
         for name in key.names():
             expected[name] = shape[::-1] if key.linear else shape
@@ -217,7 +215,7 @@ def check_tensors(checkpoint: Checkpoint, family: Family, config: ModelConfig, f
         if name in found and tuple(found[name]) != expected[name]
     ]
     kinds = {"missing tensors": missing, "tensors that the model has no place for": extra, "wrong shapes": misshapen}
-    problems = [f"{kind} ({len(names)}): {listed(names)}" for kind, names in kinds.items() if names]
+    problems = [f"{kind} ({len(names)}): {list_names(names)}" for kind, names in kinds.items() if names]
     if problems:
         raise CheckpointError.of(checkpoint.source, problems)
 

@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_jax.checkpoint.gguf_header import read_header
-from qlora_jax.checkpoint.gguf_tokenizer import gguf_tokenizer
-from qlora_jax.checkpoint.source import CheckpointError, resolve
+from qlora_jax.checkpoint.gguf.header import read_header
+from qlora_jax.checkpoint.gguf.tokenizer import gguf_tokenizer
+from qlora_jax.checkpoint.hub import resolve
+from qlora_jax.errors import CheckpointError
 
 if TYPE_CHECKING:  # imported where it is used: transformers takes a second, and PyTorch with it where that is installed
     from transformers import PreTrainedTokenizerFast

@@ -1,8 +1,7 @@
 """The main job, from options to an adapter."""
 
 from qlora_jax.finetune.job import finetune
-from qlora_jax.finetune.method_options import MethodName, TuningOptions
-from qlora_jax.finetune.options import (
+from qlora_jax.finetune.options.options import (
     DataOptions,
     LoRAOptions,
     ModelOptions,
@@ -11,7 +10,8 @@ from qlora_jax.finetune.options import (
     Options,
     RunOptions,
 )
-from qlora_jax.finetune.watch_options import WatchOptions
+from qlora_jax.finetune.options.reporting import WatchOptions
+from qlora_jax.finetune.options.tuning import MethodName, TuningOptions
 
 __all__ = [
     "DataOptions",

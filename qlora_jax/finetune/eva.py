@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from qlora_jax.models import Model, linear_keys
+from qlora_jax.models import Model, linear_mappings
 from qlora_jax.nn import AdapterConstant, Linear, WeightConstant
 from qlora_jax.peft import DoRALinear, LoRA, LoRALinear
 from qlora_jax.peft.eva import EVA, InputWatch, converged, tokens_seen, unit_directions
@@ -66,12 +66,12 @@ def start_from_inputs(
     if (seen := tokens_seen(watches)) < ranks:
         raise ValueError(f"init_lora_weights eva: expected at least {ranks} tokens of training data, found {seen}")
     found = nnx.merge(graph, watches, frozen)
-    for key in linear_keys(model.config.keys):
+    for key in linear_mappings(model.config.parameter_mappings):
         layer, watch = _at(model, key.path[:-1]), _at(found, key.path[:-1]).adapter
         adapter = layer.adapter if isinstance(layer, Linear) else None
         if isinstance(adapter, LoRALinear | DoRALinear) and isinstance(watch, InputWatch):
             a = np.array(jnp.swapaxes(unit_directions(watch.directions[...]), -1, -2))
-            for number, rank in enumerate(adapter.slot.ranks):
+            for number, rank in enumerate(adapter.spec.ranks):
                 a[number, :, rank:] = 0
             adapter.lora_a.set_value(jax.device_put(a, adapter.lora_a.get_value().sharding))
     return model

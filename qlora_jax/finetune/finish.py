@@ -12,17 +12,17 @@ import numpy as np
 from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.checkpoint.adapter import load_adapter
-from qlora_jax.checkpoint.adapter_files import Adapter
-from qlora_jax.checkpoint.record import TrainingRecord
-from qlora_jax.checkpoint.source import Checkpoint
+from qlora_jax.adapters.bind import load_adapter
+from qlora_jax.adapters.files import Adapter
+from qlora_jax.adapters.metadata import AdapterMetadata
+from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.tokenizer import save_tokenizer, tokenizer_source
 from qlora_jax.evaluate import Prompts
-from qlora_jax.finetune import mmlu
-from qlora_jax.finetune.answers import show_answers
-from qlora_jax.finetune.card import write_card
-from qlora_jax.finetune.objective import Objective
-from qlora_jax.finetune.options import Options
+from qlora_jax.finetune.objectives.answers import show_answers
+from qlora_jax.finetune.objectives.objective import Objective
+from qlora_jax.finetune.options.options import Options
+from qlora_jax.finetune.reporting import mmlu
+from qlora_jax.finetune.reporting.card import write_card
 from qlora_jax.finetune.saving import save_tuned
 from qlora_jax.models import DecoderConfig, T5Config
 from qlora_jax.peft import Method
@@ -42,7 +42,7 @@ def finish(
     tokenizer: PreTrainedTokenizerFast,
     config: DecoderConfig | T5Config,
     method: Method,
-    record: TrainingRecord,
+    record: AdapterMetadata,
     begin: Adapter | None,
     first: Adapter | None,
     taken: Mapping[str, np.ndarray],
@@ -94,7 +94,7 @@ def finish(
         options,
         config=config,
         quantization=record.quantization,
-        tables=options.model.quantize_tables,
+        embedding_storage=options.model.embedding_storage,
         rows=rows,
         kept=kept,
         unit=objective.unit,

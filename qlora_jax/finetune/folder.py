@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.cli import to_dict
-from qlora_jax.finetune.options import Options
+from qlora_jax.finetune.options.options import Options
 
 RECORD = "options.json"
 COMPLETED = "completed"  # made by the last act of a run

@@ -28,40 +28,38 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.checkpoint.adapter import adapter_tensors, check_family, load_adapter
-from qlora_jax.checkpoint.adapter_files import Adapter, read_adapter
+from qlora_jax.adapters.bind import adapter_tensors, check_family, load_adapter
+from qlora_jax.adapters.files import Adapter, read_adapter
+from qlora_jax.adapters.metadata import AdapterMetadata, read_adapter_metadata, with_scaling
+from qlora_jax.adapters.special_tokens import add_special_tokens, grown, training_tokens, with_tokens
+from qlora_jax.adapters.weight_init import FromWeights, converted_from, parted, rewriting
+from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.fill import Rewrite
-from qlora_jax.checkpoint.from_weights import FromWeights, converted_from, parted, rewriting
 from qlora_jax.checkpoint.load import load_model, storage_of, with_tied
-from qlora_jax.checkpoint.merge import check_all
-from qlora_jax.checkpoint.record import TrainingRecord, read_training_record, with_scaling
-from qlora_jax.checkpoint.source import Checkpoint, open_checkpoint
-from qlora_jax.checkpoint.special_tokens import add_special_tokens, grown, training_tokens, with_tokens
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, stop_ids, tokenizer_source
-from qlora_jax.finetune import watch
-from qlora_jax.finetune.context_options import warn_beyond
-from qlora_jax.finetune.dpo import dpo
+from qlora_jax.export.merge import check_all
 from qlora_jax.finetune.eva import MOST_BATCHES, start_from_inputs
 from qlora_jax.finetune.finish import finish
 from qlora_jax.finetune.folder import claim, complete
-from qlora_jax.finetune.hub import upload
 from qlora_jax.finetune.memory import check_memory, recipe_of
-from qlora_jax.finetune.method_options import own_rate
-from qlora_jax.finetune.objective import Batches, Objective, Setting
-from qlora_jax.finetune.options import ObjectiveName, Options
-from qlora_jax.finetune.prompts import check_rows, first_tokens, named_tokenizer, started
-from qlora_jax.finetune.seq2seq import seq2seq
-from qlora_jax.finetune.sft import sft
+from qlora_jax.finetune.objectives.dpo import dpo
+from qlora_jax.finetune.objectives.objective import Batches, Objective, Setting
+from qlora_jax.finetune.objectives.seq2seq import seq2seq
+from qlora_jax.finetune.objectives.sft import sft
+from qlora_jax.finetune.options.context import warn_beyond
+from qlora_jax.finetune.options.options import ObjectiveName, Options
+from qlora_jax.finetune.options.tuning import own_rate
+from qlora_jax.finetune.reporting import watch
+from qlora_jax.finetune.reporting.hub import upload
 from qlora_jax.finetune.training import make_optimizer, started_ahead, train_adapter
+from qlora_jax.finetune.virtual_tokens import check_rows, first_tokens, named_tokenizer, started
 from qlora_jax.models import Model, RopeScaling, T5Config, family_of, method_for, positions_left
 from qlora_jax.nn import data_mesh, place
 from qlora_jax.peft import LoRA, Method
 from qlora_jax.plan.recipe import Recipe
-from qlora_jax.train import (
-    learning_rate_schedule,
-    split,
-)
+from qlora_jax.train import learning_rate_schedule, split
 
 DECODER_OBJECTIVES: dict[ObjectiveName, Callable[[Setting], Objective]] = {"sft": sft, "dpo": dpo}
 
@@ -76,7 +74,7 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
     method, quantization, mesh = options.method(), options.model.quantization(), data_mesh()
     begin, trained, taken = None, None, None
     if options.model.adapter is not None:
-        trained = read_training_record(options.model.adapter)
+        trained = read_adapter_metadata(options.model.adapter)
         begin, taken = parted(read_adapter(options.model.adapter), trained)
     if begin is not None:
         method = begin.method
@@ -104,7 +102,7 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
     check_rows(method, config, objective.length, packed="segment_ids" in objective.arrays)
     rewrite = rewriting(method, taken, quantization)
     start = converted_from(method) if taken is None or trained is None else trained.converted_from
-    record = TrainingRecord(quantization, objective.template, options.model.quantize_tables, start, scaling)
+    record = AdapterMetadata(quantization, objective.template, options.model.embedding_storage, start, scaling)
     _compare(trained, record)
     warn_beyond(config, objective.length, _say)
     source = objective.training(_rows(options))
@@ -202,7 +200,7 @@ def _steps(options: Options, source: Batches) -> int:
 
 
 def _open(
-    options: Options, name: str, begin: Adapter | None, method: Method, trained: TrainingRecord | None
+    options: Options, name: str, begin: Adapter | None, method: Method, trained: AdapterMetadata | None
 ) -> tuple[Checkpoint, PreTrainedTokenizerFast, Method, RopeScaling | None]:
     """The base with its tokenizer, all tokens of the run and its scaling of positions; and what trains, with new tokens."""
     checkpoint = open_checkpoint(name, options.model.revision)
@@ -216,7 +214,7 @@ def _open(
     scaling = options.context.scaling(config, options.data.max_length) or (trained and trained.scaling)
     checkpoint = with_scaling(checkpoint, scaling)
     if begin is None and isinstance(method, LoRA):
-        modules = options.context.trained(method.modules_to_save, config.keys)
+        modules = options.context.trained(method.modules_to_save, config.parameter_mappings)
         method = dataclasses.replace(method, modules_to_save=modules)
     if options.lora.special_tokens and isinstance(method, LoRA):
         tokens = add_special_tokens(tokenizer, options.lora.special_tokens)
@@ -241,7 +239,7 @@ def _load(
     return load_model(
         checkpoint,
         quantization=recipe.quantization,
-        tables=recipe.tables,
+        embedding_storage=recipe.embedding_storage,
         method=recipe.method,
         dtype=recipe.dtype,
         remat=recipe.remat,
@@ -265,7 +263,7 @@ def _start_from_inputs(
         return type(model)(
             model.config,  # type: ignore[arg-type]
             quantization=recipe.quantization,
-            tables=recipe.tables,
+            embedding_storage=recipe.embedding_storage,
             method=method,
             dtype=jnp.dtype(recipe.dtype),
             attention=model.attention,
@@ -280,7 +278,7 @@ def _start_from_inputs(
         return start_from_inputs(model, build, lora, objective.held_out_loss, batches, progress=progress)
 
 
-def _compare(trained: TrainingRecord | None, now: TrainingRecord) -> None:
+def _compare(trained: AdapterMetadata | None, now: AdapterMetadata) -> None:
     """Says where the adapter that the run goes on from was trained otherwise."""
     if trained is not None and trained != now:
         _say(f"The adapter was trained with {trained}, and goes on with {now}.")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from qlora_jax.finetune.options import Options
+from qlora_jax.finetune.options.options import Options
 from qlora_jax.models import DecoderConfig, ModelConfig
 from qlora_jax.peft import LoRA, Method
 from qlora_jax.plan.fit import Choice, cheaper_first
@@ -47,13 +47,13 @@ def recipe_of(
     if method is None:
         method = options.method()
         if isinstance(method, LoRA):
-            saved = options.context.trained(method.modules_to_save, config.keys)
+            saved = options.context.trained(method.modules_to_save, config.parameter_mappings)
             method = dataclasses.replace(method, modules_to_save=saved)
         method, config = _with_special_tokens(options, method, config)
     return Recipe(
         config=config,
         quantization=model.quantization() if isinstance(quantization, str) else quantization,
-        tables=model.quantize_tables,
+        embedding_storage=model.embedding_storage,
         method=method,
         dtype=("float32" if on_cpu else "bfloat16") if model.dtype == "auto" else model.dtype,
         remat=("dots" if on_cpu else "full") if model.remat == "auto" else model.remat,

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.checkpoint.adapter import adapter_tensors, save_adapter
-from qlora_jax.checkpoint.adapter_files import Adapter, write_adapter
-from qlora_jax.checkpoint.from_weights import converted
-from qlora_jax.checkpoint.merge import MergedDtype, merge
-from qlora_jax.checkpoint.source import Checkpoint
+from qlora_jax.adapters.bind import adapter_tensors, save_adapter
+from qlora_jax.adapters.files import Adapter, write_adapter
+from qlora_jax.adapters.weight_init import converted
+from qlora_jax.checkpoint.checkpoint import Checkpoint
+from qlora_jax.export.merge import MergedDtype, merge
 from qlora_jax.models import T5, Model
 from qlora_jax.peft import FullFineTuning, LoRA, Method
 

@@ -11,11 +11,10 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from qlora_jax.checkpoint.state import StateStore
-from qlora_jax.finetune import watch
 from qlora_jax.finetune.folder import start
-from qlora_jax.finetune.objective import Batches, Objective
-from qlora_jax.finetune.options import Options
+from qlora_jax.finetune.objectives.objective import Batches, Objective
+from qlora_jax.finetune.options.options import Options
+from qlora_jax.finetune.reporting import watch
 from qlora_jax.nn import brought_to_device, data_mesh, place
 from qlora_jax.plan.recipe import Recipe, abstract_model
 from qlora_jax.train import (
@@ -37,6 +36,7 @@ from qlora_jax.train import (
     plot_losses,
     train,
 )
+from qlora_jax.train.state_store import StateStore
 
 
 def train_adapter(

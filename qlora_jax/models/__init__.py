@@ -10,10 +10,10 @@ from qlora_jax.models.causal_lm import CausalLM
 from qlora_jax.models.config import AttentionKind, DecoderConfig
 from qlora_jax.models.gemma import gemma2_config, gemma3_config, gemma_config
 from qlora_jax.models.gpt_neox import gpt_neox_config
-from qlora_jax.models.keys import Key, linear_keys, linear_modules
 from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.llama import llama_config
 from qlora_jax.models.mistral import mistral_config
+from qlora_jax.models.parameter_mapping import ParameterMapping, linear_mappings, linear_modules
 from qlora_jax.models.phi3 import phi3_config
 from qlora_jax.models.qwen import qwen2_config, qwen3_config
 from qlora_jax.models.scaling import RopeKind, RopeScaling, factor_for, scaled, unscaled_context
@@ -107,9 +107,9 @@ __all__ = [
     "DecoderConfig",
     "Family",
     "KVCache",
-    "Key",
     "Model",
     "ModelConfig",
+    "ParameterMapping",
     "Remat",
     "RopeKind",
     "RopeScaling",
@@ -120,7 +120,7 @@ __all__ = [
     "factor_for",
     "families_with",
     "family_of",
-    "linear_keys",
+    "linear_mappings",
     "linear_modules",
     "method_for",
     "positions_left",

@@ -20,8 +20,8 @@ from jax.typing import DTypeLike
 from qlora_jax.models.chunks import chunk_count
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import DecoderLayer, make_norm
-from qlora_jax.models.keys import linear_modules
 from qlora_jax.models.kv_cache import KVCache, empty_cache
+from qlora_jax.models.parameter_mapping import linear_modules
 from qlora_jax.models.prompts import with_prompt
 from qlora_jax.models.shape import method_for, positions_left
 from qlora_jax.models.stack import Remat, by_layer, rematerialise, stack
@@ -34,15 +34,15 @@ from qlora_jax.nn import (
     Table,
     cached_attention,
     causal_attention,
+    checkpoint_name,
     fetched,
     gather,
-    keep,
     shifted_group_attention,
     with_prefix,
 )
 from qlora_jax.nn.parallel import devices_of_context
 from qlora_jax.peft import Method, Prompt, PromptMethod
-from qlora_jax.quant import Quantization, TableStorage
+from qlora_jax.quant import EmbeddingStorage, Quantization
 
 
 class CausalLM(nnx.Module):
@@ -62,7 +62,7 @@ class CausalLM(nnx.Module):
         config: DecoderConfig,
         *,
         quantization: Quantization | None = None,
-        tables: TableStorage = "none",
+        embedding_storage: EmbeddingStorage = "none",
         method: Method | None = None,
         dtype: DTypeLike = jnp.float32,
         attention: AttentionImplementation = "xla",
@@ -73,7 +73,7 @@ class CausalLM(nnx.Module):
 
         Args:
             quantization: storage of the linear layers; None keeps them dense.
-            tables: storage of the token table and the output head.
+            embedding_storage: storage of the token table and the output head.
             method: of fine-tuning, with its adapters; None for none.
             dtype: dtype of activations and of dense weights.
 
@@ -81,8 +81,8 @@ class CausalLM(nnx.Module):
             ValueError: a target or a pattern of the adapter matches nothing; or it trains all of a table that is packed.
         """
         method = method_for(method, config)
-        self.trained = trained = trained_parts(method, config.keys, vocabulary=config.vocab_size)
-        adapters = {} if method is None else method.targets(linear_modules(config.keys))
+        self.trained = trained = trained_parts(method, config.parameter_mappings, vocabulary=config.vocab_size)
+        adapters = {} if method is None else method.targets(linear_modules(config.parameter_mappings))
 
         def make_layer(layer_rngs: nnx.Rngs, layer: Array) -> DecoderLayer:
             def linear(name: str, inputs: int, outputs: int, *, use_bias: bool) -> Linear:
@@ -102,7 +102,7 @@ class CausalLM(nnx.Module):
         self.layers = stack(make_layer, config.num_hidden_layers, rngs)
         rows = trained.rows_of(TABLE)
         self.embed_tokens = Embedding(
-            config.vocab_size, config.hidden_size, rows=rows, storage=tables, dtype=dtype, rngs=rngs
+            config.vocab_size, config.hidden_size, rows=rows, storage=embedding_storage, dtype=dtype, rngs=rngs
         )
         self.norm = make_norm(config, config.hidden_size, dtype)
         if config.tie_word_embeddings:
@@ -110,7 +110,7 @@ class CausalLM(nnx.Module):
         else:
             rows = trained.rows_of(HEAD)
             self.lm_head = Embedding(
-                config.vocab_size, config.hidden_size, rows=rows, storage=tables, dtype=dtype, rngs=rngs
+                config.vocab_size, config.hidden_size, rows=rows, storage=embedding_storage, dtype=dtype, rngs=rngs
             )
         self.head_delta: Delta | None = None
         self.prompt = Prompt(method, rngs) if isinstance(method, PromptMethod) else None
@@ -176,7 +176,9 @@ class CausalLM(nnx.Module):
                 attended = self._attend(q, k, v, kind, prompt.segment_ids, prompt.virtual_tokens, attention_groups)
                 return attended[:, -length:], None
 
-            x, _ = nnx.merge(graph, state)(keep(x, "residual"), *_of_kind(rotations, kind), attend, layer_key, chunks)
+            x, _ = nnx.merge(graph, state)(
+                checkpoint_name(x, "residual"), *_of_kind(rotations, kind), attend, layer_key, chunks
+            )
             return x, None
 
         keys = None if key is None else jax.random.split(key, self.config.num_hidden_layers)

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from qlora_jax.models.keys import Key
+from qlora_jax.models.parameter_mapping import ParameterMapping
 from qlora_jax.nn import Activation, RotaryEmbedding
 
 Fused = Literal["no", "blocks", "heads"]
@@ -59,7 +59,7 @@ class DecoderConfig:
     """
 
     family: str
-    keys: tuple[Key, ...]
+    parameter_mappings: tuple[ParameterMapping, ...]
     vocab_size: int
     hidden_size: int
     intermediate_size: int

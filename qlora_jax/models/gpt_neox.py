@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_jax.models.config import AttentionKind, DecoderConfig, Fields, kinds_of
-from qlora_jax.models.keys import Key, layer_keys
+from qlora_jax.models.parameter_mapping import ParameterMapping, layer_mappings
 
 _LINEAR = (
     ("attention.query_key_value", "self_attn.qkv_proj"),
@@ -39,13 +39,13 @@ def gpt_neox_config(config: Mapping[str, Any]) -> DecoderConfig:
         family=fields.family,
         **sizes,
         **kinds_of([AttentionKind(fields.rope(sizes["head_dim"]))] * layers),
-        keys=(
-            Key("gpt_neox.embed_in.weight", ("embed_tokens", "weight")),
-            Key("gpt_neox.final_layer_norm.weight", ("norm", "weight")),
-            Key("gpt_neox.final_layer_norm.bias", ("norm", "bias")),
-            *(() if tied else (Key("embed_out.weight", ("lm_head", "weight")),)),
-            *layer_keys("gpt_neox.layers", layers, _NORMS, linear=False, biased=[ours for _, ours in _NORMS]),
-            *layer_keys("gpt_neox.layers", layers, _LINEAR, linear=True, biased=biased),
+        parameter_mappings=(
+            ParameterMapping("gpt_neox.embed_in.weight", ("embed_tokens", "weight")),
+            ParameterMapping("gpt_neox.final_layer_norm.weight", ("norm", "weight")),
+            ParameterMapping("gpt_neox.final_layer_norm.bias", ("norm", "bias")),
+            *(() if tied else (ParameterMapping("embed_out.weight", ("lm_head", "weight")),)),
+            *layer_mappings("gpt_neox.layers", layers, _NORMS, linear=False, biased=[ours for _, ours in _NORMS]),
+            *layer_mappings("gpt_neox.layers", layers, _LINEAR, linear=True, biased=biased),
         ),
         norm="layer",
         norm_eps=fields["layer_norm_eps"],

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_jax.models.config import AttentionKind, DecoderConfig, Fields, kinds_of
-from qlora_jax.models.keys import Key, layer_keys
+from qlora_jax.models.parameter_mapping import ParameterMapping, layer_mappings
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -57,12 +57,12 @@ def llama_like(
         family=fields.family,
         **sizes,
         **kinds_of(layers),
-        keys=(
-            Key("model.embed_tokens.weight", ("embed_tokens", "weight")),
-            Key("model.norm.weight", ("norm", "weight")),
-            *(() if tied else (Key("lm_head.weight", ("lm_head", "weight")),)),
-            *layer_keys("model.layers", count, [(name, name) for name in norms], linear=False),
-            *layer_keys("model.layers", count, [(name, name) for name in linear], linear=True, biased=biased),
+        parameter_mappings=(
+            ParameterMapping("model.embed_tokens.weight", ("embed_tokens", "weight")),
+            ParameterMapping("model.norm.weight", ("norm", "weight")),
+            *(() if tied else (ParameterMapping("lm_head.weight", ("lm_head", "weight")),)),
+            *layer_mappings("model.layers", count, [(name, name) for name in norms], linear=False),
+            *layer_mappings("model.layers", count, [(name, name) for name in linear], linear=True, biased=biased),
         ),
         norm_eps=fields["rms_norm_eps"],
         activation=fields.activation(activation),

@@ -19,16 +19,25 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from qlora_jax.models.keys import linear_modules
+from qlora_jax.models.parameter_mapping import linear_modules
 from qlora_jax.models.shape import method_for
 from qlora_jax.models.stack import Remat, by_layer, rematerialise
 from qlora_jax.models.t5_config import T5Config
 from qlora_jax.models.t5_layers import T5Layer, T5Stack, random_keys
 from qlora_jax.models.trained import attach, trained_parts
-from qlora_jax.nn import AttentionImplementation, Embedding, Linear, Table, biased_attention, gather, keep, with_prefix
+from qlora_jax.nn import (
+    AttentionImplementation,
+    Embedding,
+    Linear,
+    Table,
+    biased_attention,
+    checkpoint_name,
+    gather,
+    with_prefix,
+)
 from qlora_jax.peft import Method, Prompt, PromptMethod
 from qlora_jax.peft.prompt import cross_order
-from qlora_jax.quant import Quantization, TableStorage
+from qlora_jax.quant import EmbeddingStorage, Quantization
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +74,7 @@ class T5(nnx.Module):
         config: T5Config,
         *,
         quantization: Quantization | None = None,
-        tables: TableStorage = "none",
+        embedding_storage: EmbeddingStorage = "none",
         method: Method | None = None,
         dtype: DTypeLike = jnp.float32,
         attention: AttentionImplementation = "xla",
@@ -76,7 +85,7 @@ class T5(nnx.Module):
 
         Args:
             quantization: storage of the linear layers; None keeps them dense.
-            tables: storage of the token table and the output head.
+            embedding_storage: storage of the token table and the output head.
             method: of fine-tuning, with its adapters; None for none.
             dtype: dtype of activations and of dense weights.
             attention: of no effect: scores with a bias are XLA's on every platform.
@@ -85,8 +94,8 @@ class T5(nnx.Module):
             ValueError: a target or a pattern of the adapter matches nothing; or it trains all of a table that is packed.
         """
         method = method_for(method, config)
-        self.trained = trained = trained_parts(method, config.keys, vocabulary=config.vocab_size, tables=False)
-        adapters = {} if method is None else method.targets(linear_modules(config.keys))
+        self.trained = trained = trained_parts(method, config.parameter_mappings, vocabulary=config.vocab_size, tables=False)
+        adapters = {} if method is None else method.targets(linear_modules(config.parameter_mappings))
 
         def make_stack(side: str, layers: int, *, cross: bool) -> T5Stack:
             def make_layer(layer_rngs: nnx.Rngs, layer: Array) -> T5Layer:
@@ -108,11 +117,13 @@ class T5(nnx.Module):
 
         self.encoder = make_stack("encoder", config.num_layers, cross=False)
         self.decoder = make_stack("decoder", config.num_decoder_layers, cross=True)
-        self.shared = Embedding(config.vocab_size, config.hidden_size, storage=tables, dtype=dtype, rngs=rngs)
+        self.shared = Embedding(config.vocab_size, config.hidden_size, storage=embedding_storage, dtype=dtype, rngs=rngs)
         if config.tie_word_embeddings:
             self.lm_head = None
         else:
-            self.lm_head = Embedding(config.vocab_size, config.hidden_size, storage=tables, dtype=dtype, rngs=rngs)
+            self.lm_head = Embedding(
+                config.vocab_size, config.hidden_size, storage=embedding_storage, dtype=dtype, rngs=rngs
+            )
         attach(self, trained)
         self.prompt = Prompt(method, rngs) if isinstance(method, PromptMethod) else None
         self.config = config
@@ -147,7 +158,7 @@ class T5(nnx.Module):
 
         def run_layer(x: Array, inputs: tuple[Any, Array | None]) -> tuple[Array, None]:
             state, layer_key = inputs
-            x, _ = nnx.merge(graph, gather(state))(keep(x, "residual"), attend, None, random_keys(layer_key))
+            x, _ = nnx.merge(graph, gather(state))(checkpoint_name(x, "residual"), attend, None, random_keys(layer_key))
             return x, None
 
         keys = None if key is None else jax.random.split(key, self.config.num_layers)
@@ -181,7 +192,7 @@ class T5(nnx.Module):
             def attend_sources(q: Array) -> Array:
                 return biased_attention(q, k, v, mask, None, scale=1.0)
 
-            x, _ = layer(keep(x, "residual"), attend, attend_sources, keys)
+            x, _ = layer(checkpoint_name(x, "residual"), attend, attend_sources, keys)
             return x, None
 
         keys = None if key is None else jax.random.split(key, self.config.num_decoder_layers)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qlora_jax.models.config import ACTIVATIONS, Fields
-from qlora_jax.models.keys import Key
+from qlora_jax.models.parameter_mapping import ParameterMapping
 from qlora_jax.nn import Activation
 
 # Copies of the token table, and a table that no version of T5 reads.
@@ -38,7 +38,7 @@ class T5Config:
     """
 
     family: str
-    keys: tuple[Key, ...]
+    parameter_mappings: tuple[ParameterMapping, ...]
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -83,7 +83,7 @@ def t5_config(config: Mapping[str, Any]) -> T5Config:
         )
     result = T5Config(
         family=fields.family,
-        keys=t5_keys(layers, decoder_layers, gated=gated, tied=tied),
+        parameter_mappings=t5_mappings(layers, decoder_layers, gated=gated, tied=tied),
         vocab_size=fields["vocab_size"],
         hidden_size=fields["d_model"],
         intermediate_size=fields["d_ff"],
@@ -103,17 +103,17 @@ def t5_config(config: Mapping[str, Any]) -> T5Config:
     return result
 
 
-def t5_keys(layers: int, decoder_layers: int, *, gated: bool, tied: bool) -> tuple[Key, ...]:
+def t5_mappings(layers: int, decoder_layers: int, *, gated: bool, tied: bool) -> tuple[ParameterMapping, ...]:
     """The key table; `tied`: without a head of its own."""
     return (
-        Key("shared.weight", ("shared", "weight")),
-        *(() if tied else (Key("lm_head.weight", ("lm_head", "weight")),)),
-        *_stack_keys("encoder", layers, cross=False, gated=gated),
-        *_stack_keys("decoder", decoder_layers, cross=True, gated=gated),
+        ParameterMapping("shared.weight", ("shared", "weight")),
+        *(() if tied else (ParameterMapping("lm_head.weight", ("lm_head", "weight")),)),
+        *_stack_mappings("encoder", layers, cross=False, gated=gated),
+        *_stack_mappings("decoder", decoder_layers, cross=True, gated=gated),
     )
 
 
-def _stack_keys(stack: str, layers: int, *, cross: bool, gated: bool) -> Iterator[Key]:
+def _stack_mappings(stack: str, layers: int, *, cross: bool, gated: bool) -> Iterator[ParameterMapping]:
     inner = (("wi_0", "gate"), ("wi_1", "up")) if gated else (("wi", "up"),)
     projections = tuple((name, name) for name in "qkvo")
     parts = [("SelfAttention", "self_attention", projections)]
@@ -121,14 +121,14 @@ def _stack_keys(stack: str, layers: int, *, cross: bool, gated: bool) -> Iterato
         parts.append(("EncDecAttention", "cross_attention", projections))
     parts.append(("DenseReluDense", "feed_forward", (*inner, ("wo", "down"))))
     first = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    yield Key(first, (stack, "relative_attention_bias", "weight"))
-    yield Key(f"{stack}.final_layer_norm.weight", (stack, "norm", "weight"))
+    yield ParameterMapping(first, (stack, "relative_attention_bias", "weight"))
+    yield ParameterMapping(f"{stack}.final_layer_norm.weight", (stack, "norm", "weight"))
     for index, (theirs, ours, linears) in enumerate(parts):
         prefix = f"{stack}.block.{{layer}}.layer.{index}"
-        yield Key(f"{prefix}.layer_norm.weight", (stack, "layers", f"{ours}_norm", "weight"), layers)
+        yield ParameterMapping(f"{prefix}.layer_norm.weight", (stack, "layers", f"{ours}_norm", "weight"), layers)
         for their_linear, our_linear in linears:
             path = (stack, "layers", ours, our_linear, "weight")
-            yield Key(f"{prefix}.{theirs}.{their_linear}.weight", path, layers, linear=True)
+            yield ParameterMapping(f"{prefix}.{theirs}.{their_linear}.weight", path, layers, linear=True)
 
 
 def _feed_forward(fields: Fields) -> tuple[Activation, bool]:

@@ -14,10 +14,10 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from qlora_jax.models.keys import Key
+from qlora_jax.models.parameter_mapping import ParameterMapping
 from qlora_jax.nn import Delta
 from qlora_jax.peft import FullFineTuning, Method
-from qlora_jax.quant import PackedTable
+from qlora_jax.quant import PackedEmbedding
 
 TABLE, HEAD = ("embed_tokens", "weight"), ("lm_head", "weight")
 TIED_HEAD = ("head_delta",)  # the path of the change of a head that is the token table otherwise
@@ -33,8 +33,8 @@ class Trained:
         tied: whether a head that is the token table stays so where the table trains.
     """
 
-    whole: tuple[Key, ...] = ()
-    rows: tuple[tuple[Key, tuple[int, ...]], ...] = ()
+    whole: tuple[ParameterMapping, ...] = ()
+    rows: tuple[tuple[ParameterMapping, tuple[int, ...]], ...] = ()
     tied: bool = False
 
     def rows_of(self, path: tuple[str, ...]) -> tuple[int, ...] | None:
@@ -47,7 +47,9 @@ class Trained:
         return not self.tied and any(key.path in (TABLE, TIED_HEAD) for key in self.whole)
 
 
-def trained_parts(method: Method | None, keys: Sequence[Key], *, vocabulary: int, tables: bool = True) -> Trained:
+def trained_parts(
+    method: Method | None, keys: Sequence[ParameterMapping], *, vocabulary: int, tables: bool = True
+) -> Trained:
     """What of a model with these keys trains besides the adapters.
 
     Args:
@@ -65,7 +67,7 @@ def trained_parts(method: Method | None, keys: Sequence[Key], *, vocabulary: int
         return Trained(tuple(key for key in keys if not key.linear), tied=True)
     known = [*keys]
     if tables and (head := tied_head(keys)) is not None:
-        known.append(Key(head, TIED_HEAD))
+        known.append(ParameterMapping(head, TIED_HEAD))
     # transformers calls the head of GPT-NeoX lm_head from version 5 on, and so do PEFT's files; checkpoints do not.
     known += [dataclasses.replace(key, name="lm_head.weight") for key in known if key.name == "embed_out.weight"]
     whole = _whole(method, known, tables)
@@ -75,7 +77,7 @@ def trained_parts(method: Method | None, keys: Sequence[Key], *, vocabulary: int
     return Trained(whole, rows)
 
 
-def tied_head(keys: Sequence[Key]) -> str | None:
+def tied_head(keys: Sequence[ParameterMapping]) -> str | None:
     """The name that the head's tensor would have where the token table is the head; None where there is a head."""
     names = {key.path: key.name for key in keys}
     if HEAD in names or TABLE not in names:
@@ -94,9 +96,9 @@ def attach(model: Any, trained: Trained) -> None:
         module = model
         for part in path:
             module = getattr(module, part)
-        if isinstance(getattr(module, name).get_value(), PackedTable):
+        if isinstance(getattr(module, name).get_value(), PackedEmbedding):
             raise ValueError(
-                f"modules_to_save: {key.name} trains as a whole: expected quantize_tables none, found packed tables; "
+                f"modules_to_save: {key.name} trains as a whole: expected embedding_storage none, found packed tables; "
                 "rows of them can train (trainable_token_indices)"
             )
         # Where None stood, NNX has to be told that a variable comes.
@@ -107,7 +109,7 @@ def attach(model: Any, trained: Trained) -> None:
             setattr(module, f"{name}_delta", delta)
 
 
-def _whole(method: Method, keys: Sequence[Key], tables: bool) -> tuple[Key, ...]:
+def _whole(method: Method, keys: Sequence[ParameterMapping], tables: bool) -> tuple[ParameterMapping, ...]:
     chosen = []
     containers = {
         name.rsplit(".", depth)[0] for key in keys for name in key.modules() for depth in range(1, name.count(".") + 1)
@@ -131,12 +133,14 @@ def _whole(method: Method, keys: Sequence[Key], tables: bool) -> tuple[Key, ...]
     return tuple(key for key in keys if key in chosen)
 
 
-def _rows(method: Method, keys: Sequence[Key], vocabulary: int, tables: bool) -> tuple[tuple[Key, tuple[int, ...]], ...]:
+def _rows(
+    method: Method, keys: Sequence[ParameterMapping], vocabulary: int, tables: bool
+) -> tuple[tuple[ParameterMapping, tuple[int, ...]], ...]:
     if not method.token_rows():
         return ()
     if not tables:
         raise ValueError("trainable_token_indices: expected a decoder-only model, found two stacks that share a table")
-    found: dict[Key, tuple[int, ...]] = {}
+    found: dict[ParameterMapping, tuple[int, ...]] = {}
     for entry, tokens in method.token_rows():
         key = next((k for k in keys if _is_table(k, entry)), None)
         if key is None:
@@ -151,7 +155,7 @@ def _rows(method: Method, keys: Sequence[Key], vocabulary: int, tables: bool) ->
     return tuple(found.items())
 
 
-def _is_table(key: Key, entry: str | None) -> bool:
+def _is_table(key: ParameterMapping, entry: str | None) -> bool:
     if entry is None:
         return key.path == TABLE
     return key.path in (TABLE, HEAD, TIED_HEAD) and key.modules()[0].endswith(entry)

@@ -12,11 +12,11 @@ from qlora_jax.nn.attention import (
 from qlora_jax.nn.delta import Delta, changed
 from qlora_jax.nn.embedding import Embedding, Table
 from qlora_jax.nn.host import HostArray, brought_to_device, fetched
-from qlora_jax.nn.kept import keep
 from qlora_jax.nn.linear import AdapterConstant, Linear, LinearAdapter, MakesAdapter, ReadsWeight, WeightConstant
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.parallel import data_mesh, frozen_sharding, gather, place, split_axis
 from qlora_jax.nn.relative import relative_position_bias
+from qlora_jax.nn.residuals import checkpoint_name
 from qlora_jax.nn.rope import RotaryEmbedding, rotate
 from qlora_jax.nn.shifted import shifted_group_attention
 
@@ -42,13 +42,13 @@ __all__ = [
     "cached_attention",
     "causal_attention",
     "changed",
+    "checkpoint_name",
     "data_mesh",
     "default_implementation",
     "fetched",
     "frozen_sharding",
     "gated",
     "gather",
-    "keep",
     "place",
     "relative_position_bias",
     "rotate",

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from qlora_jax.nn.kept import keep
 from qlora_jax.nn.parallel import by_rows
-from qlora_jax.quant.product import product
+from qlora_jax.nn.residuals import checkpoint_name
+from qlora_jax.quant.dense_matmul import einsum
 
 AttentionImplementation = Literal["xla", "cudnn", "splash"]
 _SPLASH_BLOCK = 512
@@ -75,14 +75,14 @@ def causal_attention(
         arguments = {"window": window, "scale": scale, "cap": cap, "shared": shared, "implementation": implementation}
         return causal_attention(q, k, v, segment_ids=segment_ids, **arguments)[:, :length]
     if implementation == "splash" and length % 128 == 0 and q.shape[-1] % 64 == 0:  # the kernel's tiles fit
-        return keep(_splash(q, k, v, segment_ids, window, scale, cap), "attention")
+        return checkpoint_name(_splash(q, k, v, segment_ids, window, scale, cap), "attention")
     if implementation == "cudnn" and q.dtype in (jnp.bfloat16, jnp.float16) and cap is None:
         mask = None if segment_ids is None else _same_segment(segment_ids, shared, slice(None), slice(None))[:, None]
         local = None if window is None else (window - 1, 0)
         attended = jax.nn.dot_product_attention(
             q, k, v, mask=mask, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
         )
-        return keep(attended, "attention")
+        return checkpoint_name(attended, "attention")
     return _in_blocks(q, k, v, segment_ids, window, scale, cap, shared)
 
 
@@ -197,7 +197,7 @@ def _attend(q: Array, k: Array, v: Array, mask: Array, bias: Array | None, scale
 
 
 def _scores(q: Array, k: Array, scale: float, cap: float | None) -> Array:
-    scores = product("ntd,nsd->nts", q, k, jnp.float32) * scale
+    scores = einsum("ntd,nsd->nts", q, k, jnp.float32) * scale
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
@@ -216,24 +216,24 @@ def _attend_forward(
     highest = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - highest)
     normalizer = jnp.sum(weights, axis=-1, keepdims=True)
-    out = product("nts,nsd->ntd", weights.astype(v.dtype), v) / normalizer.astype(v.dtype)
-    out = keep(out, "attention")
-    return out, (q, k, v, of_keys, mask, bias, out, keep(highest + jnp.log(normalizer), "attention"))
+    out = einsum("nts,nsd->ntd", weights.astype(v.dtype), v) / normalizer.astype(v.dtype)
+    out = checkpoint_name(out, "attention")
+    return out, (q, k, v, of_keys, mask, bias, out, checkpoint_name(highest + jnp.log(normalizer), "attention"))
 
 
 def _attend_backward(scale: float, cap: float | None, saved: Any, gradient: Array) -> tuple[Array, Array, Array, None, None]:
     q, k, v, of_keys, mask, bias, out, log_normalizer = saved
     scores = _scores(q, k, scale, cap)
     weights = jnp.exp(_masked(scores, mask, bias) - log_normalizer)
-    dv = product("nts,ntd->nsd", weights.astype(v.dtype), gradient, of_keys.dtype)
-    dweights = product("ntd,nsd->nts", gradient, v, jnp.float32)
+    dv = einsum("nts,ntd->nsd", weights.astype(v.dtype), gradient, of_keys.dtype)
+    dweights = einsum("ntd,nsd->nts", gradient, v, jnp.float32)
     delta = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     dscores = weights * (dweights - delta) * scale
     if cap is not None:  # tanh' = 1 - tanh²
         dscores = dscores * (1 - (scores / cap) ** 2)
     dscores = dscores.astype(q.dtype)
-    dk = product("nts,ntd->nsd", dscores, q, of_keys.dtype)
-    return product("nts,nsd->ntd", dscores, k), dk, dv, None, None
+    dk = einsum("nts,ntd->nsd", dscores, q, of_keys.dtype)
+    return einsum("nts,nsd->ntd", dscores, k), dk, dv, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -17,17 +17,17 @@ from jax.typing import DTypeLike
 
 from qlora_jax.nn.delta import Delta, changed
 from qlora_jax.quant import (
-    PackedTable,
+    EmbeddingStorage,
+    PackedEmbedding,
     QuantizedTensor,
-    TableStorage,
-    quantize_rows,
-    rows_product,
-    rows_sum,
-    table_shape,
-    take_rows,
+    embedding_lookup,
+    embedding_matmul,
+    embedding_rows_sum,
+    embedding_shape,
+    quantize_embedding,
     with_single_scales,
 )
-from qlora_jax.quant.product import product
+from qlora_jax.quant.dense_matmul import einsum
 
 
 @jax.tree_util.register_dataclass
@@ -41,18 +41,18 @@ class Table:
         rows: which ones it is added to, all different; None: to all, which the weight is dense for.
     """
 
-    weight: Array | PackedTable
+    weight: Array | PackedEmbedding
     delta: Array | None = None
     rows: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int]:
         """(vocabulary, features)."""
-        return table_shape(self.weight)
+        return embedding_shape(self.weight)
 
     def __call__(self, tokens: Array) -> Array:
         """int32 `[...]` to rows `[..., features]` in the dtype of the table."""
-        found = take_rows(self.weight, tokens)
+        found = embedding_lookup(self.weight, tokens)
         if self.delta is None:
             return found
         if self.rows is None:
@@ -67,10 +67,10 @@ class Table:
         dtype = hidden.dtype if dtype is None else dtype
         folded = self.folded()
         flat = hidden.reshape(-1, hidden.shape[-1])
-        if isinstance(folded.weight, PackedTable):
-            logits = rows_product(flat, folded.weight, dtype)
+        if isinstance(folded.weight, PackedEmbedding):
+            logits = embedding_matmul(flat, folded.weight, dtype)
         else:
-            logits = product("nd,vd->nv", flat, folded.weight.astype(hidden.dtype), dtype)
+            logits = einsum("nd,vd->nv", flat, folded.weight.astype(hidden.dtype), dtype)
         logits = logits.reshape(*hidden.shape[:-1], -1)
         if folded.delta is None:
             return logits
@@ -81,10 +81,10 @@ class Table:
         """share `[n, vocabulary]` times the table, `[n, features]` in `dtype`, that of share if None."""
         dtype = share.dtype if dtype is None else dtype
         folded = self.folded()
-        if isinstance(folded.weight, PackedTable):
-            sums = rows_sum(share, folded.weight, dtype)
+        if isinstance(folded.weight, PackedEmbedding):
+            sums = embedding_rows_sum(share, folded.weight, dtype)
         else:
-            sums = product("nv,vd->nd", share, folded.weight.astype(share.dtype), dtype)
+            sums = einsum("nv,vd->nd", share, folded.weight.astype(share.dtype), dtype)
         if folded.delta is None:
             return sums
         of_rows = share[:, jnp.asarray(self.rows)]
@@ -98,7 +98,7 @@ class Table:
         """
         if self.delta is None or self.rows is not None:
             return self
-        if isinstance(self.weight, PackedTable):
+        if isinstance(self.weight, PackedEmbedding):
             raise ValueError(f"table: expected a dense one where all rows change, found {type(self.weight).__name__}")
         return Table(changed(self.weight, self.delta))
 
@@ -123,7 +123,7 @@ class Embedding(nnx.Module):
         features: int,
         *,
         rows: tuple[int, ...] | None = None,
-        storage: TableStorage = "none",
+        storage: EmbeddingStorage = "none",
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
@@ -133,7 +133,7 @@ class Embedding(nnx.Module):
             ValueError: a storage that there is not, or not for so many features.
         """
         table = jax.random.normal(rngs.params(), (vocabulary, features), dtype) * 0.02
-        self.weight = nnx.Param(quantize_rows(table, storage))
+        self.weight = nnx.Param(quantize_embedding(table, storage))
         self.weight_delta = None if rows is None else Delta(jnp.zeros((len(rows), features), jnp.float32))
         self.rows = rows
 

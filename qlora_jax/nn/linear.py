@@ -16,8 +16,8 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from qlora_jax.nn.delta import Delta, value_of
-from qlora_jax.nn.kept import keep
 from qlora_jax.nn.parallel import Whole
+from qlora_jax.nn.residuals import checkpoint_name
 from qlora_jax.quant import Quantization, matmul, quantize
 
 
@@ -110,4 +110,4 @@ class Linear(nnx.Module):
     def __call__(self, x: Array, *, key: Array | None = None) -> Array:
         """x `[..., in]` to `[..., out]` in the dtype of x; `key` turns the adapter's dropout on."""
         y = self.base(x) if self.adapter is None else self.adapter(x, self, key)
-        return keep(y, "linear")
+        return checkpoint_name(y, "linear")

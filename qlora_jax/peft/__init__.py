@@ -1,16 +1,16 @@
 """Methods of parameter-efficient fine-tuning, one file each, on the layers of `nn`."""
 
-from qlora_jax.peft.dora import DoRALinear, DoRASlot
+from qlora_jax.peft.dora import DoRALinear, DoRASpec
 from qlora_jax.peft.full import FullFineTuning
 from qlora_jax.peft.ia3 import IA3, IA3Linear
+from qlora_jax.peft.initialization import reads_weights
 from qlora_jax.peft.lora import LoRA
-from qlora_jax.peft.lora_linear import LoRALinear, Slot, lora_update
+from qlora_jax.peft.lora_linear import LoRALinear, LoRASpec, lora_update
 from qlora_jax.peft.method import AdapterModule, FieldErrors, FilePart, Method, ModelShape, OfModel, ScalesBias
 from qlora_jax.peft.p_tuning import PTuning
 from qlora_jax.peft.prefix_tuning import PrefixTuning
 from qlora_jax.peft.prompt import Prompt, PromptMethod, PromptShape
 from qlora_jax.peft.prompt_tuning import PromptTuning
-from qlora_jax.peft.start import reads_weights
 from qlora_jax.peft.targets import ALL_LINEAR, module_matches
 
 # By PEFT's names. A new method is a file and a line here.
@@ -28,13 +28,14 @@ __all__ = [
     "METHODS",
     "AdapterModule",
     "DoRALinear",
-    "DoRASlot",
+    "DoRASpec",
     "FieldErrors",
     "FilePart",
     "FullFineTuning",
     "IA3Linear",
     "LoRA",
     "LoRALinear",
+    "LoRASpec",
     "Method",
     "ModelShape",
     "OfModel",
@@ -45,7 +46,6 @@ __all__ = [
     "PromptShape",
     "PromptTuning",
     "ScalesBias",
-    "Slot",
     "lora_update",
     "module_matches",
     "reads_weights",

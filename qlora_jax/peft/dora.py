@@ -28,35 +28,37 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from qlora_jax.nn import AdapterConstant, Linear, WeightConstant, keep
-from qlora_jax.peft.lora_linear import Slot, drop, lora_file_parts, lora_update, start
+from qlora_jax.nn import AdapterConstant, Linear, WeightConstant, checkpoint_name
+from qlora_jax.peft.lora_linear import LoRASpec, drop, lora_file_parts, lora_update, start
 from qlora_jax.peft.method import FilePart
 from qlora_jax.quant import QuantizedTensor, dequantize, matmul
 
 
 @dataclasses.dataclass(frozen=True)
-class DoRASlot:
+class DoRASpec:
     """The place of DoRA in a linear layer or in a stack of them, which is that of a LoRA."""
 
-    slot: Slot
+    spec: LoRASpec
 
     def make(self, in_features: int, out_features: int, *, layer: int | Array = 0, rngs: nnx.Rngs) -> "DoRALinear":
         """The adapter of one layer of the stack."""
-        return DoRALinear(in_features, out_features, slot=self.slot, layer=layer, rngs=rngs)
+        return DoRALinear(in_features, out_features, spec=self.spec, layer=layer, rngs=rngs)
 
 
 class DoRALinear(nnx.Module):
     """The adapter of a layer.
 
     Attributes:
-        lora_a, lora_b, slot, factors: those of `LoRALinear`.
+        lora_a, lora_b, spec, factors: those of `LoRALinear`.
         lora_magnitude: float32 `nnx.LoRAParam` `[out]`, m - ||W||.
         weight_norm: float32 `WeightConstant` `[out]`, ||W|| by columns.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, slot: Slot, layer: int | Array = 0, rngs: nnx.Rngs) -> None:
-        self.slot = slot
-        a, b, factors = start(slot, in_features, out_features, layer=layer, rngs=rngs)
+    def __init__(
+        self, in_features: int, out_features: int, *, spec: LoRASpec, layer: int | Array = 0, rngs: nnx.Rngs
+    ) -> None:
+        self.spec = spec
+        a, b, factors = start(spec, in_features, out_features, layer=layer, rngs=rngs)
         self.factors = None if factors is None else AdapterConstant(factors)
         self.lora_a, self.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
         self.lora_magnitude = nnx.LoRAParam(jnp.zeros((out_features,), jnp.float32))
@@ -67,11 +69,11 @@ class DoRALinear(nnx.Module):
         self.weight_norm.set_value(column_norms(weight))
 
     def __call__(self, x: Array, linear: Linear, key: Array | None) -> Array:
-        weight, dropped = linear.weight.get_value(), drop(x, self.slot.dropout, key)
+        weight, dropped = linear.weight.get_value(), drop(x, self.spec.dropout, key)
         update = lora_update(dropped, self.lora_a[...], self.lora_b[...], self._scaling())
         base = matmul(dropped, weight)
         # The gradient of m reads it, and the layer's own result does not give it back.
-        directed = keep(base + update, "linear")
+        directed = checkpoint_name(base + update, "linear")
         scale = self._scale(weight, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         # In float32: a bfloat16 scale near 1 would have steps of 0.4 %.
         y = scale * directed.astype(jnp.float32)
@@ -81,13 +83,13 @@ class DoRALinear(nnx.Module):
 
     def file_parts(self) -> Iterator[FilePart]:
         """See `method.AdapterModule`."""
-        yield from lora_file_parts(self.slot)
-        for layer, rank in enumerate(self.slot.ranks):
+        yield from lora_file_parts(self.spec)
+        for layer, rank in enumerate(self.spec.ranks):
             if rank:
                 yield FilePart(layer, MAGNITUDE, "lora_magnitude", changes_own="weight_norm")
 
     def _scaling(self) -> float | Array:
-        return self.slot.scalings[0] if self.factors is None else self.factors[...]
+        return self.spec.scalings[0] if self.factors is None else self.factors[...]
 
     def _scale(self, weight: Any, dtype: DTypeLike) -> Array:
         """float32 `[out]`, m / ||V||; 1 where the layer has no adapter."""
@@ -98,7 +100,7 @@ class DoRALinear(nnx.Module):
         inner = jnp.einsum("ir,is->rs", a, a, precision="highest")
         own = jnp.einsum("rs,so->ro", inner, b, precision="highest")
         total = jnp.sqrt(jnp.maximum(norm * norm + (b * (2 * crossed + own)).sum(0), 0))
-        total = keep(jnp.where(total > 0, total, 1), "lora")  # a column of zeros stays one
+        total = checkpoint_name(jnp.where(total > 0, total, 1), "lora")  # a column of zeros stays one
         scale = (norm + self.lora_magnitude[...]) / total
         return scale if self.factors is None else jnp.where(self.factors[...].max() > 0, scale, 1)
 

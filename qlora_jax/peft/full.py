@@ -45,7 +45,7 @@ class FullFineTuning:
         """See `Method`."""
         return {key: WholeWeight(len(modules)) for key, modules in layers.items()}
 
-    def misfit(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
+    def shape_error(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
         """See `Method`."""
         return None if len(shape) == 2 else "expected a matrix"
 

@@ -132,7 +132,7 @@ class IA3:
             found[key] = Scales(tuple(name in chosen for name in stacked), inputs == {True}, not self.init_ia3_weights)
         return found
 
-    def misfit(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
+    def shape_error(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
         """See `Method`."""
         feedforward = self.is_feedforward(module)
         if len(shape) == 2 and shape[0 if feedforward else 1] == 1:

@@ -10,10 +10,10 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from qlora_jax.peft.dora import MAGNITUDE, DoRALinear, DoRASlot
+from qlora_jax.peft.dora import MAGNITUDE, DoRALinear, DoRASpec
+from qlora_jax.peft.initialization import check_start, reads_weights
 from qlora_jax.peft.lora_config import read_lora, write_lora
-from qlora_jax.peft.lora_linear import LoRALinear, Slot
-from qlora_jax.peft.start import check_start, reads_weights
+from qlora_jax.peft.lora_linear import LoRALinear, LoRASpec
 from qlora_jax.peft.targets import ALL_LINEAR, choose, known_names, pattern_matches
 
 Number = TypeVar("Number", int, float)
@@ -149,7 +149,7 @@ class LoRA:
     def suffixes(self) -> tuple[str, ...]:
         return ("lora_A.weight", "lora_B.weight", *((MAGNITUDE,) if self.use_dora else ()))
 
-    def misfit(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
+    def shape_error(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
         """See `Method`."""
         if suffix == MAGNITUDE:
             return None if len(shape) == 1 else "expected a vector"
@@ -178,7 +178,7 @@ class LoRA:
         """See `Method`."""
         return write_lora(self, modules)
 
-    def targets(self, layers: Mapping[str, Sequence[str]]) -> "dict[str, Slot] | dict[str, DoRASlot]":
+    def targets(self, layers: Mapping[str, Sequence[str]]) -> "dict[str, LoRASpec] | dict[str, DoRASpec]":
         """The keys of `layers` that get an adapter, with its ranks and scalings.
 
         Args:
@@ -194,21 +194,21 @@ class LoRA:
                     raise ValueError(
                         f"LoRA {field} {pattern!r} matches no linear layer that gets an adapter; {known_names(layers)}"
                     )
-        slots = {}
+        specs = {}
         for key, stacked in layers.items():
             if chosen.isdisjoint(stacked):
                 continue
             ranks = tuple(self.rank_of(name) if name in chosen else 0 for name in stacked)
             scalings = tuple(self.scaling_of(name) if name in chosen else 0.0 for name in stacked)
-            slots[key] = Slot(ranks, scalings, self.dropout, self.init_lora_weights)
-        return {key: DoRASlot(slot) for key, slot in slots.items()} if self.use_dora else slots
+            specs[key] = LoRASpec(ranks, scalings, self.dropout, self.init_lora_weights)
+        return {key: DoRASpec(spec) for key, spec in specs.items()} if self.use_dora else specs
 
     def make(
         self, in_features: int, out_features: int, *, layer: int | Array = 0, rngs: nnx.Rngs
     ) -> LoRALinear | DoRALinear:
         """The adapter of a layer by itself, which has no name: what concerns names does not count."""
-        slot = Slot((self.rank,), (self.scaling,), self.dropout, self.init_lora_weights)
-        return (DoRASlot(slot) if self.use_dora else slot).make(in_features, out_features, layer=layer, rngs=rngs)
+        spec = LoRASpec((self.rank,), (self.scaling,), self.dropout, self.init_lora_weights)
+        return (DoRASpec(spec) if self.use_dora else spec).make(in_features, out_features, layer=layer, rngs=rngs)
 
     def _scaling(self, rank: int, alpha: float) -> float:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)

@@ -4,18 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_jax.peft.fields import (
-    Fields,
-    as_list,
-    as_names,
-    is_list,
-    is_names,
-    is_number,
-    is_rows,
-    is_table,
-    is_whole,
-)
-from qlora_jax.peft.start import reads_weights
+from qlora_jax.peft.fields import Fields, as_list, as_names, is_list, is_names, is_number, is_rows, is_table, is_whole
+from qlora_jax.peft.initialization import reads_weights
 from qlora_jax.peft.targets import ALL_LINEAR
 
 # PEFT's fields whose value is of no consequence here: records, training-time settings, and settings of

@@ -5,7 +5,7 @@
 A starts uniform in ±1/sqrt(in) (Kaiming uniform with a = sqrt(5)), B at zero, so that a fresh adapter changes nothing.
 
 Layers are stacked, and r and alpha may differ from one to the other. The matrices of a stack all have the largest r; a layer
-with a smaller one, or with none, has zeros in the other columns of A and rows of B, and s there is 0 (`Slot.factors`). So
+with a smaller one, or with none, has zeros in the other columns of A and rows of B, and there s is 0 (`LoRASpec.factors`):
 neither the output nor any gradient knows of the padding, whatever the optimizer does to it: A gets s times what B lets
 through, B gets s times what A lets through.
 """
@@ -20,14 +20,14 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from qlora_jax.nn import AdapterConstant, Linear, keep
+from qlora_jax.nn import AdapterConstant, Linear, checkpoint_name
+from qlora_jax.peft.initialization import orthogonal
 from qlora_jax.peft.method import FilePart
-from qlora_jax.peft.start import orthogonal
 from qlora_jax.quant import matmul
 
 
 @dataclasses.dataclass(frozen=True)
-class Slot:
+class LoRASpec:
     """The place of an adapter in a linear layer, or in a stack of them.
 
     Attributes:
@@ -59,7 +59,7 @@ class Slot:
 
     def make(self, in_features: int, out_features: int, *, layer: int | Array = 0, rngs: nnx.Rngs) -> "LoRALinear":
         """The adapter of one layer of the stack."""
-        return LoRALinear(in_features, out_features, slot=self, layer=layer, rngs=rngs)
+        return LoRALinear(in_features, out_features, spec=self, layer=layer, rngs=rngs)
 
 
 class LoRALinear(nnx.Module):
@@ -67,57 +67,59 @@ class LoRALinear(nnx.Module):
 
     Attributes:
         lora_a, lora_b: float32 `nnx.LoRAParam` `[in, r]` and `[r, out]`.
-        slot: the ranks and scalings of the adapter, in a stack those of all its layers.
+        spec: the ranks and scalings of the adapter, in a stack those of all its layers.
         factors: float32 `AdapterConstant` `[r]` where they differ within the stack, or None.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, slot: Slot, layer: int | Array = 0, rngs: nnx.Rngs) -> None:
-        self.slot = slot
-        a, b, factors = start(slot, in_features, out_features, layer=layer, rngs=rngs)
+    def __init__(
+        self, in_features: int, out_features: int, *, spec: LoRASpec, layer: int | Array = 0, rngs: nnx.Rngs
+    ) -> None:
+        self.spec = spec
+        a, b, factors = start(spec, in_features, out_features, layer=layer, rngs=rngs)
         self.factors = None if factors is None else AdapterConstant(factors)
         self.lora_a, self.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
 
     def __call__(self, x: Array, linear: Linear, key: Array | None) -> Array:
-        scaling = self.slot.scalings[0] if self.factors is None else self.factors[...]
-        update = lora_update(x, self.lora_a[...], self.lora_b[...], scaling, self.slot.dropout, key)
+        scaling = self.spec.scalings[0] if self.factors is None else self.factors[...]
+        update = lora_update(x, self.lora_a[...], self.lora_b[...], scaling, self.spec.dropout, key)
         return linear.base(x) + update
 
     def file_parts(self) -> Iterator[FilePart]:
         """See `method.AdapterModule`."""
-        return lora_file_parts(self.slot)
+        return lora_file_parts(self.spec)
 
 
 def start(
-    slot: Slot, in_features: int, out_features: int, *, layer: int | Array, rngs: nnx.Rngs
+    spec: LoRASpec, in_features: int, out_features: int, *, layer: int | Array, rngs: nnx.Rngs
 ) -> tuple[Array, Array, Array | None]:
     """(A, B, factors on the columns of A where they differ within the stack) of a fresh adapter."""
-    key, b = rngs.params(), jnp.zeros((slot.rank, out_features), jnp.float32)
-    factors = None if slot.uniform else jnp.asarray(slot.factors())[layer]
-    if slot.start == "orthogonal":
-        a, b = _orthogonal(slot, key, in_features, out_features, layer)
-    elif slot.start == "gaussian":
-        rank = slot.rank if factors is None else jnp.maximum(jnp.asarray(slot.ranks)[layer], 1)
-        a = jax.random.normal(key, (in_features, slot.rank)) / rank
+    key, b = rngs.params(), jnp.zeros((spec.rank, out_features), jnp.float32)
+    factors = None if spec.uniform else jnp.asarray(spec.factors())[layer]
+    if spec.start == "orthogonal":
+        a, b = _orthogonal(spec, key, in_features, out_features, layer)
+    elif spec.start == "gaussian":
+        rank = spec.rank if factors is None else jnp.maximum(jnp.asarray(spec.ranks)[layer], 1)
+        a = jax.random.normal(key, (in_features, spec.rank)) / rank
     else:
-        a = init_lora_a(key, in_features, slot.rank)
+        a = init_lora_a(key, in_features, spec.rank)
     if factors is not None:
         a = jnp.where(factors[None, :] > 0, a, 0)
     return a, b, factors
 
 
-def _orthogonal(slot: Slot, key: Array, in_features: int, out_features: int, layer: int | Array) -> tuple[Array, Array]:
+def _orthogonal(spec: LoRASpec, key: Array, in_features: int, out_features: int, layer: int | Array) -> tuple[Array, Array]:
     """A and B of the layer's own rank, in zeros up to the largest."""
-    ranks = sorted({*slot.ranks} - {0})
+    ranks = sorted({*spec.ranks} - {0})
     made = [orthogonal(key, in_features, out_features, rank) for rank in ranks]
-    a = jnp.stack([jnp.pad(a, ((0, 0), (0, slot.rank - rank))) for rank, (a, _) in zip(ranks, made, strict=True)])
-    b = jnp.stack([jnp.pad(b, ((0, slot.rank - rank), (0, 0))) for rank, (_, b) in zip(ranks, made, strict=True)])
-    own = jnp.asarray([ranks.index(rank) if rank else 0 for rank in slot.ranks])[layer]
+    a = jnp.stack([jnp.pad(a, ((0, 0), (0, spec.rank - rank))) for rank, (a, _) in zip(ranks, made, strict=True)])
+    b = jnp.stack([jnp.pad(b, ((0, spec.rank - rank), (0, 0))) for rank, (_, b) in zip(ranks, made, strict=True)])
+    own = jnp.asarray([ranks.index(rank) if rank else 0 for rank in spec.ranks])[layer]
     return a[own], b[own]
 
 
-def lora_file_parts(slot: Slot) -> Iterator[FilePart]:
+def lora_file_parts(spec: LoRASpec) -> Iterator[FilePart]:
     """Where the files' A and B lie in the `lora_a` and `lora_b` of a stack."""
-    for layer, rank in enumerate(slot.ranks):
+    for layer, rank in enumerate(spec.ranks):
         if rank:
             yield FilePart(layer, "lora_A.weight", "lora_a", (slice(None), slice(rank)), transposed=True)
             yield FilePart(layer, "lora_B.weight", "lora_b", (slice(rank), slice(None)), transposed=True)
@@ -141,7 +143,7 @@ def lora_update(
     x = drop(x, dropout, key)
     if isinstance(scaling, Array):
         scaling = scaling.astype(x.dtype)
-    inner = keep(matmul(x, a), "lora")
+    inner = checkpoint_name(matmul(x, a), "lora")
     return matmul(inner * scaling, b)
 
 

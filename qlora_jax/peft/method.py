@@ -122,7 +122,7 @@ class Method(Protocol):
         """
         ...
 
-    def misfit(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
+    def shape_error(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
         """What is wrong with the shape of a module's tensor in the files, whatever the model; None: nothing."""
         ...
 

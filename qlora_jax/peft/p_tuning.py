@@ -163,7 +163,7 @@ class PTuning:
         """See `PromptMethod`."""
         return dataclasses.replace(self, encoded=False)
 
-    def misfit(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
+    def shape_error(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
         """See `Method`."""
         return misfit_of(shape, self.rows, self.shape.token_dim)
 

@@ -124,7 +124,7 @@ class PromptTuning:
         """See `PromptMethod`."""
         return self
 
-    def misfit(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
+    def shape_error(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
         """See `Method`."""
         return misfit_of(shape, self.rows, self.shape.token_dim)
 

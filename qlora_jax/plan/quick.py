@@ -26,7 +26,7 @@ from qlora_jax.nn import split_axis
 from qlora_jax.nn.attention import block_of_queries
 from qlora_jax.peft import LoRA
 from qlora_jax.plan.recipe import Recipe, abstract_step, tree_bytes
-from qlora_jax.quant import PackedTable
+from qlora_jax.quant import PackedEmbedding
 from qlora_jax.train.loss import chunk_tokens
 
 ERROR = 0.05  # the relative error of the peak that scripts/measure_plan.py holds it to
@@ -266,7 +266,7 @@ def features(recipe: Recipe, platform: str, devices: int, adapter: int) -> dict[
     masked = recipe.packed and platform == "cuda"
     scores = (1 if masked else 0) if fused else 2 * attention
     queries = recipe.keys if fused or not decoder else min(block_of_queries(recipe.keys), recipe.keys)  # at a time
-    of_value = {"none": size, "int8": 1, "nf4": 0.516}[recipe.tables]  # bytes in a table
+    of_value = {"none": size, "int8": 1, "nf4": 0.516}[recipe.embedding_storage]  # bytes in a table
     table = int(config.vocab_size * hidden * of_value) if devices > 1 else 0  # gathered
     tables = 2 if decoder and not config.tie_word_embeddings else 1
     spread = devices if config.vocab_size % devices == 0 else 1  # over whom the loss spreads the rows of the head
@@ -310,8 +310,8 @@ def _sizes(recipe: Recipe) -> tuple[int, int, int, int, int]:
 def _spread_bytes(frozen: Any, devices: int) -> tuple[int, int]:
     """(bytes of what is packed, bytes of the rest) on each of so many devices, as `nn.frozen_sharding` spreads them."""
     packed = dense = 0
-    for leaf in jax.tree.leaves(frozen, is_leaf=lambda leaf: isinstance(leaf, PackedTable)):
-        quantized = isinstance(leaf, PackedTable)
+    for leaf in jax.tree.leaves(frozen, is_leaf=lambda leaf: isinstance(leaf, PackedEmbedding)):
+        quantized = isinstance(leaf, PackedEmbedding)
         for part in jax.tree.leaves(leaf):
             whole = split_axis(part.shape, devices) is None
             size = part.size * part.dtype.itemsize // (1 if whole else devices)

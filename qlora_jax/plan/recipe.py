@@ -16,7 +16,7 @@ from flax import nnx
 from qlora_jax.models import T5, CausalLM, DecoderConfig, ModelConfig, Remat
 from qlora_jax.nn import default_implementation
 from qlora_jax.peft import LoRA, Method, PromptMethod
-from qlora_jax.quant import PackedTable, Quantization, TableStorage
+from qlora_jax.quant import EmbeddingStorage, PackedEmbedding, Quantization
 from qlora_jax.train.dpo import PAIRS, dpo_loss, with_reference
 from qlora_jax.train.loss import language_model_loss, seq2seq_loss
 from qlora_jax.train.offload import host_offload
@@ -33,7 +33,7 @@ class Recipe:
     Attributes:
         config: of the model.
         quantization: of the linear layers; None keeps them dense.
-        tables: storage of the token table and the output head.
+        embedding_storage: storage of the token table and the output head.
         dtype: of activations and dense weights.
         batch_size: sequences of a micro-batch on each device, or pairs of them for DPO.
         micro_batches: whose gradients are added up in a step.
@@ -47,7 +47,7 @@ class Recipe:
 
     config: ModelConfig
     quantization: Quantization | None = Quantization()
-    tables: TableStorage = "none"
+    embedding_storage: EmbeddingStorage = "none"
     method: Method = LoRA()
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Remat = "full"
@@ -145,7 +145,7 @@ def abstract_model(recipe: Recipe, platform: str) -> Any:
         model = family(
             recipe.config,  # type: ignore[arg-type]
             quantization=recipe.quantization,
-            tables=recipe.tables,
+            embedding_storage=recipe.embedding_storage,
             method=recipe.method,
             dtype=jnp.dtype(recipe.dtype),
             attention=default_implementation(platform),
@@ -184,8 +184,8 @@ def abstract_batch(recipe: Recipe, devices: int = 1) -> dict[str, jax.ShapeDtype
 
 def weight_bytes(frozen: Any) -> tuple[int, int]:
     """(bytes of quantised matrices and tables, bytes of everything else) of a frozen tree, on each device."""
-    leaves = jax.tree.leaves(frozen, is_leaf=lambda leaf: isinstance(leaf, PackedTable))
-    packed = sum(tree_bytes(leaf) for leaf in leaves if isinstance(leaf, PackedTable))
+    leaves = jax.tree.leaves(frozen, is_leaf=lambda leaf: isinstance(leaf, PackedEmbedding))
+    packed = sum(tree_bytes(leaf) for leaf in leaves if isinstance(leaf, PackedEmbedding))
     return packed, tree_bytes(frozen) - packed
 
 

@@ -2,31 +2,23 @@
 arrays in 8 bits, block by block."""
 
 from qlora_jax.quant.blocks import from_blocks, to_blocks
-from qlora_jax.quant.codebooks import (
-    BLOCK_SIZES,
-    DATA_TYPES,
-    SCALE_BLOCK_SIZE,
-    DataType,
-    code_bits,
-    codebook,
-    dynamic_map,
-)
+from qlora_jax.quant.codebooks import BLOCK_SIZES, DATA_TYPES, SCALE_BLOCK_SIZE, DataType, code_bits, codebook, dynamic_map
 from qlora_jax.quant.dynamic import BlockwiseArray, dequantize_blockwise, quantize_blockwise
-from qlora_jax.quant.matmul import matmul, with_implementation
-from qlora_jax.quant.rows import (
-    TABLE_STORAGES,
-    Int8Rows,
-    PackedTable,
-    TableStorage,
-    empty_rows,
-    put_rows,
-    quantize_rows,
-    rows_product,
-    rows_sum,
-    table_shape,
-    take_rows,
+from qlora_jax.quant.embedding import (
+    EMBEDDING_STORAGES,
+    EmbeddingStorage,
+    Int8Embedding,
+    PackedEmbedding,
+    embedding_lookup,
+    embedding_matmul,
+    embedding_rows_sum,
+    embedding_shape,
+    empty_embedding,
+    quantize_embedding,
     with_single_scales,
+    write_embedding_rows,
 )
+from qlora_jax.quant.matmul import matmul, with_implementation
 from qlora_jax.quant.spec import Quantization
 from qlora_jax.quant.stacked import StackedTensor, keep_stacked
 from qlora_jax.quant.tensor import Implementation, QuantizedTensor, dequantize, quantize, with_double_quantization
@@ -34,36 +26,36 @@ from qlora_jax.quant.tensor import Implementation, QuantizedTensor, dequantize, 
 __all__ = [
     "BLOCK_SIZES",
     "DATA_TYPES",
+    "EMBEDDING_STORAGES",
     "SCALE_BLOCK_SIZE",
-    "TABLE_STORAGES",
     "BlockwiseArray",
     "DataType",
+    "EmbeddingStorage",
     "Implementation",
-    "Int8Rows",
-    "PackedTable",
+    "Int8Embedding",
+    "PackedEmbedding",
     "Quantization",
     "QuantizedTensor",
     "StackedTensor",
-    "TableStorage",
     "code_bits",
     "codebook",
     "dequantize",
     "dequantize_blockwise",
     "dynamic_map",
-    "empty_rows",
+    "embedding_lookup",
+    "embedding_matmul",
+    "embedding_rows_sum",
+    "embedding_shape",
+    "empty_embedding",
     "from_blocks",
     "keep_stacked",
     "matmul",
-    "put_rows",
     "quantize",
     "quantize_blockwise",
-    "quantize_rows",
-    "rows_product",
-    "rows_sum",
-    "table_shape",
-    "take_rows",
+    "quantize_embedding",
     "to_blocks",
     "with_double_quantization",
     "with_implementation",
     "with_single_scales",
+    "write_embedding_rows",
 ]

@@ -26,7 +26,7 @@ import jax
 from jax import Array
 
 from qlora_jax.quant import kernels, tiles
-from qlora_jax.quant.product import dense_product, product
+from qlora_jax.quant.dense_matmul import dense_matmul, einsum
 from qlora_jax.quant.stacked import StackedTensor
 from qlora_jax.quant.tensor import Implementation, QuantizedTensor, dequantize
 
@@ -50,9 +50,9 @@ def matmul(x: Array, w: Array | QuantizedTensor | StackedTensor, *, implementati
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(w, QuantizedTensor | StackedTensor):
         packed = w.stack if isinstance(w, StackedTensor) else w
-        y: Array = _product(_chosen(rows, packed, implementation or packed.implementation), rows, w)
+        y: Array = _einsum(_chosen(rows, packed, implementation or packed.implementation), rows, w)
     else:
-        y = dense_product(rows, w)
+        y = dense_matmul(rows, w)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -78,7 +78,7 @@ def _xla(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
     x, matrix = _in_turn(x, w)
 
     def whole(x: Array, w: QuantizedTensor) -> Array:
-        return product("nk,km->nm", x, dequantize(w, x.dtype))
+        return einsum("nk,km->nm", x, dequantize(w, x.dtype))
 
     if x.shape[0] > FEW_ROWS or matrix.flat_shape is not None:
         return whole(x, matrix)
@@ -87,7 +87,7 @@ def _xla(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
 
 def _xla_transposed(dy: Array, w: QuantizedTensor | StackedTensor) -> Array:
     dy, matrix = _in_turn(dy, w)
-    return product("nm,km->nk", dy, dequantize(matrix, dy.dtype))
+    return einsum("nm,km->nk", dy, dequantize(matrix, dy.dtype))
 
 
 def _in_turn(x: Array, w: QuantizedTensor | StackedTensor) -> tuple[Array, QuantizedTensor]:
@@ -102,7 +102,7 @@ def _in_turn(x: Array, w: QuantizedTensor | StackedTensor) -> tuple[Array, Quant
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(implementation: Implementation, x: Array, w: QuantizedTensor | StackedTensor) -> Array:
+def _einsum(implementation: Implementation, x: Array, w: QuantizedTensor | StackedTensor) -> Array:
     match implementation:
         case "xla":
             return _xla(x, w)
@@ -113,7 +113,7 @@ def _product(implementation: Implementation, x: Array, w: QuantizedTensor | Stac
 
 
 def _forward(implementation: Implementation, x: Array, w: Any) -> tuple[Array, Any]:
-    return _product(implementation, x, w), w
+    return _einsum(implementation, x, w), w
 
 
 def _backward(implementation: Implementation, w: Any, dy: Array) -> tuple[Array, None]:
@@ -122,4 +122,4 @@ def _backward(implementation: Implementation, w: Any, dy: Array) -> tuple[Array,
     return _xla_transposed(dy, w), None
 
 
-_product.defvjp(_forward, _backward)
+_einsum.defvjp(_forward, _backward)

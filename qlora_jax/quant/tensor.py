@@ -31,15 +31,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from qlora_jax.quant.codebooks import (
-    BLOCK_SIZES,
-    DATA_TYPES,
-    SCALE_BLOCK_SIZE,
-    DataType,
-    borders,
-    codebook,
-    dynamic_map,
-)
+from qlora_jax.quant.codebooks import BLOCK_SIZES, DATA_TYPES, SCALE_BLOCK_SIZE, DataType, borders, codebook, dynamic_map
 from qlora_jax.quant.dynamic import lookup_dynamic
 
 Implementation = Literal["auto", "xla", "pallas"]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from qlora_jax.quant.product import product
+from qlora_jax.quant.dense_matmul import einsum
 from qlora_jax.quant.tensor import QuantizedTensor, block_scales, dequantize_in_vectors
 
 _VALUES = 2**18  # of a tile
@@ -27,7 +27,7 @@ def matmul(x: Array, w: QuantizedTensor) -> Array:
     def of_tile(_: None, start: Array) -> tuple[None, Array]:
         codes, tile_scales = (jax.lax.dynamic_slice_in_dim(array, start, width, axis=1) for array in (w.codes, scales))
         values = dequantize_in_vectors(codes, tile_scales, w.data_type)
-        return None, product("nk,km->nm", exact, values)
+        return None, einsum("nk,km->nm", exact, values)
 
     _, parts = jax.lax.scan(of_tile, None, width * jnp.arange(columns // width))
     return parts.swapaxes(0, 1).reshape(x.shape[0], columns).astype(x.dtype)

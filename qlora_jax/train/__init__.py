@@ -1,15 +1,15 @@
 """Training as pure functions of explicit state: loss, optimizers, step, and the loop around them."""
 
-from qlora_jax.train.ahead import Ahead, compile_ahead
+from qlora_jax.errors import DivergedError
 from qlora_jax.train.dpo import PAIRS, dpo_loss, with_reference, without_adapter
 from qlora_jax.train.log import MetricsLog, best_evaluation, peak_memory_bytes, perplexity, plot_losses
-from qlora_jax.train.loop import BatchSource, Cadence, DivergedError, Watch, mean_metrics, train
+from qlora_jax.train.loop import BatchSource, Cadence, Watch, mean_metrics, train
 from qlora_jax.train.loss import (
     chunked_cross_entropy,
-    language_model_figures,
     language_model_loss,
-    seq2seq_figures,
+    language_model_metrics,
     seq2seq_loss,
+    seq2seq_metrics,
     token_losses,
 )
 from qlora_jax.train.offload import HostOffload, host_offload
@@ -23,6 +23,7 @@ from qlora_jax.train.optim import (
     learning_rate_schedule,
     optimizer,
 )
+from qlora_jax.train.precompile import Ahead, compile_ahead
 from qlora_jax.train.step import (
     TOKENS,
     LossFunction,
@@ -68,16 +69,16 @@ __all__ = [
     "init_state",
     "jit_eval_step",
     "jit_train_step",
-    "language_model_figures",
     "language_model_loss",
+    "language_model_metrics",
     "learning_rate_schedule",
     "mean_metrics",
     "optimizer",
     "peak_memory_bytes",
     "perplexity",
     "plot_losses",
-    "seq2seq_figures",
     "seq2seq_loss",
+    "seq2seq_metrics",
     "split",
     "token_losses",
     "train",

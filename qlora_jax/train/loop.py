@@ -23,12 +23,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from qlora_jax.errors import DivergedError
 from qlora_jax.train.log import MetricsLog, best_evaluation, peak_memory_bytes
 from qlora_jax.train.step import TOKENS, TrainState, Unit
-
-
-class DivergedError(ValueError):
-    """The loss or the gradient became NaN or infinite."""
 
 
 class BatchSource(Protocol):

@@ -286,14 +286,14 @@ def seq2seq_loss(model: Any, batch: Mapping[str, Array], key: Array | None) -> A
     return row_losses(model, hidden, batch["targets"], batch["loss_mask"]).sum()
 
 
-def language_model_figures(model: Any, batch: Mapping[str, Array], key: Array | None) -> tuple[Array, dict[str, Array]]:
+def language_model_metrics(model: Any, batch: Mapping[str, Array], key: Array | None) -> tuple[Array, dict[str, Array]]:
     """`language_model_loss` of held-out data, and over its learned tokens the sum of what TRL calls `mean_token_accuracy`: 1
     for a token to which the model gives the highest of all logits."""
     hidden = model.hidden(batch["inputs"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"), key=key)
     return _figures(model, hidden, batch)
 
 
-def seq2seq_figures(model: Any, batch: Mapping[str, Array], key: Array | None) -> tuple[Array, dict[str, Array]]:
+def seq2seq_metrics(model: Any, batch: Mapping[str, Array], key: Array | None) -> tuple[Array, dict[str, Array]]:
     """`seq2seq_loss` with the same figure."""
     encoded = model.encode(batch["sources"], batch["source_mask"], key=None)
     return _figures(model, model.hidden(batch["inputs"], encoded, batch["source_mask"], key=None), batch)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.page import Section, skipped_said, versions_said
-from benchmarks.workers import OURS, Found, Run, command
+from scripts.benchmarks.page import Section, skipped_said, versions_said
+from scripts.benchmarks.workers import OURS, Found, Run, command
 
 Step = Literal["train", "decode"]
 GIB = 2**30

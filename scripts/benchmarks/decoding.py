@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.page import Section, machine_said, skipped_said, versions_said
-from benchmarks.training import disturbed_said
-from benchmarks.workers import MEBIBYTE, OURS, Found, Platform, Run, command, cores, disturbed, peaks
+from scripts.benchmarks.page import Section, machine_said, skipped_said, versions_said
+from scripts.benchmarks.training import disturbed_said
+from scripts.benchmarks.workers import MEBIBYTE, OURS, Found, Platform, Run, command, cores, disturbed, peaks
 
 TEXT = """The harbour was quiet in the early morning. Two boats had come in during the night, and their crews were asleep
 below deck. On the quay a woman in a green coat counted crates of oranges, wrote the number into a small book, and counted

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.page import Section, versions_said
-from benchmarks.workers import MEBIBYTE, OURS, Found, Run, command
+from scripts.benchmarks.page import Section, versions_said
+from scripts.benchmarks.workers import MEBIBYTE, OURS, Found, Run, command
 
 DTYPES, REMATS = ("float32", "bfloat16"), ("full", "dots", "none")
 RECIPES = tuple(f"{dtype}-{remat}-{batch}" for batch in ("4x256", "1x512") for dtype in DTYPES for remat in REMATS)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.workers import Found
+from scripts.benchmarks.workers import Found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.page import Section, machine_said, skipped_said, versions_said
-from benchmarks.workers import MEBIBYTE, OURS, Found, Platform, Run, command, cores, disturbed, peaks
+from scripts.benchmarks.page import Section, machine_said, skipped_said, versions_said
+from scripts.benchmarks.workers import MEBIBYTE, OURS, Found, Platform, Run, command, cores, disturbed, peaks
 
 
 def runs_of(

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 Platform = Literal["cpu", "default"]
 ROOT = Path(__file__).parents[2]
-WORKERS = ROOT / "scripts" / "peers"
+WORKERS = ROOT / "scripts" / "benchmarks" / "peers"
 MEBIBYTE = 2**20
 OURS = "ours"
 QUIET = 0.8  # share of the cores that a program gets on a machine of its own, at least

@@ -13,7 +13,7 @@ import pytest
 
 from qlora_jax.checkpoint import default_model
 from qlora_jax.checkpoint.default_model import default_cache, fetch_default_model
-from qlora_jax.checkpoint.source import CheckpointError
+from qlora_jax.errors import CheckpointError
 
 CONTENT = b"GGUF" + bytes(range(256)) * 50
 

@@ -13,9 +13,10 @@ import pytest
 from gguf.quants import quantize
 
 from qlora_jax.checkpoint.default_model import fetch_default_model
-from qlora_jax.checkpoint.gguf import open_gguf
-from qlora_jax.checkpoint.gguf_header import read_header
-from qlora_jax.checkpoint.source import CheckpointError, open_checkpoint
+from qlora_jax.checkpoint.gguf.header import read_header
+from qlora_jax.checkpoint.gguf.open import open_gguf
+from qlora_jax.checkpoint.open import open_checkpoint
+from qlora_jax.errors import CheckpointError
 
 HEADS, KEY_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 4, 2, 16, 64, 96, 2, 40
 PARTS = {
@@ -148,7 +149,7 @@ def problems_of(path: Path) -> str:
 
 @pytest.mark.parametrize("storage", ["F32", "F16", "Q8_0", "Q4_1"])
 def test_values_and_names(tmp_path: Path, storage: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("qlora_jax.checkpoint.gguf_values.BAND_BYTES", 7 * HIDDEN * 4)  # bands that do not divide the rows
+    monkeypatch.setattr("qlora_jax.checkpoint.gguf.values.BAND_BYTES", 7 * HIDDEN * 4)  # bands that do not divide the rows
     stored = stored_tensors(tied=False)
     checkpoint = open_checkpoint(str(write(tmp_path / "m.gguf", stored, storage=storage)))
     expected = {
@@ -436,7 +437,7 @@ def test_default_model_without_torch():
 MEASURE = """
 import sys
 from pathlib import Path
-from qlora_jax.checkpoint.gguf import open_gguf
+from qlora_jax.checkpoint.gguf.open import open_gguf
 
 def memory(field):
     line = next(line for line in open("/proc/self/status") if line.startswith(field + ":"))

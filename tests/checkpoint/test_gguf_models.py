@@ -15,12 +15,12 @@ import pytest
 from flax import nnx
 from gguf.quants import quantize
 
-from qlora_jax.checkpoint.gguf import open_gguf
-from qlora_jax.checkpoint.gguf_architectures import ARCHITECTURES
-from qlora_jax.checkpoint.gguf_config import read_config
-from qlora_jax.checkpoint.gguf_header import read_header
+from qlora_jax.checkpoint.gguf.architectures import ARCHITECTURES
+from qlora_jax.checkpoint.gguf.config import read_config
+from qlora_jax.checkpoint.gguf.header import read_header
+from qlora_jax.checkpoint.gguf.open import open_gguf
 from qlora_jax.checkpoint.load import load_model
-from qlora_jax.checkpoint.source import CheckpointError
+from qlora_jax.errors import CheckpointError
 
 VOCABULARY, HIDDEN, INNER, HEADS, LAYERS = 101, 64, 96, 4, 4
 SIZES: dict[str, Any] = {

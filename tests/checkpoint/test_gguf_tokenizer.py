@@ -9,9 +9,9 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from qlora_jax.checkpoint.source import CheckpointError
 from qlora_jax.checkpoint.tokenizer import load_tokenizer, stop_ids
 from qlora_jax.data import PLAIN_ANSWERS
+from qlora_jax.errors import CheckpointError
 
 SPACE = "\u2581"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6

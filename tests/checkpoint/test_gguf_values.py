@@ -11,10 +11,10 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import quantize
 
 from qlora_jax.checkpoint.default_model import fetch_default_model
-from qlora_jax.checkpoint.gguf import open_gguf
-from qlora_jax.checkpoint.gguf_header import read_header
-from qlora_jax.checkpoint.gguf_values import read_values
-from qlora_jax.checkpoint.source import CheckpointError
+from qlora_jax.checkpoint.gguf.header import read_header
+from qlora_jax.checkpoint.gguf.open import open_gguf
+from qlora_jax.checkpoint.gguf.values import read_values
+from qlora_jax.errors import CheckpointError
 
 Decoder = Callable[[bytes], list[float]]
 

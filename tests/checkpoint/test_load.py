@@ -11,12 +11,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.load import default_dtype, load_model
-from qlora_jax.checkpoint.source import Checkpoint, CheckpointError
+from qlora_jax.errors import CheckpointError
 from qlora_jax.models import CausalLM
 from qlora_jax.models.llama import llama_config
 from qlora_jax.peft import LoRA
-from qlora_jax.quant import Quantization, QuantizedTensor, TableStorage, dequantize, quantize, quantize_rows, take_rows
+from qlora_jax.quant import (
+    EmbeddingStorage,
+    Quantization,
+    QuantizedTensor,
+    dequantize,
+    embedding_lookup,
+    quantize,
+    quantize_embedding,
+)
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -43,7 +52,7 @@ def tensors() -> dict[str, np.ndarray]:
     model = CausalLM(config, rngs=nnx.Rngs(0))
     generator = np.random.default_rng(0)
     found: dict[str, np.ndarray] = {}
-    for key in config.keys:
+    for key in config.parameter_mappings:
         value: Any = model
         for name in key.path:
             value = getattr(value, name)
@@ -166,20 +175,22 @@ def test_default_dtype(platform: str, dtype: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("storage", ["int8", "nf4"])
 def test_packed_tables_are_filled_by_parts(
-    tensors: dict[str, np.ndarray], storage: TableStorage, monkeypatch: pytest.MonkeyPatch
+    tensors: dict[str, np.ndarray], storage: EmbeddingStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qlora_jax.checkpoint.fill._TABLE_ROWS", 10)
-    model = load(tensors, tables=storage)
+    model = load(tensors, embedding_storage=storage)
     for name, module in (("model.embed_tokens.weight", model.embed_tokens), ("lm_head.weight", model.lm_head)):
         assert module is not None
-        whole = quantize_rows(jnp.asarray(tensors[name]), storage, default_dtype())
+        whole = quantize_embedding(jnp.asarray(tensors[name]), storage, default_dtype())
         for found, expected in zip(jax.tree.leaves(module.weight.get_value()), jax.tree.leaves(whole), strict=True):
             np.testing.assert_array_equal(found, expected)
     tokens = jnp.asarray([[1, 5, 36]])
     dense = load(
         tensors
         | {
-            name: np.asarray(take_rows(quantize_rows(jnp.asarray(tensors[name], jnp.float32), storage), jnp.arange(37)))
+            name: np.asarray(
+                embedding_lookup(quantize_embedding(jnp.asarray(tensors[name], jnp.float32), storage), jnp.arange(37))
+            )
             for name in ("model.embed_tokens.weight", "lm_head.weight")
         }
     )
@@ -189,9 +200,9 @@ def test_packed_tables_are_filled_by_parts(
 def test_a_packed_table_that_is_not_finite_is_an_error(tensors: dict[str, np.ndarray]) -> None:
     tensors["lm_head.weight"][36, 3] = np.nan
     with pytest.raises(CheckpointError, match=r"NaN or infinite values: lm_head\.weight"):
-        load(tensors, tables="int8")
+        load(tensors, embedding_storage="int8")
 
 
 def test_all_of_a_packed_table_does_not_train(tensors: dict[str, np.ndarray]) -> None:
-    with pytest.raises(ValueError, match="trains as a whole: expected quantize_tables none"):
-        load(tensors, tables="nf4", method=LoRA(2, modules_to_save=("lm_head",)))
+    with pytest.raises(ValueError, match="trains as a whole: expected embedding_storage none"):
+        load(tensors, embedding_storage="nf4", method=LoRA(2, modules_to_save=("lm_head",)))

@@ -12,8 +12,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_jax.checkpoint.default_model import fetch_default_model
-from qlora_jax.checkpoint.source import CheckpointError
 from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer
+from qlora_jax.errors import CheckpointError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 TEXTS = [

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_jax.checkpoint.load import load_model
-from qlora_jax.checkpoint.source import open_checkpoint
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.data import BatchIterator, Example, batches, encode_all, load_records, padding_share
 
 LENGTH = 512

@@ -10,20 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import load_model
-from qlora_jax.checkpoint.source import Checkpoint, CheckpointError, open_checkpoint
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.data import DataError
-from qlora_jax.evaluate import (
-    LETTERS,
-    Question,
-    Scores,
-    encode_questions,
-    evaluate_mmlu,
-    letter_logits,
-    read_questions,
-)
+from qlora_jax.errors import CheckpointError
+from qlora_jax.evaluate import LETTERS, Question, Scores, encode_questions, evaluate_mmlu, letter_logits, read_questions
 from qlora_jax.evaluate import mmlu as mmlu_module
 from qlora_jax.evaluate.lengths import padded_length
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from qlora_jax.checkpoint.source import open_checkpoint
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer, save_tokenizer
 from qlora_jax.finetune import DataOptions, LoRAOptions, ModelOptions, Options, RunOptions, WatchOptions
-from qlora_jax.finetune.card import write_card
+from qlora_jax.finetune.reporting.card import write_card
 from qlora_jax.models import causal_family_of
 from qlora_jax.quant import Quantization
 from qlora_jax.train import PAIRS

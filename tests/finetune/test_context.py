@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.checkpoint.adapter_files import read_adapter
-from qlora_jax.checkpoint.record import read_training_record
-from qlora_jax.checkpoint.source import open_checkpoint
-from qlora_jax.checkpoint.tuned import TunedOptions, open_tuned
+from qlora_jax.adapters.files import read_adapter
+from qlora_jax.adapters.metadata import read_adapter_metadata
+from qlora_jax.adapters.pretrained import TunedOptions, open_tuned
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.finetune import DataOptions, LoRAOptions, ModelOptions, OptimizerOptions, Options, RunOptions, finetune
-from qlora_jax.finetune.context_options import ContextOptions
 from qlora_jax.finetune.memory import recipe_of
+from qlora_jax.finetune.options.context import ContextOptions
 from qlora_jax.models import CausalLM, RopeScaling, family_of
 
 MERGE = Path(__file__).resolve().parents[2] / "scripts" / "merge.py"
@@ -57,7 +57,7 @@ def test_longlora_trains_norms_and_table_and_is_dense_afterwards(adapter: Path, 
     """Evaluation and the answers after the run see all of a row; the loss there falls."""
     read = read_adapter(adapter)
     assert read.method.modules_to_save == ("embed_tokens", "norm", "input_layernorm", "post_attention_layernorm")
-    assert read_training_record(adapter).scaling == RopeScaling("linear", 4)  # type: ignore[union-attr]
+    assert read_adapter_metadata(adapter).scaling == RopeScaling("linear", 4)  # type: ignore[union-attr]
     trained = {name for name in read.tensors if "lora" not in name}
     assert len(trained) == 1 + 1 + 2 * 2  # the table, the last norm, two norms a layer
     base = open_checkpoint(str(options.model.model))
@@ -113,7 +113,7 @@ def test_a_run_that_goes_on_keeps_the_scaling(adapter: Path, options: Options, t
         run=RunOptions(output=tmp_path / "more", max_steps=1, eval_every=0, save_every=0, samples=0),
         context=ContextOptions(attention_groups=2),
     )
-    record = read_training_record(finetune(more, progress=False))
+    record = read_adapter_metadata(finetune(more, progress=False))
     assert record is not None
     assert record.scaling == RopeScaling("linear", 4)
 

@@ -9,9 +9,10 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
 
-from qlora_jax.checkpoint.adapter_files import read_adapter
-from qlora_jax.finetune import DataOptions, LoRAOptions, ModelOptions, Options, RunOptions, WatchOptions, finetune, hub
-from qlora_jax.finetune.hub import check_repository
+from qlora_jax.adapters.files import read_adapter
+from qlora_jax.finetune import DataOptions, LoRAOptions, ModelOptions, Options, RunOptions, WatchOptions, finetune
+from qlora_jax.finetune.reporting import hub
+from qlora_jax.finetune.reporting.hub import check_repository
 
 
 class Hub:

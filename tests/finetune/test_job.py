@@ -21,11 +21,11 @@ import pytest
 from matplotlib.image import imread
 from safetensors.numpy import load_file, save_file
 
-from qlora_jax.checkpoint.adapter_files import read_adapter, read_adapter_config
-from qlora_jax.checkpoint.record import TrainingRecord, read_training_record
-from qlora_jax.checkpoint.source import open_checkpoint
+from qlora_jax.adapters.files import read_adapter, read_adapter_config
+from qlora_jax.adapters.metadata import AdapterMetadata, read_adapter_metadata
+from qlora_jax.adapters.pretrained import TunedOptions, open_tuned
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
-from qlora_jax.checkpoint.tuned import TunedOptions, open_tuned
 from qlora_jax.cli import parse, run
 from qlora_jax.data import Example, encode_all
 from qlora_jax.finetune import (
@@ -39,7 +39,7 @@ from qlora_jax.finetune import (
     training,
 )
 from qlora_jax.finetune import job as job_module
-from qlora_jax.finetune.corpus import Corpus, read_corpus
+from qlora_jax.finetune.objectives.corpus import Corpus, read_corpus
 from qlora_jax.quant import Quantization
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train.py"
@@ -80,9 +80,9 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
 
 def test_packed_tables_in_a_run(options: Options) -> None:
     """They train rows, lower the loss, and are in the record and on the card."""
-    packed = but(but(options, "model", quantize_tables="nf4"), "lora", trainable_token_indices=(5, 6))
+    packed = but(but(options, "model", embedding_storage="nf4"), "lora", trainable_token_indices=(5, 6))
     folder = finetune(but(packed, "run", eval_every=3), progress=False)
-    assert read_training_record(folder) == TrainingRecord(Quantization(), "chat", "nf4")
+    assert read_adapter_metadata(folder) == AdapterMetadata(Quantization(), "chat", "nf4")
     assert "its token table and head in NF4" in (folder / "README.md").read_text(encoding="utf-8")
     before, *_, after = rows_of(options.run.output)
     assert after["eval_loss"] < before["eval_loss"]
@@ -94,7 +94,7 @@ def test_what_a_run_leaves(options: Options, capsys: pytest.CaptureFixture[str])
     assert folder == output / "adapter"
     adapter = read_adapter(folder)
     assert (adapter.method.rank, adapter.method.alpha, adapter.base) == (4, 8.0, options.model.model)
-    assert read_training_record(folder) == TrainingRecord(Quantization(), "chat")
+    assert read_adapter_metadata(folder) == AdapterMetadata(Quantization(), "chat")
     assert len(adapter.tensors) == 2 * 7 * 2  # A and B, seven layers, two blocks
     assert all(np.abs(tensor).max() > 0 for tensor in adapter.tensors.values())
     rows = rows_of(output)

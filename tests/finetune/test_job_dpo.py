@@ -19,10 +19,10 @@ import pytest
 from flax import nnx
 from lowered import BOTH_AHEAD, steps_lowered
 
-from qlora_jax.checkpoint.adapter import load_adapter
-from qlora_jax.checkpoint.adapter_files import read_adapter, read_adapter_config, tensor_name, write_adapter
+from qlora_jax.adapters.bind import load_adapter
+from qlora_jax.adapters.files import read_adapter, read_adapter_config, tensor_name, write_adapter
 from qlora_jax.checkpoint.load import load_model
-from qlora_jax.checkpoint.source import open_checkpoint
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.cli import parse, run
 from qlora_jax.finetune import (
     DataOptions,

@@ -11,15 +11,15 @@ from flax import nnx
 from huggingface_hub import ModelCard
 from lowered import BOTH_AHEAD, steps_lowered
 
-from qlora_jax.checkpoint.adapter import adapter_tensors
-from qlora_jax.checkpoint.adapter_files import read_adapter
-from qlora_jax.checkpoint.prompts import ENCODER
-from qlora_jax.checkpoint.source import open_checkpoint
-from qlora_jax.checkpoint.tuned import TunedOptions, open_tuned
+from qlora_jax.adapters.bind import adapter_tensors
+from qlora_jax.adapters.files import read_adapter
+from qlora_jax.adapters.pretrained import TunedOptions, open_tuned
+from qlora_jax.adapters.virtual_tokens import ENCODER
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.cli import parse
 from qlora_jax.finetune import DataOptions, LoRAOptions, ModelOptions, OptimizerOptions, Options, RunOptions, finetune
 from qlora_jax.finetune.memory import recipe_of
-from qlora_jax.finetune.method_options import TuningOptions, own_rate
+from qlora_jax.finetune.options.tuning import TuningOptions, own_rate
 from qlora_jax.models import causal_family_of
 from qlora_jax.peft import IA3, LoRA, PrefixTuning, PromptTuning, PTuning
 from qlora_jax.plan.quick import quick_plan

@@ -23,10 +23,10 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.checkpoint.adapter import load_adapter
-from qlora_jax.checkpoint.adapter_files import read_adapter, read_adapter_config
+from qlora_jax.adapters.bind import load_adapter
+from qlora_jax.adapters.files import read_adapter, read_adapter_config
 from qlora_jax.checkpoint.load import load_model
-from qlora_jax.checkpoint.source import open_checkpoint
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.cli import run
 from qlora_jax.finetune import (

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_jax.checkpoint.adapter import adapter_tensors
-from qlora_jax.checkpoint.adapter_files import read_adapter
-from qlora_jax.checkpoint.drift import logit_drift, sample_logits
+from qlora_jax.adapters.bind import adapter_tensors
+from qlora_jax.adapters.files import read_adapter
+from qlora_jax.adapters.metadata import read_adapter_metadata
+from qlora_jax.adapters.pretrained import TunedOptions, open_tuned
 from qlora_jax.checkpoint.load import load_model
-from qlora_jax.checkpoint.merge import merge
-from qlora_jax.checkpoint.record import read_training_record
-from qlora_jax.checkpoint.source import open_checkpoint
-from qlora_jax.checkpoint.tuned import TunedOptions, open_tuned
+from qlora_jax.checkpoint.open import open_checkpoint
+from qlora_jax.export.drift import logit_drift, sample_logits
+from qlora_jax.export.merge import merge
 from qlora_jax.finetune import (
     DataOptions,
     LoRAOptions,
@@ -79,7 +79,7 @@ def test_pissa_saves_what_it_trained(tiny_llama: Path, data: Path, tmp_path: Pat
     folder = finetune(options, progress=False)
     first, *_, last = evaluated(tmp_path / "run")
     assert last < first - 1e-3
-    record, method = read_training_record(folder), read_adapter(folder).method
+    record, method = read_adapter_metadata(folder), read_adapter(folder).method
     assert record is not None
     assert record.converted_from == "pissa"
     assert isinstance(method, LoRA)
@@ -95,7 +95,7 @@ def test_pissa_saves_what_it_trained(tiny_llama: Path, data: Path, tmp_path: Pat
     )
     again = finetune(more, progress=False)
     assert evaluated(tmp_path / "more")[0] == pytest.approx(last, abs=1e-5)
-    assert read_training_record(again) == record
+    assert read_adapter_metadata(again) == record
     assert read_adapter(again).method == method
 
     tuned = open_tuned(TunedOptions(model=str(tiny_llama), adapter=str(folder), dtype="float32"))
@@ -121,7 +121,7 @@ def test_loftq(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
     )
     first, *_, last = evaluated(tmp_path / "run")
     assert last < first - 1e-3
-    record, method = read_training_record(folder), read_adapter(folder).method
+    record, method = read_adapter_metadata(folder), read_adapter(folder).method
     assert record is not None
     assert record.converted_from == "loftq"
     assert isinstance(method, LoRA)

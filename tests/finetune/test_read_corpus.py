@@ -8,7 +8,7 @@ import pytest
 
 from qlora_jax.data import DataError, Example, Template
 from qlora_jax.finetune import DataOptions, Options, RunOptions
-from qlora_jax.finetune.corpus import Corpus, read_corpus, read_source
+from qlora_jax.finetune.objectives.corpus import Corpus, read_corpus, read_source
 
 ROWS = 40
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from qlora_jax.checkpoint.source import open_checkpoint
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.data import DataError
 from qlora_jax.finetune import DataOptions, LoRAOptions, ModelOptions, OptimizerOptions, Options, RunOptions, finetune
-from qlora_jax.finetune.objective import Objective, Setting
-from qlora_jax.finetune.sft import sft
+from qlora_jax.finetune.objectives.objective import Objective, Setting
+from qlora_jax.finetune.objectives.sft import sft
 from qlora_jax.models import family_of
 
 ROWS = 30

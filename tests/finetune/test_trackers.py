@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from qlora_jax.finetune import trackers
-from qlora_jax.finetune.trackers import check_trackers, open_trackers
+from qlora_jax.finetune.reporting import trackers
+from qlora_jax.finetune.reporting.trackers import check_trackers, open_trackers
 
 OPTIONS = {"lora": {"rank": 4}, "data": {"data": ["a.jsonl"]}}
 ROWS = [

@@ -11,12 +11,12 @@ import pytest
 from flax import nnx
 
 from qlora_jax.checkpoint.load import load_model
-from qlora_jax.checkpoint.source import open_checkpoint
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.finetune import DataOptions, LoRAOptions, ModelOptions, Options, RunOptions, WatchOptions, finetune
 from qlora_jax.finetune.folder import claim, start
-from qlora_jax.finetune.mmlu import conclude
-from qlora_jax.finetune.watch import prepare
+from qlora_jax.finetune.reporting.mmlu import conclude
+from qlora_jax.finetune.reporting.watch import prepare
 from qlora_jax.serve import generate
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qlora_jax.checkpoint.adapter import load_adapter, save_adapter
-from qlora_jax.checkpoint.adapter_files import read_adapter, read_adapter_config
+from qlora_jax.adapters.bind import load_adapter, save_adapter
+from qlora_jax.adapters.files import read_adapter, read_adapter_config
 from qlora_jax.checkpoint.load import load_model
-from qlora_jax.checkpoint.source import open_checkpoint
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.models import FAMILIES, CausalLM, Remat, family_of
 from qlora_jax.peft import LoRA
 from qlora_jax.serve import generate

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from qlora_jax.checkpoint.load import load_model
-from qlora_jax.checkpoint.source import open_checkpoint
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.models import CausalLM, Remat
 from qlora_jax.models.llama import llama_config
 from qlora_jax.peft import LoRA

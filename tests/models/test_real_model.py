@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import load_model
-from qlora_jax.checkpoint.source import Checkpoint, CheckpointError, open_checkpoint
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
+from qlora_jax.errors import CheckpointError
 from qlora_jax.quant import Quantization
 
 torch = pytest.importorskip("torch", reason="the peers (torch, transformers' models) are not installed")

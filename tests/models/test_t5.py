@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qlora_jax.checkpoint.adapter import load_adapter, save_adapter
-from qlora_jax.checkpoint.adapter_files import read_adapter, read_adapter_config
+from qlora_jax.adapters.bind import load_adapter, save_adapter
+from qlora_jax.adapters.files import read_adapter, read_adapter_config
+from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.load import load_model
-from qlora_jax.checkpoint.merge import merge
-from qlora_jax.checkpoint.source import Checkpoint, CheckpointError, open_checkpoint
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.data import Seq2SeqExample, seq2seq_batches
+from qlora_jax.errors import CheckpointError
+from qlora_jax.export.merge import merge
 from qlora_jax.models import FAMILIES, T5, CausalLM, Remat, causal_family_of, family_of, t5_config
 from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization, QuantizedTensor

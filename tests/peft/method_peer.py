@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from qlora_jax.checkpoint.load import load_model
-from qlora_jax.checkpoint.source import open_checkpoint
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.models import T5, Model
 from qlora_jax.peft import Method
 from qlora_jax.serve import generate, generate_seq2seq

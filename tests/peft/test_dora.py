@@ -14,11 +14,11 @@ import safetensors.numpy
 from flax import nnx
 from peft_peer import VOCABULARY, Peer, largest, random_tokens, randomised, run
 
-from qlora_jax.checkpoint.adapter import load_adapter, save_adapter
-from qlora_jax.checkpoint.adapter_files import read_adapter, read_adapter_config
+from qlora_jax.adapters.bind import load_adapter, save_adapter
+from qlora_jax.adapters.files import read_adapter, read_adapter_config
 from qlora_jax.checkpoint.load import load_model
-from qlora_jax.checkpoint.merge import merge
-from qlora_jax.checkpoint.source import open_checkpoint
+from qlora_jax.checkpoint.open import open_checkpoint
+from qlora_jax.export.merge import merge
 from qlora_jax.models import CausalLM
 from qlora_jax.models.llama import llama_config
 from qlora_jax.nn import Linear

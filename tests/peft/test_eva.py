@@ -115,7 +115,7 @@ def test_directions_of_a_models_inputs(peer: Peer, use_dora: bool) -> None:
             for name in path.split("."):
                 part = getattr(part, name)
             a, name = np.asarray(part.adapter.lora_a[...])[layer], f"model.layers.{layer}.{path}"
-            rank = part.adapter.slot.ranks[layer]
+            rank = part.adapter.spec.ranks[layer]
             assert rank == (0 if name.endswith("2.mlp.down_proj") else 6 if name.endswith("1.self_attn.q_proj") else RANK)
             assert np.all(a[:, rank:] == 0)
             if rank:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from method_peer import MethodPeer, largest, our_losses, random_batches, randomised, run
 
-from qlora_jax.checkpoint.adapter import adapter_tensors
+from qlora_jax.adapters.bind import adapter_tensors
+from qlora_jax.adapters.pretrained import TunedOptions, open_tuned
 from qlora_jax.checkpoint.load import load_model
-from qlora_jax.checkpoint.source import open_checkpoint
-from qlora_jax.checkpoint.tuned import TunedOptions, open_tuned
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.finetune import DataOptions, ModelOptions, Options, RunOptions, TuningOptions, finetune
 from qlora_jax.finetune.saving import save_tuned
 from qlora_jax.peft import FullFineTuning
@@ -74,7 +74,10 @@ def test_what_cannot_be(tmp_path: Path, tiny_llama: Path) -> None:
         packed(np.ones((1, 4), np.int32))
     tuning = TuningOptions(method="full")
     for options, message in (
-        (Options(tuning=tuning), "data_type, quantize_tables: expected none and none with method full, found nf4 and none"),
+        (
+            Options(tuning=tuning),
+            "data_type, embedding_storage: expected none and none with method full, found nf4 and none",
+        ),
         (
             Options(ModelOptions(data_type="none", adapter="somewhere"), tuning=tuning),
             "adapter: expected none with method full, found somewhere; merge it first",

@@ -12,10 +12,11 @@ import safetensors.numpy
 from flax import nnx
 from method_peer import MethodPeer, largest, our_losses, random_batches, randomised, run
 
-from qlora_jax.checkpoint.adapter import load_adapter, save_adapter
-from qlora_jax.checkpoint.adapter_files import read_adapter, read_adapter_config
-from qlora_jax.checkpoint.merge import merge
-from qlora_jax.checkpoint.source import CheckpointError, open_checkpoint
+from qlora_jax.adapters.bind import load_adapter, save_adapter
+from qlora_jax.adapters.files import read_adapter, read_adapter_config
+from qlora_jax.checkpoint.open import open_checkpoint
+from qlora_jax.errors import CheckpointError
+from qlora_jax.export.merge import merge
 from qlora_jax.peft import IA3, FieldErrors, ModelShape
 from qlora_jax.peft.ia3 import DEFAULTS
 from qlora_jax.train import split, without_adapter

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from qlora_jax.nn import Linear
-from qlora_jax.peft import LoRA, LoRALinear, Slot, lora_update, module_matches
+from qlora_jax.peft import LoRA, LoRALinear, LoRASpec, lora_update, module_matches
 from qlora_jax.peft.lora_linear import init_lora_a
 
 LAYERS = {
@@ -19,7 +19,7 @@ LAYERS = {
 }
 
 SLOTS = ((1, 2.0), (0, 0.0), (3, 0.5))  # ranks and scalings
-STACK = Slot((1, 0, 3), (2.0, 0.0, 0.5), 0.0)
+STACK = LoRASpec((1, 0, 3), (2.0, 0.0, 0.5), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ STACK = Slot((1, 0, 3), (2.0, 0.0, 0.5), 0.0)
 )
 def test_stacked_layers_that_are_selected(targets: str | tuple[str, ...], expected: set[str]) -> None:
     slots = LoRA(rank=3, alpha=6, target_modules=targets).targets(LAYERS)
-    assert slots == {f"layers.{name}": Slot((3,) * 12, (2.0,) * 12, 0.0) for name in expected}
+    assert slots == {f"layers.{name}": LoRASpec((3,) * 12, (2.0,) * 12, 0.0) for name in expected}
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "k_proj"), ("proj",), "q_proj", r"q_proj|.*k_proj"])
@@ -50,7 +50,7 @@ def test_a_target_that_matches_nothing_is_an_error(targets: str | tuple[str, ...
 def test_some_layers_of_a_stack(targets: str | tuple[str, ...], expected: set[int]) -> None:
     slots = LoRA(rank=4, alpha=2, target_modules=targets).targets(LAYERS)
     ranks = tuple(4 if layer in expected else 0 for layer in range(12))
-    assert slots == {"layers.mlp.down_proj": Slot(ranks, tuple(rank / 8 for rank in ranks), 0.0)}
+    assert slots == {"layers.mlp.down_proj": LoRASpec(ranks, tuple(rank / 8 for rank in ranks), 0.0)}
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 from method_peer import largest
 
-from qlora_jax.checkpoint.adapter import load_adapter, save_adapter
-from qlora_jax.checkpoint.adapter_files import read_adapter, read_adapter_config
+from qlora_jax.adapters.bind import load_adapter, save_adapter
+from qlora_jax.adapters.files import read_adapter, read_adapter_config
 from qlora_jax.checkpoint.load import load_model
-from qlora_jax.checkpoint.merge import merge
-from qlora_jax.checkpoint.source import open_checkpoint
+from qlora_jax.checkpoint.open import open_checkpoint
+from qlora_jax.export.merge import merge
 from qlora_jax.peft import METHODS
 from qlora_jax.train import adamw, create_state, jit_train_step, language_model_loss, split
 

@@ -23,11 +23,12 @@ from method_peer import (
     run,
 )
 
-from qlora_jax.checkpoint.adapter import adapter_tensors, load_adapter, save_adapter
-from qlora_jax.checkpoint.adapter_files import read_adapter, read_adapter_config
-from qlora_jax.checkpoint.merge import merge
-from qlora_jax.checkpoint.prompts import ENCODER
-from qlora_jax.checkpoint.source import CheckpointError, open_checkpoint
+from qlora_jax.adapters.bind import adapter_tensors, load_adapter, save_adapter
+from qlora_jax.adapters.files import read_adapter, read_adapter_config
+from qlora_jax.adapters.virtual_tokens import ENCODER
+from qlora_jax.checkpoint.open import open_checkpoint
+from qlora_jax.errors import CheckpointError
+from qlora_jax.export.merge import merge
 from qlora_jax.models.prompts import start_from_tokens
 from qlora_jax.peft import METHODS, FieldErrors, ModelShape, PrefixTuning, PromptTuning, PTuning
 from qlora_jax.peft.prompt import attribute_of

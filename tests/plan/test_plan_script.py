@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from qlora_jax.checkpoint.source import CheckpointError
 from qlora_jax.cli import parse
+from qlora_jax.errors import CheckpointError
 from qlora_jax.finetune.memory import recipe_of
 from qlora_jax.models import family_of
 from qlora_jax.plan import SIZES, CompilerMissing, DoesNotFit, Machine, Plan, Program, Recipe, machine_named

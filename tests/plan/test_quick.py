@@ -65,8 +65,8 @@ def test_packed_tables_are_exact() -> None:
     """By hand: a byte a value and a float32 scale a row; or half a byte, a scale a block, one of 256 of those, an offset."""
     values, plain = 128256 * 4096, quick_plan(RECIPE, "cuda")
     norms = plain.dense_weights - 2 * 2 * values
-    for tables, each in (("int8", values + 4 * 128256), ("nf4", values // 2 + values // 64 + values // 64 // 256 * 4 + 4)):
-        plan = quick_plan(dataclasses.replace(RECIPE, tables=tables), "cuda")
+    for storage, each in (("int8", values + 4 * 128256), ("nf4", values // 2 + values // 64 + values // 64 // 256 * 4 + 4)):
+        plan = quick_plan(dataclasses.replace(RECIPE, embedding_storage=storage), "cuda")
         assert plan.packed_weights == plain.packed_weights + 2 * each
         assert plan.dense_weights == norms
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from qlora_jax.checkpoint.default_model import fetch_default_model
-from qlora_jax.checkpoint.source import CheckpointError, open_checkpoint
+from qlora_jax.checkpoint.open import open_checkpoint
+from qlora_jax.errors import CheckpointError
 from qlora_jax.quant import dequantize, quantize
 from qlora_jax.quant.tensor import unpack
 

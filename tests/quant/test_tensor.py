@@ -16,16 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.quant import (
-    BLOCK_SIZES,
-    DATA_TYPES,
-    QuantizedTensor,
-    code_bits,
-    codebook,
-    dequantize,
-    dynamic_map,
-    quantize,
-)
+from qlora_jax.quant import BLOCK_SIZES, DATA_TYPES, QuantizedTensor, code_bits, codebook, dequantize, dynamic_map, quantize
 from qlora_jax.quant import tensor as tensor_module
 from qlora_jax.quant.tensor import block_scales, unpack
 

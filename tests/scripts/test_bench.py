@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks import compiled, decoding, memory, page, training, workers
-from benchmarks.workers import OURS, Found, Peer, Run
 from safetensors.numpy import save_file
 from script_module import import_script
 
-from qlora_jax.checkpoint.source import Checkpoint
+from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.models.llama import llama_config
+from scripts.benchmarks import compiled, decoding, memory, page, training, workers
+from scripts.benchmarks.workers import OURS, Found, Peer, Run
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "bench.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmarks" / "bench.py"
 PYTHON = Path(sys.executable)
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = np.random.default_rng(0)
     tensors: dict[str, np.ndarray] = {}
     config = llama_config(CONFIG)
-    for key in config.keys:
+    for key in config.parameter_mappings:
         for name in key.names():
             shape = next(shape for suffix, shape in shapes.items() if name.endswith(f"{suffix}.weight"))
             # Large enough that a loss from random logits is not just the logarithm of the vocabulary.

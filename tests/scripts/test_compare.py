@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comparison import cell, grid, page
-from comparison.intervals import difference, interval, verdict
 from scipy import stats
 from script_module import import_script
 
 from qlora_jax.cli import parse
 from qlora_jax.finetune import Options
+from scripts.studies.comparison import cell, grid, page
+from scripts.studies.comparison.intervals import difference, interval, verdict
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "compare.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "studies" / "compare.py"
 
 
 script = import_script(SCRIPT)

@@ -9,20 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from datatype_study import normality, summary
-from datatype_study.journal import Journal
-from datatype_study.texts import Texts, text_losses
-from datatype_study.weights import bits_per_parameter, quantize_in_place
 from flax import nnx
 from script_module import import_script
 
 from qlora_jax.checkpoint.load import find, load_model
-from qlora_jax.checkpoint.source import open_checkpoint
-from qlora_jax.models import linear_keys
+from qlora_jax.checkpoint.open import open_checkpoint
+from qlora_jax.models import linear_mappings
 from qlora_jax.models.llama import llama_config
 from qlora_jax.quant import Quantization, codebook
+from scripts.studies.datatype_study import normality, summary
+from scripts.studies.datatype_study.journal import Journal
+from scripts.studies.datatype_study.texts import Texts, text_losses
+from scripts.studies.datatype_study.weights import bits_per_parameter, quantize_in_place
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "datatypes.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "studies" / "datatypes.py"
 TINY = ("--texts", "4", "--length", "32", "--sample", "50", "--units", "3", "--batch-size", "2")
 
 
@@ -32,7 +32,7 @@ script = import_script(SCRIPT)
 def test_losses_and_errors(tiny_llama: Path) -> None:
     """Losses of texts of several lengths against the logits of the same model in 4 bits; errors against NumPy's."""
     checkpoint, how = open_checkpoint(str(tiny_llama)), Quantization("fp4-e2m1", 32, False)
-    keys = tuple(linear_keys(llama_config(checkpoint.config).keys))
+    keys = tuple(linear_mappings(llama_config(checkpoint.config).parameter_mappings))
     graphdef, state = nnx.split(load_model(checkpoint, quantization=None, dtype=jnp.float32, progress=False))
     errors = quantize_in_place(state, checkpoint, keys, how)
     assert list(errors) == [name for key in keys for name in key.names()]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from qlora_jax.quant import quantize
-from scripts import kernels as script
+from scripts.benchmarks import kernels as script
 
 HLO = """
 fused { %p = f32[8]{0} parameter(0) }

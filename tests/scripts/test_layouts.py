@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.plan.hlo import parse_program
-from scripts import layouts as script
+from scripts.benchmarks import layouts as script
 
 ROWS, COLUMNS = script.UNIT, 6
 # By layout: (row, column) of the matrix whose code lies in nibble i, from the highest on, of the stored element [j, n].

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from script_module import import_script
 
 from qlora_jax.checkpoint.load import load_model
-from qlora_jax.checkpoint.source import open_checkpoint
+from qlora_jax.checkpoint.open import open_checkpoint
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "measure_loading.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmarks" / "measure_loading.py"
 
 
 script = import_script(SCRIPT)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "measure_memory.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmarks" / "measure_memory.py"
 
 
 def load() -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "measure_packing.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmarks" / "measure_packing.py"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ from script_module import import_script
 from qlora_jax.models.llama import llama_config
 from qlora_jax.plan import SIZES, quick_plan
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "measure_plan.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmarks" / "measure_plan.py"
 
 
 @pytest.fixture(scope="module")

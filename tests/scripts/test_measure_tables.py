@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from scripts.measure_tables import Arguments, text_of
+from scripts.benchmarks.measure_tables import Arguments, text_of
 
 
 def test_texts_of_rows_and_of_messages() -> None:

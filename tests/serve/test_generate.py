@@ -12,8 +12,9 @@ from flax import nnx
 
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import load_model
-from qlora_jax.checkpoint.source import CheckpointError, open_checkpoint
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
+from qlora_jax.errors import CheckpointError
 from qlora_jax.models import CausalLM
 from qlora_jax.models.llama import llama_config
 from qlora_jax.peft import LoRA

@@ -13,12 +13,12 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.checkpoint import tuned
-from qlora_jax.checkpoint.adapter_files import tensor_name, write_adapter
+from qlora_jax.adapters import pretrained as tuned
+from qlora_jax.adapters.files import tensor_name, write_adapter
+from qlora_jax.adapters.metadata import AdapterMetadata
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import load_model
-from qlora_jax.checkpoint.record import TrainingRecord
-from qlora_jax.checkpoint.source import CheckpointError
+from qlora_jax.errors import CheckpointError
 from qlora_jax.models.llama import llama_config
 from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization
@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shapes |= {"down_proj": (HIDDEN, 64), "norm": (HIDDEN,)}
     shapes |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (HIDDEN,))
     tensors = {}
-    for key in llama_config(config).keys:
+    for key in llama_config(config).parameter_mappings:
         for name in key.names():
             shape = shapes.get(name.split(".")[-2], (HIDDEN, HIDDEN))
             tensors[name] = draws.normal(0, 1 if len(shape) == 1 else 0.3, shape).astype(np.float32)
@@ -142,14 +142,14 @@ def test_an_adapter_is_asked_as_it_was_trained(
 ) -> None:
     """Storage of the base and form of the prompt from the record beside the adapter; flags overrule it."""
     adapter = write_small_adapter(tmp_path / "adapter", HIDDEN)
-    TrainingRecord(Quantization("int4", 32, double_quantization=False), "guanaco").save(adapter)
+    AdapterMetadata(Quantization("int4", 32, double_quantization=False), "guanaco").save(adapter)
     seen: list[Any] = []
     stored: list[str] = []
 
-    def fake_load_model(checkpoint: Any, *, quantization: Any, tables: Any, **settings: Any) -> Any:
+    def fake_load_model(checkpoint: Any, *, quantization: Any, embedding_storage: Any, **settings: Any) -> Any:
         seen.append(quantization)
-        stored.append(tables)
-        return load_model(checkpoint, quantization=quantization, tables=tables, **settings)
+        stored.append(embedding_storage)
+        return load_model(checkpoint, quantization=quantization, embedding_storage=embedding_storage, **settings)
 
     def fake_generate(graphdef: Any, state: Any, prompts: Any, **settings: Any) -> Any:
         seen.append(PreTrainedTokenizerFast.from_pretrained(folder).decode(prompts[0]))
@@ -164,7 +164,7 @@ def test_an_adapter_is_asked_as_it_was_trained(
     assert run(capsys, *options, "--data-type", "nf4", "--template", "chat")[0] == 0
     assert seen == [Quantization("nf4", 32, double_quantization=False), "<s>user: Hi</s><s>assistant: "]
     seen.clear()
-    TrainingRecord(None, "alpaca", "int8").save(adapter)
+    AdapterMetadata(None, "alpaca", "int8").save(adapter)
     assert run(capsys, *options)[0] == 0
     assert seen[0] is None
     assert stored == ["none", "none", "int8"]

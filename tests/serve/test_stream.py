@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.checkpoint.default_model import fetch_default_model
-from qlora_jax.checkpoint.source import CheckpointError
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
+from qlora_jax.errors import CheckpointError
 from qlora_jax.serve import TextStream, stream_text
 
 TEXTS = st.lists(

@@ -13,12 +13,12 @@ import pytest
 from flax import nnx
 from tiny_config import CONFIG
 
-from qlora_jax.checkpoint.state import StateStore
 from qlora_jax.models import CausalLM
 from qlora_jax.models.llama import llama_config
 from qlora_jax.peft import LoRA
 from qlora_jax.quant import BlockwiseArray, Quantization
 from qlora_jax.train import Transformation, create_state, host_offload, jit_train_step, language_model_loss, optimizer, split
+from qlora_jax.train.state_store import StateStore
 
 SHAPES = {"large": (3, 50, 41), "matrix": (64, 64), "small": (4095,)}  # 6150 values: the last block is a partial one
 

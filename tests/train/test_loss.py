@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from qlora_jax.nn import Table
-from qlora_jax.quant import TableStorage, quantize_rows, take_rows
-from qlora_jax.train import chunked_cross_entropy, language_model_figures, language_model_loss
+from qlora_jax.quant import EmbeddingStorage, embedding_lookup, quantize_embedding
+from qlora_jax.train import chunked_cross_entropy, language_model_loss, language_model_metrics
 from qlora_jax.train.loss import LEAST, LOGITS, chunk_tokens, token_losses
 
 
@@ -71,12 +71,12 @@ def test_capped_logits() -> None:
 
 @pytest.mark.parametrize("storage", ["int8", "nf4"])
 @pytest.mark.parametrize("rows", [None, (2, 33)])
-def test_a_packed_head(storage: TableStorage, rows: tuple[int, ...] | None) -> None:
+def test_a_packed_head(storage: EmbeddingStorage, rows: tuple[int, ...] | None) -> None:
     """The loss and gradients of the dense table that it stands for, without and with rows of it that train."""
     hidden, head, targets, weights = problem(20, 64, 50)
     hidden /= 4
-    packed = quantize_rows(jnp.asarray(head), storage)
-    dense = take_rows(packed, jnp.arange(50))
+    packed = quantize_embedding(jnp.asarray(head), storage)
+    dense = embedding_lookup(packed, jnp.arange(50))
     delta = None if rows is None else jnp.full((2, 64), 0.5)
 
     def loss(hidden: Any, delta: Any, weight: Any) -> Any:
@@ -242,7 +242,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 sys.path.insert(0, sys.argv[1])
 from test_loss import problem, reference
 from qlora_jax.nn import Table, data_mesh, frozen_sharding
-from qlora_jax.quant import quantize_rows, take_rows
+from qlora_jax.quant import quantize_embedding, embedding_lookup
 from qlora_jax.train.loss import row_losses
 
 class Model:
@@ -269,9 +269,9 @@ for vocabulary, rows, cap, storage in cases:
         return row_losses(Model(Table(head, delta, rows), cap), hidden, targets, weights).sum()
 
     placed = [jax.device_put(x, by_rows) for x in (hidden, targets, weights)]
-    packed = quantize_rows(jnp.asarray(head), storage)
+    packed = quantize_embedding(jnp.asarray(head), storage)
     spread = jax.tree.map(lambda leaf: jax.device_put(leaf, frozen_sharding(mesh, leaf.shape)), packed)
-    head = np.asarray(take_rows(packed, jnp.arange(vocabulary)))
+    head = np.asarray(embedding_lookup(packed, jnp.arange(vocabulary)))
     run = jax.jit(jax.value_and_grad(loss, argnums=(0,) if delta is None else (0, 1)))
     with jax.set_mesh(mesh):
         compiled = run.lower(placed[0], delta, spread, *placed[1:]).compile()
@@ -315,7 +315,7 @@ def test_the_figures_of_held_out_data(cap: float | None) -> None:
         def hidden(self, tokens: Any, **_: Any) -> Any:
             return jnp.asarray(hidden.reshape(*tokens.shape, -1))
 
-    loss, more = language_model_figures(Model(), batch, None)
+    loss, more = language_model_metrics(Model(), batch, None)
     hits = (hidden @ head.T).argmax(1) == targets
     np.testing.assert_allclose(loss, language_model_loss(Model(), batch, None), rtol=1e-6)
     assert 0 < float(more["mean_token_accuracy"]) == (hits * weights).sum()

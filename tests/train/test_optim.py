@@ -12,13 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.train import (
-    SCHEDULES,
-    Schedule,
-    adamw,
-    learning_rate_schedule,
-    optimizer,
-)
+from qlora_jax.train import SCHEDULES, Schedule, adamw, learning_rate_schedule, optimizer
 
 PEAK = 2e-4
 # transformers, for s updates done before, W of warm-up and N in all, after the warm-up:

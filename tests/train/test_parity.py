@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qlora_jax.checkpoint.adapter import save_adapter
-from qlora_jax.checkpoint.adapter_files import read_adapter
+from qlora_jax.adapters.bind import save_adapter
+from qlora_jax.adapters.files import read_adapter
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import load_model
-from qlora_jax.checkpoint.merge import merge
-from qlora_jax.checkpoint.source import open_checkpoint
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.data import PLAIN_ANSWERS, batches, encode_all, load_records
+from qlora_jax.export.merge import merge
 from qlora_jax.peft import LoRA
 from qlora_jax.train import create_state, jit_train_step, language_model_loss, split
 from qlora_jax.train import optimizer as make_optimizer

@@ -1,0 +1,265 @@
+"""From the metadata of a GGUF file to Hugging Face's config.json.
+
+Every entry that begins with the name of the architecture is either translated here or known to change nothing; any other is
+an error, since an entry that is overlooked may be a factor that the model then lacks. Where llama.cpp has a constant in its
+code instead of an entry in the file (which layers of Gemma have a window, which of SmolLM3 have no positions), so do we.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from qlora_jax.checkpoint.gguf.architectures import ARCHITECTURES
+from qlora_jax.checkpoint.gguf.header import Header
+from qlora_jax.checkpoint.gguf.values import read_values
+
+__all__ = ["ROPE_TENSORS", "read_config"]
+
+# Not weights: what rope scaling divides the frequencies by (Llama 3.1; the two lists of LongRoPE).
+ROPE_FREQUENCIES, ROPE_LONG, ROPE_SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+ROPE_TENSORS = {"llama": (ROPE_FREQUENCIES,), "smollm3": (ROPE_FREQUENCIES,), "phi3": (ROPE_LONG, ROPE_SHORT)}
+
+# Entries that change nothing: how the context was trained, how an embedding model pools, a layout of the first converters,
+# and a flag that early converters wrote for all models, though only GPT-NeoX has parallel layers.
+HARMLESS = ("rope.scaling.finetuned", "pooling_type", "tensor_data_layout", "use_parallel_residual", "expert_used_count")
+# llama.cpp knows these two models by their number of layers; their scores are scaled by another size than that of a head.
+GEMMA_27B = {"gemma2": 46, "gemma3": 62}
+TOKEN_IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+
+
+class Metadata:
+    """The entries of the file's architecture; what was asked for, and what is wrong."""
+
+    def __init__(self, header: Header, architecture: str, problems: list[str]) -> None:
+        self.header, self.architecture, self.problems = header, architecture, problems
+        self.known: set[str] = {f"{architecture}.{key}" for key in HARMLESS}
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.known.add(f"{self.architecture}.{key}")
+        return self.header.metadata.get(f"{self.architecture}.{key}", default)
+
+    def number(self, key: str, default: float | None = None) -> Any:
+        value = self.get(key, default)
+        if type(value) in (int, float):
+            return value
+        found = "nothing" if value is None else f"a {type(value).__name__}"
+        self.problem(key, f"expected one number, found {found}.")
+        return 0
+
+    def problem(self, key: str, text: str) -> None:
+        self.problems.append(f"metadata {self.architecture}.{key}: {text}")
+
+    def check_all_known(self) -> None:
+        """What nothing asked for might change the mathematics."""
+        for name, value in self.header.metadata.items():
+            if name.startswith(f"{self.architecture}.") and name not in self.known:
+                text = f"{value!r}" if not isinstance(value, list) else f"{len(value)} values"
+                self.problems.append(f"metadata {name}: expected none of this name, found {text}.")
+
+    def has(self, *parts: str) -> bool:
+        """Whether a tensor with one of these endings is in the file."""
+        return any(name.endswith(parts) for name in self.header.tensors)
+
+
+def read_config(header: Header, problems: list[str]) -> dict[str, Any]:
+    """The config.json of a file; empty where anything is wrong with it, which `problems` then tells."""
+    architecture = header.metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        problems.append(f"general.architecture: expected one of {', '.join(ARCHITECTURES)}; found {architecture!r}.")
+        return {}
+    if (kind := header.metadata.get("general.type", "model")) != "model":
+        problems.append(f"general.type: expected 'model', found {kind!r}.")
+        return {}
+    if (parts := header.metadata.get("split.count", 0)) > 1:
+        problems.append(f"is one of {parts} parts of a split file: join them first (llama-gguf-split --merge).")
+        return {}
+    metadata = Metadata(header, architecture, problems)
+    if metadata.number("expert_count", 0) > 0:
+        problems.append("is a mixture of experts; expected a dense model.")
+        return {}
+
+    config = _sizes(metadata)
+    family = ARCHITECTURES[architecture]
+    config |= {"architectures": [family.model_class], "model_type": family.model_type}
+    match architecture:
+        case "llama":
+            config |= _llama(metadata)
+        case "qwen3":
+            config["attention_bias"] = metadata.has(".attn_q.bias")
+        case "smollm3":
+            layers = config["num_hidden_layers"]
+            config["attention_bias"] = metadata.has(".attn_q.bias")
+            config["mlp_bias"] = metadata.has(".ffn_up.bias")
+            config["no_rope_layers"] = [int((layer + 1) % 4 != 0) for layer in range(layers)]
+        case "gemma" | "gemma2" | "gemma3":
+            config |= _gemma(metadata, config)
+        case "phi3":
+            # The converter writes 0 for a model without a window. llama.cpp itself ignores the entry; the model has it.
+            config["sliding_window"] = metadata.number("attention.sliding_window", 0) or None
+            if (original := metadata.get("rope.scaling.original_context_length")) is not None:
+                config["original_max_position_embeddings"] = original
+        case "gptneox":
+            config["hidden_act"] = "gelu"
+            config["use_parallel_residual"] = bool(metadata.get("use_parallel_residual", True))
+            config["attention_bias"] = metadata.has(".attn_qkv.bias")
+            config["rotary_emb_base"] = config["rope_theta"]
+    config["rope_parameters"] = _rope(metadata, config)
+    if architecture == "gemma3":
+        near = float(metadata.number("rope.freq_base_swa", 10000.0))
+        config["rope_local_base_freq"] = near
+        config["rope_parameters"] = {
+            "full_attention": config["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": near},
+        }
+    for name, key in TOKEN_IDS.items():
+        if (token := header.metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+            config[f"{name}_token_id"] = token
+    if metadata.get("attention.causal", True) is not True:
+        metadata.problem("attention.causal", "expected true, found false.")
+    metadata.check_all_known()
+    return {} if problems else config
+
+
+def _sizes(metadata: Metadata) -> dict[str, Any]:
+    """What all architectures say alike."""
+    heads, hidden = metadata.number("attention.head_count"), metadata.number("embedding_length")
+    head_dim = metadata.number("attention.key_length", hidden // heads if heads else 0)
+    if (value := metadata.number("attention.value_length", head_dim)) != head_dim:
+        metadata.problem("attention.value_length", f"expected the size of a head, {head_dim}, found {value}.")
+    rotated = metadata.number("rope.dimension_count", head_dim)
+    partial = metadata.architecture in ("phi3", "gptneox")
+    if rotated != head_dim and not partial:
+        metadata.problem("rope.dimension_count", f"expected the size of a head, {head_dim}, found {rotated}.")
+    tokens = metadata.header.metadata.get("tokenizer.ggml.tokens")
+    norm = "layer_norm_epsilon" if metadata.architecture == "gptneox" else "layer_norm_rms_epsilon"
+    config = {
+        "vocab_size": metadata.number("vocab_size", len(tokens) if isinstance(tokens, list) else None),
+        "hidden_size": hidden,
+        "intermediate_size": metadata.number("feed_forward_length"),
+        "num_hidden_layers": metadata.number("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.number("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "layer_norm_eps" if metadata.architecture == "gptneox" else "rms_norm_eps": metadata.number(f"attention.{norm}"),
+        "max_position_embeddings": metadata.number("context_length"),
+        "tie_word_embeddings": "output.weight" not in metadata.header.tensors,
+        # Older readers of config.json look here; newer ones in rope_parameters.
+        "rope_theta": metadata.number("rope.freq_base", 10000.0),
+        # What reading returns; the packed types of the file have no name there.
+        "dtype": "float32",
+    }
+    if partial and head_dim:
+        config["partial_rotary_factor"] = rotated / head_dim
+    if metadata.architecture == "gptneox" and head_dim * heads != hidden:
+        metadata.problem("attention.key_length", f"expected {hidden} / {heads}, found {head_dim}.")
+    return config
+
+
+def _llama(metadata: Metadata) -> dict[str, Any]:
+    config: dict[str, Any] = {"attention_bias": metadata.has(".attn_q.bias"), "mlp_bias": metadata.has(".ffn_up.bias")}
+    if window := metadata.number("attention.sliding_window", 0):
+        config = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    return config
+
+
+def _gemma(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
+    version, layers, head_dim = metadata.architecture, config["num_hidden_layers"], config["head_dim"]
+    result: dict[str, Any] = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+    if version == "gemma":
+        return result
+    result["sliding_window"] = metadata.number("attention.sliding_window")
+    # The last layer of each group sees everything.
+    pattern = metadata.get("attention.sliding_window_pattern", {"gemma2": 2, "gemma3": 6}[version])
+    near = pattern if isinstance(pattern, list) else [(layer + 1) % max(pattern, 1) != 0 for layer in range(layers)]
+    if len(near) != layers:
+        metadata.problem("attention.sliding_window_pattern", f"expected {layers} values, found {len(near)}.")
+    result["layer_types"] = ["sliding_attention" if windowed else "full_attention" for windowed in near]
+    hidden, heads = config["hidden_size"], max(config["num_attention_heads"], 1)
+    result["query_pre_attn_scalar"] = hidden // heads if layers == GEMMA_27B[version] else head_dim
+    if (scale := metadata.get("attention.scale")) is not None:
+        result["query_pre_attn_scalar"] = scale**-2
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0} if version == "gemma2" else {}
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+        result[cap] = metadata.get(cap, caps.get(cap))
+    return result
+
+
+def _rope(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
+    """The rope_parameters; scaling is told by an entry or by tensors."""
+    theta, tensors = float(config["rope_theta"]), metadata.header.tensors
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    if "partial_rotary_factor" in config:
+        rope["partial_rotary_factor"] = config["partial_rotary_factor"]
+    factors = ROPE_TENSORS.get(metadata.architecture, ())
+    if factors == (ROPE_FREQUENCIES,) and ROPE_FREQUENCIES in tensors:
+        return rope | _llama3(metadata, theta, config["head_dim"])
+    if ROPE_LONG in factors and (ROPE_LONG in tensors or ROPE_SHORT in tensors):
+        return rope | _longrope(metadata, config)
+    old = metadata.get("rope.scale_linear")  # the factor, in the first files
+    kind = metadata.get("rope.scaling.type", "none" if old is None else "linear")
+    match kind:
+        case "none":
+            metadata.get("rope.scaling.factor")  # of no effect, in llama.cpp as well
+            return rope
+        case "linear":
+            return rope | {"rope_type": "linear", "factor": float(metadata.number("rope.scaling.factor", old))}
+        case "yarn":
+            rope |= {"rope_type": "yarn", "factor": float(metadata.number("rope.scaling.factor"))}
+            rope["original_max_position_embeddings"] = metadata.number("rope.scaling.original_context_length")
+            for name in ("beta_fast", "beta_slow"):
+                if (value := metadata.get(f"rope.scaling.yarn_{name}")) is not None:
+                    rope[name] = value
+            return rope
+    metadata.problem("rope.scaling.type", f"expected none, linear or yarn, found {kind!r}.")
+    return rope
+
+
+def _longrope(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
+    size = round(config["head_dim"] * config["partial_rotary_factor"]) // 2
+    result: dict[str, Any] = {"rope_type": "longrope"}
+    metadata.get("rope.scaling.type")  # the tensors say it already
+    result["original_max_position_embeddings"] = metadata.number("rope.scaling.original_context_length")
+    if (factor := metadata.get("rope.scaling.attn_factor")) is not None:
+        result["attention_factor"] = factor
+    for name, stored in (("long_factor", ROPE_LONG), ("short_factor", ROPE_SHORT)):
+        values = _values(metadata, stored)
+        if len(values) != size:
+            metadata.problems.append(f"tensor {stored!r}: expected {size} factors, found {len(values)}.")
+        result[name] = values.tolist()
+    return result
+
+
+def _values(metadata: Metadata, name: str) -> np.ndarray:
+    """The values of a vector as float64; none where it is missing, which its length then tells."""
+    if name not in metadata.header.tensors:
+        return np.zeros(0)
+    return read_values(metadata.header, name).reshape(-1).astype(np.float64)
+
+
+def _llama3(metadata: Metadata, theta: float, head_dim: int) -> dict[str, Any]:
+    """Recover Llama 3.1's parameters from the divisors of the frequencies that GGUF stores in their place.
+
+    With wavelength w = 2π / frequency, trained context c and factor f, a frequency is divided by 1 where
+    w < c / high, by f where w > c / low, and between them by 1 / ((1 - s) / f + s), where
+    s = (c / w - low) / (high - low). The published models have low 1, high 4, c 8192; f is the largest
+    divisor. The divisors are computed anew and compared, so that another recipe is not mistaken for it.
+    """
+    metadata.get("rope.scaling.type")  # some converters say "none" or "llama3" beside the divisors
+    found = _values(metadata, ROPE_FREQUENCIES)
+    low, high, context, factor = 1.0, 4.0, 8192, float(found.max(initial=1.0))
+    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = np.clip((context / wavelength - low) / (high - low), 0.0, 1.0)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-4):
+        metadata.problems.append(
+            f"tensor {ROPE_FREQUENCIES!r}: expected {head_dim // 2} divisors of Llama 3.1's kind (low 1, "
+            f"high 4, context 8192), found {np.array2string(found[:8], precision=4)} … ({found.size})."
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": context,
+    }

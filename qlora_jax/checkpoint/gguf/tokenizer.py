@@ -1,0 +1,222 @@
+"""A tokenizer rebuilt from the metadata of a GGUF file, of either kind that llama.cpp knows for the supported models.
+
+`tokenizer.ggml.model` "gpt2", byte-level BPE, is four things in a row, all of them in the metadata but the second, which
+goes there by name only (`tokenizer.ggml.pre`):
+
+    1. added tokens   found in the raw text first, never split: of type CONTROL (special) or USER_DEFINED
+    2. pre-tokenizer  a regular expression that cuts the text between them into words (`SPLITS`)
+    3. merges         each word's bytes, written in an alphabet of 256 printable characters, are joined pair
+                      by pair in the order of the list; what remains is looked up in the vocabulary
+    4. post-processor adds BOS and EOS where the file says so
+
+Bytes that a vocabulary lacks vanish: SmolLM2's has no token for 21 of the 256 (control characters, and bytes
+that occur in UTF-8 only beyond plane 3), so text with those does not come back from decoding. This is a
+property of the model.
+
+"llama" is SentencePiece's BPE: no words, spaces written as U+2581 and one put before each stretch of text, characters that
+the vocabulary lacks as tokens of their bytes. The file has scores in place of merges: two neighbours are joined where the
+vocabulary has the result, that of the highest score first. A list of all such pairs in that order is the same thing.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from qlora_jax.checkpoint.gguf.header import read_header
+from qlora_jax.errors import CheckpointError
+
+if TYPE_CHECKING:  # imported where it is used: transformers takes a second, and PyTorch with it where that is installed
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["gguf_tokenizer"]
+
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
+SPACE = "\u2581"
+
+
+class Split(NamedTuple):
+    """What `tokenizer.ggml.pre` stands for. No `pattern` is GPT-2's, which the library has built in."""
+
+    pattern: str | None = None
+    single_digits: bool = False  # cut out every digit before the pattern is applied
+    whole_words: bool = False  # a word that is in the vocabulary is taken whole, without the merges
+    add_bos: bool = False  # where the file has no flag of its own
+
+
+# Contractions, words; numbers, whose length varies; punctuation, line ends, spaces.
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = Split(rf"{WORDS}|\p{{N}}{{1,3}}|{REST}", whole_words=True, add_bos=True)
+# Words in which a capital begins a new one; contractions belong to the word before them, or stand alone.
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*")
+SLASHED = REST.replace(r"[\r\n]*|", r"[\r\n/]*|", 1)
+CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+QWEN2 = Split(rf"{WORDS}|\p{{N}}|{REST}")
+SPLITS = {
+    "gpt-2": Split(),
+    "olmo": Split(),
+    # As llama.cpp splits, and as SmolLM2 was trained. transformers reads such files with GPT-2's split instead:
+    # its ids differ where digits follow two or more spaces or line ends (147 of 10,110 real texts).
+    "smollm": Split(single_digits=True),
+    "starcoder": Split(single_digits=True),
+    "refact": Split(single_digits=True),
+    "command-r": Split(single_digits=True),
+    "llama-bpe": LLAMA3,
+    "llama3": LLAMA3,
+    "llama-v3": LLAMA3,
+    "falcon3": LLAMA3,
+    "smaug-bpe": LLAMA3._replace(whole_words=False, add_bos=False),
+    "dbrx": LLAMA3._replace(whole_words=False, add_bos=False),
+    "qwen2": QWEN2,
+    "deepseek-r1-qwen": QWEN2,
+    "tekken": Split(rf"{CASED[0]}|{CASED[1]}|\p{{N}}|{SLASHED}", whole_words=True, add_bos=True),
+    "gpt-4o": Split(rf"{CASED[0]}{CONTRACTION}|{CASED[1]}{CONTRACTION}|\p{{N}}{{1,3}}|{SLASHED}"),
+}
+
+
+def gguf_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer of a file, with its chat template.
+
+    Raises:
+        CheckpointError: a kind of tokenizer or a pre-tokenizer that is not known, or entries that do not fit together.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    metadata = read_header(path).metadata
+    facts = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    split = _check_metadata(path, facts)
+    if split is None:
+        backend = _sentencepiece(facts, reversed_order=str(metadata.get("general.architecture")).startswith("gemma"))
+    else:
+        backend = _byte_level(path, facts, split)
+    tokens: list[str] = facts["tokens"]
+    vocabulary = backend.get_vocab()
+    backend.add_tokens(
+        [
+            AddedToken(token, special=kind == CONTROL, normalized=False)
+            for token, kind in zip(tokens, facts.get("token_type", []), strict=False)
+            if kind in (CONTROL, USER_DEFINED) and token in vocabulary
+        ]
+    )
+    named: dict[str, Any] = {}
+    for name, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+        if (index := facts.get(f"{key}_token_id")) is not None:
+            named[f"{name}_token"] = tokens[index]
+    add_bos = split is None or split.add_bos
+    backend.post_processor = _post_processor(  # pyright: ignore[reportAttributeAccessIssue]
+        backend,
+        named.get("bos_token") if facts.get("add_bos_token", add_bos) else None,
+        named.get("eos_token") if facts.get("add_eos_token", False) else None,
+    )
+    if isinstance(template := metadata.get("tokenizer.chat_template"), str):
+        named["chat_template"] = template
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **named)
+    tokenizer.name_or_path = str(path)
+    return tokenizer
+
+
+def _byte_level(path: Path, facts: Mapping[str, Any], split: Split) -> Tokenizer:
+    try:
+        model = models.BPE(
+            vocab={token: index for index, token in enumerate(facts["tokens"])},
+            merges=[tuple(merge.split(" ")) for merge in facts["merges"]],
+            ignore_merges=split.whole_words,
+        )
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise CheckpointError(f"{path}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}") from error
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = _pre_tokenizer(split)  # pyright: ignore[reportAttributeAccessIssue]
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    return backend
+
+
+def _sentencepiece(facts: Mapping[str, Any], *, reversed_order: bool) -> Tokenizer:
+    """`reversed_order`: merges come in the order of the vocabulary, as in Gemma, whose scores say nothing."""
+    tokens, kinds = facts["tokens"], facts["token_type"]
+    # Gemma's runs of spaces are stored as spaces and USER_DEFINED; its model has them as ordinary results of merges.
+    spaces = {index for index, token in enumerate(tokens) if len(token) > 1 and not token.strip(" ")}
+    vocabulary = {SPACE * len(token) if index in spaces else token: index for index, token in enumerate(tokens)}
+    scores = [-float(index) for index in range(len(tokens))] if reversed_order else facts["scores"]
+    joined = [item for item in vocabulary.items() if len(item[0]) > 1 and (kinds[item[1]] == NORMAL or item[1] in spaces)]
+    merges = [
+        (token[:cut], token[cut:])
+        for token, _ in sorted(joined, key=lambda item: (-scores[item[1]], item[1]))
+        for cut in range(len(token) - 1, 0, -1)
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    ]
+    unknown = facts.get("unknown_token_id")
+    unk_token = None if unknown is None else tokens[unknown]
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=True))
+    prefix = facts.get("add_space_prefix", True)
+    steps: list[normalizers.Normalizer] = [normalizers.Prepend(SPACE)] if prefix else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])  # pyright: ignore
+    after = [decoders.Strip(" ", 1, 0)] if prefix else []
+    backend.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *after]
+    )
+    return backend
+
+
+def _check_metadata(path: Path, facts: Mapping[str, Any]) -> Split | None:
+    """What the pre-tokenizer is (None for SentencePiece), once all that the rest relies on has been found in place."""
+    model, pre = facts.get("model"), facts.get("pre", "gpt-2")
+    if model not in ("gpt2", "llama"):
+        raise CheckpointError(
+            f"{path}: tokenizer.ggml.model: expected 'gpt2' (byte-level BPE) or 'llama' (SentencePiece's BPE), found "
+            f"{model!r}. Take the tokenizer from the Hugging Face folder or hub id of the model instead."
+        )
+    problems: list[str] = []
+    if model == "gpt2" and pre not in SPLITS:
+        # A wrong one gives tokens that look right and that the model never saw.
+        problems.append(f"tokenizer.ggml.pre: expected one of {', '.join(SPLITS)}; found {pre!r}.")
+    kinds: dict[str, tuple[type | tuple[type, ...], str]] = {"tokens": (str, "strings")}
+    if model == "gpt2":
+        kinds["merges"] = (str, "strings")
+    else:
+        kinds |= {"scores": ((int, float), "numbers"), "token_type": (int, "numbers")}
+    for key, (kind, what) in kinds.items():
+        value = facts.get(key)
+        if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+            found = "nothing" if value is None else f"a {type(value).__name__} of other things"
+            problems.append(f"tokenizer.ggml.{key}: expected a list of {what}, found {found}.")
+    if not problems:
+        count = len(facts["tokens"])
+        if (distinct := len(set(facts["tokens"]))) != count:
+            problems.append(f"tokenizer.ggml.tokens: expected {count} different tokens, found {distinct}.")
+        if bad := [merge for merge in facts.get("merges", []) if merge.count(" ") != 1 and model == "gpt2"]:
+            problems.append(f"tokenizer.ggml.merges: expected pairs, found {bad[0]!r} and {len(bad) - 1} more.")
+        for key in ("token_type", "scores"):
+            if (given := len(facts.get(key, facts["tokens"]))) != count:
+                problems.append(f"tokenizer.ggml.{key}: expected {count}, one for each token, found {given}.")
+        for key in ("bos", "eos", "unknown", "padding"):
+            index = facts.get(f"{key}_token_id", 0)
+            if not isinstance(index, int) or not 0 <= index < count:
+                problems.append(f"tokenizer.ggml.{key}_token_id: expected a number below {count}, found {index!r}.")
+    if problems:
+        raise CheckpointError.of(path, problems)
+    return SPLITS[pre] if model == "gpt2" else None
+
+
+def _pre_tokenizer(split: Split) -> pre_tokenizers.PreTokenizer:
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if split.single_digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if split.pattern is not None:
+        steps.append(pre_tokenizers.Split(Regex(split.pattern), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.pattern is None))
+    return steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
+
+
+def _post_processor(backend: Tokenizer, bos: str | None, eos: str | None) -> processors.PostProcessor:
+    if bos is None and eos is None:
+        # Changes no ids, but keeps transformers from adding its own.
+        return processors.ByteLevel(trim_offsets=False)
+    before, after = (f"{bos} " if bos else ""), (f" {eos}" if eos else "")
+    return processors.TemplateProcessing(
+        single=f"{before}$A{after}",
+        pair=f"{before}$A{after} {before}$B:1{after}",
+        special_tokens=[(token, backend.token_to_id(token)) for token in (bos, eos) if token is not None],
+    )

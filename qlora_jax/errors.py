@@ -1,0 +1,69 @@
+"""The errors that a user of the package can cause, and how their messages list names.
+
+    QLoRAError           the base of all of them; a ValueError, so that callers who catch ValueError keep working
+      OptionError        an option or an argument: unknown, out of range, or in contradiction with another
+      DataError          a file or a row of training or evaluation data
+      CheckpointError    the files of a base model, of an adapter or of a tokenizer
+      UnsupportedError   a model architecture, a method or a device that is not supported here
+      DoesNotFitError    a run that needs more memory than there is
+      DivergedError      a loss or a gradient that is NaN or infinite
+
+Each message names the place, what was expected there and what was found.
+"""
+
+from collections.abc import Sequence
+from typing import Self
+
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "DivergedError",
+    "DoesNotFitError",
+    "OptionError",
+    "QLoRAError",
+    "UnsupportedError",
+    "list_names",
+]
+
+_MAX_LISTED = 8  # how many names of one kind of problem a message spells out
+
+
+class QLoRAError(ValueError):
+    """An error that the user's input caused."""
+
+    @classmethod
+    def of(cls, place: object, problems: Sequence[str]) -> Self:
+        """Return one error that lists all problems found at a place, so that a file is corrected once."""
+        if len(problems) == 1:
+            return cls(f"{place}: {problems[0]}")
+        return cls(f"{place}: {len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+class OptionError(QLoRAError):
+    """An option or an argument is unknown, out of range, or contradicts another."""
+
+
+class DataError(QLoRAError):
+    """A file or a row of data is missing, damaged or of an unknown form."""
+
+
+class CheckpointError(QLoRAError):
+    """A checkpoint, an adapter or a tokenizer is missing, damaged or of an unsupported kind."""
+
+
+class UnsupportedError(QLoRAError):
+    """A model architecture, a method or a device is not supported."""
+
+
+class DoesNotFitError(QLoRAError):
+    """A run needs more memory than there is."""
+
+
+class DivergedError(QLoRAError):
+    """The loss or the gradient became NaN or infinite."""
+
+
+def list_names(names: Sequence[str]) -> str:
+    """Return the first names of a list and how many more there are, for a message."""
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more

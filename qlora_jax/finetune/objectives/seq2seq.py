@@ -1,0 +1,117 @@
+"""Fine-tuning of an encoder-decoder: targets, word by word, from sources."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from qlora_jax.data import Batch, Example, Seq2SeqBatches, Seq2SeqExample, encode_all_seq2seq, seq2seq_batches
+from qlora_jax.evaluate import rouge_l
+from qlora_jax.finetune.objectives.answers import LONGEST_ANSWER
+from qlora_jax.finetune.objectives.corpus import read_corpus
+from qlora_jax.finetune.objectives.objective import Objective, Setting, expect_defaults
+from qlora_jax.models import Model, T5Config
+from qlora_jax.serve import generate_seq2seq
+from qlora_jax.train import TOKENS, seq2seq_loss, seq2seq_metrics
+
+# What has no meaning for sources and targets.
+_UNUSED = (
+    "objective.objective",
+    "data.train_on_source",
+    "data.group_by_length",
+    "data.streaming",
+    "optimizer.neftune_alpha",
+)
+
+
+def seq2seq(setting: Setting) -> Objective:
+    """Reads the data; raises ValueError or OSError where they or options beside them cannot be used."""
+    options, data, tokenizer, config = setting.options, setting.options.data, setting.tokenizer, setting.config
+    assert isinstance(config, T5Config)
+    expect_defaults(options, _UNUSED, "with an encoder-decoder")
+    if data.packing:
+        raise ValueError("packing: expected off with an encoder-decoder, found on")
+    encode = partial(
+        encode_all_seq2seq,
+        tokenizer=tokenizer,
+        max_source_length=data.source_max_length or data.max_length,
+        max_target_length=data.target_max_length or data.max_length,
+        template=data.template,
+        on_long=data.on_long,
+    )
+    corpus = read_corpus(options, tokenizer, encode, lambda pair: (_joined(pair),), setting.say)
+    pairs = [*corpus.training, *corpus.held_out]
+    source_length = _bucket(max(len(pair.source) for pair in pairs))
+    target_length = _bucket(max(len(pair.target) for pair in pairs))
+    start = config.decoder_start_token_id
+    rows = partial(
+        seq2seq_batches,
+        source_length=source_length,
+        target_length=target_length,
+        pad_id=cast(int, tokenizer.pad_token_id),
+        decoder_start_id=start,
+    )
+
+    def training(batch_size: int) -> Seq2SeqBatches:
+        return rows(corpus.training, batch_size=batch_size, seed=options.run.seed)
+
+    def held_out(batch_size: int) -> Seq2SeqBatches:
+        return rows(corpus.held_out, batch_size=batch_size, shuffle=False, epochs=1)
+
+    def answer(model: Model, sources: Sequence[np.ndarray], max_new_tokens: int = LONGEST_ANSWER) -> list[list[int]]:
+        graphdef, state = nnx.split(model)
+        return generate_seq2seq(
+            graphdef,
+            state,
+            [source.tolist() for source in sources],
+            max_new_tokens=max_new_tokens,
+            eos_ids=setting.eos_ids,
+            decoder_start_id=start,
+        )
+
+    def score(model: Model) -> dict[str, float]:
+        """RougeL of greedy answers to all held-out sources; what is compared is the text of tokens."""
+        size, found = options.run.batch_size, []
+        for first in tqdm(range(0, len(corpus.held_out), size), desc="answering", leave=False, disable=not setting.progress):
+            sources = [pair.source for pair in corpus.held_out[first : first + size]]
+            filled = sources + sources[-1:] * (size - len(sources))  # the last batch too: another size compiles anew
+            found += answer(model, filled, target_length)[: len(sources)]
+        references = [pair.target.tolist() for pair in corpus.held_out]
+        return {"rougeL": rouge_l(_texts(tokenizer, found), _texts(tokenizer, references))}
+
+    return Objective(
+        training=training,
+        held_out=held_out if corpus.held_out else None,
+        arrays=("sources", "source_mask", "inputs", "targets", "loss_mask"),
+        count_tokens=_count_tokens,
+        row=f"{source_length} source and {target_length} target tokens",
+        length=max(source_length, target_length),
+        loss=seq2seq_loss,
+        held_out_loss=seq2seq_metrics,
+        unit=TOKENS,
+        template=corpus.template,
+        prompts=[pair.source for pair in corpus.held_out[: options.run.samples]],
+        answer=answer,
+        score=score if corpus.held_out else None,
+    )
+
+
+def _count_tokens(batch: Batch) -> int:
+    return int(batch["source_mask"].sum() + batch["loss_mask"].sum())
+
+
+def _joined(pair: Seq2SeqExample) -> Example:
+    """A pair as one sequence whose target is learned."""
+    tokens = np.concatenate([pair.source, pair.target])
+    return Example(tokens, np.arange(len(tokens)) >= len(pair.source))
+
+
+def _bucket(longest: int, multiple: int = 64) -> int:
+    return -(-longest // multiple) * multiple
+
+
+def _texts(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]

@@ -1,0 +1,77 @@
+"""Supervised fine-tuning of a decoder: the answers of conversations, or texts as a whole."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import cast
+
+import numpy as np
+
+from qlora_jax.data import Batch, BatchIterator, Example, batches, bucket_length, encode_all
+from qlora_jax.finetune.objectives.answers import greedy
+from qlora_jax.finetune.objectives.corpus import read_corpus
+from qlora_jax.finetune.objectives.objective import Batches, Objective, Setting, expect_defaults
+from qlora_jax.finetune.objectives.streaming import open_stream
+from qlora_jax.train import TOKENS, language_model_loss, language_model_metrics
+
+
+def sft(setting: Setting) -> Objective:
+    """Reads the data; raises ValueError or OSError where they cannot be used."""
+    options, data, tokenizer = setting.options, setting.options.data, setting.tokenizer
+    expect_defaults(options, ("run.predict_with_generate",), "with a decoder-only model")
+    encode = partial(
+        encode_all,
+        tokenizer=tokenizer,
+        max_length=data.max_length,
+        template=data.template,
+        train_on_source=data.train_on_source,
+        on_long=data.on_long,
+        source_max_length=data.source_max_length,
+        target_max_length=data.target_max_length,
+        progress=setting.progress,
+    )
+    if data.streaming:
+        stream, corpus = open_stream(data, encode, setting.say)
+    else:
+        stream, corpus = None, read_corpus(options, tokenizer, encode, lambda example: (example,), setting.say)
+    packed, pad_id = data.packs, cast(int, tokenizer.pad_token_id)
+    whole = packed or stream is not None
+    length = data.max_length if whole else bucket_length([*corpus.training, *corpus.held_out], data.max_length)
+    rows = partial(batches, length=length, pad_id=pad_id, packing=packed)
+
+    def training(batch_size: int) -> Batches:
+        if stream is not None:
+            return stream.batches(options, rows=batch_size, pad_id=pad_id)
+        return rows(corpus.training, batch_size=batch_size, seed=options.run.seed, group_by_length=data.group_by_length)
+
+    def held_out(batch_size: int) -> BatchIterator:
+        return rows(corpus.held_out, batch_size=batch_size, shuffle=False, epochs=1)
+
+    return Objective(
+        training=training,
+        held_out=held_out if corpus.held_out else None,
+        # One document a row needs no mask but the causal one: its padding lies on the right. Kernels are faster without.
+        arrays=("inputs", "targets", "loss_mask", *(("segment_ids", "positions") if packed else ())),
+        count_tokens=_count_tokens,
+        row=f"{'up to ' if data.group_by_length else ''}{length} tokens",
+        length=length,
+        loss=partial(
+            language_model_loss,
+            neftune_alpha=options.optimizer.neftune_alpha,
+            attention_groups=options.context.groups,
+        ),
+        held_out_loss=language_model_metrics,
+        unit=TOKENS,
+        template=corpus.template,
+        prompts=_prompts(corpus.held_out[: options.run.samples]),
+        answer=partial(greedy, eos_ids=setting.eos_ids),
+    )
+
+
+def _count_tokens(batch: Batch) -> int:
+    return int((batch["segment_ids"] > 0).sum())
+
+
+def _prompts(examples: Sequence[Example]) -> list[np.ndarray]:
+    """What comes before the first learned token of each example that has a prompt."""
+    starts = [int(np.flatnonzero(example.loss_mask)[0]) for example in examples]
+    return [example.tokens[:start] for example, start in zip(examples, starts, strict=True) if start > 1]

@@ -1,0 +1,95 @@
+"""The options of training on sequences that are longer than the model's context, or than attention to all of them allows.
+
+--longlora is the recipe of LongLoRA (Chen et al. 2023): attention in four groups of a row, half of the heads shifted by half
+a group; the token table and all norms trained beside the adapter; positions divided by length / context, rounded up.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from qlora_jax.models import DecoderConfig, ModelConfig, RopeKind, RopeScaling, factor_for, unscaled_context
+from qlora_jax.models.parameter_mapping import ParameterMapping
+
+LONGLORA_GROUPS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextOptions:
+    """Sequences beyond the model's context."""
+
+    longlora: bool = False
+    """Train as LongLoRA does: 4 attention groups, the token table and all norms trained too, and linear rope-scaling where
+    max-length is beyond the context."""
+    attention_groups: int | None = None
+    """Train with shifted sparse attention in so many groups of a row, whose cost falls by that; 1, all of a row, if left out
+    (4 with longlora). Evaluation and inference see all of a row."""
+    rope_scaling: RopeKind | None = None
+    """Scale rotary positions: linear, dynamic (NTK) or yarn. It is recorded beside the adapter, and generation, evaluation
+    and merging do the same. If left out, that of the model, or of the adapter that the run goes on from."""
+    rope_factor: float | None = None
+    """How far they are stretched; max-length / context, rounded up, if left out."""
+
+    def __post_init__(self) -> None:
+        if self.attention_groups is not None and self.attention_groups < 1:
+            raise ValueError(f"attention_groups: expected at least 1, found {self.attention_groups}")
+        if self.rope_factor is not None and self._kind is None:
+            raise ValueError(f"rope_factor: expected rope_scaling beside it, found {self.rope_factor:g} alone")
+        if self._kind is not None:
+            RopeScaling(self._kind, 2.0 if self.rope_factor is None else self.rope_factor)
+
+    @property
+    def _kind(self) -> RopeKind | None:
+        return self.rope_scaling or ("linear" if self.longlora else None)
+
+    @property
+    def groups(self) -> int:
+        """Attention groups of a row."""
+        return self.attention_groups or (LONGLORA_GROUPS if self.longlora else 1)
+
+    def scaling(self, config: ModelConfig, length: int) -> RopeScaling | None:
+        """The scaling of positions for rows of at most so many tokens; None: the model's own.
+
+        Raises:
+            ValueError: the model cannot be scaled, or need not be and no factor says how far.
+        """
+        if self._kind is None:
+            return None
+        if self.longlora and self.rope_scaling is None and self.rope_factor is None and not _is_beyond(config, length):
+            return None
+        context = unscaled_context(config)
+        if self.rope_factor is None and length <= context:
+            raise ValueError(
+                f"rope_scaling: expected rope_factor, or max_length beyond the model's context of {context}, found {length}"
+            )
+        return RopeScaling(self._kind, self.rope_factor or factor_for(length, context))
+
+    def trained(self, modules_to_save: Sequence[str], keys: Sequence[ParameterMapping]) -> tuple[str, ...]:
+        """The modules that train as a whole, with those of LongLoRA: whose names contain embed or norm."""
+        if not self.longlora:
+            return tuple(modules_to_save)
+        names = (name.rsplit(".", 1)[-1] for key in keys if not key.linear for name in key.modules())
+        return tuple(dict.fromkeys([*modules_to_save, *(name for name in names if "embed" in name or "norm" in name)]))
+
+    def check(self, config: ModelConfig, objective: str) -> None:
+        """Raises ValueError where grouped attention does not exist for a model or what it is to learn."""
+        if self.groups == 1:
+            return
+        if not isinstance(config, DecoderConfig) or objective != "sft":
+            found = objective if isinstance(config, DecoderConfig) else "an encoder-decoder"
+            raise ValueError(f"attention_groups: expected a decoder-only model and objective sft, found {found}")
+        if config.num_attention_heads < 2:
+            raise ValueError("attention_groups: expected at least 2 attention heads, found 1")
+
+
+def warn_beyond(config: ModelConfig, length: int, say: Callable[[str], None]) -> None:
+    """Says where rows have positions that the model has never seen, and its positions are not scaled for."""
+    if _is_beyond(config, length):
+        assert isinstance(config, DecoderConfig)
+        say(
+            f"Rows of {length} tokens are beyond the model's context of {config.max_position_embeddings}: it has never seen "
+            f"such positions. --rope-scaling linear (or dynamic, yarn) stretches those that it knows."
+        )
+
+
+def _is_beyond(config: ModelConfig, length: int) -> bool:
+    return isinstance(config, DecoderConfig) and not config.endless and length > config.max_position_embeddings

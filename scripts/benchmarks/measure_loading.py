@@ -1,0 +1,322 @@
+"""What loading a checkpoint costs: host memory against the size of the result, time, and bits a parameter.
+
+    python scripts/measure_loading.py                  writes 2 GB of Llama-2-7B's shapes, loads, removes them
+    python scripts/measure_loading.py --folder FOLDER  loads what is there; writes it first if nothing is
+
+Method. A checkpoint of random bfloat16 weights is streamed into sharded .safetensors files, with the layer
+shapes of a real Llama and as many layers as the wanted size needs. A fresh process imports everything,
+creates JAX's backend, compiles nothing, and notes its anonymous resident memory: the baseline. It then
+loads the checkpoint, quantised, while a thread reads RssAnon from /proc/self/status every few milliseconds;
+anonymous memory, because pages of files (libraries, the checkpoint in the page cache) can be dropped at any
+time and are not the loader's. The criterion:
+
+    peak - baseline <= result + 2 x largest tensor
+
+where the result is the bytes of all leaves of the loaded model and the largest tensor is as the file stores
+it. What the compiler allocates, some 200 MiB, counts towards the peak: a checkpoint whose largest tensor is
+smaller than that is too small for this measurement. VmHWM, the kernel's own high-water mark of all resident
+pages, is shown beside it: no peak that the sampler missed was higher than that. On accelerators the result
+lies on the device, so that the criterion says little there. The last line of the output is the report as
+JSON, and the exit status is 1 where a criterion fails.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import ml_dtypes
+import numpy as np
+import tyro
+from flax import nnx
+
+from qlora_jax.checkpoint.checkpoint import Checkpoint
+from qlora_jax.checkpoint.load import load_model
+from qlora_jax.checkpoint.open import open_checkpoint
+from qlora_jax.export.merge import merge
+from qlora_jax.models import CausalLM
+from qlora_jax.peft import LoRA
+from qlora_jax.quant import DATA_TYPES, DataType, Quantization, QuantizedTensor
+
+Model = Literal["llama-2-7b", "llama-3-8b", "tiny"]
+SHAPES: dict[Model, dict[str, int]] = {
+    "llama-2-7b": {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+        "num_attention_heads": 32, "num_key_value_heads": 32,
+    },
+    "llama-3-8b": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_attention_heads": 32, "num_key_value_heads": 8,
+    },
+    "tiny": {
+        "vocab_size": 512, "hidden_size": 128, "intermediate_size": 320,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    },
+}  # fmt: skip
+SHARD_BYTES = 500_000_000
+# NF4 in blocks of 64 with double quantisation: 4 + 8/64 + 32/(64 * 256) = 4.127 bits, and 32 a matrix.
+MOST_BITS = 4.13
+MEBIBYTE = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Measure the memory and time that loading a checkpoint takes."""
+
+    folder: Path | None = None
+    """Checkpoint to load; written first where it does not exist. None: a temporary one."""
+    shapes: Model = "llama-2-7b"
+    """Layer shapes of a checkpoint that is written."""
+    gigabytes: float = 2.0
+    """Least size (10^9 bytes) of a checkpoint that is written: layers are added until it is reached."""
+    data_type: DataType = DATA_TYPES[0]
+    """Storage of the linear weights."""
+    double_quantization: bool = True
+    """Whether their scales are quantised too."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of dense weights, the embeddings among them; by platform if None."""
+    rank: int = 16
+    """Rank of the adapter on all linear layers, part of the result; 0 for none."""
+    interval_ms: float = 2.0
+    """Time between two samples."""
+    stage: Literal["all", "write", "load"] = "all"
+    """"all" writes, loads in a process of its own and removes what is temporary; the others do one half."""
+
+
+def main() -> int:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    if arguments.folder is None and arguments.stage != "all":
+        raise SystemExit(f"error: --stage {arguments.stage}: expected --folder")
+    try:
+        return run(arguments)
+    except (ValueError, OSError) as error:  # CheckpointError is a ValueError
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def run(arguments: Arguments) -> int:
+    """The exit status."""
+    match arguments.folder, arguments.stage:
+        case Path() as folder, "write":
+            write_checkpoint(folder, arguments.shapes, arguments.gigabytes)
+            return 0
+        case Path() as folder, "load":
+            report = measure(folder, arguments)
+            print_report(report)
+            return 0 if report["memory_passes"] and report["bits_pass"] is not False else 1
+        case _:
+            with tempfile.TemporaryDirectory(prefix="measure-loading-") as temporary:
+                folder = arguments.folder or Path(temporary) / "checkpoint"
+                if not folder.exists():
+                    start = time.perf_counter()
+                    write_checkpoint(folder, arguments.shapes, arguments.gigabytes)
+                    print(f"wrote {folder} in {time.perf_counter() - start:.1f} s", flush=True)
+                # A process that has written has a heap, and pages in it, that loading would find free.
+                loading = dataclasses.replace(arguments, folder=folder, stage="load")
+                return subprocess.run([sys.executable, __file__, *flags(loading)], check=False).returncode
+
+
+def flags(arguments: Arguments) -> list[str]:
+    """The command line that gives `arguments`."""
+    found: list[str] = []
+    for field in dataclasses.fields(arguments):
+        value, name = getattr(arguments, field.name), field.name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            found += [f"--{name}", str(value)]
+    return found
+
+
+def synthetic_checkpoint(shapes: Model, gigabytes: float, seed: int = 0) -> Checkpoint:
+    """A checkpoint of random bfloat16 weights that are drawn when they are read, and never all there."""
+    config: dict[str, Any] = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        **SHAPES[shapes],
+    }
+    hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    key_value = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    layer = {
+        "input_layernorm": (hidden,),
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (key_value, hidden),
+        "self_attn.v_proj": (key_value, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "post_attention_layernorm": (hidden,),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    ends = {
+        "model.embed_tokens": (vocabulary, hidden),
+        "model.norm": (hidden,),
+        "lm_head": (vocabulary, hidden),
+    }
+    bytes_of = {name: 2 * int(np.prod(shape)) for name, shape in {**layer, **ends}.items()}
+    missing = gigabytes * 1e9 - sum(bytes_of[name] for name in ends)
+    layers = max(1, int(np.ceil(missing / sum(bytes_of[name] for name in layer))))
+    config["num_hidden_layers"] = layers
+    tensors = {f"{name}.weight": shape for name, shape in ends.items()}
+    for index in range(layers):
+        tensors |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+
+    def read(name: str) -> np.ndarray:
+        shape = tensors[name]
+        if len(shape) == 1:
+            return np.ones(shape, ml_dtypes.bfloat16)
+        generator = np.random.default_rng([seed, list(tensors).index(name)])
+        tensor = np.empty(int(np.prod(shape)), ml_dtypes.bfloat16)
+        for start in range(0, tensor.size, 2**22):  # the float32 values of a part at a time
+            part = tensor[start : start + 2**22]
+            part[:] = generator.standard_normal(part.size, np.float32) * np.float32(shape[1] ** -0.5)
+        return tensor.reshape(shape)
+
+    return Checkpoint(f"synthetic {shapes}", config, tensors, read)
+
+
+def write_checkpoint(folder: Path, shapes: Model, gigabytes: float, shard_bytes: int = SHARD_BYTES) -> None:
+    """Streams a synthetic checkpoint into a sharded Hugging Face folder."""
+    merge(synthetic_checkpoint(shapes, gigabytes), None, folder, shard_bytes=shard_bytes)
+
+
+def status(field: str) -> int:
+    """Bytes of one of the memory fields of /proc/self/status."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        for line in file:
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status: has no field {field}; Linux 4.5 or later is needed")
+
+
+@contextmanager
+def sampling(interval: float) -> Iterator[list[int]]:
+    """Anonymous resident bytes of this process, every `interval` seconds while the context lasts."""
+    samples = [status("RssAnon")]
+    stop = threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(interval):
+            samples.append(status("RssAnon"))
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        stop.set()
+        thread.join()
+        samples.append(status("RssAnon"))
+
+
+def measure(folder: Path, arguments: Arguments) -> dict[str, Any]:
+    """Loads a checkpoint and reports on it; to be the first thing that a process does."""
+    devices = jax.devices()  # creates the backend
+    checkpoint = open_checkpoint(str(folder))
+    file_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    sizes: dict[str, int] = {}
+
+    def read(name: str) -> np.ndarray:
+        tensor = checkpoint.read(name)
+        sizes[name] = tensor.nbytes
+        return tensor
+
+    baseline = status("RssAnon")
+    start, start_cpu = time.perf_counter(), time.process_time()
+    with sampling(arguments.interval_ms / 1000) as samples:
+        model = load_model(
+            dataclasses.replace(checkpoint, read=read),
+            quantization=Quantization(arguments.data_type, double_quantization=arguments.double_quantization),
+            method=LoRA(rank=arguments.rank) if arguments.rank else None,
+            dtype=arguments.dtype,
+            progress=False,
+        )
+        assert isinstance(model, CausalLM)
+        leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+    quantized = [
+        leaf
+        for leaf in jax.tree.leaves(nnx.state(model), is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
+        if isinstance(leaf, QuantizedTensor)
+    ]
+    result = sum(leaf.nbytes for leaf in leaves)
+    largest = max(sizes.values())
+    peak = max(samples) - baseline
+    parameters = sum(int(np.prod(tensor.shape)) for tensor in quantized)
+    bits = 8 * sum(tensor.nbytes for tensor in quantized) / parameters
+    promised = arguments.double_quantization  # without it a block of 64 takes 4.5 bits a value by definition
+    return {
+        "checkpoint": checkpoint.source if arguments.folder is None else folder.name,
+        "file_bytes": file_bytes,
+        "tensors": len(sizes),
+        "platform": devices[0].platform,
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "jax": jax.__version__,
+        "dtype": str(model.embed_tokens.weight.dtype),
+        "result_bytes": result,
+        "largest_tensor_bytes": largest,
+        "baseline_bytes": baseline,
+        "peak_above_baseline_bytes": peak,
+        "allowed_bytes": result + 2 * largest,
+        "after_loading_bytes": samples[-1] - baseline,
+        "peak_resident_bytes": status("VmHWM"),
+        "samples": len(samples),
+        "memory_passes": peak <= result + 2 * largest,
+        "linear_parameters": parameters,
+        "bits_per_parameter": bits,
+        "bits_pass": bits <= MOST_BITS if promised else None,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "megabytes_per_second": file_bytes / seconds / 1e6,
+    }
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The report as a table, its criteria, and as JSON."""
+
+    def mebibytes(name: str) -> str:
+        return f"{report[name] / MEBIBYTE:,.1f} MiB"
+
+    print(
+        f"{report['checkpoint']}: {report['tensors']} tensors, {report['file_bytes'] / 1e9:.2f} GB; dense "
+        f"weights in {report['dtype']}; {report['platform']}, {report['cores']} cores, load average "
+        f"{report['load_average']:.1f}, jax {report['jax']}"
+    )
+    rows = {
+        "result, all leaves": mebibytes("result_bytes"),
+        "largest tensor, as stored": mebibytes("largest_tensor_bytes"),
+        "allowed: result + 2 x largest": mebibytes("allowed_bytes"),
+        "peak above baseline (RssAnon)": mebibytes("peak_above_baseline_bytes"),
+        "after loading, above baseline": mebibytes("after_loading_bytes"),
+        "baseline (RssAnon)": mebibytes("baseline_bytes"),
+        "VmHWM, all resident pages": mebibytes("peak_resident_bytes"),
+        "samples": f"{report['samples']:,}",
+        "bits a linear parameter": f"{report['bits_per_parameter']:.4f}",
+        "time": f"{report['seconds']:.1f} s, {report['cpu_seconds']:.1f} s of CPU",
+        "speed": f"{report['megabytes_per_second']:.0f} MB/s of the file",
+    }
+    for name, value in rows.items():
+        print(f"  {name:31} {value:>26}")
+    verdict = {True: "PASS", False: "FAIL", None: "not claimed without double quantisation"}
+    print(f"  peak <= result + 2 x largest tensor: {verdict[report['memory_passes']]}")
+    print(f"  bits a linear parameter <= {MOST_BITS}: {verdict[report['bits_pass']]}")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

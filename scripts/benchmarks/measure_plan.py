@@ -1,0 +1,183 @@
+"""How far the quick plan is from the compiled one, over a grid of models, devices and recipes; and its factors, fitted anew.
+
+    python scripts/measure_plan.py --record plans.jsonl
+    python scripts/measure_plan.py --models llama-3.2-1b --devices h100 --record plans.jsonl
+
+Every cell of the grid is compiled once; with --record, what was compiled is read from the file and what is new is added, so
+that a grid can be measured piece by piece. A program that the compiler refuses for want of memory is left out. Then the
+factors of qlora_jax/plan/quick.py are fitted by least squares of the relative error, none below 0, from several starts, and
+both errors are printed: with the factors as they stand, and as fitted. The last line is JSON.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from qlora_jax.models import ModelConfig
+from qlora_jax.peft import LoRA
+from qlora_jax.plan import SIZES, DoesNotFit, Machine, Recipe, check_compiler, compile_train_step, machine_named, quick_plan
+from qlora_jax.plan.quick import ERROR, FACTORS, features, kind_of, worst_moment
+from scripts.benchmarks.ahead import check_names, config_of, main_of  # before JAX
+
+# The recipes of the grid, each of which takes a model's config: the paper's, a packed one, one that offloads, one that keeps
+# products.
+RECIPES: dict[str, Callable[[ModelConfig], Recipe]] = {
+    "paper": partial(Recipe, method=LoRA(64, 16.0, 0.05), batch_size=1, length=512, packed=False, host_optimizer=True),
+    "packed": partial(Recipe, method=LoRA(16), batch_size=4, length=2048),
+    "offload": partial(
+        Recipe,
+        method=LoRA(16),
+        batch_size=2,
+        length=2048,
+        packed=False,
+        remat="offload",
+        optimizer="adamw8bit",
+        host_optimizer=True,
+        micro_batches=2,
+    ),
+    "dots": partial(Recipe, method=LoRA(32), batch_size=1, length=1024, packed=False, remat="dots", optimizer="lion"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The grid."""
+
+    models: tuple[str, ...] = ("smollm2-135m", "llama-3.2-1b", "llama-3-8b", "llama-13b", "qwen3-8b")
+    """Sizes by name."""
+    devices: tuple[str, ...] = ("h100", "rtx4090", "h100x4", "v5p")
+    """Devices as scripts/plan.py takes them."""
+    recipes: tuple[str, ...] = tuple(RECIPES)
+    """Which of the recipes in this file."""
+    record: Path | None = None
+    """JSON lines of what was compiled, read and added to."""
+    compile: bool = True
+    """Whether to compile what the record lacks."""
+
+
+def run(arguments: Arguments) -> None:
+    check_names("models", arguments.models, SIZES)
+    check_names("recipes", arguments.recipes, RECIPES)
+    machines = [machine_named(name) for name in arguments.devices]
+    recorded = _read(arguments.record)
+    rows = []
+    for machine in machines:
+        if arguments.compile:
+            check_compiler(machine)
+        for model in arguments.models:
+            for name in arguments.recipes:
+                recipe = RECIPES[name](config_of(model))
+                key = (model, machine.name, name)
+                if key not in recorded and arguments.compile:
+                    recorded[key] = _compile(recipe, machine)
+                    _add(arguments.record, key, recorded[key])
+                    print(*key, f"{(recorded[key] or 0) / 2**30:.3f} GiB", file=sys.stderr, flush=True)
+                if recorded.get(key) is not None:
+                    rows.append(_row(key, recipe, machine, recorded[key]))
+    if not rows:
+        raise ValueError("expected at least one program that was compiled, found none")
+    kinds = sorted({row["kind"] for row in rows})
+    fitted = {kind: fit([row for row in rows if row["kind"] == kind], FACTORS[kind]) for kind in kinds}
+    print(f"{'model':14s} {'device':10s} {'recipe':8s} {'compiled':>9s} {'quick':>9s} {'error':>7s} {'fitted':>7s}")
+    for row in rows:
+        row["error"] = row["quick"] / row["compiled"] - 1
+        row["fitted_error"] = peak_with(row, fitted[row["kind"]]) / row["compiled"] - 1
+        print(
+            f"{row['model']:14s} {row['device']:10s} {row['recipe']:8s} {row['compiled'] / 2**30:9.3f} "
+            f"{row['quick'] / 2**30:9.3f} {row['error']:7.1%} {row['fitted_error']:7.1%}"
+        )
+    summary: dict[str, Any] = {"rows": len(rows), "factors": fitted}
+    for name in ("error", "fitted_error"):
+        sizes = np.abs([row[name] for row in rows])
+        summary[name] = {"worst": sizes.max(), "mean": sizes.mean(), "within_5_percent": float((sizes <= 0.05).mean())}
+        print(
+            f"{name}: worst {sizes.max():.1%}, mean {sizes.mean():.1%}, within 5 %: {(sizes <= 0.05).sum()} of {len(rows)}"
+        )
+    for kind, factors in fitted.items():
+        print(f'    "{kind}": {json.dumps(factors)},')
+    print(json.dumps({"method": "quick plan against compiled plan, peak of device memory", **summary, "grid": rows}))
+
+
+def _compile(recipe: Recipe, machine: Machine) -> int | None:
+    """The compiled peak; None where the compiler refuses it for want of memory."""
+    start = time.perf_counter()
+    try:
+        peak = compile_train_step(recipe, machine).peak
+    except DoesNotFit as error:
+        print(error, file=sys.stderr)
+        return None
+    print(f"{time.perf_counter() - start:.0f} s", end=" ", file=sys.stderr)
+    return peak
+
+
+def _row(key: tuple[str, str, str], recipe: Recipe, machine: Machine, compiled: int | None) -> dict[str, Any]:
+    platform = machine.device.platform
+    quick = quick_plan(recipe, platform, machine.count)
+    return {
+        **dict(zip(("model", "device", "recipe"), key, strict=True)),
+        "kind": kind_of(platform, machine.count),
+        "compiled": compiled,
+        "quick": quick.peak,
+        "settled": quick.settled,
+        "features": features(recipe, platform, machine.count, quick.adapter),
+    }
+
+
+def peak_with(row: dict[str, Any], factors: dict[str, dict[str, float]]) -> int:
+    """The quick peak that these factors give."""
+    return row["settled"] + sum(worst_moment(row["features"], factors))
+
+
+def fit(rows: list[dict[str, Any]], start: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Factors, none below 0, for which the worst relative error of a peak is small. Those of sizes that no row has stay."""
+    present = {name for row in rows for name, size in row["features"].items() if size}
+    names = [(moment, name) for moment, factors in start.items() for name in factors if name in present]
+
+    def factors_of(values: np.ndarray) -> dict[str, dict[str, float]]:
+        found = {moment: dict(factors) for moment, factors in start.items()}
+        for (moment, name), value in zip(names, values, strict=True):
+            found[moment][name] = float(value)
+        return found
+
+    def errors(values: np.ndarray) -> np.ndarray:
+        factors = factors_of(values)
+        return np.asarray([peak_with(row, factors) / row["compiled"] - 1 for row in rows])
+
+    first = np.asarray([start[moment][name] for moment, name in names])
+    draws = np.random.default_rng(0)
+    starts = [first, *(first * draws.uniform(0.3, 2.0, first.shape) for _ in range(15))]
+    fits = [
+        least_squares(errors, np.maximum(x, 1e-3), bounds=(0, np.inf), diff_step=1e-3, loss="soft_l1", f_scale=0.05)
+        for x in starts
+    ]
+    # From there to the least sum of sixth powers, in which the worst cells count, relative to the error that is allowed.
+    worst = [
+        least_squares(lambda values: (errors(values) / ERROR) ** 3, np.maximum(found.x, 1e-3), bounds=(0, np.inf))
+        for found in fits
+    ]
+    return factors_of(np.round(min(worst, key=lambda found: found.cost).x, 3))
+
+
+def _read(path: Path | None) -> dict[tuple[str, str, str], int | None]:
+    if path is None or not path.exists():
+        return {}
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {(line["model"], line["device"], line["recipe"]): line["peak"] for line in lines}
+
+
+def _add(path: Path | None, key: tuple[str, str, str], peak: int | None) -> None:
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**dict(zip(("model", "device", "recipe"), key, strict=True)), "peak": peak}) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main_of(Arguments, run, __doc__))

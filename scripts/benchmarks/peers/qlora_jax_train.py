@@ -1,0 +1,84 @@
+"""One QLoRA training benchmark of qlora_jax, in a process of its own: the counterpart of hf_train.py and qwix_train.py.
+
+The programs take the same flags, draw the same tokens from the same seed, run the same number of steps and print the same
+JSON line, so that scripts/bench.py can alternate between them. The training step is the package's own. The peers shift their
+labels themselves, so that the last token of a row predicts nothing: here the loss mask says so, and the losses of the first
+step, where the adapters still are zero, are equal.
+"""
+
+import time
+from functools import partial
+
+import worker
+
+
+def main() -> None:
+    parser = worker.train_parser(__doc__)
+    parser.add_argument("--remat", choices=("full", "dots", "none"), required=True)
+    arguments = worker.parse_train(parser)
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from qlora_jax.checkpoint.load import load_model
+    from qlora_jax.checkpoint.open import open_checkpoint
+    from qlora_jax.models import family_of
+    from qlora_jax.peft import LoRA
+    from qlora_jax.plan import Recipe
+    from qlora_jax.plan.recipe import abstract_model
+    from qlora_jax.quant import Quantization
+    from qlora_jax.train.loss import language_model_loss
+    from qlora_jax.train.optim import adamw
+    from qlora_jax.train.precompile import compile_ahead
+    from qlora_jax.train.step import compiled_first, create_state, jit_train_step, split
+
+    jax.devices()
+    start = time.perf_counter()
+    checkpoint, tx = open_checkpoint(arguments.model), adamw(2e-4, max_grad_norm=0.3)
+    quantization, lora = Quantization("nf4", double_quantization=True), LoRA(rank=arguments.rank, alpha=16.0)
+    recipe = Recipe(
+        family_of(checkpoint.config).config(checkpoint.config),
+        quantization=quantization,
+        method=lora,
+        dtype=arguments.dtype,
+        remat=arguments.remat,
+    )
+    mask = np.ones((1, arguments.batch_size, arguments.length), np.float32)
+    mask[..., -1] = 0.0
+    tokens = jax.ShapeDtypeStruct(mask.shape, jnp.int32)
+    shapes = {"inputs": tokens, "targets": tokens, "loss_mask": mask}
+    ahead = compile_ahead(partial(abstract_model, recipe, jax.default_backend()), tx, language_model_loss, shapes)
+    model = load_model(
+        checkpoint,
+        quantization=quantization,
+        method=lora,
+        dtype=jnp.dtype(arguments.dtype),
+        remat=arguments.remat,
+        progress=False,
+    )
+    vocabulary = model.config.vocab_size
+    graphdef, adapter, frozen = split(model)
+    del model
+    trainable = sum(leaf.size for leaf in jax.tree.leaves(adapter))
+    state = create_state(tx, adapter)
+    jax.block_until_ready((state, frozen))
+    load_seconds = time.perf_counter() - start
+
+    train = compiled_first(jit_train_step(graphdef, tx, language_model_loss, state), ahead.programs(graphdef)[0])
+
+    def step(tokens: np.ndarray) -> float:
+        nonlocal state
+        batch = {"inputs": tokens[None], "targets": np.roll(tokens, -1, axis=1)[None], "loss_mask": mask}
+        state, metrics = train(state, frozen, batch)
+        jax.block_until_ready(state)
+        return float(metrics["loss"])
+
+    found = worker.train(step, vocabulary, arguments)
+    versions = worker.versions("jax", "jaxlib", "flax", "optax")
+    more = {"load_seconds": load_seconds, "trainable_parameters": trainable, "versions": versions}
+    worker.report(found, **more, **worker.jax_device())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The programs that make the study pages of docs/, and their parts."""

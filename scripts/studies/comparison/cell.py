@@ -1,0 +1,95 @@
+"""One run of a comparison, in a process of its own, so that its peak memory is its own: train, then measure.
+
+Called by scripts/compare.py with the flags of train.py; the last line that it prints is the result as JSON.
+"""
+
+import json
+import math
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from qlora_jax.adapters.pretrained import TunedOptions, open_tuned
+from qlora_jax.checkpoint.open import open_checkpoint
+from qlora_jax.checkpoint.tokenizer import stop_ids
+from qlora_jax.cli import parse
+from qlora_jax.data import encode_all, load_records
+from qlora_jax.finetune import Options, finetune
+from qlora_jax.finetune.memory import recipe_of
+from qlora_jax.finetune.objectives.answers import greedy
+from qlora_jax.models import family_of
+from qlora_jax.plan.recipe import abstract_step
+
+LONGEST = 4096  # tokens of a held-out record whose answer is asked for
+
+
+def main(answers: str, *flags: str) -> None:
+    options, count = parse(Options, description=None, arguments=flags), int(answers)
+    start = time.perf_counter()
+    folder = finetune(options, progress=sys.stderr.isatty())
+    seconds = time.perf_counter() - start
+    rows = [json.loads(line) for line in (options.run.output / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    result: dict[str, Any] = {
+        "figures": json.loads((options.run.output / "eval_results.json").read_text()),
+        "trainable_parameters": trainable_parameters(options),
+        "checkpoint_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in steps),
+        # The first step compiles.
+        "tokens_per_second": statistics.median(row["tokens_per_second"] for row in steps[1:] or steps),
+        "final_training_loss": statistics.fmean(row["loss"] for row in steps[-10:]),
+        "seconds": seconds,
+        "steps": len(steps),
+    }
+    if count:
+        result["figures"]["eval_exact_match"] = exact_match(options, folder, count)
+    print(json.dumps(result))
+
+
+def trainable_parameters(options: Options) -> int:
+    """How many numbers the run trains."""
+    checkpoint = open_checkpoint(str(options.model.model), options.model.revision)
+    recipe = recipe_of(options, family_of(checkpoint.config).config(checkpoint.config), jax.default_backend())
+    step = abstract_step(recipe, jax.default_backend())
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(step.adapter))
+
+
+def exact_match(options: Options, folder: Path, count: int) -> float:
+    """The share of the first `count` held-out prompts whose greedy answer ends as the expected one does."""
+    whole = (folder / "config.json").is_file()  # a model, not an adapter
+    chosen = TunedOptions(str(folder)) if whole else TunedOptions(options.model.model, str(folder))
+    tuned = open_tuned(chosen)
+    assert options.data.eval_data is not None
+    records = load_records(options.data.eval_data)
+    records = records.select(range(min(count, len(records))))
+    # As the run reads them, but for their ends: what is expected must not be cut.
+    examples, _ = encode_all(
+        records, tokenizer=tuned.tokenizer, max_length=LONGEST, template=options.data.template, progress=False
+    )
+    starts = [int(np.flatnonzero(example.loss_mask)[0]) for example in examples]
+    prompts = [example.tokens[:start] for example, start in zip(examples, starts, strict=True)]
+    expected = [example.tokens[start:] for example, start in zip(examples, starts, strict=True)]
+    eos_ids = stop_ids(tuned.source, None, tuned.tokenizer)
+    found = greedy(tuned.load(progress=False), prompts, eos_ids=eos_ids, max_new_tokens=max(map(len, expected)))
+
+    def ending(tokens: Any) -> str:
+        return final_answer(str(tuned.tokenizer.decode(np.asarray(tokens), skip_special_tokens=True)))
+
+    hits = [ending(answer) == ending(wanted) for answer, wanted in zip(found, expected, strict=True)]
+    return sum(hits) / len(hits)
+
+
+def final_answer(text: str) -> str:
+    """What follows the last ####, as GSM8K marks it, without commas; else the whole text, without blanks at its ends."""
+    match = re.findall(r"####\s*(\S[^\n]*)", text)
+    return match[-1].strip().rstrip(".").replace(",", "") if match else text.strip()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,151 @@
+"""The report of a comparison: Markdown, a picture, and one HTML page that holds everything."""
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from matplotlib.figure import Figure
+
+from scripts.studies.comparison.intervals import Interval, difference, interval, verdict
+
+# Figures of a held-out evaluation, and which way is up; the first is what verdicts are about.
+FIGURES = {
+    "eval_loss": ("held-out loss", True),
+    "eval_mean_token_accuracy": ("token accuracy", False),
+    "eval_exact_match": ("exact answers", False),
+    "eval_rougeL": ("RougeL", False),
+}
+Results = Mapping[str, Mapping[int, Mapping[str, Any]]]  # by variant, by seed
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0 } th, td { border: 1px solid #ccc; padding: .3rem .6rem }
+td { text-align: right } td:first-child { text-align: left } th { background: #f3f3f3 }
+img { max-width: 100% } pre { overflow-x: auto }
+</style>
+<h1>{{ title }}</h1><p>{{ intro }}</p>
+{% for caption, header, rows in tables %}<h2>{{ caption }}</h2>
+<table><tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+{% endfor %}<h2>Plots</h2><img alt="figures by variant" src="data:image/png;base64,{{ picture }}">
+<h2>All runs</h2><details><summary>JSON</summary><pre>{{ data }}</pre></details>
+</html>
+"""
+
+
+def shown_figures(results: Results) -> list[str]:
+    """The names of the figures that all runs have."""
+    runs = [run for seeds in results.values() for run in seeds.values()]
+    return [name for name in FIGURES if runs and all(name in run["figures"] for run in runs)]
+
+
+def of_seeds(seeds: Mapping[int, Mapping[str, Any]], name: str) -> dict[int, float]:
+    return {seed: float(run["figures"][name]) for seed, run in seeds.items()}
+
+
+def main_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): a variant a row, with means over its seeds."""
+    figures = shown_figures(results)
+    header = ["variant", *(FIGURES[name][0] for name in figures)]
+    header += ["trainable parameters", "checkpoint MiB", "peak memory GiB", "tokens/s", "seeds"]
+    rows = []
+    for variant, seeds in results.items():
+        runs = list(seeds.values())
+
+        def mean(name: str, runs: list[Mapping[str, Any]] = runs) -> Interval:
+            return interval([run[name] for run in runs])
+
+        rows.append(
+            [
+                variant,
+                *(str(interval(list(of_seeds(seeds, name).values()))) for name in figures),
+                f"{runs[0]['trainable_parameters']:,}",
+                f"{mean('checkpoint_bytes').mean / 2**20:.1f}",
+                f"{max(run['peak_memory_bytes'] for run in runs) / 2**30:.2f}",
+                f"{mean('tokens_per_second').mean:.0f}",
+                str(len(runs)),
+            ]
+        )
+    return header, rows
+
+
+def verdict_table(results: Results, baseline: str) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): each other variant against the baseline, figure by figure."""
+    figures = shown_figures(results)
+    header = ["against " + baseline]
+    for name in figures:
+        header += [f"{FIGURES[name][0]}: difference", "verdict"]
+    rows = []
+    for variant, seeds in results.items():
+        if variant == baseline:
+            continue
+        row = [variant]
+        for name in figures:
+            change = difference(of_seeds(seeds, name), of_seeds(results[baseline], name))
+            row += ["" if change is None else str(change), verdict(change, lower_is_better=FIGURES[name][1])]
+        rows.append(row)
+    return header, rows
+
+
+def pair_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): each variant against those before it by the first figure, as difference and verdict.
+
+    So many verdicts at 95 % are wrong now and then: one in twenty where nothing differs.
+    """
+    name = shown_figures(results)[0]
+    rows = []
+    for number, (variant, seeds) in enumerate(results.items()):
+        row = [variant]
+        for others in list(results.values())[:number]:
+            change = difference(of_seeds(seeds, name), of_seeds(others, name))
+            said = verdict(change, lower_is_better=FIGURES[name][1])
+            row.append(said if change is None else f"{change}: {said}")
+        rows.append(row + [""] * (len(results) - number))
+    return ["difference: row less column", *results], rows
+
+
+def plot(results: Results, path: Path) -> None:
+    """Every figure by variant: a dot a seed, the mean, and its interval."""
+    figures = shown_figures(results)
+    names = list(results)
+    figure = Figure(figsize=(6.5 * max(len(figures), 1), 1.2 + 0.45 * len(names)), layout="constrained")
+    for axes, name in zip(figure.subplots(1, max(len(figures), 1), squeeze=False)[0], figures, strict=True):
+        for height, variant in enumerate(reversed(names)):
+            values = list(of_seeds(results[variant], name).values())
+            found = interval(values)
+            axes.plot(values, [height] * len(values), "o", color="tab:gray", alpha=0.6, markersize=4)
+            axes.errorbar(found.mean, height, xerr=found.half, fmt="D", color="tab:blue", capsize=4)
+        axes.set_yticks(range(len(names)), list(reversed(names)))
+        axes.set_xlabel(f"{FIGURES[name][0]} ({'lower' if FIGURES[name][1] else 'higher'} is better)")
+        axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def write(results: Results, baseline: str, folder: Path, title: str, intro: str, data: str) -> None:
+    """report.md, report.png and report.html in the folder."""
+    tables = [("Runs", *main_table(results))]
+    if baseline in results and len(results) > 1:
+        tables.append(("Verdicts", *verdict_table(results, baseline)))
+    if len(results) > 2 and shown_figures(results):
+        tables.append((f"Each against each: {FIGURES[shown_figures(results)[0]][0]}", *pair_table(results)))
+    plot(results, folder / "report.png")
+    markdown = [f"# {title}", "", intro, ""]
+    for caption, header, rows in tables:
+        markdown += [f"## {caption}", "", *_markdown(header, rows), ""]
+    markdown += ["![figures by variant](report.png)", ""]
+    (folder / "report.md").write_text("\n".join(markdown), encoding="utf-8")
+    page = jinja2.Environment(autoescape=True).from_string(PAGE)
+    picture = base64.b64encode((folder / "report.png").read_bytes()).decode()
+    text = page.render(title=title, intro=intro, tables=tables, picture=picture, data=data)
+    (folder / "report.html").write_text(text, encoding="utf-8")
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(html.escape(cell, quote=False) for cell in line) + " |" for line in lines]

@@ -1,0 +1,245 @@
+"""Retrieval beyond a model's context after training with shifted sparse attention: a key in filler, asked for at the end.
+
+    python scripts/measure_long_context.py                                           SmolLM2-135M, 8192 to 16384 positions
+    python scripts/measure_long_context.py --real 3 --output docs/long-context.md    and three prompts of 16384 tokens
+
+The recipe of LongLoRA (Chen et al. 2023), by the package's own pieces: the base in NF4 with double quantisation, LoRA on all
+linear layers, the token table and the norms trained, positions divided by `extended` / context, and in training attention in
+4 groups of a row, half of the heads shifted by half a group. Evaluation is dense: each token sees all before it.
+
+Rows of 16384 tokens take a CPU minutes a step, so that most texts here are short and their positions have gaps, as in PoSE
+(Zhu et al. 2023): the positions that a text skips are shared out at random among the starts of its sentences, most of them
+to a few. A query of S²-Attn sees a group, so that every row of training packs many short documents, wherever the groups'
+borders are, and each asks for a key of its own: at most half a group of tokens after it was told, so that at least half of
+the heads can see it, but up to `extended` positions. The digits of answers are learned, other tokens with little weight.
+
+    within, beyond    prompts of `length` tokens with one key somewhere, whose last position is drawn from the upper half of
+                      the context, or from what lies between it and `extended`
+    real              prompts of `extended` tokens without gaps, read through the cache in chunks, the answers decoded
+
+An answer counts where all digits are the most likely ones: what greedy decoding finds. Filler are sentences of the
+instructions that ship, others than in training. Three models get the same prompts: the untuned one as it is, the same with
+positions divided, and the tuned one. Shares have Wilson's 95 % intervals, pairs an exact test. The last line is JSON.
+Details: scripts/long_context/.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+from jax import Array
+from tqdm import tqdm
+
+from qlora_jax.adapters.metadata import with_scaling
+from qlora_jax.checkpoint.default_model import fetch_default_model
+from qlora_jax.checkpoint.load import load_model
+from qlora_jax.checkpoint.open import open_checkpoint
+from qlora_jax.checkpoint.tokenizer import load_tokenizer
+from qlora_jax.finetune.options.context import ContextOptions
+from qlora_jax.models import KVCache, causal_family_of, unscaled_context
+from qlora_jax.peft import LoRA
+from qlora_jax.train import create_state, jit_train_step, language_model_loss, learning_rate_schedule, optimizer, split
+from scripts.benchmarks.page import said_command
+from scripts.benchmarks.workers import cores
+from scripts.studies.long_context.page import markdown, table
+from scripts.studies.long_context.texts import DIGITS, Prompt, Writer, answers
+
+CHUNK = 256  # tokens that the cache takes at once: few, so that their scores stay in a CPU's caches
+GROWTH = 16 * CHUNK  # slots by which the cache grows, since every chunk looks at all of them
+Parts = tuple[Any, Any, Any]  # a model's graph, what trains, all the rest
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to train and to ask."""
+
+    model: str | None = None
+    """Folder, .gguf file or hub id; SmolLM2-135M-Instruct if left out."""
+    extended: int = 16384
+    """Positions to train for."""
+    length: int = 1024
+    """Tokens of a row whose positions have gaps."""
+    steps: int = 100
+    """Of training, of one row each."""
+    learning_rate: float = 3e-4
+    """The highest, of LoRA's A and of the token table."""
+    loraplus_lr_ratio: float = 8.0
+    """That of LoRA's B and of the norms by it: what starts at zero has a way to go, the token table has not."""
+    rank: int = LoRA.rank
+    """Of the adapter."""
+    prompts: int = 40
+    """With gaps, within the context; and as many beyond it."""
+    real: int = 0
+    """Prompts of as many tokens as positions."""
+    seed: int = 0
+    """Of all that is drawn."""
+    output: Path | None = None
+    """Markdown file to write; standard output alone if left out."""
+
+
+def main() -> int:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    try:
+        report = measure(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    text = markdown(report)
+    print(text)
+    if arguments.output is not None:
+        arguments.output.write_text(text, encoding="utf-8")
+    print(json.dumps(report))
+    return 0
+
+
+def measure(arguments: Arguments) -> dict[str, Any]:
+    """The report."""
+    source = arguments.model or str(fetch_default_model())
+    checkpoint, tokenizer = open_checkpoint(source), load_tokenizer(source)
+    config: Any = causal_family_of(checkpoint.config).config(checkpoint.config)
+    context, options = unscaled_context(config), ContextOptions(longlora=True)
+    sentences = answers()
+    learned, asked = sentences[: len(sentences) * 3 // 4], sentences[len(sentences) * 3 // 4 :]
+    writer, reach = Writer(tokenizer, learned, arguments.seed), arguments.length // options.groups // 2
+    check(arguments, context, reach, sum(map(len, writer.key())))
+    prompts = draw_prompts(Writer(tokenizer, asked, arguments.seed + 1), arguments, context)
+    load = partial(load_model, dtype=jnp.bfloat16, seed=arguments.seed)
+    started = time.perf_counter()
+    lora = LoRA(arguments.rank, 2.0 * arguments.rank, modules_to_save=options.trained((), config.parameter_mappings))
+    scaled = with_scaling(checkpoint, options.scaling(config, arguments.extended))
+    remat = "dots" if jax.default_backend() == "cpu" else "full"
+    tuned, losses = train(split(load(scaled, method=lora, remat=remat)), writer, arguments, options.groups, reach)
+    seconds = {"training": time.perf_counter() - started}
+    right = {"tuned": ask(tuned, prompts)}
+    del tuned
+    for name, untuned in {"untuned": checkpoint, "untuned, scaled": scaled}.items():
+        right[name] = ask(split(load(untuned)), prompts)
+    seconds["all"] = time.perf_counter() - started
+    described = dataclasses.asdict(arguments) | {"output": None, "model": Path(source).name}
+    return {
+        "command": said_command("measure_long_context.py"),
+        "arguments": described,
+        "context": context,
+        "dtype": "bfloat16",
+        "device": jax.devices()[0].device_kind,
+        "cores": cores(),
+        "versions": {package: importlib.metadata.version(package) for package in ("jax", "flax", "optax", "numpy")},
+        "seconds": seconds,
+        "losses": losses,
+        "prompts": [{"kind": prompt.kind, "last": int(prompt.positions[-1]), "depth": prompt.depth} for prompt in prompts],
+        "right": right,
+        "rows": table(prompts, right),
+    }
+
+
+def check(arguments: Arguments, context: int, reach: int, key: int) -> None:
+    """Raises ValueError where there is nothing to measure, or no room for it."""
+    for name, least in (("steps", 2), ("prompts", 2), ("rank", 1), ("real", 0)):
+        if (value := getattr(arguments, name)) < least:
+            raise ValueError(f"--{name}: expected at least {least}, found {value}")
+    if not arguments.length <= context < arguments.extended:
+        found = f"{arguments.length} and {arguments.extended}"
+        raise ValueError(f"--length, --extended: expected at most and above the model's context of {context}, found {found}")
+    if reach < key:
+        raise ValueError(
+            f"--length: expected at least {key * arguments.length // reach} for a key, found {arguments.length}"
+        )
+
+
+def draw_prompts(writer: Writer, arguments: Arguments, context: int) -> list[Prompt]:
+    """Those of all kinds; the keys of real ones lie as far apart as they can."""
+    draws, length = np.random.default_rng(arguments.seed), arguments.length
+    ends = {"within": (max(context // 2, length - 1), context), "beyond": (context, arguments.extended)}
+    return [
+        *(
+            writer.prompt(kind, length, int(draws.integers(*of)))
+            for kind, of in ends.items()
+            for _ in range(arguments.prompts)
+        ),
+        *(
+            writer.prompt("real", arguments.extended, arguments.extended - 1, (number + 0.5) / arguments.real)
+            for number in range(arguments.real)
+        ),
+    ]
+
+
+def train(parts: Parts, writer: Writer, arguments: Arguments, groups: int, reach: int) -> tuple[Parts, list[float]]:
+    """(the tuned model, the loss of each step)."""
+    graph, adapter, frozen = parts
+    schedule = learning_rate_schedule("cosine", arguments.learning_rate, arguments.steps, arguments.steps // 20)
+    tx = optimizer("adamw", schedule, loraplus_lr_ratio=arguments.loraplus_lr_ratio)
+    state = create_state(tx, adapter, arguments.seed)
+    step = jit_train_step(graph, tx, partial(language_model_loss, attention_groups=groups), state)
+    losses: list[float] = []
+    with tqdm(range(arguments.steps), desc="training", unit="step") as bar:
+        for _ in bar:
+            row = writer.row(arguments.length, arguments.extended, reach)
+            batch = {name: jnp.asarray(values)[None, None] for name, values in row.items()}
+            state, metrics = step(state, frozen, batch)
+            losses.append(float(metrics["loss"]))
+            bar.set_postfix(loss=f"{np.mean(losses[-10:]):.3f}")
+    return (graph, state.adapter, frozen), losses
+
+
+def ask(parts: Parts, prompts: Sequence[Prompt]) -> list[bool]:
+    """Which prompts a model answers with the key, by dense attention."""
+    graph, adapter, frozen = parts
+
+    @jax.jit
+    def with_gaps(adapter: Any, frozen: Any, tokens: Array, positions: Array) -> Array:
+        model = nnx.merge(graph, adapter, frozen)
+        hidden = model.hidden(tokens[None, :-1], positions=positions[None, :-1])
+        return model.logits(hidden[0, -DIGITS:]).argmax(-1)
+
+    @partial(jax.jit, donate_argnums=4)
+    def decode(adapter: Any, frozen: Any, tokens: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        logits, cache = nnx.merge(graph, adapter, frozen).decode(tokens[None], positions[None], cache)
+        return logits[0].argmax(-1), cache
+
+    def real(tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        tokens, positions = tokens[:-DIGITS], positions[:-DIGITS]
+        padding = -len(tokens) % CHUNK
+        tokens, positions = np.pad(tokens, (padding, 0)), np.pad(positions, (padding, 0), constant_values=-1)
+        cache, found = nnx.merge(graph, adapter, frozen).init_cache(1, 0), []
+        for start in tqdm(range(0, len(tokens), CHUNK), desc="reading", unit="chunk", leave=False):
+            cache = grown(cache, GROWTH) if start % GROWTH == 0 else cache
+            here = slice(start, start + CHUNK)
+            token, cache = decode(adapter, frozen, tokens[here], positions[here], cache)
+            found = [int(token)]  # waits for it, so that the bar tells the truth
+        cache = grown(cache, CHUNK)
+        for number in range(1, DIGITS):
+            token, cache = decode(adapter, frozen, np.asarray(found[-1:], np.int32), positions[-1:] + number, cache)
+            found.append(int(token))
+        return np.asarray(found)
+
+    right = []
+    for prompt in (bar := tqdm(prompts, desc="asking", unit="prompt")):
+        if prompt.kind == "real":
+            found = real(prompt.tokens, prompt.positions)
+        else:
+            found = with_gaps(adapter, frozen, prompt.tokens, prompt.positions)
+        right.append(bool(np.array_equal(found, prompt.tokens[-DIGITS:])))
+        bar.set_postfix(right=sum(right))
+    return right
+
+
+def grown(cache: KVCache, more: int) -> KVCache:
+    """The cache with room for so many more tokens."""
+    slots = ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))
+    keys, values = jnp.pad(cache.keys, slots), jnp.pad(cache.values, slots)
+    return dataclasses.replace(cache, keys=keys, values=values, filled=jnp.pad(cache.filled, ((0, 0), (0, more))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

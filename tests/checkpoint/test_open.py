@@ -1,0 +1,90 @@
+"""Dispatch by the kind of source, and what is said where a source is none of them."""
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.numpy import save_file
+
+from qlora_jax.checkpoint.hub import resolve
+from qlora_jax.checkpoint.open import open_checkpoint
+from qlora_jax.errors import CheckpointError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    save_file({"a": np.arange(6, dtype=np.float32).reshape(2, 3)}, path / "model.safetensors")
+    return path
+
+
+def test_folder(folder: Path):
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.source == str(folder)
+    assert checkpoint.config == {"model_type": "llama"}
+    assert checkpoint.shapes == {"a": (2, 3)}
+    np.testing.assert_array_equal(checkpoint.read("a"), [[0, 1, 2], [3, 4, 5]])
+
+
+def test_unknown_tensor_names_the_nearest(folder: Path):
+    with pytest.raises(CheckpointError, match=r"has no tensor 'aa' among its 1\. Nearest: a"):
+        open_checkpoint(str(folder)).read("aa")
+
+
+def test_missing_path_says_what_is_accepted(tmp_path: Path):
+    for source in (tmp_path / "absent", "./absent", "absent.gguf", "a/b/c"):
+        with pytest.raises(CheckpointError, match=r"no such file or folder \(looked at /.*hub id such as owner/name"):
+            open_checkpoint(str(source))
+
+
+def test_file_of_another_kind(tmp_path: Path):
+    (tmp_path / "model.bin").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"unknown kind \(suffix '.bin'\).*Accepted: a folder"):
+        open_checkpoint(str(tmp_path / "model.bin"))
+
+
+def test_revision_of_a_local_path_is_an_error(folder: Path):
+    with pytest.raises(CheckpointError, match="no revisions; found revision='main'"):
+        resolve(folder, "main")
+
+
+def test_hub_id(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = {}
+
+    def download(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.update(repository=repository, revision=revision, patterns=allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    checkpoint = open_checkpoint("owner/name", revision="v1")
+    assert checkpoint.source == "owner/name"
+    assert checkpoint.shapes == {"a": (2, 3)}
+    assert (asked["repository"], asked["revision"]) == ("owner/name", "v1")
+    assert not any(pattern.endswith(".bin") for pattern in asked["patterns"])
+
+
+def test_hub_without_network(monkeypatch: pytest.MonkeyPatch):
+    def download(*_args: object, **_kwargs: object) -> str:
+        raise LocalEntryNotFoundError("no connection\nand a long explanation")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint("owner/absent", revision="v1")
+    for part in (
+        "owner/absent: tried as a local path",
+        "hub id at revision 'v1'",
+        "no connection",
+        "Accepted:",
+    ):
+        assert part in str(caught.value)
+    assert "long explanation" not in str(caught.value)
+
+
+def test_problems_are_listed():
+    assert str(CheckpointError.of("x", ["one."])) == "x: one."
+    assert str(CheckpointError.of("x", ["one.", "two."])) == "x: 2 problems:\n  - one.\n  - two."

@@ -1,0 +1,198 @@
+"""Checkpoints of a run: what comes back is what was saved, bit for bit and where it lay, or there is a clear error."""
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from qlora_jax.errors import CheckpointError
+from qlora_jax.train import TrainState, adamw, host_offload, init_state
+from qlora_jax.train.state_store import StateStore
+
+POSITION = {"epoch": 1, "batch": 2, "data": {"seed": 0, "checksum": 2**32 - 1, "packing": True}}
+
+
+def make_state(seed: int = 0, *, width: int = 3, offload: bool = True) -> TrainState:
+    """A state of two matrices with moments that are not zero, one of them not a number."""
+    draws = np.random.default_rng(seed)
+    adapter = {name: jnp.asarray(draws.standard_normal((64, width), np.float32)) for name in ("a", "b")}
+    tx = host_offload(adamw(1e-2)) if offload else adamw(1e-2)
+    state = jax.jit(lambda adapter: init_state(tx, adapter, 2**32 - 1))(adapter)
+
+    def fill(leaf: Any) -> Any:
+        value = draws.standard_normal(leaf.shape).astype(leaf.dtype) if leaf.ndim else np.asarray(seed, leaf.dtype)
+        if leaf.ndim:
+            value.flat[0] = np.nan
+        return jax.device_put(value, leaf.sharding)
+
+    return dataclasses.replace(state, step=jnp.int32(seed), opt_state=jax.tree.map(fill, state.opt_state))
+
+
+@pytest.fixture
+def open_store(tmp_path: Path) -> Iterator[Callable[..., StateStore]]:
+    opened: list[StateStore] = []
+
+    def open_(keep: int = 3, folder: Path = tmp_path / "checkpoints") -> StateStore:
+        opened.append(StateStore(folder, keep=keep))
+        return opened[-1]
+
+    yield open_
+    for store in opened:
+        store.close()
+
+
+def assert_same(found: TrainState, expected: TrainState) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert leaf.dtype == wanted.dtype
+        assert leaf.sharding == wanted.sharding
+        assert np.asarray(leaf).tobytes() == np.asarray(wanted).tobytes()
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_what_is_saved_comes_back(open_store: Callable[..., StateStore], offload: bool) -> None:
+    """The bits, the types and the memories, in a store opened anew; the template's values do not matter."""
+    state = make_state(5, offload=offload)
+    open_store().save(5, state, POSITION)
+    store = open_store()
+    assert store.latest_step() == 5
+    restored, position = store.restore(make_state(9, offload=offload))
+    assert_same(restored, state)
+    assert position == POSITION
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(restored.opt_state)}
+    assert ("pinned_host" in kinds) == offload
+
+
+def test_the_state_of_another_choice_of_offload_is_an_error(open_store: Callable[..., StateStore]) -> None:
+    """In host memory each layer's state is one by itself; a run goes on with the options that it began with."""
+    open_store().save(5, make_state(5, offload=True), POSITION)
+    with pytest.raises(CheckpointError, match="step 5 is of another run"):
+        open_store().restore(make_state(0, offload=False))
+
+
+def test_the_newest_are_kept(open_store: Callable[..., StateStore], tmp_path: Path) -> None:
+    store = open_store(keep=2)
+    assert store.latest_step() is None
+    for step in (3, 6, 9, 12):
+        store.save(step, make_state(step), POSITION)
+    kept = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()]
+    assert sorted(kept, key=int) == ["9", "12"]
+    assert int(open_store().restore(make_state())[0].step) == 12
+
+
+def test_none_is_an_error(open_store: Callable[..., StateStore]) -> None:
+    with pytest.raises(CheckpointError, match="checkpoints: holds no checkpoint"):
+        open_store().restore(make_state())
+
+
+def test_other_shapes_types_and_leaves_are_an_error(open_store: Callable[..., StateStore]) -> None:
+    """All of them in one message."""
+    state = make_state(5)
+    open_store().save(5, state, POSITION)
+    store = open_store()
+    with pytest.raises(CheckpointError, match=r"step 5 is of another run") as error:
+        store.restore(make_state(width=2))
+    assert "adapter.a: expected float32 [64, 2], found float32 [64, 3]" in str(error.value)
+    assert str(error.value).count("expected") == 6, "A and B, and the two moments of each"
+    with pytest.raises(CheckpointError, match=r"adapter\.b: expected bfloat16 \[64, 3\], found float32 \[64, 3\]"):
+        store.restore(dataclasses.replace(state, adapter=state.adapter | {"b": state.adapter["b"].astype(jnp.bfloat16)}))
+    with pytest.raises(CheckpointError) as error:
+        store.restore(dataclasses.replace(state, adapter={"a": state.adapter["a"], "c": state.adapter["b"]}))
+    assert "adapter.b: expected none, found float32 [64, 3]" in str(error.value)
+    assert "adapter.c: expected float32 [64, 3], found none" in str(error.value)
+
+
+def test_a_checkpoint_that_is_half_written_is_none(open_store: Callable[..., StateStore], tmp_path: Path) -> None:
+    """A kill while Orbax writes leaves a folder under a temporary name: the one before is the newest."""
+    open_store().save(5, make_state(5), POSITION)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "5", folder / "10.orbax-checkpoint-tmp")
+    store = open_store()
+    assert store.latest_step() == 5
+    assert int(store.restore(make_state())[0].step) == 5
+    store.save(10, make_state(10), POSITION)
+    assert int(open_store().restore(make_state())[0].step) == 10
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])
+def test_a_failing_write_leaves_what_was_there(
+    open_store: Callable[..., StateStore], monkeypatch: pytest.MonkeyPatch, failure: OSError
+) -> None:
+    store = open_store()
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "save", fail)
+        with pytest.raises(CheckpointError, match=rf"step 5 \(.*{failure.strerror}.*\); no checkpoint was saved before"):
+            store.save(5, make_state(5), POSITION)
+    store.save(5, make_state(5), POSITION)
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "save", fail)
+        with pytest.raises(CheckpointError, match=rf"step 10 \(.*{failure.strerror}.*\); that of step 5 is intact"):
+            store.save(10, make_state(10), POSITION)
+    restored, _ = open_store().restore(make_state())
+    assert_same(restored, make_state(5))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def scribble(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[: len(data) // 2] = bytes(len(data) // 2)
+    path.write_bytes(data)
+
+
+# What Orbax leaves behind when one of its reads fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", [truncate, scribble, Path.unlink])
+def test_a_damaged_checkpoint_is_an_error_that_names_it(
+    open_store: Callable[..., StateStore], tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    """Every file of it in turn; what can be told from a good one has to be, and nothing else is restored in silence."""
+    open_store().save(5, make_state(5), POSITION)
+    folder = tmp_path / "checkpoints"
+    files = sorted(path.relative_to(folder) for path in (folder / "5").rglob("*") if path.is_file())
+    assert len(files) > 3
+    found = 0
+    for number, file in enumerate(files):
+        copy = tmp_path / f"{damage.__name__}-{number}"
+        shutil.copytree(folder, copy)
+        damage(copy / file)
+        store = open_store(folder=copy)
+        if store.latest_step() is None:
+            found += 1
+            continue
+        try:
+            restored, position = store.restore(make_state())
+        except CheckpointError as error:
+            found += bool(re.search(rf"{copy.name}: cannot restore the checkpoint of step 5: \S", str(error)))
+        else:
+            assert_same(restored, make_state(5))  # a file that is not needed
+            assert position == POSITION
+    assert found >= 3, "the position, and the metadata and the values of the state"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_newest_checkpoint_can_be_put_aside(open_store: Callable[..., StateStore], tmp_path: Path) -> None:
+    """The error says which folder to delete; without it the run goes on from the one before."""
+    store = open_store()
+    for step in (5, 10):
+        store.save(step, make_state(step), POSITION)
+    folder = tmp_path / "checkpoints" / "10"
+    truncate(folder / "state" / "manifest.ocdbt")
+    with pytest.raises(CheckpointError, match=rf"delete {re.escape(str(folder))} to go on from step 5\)$"):
+        open_store().restore(make_state())
+    shutil.rmtree(folder)
+    assert_same(open_store().restore(make_state())[0], make_state(5))
