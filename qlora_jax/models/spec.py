@@ -1,0 +1,71 @@
+"""One description of a model: its architecture, how its weights are stored, and what trains in it.
+
+The loader, the training step, the planner and the programs that are compiled ahead all build the model from this value, so
+that they agree on every shape.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from qlora_jax.models.families import FAMILIES, Model, ModelConfig
+from qlora_jax.models.stack import Remat
+from qlora_jax.nn import AttentionImplementation, default_implementation
+from qlora_jax.peft import LoRA, Method
+from qlora_jax.quant import EmbeddingStorage, Quantization
+
+__all__ = ["ModelSpec"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """A model without its values.
+
+    Attributes:
+        config: the parsed config.json.
+        quantization: storage of the linear layers; None stores them dense.
+        embedding_storage: storage of the token embedding and the output head.
+        method: the method of fine-tuning; None for a model without an adapter.
+        dtype: of activations and dense weights.
+        remat: what the backward pass recomputes.
+    """
+
+    config: ModelConfig
+    quantization: Quantization | None = Quantization()
+    embedding_storage: EmbeddingStorage = "none"
+    method: Method | None = LoRA()
+    dtype: DTypeLike = "bfloat16"
+    remat: Remat = "full"
+
+    def build(self, rngs: nnx.Rngs, attention: AttentionImplementation | None = None) -> Model:
+        """Return the model with random weights.
+
+        Args:
+            attention: the attention kernel; that of the default platform if None.
+
+        Raises:
+            ValueError: the method does not fit the model.
+        """
+        return FAMILIES[self.config.family].model(
+            self.config,
+            quantization=self.quantization,
+            embedding_storage=self.embedding_storage,
+            method=self.method,
+            dtype=jnp.dtype(self.dtype),
+            attention=attention or default_implementation(),
+            remat=self.remat,
+            rngs=rngs,
+        )
+
+    def abstract(self, platform: str | None = None) -> Model:
+        """Return the model with shapes in place of arrays (`nnx.eval_shape`).
+
+        Args:
+            platform: the platform whose attention kernel the model takes ("cpu", "gpu" or "tpu"); the default one if None.
+
+        Raises:
+            ValueError: the method does not fit the model.
+        """
+        return nnx.eval_shape(lambda: self.build(nnx.Rngs(0), default_implementation(platform)))
