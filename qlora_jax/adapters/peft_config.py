@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora_jax.errors import CheckpointError
-from qlora_jax.peft import METHODS, FieldErrors, Method
+from qlora_jax.peft import FieldErrors, LoRA, Method, peft_methods
 
 __all__ = ["CONFIG", "TaskType", "config_of", "method_of", "read_config"]
 
@@ -44,11 +44,12 @@ def read_config(path: Path, source: str) -> dict[str, Any]:
 def method_of(source: str, config: Mapping[str, Any]) -> Method:
     """The method that the fields describe; raises CheckpointError for those that are not supported."""
     kind = config.get("peft_type")
-    found = METHODS.get(str(kind))
-    problems = [] if found else [f"peft_type: expected one of {', '.join(METHODS)}, found {kind!r}"]
+    methods = peft_methods()
+    found = methods.get(str(kind))
+    problems = [] if found else [f"peft_type: expected one of {', '.join(methods)}, found {kind!r}"]
     try:
         # The fields of a file of no known kind are read as LoRA's, so that all that is wrong is told at once.
-        method = (found or METHODS["LORA"]).from_peft(config)
+        method = (found or LoRA).from_peft(config)
         if found is not None:
             return method
     except FieldErrors as error:

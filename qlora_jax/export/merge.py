@@ -49,7 +49,6 @@ from qlora_jax.errors import CheckpointError
 from qlora_jax.export.trained_parameters import Retrained, retrained_parameters
 from qlora_jax.models import T5, ParameterMapping, Trained, family_of, tied_head
 from qlora_jax.models.trained import TABLE
-from qlora_jax.peft import PromptMethod, ScalesBias
 from qlora_jax.quant import (
     EmbeddingStorage,
     PackedEmbedding,
@@ -119,7 +118,7 @@ def merge(
         raise ValueError(f"unknown dtype {dtype!r}; expected one of {', '.join(get_args(MergedDtype))}")
     if output.exists() and (not output.is_dir() or next(output.iterdir(), None) is not None):
         raise CheckpointError(f"{output}: expected a folder that is empty or does not exist yet, found it in use.")
-    if adapter is not None and isinstance(adapter.method, PromptMethod):
+    if adapter is not None and adapter.method.virtual_tokens:
         raise CheckpointError(
             f"{adapter.source}: virtual tokens ({adapter.method.peft_type}) are no weights: expected an adapter of linear "
             "layers to merge, found none; generate.py takes the adapter as it is."
@@ -246,7 +245,7 @@ def _merged(
             tensor = _through_quantization(tensor, from_dequantized)
         if adapted and adapter is not None:
             tensor = adapter.method.merged(tensor, module, update)
-        elif found and name.endswith(".bias") and adapter is not None and isinstance(adapter.method, ScalesBias):
+        elif found and name.endswith(".bias") and adapter is not None:
             tensor = adapter.method.merged_bias(tensor, module, found)
         if not np.isfinite(tensor).all():
             raise CheckpointError(f"{checkpoint.source}: tensor {name} holds NaN or infinite values.")

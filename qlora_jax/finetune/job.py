@@ -17,7 +17,6 @@ The same command on the same folder goes on where it was stopped.
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -44,13 +43,9 @@ from qlora_jax.finetune.eva import MOST_BATCHES, start_from_inputs
 from qlora_jax.finetune.finish import finish
 from qlora_jax.finetune.folder import claim, complete
 from qlora_jax.finetune.memory import check_memory, recipe_of
-from qlora_jax.finetune.objectives.dpo import dpo
-from qlora_jax.finetune.objectives.objective import Batches, Objective, Setting
-from qlora_jax.finetune.objectives.seq2seq import seq2seq
-from qlora_jax.finetune.objectives.sft import sft
+from qlora_jax.finetune.objectives import Batches, Objective, Setting, objective_kind
 from qlora_jax.finetune.options.context import warn_beyond
-from qlora_jax.finetune.options.options import ObjectiveName, Options
-from qlora_jax.finetune.options.tuning import own_rate
+from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.reporting import watch
 from qlora_jax.finetune.reporting.hub import upload
 from qlora_jax.finetune.training import make_optimizer, started_ahead, train_adapter
@@ -60,8 +55,6 @@ from qlora_jax.nn import data_mesh, place
 from qlora_jax.peft import LoRA, Method
 from qlora_jax.plan.recipe import Recipe
 from qlora_jax.train import learning_rate_schedule, split
-
-DECODER_OBJECTIVES: dict[ObjectiveName, Callable[[Setting], Objective]] = {"sft": sft, "dpo": dpo}
 
 
 def finetune(options: Options, *, progress: bool = True) -> Path:
@@ -97,8 +90,9 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
     positions = positions_left(config, method)
     room = config if positions is None else dataclasses.replace(config, max_position_embeddings=positions)
     watched = watch.prepare(options, tokenizer, room, _say, progress=progress)
-    make = seq2seq if isinstance(config, T5Config) else DECODER_OBJECTIVES[options.objective.objective]
-    objective = make(Setting(options, tokenizer, config, eos_ids, _say, progress))
+    kind = objective_kind(options.objective.objective, encoder_decoder=isinstance(config, T5Config))
+    kind.check(options)
+    objective = kind.make(Setting(options, tokenizer, config, eos_ids, _say, progress))
     check_rows(method, config, objective.length, packed="segment_ids" in objective.arrays)
     rewrite = rewriting(method, taken, quantization)
     start = converted_from(method) if taken is None or trained is None else trained.converted_from
@@ -115,9 +109,7 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
     parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     learning_rate = learning_rate_schedule(
         options.optimizer.schedule,
-        options.optimizer.peak_learning_rate(
-            parameters, options.objective.objective, options.tuning.method, own_rate(method)
-        ),
+        options.optimizer.peak_learning_rate(parameters, kind, method),
         steps,
         round(steps * options.optimizer.warmup_ratio),
     )

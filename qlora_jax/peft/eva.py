@@ -26,7 +26,7 @@ from jax import Array
 
 from qlora_jax.nn import Linear
 from qlora_jax.peft.lora import LoRA
-from qlora_jax.peft.method import TokenRows
+from qlora_jax.peft.method import Method
 
 _MORE = 8  # directions beyond r that the subspace iteration carries
 _ITERATIONS = 3
@@ -34,17 +34,10 @@ _CONVERGED = 0.99  # cosine between the same direction before and after a batch
 
 
 @dataclasses.dataclass(frozen=True)
-class EVA:
+class EVA(Method):
     """Watches the inputs of the layers that a LoRA adapts; what `models` take for a method of fine-tuning."""
 
     lora: LoRA
-
-    @property
-    def modules_to_save(self) -> tuple[str, ...]:
-        return ()
-
-    def token_rows(self) -> TokenRows:
-        return ()
 
     def targets(self, layers: Mapping[str, Sequence[str]]) -> "dict[str, Watching]":
         """See `method.Method`."""

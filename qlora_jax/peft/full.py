@@ -10,36 +10,33 @@ sense in rounding to 4 bits what trains.
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
 
+from qlora_jax.errors import OptionError, UnsupportedError
 from qlora_jax.nn import Delta, Linear, changed
-from qlora_jax.peft.method import FieldErrors, FilePart, TokenRows
+from qlora_jax.peft.method import FieldErrors, FilePart, Method
 from qlora_jax.quant import QuantizedTensor, matmul
 
 
 @dataclasses.dataclass(frozen=True)
-class FullFineTuning:
+class FullFineTuning(Method):
     """Trains all parameters. PEFT has no files for it: what is saved is a model, not an adapter."""
 
-    @property
-    def peft_type(self) -> str:
-        return "FULL"
-
-    @property
-    def modules_to_save(self) -> tuple[str, ...]:
-        return ()
+    name: ClassVar = "full"
+    title: ClassVar = "All parameters"
+    summary: ClassVar = "all parameters of a decoder with dense weights (data-type none), saved as a model"
+    peft_type: ClassVar = "FULL"
+    learning_rate_factor: ClassVar = 0.1  # Schulman et al. 2025, "LoRA Without Regret"
+    is_full: ClassVar = True
 
     @property
     def suffixes(self) -> tuple[str, ...]:
         return ("weight",)
-
-    def token_rows(self) -> TokenRows:
-        return ()
 
     def targets(self, layers: Mapping[str, Sequence[str]]) -> "dict[str, WholeWeight]":
         """See `Method`."""
@@ -54,12 +51,12 @@ class FullFineTuning:
         return tensors["weight"]
 
     def to_peft(self, modules: Sequence[str]) -> dict[str, Any]:
-        """Raises ValueError: there are no such files."""
-        raise ValueError("full fine-tuning: expected a model to be saved, found an adapter: PEFT has no files for it")
+        """Raise UnsupportedError: there are no such files."""
+        raise UnsupportedError("full fine-tuning: expected a model to be saved, found an adapter: PEFT has no files for it")
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> "FullFineTuning":
-        """Raises FieldErrors: there are no such files."""
+        """Raise FieldErrors: there are no such files."""
         raise FieldErrors(["peft_type: there are no adapters of full fine-tuning"])
 
 
@@ -90,7 +87,7 @@ class WholeLinear(nnx.Module):
         weight = linear.weight.get_value()
         if not isinstance(weight, Array):  # what is packed, or lies in a packed stack
             found = "4-bit ones" if isinstance(weight, QuantizedTensor) else type(weight).__name__
-            raise ValueError(f"full fine-tuning: expected dense linear layers (data_type none), found {found}")
+            raise OptionError(f"full fine-tuning: expected dense linear layers (data_type none), found {found}")
         return linear.with_bias(matmul(x, changed(weight, self.delta[...])))
 
     def file_parts(self) -> Iterator[FilePart]:

@@ -10,7 +10,7 @@ l is one at first. The model holds l - 1, so that an adapter of zeros is the bas
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,11 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from qlora_jax.errors import OptionError, UnsupportedError
 from qlora_jax.nn import AdapterConstant, Linear
 from qlora_jax.peft.fields import Fields, as_list, as_names, is_list, is_names
-from qlora_jax.peft.method import FilePart, ModelShape, TokenRows
+from qlora_jax.peft.method import FilePart, Method, ModelShape
+from qlora_jax.peft.option import Option
 from qlora_jax.peft.targets import ALL_LINEAR, choose, known_names
 
 # (target_modules, feedforward_modules) that PEFT 0.21 takes for a model_type where none are named.
@@ -37,7 +39,7 @@ _READ = frozenset(("target_modules", "exclude_modules", "feedforward_modules", "
 
 
 @dataclasses.dataclass(frozen=True)
-class IA3:
+class IA3(Method):
     """The adapter, in the terms of PEFT's IA3Config (targets.py holds its rules of matching).
 
     Attributes:
@@ -50,8 +52,23 @@ class IA3:
         init_ia3_weights: whether the vectors start at one; otherwise they are drawn from a normal distribution.
 
     Raises:
-        ValueError: no target, or no regular expression.
+        OptionError: no target, or no regular expression.
     """
+
+    name: ClassVar = "ia3"
+    title: ClassVar = "An IA3 adapter"
+    summary: ClassVar = "vectors that scale the inputs or outputs of linear layers (PEFT's usual ones by default)"
+    peft_type: ClassVar = "IA3"
+    options: ClassVar = (
+        Option(
+            "feedforward_modules",
+            tuple[str, ...],
+            (),
+            "Of ia3: ends of the names of linear layers whose input is scaled, not their output; PEFT's usual ones if left "
+            "out.",
+        ),
+    )
+    lora_options: ClassVar = ("target_modules", "exclude_modules", "modules_to_save")
 
     target_modules: str | tuple[str, ...] | None = None
     feedforward_modules: str | tuple[str, ...] | None = None
@@ -61,22 +78,22 @@ class IA3:
 
     def __post_init__(self) -> None:
         if self.target_modules is not None and not self.target_modules:
-            raise ValueError("IA3 target_modules: expected names, a regular expression or 'all-linear', found none")
+            raise OptionError("IA3 target_modules: expected names, a regular expression or 'all-linear', found none")
         for field in ("target_modules", "feedforward_modules", "exclude_modules"):
             value = getattr(self, field)
             if isinstance(value, str):
                 try:
                     re.compile(value)
                 except re.error as error:
-                    raise ValueError(f"IA3 {field} {value!r}: no regular expression: {error}") from error
+                    raise OptionError(f"IA3 {field} {value!r}: no regular expression: {error}") from error
 
     def for_model(self, shape: ModelShape) -> "IA3":
-        """See `OfModel`."""
+        """See `Method`."""
         if self.target_modules is not None and self.feedforward_modules is not None:
             return self
         if shape.family not in DEFAULTS:
             known = ", ".join(sorted(DEFAULTS))
-            raise ValueError(
+            raise UnsupportedError(
                 f"IA3: expected target_modules and feedforward_modules, found none, and a {shape.family} has no usual ones "
                 f"({known} have)"
             )
@@ -88,9 +105,21 @@ class IA3:
             feedforward = tuple(name for name in targets if name.rpartition(".")[2] in feedforward)
         return dataclasses.replace(self, target_modules=targets, feedforward_modules=feedforward)
 
+    @classmethod
+    def from_options(cls, values: Mapping[str, Any]) -> "IA3":
+        """See `Method`. All linear layers, the default of LoRA, stand for PEFT's usual ones here."""
+        usual = values["target_modules"] == ALL_LINEAR
+        return cls(
+            target_modules=None if usual else values["target_modules"],
+            feedforward_modules=values["feedforward_modules"] or None,
+            exclude_modules=values["exclude_modules"],
+            modules_to_save=values["modules_to_save"],
+        )
+
     @property
-    def peft_type(self) -> str:
-        return "IA3"
+    def default_learning_rate(self) -> float:
+        """The learning rate of the paper."""
+        return 3e-3
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -104,10 +133,6 @@ class IA3:
     def layers_pattern(self) -> tuple[str, ...]:
         return ()
 
-    def token_rows(self) -> TokenRows:
-        """See `Method`."""
-        return ()
-
     def is_feedforward(self, module: str) -> bool:
         """Whether the input of the module of that full name is scaled; a list holds ends of names here, not parts."""
         return _is_feedforward(self.feedforward_modules or (), module)
@@ -115,12 +140,12 @@ class IA3:
     def targets(self, layers: Mapping[str, Sequence[str]]) -> "dict[str, Scales]":
         """See `Method`."""
         if self.target_modules is None or self.feedforward_modules is None:
-            raise ValueError("IA3: expected target_modules and feedforward_modules, found none: for_model chooses them")
+            raise OptionError("IA3: expected target_modules and feedforward_modules, found none: for_model chooses them")
         chosen = choose(self, layers)  # pyright: ignore[reportArgumentType]
         named = self.feedforward_modules
         for name in (named,) if isinstance(named, str) else named:
             if not any(_is_feedforward(named if isinstance(named, str) else (name,), module) for module in chosen):
-                raise ValueError(f"IA3 feedforward_modules {name!r} matches no target; {known_names(layers)}")
+                raise OptionError(f"IA3 feedforward_modules {name!r} matches no target; {known_names(layers)}")
         found = {}
         for key, stacked in layers.items():
             mine = [name for name in stacked if name in chosen]
@@ -128,7 +153,7 @@ class IA3:
                 continue
             inputs = {self.is_feedforward(name) for name in mine}
             if len(inputs) > 1:
-                raise ValueError(f"IA3 feedforward_modules: expected all modules like {stacked[0]} or none, found some")
+                raise OptionError(f"IA3 feedforward_modules: expected all modules like {stacked[0]} or none, found some")
             found[key] = Scales(tuple(name in chosen for name in stacked), inputs == {True}, not self.init_ia3_weights)
         return found
 
@@ -144,7 +169,7 @@ class IA3:
         return weight.astype(np.float32) * tensors[_SUFFIX].astype(np.float32)
 
     def merged_bias(self, bias: np.ndarray, module: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-        """See `ScalesBias`."""
+        """See `Method`."""
         bias = bias.astype(np.float32)
         return bias if self.is_feedforward(module) else bias * tensors[_SUFFIX].astype(np.float32)[:, 0]
 

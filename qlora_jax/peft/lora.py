@@ -4,23 +4,25 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from flax import nnx
 from jax import Array
 
+from qlora_jax.errors import OptionError
 from qlora_jax.peft.dora import MAGNITUDE, DoRALinear, DoRASpec
 from qlora_jax.peft.initialization import check_start, reads_weights
 from qlora_jax.peft.lora_config import read_lora, write_lora
 from qlora_jax.peft.lora_linear import LoRALinear, LoRASpec
+from qlora_jax.peft.method import Method
 from qlora_jax.peft.targets import ALL_LINEAR, choose, known_names, pattern_matches
 
 Number = TypeVar("Number", int, float)
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRA:
+class LoRA(Method):
     """The adapter's shape, in the terms of PEFT's LoraConfig (targets.py holds its rules of matching).
 
     Attributes:
@@ -41,9 +43,14 @@ class LoRA:
         trainable_token_indices: tokens whose rows of the token table train; or, of each table, (end of its name, tokens).
 
     Raises:
-        ValueError: rank < 1, alpha <= 0, dropout outside [0, 1), no target, no regular expression, a pattern given twice,
+        OptionError: rank < 1, alpha <= 0, dropout outside [0, 1), no target, no regular expression, a pattern given twice,
             layers_to_transform beside a regular expression, or a start that there is not or that does not go with the rest.
     """
+
+    name: ClassVar = "lora"
+    title: ClassVar = "A LoRA adapter"
+    summary: ClassVar = "two matrices beside each linear layer"
+    peft_type: ClassVar = "LORA"
 
     rank: int = 16
     alpha: float = 32.0
@@ -64,29 +71,29 @@ class LoRA:
     def __post_init__(self) -> None:
         for where, rank in (("rank", self.rank), *((f"rank_pattern {name!r}", r) for name, r in self.rank_pattern)):
             if rank < 1:
-                raise ValueError(f"LoRA {where}: expected at least 1, found {rank}")
+                raise OptionError(f"LoRA {where}: expected at least 1, found {rank}")
         for where, alpha in (("alpha", self.alpha), *((f"alpha_pattern {name!r}", a) for name, a in self.alpha_pattern)):
             if not 0 < alpha < math.inf:
-                raise ValueError(f"LoRA {where}: expected a number above 0, found {alpha}")
+                raise OptionError(f"LoRA {where}: expected a number above 0, found {alpha}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRA dropout: expected 0 <= dropout < 1, found {self.dropout}")
+            raise OptionError(f"LoRA dropout: expected 0 <= dropout < 1, found {self.dropout}")
         if not self.target_modules:
-            raise ValueError("LoRA target_modules: expected names, a regular expression or 'all-linear', found none")
+            raise OptionError("LoRA target_modules: expected names, a regular expression or 'all-linear', found none")
         self._check_patterns()
         self._check_start()
         if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR and self.layers_to_transform:
-            raise ValueError("LoRA layers_to_transform: expected names as target_modules, found a regular expression")
+            raise OptionError("LoRA layers_to_transform: expected names as target_modules, found a regular expression")
         if self.layers_pattern and not self.layers_to_transform:
-            raise ValueError(
+            raise OptionError(
                 f"LoRA layers_pattern {self.layers_pattern}: expected layers_to_transform beside it, found none"
             )
         if any(layer < 0 for layer in self.layers_to_transform):
-            raise ValueError(f"LoRA layers_to_transform: expected numbers from 0 on, found {self.layers_to_transform}")
+            raise OptionError(f"LoRA layers_to_transform: expected numbers from 0 on, found {self.layers_to_transform}")
 
         for table, tokens in self.token_rows():
             where = "LoRA trainable_token_indices" + (f" {table!r}" if table else "")
             if not tokens or min(tokens) < 0 or len(set(tokens)) < len(tokens):
-                raise ValueError(f"{where}: expected different numbers from 0 on, found {list(tokens)}")
+                raise OptionError(f"{where}: expected different numbers from 0 on, found {list(tokens)}")
 
     def token_rows(self) -> tuple[tuple[str | None, tuple[int, ...]], ...]:
         """`trainable_token_indices` as (end of a table's name, or None for the token table, tokens) of each table."""
@@ -97,22 +104,22 @@ class LoRA:
     def _check_start(self) -> None:
         start = self.init_lora_weights
         if problem := check_start(start):
-            raise ValueError(f"LoRA init_lora_weights: {problem}")
+            raise OptionError(f"LoRA init_lora_weights: {problem}")
         odd = [rank for rank in (self.rank, *(rank for _, rank in self.rank_pattern)) if rank % 2]
         if start == "orthogonal" and odd:
-            raise ValueError(f"LoRA init_lora_weights orthogonal: expected even ranks, found {odd[0]}")
+            raise OptionError(f"LoRA init_lora_weights orthogonal: expected even ranks, found {odd[0]}")
         if self.use_dora and reads_weights(start):
-            raise ValueError(
+            raise OptionError(
                 f"LoRA use_dora: expected no init_lora_weights that changes the base beside it, found {start!r}"
             )
         if self.loftq_iter < 1 or (self.loftq_iter > 1 and start != "loftq"):
-            raise ValueError(f"LoRA loftq_iter: expected at least 1, and 1 without loftq, found {self.loftq_iter}")
+            raise OptionError(f"LoRA loftq_iter: expected at least 1, and 1 without loftq, found {self.loftq_iter}")
 
     def _check_patterns(self) -> None:
         for field in ("rank_pattern", "alpha_pattern"):
             names = [name for name, _ in getattr(self, field)]
             if twice := [name for name in names if names.count(name) > 1]:
-                raise ValueError(f"LoRA {field}: expected each pattern once, found {twice[0]!r} twice")
+                raise OptionError(f"LoRA {field}: expected each pattern once, found {twice[0]!r} twice")
         patterns = [(field, name) for field in ("rank_pattern", "alpha_pattern") for name, _ in getattr(self, field)]
         patterns += [("layers_pattern", name) for name in self.layers_pattern]
         patterns += [("exclude_modules", self.exclude_modules)] if isinstance(self.exclude_modules, str) else []
@@ -121,7 +128,7 @@ class LoRA:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"LoRA {field} {pattern!r}: no regular expression: {error}") from error
+                raise OptionError(f"LoRA {field} {pattern!r}: no regular expression: {error}") from error
 
     @property
     def scaling(self) -> float:
@@ -138,12 +145,22 @@ class LoRA:
 
     @property
     def changes_base(self) -> bool:
-        """Whether the start takes something off the base, so that the adapter alone is none for the original weights."""
-        return reads_weights(self.init_lora_weights) and (self.init_lora_weights, self.loftq_iter) != ("loftq", 1)
+        """Whether the initialization subtracts something from the base, whose original the adapter then does not fit."""
+        return self.reads_original_weights and (self.init_lora_weights, self.loftq_iter) != ("loftq", 1)
 
     @property
-    def peft_type(self) -> str:
-        return "LORA"
+    def reads_original_weights(self) -> bool:
+        """Whether A and B start from the original weights (pissa, loftq)."""
+        return reads_weights(self.init_lora_weights)
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether A starts from the layers' inputs on the training data (eva)."""
+        return self.init_lora_weights == "eva"
+
+    def with_dropout(self, dropout: float) -> "LoRA":
+        """Return the same adapter with another dropout."""
+        return dataclasses.replace(self, dropout=dropout)
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -185,13 +202,13 @@ class LoRA:
             layers: for each stacked linear layer, the full names of the modules that it stacks.
 
         Raises:
-            ValueError: a name, pattern or number of a layer that has no effect.
+            OptionError: a name, pattern or number of a layer that has no effect.
         """
         chosen = choose(self, layers)
         for field, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for pattern, _ in patterns:
                 if not any(pattern_matches(pattern, name) for name in chosen):
-                    raise ValueError(
+                    raise OptionError(
                         f"LoRA {field} {pattern!r} matches no linear layer that gets an adapter; {known_names(layers)}"
                     )
         specs = {}
@@ -212,6 +229,10 @@ class LoRA:
 
     def _scaling(self, rank: int, alpha: float) -> float:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+# The command line has an option for every field.
+LoRA.lora_options = tuple(field.name for field in dataclasses.fields(LoRA))
 
 
 def _first_match(patterns: tuple[tuple[str, Number], ...], module: str, default: Number) -> Number:

@@ -21,11 +21,29 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from qlora_jax.errors import OptionError, UnsupportedError
 from qlora_jax.peft.fields import Fields, is_whole
-from qlora_jax.peft.method import ModelShape
+from qlora_jax.peft.method import Method, ModelShape
+from qlora_jax.peft.option import Option
 
 EMBEDDINGS = "prompt_embeddings"  # the one name in PEFT's files
 EMBEDDING = "embedding.weight"  # the name of a table of values among an encoder's parameters, as in PEFT's modules
+DEFAULT_VIRTUAL_TOKENS = 20
+VIRTUAL_TOKENS = Option(
+    "virtual_tokens",
+    int | None,
+    None,
+    f"Number of virtual tokens of prompt-tuning, p-tuning and prefix-tuning; {DEFAULT_VIRTUAL_TOKENS} if left out.",
+    lambda count: count > 0,
+    "at least 1",
+)
+ENCODER_HIDDEN_SIZE = Option(
+    "encoder_hidden_size",
+    int | None,
+    None,
+    "Hidden features of the encoder of p-tuning or of prefix-projection; as many as a token's embedding or the keys of a "
+    "layer have if left out.",
+)
 COMMON_FIELDS = frozenset(
     (
         "num_virtual_tokens",
@@ -59,29 +77,19 @@ UNKNOWN = PromptShape()
 
 
 @runtime_checkable
-class PromptMethod(Protocol):
-    """A method whose parameters make virtual tokens, or keys and values of such.
-
-    Attributes:
-        virtual_tokens: n, how many.
-        is_prefix: whether they are keys and values.
-    """
-
-    @property
-    def virtual_tokens(self) -> int: ...
-    @property
-    def is_prefix(self) -> bool: ...
+class PromptMethod(Method, Protocol):
+    """A method whose parameters make virtual tokens, or keys and values of virtual tokens (`is_prefix`)."""
 
     def parameters(self, key: Array) -> dict[str, Array]:
-        """Fresh float32 parameters, by the names and in the orientation of PEFT's modules."""
+        """Return new float32 parameters, by the names and in the orientation of PEFT's modules."""
         ...
 
     def encode(self, parameters: Mapping[str, Array], key: Array | None = None) -> Array:
-        """float32 `[rows, features]`; `key` turns dropout on."""
+        """Return the values that the parameters make, float32 `[rows, features]`; `key` turns dropout on."""
         ...
 
     def projected(self) -> "PromptMethod":
-        """The same without an encoder: what trains is what an encoder made."""
+        """Return the method without an encoder, in which the values that the encoder made train themselves."""
         ...
 
 
@@ -137,16 +145,16 @@ def cross_order(layers: int, decoder_layers: int) -> list[int]:
 
 
 def check_prompt(kind: str, virtual_tokens: int) -> None:
-    """Raises ValueError where there is no virtual token."""
+    """Raises OptionError where there is no virtual token."""
     if virtual_tokens < 1:
-        raise ValueError(f"{kind} virtual_tokens: expected at least 1, found {virtual_tokens}")
+        raise OptionError(f"{kind} virtual_tokens: expected at least 1, found {virtual_tokens}")
 
 
 def prompt_shape(kind: str, given: PromptShape, shape: ModelShape, *, is_prefix: bool) -> PromptShape:
     """What a prompt for that model has to be.
 
     Raises:
-        ValueError: `given` is another.
+        OptionError: `given` is another.
     """
     expected = PromptShape(
         token_dim=shape.kv_heads * shape.head_dim if is_prefix else shape.hidden_size,
@@ -159,9 +167,9 @@ def prompt_shape(kind: str, given: PromptShape, shape: ModelShape, *, is_prefix:
     for field in dataclasses.fields(PromptShape):
         found, wanted = getattr(given, field.name), getattr(expected, field.name)
         if found is not None and found != wanted:
-            raise ValueError(f"{kind} {field.name}: expected {wanted} as in the model, found {found}")
+            raise OptionError(f"{kind} {field.name}: expected {wanted} as in the model, found {found}")
     if is_prefix and shape.decoder_layers > shape.layers:
-        raise ValueError(f"{kind}: expected no more layers in the decoder than in the encoder, as PEFT does, found more")
+        raise OptionError(f"{kind}: expected no more layers in the decoder than in the encoder, as PEFT does, found more")
     return expected
 
 
@@ -222,6 +230,6 @@ def write_prompt(virtual_tokens: int, shape: PromptShape) -> dict[str, Any]:
     }
 
 
-def no_merging(kind: str) -> ValueError:
-    """The error of who merges virtual tokens into weights."""
-    return ValueError(f"{kind}: virtual tokens are no weights of the model: they cannot be merged into it")
+def no_merging(kind: str) -> UnsupportedError:
+    """Return the error of merging virtual tokens into weights."""
+    return UnsupportedError(f"{kind}: virtual tokens are no weights of the model: they cannot be merged into it")

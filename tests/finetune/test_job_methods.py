@@ -19,9 +19,10 @@ from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.cli import parse
 from qlora_jax.finetune import DataOptions, LoRAOptions, ModelOptions, OptimizerOptions, Options, RunOptions, finetune
 from qlora_jax.finetune.memory import recipe_of
-from qlora_jax.finetune.options.tuning import TuningOptions, own_rate
+from qlora_jax.finetune.objectives import objective_kind
+from qlora_jax.finetune.options.tuning import TuningOptions
 from qlora_jax.models import causal_family_of
-from qlora_jax.peft import IA3, LoRA, PrefixTuning, PromptTuning, PTuning
+from qlora_jax.peft import IA3, FullFineTuning, LoRA, PrefixTuning, PromptTuning, PTuning
 from qlora_jax.plan.quick import quick_plan
 from qlora_jax.serve import generate
 
@@ -135,11 +136,13 @@ def test_options_of_lora_beside_another_method() -> None:
 
 def test_rates() -> None:
     methods = (IA3(), PromptTuning(), PTuning(), PrefixTuning(), PrefixTuning(projection=True))
-    rates = [OptimizerOptions().peak_learning_rate(10**10, own=own_rate(method)) for method in methods]
+    sft, dpo = (objective_kind(name, encoder_decoder=False) for name in ("sft", "dpo"))
+    rates = [OptimizerOptions().peak_learning_rate(10**10, sft, method) for method in methods]
     assert rates == [3e-3, 3e-2, 1e-3, 1e-2, 1e-3]
-    assert own_rate(LoRA()) is None
-    assert OptimizerOptions().peak_learning_rate(1, "dpo", own=1e-2) == pytest.approx(5e-4)
-    assert OptimizerOptions(optimizer="lion").peak_learning_rate(1, own=1e-2) == pytest.approx(1e-3)
+    assert LoRA().default_learning_rate is None
+    assert OptimizerOptions().peak_learning_rate(10**10, sft, FullFineTuning()) == pytest.approx(2e-5)
+    assert OptimizerOptions().peak_learning_rate(1, dpo, PrefixTuning()) == pytest.approx(5e-4)
+    assert OptimizerOptions(optimizer="lion").peak_learning_rate(1, sft, PrefixTuning()) == pytest.approx(1e-3)
 
 
 def test_a_window_and_packed_rows_are_refused_early(make_tiny_llama: Any, data: Path, tmp_path: Path) -> None:

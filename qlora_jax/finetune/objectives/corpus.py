@@ -13,11 +13,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.data import PLAIN_ANSWERS, DataError, Example, Template, mix, open_source, show_examples, train_eval_split
-from qlora_jax.finetune.options.data import DataOptions
-from qlora_jax.finetune.options.options import Options
+from qlora_jax.errors import OptionError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from qlora_jax.finetune.options.data import DataOptions
+    from qlora_jax.finetune.options.options import Options
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -43,7 +45,7 @@ Encode = Callable[["Dataset | list[dict[str, Any]]"], tuple[list[T], Account]]
 
 
 def read_corpus(
-    options: Options,
+    options: "Options",
     tokenizer: PreTrainedTokenizerFast,
     encode: Encode[T],
     shown: Callable[[T], Sequence[Example]],
@@ -56,7 +58,7 @@ def read_corpus(
         shown: an example as sequences of tokens, for people to look at.
 
     Raises:
-        ValueError, OSError: data that cannot be used, or nothing to train on.
+        DataError, OSError: data that cannot be used, or nothing to train on.
     """
     data = options.data
     forms: dict[Template, int] = {}
@@ -110,22 +112,22 @@ def _sample(examples: list[T], most: int | None, seed: int) -> list[T]:
     return [examples[index] for index in sorted(drawn.tolist())]
 
 
-def _sets(named: list[tuple[int, T]], data: DataOptions) -> list[list[T]]:
+def _sets(named: list[tuple[int, T]], data: "DataOptions") -> list[list[T]]:
     """The examples of each source."""
     sets = [[example for index, example in named if index == number] for number in range(len(data.sources))]
     for source, examples in zip(data.sources, sets, strict=True):
         if not examples and data.max_train_samples is not None:
-            raise ValueError(
+            raise OptionError(
                 f"max_train_samples {data.max_train_samples}: expected with weights an example of each source, "
                 f"found none of {source}"
             )
     return sets
 
 
-def _held_out_count(data: DataOptions, examples: int) -> int:
+def _held_out_count(data: "DataOptions", examples: int) -> int:
     count = int(data.held_out) if data.held_out >= 1 else max(1, round(examples * data.held_out))
     if count >= examples:
-        raise ValueError(
+        raise OptionError(
             f"--held-out {data.held_out:g}: leaves nothing to train on of {examples} examples; --held-out 0 holds none out"
         )
     return count

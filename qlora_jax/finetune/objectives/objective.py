@@ -1,35 +1,39 @@
-"""What a run learns, as one value: the objectives are files that make one (sft.py, dpo.py, seq2seq.py).
+"""The two types of an objective: its declaration, and the value that a run takes.
 
-    Setting: options, tokenizer, config.json     ->  Objective: data as batches, loss, unit, what is shown and measured
-
-The job does the rest, and asks no more of an objective than what stands here.
+ObjectiveKind    name, options, what it makes no use of       one in each file (sft.py, dpo.py, seq2seq.py)
+ObjectiveKind.make(Setting: options, tokenizer, config.json)
+  -> Objective   batches, loss, unit, prompts, measurements   the run asks nothing else of an objective
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.data import Batch, Template
-from qlora_jax.finetune.options.options import Options
+from qlora_jax.errors import OptionError
 from qlora_jax.models import Model, ModelConfig
+from qlora_jax.peft import Option
 from qlora_jax.train import BatchSource, LossFunction, Unit
+
+if TYPE_CHECKING:
+    from qlora_jax.finetune.options.options import Options
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known before the weights are read.
+    """The values that an objective is made from; the weights are not read yet.
 
     Attributes:
         config: of the model.
         eos_ids: tokens that end an answer.
-        say: tells the user.
+        say: shows a line of text to the user.
         progress: whether to show progress bars.
     """
 
-    options: Options
+    options: "Options"
     tokenizer: PreTrainedTokenizerFast
     config: ModelConfig
     eos_ids: frozenset[int]
@@ -42,7 +46,7 @@ def unchanged(model: Model) -> Model:
 
 
 class Batches(BatchSource, Protocol):
-    """Batches, epoch after epoch, with a position; how many an epoch has is None where nobody knows before it was read."""
+    """Batches, epoch after epoch, with a position. The number of batches in an epoch is None where it is not known."""
 
     def batches_in_epoch(self, epoch: int = 0) -> int | None: ...
 
@@ -85,17 +89,47 @@ class Objective:
     prepare: Callable[[Model], Model] = unchanged
 
 
-def expect_defaults(options: Options, names: Sequence[str], where: str) -> None:
-    """Raises ValueError where one of the options `group.name` was given a value that means nothing.
+@dataclass(frozen=True)
+class ObjectiveKind:
+    """The declaration of an objective: its name, its options and what it needs.
 
-    Args:
-        where: what gives it no meaning, such as "with objective dpo".
+    Attributes:
+        name: the name on the command line, `--objective NAME`.
+        summary: what the model learns, for `--help`, in half a sentence.
+        make: reads the data and returns the objective of a run; raises ValueError or OSError where they cannot be used.
+        learning_rates: the default rates for a base below 1 billion parameters, below 20 billion, and above.
+        method_rate_divisor: divides the default rate of methods that have one for models of any size.
+        options: the objective's own options on the command line.
+        unused: options `group.name` that mean nothing for it; another value than the default is an error.
+        encoder_decoder: whether it is for encoder-decoders; otherwise it is for decoders.
+        packs: whether several examples may share a row.
+        groups_attention: whether attention in groups of a row is possible (`attention_groups`).
     """
-    plain, problems = Options(), []
-    for path in names:
-        group, name = path.split(".")
-        found, default = (getattr(getattr(values, group), name) for values in (options, plain))
-        if found != default:
-            problems.append(f"{name}: expected {'none' if default is None else default} {where}, found {found}")
-    if problems:
-        raise ValueError("; ".join(problems))
+
+    name: str
+    summary: str
+    make: Callable[[Setting], Objective]
+    learning_rates: tuple[float, float, float]
+    method_rate_divisor: float = 1.0
+    options: tuple[Option, ...] = ()
+    unused: tuple[str, ...] = ()
+    encoder_decoder: bool = False
+    packs: bool = False
+    groups_attention: bool = False
+
+    def check(self, options: "Options") -> None:
+        """Raise OptionError where an option that means nothing for the objective was given."""
+        if self.encoder_decoder:
+            where = "with an encoder-decoder"
+        else:
+            where = "with a decoder-only model" if self.packs else f"with objective {self.name}"
+        plain, problems = type(options)(), []
+        for path in self.unused:
+            group, name = path.split(".")
+            found, default = (getattr(getattr(values, group), name) for values in (options, plain))
+            if found != default:
+                problems.append(f"{name}: expected {'none' if default is None else default} {where}, found {found}")
+        if options.data.packing and not self.packs:
+            problems.append(f"packing: expected off {where}, found on")
+        if problems:
+            raise OptionError("; ".join(problems))

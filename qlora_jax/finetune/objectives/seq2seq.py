@@ -12,28 +12,16 @@ from qlora_jax.data import Batch, Example, Seq2SeqBatches, Seq2SeqExample, encod
 from qlora_jax.evaluate import rouge_l
 from qlora_jax.finetune.objectives.answers import LONGEST_ANSWER
 from qlora_jax.finetune.objectives.corpus import read_corpus
-from qlora_jax.finetune.objectives.objective import Objective, Setting, expect_defaults
+from qlora_jax.finetune.objectives.objective import Objective, ObjectiveKind, Setting
 from qlora_jax.models import Model, T5Config
 from qlora_jax.serve import generate_seq2seq
 from qlora_jax.train import TOKENS, seq2seq_loss, seq2seq_metrics
 
-# What has no meaning for sources and targets.
-_UNUSED = (
-    "objective.objective",
-    "data.train_on_source",
-    "data.group_by_length",
-    "data.streaming",
-    "optimizer.neftune_alpha",
-)
 
-
-def seq2seq(setting: Setting) -> Objective:
-    """Reads the data; raises ValueError or OSError where they or options beside them cannot be used."""
+def make_seq2seq(setting: Setting) -> Objective:
+    """Read the data and return the objective; see `ObjectiveKind.make`."""
     options, data, tokenizer, config = setting.options, setting.options.data, setting.tokenizer, setting.config
     assert isinstance(config, T5Config)
-    expect_defaults(options, _UNUSED, "with an encoder-decoder")
-    if data.packing:
-        raise ValueError("packing: expected off with an encoder-decoder, found on")
     encode = partial(
         encode_all_seq2seq,
         tokenizer=tokenizer,
@@ -115,3 +103,13 @@ def _bucket(longest: int, multiple: int = 64) -> int:
 
 def _texts(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
     return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+
+
+SEQ2SEQ = ObjectiveKind(
+    name="sft",
+    summary="or, with an encoder-decoder, to make targets from sources",
+    make=make_seq2seq,
+    learning_rates=(1e-3, 2e-4, 1e-4),
+    unused=("data.train_on_source", "data.group_by_length", "data.streaming", "optimizer.neftune_alpha"),
+    encoder_decoder=True,
+)

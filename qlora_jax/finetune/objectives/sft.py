@@ -9,15 +9,14 @@ import numpy as np
 from qlora_jax.data import Batch, BatchIterator, Example, batches, bucket_length, encode_all
 from qlora_jax.finetune.objectives.answers import greedy
 from qlora_jax.finetune.objectives.corpus import read_corpus
-from qlora_jax.finetune.objectives.objective import Batches, Objective, Setting, expect_defaults
+from qlora_jax.finetune.objectives.objective import Batches, Objective, ObjectiveKind, Setting
 from qlora_jax.finetune.objectives.streaming import open_stream
 from qlora_jax.train import TOKENS, language_model_loss, language_model_metrics
 
 
-def sft(setting: Setting) -> Objective:
-    """Reads the data; raises ValueError or OSError where they cannot be used."""
+def make_sft(setting: Setting) -> Objective:
+    """Read the data and return the objective; see `ObjectiveKind.make`."""
     options, data, tokenizer = setting.options, setting.options.data, setting.tokenizer
-    expect_defaults(options, ("run.predict_with_generate",), "with a decoder-only model")
     encode = partial(
         encode_all,
         tokenizer=tokenizer,
@@ -75,3 +74,14 @@ def _prompts(examples: Sequence[Example]) -> list[np.ndarray]:
     """What comes before the first learned token of each example that has a prompt."""
     starts = [int(np.flatnonzero(example.loss_mask)[0]) for example in examples]
     return [example.tokens[:start] for example, start in zip(examples, starts, strict=True) if start > 1]
+
+
+SFT = ObjectiveKind(
+    name="sft",
+    summary="to answer as the data does",
+    make=make_sft,
+    learning_rates=(1e-3, 2e-4, 1e-4),
+    unused=("run.predict_with_generate",),
+    packs=True,
+    groups_attention=True,
+)

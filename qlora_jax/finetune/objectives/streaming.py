@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_jax.data import TREE_COLUMNS, DataError, Example, NothingToLearn, Report, StreamBatches, read_rows, stream_records
 from qlora_jax.finetune.objectives.corpus import Corpus, Say, named_errors, read_source
-from qlora_jax.finetune.options.data import DataOptions
-from qlora_jax.finetune.options.options import Options
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
+
+    from qlora_jax.finetune.options.data import DataOptions
+    from qlora_jax.finetune.options.options import Options
 
 SAMPLE = 100  # rows that are looked at before the run
 
@@ -29,7 +30,7 @@ class Stream:
         """The rows to train on."""
         return stream_records(self.source, self.split).skip(self.held_out_rows)
 
-    def batches(self, options: Options, *, rows: int, pad_id: int) -> StreamBatches:
+    def batches(self, options: "Options", *, rows: int, pad_id: int) -> StreamBatches:
         """`rows` a batch.
 
         At the end of each pass `say` hears what became of its rows (of those read since the run went on, if it had been
@@ -71,14 +72,14 @@ class Stream:
 
 
 def open_stream(
-    data: DataOptions, encode: Callable[..., tuple[list[Example], Report]], say: Say
+    data: "DataOptions", encode: Callable[..., tuple[list[Example], Report]], say: Say
 ) -> tuple[Stream, Corpus[Example]]:
     """The stream that `data` names, and the held-out examples of the run, with nothing else to train on.
 
     The first rows to train on are looked at before any long work, and say which form the rows have.
 
     Raises:
-        ValueError, OSError: data that cannot be used, or nothing to train on.
+        DataError, OSError: data that cannot be used, or nothing to train on.
     """
     source, held_out = data.sources[0], []
     stream = Stream(source, data.split, 0 if data.eval_data is not None else data.held_out_rows, encode, say)
@@ -91,7 +92,7 @@ def open_stream(
         say(f"{source}: held out are the first rows: {report}")
     rows = _first_rows(stream.rows(), SAMPLE, stream.held_out_rows, source)
     if not rows:
-        raise ValueError(f"{source}: expected rows beyond those held out (held_out_rows {stream.held_out_rows}), found none")
+        raise DataError(f"{source}: expected rows beyond those held out (held_out_rows {stream.held_out_rows}), found none")
     with named_errors(source):
         _, report = encode(rows, first_row=stream.held_out_rows, progress=False)
     say(f"{source}: streamed; of its first rows to train on {report}")
