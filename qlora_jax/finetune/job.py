@@ -49,7 +49,7 @@ from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.reporting import watch
 from qlora_jax.finetune.reporting.hub import upload
 from qlora_jax.finetune.training import make_optimizer, started_ahead, train_adapter
-from qlora_jax.finetune.virtual_tokens import check_rows, first_tokens, named_tokenizer, started
+from qlora_jax.finetune.virtual_tokens import check_rows, first_tokens, started
 from qlora_jax.models import Model, RopeScaling, T5Config, family_of, method_for, positions_left
 from qlora_jax.nn import data_mesh, place
 from qlora_jax.peft import LoRA, Method
@@ -70,10 +70,8 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
         trained = read_adapter_metadata(options.model.adapter)
         begin, taken = parted(read_adapter(options.model.adapter), trained)
     if begin is not None:
-        method = begin.method
-        if isinstance(method, LoRA):
-            method = dataclasses.replace(method, dropout=options.lora.dropout)
-    if options.optimizer.loraplus_lr_ratio is not None and not isinstance(method, LoRA):
+        method = begin.method.with_dropout(options.lora.dropout)
+    if options.optimizer.loraplus_lr_ratio is not None and not method.rank:
         raise ValueError(f"loraplus_lr_ratio: expected none with {method.peft_type}, which has no A and B")
     claim(options)
     name = options.model.model or str(fetch_default_model())
@@ -84,7 +82,7 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
     config = family.config(checkpoint.config)
     options.context.check(config, options.objective.objective)
     check_all(with_tied(checkpoint, family), begin)
-    method = method_for(named_tokenizer(method, name), config) or method
+    method = method_for(method.with_tokenizer(name), config) or method
     starts_as = first_tokens(method, tokenizer, config, options.run.seed)
     nnx.eval_shape(lambda: family.model(config, method=method, rngs=nnx.Rngs(0)))  # does the adapter find what it names?
     positions = positions_left(config, method)

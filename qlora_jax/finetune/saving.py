@@ -19,7 +19,7 @@ from qlora_jax.adapters.weight_init import converted
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.export.merge import MergedDtype, merge
 from qlora_jax.models import T5, Model
-from qlora_jax.peft import FullFineTuning, LoRA, Method
+from qlora_jax.peft import Method
 
 
 def save_tuned(
@@ -48,7 +48,7 @@ def save_tuned(
         CheckpointError: it could not be written.
     """
     folder = output / "adapter"
-    if isinstance(method, LoRA) and (taken or method.changes_base):
+    if taken or method.changes_base:
         tensors, plain = converted(adapter_tensors(model), method, taken)
         return write_adapter(
             tensors,
@@ -58,7 +58,7 @@ def save_tuned(
             task_type="SEQ_2_SEQ_LM" if isinstance(model, T5) else "CAUSAL_LM",
             tables=tables,
         )
-    if not isinstance(method, FullFineTuning):
+    if not method.is_full:
         return save_adapter(model, folder, method=method, base_model_name_or_path=base, tables=tables)
     trained = Adapter(base, method, None, adapter_tensors(model))
     folder = output / "model"

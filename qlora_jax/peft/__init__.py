@@ -5,7 +5,7 @@ from qlora_jax.peft.full import FullFineTuning
 from qlora_jax.peft.ia3 import IA3, IA3Linear
 from qlora_jax.peft.initialization import reads_weights
 from qlora_jax.peft.lora import LoRA
-from qlora_jax.peft.lora_linear import LoRALinear, LoRASpec, lora_update
+from qlora_jax.peft.lora_linear import LoRALinear, LoRASpec, LowRankAdapter, lora_update
 from qlora_jax.peft.method import AdapterModule, FieldErrors, FilePart, Method, ModelShape
 from qlora_jax.peft.option import Option, by_name, option_problems
 from qlora_jax.peft.p_tuning import PTuning
@@ -44,6 +44,7 @@ __all__ = [
     "LoRA",
     "LoRALinear",
     "LoRASpec",
+    "LowRankAdapter",
     "Method",
     "ModelShape",
     "Option",

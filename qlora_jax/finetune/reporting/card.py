@@ -21,7 +21,7 @@ from qlora_jax.cli import to_dict
 from qlora_jax.data import NAMED
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.models import DecoderConfig, ModelConfig
-from qlora_jax.peft import Method
+from qlora_jax.peft import LoRA, Method
 from qlora_jax.quant import EmbeddingStorage, Quantization
 from qlora_jax.train import TOKENS, Unit, perplexity
 
@@ -32,13 +32,6 @@ _CONVERTED = (
     "It started from the base's weights (`{start}`), which were changed for that, and is converted to a LoRA for the"
     " original ones. With PEFT it belongs on these, unquantised; qlora_jax makes the base that it was trained on anew."
 )
-# By PEFT's names: what it is, and its tag.
-_KINDS = {
-    "IA3": ("An IA3 adapter", "ia3"),
-    "PROMPT_TUNING": ("Virtual tokens (prompt tuning)", "prompt-tuning"),
-    "P_TUNING": ("Virtual tokens (P-tuning)", "p-tuning"),
-    "PREFIX_TUNING": ("Keys and values (prefix tuning)", "prefix-tuning"),
-}
 
 
 def write_card(
@@ -66,17 +59,17 @@ def write_card(
         converted_from: that of `AdapterMetadata`: other programs need the base's original weights then.
         method: of the adapter; None: LoRA.
     """
-    kind = "LORA" if method is None else method.peft_type
+    kind = LoRA if method is None else type(method)
     base = _hub_id(options.model.model) if options.model.model else DEFAULT_BASE
     sources = [_hub_id(source) for source in options.data.sources]
-    whole = options.tuning.method == "full"
+    whole = kind.is_full
     data = ModelCardData(
         base_model=base,
         library_name="transformers" if whole else "peft",
         pipeline_tag="text-generation" if isinstance(config, DecoderConfig) else "text2text-generation",
         tags=[
             *([f"base_model:{'finetune' if whole else 'adapter'}:{base}"] if base else []),
-            *_tags(options, quantization, kind),
+            *_tags(quantization, kind),
             _TAG,
         ],
         datasets=[source for source in sources if source] or None,
@@ -86,7 +79,7 @@ def write_card(
     text = "\n\n".join(
         [
             f"# {name.rpartition('/')[2]}",
-            f"{'All parameters' if whole else _KINDS.get(kind, ('A LoRA adapter',))[0]} of "
+            f"{kind.title} of "
             f"{f'[{base}](https://huggingface.co/{base})' if base else f'`{shown}`'}, trained with "
             f"qlora_jax on the base's weights "
             f"{_stored(quantization, embedding_storage)}, in {kept} steps on {_data(options)}.",
@@ -133,12 +126,10 @@ def _data(options: Options) -> str:
     return ", ".join(f"`{_hub_id(source) or Path(source).name}`" for source in options.data.sources)
 
 
-def _tags(options: Options, quantization: Quantization | None, kind: str) -> list[str]:
-    if options.tuning.method == "full":
+def _tags(quantization: Quantization | None, method: type[Method]) -> list[str]:
+    if method.is_full:
         return ["full-fine-tuning"]
-    if kind in _KINDS:
-        return [_KINDS[kind][1]]
-    return ["lora", *(["qlora"] if quantization is not None else [])]
+    return [method.name, *(["qlora"] if method is LoRA and quantization is not None else [])]
 
 
 def _with_transformers(model: str) -> str:
