@@ -156,7 +156,7 @@ def update_statistics(statistics: tuple[Array, ...], x: Array, mask: Array) -> t
 
 
 def _largest(rows: Array, rank: int) -> Array:
-    """Return S V' `[rank, in]` of the largest singular values of rows `[n, in]`; each direction's largest entry is positive."""
+    """Return S V' `[rank, in]` of the largest singular values of `[n, in]`; each direction's largest entry is positive."""
     width = min(rank + _OVERSAMPLING, *rows.shape)
     q = jax.random.normal(jax.random.key(0), (rows.shape[1], width))
     for _ in range(_ITERATIONS):

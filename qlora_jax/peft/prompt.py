@@ -8,8 +8,8 @@ Linear layers get no adapters.
                                                    decoder; parts 2i and 2i + 1 belong to layer i
 
 Either these values themselves train, or an encoder that computes them. A method defines its parameters (`parameters`) and
-the values that they give (`encode`). PEFT's adapter files hold only the values, under one name, and so do ours; the parameters
-of an encoder are saved in a second file (adapters/virtual_tokens.py).
+the values that they give (`encode`). PEFT's adapter files hold only the values, under one name, and so do ours; the
+parameters of an encoder are saved in a second file (adapters/virtual_tokens.py).
 
 For an encoder-decoder, PEFT creates twice as many rows of embeddings (`submodules` = 2) and does not use the second half.
 """
