@@ -8,7 +8,7 @@ sine by an attention factor:
     linear     f / factor                                                        (position interpolation, Chen et al. 2023)
     dynamic    theta increases when a sequence is longer than the model's context     (NTK-aware scaling by length)
     yarn       f / factor for low frequencies, f for high ones, a ramp between   (Peng et al. 2023), attention factor
-    longrope   f / a factor for each pair; the sequence length selects one of two lists   (Ding et al. 2024), attention factor
+    longrope   f / a factor for each pair; the length selects one of two lists   (Ding et al. 2024), attention factor
     llama3     f / factor for wavelengths above a limit, with a smooth transition     (Llama 3.1)
 """
 
