@@ -1,16 +1,26 @@
-"""Conversion between PEFT's LoraConfig and the fields of `LoRA`."""
+"""The conversion between the fields of PEFT's LoraConfig and those of `LoRA`."""
 
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qlora_jax.peft.fields import Fields, as_list, as_names, is_list, is_names, is_number, is_rows, is_table, is_whole
+from qlora_jax.peft.fields import (
+    Fields,
+    as_list,
+    as_names,
+    is_list,
+    is_mapping,
+    is_names,
+    is_number,
+    is_token_indices,
+    is_whole,
+)
 from qlora_jax.peft.initialization import reads_weights
 from qlora_jax.peft.targets import ALL_LINEAR
 
-# PEFT's fields whose value is of no consequence here: records, training-time settings, and settings of
-# switches that are off.
+# Fields of PEFT that do not change the mathematics: descriptions of the run, settings that act only at initialization, and
+# settings of features that are switched off.
 _INERT = frozenset(
     (
         "auto_mapping",
@@ -30,13 +40,15 @@ _INERT = frozenset(
         "velora_config",
     )
 )
+# Fields that are supported at these values only.
 _EXPECTED: dict[str, tuple[object, ...]] = {
     "bias": ("none", None),
 }
 
 
-# Of an adapter that was trained, those that leave the base as it was, and one whose base can be made anew from the original.
-_STARTS_OF_FILES = (True, False, None, "gaussian", "orthogonal", "eva", "pissa")
+# The initializations of saved adapters that can be loaded: those that leave the base weights unchanged, and pissa, whose
+# changed base can be computed again from the original weights.
+_LOADABLE_INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "pissa")
 
 
 def _same(value: Any) -> Any:
@@ -95,12 +107,14 @@ _FIELDS: dict[str, _Field] = {
     "layers_pattern": _Field(
         "layers_pattern", is_names, "names of lists of layers", [], lambda x: (x,) if isinstance(x, str) else tuple(x)
     ),
-    "rank_pattern": _Field("rank_pattern", lambda x: is_table(x, is_whole), "whole numbers by pattern", {}, _items),
-    "alpha_pattern": _Field("alpha_pattern", lambda x: is_table(x, is_number), "numbers by pattern", {}, _items),
+    "rank_pattern": _Field("rank_pattern", lambda x: is_mapping(x, is_whole), "whole numbers by pattern", {}, _items),
+    "alpha_pattern": _Field("alpha_pattern", lambda x: is_mapping(x, is_number), "numbers by pattern", {}, _items),
     "modules_to_save": _Field(
         "modules_to_save", lambda x: is_list(x, lambda name: isinstance(name, str)), "names of modules", [], tuple
     ),
-    "trainable_token_indices": _Field("trainable_token_indices", is_rows, "tokens, or tokens by table", [], _tokens),
+    "trainable_token_indices": _Field(
+        "trainable_token_indices", is_token_indices, "token ids, or token ids by name of an embedding", [], _tokens
+    ),
     "use_rslora": _Field("use_rslora", _is_flag, "true or false", False),
     "use_dora": _Field("use_dora", _is_flag, "true or false", False),
 }
@@ -117,17 +131,19 @@ def read_lora(config: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: fields.get(name, field.fits, field.expected, field.default) for name, field in _FIELDS.items()}
     if found["modules_to_save"] and config.get("ensure_weight_tying"):
         fields.problems.append("ensure_weight_tying = true beside modules_to_save is not supported")
-    start = config.get("init_lora_weights")
-    if start not in _STARTS_OF_FILES:
-        fields.problems.append(f"init_lora_weights = {json.dumps(start)} is not supported: it names a base that was changed")
+    initialization = config.get("init_lora_weights")
+    if initialization not in _LOADABLE_INITIALIZATIONS:
+        fields.problems.append(
+            f"init_lora_weights = {json.dumps(initialization)} is not supported: it changed the weights of the base"
+        )
     fields.check()
     if found["layers_to_transform"] == []:  # older versions of PEFT wrote the pattern all the same, with no meaning
         found["layers_pattern"] = []
     values = {field.name: field.read(found[name]) for name, field in _FIELDS.items()}
-    return values | {"init_lora_weights": start or True}
+    return values | {"init_lora_weights": initialization or True}
 
 
-# EVA as it is computed here: ranks are not redistributed (rho 1), and all real tokens count.
+# The settings of EVA that eva.py implements: ranks are not redistributed (rho 1), and every token except padding counts.
 _EVA = {
     "adjust_scaling_factors": True,
     "label_mask_value": -100,
@@ -139,22 +155,22 @@ _EVA = {
 
 
 def write_lora(lora: Any, modules: Sequence[str]) -> dict[str, Any]:
-    """Return the fields that PEFT writes for a `LoRA` with adapters in these modules.
+    """Return the fields that PEFT writes for a `LoRA` in these modules.
 
-    Fields that only newer versions of PEFT know are left out, so that they have their defaults.
+    Fields that only newer versions of PEFT know are omitted, so that they have their default values.
     """
     if lora.target_modules == ALL_LINEAR:
         targets: str | list[str] | None = sorted({name.rsplit(".", 1)[-1] for name in modules})
     else:
         targets = lora.target_modules if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
-    # The patterns stay in their order, by which they are tried.
+    # The patterns keep their order, because the first that matches applies.
     return {
         "alpha_pattern": {name: _number(alpha) for name, alpha in lora.alpha_pattern},
         "bias": "none",
         **({"eva_config": _EVA} if lora.init_lora_weights == "eva" else {}),
         "exclude_modules": as_list(lora.exclude_modules),
         "fan_in_fan_out": False,
-        # The others change the base, and files hold what fits the original (checkpoint/from_weights.py).
+        # pissa and loftq change the base, but saved files fit the original weights (adapters/weight_init.py).
         "init_lora_weights": True if reads_weights(lora.init_lora_weights) else lora.init_lora_weights,
         "layer_replication": None,
         "layers_pattern": as_list(lora.layers_pattern),

@@ -20,22 +20,23 @@ from qlora_jax.peft.option import Option
 if TYPE_CHECKING:
     from qlora_jax.peft.prompt import Prompt
 
+# (end of the name of an embedding or output head, or None for the input embedding; the token ids whose rows train)
 TokenRows = tuple[tuple[str | None, tuple[int, ...]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class FilePart:
-    """A tensor of the files within a stacked variable of an adapter.
+    """The correspondence of one tensor of an adapter file to a part of a stacked variable of the adapter.
 
     Attributes:
-        layer: number in the stack.
-        suffix: what follows the module's name, e.g. "lora_A.weight".
-        attribute: of the adapter, e.g. "lora_a".
-        index: the part of the layer's value that is no padding.
-        transposed: whether the files hold its transpose.
-        changes: whether it is a change of the layer's weight, which the files hold with the change in it.
-        offset: what the files hold more than the value.
-        changes_own: attribute of the adapter to whose value it is a change, which the files hold with the change in it.
+        layer: index of the layer in the stack.
+        suffix: the part of the tensor's name after the module's name, e.g. "lora_A.weight".
+        attribute: name of the adapter's variable, e.g. "lora_a".
+        index: slices that select the part of the layer's value without padding.
+        transposed: whether the file holds the transpose.
+        changes: whether the value is a change of the layer's weight; the file then holds the changed weight.
+        offset: number that is added to the value in the file.
+        changes_own: name of the adapter's variable that the value is a change of; the file then holds the changed variable.
     """
 
     layer: int
@@ -50,22 +51,25 @@ class FilePart:
 
 @runtime_checkable
 class AdapterModule(Protocol):
-    """The adapter of a linear layer, with its tensors in files; within a model, the adapter of all layers of a stack."""
+    """An adapter of a linear layer, or of a stack of linear layers, that can be saved in PEFT's format."""
 
     def file_parts(self) -> Iterator[FilePart]:
-        """Yield each tensor of the files."""
+        """Yield one part for each tensor in the adapter file."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """The facts of a model that a method may depend on.
+    """The sizes of a model that a method may need.
 
     Attributes:
-        family: the model_type of its config.json.
-        layers: of a decoder; of the encoder, where there is one.
-        decoder_layers: of the decoder.
-        kv_heads: heads of keys and values.
+        family: the model_type of the model's config.json.
+        hidden_size: features of the residual stream.
+        layers: number of layers of the encoder, or of the decoder in a decoder-only model.
+        decoder_layers: number of layers of the decoder.
+        kv_heads: number of key and value heads.
+        head_dim: features of one head.
+        encoder_decoder: whether the model has an encoder.
     """
 
     family: str
@@ -92,7 +96,7 @@ class Method(Protocol):
         is_prefix: whether the virtual tokens are keys and values of every layer.
 
     Attributes:
-        modules_to_save: ends of the names of embeddings, heads and norms that train as a whole.
+        modules_to_save: ends of the names of embeddings, output heads and norms that train in full.
         rank: the inner size of a low-rank update (LoRA's r); 0 for a method without one.
         virtual_tokens: how many virtual tokens stand before those of the text.
         init_text: a text whose tokens the virtual tokens start from; None: there is none.
@@ -194,7 +198,7 @@ class Method(Protocol):
         return False
 
     def token_rows(self) -> TokenRows:
-        """Return (end of an embedding's name, or None for the token embedding, tokens) of each partly trained embedding."""
+        """Return the embeddings and output heads of which some rows train, and these rows; see `TokenRows`."""
         return ()
 
     def shape_error(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
@@ -236,10 +240,10 @@ class Method(Protocol):
 
 
 class FieldErrors(CheckpointError):
-    """The fields of an adapter_config.json have problems.
+    """Some fields of an adapter_config.json are invalid.
 
     Attributes:
-        problems: one message each.
+        problems: one message for each invalid field.
     """
 
     def __init__(self, problems: Sequence[str]) -> None:

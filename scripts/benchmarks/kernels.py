@@ -165,7 +165,7 @@ def cost(
     label = f"{name} {inputs}×{outputs}"
     start = time.perf_counter()
     try:
-        problem = _KERNELS[device.platform].problem(stack, x.dtype) if implementation == "pallas" else None
+        problem = _KERNELS[device.platform].unsupported_reason(stack, x.dtype) if implementation == "pallas" else None
         if problem is None and implementation == "pallas" and gradient and device.platform == "cuda":
             problem = "no kernel: XLA's product on GPUs"
         if problem is not None:

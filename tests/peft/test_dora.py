@@ -24,7 +24,7 @@ from qlora_jax.models.llama import llama_config
 from qlora_jax.nn import Linear
 from qlora_jax.peft import DoRALinear, LoRA
 from qlora_jax.peft.dora import column_norms
-from qlora_jax.peft.lora_linear import drop
+from qlora_jax.peft.lora_linear import apply_dropout
 from qlora_jax.plan import SIZES, Recipe, quick_plan
 from qlora_jax.quant import Quantization, dequantize, quantize
 from qlora_jax.quant.stacked import StackedTensor
@@ -159,7 +159,7 @@ def test_the_formula_and_its_gradient(quantization: Quantization | None, dropout
     x, probe = (jax.random.normal(jax.random.key(n), (2, 7, size)) for n, size in ((8, 128), (9, 24)))
 
     def plain(x: jax.Array, a: jax.Array, b: jax.Array, magnitude: jax.Array) -> jax.Array:
-        dropped, update = drop(x, dropout, key), 5 / 3 * (a @ b)
+        dropped, update = apply_dropout(x, dropout, key), 5 / 3 * (a @ b)
         norm = jax.lax.stop_gradient(jnp.linalg.norm(dense + update, axis=0))
         m = ((jnp.linalg.norm(dense, axis=0) + magnitude) / norm)[None, None]
         plus = (m - 1) * (dropped @ dense) + m * (dropped @ update)
