@@ -1,14 +1,14 @@
-"""Devices to plan for: what the compilers have to be told of them, and what bounds a program's time on them.
+"""Devices to plan for: the descriptions that compilers need, and the figures that bound a program's time.
 
     h100        one H100                  h100x4       four of them
     v5e         one TPU v5e chip          v5e:2x2      a slice of four, by its topology
 
-XLA compiles for an NVIDIA GPU from a description alone, a text proto: the compute capability chooses the instructions, the
-sizes of caches, registers and shared memory steer fusion, and cuDNN's version says which of its attention kernels exist.
-A TPU is known to libtpu by the name of its topology; the two cores of a v4 or v5p chip are one device (megacore).
+XLA compiles for an NVIDIA GPU from a description alone, a text proto: the compute capability decides the instructions, the
+sizes of caches, registers and shared memory decide fusion, and cuDNN's version decides which of its attention kernels exist.
+libtpu knows a TPU by the name of its topology; the two cores of a v4 or v5p chip are one device (megacore).
 
-Memory is what a program can have: of a GPU what CUDA reports as its total, of a TPU what libtpu reports as available HBM. Of
-a GPU's, a CUDA context and the libraries take some hundred MiB more. A new device is one entry of `DEVICES`.
+The memory of a GPU is the total that CUDA reports, that of a TPU the available HBM that libtpu reports. On a GPU the CUDA
+context and the libraries need some hundred MiB of it. A new device is one entry of `DEVICES`.
 """
 
 import dataclasses
@@ -16,6 +16,8 @@ import difflib
 import math
 import re
 from typing import Literal
+
+from qlora_jax.errors import OptionError
 
 Platform = Literal["cuda", "tpu"]
 _MIB = 2**20
@@ -29,12 +31,12 @@ class Device:
     Attributes:
         name: the key in `DEVICES`.
         description: the vendor's name.
-        platform: which compiler: "cuda" or "tpu".
-        memory_bytes: of one device's own memory.
-        bandwidth: bytes a second between that memory and the device.
-        flops: dense bfloat16 operations a second with float32 sums; a multiplication and an addition are two.
-        dimensions: of a TPU's topology; 0 for GPUs.
-        target_config: text proto of a GPU; None on TPU, where the name says it all.
+        platform: the platform of its compiler, "cuda" or "tpu".
+        memory_bytes: the bytes of one device's own memory.
+        bandwidth: the bytes a second between that memory and the device.
+        flops: the dense bfloat16 operations a second with float32 sums; a multiplication and an addition are two.
+        dimensions: the dimensions of a TPU's topology; 0 for GPUs.
+        target_config: the text proto of a GPU; None for a TPU, whose name is enough.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Machine:
     """Devices of one kind that work together.
 
     Attributes:
+        device: the kind of the devices.
         shape: a TPU's topology, or the number of GPUs.
     """
 
@@ -60,11 +63,12 @@ class Machine:
 
     @property
     def count(self) -> int:
+        """The number of devices."""
         return math.prod(self.shape)
 
     @property
     def name(self) -> str:
-        """The name that `machine_named` knows it by."""
+        """The name by which `machine_named` finds this machine."""
         if self.count == 1:
             return self.device.name
         size = "x".join(map(str, self.shape))
@@ -72,6 +76,7 @@ class Machine:
 
     @property
     def description(self) -> str:
+        """The vendor's name of the devices, with their number."""
         return self.device.description if self.count == 1 else f"{self.count} x {self.device.description}"
 
     @property
@@ -273,10 +278,10 @@ DEVICES: dict[str, Device] = {device.name: device for device in (*_GPUS, *_TPUS)
 
 
 def machine_named(name: str) -> Machine:
-    """The machine that a name such as `h100`, `h100x4`, `v5e` or `v5e:2x2` stands for.
+    """Return the machine of a name such as `h100`, `h100x4`, `v5e` or `v5e:2x2`.
 
     Raises:
-        ValueError: no such device (the message has the nearest known names, and all of them), or no such topology.
+        OptionError: there is no such device (the message lists the nearest names and all names), or no such topology.
     """
     kind, colon, size = name.strip().lower().partition(":")
     device = DEVICES.get(kind)
@@ -286,20 +291,20 @@ def machine_named(name: str) -> Machine:
         same = [known for known in DEVICES if kind and kind in known]
         near = same or difflib.get_close_matches(kind, DEVICES, n=3, cutoff=0.4)
         hint = f"; did you mean {' or '.join(near)}?" if near else ";"
-        raise ValueError(f"unknown device {name!r}{hint} known: {', '.join(DEVICES)} (several: h100x4, v5e:2x2)")
+        raise OptionError(f"unknown device {name!r}{hint} known: {', '.join(DEVICES)} (several: h100x4, v5e:2x2)")
     if device.platform == "cuda":
         if colon or size == "0":
-            raise ValueError(f"device {name!r}: expected {device.name} or a number of them such as {device.name}x4")
+            raise OptionError(f"device {name!r}: expected {device.name} or a number of them such as {device.name}x4")
         return Machine(device, (int(size or 1),))
     if not size:
         return Machine(device, (1,) * device.dimensions)
     shape = tuple(int(side) for side in size.split("x") if side.isdigit())
     if len(shape) != device.dimensions or 0 in shape or "x".join(map(str, shape)) != size:
         example = "x".join(["2", "2", "1"][: device.dimensions])
-        raise ValueError(
+        raise OptionError(
             f"device {name!r}: expected a topology of {device.dimensions} sides such as {device.name}:{example}, "
             f"found {size!r}"
         )
     if any(side > 1 and side % 2 for side in shape):
-        raise ValueError(f"device {name!r}: expected sides of 1 or even ones, as Cloud TPU has them, found {size!r}")
+        raise OptionError(f"device {name!r}: expected sides of 1 or even ones, as Cloud TPU has them, found {size!r}")
     return Machine(device, shape)
