@@ -81,57 +81,62 @@ class Machine:
 
     @property
     def topology(self) -> str:
-        """The name that the compiler's topologies go by."""
+        """The name of the topology for the compiler."""
         if self.device.platform == "cuda":
             return self.device.name
         return f"{self.device.name}:{'x'.join(map(str, self.shape))}"
 
 
-def _gpu(
-    name: str,
-    description: str,
-    *,
-    capability: tuple[int, int],
-    memory_bytes: int,
-    bandwidth: float,
-    flops: float,
-    cores: int,
-    l2_bytes: int,
-    fpus_per_core: int,
-    threads_per_core: int,
-    clock_ghz: float,
-    shared_memory_per_core: int,
-    shared_memory_per_block: int,
-    cudnn: tuple[int, int] = (9, 10),
-) -> Device:
-    """A GPU from the figures that CUDA's device query reports."""
-    major, minor = capability
-    target_config = f"""
+@dataclasses.dataclass(frozen=True)
+class _GPU:
+    """The values of a GPU that CUDA's device query reports, and its peak."""
+
+    name: str
+    description: str
+    capability: tuple[int, int]
+    memory_bytes: int
+    bandwidth: float
+    flops: float
+    cores: int
+    l2_bytes: int
+    fpus_per_core: int
+    threads_per_core: int
+    clock_ghz: float
+    shared_memory_per_core: int
+    shared_memory_per_block: int
+    cudnn: tuple[int, int] = (9, 10)
+
+    def device(self) -> Device:
+        """Return the GPU as a device, with its description for the compiler."""
+        (major, minor), (cudnn_major, cudnn_minor) = self.capability, self.cudnn
+        target_config = f"""
         gpu_device_info {{
             threads_per_block_limit: 1024
             threads_per_warp: 32
             shared_memory_per_block: 49152
-            shared_memory_per_core: {shared_memory_per_core}
-            threads_per_core_limit: {threads_per_core}
-            core_count: {cores}
-            fpus_per_core: {fpus_per_core}
+            shared_memory_per_core: {self.shared_memory_per_core}
+            threads_per_core_limit: {self.threads_per_core}
+            core_count: {self.cores}
+            fpus_per_core: {self.fpus_per_core}
             block_dim_limit_x: 2147483647
             block_dim_limit_y: 65535
             block_dim_limit_z: 65535
-            memory_bandwidth: {bandwidth:.0f}
-            l2_cache_size: {l2_bytes}
-            clock_rate_ghz: {clock_ghz}
-            device_memory_size: {memory_bytes}
-            shared_memory_per_block_optin: {shared_memory_per_block}
+            memory_bandwidth: {self.bandwidth:.0f}
+            l2_cache_size: {self.l2_bytes}
+            clock_rate_ghz: {self.clock_ghz}
+            device_memory_size: {self.memory_bytes}
+            shared_memory_per_block_optin: {self.shared_memory_per_block}
             cuda_compute_capability {{ major: {major} minor: {minor} }}
             registers_per_core_limit: 65536
             registers_per_block_limit: 65536
         }}
         platform_name: "CUDA"
-        dnn_version_info {{ major: {cudnn[0]} minor: {cudnn[1]} }}
-        device_description_str: "{description}"
+        dnn_version_info {{ major: {cudnn_major} minor: {cudnn_minor} }}
+        device_description_str: "{self.description}"
     """
-    return Device(name, description, "cuda", memory_bytes, bandwidth, flops, 0, target_config)
+        return Device(
+            self.name, self.description, "cuda", self.memory_bytes, self.bandwidth, self.flops, target_config=target_config
+        )
 
 
 # Cores, clocks, caches, memory and bandwidth of A100, H100, H200 and B200: OpenXLA's own descriptions of them
@@ -141,10 +146,10 @@ def _gpu(
 # capability: CUDA C++ Programming Guide, "Technical Specifications". Peaks are those of dense bfloat16
 # Tensor Cores with float32 sums, half of what data sheets say with sparsity: A100's (312), H100's and H200's (1979 / 2), HGX
 # B200's (4500 / 2), L4's (242 / 2), the two papers (330.4 / 2 and 142 / 2). Those of the last three are cores x clock x 1024
-# operations on an L4, 512 on a GeForce. Read at the source were OpenXLA's files; the peaks and what there is on L4, RTX 4090
-# and RTX 3090 were read in third-party tables of these papers.
+# operations on an L4, 512 on a GeForce. OpenXLA's files were read themselves; the peaks, and the values of L4, RTX 4090
+# and RTX 3090, were read in third-party tables of these papers.
 _GPUS = (
-    _gpu(
+    _GPU(
         "h100",
         "NVIDIA H100 80GB HBM3",
         capability=(9, 0),
@@ -159,7 +164,7 @@ _GPUS = (
         shared_memory_per_core=233_472,
         shared_memory_per_block=232_448,
     ),
-    _gpu(
+    _GPU(
         "h200",
         "NVIDIA H200 141GB HBM3e",
         capability=(9, 0),
@@ -174,7 +179,7 @@ _GPUS = (
         shared_memory_per_core=233_472,
         shared_memory_per_block=232_448,
     ),
-    _gpu(
+    _GPU(
         "b200",
         "NVIDIA B200",
         capability=(10, 0),
@@ -189,7 +194,7 @@ _GPUS = (
         shared_memory_per_core=233_472,
         shared_memory_per_block=232_448,
     ),
-    _gpu(
+    _GPU(
         "a100-80",
         "NVIDIA A100-SXM4-80GB",
         capability=(8, 0),
@@ -204,7 +209,7 @@ _GPUS = (
         shared_memory_per_core=167_936,
         shared_memory_per_block=166_912,
     ),
-    _gpu(
+    _GPU(
         "a100-40",
         "NVIDIA A100-SXM4-40GB",
         capability=(8, 0),
@@ -219,7 +224,7 @@ _GPUS = (
         shared_memory_per_core=167_936,
         shared_memory_per_block=166_912,
     ),
-    _gpu(
+    _GPU(
         "l4",
         "NVIDIA L4",
         capability=(8, 9),
@@ -234,7 +239,7 @@ _GPUS = (
         shared_memory_per_core=102_400,
         shared_memory_per_block=101_376,
     ),
-    _gpu(
+    _GPU(
         "rtx4090",
         "NVIDIA GeForce RTX 4090",
         capability=(8, 9),
@@ -249,7 +254,7 @@ _GPUS = (
         shared_memory_per_core=102_400,
         shared_memory_per_block=101_376,
     ),
-    _gpu(
+    _GPU(
         "rtx3090",
         "NVIDIA GeForce RTX 3090",
         capability=(8, 6),
@@ -274,7 +279,7 @@ _TPUS = (
     Device("v5p", "TPU v5p", "tpu", int(95.74 * _GIB), 2765e9, 459e12, 3),
     Device("v6e", "TPU v6e", "tpu", int(31.25 * _GIB), 1638e9, 918e12, 2),
 )
-DEVICES: dict[str, Device] = {device.name: device for device in (*_GPUS, *_TPUS)}
+DEVICES: dict[str, Device] = {device.name: device for device in (*(gpu.device() for gpu in _GPUS), *_TPUS)}
 
 
 def machine_named(name: str) -> Machine:
