@@ -29,19 +29,15 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA complains of programs 
 from qlora_jax.checkpoint.bitsandbytes import is_quantized
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.cli import parse
-from qlora_jax.errors import CheckpointError
-from qlora_jax.finetune.memory import recipe_of
+from qlora_jax.errors import CheckpointError, DoesNotFitError
 from qlora_jax.finetune.options.options import Options
-from qlora_jax.models import family_of, scaled
+from qlora_jax.finetune.step import step_spec
+from qlora_jax.models import ModelSpec, family_of, scaled
 from qlora_jax.plan import (
     HUB_IDS,
     SIZES,
     Choice,
-    CompilerMissing,
-    CompilerRefuses,
-    DoesNotFit,
     Machine,
-    Recipe,
     Report,
     as_json,
     cheaper_first,
@@ -55,8 +51,12 @@ from qlora_jax.plan import (
     machine_named,
     quick_plan,
     report_of,
+    spec_values,
     table,
 )
+from qlora_jax.train import StepSpec
+
+Spec = StepSpec[ModelSpec]
 
 _DEFAULT = "smollm2-135m"
 
@@ -89,7 +89,7 @@ class Arguments(Options):
 def main() -> int:
     try:
         run(parse(Arguments, description=__doc__))
-    except (CompilerMissing, CompilerRefuses, ValueError, OSError) as error:  # CheckpointError is a ValueError
+    except (ValueError, OSError) as error:  # errors of the package are ValueErrors
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -112,83 +112,81 @@ def run(arguments: Arguments) -> None:
     config = family_of(hf_config).config(hf_config)
     if (scaling := arguments.context.scaling(config, arguments.data.max_length)) is not None:
         config = family_of(hf_config).config(scaled(hf_config, config, scaling))
-    recipe = recipe_of(arguments, config, machine.device.platform)
-    if is_quantized(hf_config) and recipe.quantization is not None:
+    spec = step_spec(arguments, config, machine.device.platform)
+    if is_quantized(hf_config) and spec.model.quantization is not None:
         print("The checkpoint is quantised already: planned with the storage that the options name.", file=sys.stderr)
     found: dict[str, Any] = {}
     if asked.fit == "options":
-        recipe, machine, found = fit_options(recipe, machine, asked.quick)
+        spec, machine, found = fit_options(spec, machine, asked.quick)
     elif asked.fit != "none":
-        recipe, found = fit_number(recipe, machine, asked.fit, asked.quick)
+        spec, found = fit_number(spec, machine, asked.fit, asked.quick)
     if asked.step == "decode":
-        plan = compile_decode_step(recipe, machine, capacity=asked.capacity)
-        title = f"{model}: decoding {recipe.batch_size} x {asked.capacity}"
-        report = report_of(plan, recipe, machine, title)
+        plan = compile_decode_step(spec, machine, capacity=asked.capacity)
+        title = f"{model}: decoding {spec.batch.batch_size} x {asked.capacity}"
+        report = report_of(plan, spec, machine, title)
     else:
-        report = train_report(recipe, machine, f"{model}: training {recipe.batch_size} x {recipe.length}", asked.quick)
+        report = train_report(spec, machine, f"{model}: training {spec.batch.batch_size} x {spec.batch.length}", asked.quick)
     print(table(report))
     if asked.fit != "none":
         print(f"  found: {', '.join(f'{name} {value}' for name, value in found.items())}")
     if asked.plot is not None:
         draw([report], asked.plot)
         print(f"  drawn: {asked.plot}")
-    recipe_values = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name != "config"}
-    recipe_values |= {"method": dataclasses.asdict(recipe.method)}
-    recipe_values["quantization"] = None if recipe.quantization is None else dataclasses.asdict(recipe.quantization)
-    print(json.dumps({**as_json(report), "model": model, "recipe": recipe_values, "found": found}))
+    print(json.dumps({**as_json(report), "model": model, "recipe": spec_values(spec), "found": found}))
 
 
-def train_report(recipe: Recipe, machine: Machine, title: str, quick: bool) -> Report:
+def train_report(spec: Spec, machine: Machine, title: str, quick: bool) -> Report:
     if quick:
         start = time.perf_counter()
-        plan = quick_plan(recipe, machine.device.platform, machine.count)
-        return report_of(plan, recipe, machine, title, time.perf_counter() - start)
-    return report_of(compile_train_step(recipe, machine), recipe, machine, title)
+        plan = quick_plan(spec, machine.device.platform, machine.count)
+        return report_of(plan, spec, machine, title, time.perf_counter() - start)
+    return report_of(compile_train_step(spec, machine), spec, machine, title)
 
 
-def peak_of(recipe: Recipe, machine: Machine, quick: bool) -> int:
+def peak_of(spec: Spec, machine: Machine, quick: bool) -> int:
     """Bytes on each device; of what the compiler refuses for want of memory, more than the device has."""
     if quick:
-        return quick_plan(recipe, machine.device.platform, machine.count).peak
+        return quick_plan(spec, machine.device.platform, machine.count).peak
     try:
-        return compile_train_step(recipe, machine).peak
-    except DoesNotFit as error:
+        return compile_train_step(spec, machine).peak
+    except DoesNotFitError as error:
         return max(error.needed or 0, machine.device.memory_bytes + 1)
 
 
-def fit_number(
-    recipe: Recipe, machine: Machine, kind: Literal["batch", "length"], quick: bool
-) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe with the largest batch or length that fits."""
+def fit_number(spec: Spec, machine: Machine, kind: Literal["batch", "length"], quick: bool) -> tuple[Spec, dict[str, Any]]:
+    """Return the step with the largest batch or length that fits."""
     field, step = ("batch_size", 1) if kind == "batch" else ("length", 128)
     limit = machine.device.memory_bytes
 
+    def with_number(number: int) -> Spec:
+        return dataclasses.replace(spec, batch=dataclasses.replace(spec.batch, **{field: number}))
+
     def peak(number: int, by_arithmetic: bool = quick) -> int:
-        size = peak_of(dataclasses.replace(recipe, **{field: number}), machine, by_arithmetic)
+        size = peak_of(with_number(number), machine, by_arithmetic)
         if not by_arithmetic:
             print(f"{field} {number}: {size / 2**30:.2f} GiB", file=sys.stderr, flush=True)
         return size
 
-    guess = largest_that_fits(lambda number: peak(number, True), limit, start=getattr(recipe, field), step=step)
+    guess = largest_that_fits(lambda number: peak(number, True), limit, start=getattr(spec.batch, field), step=step)
     best = guess if quick else largest_that_fits(peak, limit, start=step if guess is None else guess[0], step=step)
     if best is None:
         need = peak(step, True)
-        choice = _cheapest(dataclasses.replace(recipe, **{field: step}), machine, True)
+        choice = _cheapest(with_number(step), machine, True)
         hint = "nothing that the options can do would" if choice is None else f"what would: {_said(choice[0], machine)}"
         raise ValueError(
             f"{field} {step} does not fit {machine.name}: expected at most {limit / 2**30:.2f} GiB, found about "
             f"{need / 2**30:.2f} GiB; {hint}"
         )
-    return dataclasses.replace(recipe, **{field: best[0]}), {field: best[0]}
+    return with_number(best[0]), {field: best[0]}
 
 
-def fit_options(recipe: Recipe, machine: Machine, quick: bool) -> tuple[Recipe, Machine, dict[str, Any]]:
-    """The recipe and the machine with the cheapest options that fit."""
-    best = _cheapest(recipe, machine, quick)
+def fit_options(spec: Spec, machine: Machine, quick: bool) -> tuple[Spec, Machine, dict[str, Any]]:
+    """Return the step and the machine with the cheapest options that fit."""
+    best = _cheapest(spec, machine, quick)
     if best is None:
         least = min(
-            quick_plan(choice.recipe, machine.device.platform, machine.count * choice.devices).peak
-            for choice in cheaper_first(recipe)
+            quick_plan(choice.spec, machine.device.platform, machine.count * choice.devices).peak
+            for choice in cheaper_first(spec)
         )
         raise ValueError(
             f"nothing fits {machine.name}: expected at most {machine.device.memory_bytes / 2**30:.2f} GiB, found about "
@@ -196,20 +194,20 @@ def fit_options(recipe: Recipe, machine: Machine, quick: bool) -> tuple[Recipe, 
         )
     choice, _ = best
     words = _said(choice, machine)
-    return choice.recipe, _times(machine, choice.devices), {"options": words}
+    return choice.spec, _times(machine, choice.devices), {"options": words}
 
 
-def _cheapest(recipe: Recipe, machine: Machine, quick: bool) -> tuple[Choice, int] | None:
+def _cheapest(spec: Spec, machine: Machine, quick: bool) -> tuple[Choice, int] | None:
     def estimate(choice: Choice) -> int:
-        return quick_plan(choice.recipe, machine.device.platform, machine.count * choice.devices).peak
+        return quick_plan(choice.spec, machine.device.platform, machine.count * choice.devices).peak
 
     def peak(choice: Choice) -> int:
-        size = peak_of(choice.recipe, _times(machine, choice.devices), quick)
+        size = peak_of(choice.spec, _times(machine, choice.devices), quick)
         if not quick:
             print(f"{_said(choice, machine)}: {size / 2**30:.2f} GiB", file=sys.stderr, flush=True)
         return size
 
-    return cheapest_that_fits(cheaper_first(recipe), estimate, peak, machine.device.memory_bytes)
+    return cheapest_that_fits(cheaper_first(spec), estimate, peak, machine.device.memory_bytes)
 
 
 def _times(machine: Machine, factor: int) -> Machine:

@@ -16,7 +16,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 import tyro
 
 from qlora_jax.models import ModelConfig, family_of
-from qlora_jax.plan import SIZES, CompilerMissing, CompilerRefuses
+from qlora_jax.plan import SIZES
 
 
 def main_of(arguments: type[Any], run: Callable[[Any], None], description: str | None) -> int:
@@ -24,7 +24,7 @@ def main_of(arguments: type[Any], run: Callable[[Any], None], description: str |
     parsed = tyro.cli(arguments, description=description)
     try:
         run(parsed)
-    except (CompilerMissing, CompilerRefuses, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

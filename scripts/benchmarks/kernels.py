@@ -36,12 +36,12 @@ from jax.sharding import PartitionSpec as P
 
 from qlora_jax.models import CausalLM, DecoderConfig, causal_family_of
 from qlora_jax.peft import LoRA
-from qlora_jax.plan import DEVICES, SIZES, CompilerMissing, CompilerRefuses, Machine, machine_mesh, machine_named
+from qlora_jax.plan import DEVICES, SIZES, Machine, machine_mesh, machine_named
 from qlora_jax.plan.compile import COMPILER_OPTIONS, place, versions
 from qlora_jax.plan.devices import Platform
 from qlora_jax.plan.hlo import parse_program
-from qlora_jax.plan.recipe import weight_bytes
 from qlora_jax.plan.topology import context
+from qlora_jax.plan.tree_bytes import weight_bytes
 from qlora_jax.quant import (
     Implementation,
     Quantization,
@@ -111,7 +111,7 @@ def main() -> int:
         if machine.count > 1:
             raise ValueError(f"--device: expected one of {', '.join(DEVICES)}, found {arguments.device!r}")
         mesh = machine_mesh(machine)
-    except (ValueError, CompilerMissing, CompilerRefuses) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if arguments.step:

@@ -44,7 +44,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from qlora_jax.plan import DEVICES, CompilerMissing, CompilerRefuses, Machine, machine_mesh, machine_named
+from qlora_jax.plan import DEVICES, Machine, machine_mesh, machine_named
 from qlora_jax.plan.compile import COMPILER_OPTIONS, place, versions
 from qlora_jax.plan.hlo import Program, parse_program
 from qlora_jax.plan.topology import context
@@ -190,7 +190,7 @@ def main() -> int:
         targets = [(machine, machine_mesh(machine)) for machine in map(_machine, arguments.device)]
         if not targets:
             raise ValueError(f"--device: expected one or more of {', '.join(DEVICES)}, found none")
-    except (ValueError, CompilerMissing, CompilerRefuses) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     forms: tuple[Form, ...] = get_args(Form)

@@ -22,8 +22,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from qlora_jax.errors import DoesNotFitError
+from qlora_jax.models import ModelSpec
 from qlora_jax.peft import LoRA
-from qlora_jax.plan import DoesNotFit, Plan, Recipe, check_compiler, compile_train_step, machine_named
+from qlora_jax.plan import Plan, check_compiler, compile_train_step, machine_named
+from qlora_jax.train import BatchSpec, OptimizerSpec, StepSpec, language_model_objective
 from scripts.benchmarks.ahead import check_names, config_of, main_of  # before JAX
 
 GIB = 2**30
@@ -37,11 +40,13 @@ RUNS = (
     ("llama-3-8b", 16, 4, 2048),
     ("llama-3-70b", 16, 1, 2048),
 )
-OFFLOADED: dict[str, dict[str, Any]] = {
-    "device": {},
-    "optimizer": {"host_optimizer": True},
-    "most": {"host_optimizer": True, "host_adapter": True, "remat": "offload"},
-    "most, NF4": {"host_optimizer": True, "host_adapter": True, "remat": "offload", "embedding_storage": "nf4"},
+# What is in host memory: the values that differ of the model and of the optimizer.
+_MOST = {"host_optimizer": True, "host_adapter": True}
+OFFLOADED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "device": ({}, {}),
+    "optimizer": ({}, {"host_optimizer": True}),
+    "most": ({"remat": "offload"}, _MOST),
+    "most, NF4": ({"remat": "offload", "embedding_storage": "nf4"}, _MOST),
 }
 # Columns of the table, and what of `figures` they show.
 SHOWN = (
@@ -80,18 +85,17 @@ def run(arguments: Arguments) -> None:
     ]
     rows = []
     for machine, (model, rank, batch, length), name in tqdm(chosen, unit="program", desc="compiling"):
-        recipe = Recipe(
-            config=config_of(model),
-            method=LoRA(rank),
-            batch_size=max(batch // machine.count, 1),
-            length=length,
-            packed=False,
-            **OFFLOADED[name],
+        of_model, of_optimizer = OFFLOADED[name]
+        spec = StepSpec(
+            ModelSpec(config_of(model), method=LoRA(rank), **of_model),
+            language_model_objective(packed=False),
+            BatchSpec(batch_size=max(batch // machine.count, 1), length=length),
+            OptimizerSpec(**of_optimizer),
         )
         row = {"device": machine.name, "model": model, "rank": rank, "batch": batch, "length": length, "offloaded": name}
         try:
-            rows.append(row | figures(compile_train_step(recipe, machine)))
-        except DoesNotFit as error:
+            rows.append(row | figures(compile_train_step(spec, machine)))
+        except DoesNotFitError as error:
             rows.append(row | {"peak": None, "why": str(error)})
     text = markdown(rows)
     print(text)

@@ -16,7 +16,7 @@ import pytest
 from qlora_jax.nn import Table
 from qlora_jax.quant import EmbeddingStorage, embedding_lookup, quantize_embedding
 from qlora_jax.train import chunked_cross_entropy, language_model_loss, language_model_metrics
-from qlora_jax.train.loss import LEAST, LOGITS, chunk_tokens, token_losses
+from qlora_jax.train.cross_entropy import LEAST, LOGITS, chunk_tokens, token_losses
 
 
 def problem(n: int, d: int, v: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ from qlora_jax.finetune.objectives.dpo import DPO
 from qlora_jax.finetune.objectives.objective import Batches, Objective, ObjectiveKind, Setting
 from qlora_jax.finetune.objectives.seq2seq import SEQ2SEQ
 from qlora_jax.finetune.objectives.sft import SFT
+from qlora_jax.models import DecoderConfig, ModelConfig
 
 # A new objective is one file of this package and one line here; the first one is the default.
 OBJECTIVES: tuple[ObjectiveKind, ...] = (
@@ -16,12 +17,13 @@ OBJECTIVES: tuple[ObjectiveKind, ...] = (
 __all__ = ["OBJECTIVES", "Batches", "Objective", "ObjectiveKind", "Setting", "objective_kind"]
 
 
-def objective_kind(name: str, *, encoder_decoder: bool) -> ObjectiveKind:
-    """Return the objective of that name for decoders or for encoder-decoders.
+def objective_kind(name: str, config: ModelConfig) -> ObjectiveKind:
+    """Return the objective of that name for a model of this config.
 
     Raises:
         OptionError: there is none of that name for such a model.
     """
+    encoder_decoder = not isinstance(config, DecoderConfig)
     kinds = {kind.name: kind for kind in OBJECTIVES if kind.encoder_decoder == encoder_decoder}
     if name not in kinds:
         model = "an encoder-decoder" if encoder_decoder else "a decoder-only model"

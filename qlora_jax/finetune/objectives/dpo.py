@@ -3,7 +3,7 @@
 import itertools
 import math
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -11,13 +11,23 @@ from qlora_jax.data import Batch, PreferenceBatches, bucket_length, encode_prefe
 from qlora_jax.errors import OptionError
 from qlora_jax.finetune.objectives.answers import greedy
 from qlora_jax.finetune.objectives.corpus import read_corpus
-from qlora_jax.finetune.objectives.objective import Objective, ObjectiveKind, Setting, unchanged
+from qlora_jax.finetune.objectives.objective import Objective, ObjectiveKind, Setting
 from qlora_jax.peft import Option
-from qlora_jax.train import PAIRS, dpo_loss, with_reference
+from qlora_jax.train import StepObjective, dpo_objective
+
+if TYPE_CHECKING:
+    from qlora_jax.finetune.options.options import Options
 
 
-def make_dpo(setting: Setting) -> Objective:
-    """Read the data and return the objective; see `ObjectiveKind.make`."""
+def dpo_step(options: "Options") -> StepObjective:
+    """Return the losses of direct preference optimisation."""
+    given = {name.removeprefix("dpo_"): value for name, value in options.objective.given().items()}
+    # The reference is the base itself if that is what training starts from.
+    return dpo_objective(**given, reference=options.starts_from_adapter())
+
+
+def read_dpo(setting: Setting) -> Objective:
+    """Read the data and return the objective; see `ObjectiveKind.read`."""
     options, data, tokenizer = setting.options, setting.options.data, setting.tokenizer
     if not data.sources:
         raise OptionError("data: expected preference pairs (chosen, rejected) with objective dpo, found none")
@@ -36,31 +46,25 @@ def make_dpo(setting: Setting) -> Objective:
     def count_tokens(batch: Batch) -> int:
         return sum(int(np.count_nonzero(batch[f"{side}_inputs"] != pad_id)) for side in ("chosen", "rejected"))
 
-    given = options.objective.given()  # dpo_beta, label_smoothing
-    loss = partial(dpo_loss, **{name.removeprefix("dpo_"): value for name, value in given.items()})
     prompts = [pair.prompt for pair in corpus.held_out[: options.run.samples] if len(pair.prompt)]
     return Objective(
         training=training,
         held_out=held_out if corpus.held_out else None,
-        arrays=tuple(f"{side}_{name}" for side in ("chosen", "rejected") for name in ("inputs", "targets", "loss_mask")),
+        step=dpo_step(options),
         count_tokens=count_tokens,
         row=f"2 × {length} tokens",
         length=length,
-        loss=loss,
-        held_out_loss=loss,
-        unit=PAIRS,
         template=corpus.template,
         prompts=prompts,
         answer=partial(greedy, eos_ids=setting.eos_ids),
-        # The reference is the base itself where it is what training starts from.
-        prepare=with_reference if options.starts_from_adapter() else unchanged,
     )
 
 
 DPO = ObjectiveKind(
     name="dpo",
     summary="to prefer chosen answers to rejected ones",
-    make=make_dpo,
+    step=dpo_step,
+    read=read_dpo,
     learning_rates=(5e-5, 5e-6, 5e-6),
     method_rate_divisor=20,
     options=(

@@ -1,8 +1,10 @@
 """The two types of an objective: its declaration, and the value that a run takes.
 
-ObjectiveKind    name, options, what it makes no use of       one in each file (sft.py, dpo.py, seq2seq.py)
-ObjectiveKind.make(Setting: options, tokenizer, config.json)
-  -> Objective   batches, loss, unit, prompts, measurements   the run asks nothing else of an objective
+    ObjectiveKind                  name, options of the command line, options that mean nothing for it
+      .step(options)               -> StepObjective    losses and the arrays that they read; no data is read
+      .read(Setting)               -> Objective        batches, prompts and measurements of a run
+
+Each of the files sft.py, dpo.py and seq2seq.py declares one. A run asks nothing else of its objective.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +18,7 @@ from qlora_jax.data import Batch, Template
 from qlora_jax.errors import OptionError
 from qlora_jax.models import Model, ModelConfig
 from qlora_jax.peft import Option
-from qlora_jax.train import BatchSource, LossFunction, Unit
+from qlora_jax.train import BatchSource, StepObjective
 
 if TYPE_CHECKING:
     from qlora_jax.finetune.options.options import Options
@@ -41,10 +43,6 @@ class Setting:
     progress: bool
 
 
-def unchanged(model: Model) -> Model:
-    return model
-
-
 class Batches(BatchSource, Protocol):
     """Batches, epoch after epoch, with a position. The number of batches in an epoch is None where it is not known."""
 
@@ -58,35 +56,38 @@ class Objective:
     """What a run learns.
 
     Attributes:
-        training: endless batches of so many rows; what of them `arrays` does not name stays on the host.
+        training: endless batches of so many rows; arrays that the losses do not read stay on the host.
         held_out: one pass over the held-out data in batches of so many rows; None where nothing is held out.
-        arrays: names of what the loss reads of a batch.
+        step: the losses, and the arrays of a batch that they read.
         count_tokens: how many real tokens a batch holds.
         row: a row of a batch in words.
-        length: the most tokens of a row.
-        loss, held_out_loss: of a batch; the second without what is there for training alone.
-        unit: what they are means over.
+        length: the tokens of a row; of an encoder-decoder, of its targets.
+        source_length: the tokens of an encoder's source; None if there is no encoder.
         template: the form of most rows.
         prompts: token ids of held-out prompts to answer before and after.
         answer: (model, prompts) to the token ids of greedy answers.
         score: further figures of a model on the held-out data, by name; None where there are none.
-        prepare: what the loaded model becomes before it is trained.
+        make_batch: returns the batch to train on, given the model as it is now and the batch that was read; None if that is
+            the batch as it was read.
     """
 
     training: Callable[[int], Batches]
     held_out: Callable[[int], Iterable[Batch]] | None
-    arrays: tuple[str, ...]
+    step: StepObjective
     count_tokens: Callable[[Batch], int]
     row: str
     length: int
-    loss: LossFunction
-    held_out_loss: LossFunction
-    unit: Unit
     template: Template
     prompts: Sequence[np.ndarray]
     answer: Callable[[Model, Sequence[np.ndarray]], list[list[int]]]
     score: Callable[[Model], dict[str, float]] | None = None
-    prepare: Callable[[Model], Model] = unchanged
+    source_length: int | None = None
+    make_batch: Callable[[Model, Batch], Batch] | None = None
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a row, in its source or its targets."""
+        return max(self.length, self.source_length or 0)
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ class ObjectiveKind:
     Attributes:
         name: the name on the command line, `--objective NAME`.
         summary: what the model learns, for `--help`, in half a sentence.
-        make: reads the data and returns the objective of a run; raises ValueError or OSError where they cannot be used.
+        step: returns the losses and the arrays that they read, for the options of a run; no data is read.
+        read: reads the data and returns the objective of a run; raises DataError or OSError where they cannot be used.
         learning_rates: the default rates for a base below 1 billion parameters, below 20 billion, and above.
         method_rate_divisor: divides the default rate of methods that have one for models of any size.
         options: the objective's own options on the command line.
@@ -108,7 +110,8 @@ class ObjectiveKind:
 
     name: str
     summary: str
-    make: Callable[[Setting], Objective]
+    step: Callable[["Options"], StepObjective]
+    read: Callable[[Setting], Objective]
     learning_rates: tuple[float, float, float]
     method_rate_divisor: float = 1.0
     options: tuple[Option, ...] = ()

@@ -5,12 +5,12 @@ a group; the token table and all norms trained beside the adapter; positions div
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from qlora_jax.errors import OptionError
 from qlora_jax.finetune.objectives import OBJECTIVES
 from qlora_jax.models import DecoderConfig, ModelConfig, RopeKind, RopeScaling, factor_for, unscaled_context
-from qlora_jax.models.parameter_mapping import ParameterMapping
+from qlora_jax.peft import Method
 
 LONGLORA_GROUPS = 4
 
@@ -65,12 +65,14 @@ class ContextOptions:
             )
         return RopeScaling(self._kind, self.rope_factor or factor_for(length, context))
 
-    def trained(self, modules_to_save: Sequence[str], keys: Sequence[ParameterMapping]) -> tuple[str, ...]:
-        """The modules that train as a whole, with those of LongLoRA: whose names contain embed or norm."""
+    def with_trained_modules(self, method: Method, config: ModelConfig) -> Method:
+        """Return the method with the modules that LongLoRA trains in full as well: those named after embed or norm."""
         if not self.longlora:
-            return tuple(modules_to_save)
-        names = (name.rsplit(".", 1)[-1] for key in keys if not key.linear for name in key.modules())
-        return tuple(dict.fromkeys([*modules_to_save, *(name for name in names if "embed" in name or "norm" in name)]))
+            return method
+        mappings = (mapping for mapping in config.parameter_mappings if not mapping.linear)
+        names = (name.rsplit(".", 1)[-1] for mapping in mappings for name in mapping.modules())
+        more = (name for name in names if "embed" in name or "norm" in name)
+        return dataclasses.replace(method, modules_to_save=tuple(dict.fromkeys([*method.modules_to_save, *more])))
 
     def check(self, config: ModelConfig, objective: str) -> None:
         """Raise OptionError where the model or the objective does not support grouped attention."""

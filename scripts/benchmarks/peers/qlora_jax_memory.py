@@ -35,35 +35,26 @@ def main() -> None:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from jax.sharding import SingleDeviceSharding
 
     from qlora_jax.checkpoint.load import load_model
     from qlora_jax.checkpoint.open import open_checkpoint
-    from qlora_jax.models import family_of
+    from qlora_jax.models import ModelSpec, family_of
     from qlora_jax.peft import LoRA
-    from qlora_jax.plan import Recipe
-    from qlora_jax.plan.recipe import abstract_step
-    from qlora_jax.train.step import create_state, jit_train_step, split
+    from qlora_jax.train import BatchSpec, StepSpec, build_step, create_state, language_model_objective, place_step, split
 
     checkpoint = open_checkpoint(arguments.model)
-    recipe = Recipe(
-        config=family_of(checkpoint.config).config(checkpoint.config),
+    described = ModelSpec(
+        family_of(checkpoint.config).config(checkpoint.config),
         method=LoRA(rank=arguments.rank, alpha=16.0),
         dtype=arguments.dtype,
         remat=arguments.remat,
-        batch_size=arguments.batch_size,
-        length=arguments.length,
-        packed=False,
     )
-    planned = abstract_step(recipe, "cpu")
-    here = SingleDeviceSharding(jax.devices()[0])
-
-    def placed(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
-
-    state, frozen, batch = placed(planned.state), placed(planned.frozen), placed(planned.batch)
+    batch = BatchSpec(batch_size=arguments.batch_size, length=arguments.length)
+    planned = place_step(
+        build_step(StepSpec(described, language_model_objective(packed=False), batch), platform="cpu"), None
+    )
     start = time.perf_counter()
-    step = jit_train_step(planned.graphdef, planned.tx, planned.loss, state).trace(state, frozen, batch).lower().compile()
+    step = planned.jit_train().trace(planned.state, planned.frozen, planned.batch).lower().compile()  # type: ignore[attr-defined]
     compile_seconds = time.perf_counter() - start
     memory = step.memory_analysis()
     parts = {
@@ -73,11 +64,11 @@ def main() -> None:
         "aliased": memory.alias_size_in_bytes,
     }
     plan = parts["arguments"] + parts["temporaries"] + parts["outputs"] - parts["aliased"]
-    tokens = np.random.default_rng(0).integers(0, recipe.config.vocab_size, planned.batch["inputs"].shape, dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(0, described.config.vocab_size, planned.batch["inputs"].shape, dtype=np.int32)
 
     def load() -> tuple[Any, Any]:
         model = load_model(
-            checkpoint, method=recipe.method, dtype=jnp.dtype(arguments.dtype), remat=arguments.remat, progress=False
+            checkpoint, method=described.method, dtype=jnp.dtype(arguments.dtype), remat=arguments.remat, progress=False
         )
         _, adapter, frozen = split(model)
         return jax.block_until_ready((create_state(planned.tx, adapter), frozen))
