@@ -32,7 +32,7 @@ def read_dpo(setting: Setting) -> Objective:
     if not data.sources:
         raise OptionError("data: expected preference pairs (chosen, rejected) with objective dpo, found none")
     encode = partial(encode_preferences, tokenizer=tokenizer, max_length=data.max_length, template=data.template)
-    corpus = read_corpus(options, tokenizer, encode, lambda pair: (pair.chosen, pair.rejected), setting.say)
+    corpus = read_corpus(options, tokenizer, encode, lambda pair: (pair.chosen, pair.rejected))
     both = itertools.chain.from_iterable((pair.chosen, pair.rejected) for pair in [*corpus.training, *corpus.held_out])
     length, pad_id = bucket_length(list(both), data.max_length), cast(int, tokenizer.pad_token_id)
     rows = partial(preference_batches, length=length, pad_id=pad_id)

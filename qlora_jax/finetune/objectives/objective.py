@@ -31,7 +31,6 @@ class Setting:
     Attributes:
         config: of the model.
         eos_ids: tokens that end an answer.
-        say: shows a line of text to the user.
         progress: whether to show progress bars.
     """
 
@@ -39,7 +38,6 @@ class Setting:
     tokenizer: PreTrainedTokenizerFast
     config: ModelConfig
     eos_ids: frozenset[int]
-    say: Callable[[str], None]
     progress: bool
 
 

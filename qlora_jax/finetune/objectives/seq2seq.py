@@ -38,7 +38,7 @@ def read_seq2seq(setting: Setting) -> Objective:
         template=data.template,
         on_long=data.on_long,
     )
-    corpus = read_corpus(options, tokenizer, encode, lambda pair: (_joined(pair),), setting.say)
+    corpus = read_corpus(options, tokenizer, encode, lambda pair: (_joined(pair),))
     pairs = [*corpus.training, *corpus.held_out]
     source_length = _bucket(max(len(pair.source) for pair in pairs))
     target_length = _bucket(max(len(pair.target) for pair in pairs))

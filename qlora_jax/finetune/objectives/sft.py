@@ -41,9 +41,9 @@ def read_sft(setting: Setting) -> Objective:
         progress=setting.progress,
     )
     if data.streaming:
-        stream, corpus = open_stream(data, encode, setting.say)
+        stream, corpus = open_stream(data, encode)
     else:
-        stream, corpus = None, read_corpus(options, tokenizer, encode, lambda example: (example,), setting.say)
+        stream, corpus = None, read_corpus(options, tokenizer, encode, lambda example: (example,))
     packed, pad_id = data.packs, cast(int, tokenizer.pad_token_id)
     whole = packed or stream is not None
     length = data.max_length if whole else bucket_length([*corpus.training, *corpus.held_out], data.max_length)

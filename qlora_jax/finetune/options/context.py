@@ -5,7 +5,7 @@ a group; the token table and all norms trained beside the adapter; positions div
 """
 
 import dataclasses
-from collections.abc import Callable
+import logging
 
 from qlora_jax.errors import OptionError
 from qlora_jax.finetune.objectives import OBJECTIVES
@@ -13,6 +13,7 @@ from qlora_jax.models import DecoderConfig, ModelConfig, RopeKind, RopeScaling, 
 from qlora_jax.peft import Method
 
 LONGLORA_GROUPS = 4
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +88,15 @@ class ContextOptions:
             raise OptionError("attention_groups: expected at least 2 attention heads, found 1")
 
 
-def warn_beyond(config: ModelConfig, length: int, say: Callable[[str], None]) -> None:
-    """Says where rows have positions that the model has never seen, and its positions are not scaled for."""
+def warn_beyond(config: ModelConfig, length: int) -> None:
+    """Log a message where rows have positions that the model has never seen, and its positions are not scaled for them."""
     if _is_beyond(config, length):
         assert isinstance(config, DecoderConfig)
-        say(
-            f"Rows of {length} tokens are beyond the model's context of {config.max_position_embeddings}: it has never seen "
-            f"such positions. --rope-scaling linear (or dynamic, yarn) stretches those that it knows."
+        _logger.info(
+            "Rows of %d tokens are beyond the model's context of %d: it has never seen such positions. --rope-scaling linear "
+            "(or dynamic, yarn) stretches those that it knows.",
+            length,
+            config.max_position_embeddings,
         )
 
 
