@@ -28,7 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.data.records import DataError, load_hub_records, load_records
+from qlora_jax.data.records import load_hub_records, load_records
+from qlora_jax.errors import DataError
 
 LETTERS = ("A", "B", "C", "D")
 HUB = "cais/mmlu"
