@@ -1,9 +1,9 @@
 """Mixing several sets of examples by weight; the mixture has as many examples as the sets together.
 
-    N is the total number of examples; set i contributes n_i = N · weight_i / Σ weights, rounded so that Σ n_i = N if a set
-    has fewer than n_i examples, each is repeated ⌊n_i / size⌋ or ⌈n_i / size⌉ times if a set has more, n_i different ones
-    are chosen the k-th of the n_i examples is put at (k + ½) / n_i of the mixture, so that every part of the mixture has the
-    same shares
+    N is the total number of examples; set i contributes n_i = N · weight_i / Σ weights, rounded so that Σ n_i = N
+    - if a set has fewer than n_i examples, each is repeated ⌊n_i / size⌋ or ⌈n_i / size⌉ times
+    - if a set has more, n_i different ones are chosen
+    - the k-th of the n_i examples is at (k + ½) / n_i of the mixture, so that every part of it has the same shares
 
 The seed determines the choice and the order of the examples. Examples must be held out before mixing; otherwise a repeated
 example could be in both parts.

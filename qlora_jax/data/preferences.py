@@ -137,8 +137,8 @@ def _parse_row(row: Mapping[str, Any]) -> _Pair:
         role = messages[same]["role"] if same < len(messages) else "nothing"
         if role != "assistant":
             raise DataError(
-                f"column {column!r}, message {same}: expected the assistant's answer where chosen and rejected first differ,
-                " f"found {role}"
+                f"column {column!r}, message {same}: expected the assistant's answer as the first difference of chosen and "
+                f"rejected, found {role}"
             )
     if same == 0 and max(len(chosen), len(rejected)) > 1:
         raise DataError("expected a message before the answers, found none")

@@ -146,12 +146,14 @@ def encode_questions(questions: Sequence[Question], tokenizer: "PreTrainedTokeni
 def evaluate_mmlu(
     graphdef: nnx.GraphDef[Any], state: Any, prompts: Prompts, *, batch_size: int = 8, progress: bool = False
 ) -> Scores:
-    """Asks a model.
+    """Return the scores of a model.
 
     Args:
         graphdef, state: `nnx.split` of a `LanguageModel`.
-        batch_size: rows at a time. In the context of a mesh (`jax.set_mesh(data_mesh())`) they are spread over its devices,
-            and rounded up to a multiple of them.
+        prompts: the tokenized questions.
+        batch_size: number of rows in a batch. In the context of a mesh (`jax.set_mesh(data_mesh())`) the rows are split over
+            its devices, and their number is rounded up to a multiple of the devices.
+        progress: whether to show a progress bar.
     """
     predictions = letter_logits(graphdef, state, prompts, batch_size=batch_size, progress=progress).argmax(1)
     right: dict[str, int] = {}
@@ -165,7 +167,7 @@ def evaluate_mmlu(
 def letter_logits(
     graphdef: nnx.GraphDef[Any], state: Any, prompts: Prompts, *, batch_size: int = 8, progress: bool = False
 ) -> np.ndarray:
-    """The logits of A, B, C and D after each prompt, float32 `[n, 4]`; the arguments are those of `evaluate_mmlu`."""
+    """Return the logits of A, B, C and D after each prompt, float32 `[n, 4]`; see `evaluate_mmlu` for the arguments."""
     mesh = None if jax.sharding.get_abstract_mesh().empty else data_mesh()
     devices = 1 if mesh is None else mesh.size
     batches = padded_batches(prompts.tokens, -(-batch_size // devices) * devices)
