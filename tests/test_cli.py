@@ -213,9 +213,7 @@ def test_run_turns_errors_into_a_line(
         raise error
 
     monkeypatch.setattr("sys.argv", ["script", "--count", "4"])
-    with pytest.raises(SystemExit) as exit_:
-        run(main, Options, None)
-    assert exit_.value.code == code
+    assert run(main, Options, None) == code
     assert capsys.readouterr().err == text
 
 

@@ -1,1 +1,1 @@
-"""The parts of scripts/bench.py: a module for each task, processes that take turns, and tables."""
+"""The parts of scripts/benchmarks/bench.py: a module for each task, processes that take turns, and tables."""

@@ -1,12 +1,12 @@
 """A suite of benchmarks: speed and memory beside Hugging Face, Qwix and Unsloth, on a CPU, a GPU or a TPU, or on none.
 
-    python scripts/bench.py                                  everything: about an hour on 2 idle cores
-    python scripts/bench.py --output docs/results.md         the same, and the page of results
-    python scripts/bench.py --tasks train --ours float32-full --hf float32 --qwix --rounds 3
-    python scripts/bench.py --tasks decode --batch-size 4
-    python scripts/bench.py --peer-python ours/bin/python qwix/bin/python   where this interpreter lacks the peers' packages
-    python scripts/bench.py --compile-only --device h100 v5e:2x2 --compile-models llama-3-8b
-    python scripts/bench.py --platform default --tasks train decode         on the GPU or TPU that is there
+    python scripts/benchmarks/bench.py                                  everything: about an hour on 2 idle cores
+    python scripts/benchmarks/bench.py --output docs/results.md         the same, and the page of results
+    python scripts/benchmarks/bench.py --tasks train --ours float32-full --hf float32 --qwix --rounds 3
+    python scripts/benchmarks/bench.py --tasks decode --batch-size 4
+    python scripts/benchmarks/bench.py --peer-python ours/bin/python qwix/bin/python   where this interpreter lacks the peers' packages
+    python scripts/benchmarks/bench.py --compile-only --device h100 v5e:2x2 --compile-models llama-3-8b
+    python scripts/benchmarks/bench.py --platform default --tasks train decode         on the GPU or TPU that is there
 
 Tasks (what their columns mean: scripts/benchmarks/)
 
@@ -31,22 +31,21 @@ told. The last line is the result as JSON.
 
 import dataclasses
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
+from qlora_jax import cli
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
+from qlora_jax.errors import OptionError
 from qlora_jax.export.merge import merge
 from qlora_jax.plan import SIZES, CompilerMissing, check_compiler, machine_named
 from scripts.benchmarks import compiled, decoding, memory, page, training
-from scripts.benchmarks.workers import OURS, Found, Peer, Platform, device, find_python, in_rounds, tell
+from scripts.benchmarks.workers import OURS, Found, Peer, Platform, device, find_python, in_rounds, log
 
 Task = Literal["train", "decode", "memory", "compiled"]
 Ours = Literal["float32-dots", "float32-full", "float32-none", "bfloat16-dots", "bfloat16-full", "bfloat16-none"]
@@ -132,14 +131,9 @@ class Arguments:
     """compiled: tokens of a sequence, and of the cache while decoding."""
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, description=__doc__)
-    try:
-        run(arguments)
-    except (ValueError, OSError, subprocess.SubprocessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    return cli.run(run, Arguments, __doc__, arguments)
 
 
 def run(arguments: Arguments) -> None:
@@ -158,7 +152,7 @@ def run(arguments: Arguments) -> None:
             report[task] = values
             print(page.text(section), flush=True)
             if arguments.output is not None:  # after each, so that an hour's work is not lost with the last task
-                page.write(arguments.output, sections, page.said_command("bench.py"))
+                page.write(arguments.output, sections, page.command_line("benchmarks/bench.py"))
     print(json.dumps({"device": machine, **report}))
 
 
@@ -166,20 +160,20 @@ def check(arguments: Arguments) -> None:
     """Raises ValueError for what could only fail later."""
     for name in ("rounds", "steps", "warmup", "rank", "length", "answers", "prompt_tokens"):
         if getattr(arguments, name) < 1:
-            raise ValueError(f"{name}: expected at least 1, found {getattr(arguments, name)}")
+            raise OptionError(f"{name}: expected at least 1, found {getattr(arguments, name)}")
     if arguments.new_tokens < 2:
-        raise ValueError(f"new_tokens: expected at least 2 (the first is the prefill's), found {arguments.new_tokens}")
+        raise OptionError(f"new_tokens: expected at least 2 (the first is the prefill's), found {arguments.new_tokens}")
     if not arguments.tasks:
-        raise ValueError("tasks: expected at least one, found none")
+        raise OptionError("tasks: expected at least one, found none")
     for recipe in arguments.memory_recipes:
         memory.parsed(recipe)
     for name in arguments.device:
         machine_named(name)
     for name in arguments.compile_models:
         if name not in SIZES:
-            raise ValueError(f"compile_models: expected some of {', '.join(SIZES)}, found {name}")
+            raise OptionError(f"compile_models: expected some of {', '.join(SIZES)}, found {name}")
     if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
-        raise ValueError(f"output: expected a folder that exists, found {arguments.output.absolute().parent}")
+        raise OptionError(f"output: expected a folder that exists, found {arguments.output.absolute().parent}")
 
 
 Result = tuple[page.Section, dict[str, Any]]
@@ -196,7 +190,7 @@ def train(arguments: Arguments, folder: Path, machine: dict[str, Any]) -> Result
         **{peer.name: names for peer, names in wanted.items() if peer.name in pythons},
     }
     runs = training.runs_of(folder, variants, pythons, **work)
-    found = in_rounds(runs, arguments.rounds, arguments.platform, training.said, "train")
+    found = in_rounds(runs, arguments.rounds, arguments.platform, training.progress_text, "train")
     found = Found(found.runs, {**skipped, **found.skipped})
     tokens = work["batch_size"] * work["length"]
     results = {name: training.summary(one, tokens, arguments.platform) for name, one in found.runs.items()}
@@ -216,7 +210,7 @@ def decode(arguments: Arguments, folder: Path, machine: dict[str, Any]) -> Resul
         **({"hf": arguments.decode_hf} if "hf" in pythons else {}),
     }
     runs = decoding.runs_of(folder, variants, pythons, prompt=prompt, **work)
-    found = in_rounds(runs, arguments.rounds, arguments.platform, decoding.said, "decode")
+    found = in_rounds(runs, arguments.rounds, arguments.platform, decoding.progress_text, "decode")
     found = Found(found.runs, {**skipped, **found.skipped})
     results = {name: decoding.summary(one, work["batch_size"], arguments.platform) for name, one in found.runs.items()}
     method = method_of(arguments, **work, prompt_tokens=arguments.prompt_tokens)
@@ -228,7 +222,7 @@ def decode(arguments: Arguments, folder: Path, machine: dict[str, Any]) -> Resul
 def plan_memory(arguments: Arguments, folder: Path, machine: dict[str, Any]) -> Result:
     """The task "memory"."""
     runs = memory.runs_of(folder, arguments.memory_recipes, Path(sys.executable), arguments.rank)
-    found = in_rounds(runs, 1, "cpu", memory.said, "memory")
+    found = in_rounds(runs, 1, "cpu", memory.progress_text, "memory")
     method = method_of(arguments, rank=arguments.rank)
     return memory.section(found, method), values_of(found, method)
 
@@ -242,13 +236,13 @@ def compile_steps(arguments: Arguments, folder: Path, machine: dict[str, Any]) -
             devices.append(name)
         except CompilerMissing as error:
             if arguments.compile_only:
-                raise ValueError(str(error)) from error
+                raise OptionError(str(error)) from error
             skipped[name] = str(error)
     pythons, without = interpreters([QWIX_COMPILER] * bool(arguments.qwix), arguments)
     work: dict[str, Any] = {"batch_size": arguments.compile_batch_size, "length": arguments.compile_length}
     work["rank"] = arguments.rank
     runs = compiled.runs_of(arguments.compile_models, devices, arguments.compile_steps, pythons, **work)
-    found = in_rounds(runs, 1, "cpu", compiled.said, "compiled")
+    found = in_rounds(runs, 1, "cpu", compiled.progress_text, "compiled")
     found = Found(found.runs, {**skipped, **(without if devices else {}), **found.skipped})
     return compiled.section(found, work), values_of(found, work)
 
@@ -263,7 +257,7 @@ def interpreters(peers: list[Peer], arguments: Arguments) -> tuple[dict[str, Pat
         python, reason = find_python(peer, arguments.peer_python)
         if python is None:
             skipped[peer.name] = f"{reason}; --peer-python names interpreters"
-            tell(f"{peer.name} is left out: {skipped[peer.name]}")
+            log(f"{peer.name} is left out: {skipped[peer.name]}")
         else:
             pythons[peer.name] = python
     return pythons, skipped

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from scripts.benchmarks.page import Section, skipped_said, versions_said
+from scripts.benchmarks.page import Section, skipped_sentences, versions_sentence
 from scripts.benchmarks.workers import OURS, Found, Run, command
 
 Step = Literal["train", "decode"]
@@ -45,8 +45,8 @@ def runs_of(
     return runs
 
 
-def said(result: dict[str, Any]) -> str:
-    """One run in a few words."""
+def progress_text(result: dict[str, Any]) -> str:
+    """Return a short text about one run, for the progress messages."""
     if result["peak"] is None:
         return "does not fit"
     return f"{result['peak'] / GIB:.2f} GiB, compiled in {result['compile_seconds']:.0f} s"
@@ -72,9 +72,9 @@ def section(found: Found, method: dict[str, Any]) -> Section:
         (
             f"NF4 (ours with double quantisation, Qwix without), LoRA r {method['rank']} on all linear layers, bfloat16, "
             "float32 adapter and AdamW, layers recomputed in the backward pass; on each device.",
-            versions_said(found),
+            versions_sentence(found),
         ),
         ("device and model", "step", "tokens", "side", "peak GiB", "frozen", "temporaries", "TFLOP", "GB", "compiled in s"),
         tuple(rows),
-        skipped_said(found.skipped),
+        skipped_sentences(found.skipped),
     )

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmarks.page import Section, machine_said, skipped_said, versions_said
-from scripts.benchmarks.training import disturbed_said
+from scripts.benchmarks.page import Section, machine_sentence, skipped_sentences, versions_sentence
+from scripts.benchmarks.training import disturbed_sentences
 from scripts.benchmarks.workers import MEBIBYTE, OURS, Found, Platform, Run, command, cores, disturbed, peaks
 
 TEXT = """The harbour was quiet in the early morning. Two boats had come in during the night, and their crews were asleep
@@ -55,8 +55,8 @@ def runs_of(
     return runs
 
 
-def said(result: dict[str, Any]) -> str:
-    """One run in a few words."""
+def progress_text(result: dict[str, Any]) -> str:
+    """Return a short text about one run, for the progress messages."""
     return (
         f"{statistics.median(result['token_seconds']) * 1e3:.1f} ms a token, "
         f"{statistics.median(result['token_cpu_seconds']) * 1e3:.1f} ms of CPU, {result['start_seconds']:.0f} s to start"
@@ -125,16 +125,21 @@ def section(found: Found, results: dict[str, dict[str, Any]], method: dict[str, 
             f"{method['model']}; {method['batch_size']} x {method['prompt_tokens']} tokens of English, continued "
             f"greedily by {total}; medians of {method['rounds']} rounds x {method['answers']} answers, in turns, after "
             "one of warm-up; one process a run. nf4 has double quantisation.",
-            machine_said(found, device),
-            versions_said(found),
+            machine_sentence(found, device),
+            versions_sentence(found),
         ),
         columns,
         tuple(rows),
-        (*agreement_said(same, total), *compared(results), *disturbed_said(results), *skipped_said(found.skipped)),
+        (
+            *agreement_sentences(same, total),
+            *compared(results),
+            *disturbed_sentences(results),
+            *skipped_sentences(found.skipped),
+        ),
     )
 
 
-def agreement_said(same: dict[str, int], total: int) -> tuple[str, ...]:
+def agreement_sentences(same: dict[str, int], total: int) -> tuple[str, ...]:
     """Whether the greedy tokens of both sides agree."""
     return tuple(
         f"Greedy tokens of {name} {'agree' if count == total else f'do NOT agree (from token {count + 1} on)'} with "

@@ -1,7 +1,7 @@
 """Which codes share a byte: `x @ dequantize(w)` compiled for each layout of them, ahead of time, no TPU or GPU needed.
 
-    python scripts/layouts.py --device v5e v5p v6e h100
-    python scripts/layouts.py --device v5e --shape 8192 28672 --rows 8
+    python scripts/benchmarks/layouts.py --device v5e v5p v6e h100
+    python scripts/benchmarks/layouts.py --device v5e --shape 8192 28672 --rows 8
 
 A layout is a pair of functions, codes `[in, out]` to what is stored and back; looking a code up and the scales are the
 package's, so that nothing else differs. The values v are multiplied with x in two forms:
@@ -25,29 +25,26 @@ product, which in blocks is summed in another order (to a bfloat16's rounding). 
 import dataclasses
 import json
 import math
-import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax import Array
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from qlora_jax.plan import DEVICES, CompilerMissing, CompilerRefuses, Machine, machine_mesh, machine_named
+from qlora_jax import cli
+from qlora_jax.errors import OptionError
+from qlora_jax.plan import DEVICES, Machine, machine_mesh, machine_named
 from qlora_jax.plan.compile import COMPILER_OPTIONS, place, versions
 from qlora_jax.plan.hlo import Program, parse_program
 from qlora_jax.plan.topology import context
+from qlora_jax.platforms import use_compilers_only
 from qlora_jax.quant import QuantizedTensor, dequantize, matmul, quantize
 from qlora_jax.quant.dense_matmul import einsum
 from qlora_jax.quant.tensor import _lookup, _times_scales, block_scales, unpack
@@ -180,19 +177,21 @@ def multiply(layout: Layout, form: Form, x: Array, stored: Array, w: QuantizedTe
     return jnp.einsum("nbk,bkm->nm", blocks, values.astype(x.dtype), preferred_element_type=x.dtype)
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, description=__doc__)
-    try:
-        if arguments.shape[0] % UNIT or arguments.shape[1] % 2 or min(arguments.shape) < 1:
-            raise ValueError(f"--shape: expected in a multiple of {UNIT} and an even out, found {arguments.shape}")
-        if min(arguments.rows, default=0) < 1:
-            raise ValueError(f"--rows: expected one or more numbers of at least 1, found {arguments.rows}")
-        targets = [(machine, machine_mesh(machine)) for machine in map(_machine, arguments.device)]
-        if not targets:
-            raise ValueError(f"--device: expected one or more of {', '.join(DEVICES)}, found none")
-    except (ValueError, CompilerMissing, CompilerRefuses) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    use_compilers_only()
+    return cli.run(measure, Arguments, __doc__, arguments)
+
+
+def measure(arguments: Arguments) -> None:
+    """Compile all layouts for all devices and print what each costs."""
+    if arguments.shape[0] % UNIT or arguments.shape[1] % 2 or min(arguments.shape) < 1:
+        raise OptionError(f"--shape: expected in a multiple of {UNIT} and an even out, found {arguments.shape}")
+    if min(arguments.rows, default=0) < 1:
+        raise OptionError(f"--rows: expected one or more numbers of at least 1, found {arguments.rows}")
+    targets = [(machine, machine_mesh(machine)) for machine in map(_machine, arguments.device)]
+    if not targets:
+        raise OptionError(f"--device: expected one or more of {', '.join(DEVICES)}, found none")
     forms: tuple[Form, ...] = get_args(Form)
     candidates: list[tuple[Layout | None, Form, bool | None]] = [
         (layout, form, is_equal(layout, form)) for form in forms for layout in LAYOUTS
@@ -208,13 +207,12 @@ def main() -> int:
                 print(line(costs[-1]), flush=True)
     result = {"run": dataclasses.asdict(arguments), "versions": [versions(machine) for machine, _ in targets]}
     print(json.dumps({**result, "costs": [dataclasses.asdict(c) for c in costs]}))
-    return 0
 
 
 def _machine(name: str) -> Machine:
     machine = machine_named(name)
     if machine.count > 1:
-        raise ValueError(f"--device: expected one of {', '.join(DEVICES)}, found {name!r}")
+        raise OptionError(f"--device: expected one of {', '.join(DEVICES)}, found {name!r}")
     return machine
 
 

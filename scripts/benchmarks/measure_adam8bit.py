@@ -1,7 +1,7 @@
 """AdamW with moments in 8 bits against AdamW in float32: the loss curves, the state's bytes, and the time of a step.
 
-    python scripts/measure_adam8bit.py                        200 steps of SmolLM2-135M on the instructions that ship
-    python scripts/measure_adam8bit.py --steps 50 --length 128 --model FOLDER
+    python scripts/benchmarks/measure_adam8bit.py                        200 steps of SmolLM2-135M on the instructions that ship
+    python scripts/benchmarks/measure_adam8bit.py --steps 50 --length 128 --model FOLDER
 
 Method. One base, quantised to NF4, and one random adapter on all linear layers. Both optimizers start from that adapter and
 take turns: at each step both see the same packed batch, at a constant learning rate and with gradients clipped to 0.3. No
@@ -20,18 +20,20 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
+from qlora_jax import cli
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import default_dtype, load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.data import PLAIN_ANSWERS, BatchIterator, batches, encode_all, load_records
+from qlora_jax.errors import OptionError
 from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization
 from qlora_jax.train import OptimizerName, create_state, jit_train_step, language_model_loss, optimizer, split
@@ -63,13 +65,14 @@ class Arguments:
     """Of the adapter and of the order of the data."""
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, description=__doc__)
-    try:
-        report = measure(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    return cli.run(run, Arguments, __doc__, arguments)
+
+
+def run(arguments: Arguments) -> int:
+    """Measure, print the report and return 0 if the criterion holds, else 1."""
+    report = measure(arguments)
     print_report(report)
     return 0 if report["passes"] else 1
 
@@ -77,7 +80,7 @@ def main() -> int:
 def measure(arguments: Arguments) -> dict[str, Any]:
     """The report."""
     if arguments.steps < WINDOW:
-        raise ValueError(f"--steps: expected at least {WINDOW}, found {arguments.steps}")
+        raise OptionError(f"--steps: expected at least {WINDOW}, found {arguments.steps}")
     name = arguments.model or str(fetch_default_model())
     source = _batches(name, arguments)
     lora = LoRA(rank=arguments.rank)

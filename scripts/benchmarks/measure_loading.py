@@ -1,7 +1,7 @@
 """What loading a checkpoint costs: host memory against the size of the result, time, and bits a parameter.
 
-    python scripts/measure_loading.py                  writes 2 GB of Llama-2-7B's shapes, loads, removes them
-    python scripts/measure_loading.py --folder FOLDER  loads what is there; writes it first if nothing is
+    python scripts/benchmarks/measure_loading.py                  writes 2 GB of Llama-2-7B's shapes, loads, removes them
+    python scripts/benchmarks/measure_loading.py --folder FOLDER  loads what is there; writes it first if nothing is
 
 Method. A checkpoint of random bfloat16 weights is streamed into sharded .safetensors files, with the layer
 shapes of a real Llama and as many layers as the wanted size needs. A fresh process imports everything,
@@ -28,7 +28,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -36,12 +36,13 @@ from typing import Any, Literal
 import jax
 import ml_dtypes
 import numpy as np
-import tyro
 from flax import nnx
 
+from qlora_jax import cli
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
+from qlora_jax.errors import OptionError
 from qlora_jax.export.merge import merge
 from qlora_jax.models import CausalLM
 from qlora_jax.peft import LoRA
@@ -92,19 +93,15 @@ class Arguments:
     """"all" writes, loads in a process of its own and removes what is temporary; the others do one half."""
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, description=__doc__)
-    if arguments.folder is None and arguments.stage != "all":
-        raise SystemExit(f"error: --stage {arguments.stage}: expected --folder")
-    try:
-        return run(arguments)
-    except (ValueError, OSError) as error:  # CheckpointError is a ValueError
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    return cli.run(run, Arguments, __doc__, arguments)
 
 
 def run(arguments: Arguments) -> int:
-    """The exit status."""
+    """Do the stages that are asked for; return 0 if all criteria hold, else 1."""
+    if arguments.folder is None and arguments.stage != "all":
+        raise OptionError(f"--stage {arguments.stage}: expected --folder")
     match arguments.folder, arguments.stage:
         case Path() as folder, "write":
             write_checkpoint(folder, arguments.shapes, arguments.gigabytes)

@@ -1,7 +1,7 @@
 """What well-known runs need in memory: a table of compiled training steps, as docs/memory.md shows it.
 
-    python scripts/measure_memory.py --output docs/memory.md
-    python scripts/measure_memory.py --devices v5p --models llama-3-8b
+    python scripts/benchmarks/measure_memory.py --output docs/memory.md
+    python scripts/benchmarks/measure_memory.py --devices v5p --models llama-3-8b
 
 Each run is compiled four times, by how much it leaves to host memory:
 
@@ -17,14 +17,17 @@ autotuned. The last line is JSON.
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from qlora_jax import cli
 from qlora_jax.peft import LoRA
 from qlora_jax.plan import DoesNotFit, Plan, Recipe, check_compiler, compile_train_step, machine_named
-from scripts.benchmarks.ahead import check_names, config_of, main_of  # before JAX
+from qlora_jax.platforms import use_compilers_only
+from scripts.benchmarks.model_sizes import check_names, config_of
 
 GIB = 2**30
 # (model, rank, rows a device, tokens a row): the paper's runs, and longer ones.
@@ -43,7 +46,7 @@ OFFLOADED: dict[str, dict[str, Any]] = {
     "most": {"host_optimizer": True, "host_adapter": True, "remat": "offload"},
     "most, NF4": {"host_optimizer": True, "host_adapter": True, "remat": "offload", "embedding_storage": "nf4"},
 }
-# Columns of the table, and what of `figures` they show.
+# Columns of the table, and the metric that each column shows.
 SHOWN = (
     ("peak", "peak"),
     ("frozen weights", "weights"),
@@ -63,6 +66,12 @@ class Arguments:
     """Models of the tables; if left out, all of them on one device and Llama-3-8B on several."""
     output: Path | None = None
     """Markdown file to write; standard output alone if left out."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    use_compilers_only()
+    return cli.run(run, Arguments, __doc__, arguments)
 
 
 def run(arguments: Arguments) -> None:
@@ -90,7 +99,7 @@ def run(arguments: Arguments) -> None:
         )
         row = {"device": machine.name, "model": model, "rank": rank, "batch": batch, "length": length, "offloaded": name}
         try:
-            rows.append(row | figures(compile_train_step(recipe, machine)))
+            rows.append(row | metrics_of(compile_train_step(recipe, machine)))
         except DoesNotFit as error:
             rows.append(row | {"peak": None, "why": str(error)})
     text = markdown(rows)
@@ -101,7 +110,7 @@ def run(arguments: Arguments) -> None:
     print(json.dumps({"method": method, "devices": arguments.devices, "rows": rows}))
 
 
-def figures(plan: Plan) -> dict[str, Any]:
+def metrics_of(plan: Plan) -> dict[str, Any]:
     """Bytes and seconds of a plan."""
     return {
         "peak": plan.peak,
@@ -121,7 +130,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "",
         "GiB of one training step on each device, as XLA compiles it: NF4 with double quantisation, LoRA on all linear",
         "layers, bfloat16 activations, float32 adapter and AdamW, layers recomputed in the backward pass. Made by",
-        "`python scripts/measure_memory.py --output docs/memory.md`, whose head says what is left to the host in each line.",
+        "`python scripts/benchmarks/measure_memory.py --output docs/memory.md`, whose head says what is left to the host in each line.",
     ]
     for device in dict.fromkeys(row["device"] for row in rows):
         lines += table(device, [row for row in rows if row["device"] == device])
@@ -165,9 +174,9 @@ def floor(rows: list[dict[str, Any]]) -> list[str]:
     if not least:
         return lines
     shares = {row["model"] + " on " + row["device"]: row["weights"] / row["peak"] for row in least}
-    said = ", ".join(f"{share:.0%} of {name}" for name, share in shares.items())
-    return [*lines, "", f"The frozen weights are of the peak of `most`: {said}."]
+    text = ", ".join(f"{share:.0%} of {name}" for name, share in shares.items())
+    return [*lines, "", f"The frozen weights are of the peak of `most`: {text}."]
 
 
 if __name__ == "__main__":
-    sys.exit(main_of(Arguments, run, __doc__))
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """What packing gains: real tokens a second with one example a row, padded, and with several, packed, at rows of one shape.
 
-    python scripts/measure_packing.py conversations.jsonl                      SmolLM2-135M, 5 steps of 2 × 512 of each
-    python scripts/measure_packing.py FILE --model FOLDER --length 1024 --batch-size 4 --steps 20
+    python scripts/benchmarks/measure_packing.py conversations.jsonl                      SmolLM2-135M, 5 steps of 2 × 512 of each
+    python scripts/benchmarks/measure_packing.py FILE --model FOLDER --length 1024 --batch-size 4 --steps 20
 
 Method. One base, quantised to NF4, and one adapter on all linear layers. Padded and packed steps take turns in one process,
 as the main job does them: packed rows with segment masks and positions, padded ones without, since their padding lies on
@@ -20,6 +20,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,11 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from qlora_jax import cli
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import default_dtype, load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.data import BatchIterator, Example, batches, encode_all, open_source, padding_share
+from qlora_jax.errors import OptionError
 from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization
 from qlora_jax.train import create_state, jit_train_step, language_model_loss, optimizer, split
@@ -63,13 +66,14 @@ class Arguments:
     """Of the adapter and of the order of the data."""
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, description=__doc__)
-    try:
-        report = measure(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    return cli.run(run, Arguments, __doc__, arguments)
+
+
+def run(arguments: Arguments) -> int:
+    """Measure, print the report and return 0 if the criterion holds, else 1."""
+    report = measure(arguments)
     print_report(report)
     return 0 if report["passes"] else 1
 
@@ -78,7 +82,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     """The report."""
     for option in ("steps", "batch_size"):
         if (value := getattr(arguments, option)) < 1:
-            raise ValueError(f"--{option.replace('_', '-')}: expected at least 1, found {value}")
+            raise OptionError(f"--{option.replace('_', '-')}: expected at least 1, found {value}")
     name = arguments.model or str(fetch_default_model())
     tokenizer = load_tokenizer(name)
     records = open_source(arguments.data, arguments.split).records

@@ -1,7 +1,7 @@
 """How far the quick plan is from the compiled one, over a grid of models, devices and recipes; and its factors, fitted anew.
 
-    python scripts/measure_plan.py --record plans.jsonl
-    python scripts/measure_plan.py --models llama-3.2-1b --devices h100 --record plans.jsonl
+    python scripts/benchmarks/measure_plan.py --record plans.jsonl
+    python scripts/benchmarks/measure_plan.py --models llama-3.2-1b --devices h100 --record plans.jsonl
 
 Every cell of the grid is compiled once; with --record, what was compiled is read from the file and what is new is added, so
 that a grid can be measured piece by piece. A program that the compiler refuses for want of memory is left out. Then the
@@ -13,7 +13,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
+from qlora_jax import cli
 from qlora_jax.models import ModelConfig
 from qlora_jax.peft import LoRA
 from qlora_jax.plan import SIZES, DoesNotFit, Machine, Recipe, check_compiler, compile_train_step, machine_named, quick_plan
 from qlora_jax.plan.quick import ERROR, FACTORS, features, kind_of, worst_moment
-from scripts.benchmarks.ahead import check_names, config_of, main_of  # before JAX
+from qlora_jax.platforms import use_compilers_only
+from scripts.benchmarks.model_sizes import check_names, config_of
 
 # The recipes of the grid, each of which takes a model's config: the paper's, a packed one, one that offloads, one that keeps
 # products.
@@ -61,6 +63,12 @@ class Arguments:
     """JSON lines of what was compiled, read and added to."""
     compile: bool = True
     """Whether to compile what the record lacks."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    use_compilers_only()
+    return cli.run(run, Arguments, __doc__, arguments)
 
 
 def run(arguments: Arguments) -> None:
@@ -180,4 +188,4 @@ def _add(path: Path | None, key: tuple[str, str, str], peak: int | None) -> None
 
 
 if __name__ == "__main__":
-    sys.exit(main_of(Arguments, run, __doc__))
+    sys.exit(main())

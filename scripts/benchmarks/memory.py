@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmarks.page import Section, versions_said
+from scripts.benchmarks.page import Section, versions_sentence
 from scripts.benchmarks.workers import MEBIBYTE, OURS, Found, Run, command
 
 DTYPES, REMATS = ("float32", "bfloat16"), ("full", "dots", "none")
@@ -36,8 +36,8 @@ def runs_of(folder: Path, recipes: Sequence[str], python: Path, rank: int) -> li
     ]
 
 
-def said(result: dict[str, Any]) -> str:
-    """One run in a few words."""
+def progress_text(result: dict[str, Any]) -> str:
+    """Return a short text about one run, for the progress messages."""
     return f"planned {result['planned'] / MEBIBYTE:,.0f} MiB, measured {result['measured'] / MEBIBYTE:,.0f} MiB"
 
 
@@ -58,7 +58,7 @@ def section(found: Found, method: dict[str, Any]) -> Section:
             "Planned: XLA's buffer assignment of the training step, compiled for this CPU from shapes alone (arguments + "
             "temporaries + outputs - outputs in donated arguments). Measured: what the highest resident memory of 3 steps "
             "was above that of a process that had compiled, loaded and trained once and dropped everything.",
-            versions_said(found),
+            versions_sentence(found),
         ),
         ("dtype-remat-batch", "planned MiB", "arguments", "temporaries", "measured MiB", "planned / measured - 1"),
         tuple(rows),

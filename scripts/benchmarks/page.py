@@ -53,7 +53,7 @@ def write(path: Path, sections: Sequence[Section], command: str, title: str = "R
     path.write_text(markdown(sections, command, title), encoding="utf-8")
 
 
-def said_command(script: str) -> str:
+def command_line(script: str) -> str:
     """The command line, without where things lie on this machine."""
     words, skipping = [], False
     for word in sys.argv[1:]:
@@ -68,13 +68,13 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
-def versions_said(found: Found) -> str:
+def versions_sentence(found: Found) -> str:
     """A sentence of the packages of each side."""
     sides = (f"{side}: " + ", ".join(f"{k} {v}" for k, v in versions.items()) for side, versions in found.versions.items())
     return "; ".join(sides) + "." if found.runs else "Nothing ran."
 
 
-def machine_said(found: Found, device: dict) -> str:
+def machine_sentence(found: Found, device: dict) -> str:
     """A sentence of the machine and how busy it was."""
     before = [result["load_average_before"] for results in found.runs.values() for result in results]
     accelerators = sorted({name for results in found.runs.values() for one in results if (name := one.get("device"))})
@@ -83,6 +83,6 @@ def machine_said(found: Found, device: dict) -> str:
     return f"{where}CPU: {device['cpu']}, {device['cores']} cores{load} (a run alone makes about {device['cores']})."
 
 
-def skipped_said(skipped: dict[str, str]) -> tuple[str, ...]:
+def skipped_sentences(skipped: dict[str, str]) -> tuple[str, ...]:
     """A sentence for each that did not run."""
     return tuple(f"{name} did not run: {reason}" for name, reason in skipped.items())

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmarks.page import Section, machine_said, skipped_said, versions_said
+from scripts.benchmarks.page import Section, machine_sentence, skipped_sentences, versions_sentence
 from scripts.benchmarks.workers import MEBIBYTE, OURS, Found, Platform, Run, command, cores, disturbed, peaks
 
 
@@ -51,8 +51,8 @@ def runs_of(
     return runs
 
 
-def said(result: dict[str, Any]) -> str:
-    """One run in a few words."""
+def progress_text(result: dict[str, Any]) -> str:
+    """Return a short text about one run, for the progress messages."""
     return (
         f"{statistics.median(result['step_seconds']):.2f} s a step, {statistics.median(result['step_cpu_seconds']):.2f} s "
         f"of CPU, {result['start_seconds']:.0f} s to start"
@@ -114,12 +114,12 @@ def section(found: Found, results: dict[str, dict[str, Any]], method: dict[str, 
             f"{method['model']}, NF4 (with double quantisation, which Qwix has not), LoRA r {method['rank']} on all linear "
             f"layers, AdamW; batch {method['batch_size']} x {method['length']} random tokens; medians of {method['rounds']} "
             f"rounds x {method['steps']} steps, in turns, after {method['warmup']} steps of warm-up; one process a run.",
-            machine_said(found, device),
-            versions_said(found),
+            machine_sentence(found, device),
+            versions_sentence(found),
         ),
         (*columns, "load s", "first s", "start s", "loss"),
         tuple(rows),
-        (*compared(results), *disturbed_said(results), *skipped_said(found.skipped)),
+        (*compared(results), *disturbed_sentences(results), *skipped_sentences(found.skipped)),
     )
 
 
@@ -139,7 +139,7 @@ def compared(results: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     return tuple(sentences)
 
 
-def disturbed_said(results: dict[str, dict[str, Any]]) -> tuple[str, ...]:
+def disturbed_sentences(results: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     """A warning, where the machine was busy."""
     names = [name for name, row in results.items() if row["disturbed"]]
     return (f"(*) The machine was busy with something else: do not cite {', '.join(names)}.",) if names else ()

@@ -2,7 +2,7 @@
 
     ours a, peer a, ours b, peer b, …     one round; as many rounds as asked
 
-A worker (scripts/peers/*.py) is called with flags and prints one line of JSON last. A peer is known by the packages that it
+A worker (scripts/benchmarks/peers/*.py) is called with flags and prints one line of JSON last. A peer is known by the packages that it
 needs, and runs with the first of the interpreters that has them; where none has, or where a run fails, it is left out and
 the reason is told. Ours must not fail.
 """
@@ -128,7 +128,7 @@ def in_turns(runs: Sequence[Run]) -> list[Run]:
 
 
 def in_rounds(
-    runs: Sequence[Run], rounds: int, platform: Platform, said: Callable[[dict[str, Any]], str], label: str
+    runs: Sequence[Run], rounds: int, platform: Platform, progress_text: Callable[[dict[str, Any]], str], label: str
 ) -> Found:
     """Every run once a round; `said` puts a result into a few words for whoever waits.
 
@@ -148,14 +148,14 @@ def in_rounds(
                 if run.side == OURS:
                     raise
                 skipped[run.name] = str(error).strip().splitlines()[-1]
-                tell(f"{label}: {run.name} is left out: {error}")
+                log(f"{label}: {run.name} is left out: {error}")
                 continue
             found.setdefault(run.name, []).append({**result, "load_average_before": load_average})
-            tell(f"{label}, round {number + 1}: {run.name}: {said(result)}; load average {load_average:.1f}")
+            log(f"{label}, round {number + 1}: {run.name}: {progress_text(result)}; load average {load_average:.1f}")
     return Found({name: results for name, results in found.items() if name not in skipped}, skipped)
 
 
-def tell(text: str) -> None:
+def log(text: str) -> None:
     """A line for whoever waits; standard output is for results."""
     print(text, file=sys.stderr, flush=True)
 

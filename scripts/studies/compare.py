@@ -1,9 +1,9 @@
 """Fine-tune one model in several ways on the same data, with several seeds, and say what the differences are worth.
 
-    python scripts/compare.py --data gsm8k.jsonl --output runs/compare             the study below: 18 runs
-    python scripts/compare.py --data gsm8k.jsonl --output runs/compare --quick     3 variants, 1 seed, a few steps
-    python scripts/compare.py --data mine.jsonl --output runs/mine --variants lora/nf4+dq lora/nf4+dq/q_proj,v_proj full
-    python scripts/compare.py --data mine.jsonl --output runs/mine --methods lora dora --ranks 4 16 --seeds 0 1 2 3 4
+    python scripts/studies/compare.py --data gsm8k.jsonl --output runs/compare             the study below: 18 runs
+    python scripts/studies/compare.py --data gsm8k.jsonl --output runs/compare --quick     3 variants, 1 seed, a few steps
+    python scripts/studies/compare.py --data mine.jsonl --output runs/mine --variants lora/nf4+dq lora/nf4+dq/q_proj,v_proj full
+    python scripts/studies/compare.py --data mine.jsonl --output runs/mine --methods lora dora --ranks 4 16 --seeds 0 1 2 3 4
 
 Without --variants or --methods the study is the claim of the QLoRA paper: full fine-tuning, LoRA on a dense base, and QLoRA
 with NF4, with double quantisation, and with FP4, on all linear layers; and QLoRA on query and value projections alone.
@@ -33,19 +33,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
+from qlora_jax import cli
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.cli import parse, to_dict
 from qlora_jax.data import load_records
+from qlora_jax.errors import OptionError
 from qlora_jax.finetune import Options
-from scripts.benchmarks.page import said_command
-from scripts.benchmarks.workers import device
+from scripts.benchmarks.page import command_line
+from scripts.benchmarks.workers import ROOT, device
 from scripts.studies.comparison import page
 from scripts.studies.comparison.grid import Cell, Variant, parse_variant, product
 
-ROOT = Path(__file__).parents[1]
 STUDY = ("lora/none", "full", "lora/nf4", "lora/nf4+dq", "lora/fp4", "lora/nf4+dq/q_proj,v_proj")
 QUICK = ("lora/none", "lora/nf4+dq", "lora/nf4+dq/q_proj,v_proj")
 
@@ -94,17 +94,17 @@ class Arguments:
     """A small grid, one seed, 8 steps of 2 rows: whether everything works, in a few minutes."""
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    return cli.run(run, Arguments, __doc__, arguments)
+
+
+def run(arguments: Arguments) -> None:
+    """Run the comparison; say how to continue it where it is interrupted."""
     try:
         compare(arguments)
-    except (ValueError, OSError, subprocess.SubprocessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on here", file=sys.stderr)
-        return 130
-    return 0
+        raise KeyboardInterrupt("the same command continues the comparison") from None
 
 
 def compare(arguments: Arguments) -> None:
@@ -114,7 +114,7 @@ def compare(arguments: Arguments) -> None:
     names = [variant.name for variant in variants]
     baseline = names[0] if arguments.baseline is None else parse_variant(arguments.baseline).name
     if baseline not in names:
-        raise ValueError(f"baseline: expected one of {', '.join(names)}, found {baseline}")
+        raise OptionError(f"baseline: expected one of {', '.join(names)}, found {baseline}")
     cells = [Cell(variant, seed) for seed in arguments.seeds for variant in variants]  # a whole seed before the next
     common = common_flags(arguments)
     for cell in cells:
@@ -137,19 +137,19 @@ def chosen_variants(arguments: Arguments) -> list[Variant]:
         ValueError: none, one twice, or unknown ones.
     """
     if arguments.variants and arguments.methods:
-        raise ValueError("variants, methods: expected one of them, found both")
+        raise OptionError("variants, methods: expected one of them, found both")
     if arguments.methods:
         variants = product(arguments.methods, arguments.storages, arguments.ranks, arguments.targets)
     else:
         rank = arguments.ranks[0]
         variants = [parse_variant(name, rank=rank) for name in arguments.variants or (QUICK if arguments.quick else STUDY)]
     if twice := [variant.name for variant in variants if variants.count(variant) > 1]:
-        raise ValueError(f"variants: expected each once, found {twice[0]} twice")
+        raise OptionError(f"variants: expected each once, found {twice[0]} twice")
     unused = [method for method in arguments.rates if method not in {v.method for v in variants}]
     if unused:
-        raise ValueError(f"rates: no variant has the method {unused[0]!r}")
+        raise OptionError(f"rates: no variant has the method {unused[0]!r}")
     if len(set(arguments.seeds)) < len(arguments.seeds):
-        raise ValueError(f"seeds: expected each once, found {list(arguments.seeds)}")
+        raise OptionError(f"seeds: expected each once, found {list(arguments.seeds)}")
     return variants
 
 
@@ -180,11 +180,11 @@ def split_data(arguments: Arguments) -> None:
         changed = [name for name in asked if before.get(name) != json.loads(json.dumps(asked[name]))]
         if changed:
             found = ", ".join(f"{name} {before.get(name)!r}" for name in changed)
-            raise ValueError(f"{arguments.output}: holds a comparison with {found}; choose another --output")
+            raise OptionError(f"{arguments.output}: holds a comparison with {found}; choose another --output")
         return
     rows = [dict(row) for source in arguments.data for row in load_records(source)]
     if len(rows) < arguments.held_out + arguments.batch_size:
-        raise ValueError(f"data: expected more than the {arguments.held_out} rows held out, found {len(rows)}")
+        raise OptionError(f"data: expected more than the {arguments.held_out} rows held out, found {len(rows)}")
     order = np.random.default_rng(0).permutation(len(rows))
     held_out, learned = order[: arguments.held_out], order[arguments.held_out :][: arguments.max_train_samples]
     folder.mkdir(parents=True, exist_ok=True)
@@ -209,10 +209,10 @@ def run_cell(arguments: Arguments, cell: Cell, common: Sequence[str]) -> dict[st
     folder.mkdir(parents=True, exist_ok=True)
     flags = [*cell.flags(common, arguments.rates), "--output", str(folder / "run")]
     (folder / "command.txt").write_text(shlex.join(["python", "scripts/train.py", *flags]) + "\n", encoding="utf-8")
-    path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
         done = subprocess.run(
-            [sys.executable, "-m", "comparison.cell", str(arguments.answers), *flags],
+            [sys.executable, "-m", "scripts.studies.comparison.cell", str(arguments.answers), *flags],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
@@ -221,7 +221,7 @@ def run_cell(arguments: Arguments, cell: Cell, common: Sequence[str]) -> dict[st
         )
     if done.returncode:
         last = (folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
-        raise ValueError(f"{cell.name} failed, see {folder / 'log.txt'}: {' '.join(last)}")
+        raise OptionError(f"{cell.name} failed, see {folder / 'log.txt'}: {' '.join(last)}")
     found = json.loads(done.stdout.splitlines()[-1])
     result_file.write_text(json.dumps(found) + "\n", encoding="utf-8")
     return found
@@ -252,7 +252,7 @@ def report(arguments: Arguments, results: dict[str, dict[int, dict[str, Any]]], 
         f"over seeds with 95 % intervals. Learning rates: "
         f"{arguments.rates or 'the defaults of train.py by method'}. "
         f"{', '.join(f'{name} {value}' for name, value in versions.items())}; {machine['cpu']}, {machine['cores']} cores. "
-        f"Made by: {said_command('compare.py')}"
+        f"Made by: {command_line('studies/compare.py')}"
     )
     page.write(results, baseline, arguments.output, "Ways to fine-tune, side by side", intro, data)
 

@@ -1,14 +1,14 @@
 """The QLoRA paper's study of data types on any decoder-only model: perplexity, zero-shot accuracy, errors, normality.
 
-    python scripts/datatypes.py --quick                                       blocks of 64 alone, short texts
-    python scripts/datatypes.py --data mine.jsonl --questions mmlu.jsonl      the whole grid: 85 cells
-    python scripts/datatypes.py --model FOLDER --data-types nf4 fp4 int4 --block-sizes 64 128
-    python scripts/datatypes.py --quick --peer                                beside bitsandbytes' own losses
+    python scripts/studies/datatypes.py --quick                                       blocks of 64 alone, short texts
+    python scripts/studies/datatypes.py --data mine.jsonl --questions mmlu.jsonl      the whole grid: 85 cells
+    python scripts/studies/datatypes.py --model FOLDER --data-types nf4 fp4 int4 --block-sizes 64 128
+    python scripts/studies/datatypes.py --quick --peer                                beside bitsandbytes' own losses
 
 Method. A cell is a data type, a block size, and double quantisation or none; the first is the dense model. In each cell all
 linear layers are quantised as `load_model` does it and the same texts are read; the questions are asked without examples.
 The compute dtype is that of the platform (float32 on a CPU). Shapiro and Wilk's test is made of every matrix of the dense
-model, which has to fit into memory. Details: scripts/datatype_study/.
+model, which has to fit into memory. Details: scripts/studies/datatype_study/.
 
 Each cell is written to OUTPUT/cells.jsonl when it is done; the same command goes on where it was stopped, and with --minutes
 it stops by itself. OUTPUT then has report.md with its plots, and report.json; the last line of the output is JSON too. With
@@ -21,27 +21,29 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
-import tyro
 from flax import nnx
 from tqdm import tqdm
 
+from qlora_jax import cli
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import default_dtype, load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.data import PLAIN_ANSWERS
+from qlora_jax.errors import OptionError
 from qlora_jax.evaluate import encode_questions, letter_logits, read_questions
 from qlora_jax.export.merge import merge
 from qlora_jax.models import causal_family_of, linear_mappings
 from qlora_jax.nn import data_mesh
 from qlora_jax.quant import BLOCK_SIZES, DATA_TYPES, DataType, Quantization
-from scripts.benchmarks.workers import Peer, command, find_python, run_worker, tell
+from scripts.benchmarks.workers import Peer, command, find_python, log, run_worker
 from scripts.studies.datatype_study.journal import Journal
 from scripts.studies.datatype_study.normality import MOST, examine
 from scripts.studies.datatype_study.report import Study, write
@@ -116,16 +118,9 @@ class Arguments:
         )
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, description=__doc__)
-    try:
-        return run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
-        return 130
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    return cli.run(run, Arguments, __doc__, arguments)
 
 
 def check(arguments: Arguments) -> None:
@@ -134,28 +129,39 @@ def check(arguments: Arguments) -> None:
     wrong = [size for size in (*sizes, *arguments.question_block_sizes) if size not in BLOCK_SIZES]
     if wrong or not sizes:
         known = ", ".join(map(str, BLOCK_SIZES))
-        raise ValueError(f"--block-sizes: expected one or more of {known}, found {wrong[0] if wrong else 'none'}")
+        raise OptionError(f"--block-sizes: expected one or more of {known}, found {wrong[0] if wrong else 'none'}")
     if not arguments.data_types:
-        raise ValueError(f"--data-types: expected one or more of {', '.join(DATA_TYPES)}, found none")
+        raise OptionError(f"--data-types: expected one or more of {', '.join(DATA_TYPES)}, found none")
     if not arguments.data:
-        raise ValueError("--data: expected one or more sources of texts, found none")
+        raise OptionError("--data: expected one or more sources of texts, found none")
     least = {"texts": 2 * len(arguments.data), "length": 16, "most_questions": 2, "units": 1, "batch_size": 1}
     for name, smallest in least.items():
         value = arguments.chosen(name) if name in WHOLE else getattr(arguments, name)
         if value < smallest:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least {smallest}, found {value}")
+            raise OptionError(f"--{name.replace('_', '-')}: expected at least {smallest}, found {value}")
     if not 3 <= arguments.sample <= MOST:
-        raise ValueError(f"--sample: expected 3 to {MOST}, found {arguments.sample}")
+        raise OptionError(f"--sample: expected 3 to {MOST}, found {arguments.sample}")
     if arguments.page is not None and not arguments.page.absolute().parent.is_dir():
-        raise ValueError(f"--page: expected a folder that exists, found {arguments.page.absolute().parent}")
+        raise OptionError(f"--page: expected a folder that exists, found {arguments.page.absolute().parent}")
 
 
 def run(arguments: Arguments) -> int:
+    """Run the study and return 0, or 1 where the losses of bitsandbytes differ too much."""
     check(arguments)
+    try:
+        report = run_study(arguments)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command continues the study") from None
+    print(json.dumps(report))
+    return 0 if report["peer"] is None or all(kind["equal"] for kind in report["peer"]["kinds"].values()) else 1
+
+
+def run_study(arguments: Arguments) -> dict[str, Any]:
+    """Measure what is missing, write the report and return its summary."""
     start = time.perf_counter()
     python, reason = find_python(PEER, arguments.peer_python) if arguments.peer else (None, "")
     if arguments.peer and python is None:
-        raise ValueError(f"--peer: {reason}; --peer-python names interpreters")
+        raise OptionError(f"--peer: {reason}; --peer-python names interpreters")
     with tempfile.TemporaryDirectory(prefix="datatypes-") as temporary:
         source = arguments.model or str(fetch_default_model())
         if arguments.peer and not Path(source).is_dir():  # both sides read the same bfloat16 weights
@@ -168,7 +174,7 @@ def run(arguments: Arguments) -> int:
         measure(arguments, study, start)
         if python is not None and "peer" not in study.journal.rows:
             study.journal.add("peer", measure_peer(study.texts, source, python, Path(temporary)))
-    report = write(
+    return write(
         study,
         arguments.grid(),
         block_sizes=arguments.chosen("block_sizes"),
@@ -176,8 +182,6 @@ def run(arguments: Arguments) -> int:
         target=arguments.page or arguments.output / "report.md",
         peer=arguments.peer,
     )
-    print(json.dumps(report))
-    return 0 if report["peer"] is None or all(kind["equal"] for kind in report["peer"]["kinds"].values()) else 1
 
 
 def open_study(arguments: Arguments, source: str) -> Study:
@@ -185,7 +189,7 @@ def open_study(arguments: Arguments, source: str) -> Study:
     checkpoint = open_checkpoint(source)
     config = causal_family_of(checkpoint.config).config(checkpoint.config)
     if checkpoint.quantization is not None:
-        raise ValueError(f"{source}: expected weights in 16 or 32 bits, found {checkpoint.quantization}")
+        raise OptionError(f"{source}: expected weights in 16 or 32 bits, found {checkpoint.quantization}")
     tokenizer = load_tokenizer(arguments.model or str(fetch_default_model()))
     texts = read_texts(
         arguments.data,
@@ -232,7 +236,7 @@ def measure(arguments: Arguments, study: Study, start: float) -> None:
     """Measures the cells that are missing, until the time is over."""
     journal, mesh, shown = study.journal, data_mesh(), sys.stderr.isatty()
     if journal.found:
-        tell(f"{arguments.output}: {journal.found} cells are there already")
+        log(f"{arguments.output}: {journal.found} cells are there already")
     if "normality" not in journal.rows:
         names = [name for key in study.parameter_mappings for name in key.names()]
         figures = examine(
@@ -282,7 +286,7 @@ def measure_peer(texts: Texts, folder: str, python: Path, temporary: Path) -> di
     tokens.write_text(json.dumps([row.tolist() for row in texts.tokens]), encoding="utf-8")
     kinds = (DENSE, *(f"{name}{double}" for name in ("nf4", "fp4") for double in ("", "-double")))
     words = [*command(python, "hf_nll.py", model=folder, tokens=tokens), "--kinds", *kinds]
-    tell("bitsandbytes reads the texts")
+    log("bitsandbytes reads the texts")
     found = run_worker(words)
     return {name: found[name] for name in ("losses", "losses_in_eval", "versions")}
 

@@ -1,9 +1,9 @@
 """How far a model is from its original weights before training: in 4 bits alone, and with adapters that start from the
 weights (PiSSA, LoftQ) or leave them (DoRA).
 
-    python scripts/measure_init.py                               SmolLM2-135M, r 16
-    python scripts/measure_init.py --rank 64 --turns 1 5         another rank; LoftQ of one and of five turns
-    OPENBLAS_NUM_THREADS=1 python scripts/measure_init.py        on a CPU that other programs use: singular values take
+    python scripts/studies/measure_init.py                               SmolLM2-135M, r 16
+    python scripts/studies/measure_init.py --rank 64 --turns 1 5         another rank; LoftQ of one and of five turns
+    OPENBLAS_NUM_THREADS=1 python scripts/studies/measure_init.py        on a CPU that other programs use: singular values take
                                                                  many times as long where threads wait for each other
 
 Every linear layer: the error is |W - (Q + s A B)| / |W| in Frobenius norms, W the matrix of the checkpoint, Q and A B those
@@ -15,15 +15,17 @@ dense model: the mean of their absolute difference. The last line is JSON, with 
 import dataclasses
 import json
 import platform
+import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from tqdm import tqdm
 
+from qlora_jax import cli
 from qlora_jax.adapters.weight_init import FromWeights, rewriting
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.default_model import fetch_default_model
@@ -59,8 +61,13 @@ class Arguments:
     """Whether its scales are quantised as well."""
 
 
-def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    return cli.run(measure, Arguments, __doc__, arguments)
+
+
+def measure(arguments: Arguments) -> None:
+    """Print a row for each way to store the base and to initialise the adapter."""
     source = arguments.model or str(fetch_default_model())
     checkpoint, tokenizer = open_checkpoint(source), load_tokenizer(source)
     batches = [np.asarray([tokenizer(text)["input_ids"]], np.int32) for text in TEXTS]
@@ -110,13 +117,13 @@ def layer_errors(checkpoint: Checkpoint, model: Model) -> dict[str, float]:
             layer = getattr(layer, part)
         for number, name in enumerate(key.names()):
             w = np.asarray(checkpoint.read(name), np.float32).T
-            q, held = held_matrix(layer, number)
+            q, held = effective_matrix(layer, number)
             error = held - (q if isinstance(layer.adapter, DoRALinear) else w)
             errors[name.removesuffix(".weight")] = float(np.linalg.norm(error) / np.linalg.norm(w))
     return errors
 
 
-def held_matrix(layer: Linear, number: int) -> tuple[np.ndarray, np.ndarray]:
+def effective_matrix(layer: Linear, number: int) -> tuple[np.ndarray, np.ndarray]:
     """(what layer `number` of a stack holds dequantised, what it multiplies with), `[in, out]`."""
     weight, adapter = jax.tree.map(lambda leaf: leaf[number], layer.weight.get_value()), layer.adapter
     q = np.asarray(dequantize(weight, jnp.float32) if isinstance(weight, QuantizedTensor) else weight)
@@ -131,4 +138,4 @@ def held_matrix(layer: Linear, number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

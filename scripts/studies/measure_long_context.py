@@ -1,7 +1,7 @@
 """Retrieval beyond a model's context after training with shifted sparse attention: a key in filler, asked for at the end.
 
-    python scripts/measure_long_context.py                                           SmolLM2-135M, 8192 to 16384 positions
-    python scripts/measure_long_context.py --real 3 --output docs/long-context.md    and three prompts of 16384 tokens
+    python scripts/studies/measure_long_context.py                                           SmolLM2-135M, 8192 to 16384 positions
+    python scripts/studies/measure_long_context.py --real 3 --output docs/long-context.md    and three prompts of 16384 tokens
 
 The recipe of LongLoRA (Chen et al. 2023), by the package's own pieces: the base in NF4 with double quantisation, LoRA on all
 linear layers, the token table and the norms trained, positions divided by `extended` / context, and in training attention in
@@ -20,7 +20,7 @@ the heads can see it, but up to `extended` positions. The digits of answers are 
 An answer counts where all digits are the most likely ones: what greedy decoding finds. Filler are sentences of the
 instructions that ship, others than in training. Three models get the same prompts: the untuned one as it is, the same with
 positions divided, and the tuned one. Shares have Wilson's 95 % intervals, pairs an exact test. The last line is JSON.
-Details: scripts/long_context/.
+Details: scripts/studies/long_context/.
 """
 
 import dataclasses
@@ -36,21 +36,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 from jax import Array
 from tqdm import tqdm
 
+from qlora_jax import cli
 from qlora_jax.adapters.metadata import with_scaling
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
+from qlora_jax.errors import OptionError
 from qlora_jax.finetune.options.context import ContextOptions
 from qlora_jax.models import KVCache, causal_family_of, unscaled_context
 from qlora_jax.peft import LoRA
 from qlora_jax.train import create_state, jit_train_step, language_model_loss, learning_rate_schedule, optimizer, split
-from scripts.benchmarks.page import said_command
+from scripts.benchmarks.page import command_line
 from scripts.benchmarks.workers import cores
 from scripts.studies.long_context.page import markdown, table
 from scripts.studies.long_context.texts import DIGITS, Prompt, Writer, answers
@@ -88,19 +89,19 @@ class Arguments:
     """Markdown file to write; standard output alone if left out."""
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, description=__doc__)
-    try:
-        report = measure(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    return cli.run(run, Arguments, __doc__, arguments)
+
+
+def run(arguments: Arguments) -> None:
+    """Measure, print the report and write the page."""
+    report = measure(arguments)
     text = markdown(report)
     print(text)
     if arguments.output is not None:
         arguments.output.write_text(text, encoding="utf-8")
     print(json.dumps(report))
-    return 0
 
 
 def measure(arguments: Arguments) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     seconds["all"] = time.perf_counter() - started
     described = dataclasses.asdict(arguments) | {"output": None, "model": Path(source).name}
     return {
-        "command": said_command("measure_long_context.py"),
+        "command": command_line("studies/measure_long_context.py"),
         "arguments": described,
         "context": context,
         "dtype": "bfloat16",
@@ -147,12 +148,14 @@ def check(arguments: Arguments, context: int, reach: int, key: int) -> None:
     """Raises ValueError where there is nothing to measure, or no room for it."""
     for name, least in (("steps", 2), ("prompts", 2), ("rank", 1), ("real", 0)):
         if (value := getattr(arguments, name)) < least:
-            raise ValueError(f"--{name}: expected at least {least}, found {value}")
+            raise OptionError(f"--{name}: expected at least {least}, found {value}")
     if not arguments.length <= context < arguments.extended:
         found = f"{arguments.length} and {arguments.extended}"
-        raise ValueError(f"--length, --extended: expected at most and above the model's context of {context}, found {found}")
+        raise OptionError(
+            f"--length, --extended: expected at most and above the model's context of {context}, found {found}"
+        )
     if reach < key:
-        raise ValueError(
+        raise OptionError(
             f"--length: expected at least {key * arguments.length // reach} for a key, found {arguments.length}"
         )
 

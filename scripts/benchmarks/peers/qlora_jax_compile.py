@@ -6,25 +6,23 @@ Prints a JSON line with bytes of memory, operations of matrix products and bytes
 import argparse
 import dataclasses
 import json
-import sys
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # where `benchmarks` is
 
 
 def main() -> None:
     arguments = parser_of(__doc__).parse_args()
 
-    import benchmarks.ahead  # before JAX
-
     from qlora_jax.peft import LoRA
     from qlora_jax.plan import DoesNotFit, Recipe, compile_decode_step, compile_train_step, machine_named
     from qlora_jax.plan.compile import versions
+    from qlora_jax.platforms import use_compilers_only
+    from scripts.benchmarks.model_sizes import config_of
+
+    use_compilers_only()
 
     machine = machine_named(arguments.device)
     recipe = Recipe(
-        config=benchmarks.ahead.config_of(arguments.model),
+        config=config_of(arguments.model),
         method=LoRA(arguments.rank),
         batch_size=arguments.batch_size,
         length=arguments.length,
@@ -39,7 +37,7 @@ def main() -> None:
     except DoesNotFit as error:
         print(json.dumps({"peak": None, "needed": error.needed, "why": str(error), "versions": versions(machine)}))
         return
-    print(json.dumps(figures(plan.program, plan.packed_weights + plan.dense_weights, plan.versions)))
+    print(json.dumps(metrics_of(plan.program, plan.packed_weights + plan.dense_weights, plan.versions)))
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
@@ -54,7 +52,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def figures(program: Any, weights: int, versions: dict[str, str]) -> dict[str, Any]:
+def metrics_of(program: Any, weights: int, versions: dict[str, str]) -> dict[str, Any]:
     """The values of the JSON line."""
     values = {field.name: getattr(program, field.name) for field in dataclasses.fields(program) if field.name != "text"}
     return {**values, "peak": program.peak, "weights": weights, "versions": versions}

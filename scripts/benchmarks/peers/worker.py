@@ -1,4 +1,4 @@
-"""What the workers of scripts/bench.py share: their flags, the loops that time them, and the JSON line that they print last.
+"""What the workers of scripts/benchmarks/bench.py share: their flags, the loops that time them, and the JSON line that they print last.
 
     train     random tokens of one seed, a step each; timed from the tokens on the host to the loss on the host
     answer    one prompt, greedily continued; a mark when each token is known on the host

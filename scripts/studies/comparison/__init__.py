@@ -1,1 +1,1 @@
-"""What scripts/compare.py is made of."""
+"""What scripts/studies/compare.py is made of."""

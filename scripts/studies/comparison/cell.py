@@ -1,6 +1,6 @@
 """One run of a comparison, in a process of its own, so that its peak memory is its own: train, then measure.
 
-Called by scripts/compare.py with the flags of train.py; the last line that it prints is the result as JSON.
+Called by scripts/studies/compare.py with the flags of train.py; the last line that it prints is the result as JSON.
 """
 
 import json

@@ -104,8 +104,8 @@ def pair_table(results: Results) -> tuple[list[str], list[list[str]]]:
         row = [variant]
         for others in list(results.values())[:number]:
             change = difference(of_seeds(seeds, name), of_seeds(others, name))
-            said = verdict(change, lower_is_better=FIGURES[name][1])
-            row.append(said if change is None else f"{change}: {said}")
+            text = verdict(change, lower_is_better=FIGURES[name][1])
+            row.append(text if change is None else f"{change}: {text}")
         rows.append(row + [""] * (len(results) - number))
     return ["difference: row less column", *results], rows
 

@@ -106,8 +106,8 @@ def write(
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy", "scipy")}
     versions["python"] = platform.python_version()
     seconds = sum(rows[key_of(how)]["seconds"] for how in grid)
-    said = sections.method(study.method, study.texts, machine, versions, left, seconds)
-    page.write(target, [said, *made], page.said_command("datatypes.py"), "Data types")
+    described = sections.method(study.method, study.texts, machine, versions, left, seconds)
+    page.write(target, [described, *made], page.command_line("studies/datatypes.py"), "Data types")
     for section in made:
         print(page.text(section), flush=True)
     summary = {
@@ -117,9 +117,9 @@ def write(
         "seconds": seconds,
         "cells_left": left,
         "storages": [as_json(storage) for storage in storages],
-        "order": sections.said(steps),
-        "paper_order": sections.said(papers),
-        "double_quantization": sections.said(costs),
+        "order": sections.as_values(steps),
+        "paper_order": sections.as_values(papers),
+        "double_quantization": sections.as_values(costs),
         "peer": beside_ours,
         "page": str(target),
     }

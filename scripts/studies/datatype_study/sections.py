@@ -226,6 +226,6 @@ def peer(kinds: dict[str, dict[str, float]], limit: float, versions: dict[str, s
     )
 
 
-def said(steps: Sequence[Step]) -> list[dict[str, Any]]:
+def as_values(steps: Sequence[Step]) -> list[dict[str, Any]]:
     """Steps for JSON."""
     return [{**vars(step), "added": vars(step.added)} for step in steps]

@@ -1,1 +1,1 @@
-"""What scripts/measure_long_context.py is made of: the texts, and the page."""
+"""What scripts/studies/measure_long_context.py is made of: the texts, and the page."""

@@ -1,4 +1,4 @@
-"""scripts/datatypes.py on a tiny random model: its losses, errors and tests against NumPy, scipy and bitsandbytes."""
+"""scripts/studies/datatypes.py on a tiny random model: losses, errors and tests against NumPy, scipy and bitsandbytes."""
 
 import json
 import sys
@@ -10,23 +10,19 @@ import numpy as np
 import pytest
 import scipy.stats
 from flax import nnx
-from script_module import import_script
 
 from qlora_jax.checkpoint.load import find, load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.models import linear_mappings
 from qlora_jax.models.llama import llama_config
 from qlora_jax.quant import Quantization, codebook
+from scripts.studies import datatypes as script
 from scripts.studies.datatype_study import normality, summary
 from scripts.studies.datatype_study.journal import Journal
 from scripts.studies.datatype_study.texts import Texts, text_losses
 from scripts.studies.datatype_study.weights import bits_per_parameter, quantize_in_place
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "studies" / "datatypes.py"
 TINY = ("--texts", "4", "--length", "32", "--sample", "50", "--units", "3", "--batch-size", "2")
-
-
-script = import_script(SCRIPT)
 
 
 def test_losses_and_errors(tiny_llama: Path) -> None:

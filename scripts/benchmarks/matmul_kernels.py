@@ -1,9 +1,9 @@
 """What the product with a 4-bit matrix costs, by XLA and by the kernel: compiled ahead of time, no TPU or GPU needed.
 
-    python scripts/kernels.py --device v5e --model llama-3-8b --rows 1 8 64 2048
-    python scripts/kernels.py --device h100 --model llama-3-8b --rows 1 8 64
-    python scripts/kernels.py --device v6e --model llama-2-70b --rows 8 --gradient
-    python scripts/kernels.py --device l4 --model llama-3-8b --step
+    python scripts/benchmarks/matmul_kernels.py --device v5e --model llama-3-8b --rows 1 8 64 2048
+    python scripts/benchmarks/matmul_kernels.py --device h100 --model llama-3-8b --rows 1 8 64
+    python scripts/benchmarks/matmul_kernels.py --device v6e --model llama-2-70b --rows 8 --gradient
+    python scripts/benchmarks/matmul_kernels.py --device l4 --model llama-3-8b --step
 
 For each matrix of the model, one layer out of a stack: bytes that the compiled program moves, FLOPs, temporaries, the floor
 by roofline, and the time to compile. Bytes of XLA's program are its own cost analysis on TPU, which counts what stays on the
@@ -16,32 +16,30 @@ too, that make arrays of packed bytes. The last line is JSON.
 
 import dataclasses
 import json
-import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from qlora_jax import cli
+from qlora_jax.errors import OptionError, UnsupportedError
 from qlora_jax.models import CausalLM, DecoderConfig, causal_family_of
 from qlora_jax.peft import LoRA
-from qlora_jax.plan import DEVICES, SIZES, CompilerMissing, CompilerRefuses, Machine, machine_mesh, machine_named
+from qlora_jax.plan import DEVICES, SIZES, Machine, machine_mesh, machine_named
 from qlora_jax.plan.compile import COMPILER_OPTIONS, place, versions
 from qlora_jax.plan.devices import Platform
 from qlora_jax.plan.hlo import parse_program
 from qlora_jax.plan.recipe import weight_bytes
 from qlora_jax.plan.topology import context
+from qlora_jax.platforms import use_compilers_only
 from qlora_jax.quant import (
     Implementation,
     Quantization,
@@ -98,25 +96,25 @@ class Cost:
     problem: str | None = None
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    use_compilers_only()
+    return cli.run(measure, Arguments, __doc__, arguments)
+
+
+def measure(arguments: Arguments) -> None:
+    """Compile and print what the options ask for."""
     if arguments.model not in SIZES:
-        print(f"error: --model: expected one of {', '.join(SIZES)}, found {arguments.model!r}", file=sys.stderr)
-        return 1
+        raise OptionError(f"--model: expected one of {', '.join(SIZES)}, found {arguments.model!r}")
     if not arguments.rows or min(arguments.rows) < 1:
-        print(f"error: --rows: expected numbers from 1 on, found {' '.join(map(str, arguments.rows))}", file=sys.stderr)
-        return 1
-    try:
-        machine = machine_named(arguments.device)
-        if machine.count > 1:
-            raise ValueError(f"--device: expected one of {', '.join(DEVICES)}, found {arguments.device!r}")
-        mesh = machine_mesh(machine)
-    except (ValueError, CompilerMissing, CompilerRefuses) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        raise OptionError(f"--rows: expected numbers from 1 on, found {' '.join(map(str, arguments.rows))}")
+    machine = machine_named(arguments.device)
+    if machine.count > 1:
+        raise OptionError(f"--device: expected one of {', '.join(DEVICES)}, found {arguments.device!r}")
+    mesh = machine_mesh(machine)
     if arguments.step:
         print(json.dumps({"run": dataclasses.asdict(arguments), "steps": steps(arguments.model, machine, mesh)}))
-        return 0
+        return
     costs = [
         cost(name, shape, rows, implementation, arguments.gradient, machine, mesh)
         for name, shape in matrices(arguments.model).items()
@@ -126,7 +124,6 @@ def main() -> int:
     print(table(costs))
     result = {"run": dataclasses.asdict(arguments), "versions": versions(machine)}
     print(json.dumps({**result, "costs": [dataclasses.asdict(c) for c in costs]}))
-    return 0
 
 
 def matrices(model: str) -> dict[str, tuple[int, int]]:
@@ -169,7 +166,7 @@ def cost(
         if problem is None and implementation == "pallas" and gradient and device.platform == "cuda":
             problem = "no kernel: XLA's product on GPUs"
         if problem is not None:
-            raise ValueError(problem)
+            raise UnsupportedError(problem)
         compiled = _compile(jax.jit(product), (x, matrix), machine, mesh)
     except Exception as error:  # of whatever kind the compiler raises: the table says so
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""scripts/measure_long_context.py in small: its texts, its reading through the cache against one dense pass, its page."""
+"""scripts/studies/measure_long_context.py in small: its texts, its use of the cache against one dense pass, its page."""
 
 import json
 import sys
@@ -9,18 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from script_module import import_script
 
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.models import CausalLM
 from qlora_jax.train import split
+from scripts.studies import measure_long_context as script
 from scripts.studies.long_context.page import MODELS, table, verdict
 from scripts.studies.long_context.texts import DIGITS, Prompt, Writer, answers
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "studies" / "measure_long_context.py"
-script = import_script(SCRIPT)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """What packed token tables cost: the held-out loss of a base model with each storage, and the bytes of its tables.
 
-    python scripts/measure_tables.py                                    SmolLM2-135M on rows of the instructions that ship
-    python scripts/measure_tables.py --data mine.jsonl --rows 100       on the last 100 rows of a file
+    python scripts/benchmarks/measure_embedding.py                                    SmolLM2-135M on rows of the instructions that ship
+    python scripts/benchmarks/measure_embedding.py --data mine.jsonl --rows 100       on the last 100 rows of a file
 
 Each of the last rows of each file, its texts joined, is read by the base model, linear layers in NF4, up to 256 tokens. The
 last line is JSON.
@@ -9,20 +9,23 @@ last line is JSON.
 
 import dataclasses
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 
+from qlora_jax import cli
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.data import PLAIN_ANSWERS
+from qlora_jax.errors import UnsupportedError
 from qlora_jax.models import CausalLM
 from qlora_jax.quant import EMBEDDING_STORAGES
 from qlora_jax.train.loss import row_losses
@@ -42,8 +45,13 @@ class Arguments:
     """Of each file, the last ones."""
 
 
-def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    return cli.run(measure, Arguments, __doc__, arguments)
+
+
+def measure(arguments: Arguments) -> None:
+    """Print the loss and the size of the embedding for each storage."""
     source = arguments.model or str(fetch_default_model())
     tokenizer = load_tokenizer(source)
     texts = [
@@ -59,7 +67,7 @@ def main() -> None:
     for storage in EMBEDDING_STORAGES:
         model = load_model(open_checkpoint(source), embedding_storage=storage, progress=False)
         if not isinstance(model, CausalLM):
-            raise SystemExit(f"error: {source}: expected a decoder-only model, found {type(model).__name__}")
+            raise UnsupportedError(f"{source}: expected a decoder-only model, found {type(model).__name__}")
         graph, state = nnx.split(model)
 
         @jax.jit
@@ -83,4 +91,4 @@ def text_of(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
