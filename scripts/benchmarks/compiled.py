@@ -1,11 +1,11 @@
-"""Compiled steps on devices that need not be there: memory, operations and bytes of ours and of Qwix' (peers/*_compile.py).
+"""Compile steps for devices that need not be attached: memory, operations and bytes of qlora_jax and of Qwix.
 
     peak       arguments + temporaries + outputs - outputs in donated arguments, by XLA's buffer assignment
-    TFLOP      of matrix products, counted in the traced program, with what the backward pass recomputes
-    GB         of device memory that one run reads and writes at least, counted in the compiled program
+    TFLOP      of matrix products, counted in the traced program, including those that the backward pass recomputes
+    GB         least number of bytes of device memory that one run reads and writes, counted in the compiled program
 
-Both sides are counted by the same functions, for the same model, batch, rank and dtype (bfloat16), layers recomputed in the
-backward pass on both. GEMMs are not autotuned.
+The workers are peers/*_compile.py. Both programs are counted by the same functions, for the same model, batch, rank and
+dtype (bfloat16), with layers recomputed in the backward pass. GEMMs are not autotuned.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,10 @@ def runs_of(
     length: int,
     rank: int,
 ) -> list[Run]:
-    """Each step of each model on each device; decoding a row, of a cache as long as `length`. Qwix' training step only."""
+    """Return a run for each step of each model on each device.
+
+    The decode step has one row and a cache of `length` tokens. Of Qwix, only the training step is compiled.
+    """
     runs = []
     for device in devices:
         for model in models:
@@ -53,7 +56,7 @@ def progress_text(result: dict[str, Any]) -> str:
 
 
 def section(found: Found, method: dict[str, Any]) -> Section:
-    """The table; rows of the same work beside each other."""
+    """Return the table, in which rows of the same work are neighbours."""
     rows = []
     for name in sorted(found.runs, key=lambda name: (*name.split()[:0:-1], name)):
         side, step, model, device = name.split()

@@ -1,16 +1,16 @@
-"""What well-known runs need in memory: a table of compiled training steps, as docs/memory.md shows it.
+"""Compile the training steps of well-known runs and write a table of their memory, as in docs/memory.md.
 
     python scripts/benchmarks/measure_memory.py --output docs/memory.md
     python scripts/benchmarks/measure_memory.py --devices v5p --models llama-3-8b
 
-Each run is compiled four times, by how much it leaves to host memory:
+Each run is compiled four times, with more and more in host memory:
 
-    device     nothing: weights, adapter, optimizer and the layers' inputs are on the device
-    optimizer  Adam's moments (--host-offload)
-    most       moments, adapter, its gradient and the layers' inputs (--host-adapter --remat offload)
-    most, NF4  the same, with token table and output head in NF4 (--embedding-storage nf4)
+    device     nothing: weights, adapter, optimizer and the inputs of the layers are on the device
+    optimizer  the moments of Adam (--host-offload)
+    most       moments, adapter, its gradient and the inputs of the layers (--host-adapter --remat offload)
+    most, NF4  the same, with token embedding and output head in NF4 (--embedding-storage nf4)
 
-Layers are recomputed in the backward pass in all of them. The figures are those of XLA's buffer assignment, GEMMs not
+Layers are recomputed in the backward pass in all of them. The numbers are those of XLA's buffer assignment; GEMMs are not
 autotuned. The last line is JSON.
 """
 
@@ -30,7 +30,7 @@ from qlora_jax.platforms import use_compilers_only
 from scripts.benchmarks.model_sizes import check_names, config_of
 
 GIB = 2**30
-# (model, rank, rows a device, tokens a row): the paper's runs, and longer ones.
+# (model, rank, rows, tokens in a row): the runs of the QLoRA paper, and longer ones.
 RUNS = (
     ("llama-7b", 64, 1, 512),
     ("llama-13b", 64, 1, 512),
@@ -58,14 +58,14 @@ SHOWN = (
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Which runs, on what."""
+    """Options of the table."""
 
     devices: tuple[str, ...] = ("h100", "v5e:2x2")
-    """Devices as scripts/plan.py takes them; on several, the rows of a run are spread over them."""
+    """Devices, in the notation of scripts/plan.py; the rows of a run are distributed over several devices."""
     models: tuple[str, ...] | None = None
-    """Models of the tables; if left out, all of them on one device and Llama-3-8B on several."""
+    """Models of the tables; if left out, all of them for one device and Llama-3-8B for several."""
     output: Path | None = None
-    """Markdown file to write; standard output alone if left out."""
+    """Markdown file to write; if left out, the page is only printed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: Arguments) -> None:
+    """Compile all runs, then print and write the page."""
     if arguments.models is not None:
         check_names("models", arguments.models, (model for model, *_ in RUNS))
     machines = [machine_named(name) for name in arguments.devices]
@@ -111,7 +112,7 @@ def run(arguments: Arguments) -> None:
 
 
 def metrics_of(plan: Plan) -> dict[str, Any]:
-    """Bytes and seconds of a plan."""
+    """Return the bytes and seconds of a plan by the names that the table uses."""
     return {
         "peak": plan.peak,
         "weights": plan.packed_weights + plan.dense_weights,
@@ -124,13 +125,14 @@ def metrics_of(plan: Plan) -> dict[str, Any]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The page docs/memory.md."""
+    """Return the page docs/memory.md."""
     lines = [
         "# Memory of well-known runs",
         "",
         "GiB of one training step on each device, as XLA compiles it: NF4 with double quantisation, LoRA on all linear",
         "layers, bfloat16 activations, float32 adapter and AdamW, layers recomputed in the backward pass. Made by",
-        "`python scripts/benchmarks/measure_memory.py --output docs/memory.md`, whose head says what is left to the host in each line.",
+        "`python scripts/benchmarks/measure_memory.py --output docs/memory.md`,",
+        "whose head says what is left to the host in each line.",
     ]
     for device in dict.fromkeys(row["device"] for row in rows):
         lines += table(device, [row for row in rows if row["device"] == device])
@@ -138,7 +140,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def table(device: str, rows: list[dict[str, Any]]) -> list[str]:
-    """The lines of one device."""
+    """Return the lines of the table of one device."""
     versions = next((row["versions"] for row in rows if row["peak"] is not None), {})
     columns = ("model", "rank", "batch", "left to the host", *(name for name, _ in SHOWN), "compiled in s")
     lines = [
@@ -161,7 +163,7 @@ def table(device: str, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def floor(rows: list[dict[str, Any]]) -> list[str]:
-    """What stands between these runs and less memory."""
+    """Return the lines about what limits further savings."""
     lines = [
         "Nothing that the options can move stands on the device in the lines `most`; what is left there is",
         "",

@@ -1,17 +1,18 @@
-"""What packing gains: real tokens a second with one example a row, padded, and with several, packed, at rows of one shape.
+"""Measure the gain of packing: real tokens per second with padded rows of one example, and with packed rows of several.
 
-    python scripts/benchmarks/measure_packing.py conversations.jsonl                      SmolLM2-135M, 5 steps of 2 × 512 of each
+    python scripts/benchmarks/measure_packing.py conversations.jsonl        SmolLM2-135M, 5 steps of 2 × 512 tokens of each
     python scripts/benchmarks/measure_packing.py FILE --model FOLDER --length 1024 --batch-size 4 --steps 20
 
-Method. One base, quantised to NF4, and one adapter on all linear layers. Padded and packed steps take turns in one process,
-as the main job does them: packed rows with segment masks and positions, padded ones without, since their padding lies on
-the right. Times are medians over all steps but the first of each, which compiles; a step is timed until its loss is there.
+Method. There is one base model, quantised to NF4, and one adapter on all linear layers. Padded and packed steps alternate in
+one process, with the inputs that training gives them: packed rows with segment masks and positions, padded rows without,
+because their padding is at the end. Times are medians over all steps except the first of each kind, which compiles; the time
+of a step ends when its loss is on the host.
 
     tokens a second = (1 - padding share) · rows · length / seconds a step           real tokens; shares of a whole epoch
-    predicted ratio = (1 - padding share, packed) / (1 - padding share, padded)       if a row costs the same either way
+    predicted ratio = (1 - padding share, packed) / (1 - padding share, padded)       if both kinds of rows take equally long
     measured ratio  = tokens a second, packed / tokens a second, padded               PASS within 10 % of the predicted one
 
-The last line of the output is the report as JSON, and the exit status is 1 where the criterion fails.
+The last line of the output is the report as JSON. The exit code is 1 if the criterion fails.
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization
 from qlora_jax.train import create_state, jit_train_step, language_model_loss, optimizer, split
 
-MOST = 0.1  # deviation of the measured ratio from the predicted one
+MOST = 0.1  # largest deviation of the measured ratio from the predicted one
 RUNS = ("padded", "packed")
 PACKED_ONLY = ("segment_ids", "positions")
 
@@ -49,21 +50,21 @@ class Arguments:
     """Compare packed rows with padded ones."""
 
     data: tyro.conf.Positional[str]
-    """JSONL, JSON, CSV, TSV or Parquet file, or hub id."""
+    """JSONL, JSON, CSV, TSV or Parquet file, or hub id, of the training data."""
     model: str | None = None
-    """Folder, .gguf file or hub id; SmolLM2-135M-Instruct if left out."""
+    """Folder, .gguf file or hub id of the model; SmolLM2-135M-Instruct if left out."""
     split: str | None = None
     """Split of a hub data set."""
     steps: int = 5
-    """Timed steps of each kind."""
+    """Measured steps of each kind."""
     batch_size: int = 2
-    """Rows of a step."""
+    """Rows in the batch of a step."""
     length: int = 512
-    """Tokens of a row; longer examples are cut."""
+    """Tokens in a row; longer examples are truncated."""
     rank: int = LoRA.rank
-    """Of the adapter."""
+    """Rank of the adapter."""
     seed: int = 0
-    """Of the adapter and of the order of the data."""
+    """Seed of the adapter and of the order of the data."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,7 +80,7 @@ def run(arguments: Arguments) -> int:
 
 
 def measure(arguments: Arguments) -> dict[str, Any]:
-    """The report."""
+    """Measure and return the report."""
     for option in ("steps", "batch_size"):
         if (value := getattr(arguments, option)) < 1:
             raise OptionError(f"--{option.replace('_', '-')}: expected at least 1, found {value}")
@@ -121,7 +122,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The report as a table and as JSON."""
+    """Print the report as a table and as JSON."""
     versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
     print(f"{report['data']}: {report['examples']:,} examples, {report['tokens']:,} tokens")
     print(f"{report['model']}, {report['dtype']}, rank {report['rank']} on {report['device']}; {versions}")
@@ -140,7 +141,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def _train(name: str, sources: dict[str, BatchIterator], arguments: Arguments) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(seconds of each timed step, losses of all steps), by kind."""
+    """Return the seconds of each measured step and the losses of all steps, by kind."""
     remat = "dots" if jax.default_backend() == "cpu" else "full"
     lora = LoRA(rank=arguments.rank)
     model = load_model(open_checkpoint(name), quantization=Quantization(), method=lora, remat=remat, seed=arguments.seed)

@@ -1,12 +1,12 @@
-"""Training: each variant of each side in turns, and what its steps took.
+"""Measure training: the time and the memory of each variant of each program.
 
 tokens/s   tokens of a batch / median of the steps of all rounds: wall time, what a user waits
-CPU s      median of the process's CPU time in a step, all threads
+CPU s      median of the CPU time of a step, over all threads of the process
 busy       CPU time / (wall time x cores) of those steps
-peak       largest peak resident memory of a process, everything counted (libraries, loading, compiler)
-device     largest peak of the accelerator's memory, where there is one
-load       median time to read and quantise the checkpoint; ours compiles the step meanwhile
-first      median time of the first step: for JAX with compiling, or what is left of it
+peak       largest peak resident memory of a process, including libraries, loading and compiler
+device     largest peak of the accelerator's memory, if there is one
+load       median time to read and quantise the checkpoint; qlora_jax compiles the step at the same time
+first      median time of the first step; for JAX it includes the rest of the compilation
 start      median time from the start of the program to the end of the first step: imports, load and first
 loss       of the first step, where the adapters are still zero: it is equal where both compute the same; Tunix'
                Llama does not (its rotary positions have a theta of their own)
@@ -32,7 +32,7 @@ def runs_of(
     steps: int,
     warmup: int,
 ) -> list[Run]:
-    """The runs of one round: for each side its variants, such as float32-dots or bfloat16-checkpointing."""
+    """Return the runs of one round: the variants of each program, such as float32-dots or bfloat16-checkpointing."""
     work = {"batch_size": batch_size, "length": length, "rank": rank, "steps": steps, "warmup": warmup}
     runs = []
     for side, names in variants.items():
@@ -60,7 +60,7 @@ def progress_text(result: dict[str, Any]) -> str:
 
 
 def summary(runs: Sequence[dict[str, Any]], tokens: int, platform: Platform) -> dict[str, Any]:
-    """The figures of one variant over its rounds."""
+    """Return the metrics of one variant over its rounds."""
     steps: list[float] = [second for found in runs for second in found["step_seconds"]]
     cpu_steps: list[float] = [second for found in runs for second in found["step_cpu_seconds"]]
     median, cpu_median = statistics.median(steps), statistics.median(cpu_steps)
@@ -84,7 +84,7 @@ def summary(runs: Sequence[dict[str, Any]], tokens: int, platform: Platform) -> 
 
 
 def section(found: Found, results: dict[str, dict[str, Any]], method: dict[str, Any], device: dict[str, Any]) -> Section:
-    """The table."""
+    """Return the section with the table of results."""
     on_device = any(row["peak_device_bytes"] for row in results.values())
     columns = ("", "tokens/s", "s a step", "min", "max", "CPU s", "busy", "peak MiB", *(["device MiB"] * on_device))
     rows = []
@@ -124,7 +124,7 @@ def section(found: Found, results: dict[str, dict[str, Any]], method: dict[str, 
 
 
 def compared(results: dict[str, dict[str, Any]]) -> tuple[str, ...]:
-    """Sentences that put ours beside the peers, for the same compute dtype."""
+    """Return sentences that compare qlora_jax with the peers, for the same compute dtype."""
     sentences = []
     for name, row in results.items():
         for peer, other in results.items():
@@ -140,6 +140,6 @@ def compared(results: dict[str, dict[str, Any]]) -> tuple[str, ...]:
 
 
 def disturbed_sentences(results: dict[str, dict[str, Any]]) -> tuple[str, ...]:
-    """A warning, where the machine was busy."""
+    """Return a warning if other processes used the machine."""
     names = [name for name, row in results.items() if row["disturbed"]]
     return (f"(*) The machine was busy with something else: do not cite {', '.join(names)}.",) if names else ()

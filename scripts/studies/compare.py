@@ -1,24 +1,25 @@
-"""Fine-tune one model in several ways on the same data, with several seeds, and say what the differences are worth.
+"""Fine-tune one model in several ways on the same data, with several seeds, and test whether the differences are significant.
 
     python scripts/studies/compare.py --data gsm8k.jsonl --output runs/compare             the study below: 18 runs
     python scripts/studies/compare.py --data gsm8k.jsonl --output runs/compare --quick     3 variants, 1 seed, a few steps
-    python scripts/studies/compare.py --data mine.jsonl --output runs/mine --variants lora/nf4+dq lora/nf4+dq/q_proj,v_proj full
+    python scripts/studies/compare.py --data mine.jsonl --output runs/mine --variants lora/nf4+dq lora/nf4+dq/q_proj full
     python scripts/studies/compare.py --data mine.jsonl --output runs/mine --methods lora dora --ranks 4 16 --seeds 0 1 2 3 4
 
-Without --variants or --methods the study is the claim of the QLoRA paper: full fine-tuning, LoRA on a dense base, and QLoRA
-with NF4, with double quantisation, and with FP4, on all linear layers; and QLoRA on query and value projections alone.
+Without --variants or --methods, the study tests the claim of the QLoRA paper: it compares full fine-tuning, LoRA on a dense
+base, and QLoRA with NF4, with double quantisation and with FP4, on all linear layers; and QLoRA on query and value projections.
 
-Method. The data are split once by --held-out, and every run learns and is measured on the same rows; a seed draws the
-initial adapter and the order of the data, the same order for every variant. Each run is scripts/train.py's job, in a process
-of its own, with the flags of --train for all. Held-out loss and token accuracy are means over learned tokens; --answers N
-also asks for greedy answers to N held-out prompts, and counts those that end as expected (what follows #### where the data
-mark it). Peak memory is the device's, or on a CPU the most that was resident; tokens/s is the median but for the first step.
+Method. The data are split once by --held-out, so that every run trains and is evaluated on the same rows. A seed determines the
+initial adapter and the order of the data, which is the same for every variant. Each run is the job of scripts/train.py in a
+separate process, with the flags of --train for all. Held-out loss and token accuracy are means over learned tokens. --answers N
+also generates greedy answers to N held-out prompts, and counts those whose end is the expected one (the text after ####, if the
+data have it). Peak memory is that of the device, or on a CPU the largest resident memory; tokens/s is the median over all steps
+except the first.
 
-Figures are means over seeds with 95 % intervals (Student's t). A variant is compared with the baseline by its differences
-seed by seed: "equal within the interval" where the interval of their mean holds 0.
+The results are means over seeds with 95 % intervals (Student's t). A variant is compared with the baseline by the differences
+for each seed: the verdict is "equal within the interval" if the interval of their mean contains 0.
 
-Stopped at any moment, the same command goes on where it was; finished runs are read from OUTPUT/cells. It leaves report.md,
-report.png, report.html (everything in one file) and report.json in OUTPUT; the last line is the result as JSON.
+An interrupted comparison is continued by the same command; finished runs are read from OUTPUT/cells. The program writes
+report.md, report.png, report.html (everything in one file) and report.json to OUTPUT; the last line is the result as JSON.
 """
 
 import dataclasses
@@ -52,46 +53,47 @@ QUICK = ("lora/none", "lora/nf4+dq", "lora/nf4+dq/q_proj,v_proj")
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Compare ways to fine-tune."""
+    """Options of the comparison."""
 
     data: tuple[str, ...]
-    """Files or hub ids of training data, as train.py takes them."""
+    """Files or hub ids of training data, as for train.py."""
     output: Path
-    """Folder of the comparison."""
+    """Folder of the comparison, which is continued if it exists."""
     model: str | None = None
     """Hugging Face folder, .gguf file or hub id; SmolLM2-135M-Instruct if left out."""
     variants: tuple[str, ...] = ()
-    """Ways to compare, as method/storage/rank/targets, e.g. lora/nf4+dq/r16/q_proj,v_proj; or by axes:"""
+    """Variants to compare, as method/storage/rank/targets, e.g. lora/nf4+dq/r16/q_proj,v_proj. The options --methods,
+    --storages, --ranks and --targets are an alternative: all combinations of their values."""
     methods: tuple[str, ...] = ()
-    """Axis: methods."""
+    """Methods to combine."""
     storages: tuple[str, ...] = ("nf4+dq",)
-    """Axis with --methods: storage of the base; none, or a 4-bit type, with +dq for double quantisation."""
+    """Storages of the base to combine: none, or a 4-bit type, with +dq for double quantisation."""
     ranks: tuple[int, ...] = (16,)
-    """Axis with --methods: ranks."""
+    """Ranks to combine."""
     targets: tuple[str, ...] = ("all-linear",)
-    """Axis with --methods: target sets, each with commas in between."""
+    """Sets of target modules to combine, each separated by commas."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Runs of each variant."""
+    """Seeds; each variant has one run for each of them."""
     baseline: str | None = None
-    """Variant that the others are compared with; the first if left out."""
+    """Variant with which the others are compared; the first if left out."""
     rates: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Learning rates of methods, in turn: a method and its rate; train.py's default for others."""
+    """Learning rates, as pairs of a method and its rate; the default of train.py for other methods."""
     train: str = ""
-    """More flags of train.py for all runs, as one string."""
+    """Further flags of train.py for all runs, as one string."""
     held_out: int = 100
-    """Rows held out."""
+    """Number of held-out rows."""
     max_train_samples: int | None = None
-    """Learn from so many rows at most."""
+    """Maximum number of training rows."""
     steps: int = 60
-    """Steps of a run."""
+    """Training steps of a run."""
     batch_size: int = 4
-    """Rows of a step."""
+    """Rows in the batch of a step."""
     max_length: int = 256
-    """Tokens of a row."""
+    """Maximum number of tokens in a row."""
     answers: int = 0
-    """Held-out prompts that are answered; 0: none."""
+    """Number of held-out prompts to answer; 0 for none."""
     quick: bool = False
-    """A small grid, one seed, 8 steps of 2 rows: whether everything works, in a few minutes."""
+    """Run a small grid with one seed and 8 steps of 2 rows, to check in a few minutes that everything works."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: Arguments) -> None:
-    """Run the comparison; say how to continue it where it is interrupted."""
+    """Run the comparison; an interruption says how to continue it."""
     try:
         compare(arguments)
     except KeyboardInterrupt:
@@ -108,6 +110,7 @@ def run(arguments: Arguments) -> None:
 
 
 def compare(arguments: Arguments) -> None:
+    """Run all cells that are not finished and write the report after each of them."""
     if arguments.quick:
         arguments = dataclasses.replace(arguments, seeds=arguments.seeds[:1], steps=8, batch_size=2, held_out=20, answers=0)
     variants = chosen_variants(arguments)
@@ -115,7 +118,9 @@ def compare(arguments: Arguments) -> None:
     baseline = names[0] if arguments.baseline is None else parse_variant(arguments.baseline).name
     if baseline not in names:
         raise OptionError(f"baseline: expected one of {', '.join(names)}, found {baseline}")
-    cells = [Cell(variant, seed) for seed in arguments.seeds for variant in variants]  # a whole seed before the next
+    cells = [
+        Cell(variant, seed) for seed in arguments.seeds for variant in variants
+    ]  # all variants with one seed before the next seed
     common = common_flags(arguments)
     for cell in cells:
         parse(Options, description=None, arguments=cell.flags(common, arguments.rates)).check()
@@ -131,10 +136,10 @@ def compare(arguments: Arguments) -> None:
 
 
 def chosen_variants(arguments: Arguments) -> list[Variant]:
-    """The variants that the arguments name.
+    """Return the variants that the options describe.
 
     Raises:
-        ValueError: none, one twice, or unknown ones.
+        OptionError: a variant is given twice or unknown, or options contradict each other.
     """
     if arguments.variants and arguments.methods:
         raise OptionError("variants, methods: expected one of them, found both")
@@ -154,7 +159,7 @@ def chosen_variants(arguments: Arguments) -> list[Variant]:
 
 
 def common_flags(arguments: Arguments) -> list[str]:
-    """The flags of train.py that all runs have."""
+    """Return the flags of train.py that all runs have."""
     model = arguments.model or str(fetch_default_model())
     folder = arguments.output / "data"
     return [
@@ -166,14 +171,14 @@ def common_flags(arguments: Arguments) -> list[str]:
 
 
 def split_data(arguments: Arguments) -> None:
-    """Writes the rows that are learned and those that are held out, once.
+    """Write the training rows and the held-out rows, unless they exist.
 
     Raises:
-        ValueError: too few rows; or the folder holds another comparison.
+        OptionError: there are too few rows, or the folder has another comparison.
     """
     folder = arguments.output / "data"
     asked = to_dict(arguments) | {"output": None, "baseline": None, "seeds": None, "variants": None, "methods": None}
-    asked |= {"storages": None, "ranks": None, "targets": None, "answers": None}  # of these there may be more later
+    asked |= {"storages": None, "ranks": None, "targets": None, "answers": None}  # these may be extended later
     record = arguments.output / "comparison.json"
     if record.exists():
         before = json.loads(record.read_text(encoding="utf-8"))
@@ -195,10 +200,10 @@ def split_data(arguments: Arguments) -> None:
 
 
 def run_cell(arguments: Arguments, cell: Cell, common: Sequence[str]) -> dict[str, Any]:
-    """The result of a run: read where it is finished, else made.
+    """Return the result of a run, which is read from its folder if it is finished.
 
     Raises:
-        ValueError: it failed.
+        OptionError: the run failed.
     """
     folder = arguments.output / "cells" / cell.name
     result_file = folder / "result.json"
@@ -228,7 +233,7 @@ def run_cell(arguments: Arguments, cell: Cell, common: Sequence[str]) -> dict[st
 
 
 def report(arguments: Arguments, results: dict[str, dict[int, dict[str, Any]]], baseline: str) -> None:
-    """Writes the report of what is there so far."""
+    """Write the report of the finished runs."""
     versions, machine = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")}, device()
     method = {
         "model": arguments.model or "SmolLM2-135M-Instruct",

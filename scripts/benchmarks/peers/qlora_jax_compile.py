@@ -1,6 +1,6 @@
-"""One step of qlora_jax, compiled for a device that need not be there: the counterpart of qwix_compile.py.
+"""Worker: compile a step of qlora_jax for a device that need not be attached; qwix_compile.py does the same for Qwix.
 
-Prints a JSON line with bytes of memory, operations of matrix products and bytes of memory traffic, on each device.
+It prints a JSON line with bytes of memory, operations of matrix products and bytes of memory traffic, on each device.
 """
 
 import argparse
@@ -41,10 +41,10 @@ def main() -> None:
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
-    """The flags of both sides."""
+    """Return the parser of the flags, which qwix_compile.py uses too."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--model", required=True, help="size by name, as scripts/plan.py knows it")
-    parser.add_argument("--device", required=True, help="as scripts/plan.py takes it")
+    parser.add_argument("--model", required=True, help="model by the name of its size, as in scripts/plan.py")
+    parser.add_argument("--device", required=True, help="device, in the notation of scripts/plan.py")
     parser.add_argument("--step", choices=("train", "decode"), required=True)
     parser.add_argument("--remat", default="full")
     for name in ("batch-size", "length", "rank"):
@@ -53,7 +53,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 
 
 def metrics_of(program: Any, weights: int, versions: dict[str, str]) -> dict[str, Any]:
-    """The values of the JSON line."""
+    """Return the values of the JSON line."""
     values = {field.name: getattr(program, field.name) for field in dataclasses.fields(program) if field.name != "text"}
     return {**values, "peak": program.peak, "weights": weights, "versions": versions}
 

@@ -1,7 +1,8 @@
-"""The training step of Qwix and Tunix, compiled for a device that need not be there, as qlora_jax_compile.py does ours.
+"""Worker: compile the training step of Qwix and Tunix, as qlora_jax_compile.py compiles that of qlora_jax.
 
-The model is built as shapes; the step is that of Tunix' trainer, jitted over the parts of model and optimizer, of which
-those that change are donated. It is compiled, and its operations and bytes are counted, by the same functions as ours.
+The model is built as shapes. The step is that of Tunix' trainer, jitted over the parts of model and optimizer; the parts
+that change are donated. It is compiled, and its operations and bytes are counted, by the functions that qlora_jax_compile.py
+uses.
 """
 
 import json
