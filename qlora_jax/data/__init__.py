@@ -11,6 +11,7 @@
     preferences.py            pairs of answers, chosen and rejected
     mixture.py                several sets by weight
     show.py                   examples as text, what is learned in colour
+    questions.py              the question in a prompt, without its template
     batch.py                  pad or pack, shard, shuffle: an iterator with a position
     stream_batches.py         the same for sets larger than memory, a buffer at a time
     seq2seq.py                source and target texts → tokens → batches of an encoder-decoder

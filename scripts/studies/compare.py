@@ -1,4 +1,4 @@
-"""Fine-tune one model in several ways on the same data, with several seeds, and test whether the differences are significant.
+"""Fine-tune one model in several ways on the same data, with several seeds, and test the differences.
 
     python scripts/studies/compare.py --data gsm8k.jsonl --output runs/compare             the study below: 18 runs
     python scripts/studies/compare.py --data gsm8k.jsonl --output runs/compare --quick     3 variants, 1 seed, a few steps
@@ -6,17 +6,18 @@
     python scripts/studies/compare.py --data mine.jsonl --output runs/mine --methods lora dora --ranks 4 16 --seeds 0 1 2 3 4
 
 Without --variants or --methods, the study tests the claim of the QLoRA paper: it compares full fine-tuning, LoRA on a dense
-base, and QLoRA with NF4, with double quantisation and with FP4, on all linear layers; and QLoRA on query and value projections.
+base, and QLoRA with NF4, with double quantisation and with FP4, on all linear layers; and QLoRA on query and value
+projections.
 
-Method. The data are split once by --held-out, so that every run trains and is evaluated on the same rows. A seed determines the
-initial adapter and the order of the data, which is the same for every variant. Each run is the job of scripts/train.py in a
-separate process, with the flags of --train for all. Held-out loss and token accuracy are means over learned tokens. --answers N
-also generates greedy answers to N held-out prompts, and counts those whose end is the expected one (the text after ####, if the
-data have it). Peak memory is that of the device, or on a CPU the largest resident memory; tokens/s is the median over all steps
-except the first.
+Method. The data are split once by --held-out, so that every run trains and is evaluated on the same rows. A seed determines
+the initial adapter and the order of the data, which is the same for every variant. Each run is the job of scripts/train.py
+in a separate process, with the flags of --train for all. Held-out loss and token accuracy are means over learned tokens.
+--answers N also generates greedy answers to N held-out prompts, and counts those whose end is the expected one (the text
+after ####, if the data have it). Peak memory is that of the device, or on a CPU the largest resident memory; tokens/s is the
+median over all steps except the first.
 
-The results are means over seeds with 95 % intervals (Student's t). A variant is compared with the baseline by the differences
-for each seed: the verdict is "equal within the interval" if the interval of their mean contains 0.
+The results are means over seeds with 95 % intervals (Student's t). A variant is compared with the baseline by the
+differences for each seed: the verdict is "equal within the interval" if the interval of their mean contains 0.
 
 An interrupted comparison is continued by the same command; finished runs are read from OUTPUT/cells. The program writes
 report.md, report.png, report.html (everything in one file) and report.json to OUTPUT; the last line is the result as JSON.
@@ -118,9 +119,7 @@ def compare(arguments: Arguments) -> None:
     baseline = names[0] if arguments.baseline is None else parse_variant(arguments.baseline).name
     if baseline not in names:
         raise OptionError(f"baseline: expected one of {', '.join(names)}, found {baseline}")
-    cells = [
-        Cell(variant, seed) for seed in arguments.seeds for variant in variants
-    ]  # all variants with one seed before the next seed
+    cells = [Cell(variant, seed) for seed in arguments.seeds for variant in variants]  # seed by seed
     common = common_flags(arguments)
     for cell in cells:
         parse(Options, description=None, arguments=cell.flags(common, arguments.rates)).check()

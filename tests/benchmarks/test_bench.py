@@ -1,4 +1,4 @@
-"""scripts/benchmarks/bench.py: both sides do the same work on the same tiny model, and the metrics are combined correctly."""
+"""scripts/benchmarks/bench.py: both sides do the same work on the same tiny model; how metrics are combined."""
 
 import json
 import math

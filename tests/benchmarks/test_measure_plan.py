@@ -1,4 +1,4 @@
-"""scripts/benchmarks/measure_plan.py: its recipes, its fit on rows with known factors, and bad input. Nothing is compiled."""
+"""scripts/benchmarks/measure_plan.py: its recipes, its fit on rows with known factors, bad input. Nothing is compiled."""
 
 import subprocess
 import sys

@@ -1,6 +1,7 @@
 """The cells of a comparison: variants of a run, each with several seeds.
 
-A variant is written as its parts, separated by slashes, in any order after the method. A part that is left out has its default:
+A variant is written as its parts, separated by slashes, in any order after the method. A part that is left out has its
+default:
 
     lora/nf4+dq/r16/all-linear      method / storage of the base / rank / targets, which are separated by commas
     lora/none/q_proj,v_proj         LoRA on a dense base, on two kinds of layers

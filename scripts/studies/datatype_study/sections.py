@@ -1,4 +1,4 @@
-"""The report of a study as sections of a page."""
+"""The sections of the page of a study."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ Errors = dict[str, dict[str, Any]]
 def method(
     study: dict[str, Any], texts: Texts, machine: dict[str, Any], versions: dict[str, str], left: int, seconds: float
 ) -> Section:
-    """What was measured, on what, by what."""
+    """Describe what was measured, and on which machine."""
     counts = ", ".join(f"{count} of {name}" for name, count in study["texts"].items())
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     sentences = (
@@ -34,7 +34,7 @@ def method(
 
 
 def perplexities(storages: Sequence[Storage], image: str) -> Section:
-    """Every storage in the order of the grid."""
+    """Show the perplexity of every storage in the order of the grid."""
     rows = [
         (
             storage.key,
@@ -63,7 +63,7 @@ def perplexities(storages: Sequence[Storage], image: str) -> Section:
 
 
 def orders(by_mean: Sequence[Step], papers: Sequence[Step], block_size: int) -> Section:
-    """From the best type to the worst, and the paper's order."""
+    """Show the types from the best to the worst, and the order in the paper."""
     after = (
         "Each row is a type and the one before it; the interval is that of their paired differences, and speaks of other "
         "texts of the same kind, on this model alone.",
@@ -84,14 +84,14 @@ def orders(by_mean: Sequence[Step], papers: Sequence[Step], block_size: int) -> 
 
 
 def double_quantisation(steps: Sequence[Step]) -> Section:
-    """What quantising the scales costs."""
+    """Show what the quantisation of scales costs."""
     rows = tuple((step.before, step.added.text(5, sign=True), step.verdict) for step in steps)
     before = ("What double quantisation adds to the log-perplexity of the same type and block size, paired.",)
     return Section("Double quantisation", before, ("type-block", "added", "which is"), rows)
 
 
 def block_sizes(storages: Sequence[Storage], image: str) -> Section:
-    """What each type adds, by block size."""
+    """Show what each type adds, by block size."""
     of = {storage.key: storage for storage in storages}
     hows = [storage.how for storage in storages if storage.how is not None]
     sizes = sorted({how.block_size for how in hows})
@@ -109,7 +109,7 @@ def block_sizes(storages: Sequence[Storage], image: str) -> Section:
 
 
 def accuracies(storages: Sequence[Storage], asked: str) -> Section:
-    """Right answers without examples."""
+    """Show the right answers without solved examples."""
     rows = [
         (
             storage.key,
@@ -142,7 +142,7 @@ def accuracies(storages: Sequence[Storage], asked: str) -> Section:
 
 
 def errors(of_types: dict[str, Errors], image: str) -> Section:
-    """Relative errors by type and kind of matrix."""
+    """Show relative errors by type and kind of matrix."""
     kinds = list(by_kind(next(iter(of_types.values()))))
     rows = []
     for key, found in of_types.items():
@@ -158,7 +158,7 @@ def errors(of_types: dict[str, Errors], image: str) -> Section:
 
 
 def normality(found: dict[str, dict[str, Any]]) -> Section:
-    """Shapiro and Wilk's test by kind of matrix."""
+    """Show the test of Shapiro and Wilk by kind of matrix."""
     rows = []
     for kind, matrices in by_kind(found).items():
         tested = sum(matrix["units"] for matrix in matrices)
@@ -200,7 +200,7 @@ def normality(found: dict[str, dict[str, Any]]) -> Section:
 
 
 def peer(kinds: dict[str, dict[str, float]], limit: float, versions: dict[str, str]) -> Section:
-    """The losses beside those of bitsandbytes."""
+    """Compare the losses with those of bitsandbytes."""
     rows = tuple(
         (
             kind,
@@ -227,5 +227,5 @@ def peer(kinds: dict[str, dict[str, float]], limit: float, versions: dict[str, s
 
 
 def as_values(steps: Sequence[Step]) -> list[dict[str, Any]]:
-    """Steps for JSON."""
+    """Return steps as plain values for JSON."""
     return [{**vars(step), "added": vars(step.added)} for step in steps]

@@ -1,8 +1,8 @@
-"""What was found, as a table and in words.
+"""The report of the study of long contexts, as a table and in words.
 
-Of two models' answers to the same prompts, those count that only one of them has right: a wins, b loses. The interval of the
-difference of shares is Student's over the pairs, none where all pairs are alike; whether the one is better, the exact sign
-test says (McNemar): w of w + l by chance, p = ½ each.
+Of the answers of two models to the same prompts, those are compared that only one model has right: wins of the one, losses
+of the other. The interval of the difference of shares is Student's over the pairs; there is none if all pairs are alike.
+Whether one model is better is decided by the exact sign test (McNemar), with the probability ½ for each win or loss.
 """
 
 import dataclasses
@@ -16,13 +16,15 @@ from qlora_jax.evaluate import Interval, paired_difference, share_interval
 from scripts.studies.long_context.texts import DEPTHS, DIGITS, Prompt
 
 MODELS = ("untuned", "untuned, scaled", "tuned")
-ALL = "all"  # depths together
+ALL = "all"  # all depths together
 SIGNIFICANCE = 0.05
 
 
 def table(prompts: Sequence[Prompt], right: Mapping[str, Sequence[bool]]) -> list[dict[str, Any]]:
-    """Shares of right answers with their intervals, by kind of prompt: of all, and by the depth of the key; and what the
-    tuned model has more than each of the others."""
+    """Return the rows of the table, by kind of prompt and depth of the key.
+
+    A row has the shares of right answers with their intervals, and the gain of the tuned model over each of the others.
+    """
     rows = []
     for kind in dict.fromkeys(prompt.kind for prompt in prompts):
         for depth in (ALL, *DEPTHS):
@@ -38,7 +40,7 @@ def table(prompts: Sequence[Prompt], right: Mapping[str, Sequence[bool]]) -> lis
 
 
 def gain(tuned: Sequence[bool], other: Sequence[bool]) -> dict[str, Any]:
-    """The difference of the shares of one model and another, its interval (None: see above) and p."""
+    """Return the difference of the shares of two models, its interval (None if all pairs are alike) and p."""
     pairs = np.asarray(tuned, int) - np.asarray(other, int)
     wins, losses = int((pairs > 0).sum()), int((pairs < 0).sum())
     p = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
@@ -47,7 +49,7 @@ def gain(tuned: Sequence[bool], other: Sequence[bool]) -> dict[str, Any]:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """What a row of the table says, in words."""
+    """Return the result of a row of the table in words."""
     untuned, scaled, tuned = (round(row[name]["value"] * row["prompts"]) for name in MODELS)
     found = (
         f"{row['kind']}: of {row['prompts']} keys the tuned model finds {tuned}, the untuned one {untuned} as it is and "
@@ -64,7 +66,7 @@ def verdict(row: Mapping[str, Any]) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The page."""
+    """Return the page in Markdown."""
     arguments, losses = report["arguments"], report["losses"]
     steps, rank, length, extended = (arguments[name] for name in ("steps", "rank", "length", "extended"))
     rate, ratio = arguments["learning_rate"], arguments["loraplus_lr_ratio"]
