@@ -54,14 +54,13 @@ def _surroundings(template: Template, tokenizer: "PreTrainedTokenizerBase") -> t
     first = _around_probe([], template, tokenizer)
     if first is None:
         return None
-    before, after = first
+    before, after = first[0], first[1].strip()
     later = _around_probe(_EARLIER, template, tokenizer)
-    if later is None:  # the template has a single turn: its last line before the question is the marker
-        before = before.rstrip().rpartition("\n")[-1]
-    else:  # the marker is before a first and before a later question
-        before = _common_end(before, later[0]).strip()
-    after = after.strip()
-    return (before, after) if before and after else None
+    # The marker of the user is before a first and before a later question. In a template with a single turn, it is the last
+    # line before the question.
+    last_line = before.rstrip().rpartition("\n")[-1]
+    marker = last_line if later is None else _common_end(before, later[0]).strip()
+    return (marker, after) if marker and after else None
 
 
 def _common_end(one: str, other: str) -> str:
