@@ -71,10 +71,11 @@ def section(found: Found, method: dict[str, Any]) -> Section:
         counts = (f"{result['flops'] / 1e12:.3f}", f"{result['traffic'] / 1e9:.1f}", f"{result['compile_seconds']:.0f}")
         rows.append((*head, *(f"{size:.2f}" for size in sizes), *counts))
     return Section(
-        "Compiled without the device",
+        "Steps compiled for devices that are not attached",
         (
-            f"NF4 (ours with double quantisation, Qwix without), LoRA r {method['rank']} on all linear layers, bfloat16, "
-            "float32 adapter and AdamW, layers recomputed in the backward pass; on each device.",
+            f"NF4 (ours with double quantisation, Qwix without), LoRA of rank {method['rank']} on all linear layers, "
+            "bfloat16, float32 adapter and AdamW, layers recomputed in the backward pass. All figures are for each "
+            "device.",
             versions_sentence(found),
         ),
         ("device and model", "step", "tokens", "side", "peak GiB", "frozen", "temporaries", "TFLOP", "GB", "compiled in s"),

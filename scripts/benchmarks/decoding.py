@@ -4,7 +4,7 @@
     prefill    median time until the first token is known, when everything is compiled
     peak       largest peak resident memory of a process
     start      median time from the start of the program to its first token: imports, loading, quantising, compiling
-    same       tokens at the start of the answer that equal those of transformers with the same storage and dtype
+    same       number of tokens at the start of the answer that equal those of transformers with the same storage and dtype
 
 Greedy tokens agree if both programs compute the same, except where rounding decides between two tokens of almost equal
 probability. bitsandbytes uses the kernels of its wheel; it cannot download others from the hub. On a CPU with AVX512-BF16,
@@ -123,9 +123,10 @@ def section(found: Found, results: dict[str, dict[str, Any]], method: dict[str, 
     return Section(
         "Decoding",
         (
-            f"{method['model']}; {method['batch_size']} x {method['prompt_tokens']} tokens of English, continued "
-            f"greedily by {total}; medians of {method['rounds']} rounds x {method['answers']} answers, in turns, after "
-            "one of warm-up; one process a run. nf4 has double quantisation.",
+            f"{method['model']}: {method['batch_size']} x {method['prompt_tokens']} tokens of English text are continued "
+            f"by {total} tokens, greedily. Figures are medians of {method['rounds']} rounds x {method['answers']} "
+            "answers after one answer of warm-up. Each run is a process of its own, and the variants take turns. nf4 "
+            "has double quantisation.",
             machine_sentence(found, device),
             versions_sentence(found),
         ),
@@ -153,7 +154,7 @@ def compared(results: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     """Return sentences that compare qlora_jax with the peers, for the same compute dtype."""
     return tuple(
         f"{name} against {peer}: {row['tokens_per_second'] / other['tokens_per_second']:.2f} times the tokens/s "
-        f"({other['token_cpu_seconds'] / row['token_cpu_seconds']:.2f} by CPU seconds), "
+        f"({other['token_cpu_seconds'] / row['token_cpu_seconds']:.2f} by CPU time), "
         f"{row['peak_resident_bytes'] / other['peak_resident_bytes']:.2f} of the memory, "
         f"{row['start_seconds'] / other['start_seconds']:.2f} of the time to start."
         for name, row in results.items()

@@ -43,7 +43,8 @@ def text(section: Section) -> str:
 
 def markdown(sections: Sequence[Section], command: str, title: str = "Results") -> str:
     """Return the page of all sections in Markdown; `command` is the command line that made it."""
-    lines = [f"# {title}", "", f"Made by `{command}`, whose head says how; the figures of one run on one machine.", ""]
+    method = "The docstring of the program describes the method. All figures are from one run on one machine."
+    lines = [f"# {title}", "", f"Made by `{command}`. {method}", ""]
     for section in sections:
         lines += [f"## {section.title}", "", *(line for sentence in section.before for line in (sentence, ""))]
         if section.rows:
@@ -88,7 +89,9 @@ def machine_sentence(found: Found, device: dict) -> str:
     accelerators = sorted({name for results in found.runs.values() for one in results if (name := one.get("device"))})
     where = f"Ran on {', '.join(accelerators)}; host " if accelerators else ""
     load = f"; load average before a run {min(before):.1f} to {max(before):.1f}" if before else ""
-    return f"{where}CPU: {device['cpu']}, {device['cores']} cores{load} (a run alone makes about {device['cores']})."
+    return (
+        f"{where}CPU: {device['cpu']}, {device['cores']} cores{load} (a run alone causes a load of about {device['cores']})."
+    )
 
 
 def skipped_sentences(skipped: dict[str, str]) -> tuple[str, ...]:

@@ -251,14 +251,14 @@ def report(arguments: Arguments, results: dict[str, dict[int, dict[str, Any]]], 
     data = json.dumps({"method": method, "results": results}, indent=2)
     (arguments.output / "report.json").write_text(data + "\n", encoding="utf-8")
     intro = (
-        f"{method['model']} on {', '.join(Path(source).name for source in arguments.data)}: {arguments.steps} steps of "
-        f"{arguments.batch_size} rows of up to {arguments.max_length} tokens, {arguments.held_out} rows held out; means "
-        f"over seeds with 95 % intervals. Learning rates: "
-        f"{arguments.rates or 'the defaults of train.py by method'}. "
+        f"{method['model']} was trained on {', '.join(Path(source).name for source in arguments.data)} for "
+        f"{arguments.steps} steps of {arguments.batch_size} rows of up to {arguments.max_length} tokens, with "
+        f"{arguments.held_out} rows held out. Figures are means over seeds with 95 % intervals. Learning rates: "
+        f"{arguments.rates or 'the default of train.py for each method'}. "
         f"{', '.join(f'{name} {value}' for name, value in versions.items())}; {machine['cpu']}, {machine['cores']} cores. "
-        f"Made by: {command_line('studies/compare.py')}"
+        f"Made by `{command_line('studies/compare.py')}`."
     )
-    page.write(results, baseline, arguments.output, "Ways to fine-tune, side by side", intro, data)
+    page.write(results, baseline, arguments.output, "Methods of fine-tuning compared", intro, data)
 
 
 if __name__ == "__main__":

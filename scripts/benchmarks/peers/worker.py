@@ -5,8 +5,8 @@
 
         prefill = first mark - start        a token = (last mark - first mark) / (marks - 1)
 
-The time to start, `start_seconds`, goes from the first line of the program to the end of the first step, or to the first
-token: imports, reading and quantising the checkpoint, and compiling or allocating.
+`start_seconds` is the time from the first line of the program to the end of the first step or to the first token. It
+includes imports, reading and quantising the checkpoint, and compiling or allocating.
 
 Only the standard library and NumPy are used here, because the interpreter of every peer has them.
 """

@@ -108,7 +108,7 @@ def pair_table(results: Results) -> tuple[list[str], list[list[str]]]:
             text = verdict(change, lower_is_better=METRICS[name][1])
             row.append(text if change is None else f"{change}: {text}")
         rows.append(row + [""] * (len(results) - number))
-    return ["difference: row less column", *results], rows
+    return ["difference: row minus column", *results], rows
 
 
 def plot(results: Results, path: Path) -> None:
@@ -134,7 +134,7 @@ def write(results: Results, baseline: str, folder: Path, title: str, intro: str,
     if baseline in results and len(results) > 1:
         tables.append(("Verdicts", *verdict_table(results, baseline)))
     if len(results) > 2 and shown_metrics(results):
-        tables.append((f"Each against each: {METRICS[shown_metrics(results)[0]][0]}", *pair_table(results)))
+        tables.append((f"Every pair of variants: {METRICS[shown_metrics(results)[0]][0]}", *pair_table(results)))
     plot(results, folder / "report.png")
     markdown = [f"# {title}", "", intro, ""]
     for caption, header, rows in tables:

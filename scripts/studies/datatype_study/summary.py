@@ -2,7 +2,7 @@
 
 The metrics of a storage over texts are the mean log-perplexity with its interval, and the mean difference from dense weights
 on the same texts. Types are ordered by their means. Each type is compared with the one before it by the interval of their
-differences on the same texts: "worse" if the interval is above 0, "better" if it is below, else "not told apart". Each
+differences on the same texts: "worse" if the interval is above 0, "better" if it is below, else "no clear difference". Each
 interval is a separate 95 % interval.
 """
 
@@ -90,7 +90,7 @@ def difference(one: str, other: str, rows: dict[str, Any], predicted: np.ndarray
 
 def verdict(found: Interval) -> str:
     """Return the verdict about the first storage for an interval of differences in log-perplexity."""
-    return "worse" if found.low > 0 else "better" if found.high < 0 else "not told apart"
+    return "worse" if found.low > 0 else "better" if found.high < 0 else "no clear difference"
 
 
 @dataclasses.dataclass(frozen=True)
