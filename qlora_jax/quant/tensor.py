@@ -14,7 +14,7 @@ Two layouts hold the codes, two to a byte:
 
     columns   in % block_size == 0. codes uint8 [in/2, out]: row j holds row j of the matrix in the high nibble and row
               j + in/2 in the low one, so that both halves unpack without shuffling lanes, as the kernels read them
-              (docs/layouts.md compares others). scales [in/block_size, out].
+              (docs/notes/layouts.md compares others). scales [in/block_size, out].
     flat      any other size, where blocks run across columns. codes uint8 [blocks, block_size/2]: the first half of a block
               is in the high nibbles, the second in the low ones. scales [blocks].
 
