@@ -5,10 +5,10 @@
     gradients    of the adapter, float32
     working      what lives beside these at the worst moment
 
-The worst moment is one of two: the loss, with a chunk of logits and before the gradients (several GPUs allocate these
-while the head is gathered), or a layer's backward pass, with its recomputed activations and with the gradients. Either's
-working memory is a sum of sizes that shapes give (`features`), each times a factor (`FACTORS`) that
-scripts/benchmarks/measure_plan.py fits to compiled plans; it prints them with the error left.
+The worst moment is one of two: the loss, with a chunk of logits and before the gradients (several GPUs allocate these while
+the head is gathered), or a layer's backward pass, with its recomputed activations and with the gradients. Either's working
+memory is a sum of sizes that shapes give (`features`), each times a factor (`FACTORS`) that scripts/measure_plan.py fits to
+compiled plans; it prints them with the error left.
 
     quick peak = arguments + residuals + max(loss, gradients + layer)
 
@@ -29,13 +29,12 @@ from qlora_jax.plan.recipe import Recipe, abstract_step, tree_bytes
 from qlora_jax.quant import PackedEmbedding
 from qlora_jax.train.loss import chunk_tokens
 
-ERROR = 0.05  # the relative error of the peak that scripts/benchmarks/measure_plan.py holds it to
+ERROR = 0.05  # the relative error of the peak that scripts/measure_plan.py holds it to
 _PROGRAM = 2**26  # of a feature that is the same for all: a TPU's program itself and what it holds in the chip's own memory
 # Where the feed-forward takes chunks on a GPU, attention's backward pass is the worst moment of a layer: the share of what
 # is as large as the stream that it holds, and how much more of a mask (by llama-2-7b and llama-3-8b at 1 x 32768).
 _ATTENTION, _CHUNKED_MASK = 0.45, 1.95
-# Bytes of working memory for each byte of a feature, by platform and moment. scripts/benchmarks/measure_plan.py prints this
-# table.
+# Bytes of working memory for each byte of a feature, by platform and moment; scripts/measure_plan.py prints this table.
 FACTORS: dict[str, dict[str, dict[str, float]]] = {
     "cuda": {
         "loss": {

@@ -1,1 +1,1 @@
-"""The benchmarks behind the figures of docs/, and the parts of bench.py: one module for each task, workers, and pages."""
+"""The parts of scripts/bench.py: a module for each task, processes that take turns, and tables."""

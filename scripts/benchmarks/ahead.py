@@ -1,8 +1,7 @@
-"""Shared by the scripts that compile for a device which is not attached. Import this module before JAX.
+"""What the scripts share that compile for a device which is not there. To be imported before JAX.
 
-Such a script runs nothing on a device. An attached device stays free, and without a device JAX loads its compiler only
-with these settings. Without them, libtpu asks a metadata server for the kind of the machine, and allows only one process
-at a time.
+A plan runs nothing on a device: one that is attached stays free, and without one JAX loads its compiler only so. libtpu
+would ask a metadata server what machine this is, and lets one process at a time have the chip.
 """
 
 import os

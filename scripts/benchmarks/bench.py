@@ -1,33 +1,32 @@
-"""Benchmark speed and memory beside Hugging Face, Qwix and Unsloth: on a CPU, a GPU or a TPU, or compiled without a device.
+"""A suite of benchmarks: speed and memory beside Hugging Face, Qwix and Unsloth, on a CPU, a GPU or a TPU, or on none.
 
-    python scripts/benchmarks/bench.py                              everything: about an hour on 2 idle cores
-    python scripts/benchmarks/bench.py --output docs/results.md     the same, and a page of results
-    python scripts/benchmarks/bench.py --tasks train --ours float32-full --hf float32 --qwix --rounds 3
-    python scripts/benchmarks/bench.py --tasks decode --batch-size 4
-    python scripts/benchmarks/bench.py --peer-python ours/bin/python qwix/bin/python
-    python scripts/benchmarks/bench.py --compile-only --device h100 v5e:2x2 --compile-models llama-3-8b
-    python scripts/benchmarks/bench.py --platform default --tasks train decode     on the GPU or TPU of this machine
+    python scripts/bench.py                                  everything: about an hour on 2 idle cores
+    python scripts/bench.py --output docs/results.md         the same, and the page of results
+    python scripts/bench.py --tasks train --ours float32-full --hf float32 --qwix --rounds 3
+    python scripts/bench.py --tasks decode --batch-size 4
+    python scripts/bench.py --peer-python ours/bin/python qwix/bin/python   where this interpreter lacks the peers' packages
+    python scripts/bench.py --compile-only --device h100 v5e:2x2 --compile-models llama-3-8b
+    python scripts/bench.py --platform default --tasks train decode         on the GPU or TPU that is there
 
-Tasks (the modules of this folder describe their columns):
+Tasks (what their columns mean: scripts/benchmarks/)
 
-    train      SmolLM2 with NF4 and LoRA: qlora_jax, transformers + PEFT + bitsandbytes, Qwix + Tunix and, on a CUDA GPU,
-               Unsloth; with the time from the start of the program to the end of its first step
-    decode     greedy decoding of SmolLM2 by qlora_jax and by transformers, dense and in 4 bits
-    memory     the compiled plan of the training step on this CPU, and the resident memory that the step is measured to take
-    compiled   memory, operations and bytes of training and decode steps, compiled for devices that need not be attached
+    train      SmolLM2 with NF4 and LoRA, by qlora_jax, by transformers + PEFT + bitsandbytes, by Qwix + Tunix and, on a CUDA
+               GPU, by Unsloth; with the time from the start of the program to the end of its first step
+    decode     greedy decoding of SmolLM2, by qlora_jax and by transformers, dense and in 4 bits
+    memory     the compiled plan of the training step on this CPU against the resident memory that it is measured to take
+    compiled   memory, operations and bytes of training and decode steps, compiled for devices that need not be there
 
-Method. All sides read the same folder of bfloat16 weights and do the same work: the same tokens, ranks and optimizer. Every
-run is a process of its own. The runs of qlora_jax and of the peers take turns for several rounds, so that a slow minute of
-the machine affects all of them. The steps of the warm-up, in which JAX compiles and PyTorch allocates, do not count. Every
-other step ends when its result is on the host.
+Method. Both sides read the same folder of bfloat16 weights and do the same work: the same tokens, ranks and optimizer. Every
+run is a process of its own; ours and the peers' take turns, for several rounds, so that a slow minute of the machine hits
+both. Warm-up, in which one compiles and the other allocates, is left out; each other step ends with its result on the host.
 
-A variant is marked with * if its steps kept the cores busy for less than 80 %, or if its slowest step took 1.5 times as long
-as its fastest. Other programs most likely used the cores then, and its figures must not be cited. The effect on both sides
-differs: with one of two cores in use elsewhere, a step of qlora_jax took twice as long, and some steps of PyTorch took over
-ten times as long, while its threads spun and looked busy.
+A variant is marked with * where its steps kept the cores busy for less than 80 %, or its slowest took half as long again as
+its fastest: most likely neighbours had the cores, and its figures are not to be cited. They do not hurt both sides alike:
+with one of two cores taken, a step of ours took twice as long, some of PyTorch's over ten times, spinning (and so looking
+busy).
 
---peer-python names interpreters for peers whose packages this interpreter does not have. A peer without an interpreter,
-and a peer that fails, is left out with the reason. The last line is the result as JSON.
+A peer is named by the interpreter that has its packages; one that has none, or that fails, is left out, and the reason is
+told. The last line is the result as JSON.
 """
 
 import dataclasses
@@ -159,7 +158,7 @@ def run(arguments: Arguments) -> None:
             report[task] = values
             print(page.text(section), flush=True)
             if arguments.output is not None:  # after each, so that an hour's work is not lost with the last task
-                page.write(arguments.output, sections, page.said_command("benchmarks/bench.py"))
+                page.write(arguments.output, sections, page.said_command("bench.py"))
     print(json.dumps({"device": machine, **report}))
 
 

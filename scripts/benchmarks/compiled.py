@@ -1,11 +1,11 @@
-"""Steps compiled for devices that need not be attached: memory, operations and bytes of qlora_jax and of Qwix.
+"""Compiled steps on devices that need not be there: memory, operations and bytes of ours and of Qwix' (peers/*_compile.py).
 
     peak       arguments + temporaries + outputs - outputs in donated arguments, by XLA's buffer assignment
-    TFLOP      of matrix products, counted in the traced program, including what the backward pass recomputes
+    TFLOP      of matrix products, counted in the traced program, with what the backward pass recomputes
     GB         of device memory that one run reads and writes at least, counted in the compiled program
 
-Both sides are counted by the same functions, for the same model, batch, rank and dtype (bfloat16). Both recompute their
-layers in the backward pass. Matrix products are not autotuned. The workers are peers/*_compile.py.
+Both sides are counted by the same functions, for the same model, batch, rank and dtype (bfloat16), layers recomputed in the
+backward pass on both. GEMMs are not autotuned.
 """
 
 from collections.abc import Sequence
@@ -68,11 +68,10 @@ def section(found: Found, method: dict[str, Any]) -> Section:
         counts = (f"{result['flops'] / 1e12:.3f}", f"{result['traffic'] / 1e9:.1f}", f"{result['compile_seconds']:.0f}")
         rows.append((*head, *(f"{size:.2f}" for size in sizes), *counts))
     return Section(
-        "Steps compiled for devices that are not attached",
+        "Compiled without the device",
         (
-            f"NF4 (ours with double quantisation, Qwix without), LoRA of rank {method['rank']} on all linear layers, "
-            "bfloat16, float32 adapter and AdamW, layers recomputed in the backward pass. All figures are for each "
-            "device.",
+            f"NF4 (ours with double quantisation, Qwix without), LoRA r {method['rank']} on all linear layers, bfloat16, "
+            "float32 adapter and AdamW, layers recomputed in the backward pass; on each device.",
             versions_said(found),
         ),
         ("device and model", "step", "tokens", "side", "peak GiB", "frozen", "temporaries", "TFLOP", "GB", "compiled in s"),

@@ -1,15 +1,14 @@
-"""The task "decode": each variant continues the same prompt greedily by the same number of tokens; the variants take turns.
+"""Decoding: the same prompt, greedily continued by the same number of tokens, by each variant of each side in turns.
 
-    tokens/s   rows of the batch / time of a token after the first: the median over the answers of all rounds
-    prefill    median time to the first token of an answer for which everything is compiled
+    tokens/s   rows of the batch / time of a token after the first: median over the answers of all rounds
+    prefill    median time until the first token is known, of an answer for which everything is compiled
     peak       largest peak resident memory of a process
     start      median time from the start of the program to its first token: imports, loading, quantising, compiling
-    same       number of tokens at the start of the answer that equal those of transformers with the same storage and dtype
+    same       tokens at the start of the answer that equal those of transformers with the same storage and dtype
 
-The greedy tokens of both sides agree where both compute the same, except where rounding decides between two tokens of
-nearly equal probability. bitsandbytes runs with the kernels of its wheel; kernels that it would fetch from the hub are
-missing. On a CPU with AVX512-BF16, bitsandbytes 0.50 multiplies a row by a 4-bit matrix in bfloat16 for every compute
-dtype. Its tokens in float32 may therefore differ from those of qlora_jax.
+Greedy tokens agree where both compute the same, up to roundings where two tokens are nearly as likely. bitsandbytes runs
+with what its wheel has: kernels that it would fetch from the hub are not there. On a CPU with AVX512-BF16, bitsandbytes 0.50
+multiplies a row by a 4-bit matrix in bfloat16 whatever the compute dtype is: its tokens in float32 need not be ours.
 """
 
 import statistics
@@ -123,10 +122,9 @@ def section(found: Found, results: dict[str, dict[str, Any]], method: dict[str, 
     return Section(
         "Decoding",
         (
-            f"{method['model']}: {method['batch_size']} x {method['prompt_tokens']} tokens of English text are continued "
-            f"by {total} tokens, greedily. Figures are medians of {method['rounds']} rounds x {method['answers']} "
-            "answers after one answer of warm-up. Each run is a process of its own, and the variants take turns. nf4 "
-            "has double quantisation.",
+            f"{method['model']}; {method['batch_size']} x {method['prompt_tokens']} tokens of English, continued "
+            f"greedily by {total}; medians of {method['rounds']} rounds x {method['answers']} answers, in turns, after "
+            "one of warm-up; one process a run. nf4 has double quantisation.",
             machine_said(found, device),
             versions_said(found),
         ),
@@ -149,7 +147,7 @@ def compared(results: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     """Sentences that put ours beside the peers, for the same compute dtype."""
     return tuple(
         f"{name} against {peer}: {row['tokens_per_second'] / other['tokens_per_second']:.2f} times the tokens/s "
-        f"({other['token_cpu_seconds'] / row['token_cpu_seconds']:.2f} by CPU time), "
+        f"({other['token_cpu_seconds'] / row['token_cpu_seconds']:.2f} by CPU seconds), "
         f"{row['peak_resident_bytes'] / other['peak_resident_bytes']:.2f} of the memory, "
         f"{row['start_seconds'] / other['start_seconds']:.2f} of the time to start."
         for name, row in results.items()

@@ -1,20 +1,17 @@
-"""Measure the cost of a product with a 4-bit matrix, by XLA and by the kernel, compiled without the device.
+"""What the product with a 4-bit matrix costs, by XLA and by the kernel: compiled ahead of time, no TPU or GPU needed.
 
-    python scripts/benchmarks/kernels.py --device v5e --model llama-3-8b --rows 1 8 64 2048
-    python scripts/benchmarks/kernels.py --device h100 --model llama-3-8b --rows 1 8 64
-    python scripts/benchmarks/kernels.py --device v6e --model llama-2-70b --rows 8 --gradient
-    python scripts/benchmarks/kernels.py --device l4 --model llama-3-8b --step
+    python scripts/kernels.py --device v5e --model llama-3-8b --rows 1 8 64 2048
+    python scripts/kernels.py --device h100 --model llama-3-8b --rows 1 8 64
+    python scripts/kernels.py --device v6e --model llama-2-70b --rows 8 --gradient
+    python scripts/kernels.py --device l4 --model llama-3-8b --step
 
-The output has one row for each matrix of the model, taken from a stack of layers: the bytes that the compiled program moves,
-FLOPs, temporaries, the lower bound of the time by roofline, and the time to compile.
-
-Bytes of XLA's program: on a TPU, XLA's cost analysis, which also counts values that stay on the chip. On a GPU no cost
-analysis exists ahead of time; the bytes are the operands and results of the program's instructions
-(qlora_jax/plan/hlo.py). Bytes of the kernel's program: what its programs copy, and the operands and results of every
-other instruction, so that a copy of the packed bytes before the kernel, or a sum after it, is counted.
-
---step compiles the whole decode step of the model for one row instead. It counts what the kernels read of the weights,
-and the instructions, also those within fusions, that make arrays of packed bytes. The last line is JSON.
+For each matrix of the model, one layer out of a stack: bytes that the compiled program moves, FLOPs, temporaries, the floor
+by roofline, and the time to compile. Bytes of XLA's program are its own cost analysis on TPU, which counts what stays on the
+chip too; on GPU there is none ahead of time, and they are operands and results of its instructions (qlora_jax/plan/hlo.py).
+Bytes of the kernel's are those that its programs copy, and operands and results of every other instruction of the compiled
+program, so that a copy of the packed bytes in front of the kernel, or sums after it, would show. --step compiles the model's
+whole decode step for one row instead, and counts in it what kernels read of the weights and the instructions, in fusions
+too, that make arrays of packed bytes. The last line is JSON.
 """
 
 import dataclasses

@@ -1,26 +1,25 @@
-"""Compare the layouts of two codes in a byte: `x @ dequantize(w)`, compiled for devices that need not be attached.
+"""Which codes share a byte: `x @ dequantize(w)` compiled for each layout of them, ahead of time, no TPU or GPU needed.
 
-    python scripts/benchmarks/layouts.py --device v5e v5p v6e h100
-    python scripts/benchmarks/layouts.py --device v5e --shape 8192 28672 --rows 8
+    python scripts/layouts.py --device v5e v5p v6e h100
+    python scripts/layouts.py --device v5e --shape 8192 28672 --rows 8
 
-A layout is a pair of functions: from codes `[in, out]` to the stored array, and back. Only the layout differs; the lookup of
-codes and the scales are the package's own. The values v are multiplied with x in two forms:
+A layout is a pair of functions, codes `[in, out]` to what is stored and back; looking a code up and the scales are the
+package's, so that nothing else differs. The values v are multiplied with x in two forms:
 
-    matrix    x [rows, in] @ v [in, out]                                the form that the package uses
-    blocks    x [rows, blocks, 64] by v [blocks, 64, out], summed over both axes; values stay in the shape of their blocks
+    matrix    x [rows, in] @ v [in, out]                                what the package does
+    blocks    x [rows, blocks, 64] by v [blocks, 64, out], summed over both axes; values are never away from their scale
 
-The following figures are read from the text of each compiled program (qlora_jax/plan/hlo.py):
+Of each compiled program, from its text (qlora_jax/plan/hlo.py):
 
-    moved         MB that the program reads and writes in the device's memory; a TPU's on-chip memory is not counted
-    kcycles       the TPU compiler's own estimate for the entry's instructions, in thousands of cycles; no measurement
-    temporaries   MB, by the compiler's memory analysis, on-chip memory included
-    steps         instructions of the entry that do something; on a GPU, its kernels as far as XLA's text shows them
-    arithmetic    elements per weight that instructions beside the product make by arithmetic, selects, casts and gathers
-    shuffles      elements per weight that concatenate, transpose, copy, pad and slice make
+    moved         MB that it reads and writes in the device's memory; a TPU's on-chip memory is not counted
+    kcycles       what the TPU compiler itself expects the entry's instructions to take, in thousands; no measurement
+    temporaries   MB, by the compiler's own memory analysis, on-chip memory included
+    steps         instructions of the entry that do something; on a GPU its kernels, so far as XLA's text tells
+    arithmetic    elements a weight that instructions beside the product make by arithmetic, selects, casts and gathers
+    shuffles      elements a weight that concatenate, transpose, copy, pad and slice make
 
-"equal" means that on the CPU the layout reproduces the codes and the matrix bit for bit as the package's layout does, and
-also the product; the form `blocks` sums in another order, so that its product is equal up to bfloat16 rounding. The last
-line is JSON.
+"equal" says that on the CPU a layout gives the codes and the matrix back bit for bit as the package's own does, and so the
+product, which in blocks is summed in another order (to a bfloat16's rounding). The last line is JSON.
 """
 
 import dataclasses

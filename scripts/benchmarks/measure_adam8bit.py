@@ -1,17 +1,17 @@
-"""Compare AdamW with 8-bit moments with AdamW in float32: loss curves, size of the state, and time of a step.
+"""AdamW with moments in 8 bits against AdamW in float32: the loss curves, the state's bytes, and the time of a step.
 
-    python scripts/benchmarks/measure_adam8bit.py            200 steps of SmolLM2-135M on the instructions of the package
-    python scripts/benchmarks/measure_adam8bit.py --steps 50 --length 128 --model FOLDER
+    python scripts/measure_adam8bit.py                        200 steps of SmolLM2-135M on the instructions that ship
+    python scripts/measure_adam8bit.py --steps 50 --length 128 --model FOLDER
 
-Method. There is one base, quantised to NF4, and one random adapter on all linear layers. Both optimizers start from this
-adapter and take turns: at each step both see the same packed batch, with a constant learning rate and gradients clipped
-to 0.3. No batch is repeated within an epoch. The losses are compared as means over windows of ten steps, because the
-noise of single batches does not matter:
+Method. One base, quantised to NF4, and one random adapter on all linear layers. Both optimizers start from that adapter and
+take turns: at each step both see the same packed batch, at a constant learning rate and with gradients clipped to 0.3. No
+batch comes twice within an epoch. Losses are compared in means over windows of ten steps, of both runs alike, since what
+matters is the curve and not the noise of a batch:
 
-    deviation = |mean with 8 bits - mean in float32| / mean in float32               PASS if the largest is at most 1 %
+    deviation = |mean of 8 bits - mean of float32| / mean of float32                 PASS where the largest is at most 1 %
 
-Times are medians over all steps except the first of each optimizer, which compiles. A step ends when its loss has
-arrived. The last line of the output is the report as JSON, and the exit status is 1 if the criterion fails.
+Times are medians over all steps but each optimizer's first, which compiles; a step is timed until its loss has arrived. The
+last line of the output is the report as JSON, and the exit status is 1 where the criterion fails.
 """
 
 import dataclasses

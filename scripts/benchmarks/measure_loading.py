@@ -1,21 +1,23 @@
-"""Measure the cost of loading a checkpoint: host memory against the size of the result, time, and bits per parameter.
+"""What loading a checkpoint costs: host memory against the size of the result, time, and bits a parameter.
 
-    python scripts/benchmarks/measure_loading.py                   writes 2 GB of Llama-2-7B's shapes, loads, removes them
-    python scripts/benchmarks/measure_loading.py --folder FOLDER   loads this folder; writes it first if it does not exist
+    python scripts/measure_loading.py                  writes 2 GB of Llama-2-7B's shapes, loads, removes them
+    python scripts/measure_loading.py --folder FOLDER  loads what is there; writes it first if nothing is
 
-Method. A checkpoint of random bfloat16 weights is written as sharded .safetensors files, with the layer shapes of a real
-Llama and as many layers as the requested size needs. A new process imports everything, creates JAX's backend, compiles
-nothing, and records its anonymous resident memory, the baseline. Then it loads and quantises the checkpoint, while a
-thread reads RssAnon from /proc/self/status every few milliseconds. Anonymous memory is used because the kernel can drop
-pages of files (libraries, the checkpoint in the page cache) at any time; the loader does not own them. The criterion is
+Method. A checkpoint of random bfloat16 weights is streamed into sharded .safetensors files, with the layer
+shapes of a real Llama and as many layers as the wanted size needs. A fresh process imports everything,
+creates JAX's backend, compiles nothing, and notes its anonymous resident memory: the baseline. It then
+loads the checkpoint, quantised, while a thread reads RssAnon from /proc/self/status every few milliseconds;
+anonymous memory, because pages of files (libraries, the checkpoint in the page cache) can be dropped at any
+time and are not the loader's. The criterion:
 
     peak - baseline <= result + 2 x largest tensor
 
-where the result is the size of all leaves of the loaded model, and the largest tensor is measured as the file stores it.
-The compiler's memory, about 200 MiB, is part of the peak. A checkpoint whose largest tensor is smaller than that is too
-small for this measurement. VmHWM, the kernel's high-water mark of all resident pages, is printed too: no peak between two
-samples was higher. On accelerators the result is on the device, so that the criterion means little there. The last line
-of the output is the report as JSON, and the exit status is 1 if a criterion fails.
+where the result is the bytes of all leaves of the loaded model and the largest tensor is as the file stores
+it. What the compiler allocates, some 200 MiB, counts towards the peak: a checkpoint whose largest tensor is
+smaller than that is too small for this measurement. VmHWM, the kernel's own high-water mark of all resident
+pages, is shown beside it: no peak that the sampler missed was higher than that. On accelerators the result
+lies on the device, so that the criterion says little there. The last line of the output is the report as
+JSON, and the exit status is 1 where a criterion fails.
 """
 
 import dataclasses

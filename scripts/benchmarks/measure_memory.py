@@ -1,17 +1,17 @@
-"""Measure the memory of well-known runs: a table of compiled training steps, as docs/memory.md shows it.
+"""What well-known runs need in memory: a table of compiled training steps, as docs/memory.md shows it.
 
-    python scripts/benchmarks/measure_memory.py --output docs/memory.md
-    python scripts/benchmarks/measure_memory.py --devices v5p --models llama-3-8b
+    python scripts/measure_memory.py --output docs/memory.md
+    python scripts/measure_memory.py --devices v5p --models llama-3-8b
 
-Each run is compiled four times. The variants differ in what is stored in host memory:
+Each run is compiled four times, by how much it leaves to host memory:
 
-    device     nothing: weights, adapter, optimizer state and the inputs of the layers are on the device
-    optimizer  the moments of Adam (--host-offload)
-    most       the moments, the adapter, its gradient and the inputs of the layers (--host-adapter --remat offload)
-    most, NF4  the same, with the embedding and the output head in NF4 (--embedding-storage nf4)
+    device     nothing: weights, adapter, optimizer and the layers' inputs are on the device
+    optimizer  Adam's moments (--host-offload)
+    most       moments, adapter, its gradient and the layers' inputs (--host-adapter --remat offload)
+    most, NF4  the same, with token table and output head in NF4 (--embedding-storage nf4)
 
-All variants recompute their layers in the backward pass. The figures are those of XLA's buffer assignment; matrix
-products are not autotuned. The last line is JSON.
+Layers are recomputed in the backward pass in all of them. The figures are those of XLA's buffer assignment, GEMMs not
+autotuned. The last line is JSON.
 """
 
 import dataclasses
@@ -51,28 +51,6 @@ SHOWN = (
     ("temporaries", "temporaries"),
     ("host memory", "host"),
 )
-
-HEAD = """\
-# Memory of well-known runs
-
-The peak memory of one training step on each device, in GiB, as XLA compiles it: NF4 with double quantisation, LoRA on
-all linear layers, bfloat16 activations, float32 adapter and AdamW, layers recomputed in the backward pass. Made by
-`python scripts/benchmarks/measure_memory.py --output docs/memory.md`. The column "stored in host memory" says what is
-stored there instead of on the device:
-
-- `device`: nothing;
-- `optimizer`: the optimizer state (`--host-offload`);
-- `most`: the optimizer state, the adapter and its gradient, and the inputs of the layers (`--host-offload --host-adapter
-  --remat offload`);
-- `most, NF4`: the same as `most`, with the embedding and the output head in NF4 (`--embedding-storage nf4`)."""
-FLOOR = """\
-In the rows `most`, everything that the options can store in host memory is stored there. What remains on the device is
-
-- the frozen weights, which each step reads completely: 4.127 bits per value, and the embedding and the output head in
-  bfloat16 or, in the rows `most, NF4`, in 4 bits too. Only fewer bits per value or more devices reduce them;
-- the memory of one layer while it is recomputed and differentiated (the activations of a micro-batch and one dense
-  matrix at a time), or the memory of a chunk of logits with the output head, whichever is larger. Fewer tokens per
-  micro-batch reduce it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,16 +116,22 @@ def figures(plan: Plan) -> dict[str, Any]:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The page docs/memory.md."""
-    lines = [HEAD]
+    lines = [
+        "# Memory of well-known runs",
+        "",
+        "GiB of one training step on each device, as XLA compiles it: NF4 with double quantisation, LoRA on all linear",
+        "layers, bfloat16 activations, float32 adapter and AdamW, layers recomputed in the backward pass. Made by",
+        "`python scripts/measure_memory.py --output docs/memory.md`, whose head says what is left to the host in each line.",
+    ]
     for device in dict.fromkeys(row["device"] for row in rows):
         lines += table(device, [row for row in rows if row["device"] == device])
-    return "\n".join([*lines, "", "## What remains on the device", "", *floor(rows), ""])
+    return "\n".join([*lines, "", "## The floor", "", *floor(rows), ""])
 
 
 def table(device: str, rows: list[dict[str, Any]]) -> list[str]:
     """The lines of one device."""
     versions = next((row["versions"] for row in rows if row["peak"] is not None), {})
-    columns = ("model", "rank", "batch", "stored in host memory", *(name for name, _ in SHOWN), "compiled in s")
+    columns = ("model", "rank", "batch", "left to the host", *(name for name, _ in SHOWN), "compiled in s")
     lines = [
         "",
         f"## {device}",
@@ -168,14 +152,21 @@ def table(device: str, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def floor(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the lines on what no option removes from the device."""
-    lines = [FLOOR]
+    """What stands between these runs and less memory."""
+    lines = [
+        "Nothing that the options can move stands on the device in the lines `most`; what is left there is",
+        "",
+        "- the frozen weights, which each step reads whole: 4.127 bits a value, token table and head in bfloat16 or, in the",
+        "  lines `most, NF4`, in 4 bits too. Fewer bits a value, or more devices, are the only way below them;",
+        "- what one layer holds while it is computed again and differentiated (activations of a micro-batch, one dense",
+        "  matrix at a time), or a chunk of logits with the head, whichever is more. Fewer tokens a micro-batch lessen it.",
+    ]
     least = [row for row in rows if row["offloaded"] == "most" and row["peak"] is not None]
     if not least:
         return lines
     shares = {row["model"] + " on " + row["device"]: row["weights"] / row["peak"] for row in least}
-    said = ", ".join(f"{share:.0%} for {name}" for name, share in shares.items())
-    return [*lines, "", f"The share of the frozen weights in the peak of `most` is {said}."]
+    said = ", ".join(f"{share:.0%} of {name}" for name, share in shares.items())
+    return [*lines, "", f"The frozen weights are of the peak of `most`: {said}."]
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
-"""Measure the gain of packing: real tokens per second with one padded example in each row, and with several packed ones.
+"""What packing gains: real tokens a second with one example a row, padded, and with several, packed, at rows of one shape.
 
-    python scripts/benchmarks/measure_packing.py conversations.jsonl         SmolLM2-135M, 5 steps of 2 × 512 of each
-    python scripts/benchmarks/measure_packing.py FILE --model FOLDER --length 1024 --batch-size 4 --steps 20
+    python scripts/measure_packing.py conversations.jsonl                      SmolLM2-135M, 5 steps of 2 × 512 of each
+    python scripts/measure_packing.py FILE --model FOLDER --length 1024 --batch-size 4 --steps 20
 
-Method. There is one base, quantised to NF4, and one adapter on all linear layers. Padded and packed steps take turns in one
-process and work as in a training run: packed rows have segment masks and positions; padded rows have neither, because their
-padding is on the right. Times are medians over all steps except the first of each, which compiles. A step ends when its loss
-has arrived.
+Method. One base, quantised to NF4, and one adapter on all linear layers. Padded and packed steps take turns in one process,
+as the main job does them: packed rows with segment masks and positions, padded ones without, since their padding lies on
+the right. Times are medians over all steps but the first of each, which compiles; a step is timed until its loss is there.
 
-    tokens per second = (1 - padding share) · rows · length / seconds per step        real tokens; shares of a whole epoch
-    predicted ratio = (1 - padding share, packed) / (1 - padding share, padded)       if every row costs the same
-    measured ratio  = tokens per second, packed / tokens per second, padded           PASS within 10 % of the predicted ratio
+    tokens a second = (1 - padding share) · rows · length / seconds a step           real tokens; shares of a whole epoch
+    predicted ratio = (1 - padding share, packed) / (1 - padding share, padded)       if a row costs the same either way
+    measured ratio  = tokens a second, packed / tokens a second, padded               PASS within 10 % of the predicted one
 
-The last line of the output is the report as JSON, and the exit status is 1 if the criterion fails.
+The last line of the output is the report as JSON, and the exit status is 1 where the criterion fails.
 """
 
 import dataclasses

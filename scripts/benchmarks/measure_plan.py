@@ -1,13 +1,12 @@
-"""Measure how far the quick plan is from the compiled plan over a grid of models, devices and runs, and fit its factors.
+"""How far the quick plan is from the compiled one, over a grid of models, devices and recipes; and its factors, fitted anew.
 
-    python scripts/benchmarks/measure_plan.py --record plans.jsonl
-    python scripts/benchmarks/measure_plan.py --models llama-3.2-1b --devices h100 --record plans.jsonl
+    python scripts/measure_plan.py --record plans.jsonl
+    python scripts/measure_plan.py --models llama-3.2-1b --devices h100 --record plans.jsonl
 
-Every cell of the grid is compiled once. With --record, cells that the file contains are read from it, and new cells are
-added to it, so that a grid can be measured in several parts. A program that the compiler refuses for lack of memory is
-left out. The factors of qlora_jax/plan/quick.py are then fitted by least squares of the relative error, with no factor
-below 0 and from several initial values. Both errors are printed: with the present factors, and with the fitted factors.
-The last line is JSON.
+Every cell of the grid is compiled once; with --record, what was compiled is read from the file and what is new is added, so
+that a grid can be measured piece by piece. A program that the compiler refuses for want of memory is left out. Then the
+factors of qlora_jax/plan/quick.py are fitted by least squares of the relative error, none below 0, from several starts, and
+both errors are printed: with the factors as they stand, and as fitted. The last line is JSON.
 """
 
 import dataclasses

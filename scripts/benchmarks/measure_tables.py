@@ -1,10 +1,10 @@
-"""Measure the cost of packed embeddings: the held-out loss of a base with each storage, and the size of its embeddings.
+"""What packed token tables cost: the held-out loss of a base model with each storage, and the bytes of its tables.
 
-    python scripts/benchmarks/measure_tables.py                               SmolLM2-135M, the instructions of the package
-    python scripts/benchmarks/measure_tables.py --data mine.jsonl --rows 100  the last 100 rows of a file
+    python scripts/measure_tables.py                                    SmolLM2-135M on rows of the instructions that ship
+    python scripts/measure_tables.py --data mine.jsonl --rows 100       on the last 100 rows of a file
 
-The base model, with its linear layers in NF4, reads up to 256 tokens of each of the last rows of each file; the texts of
-a row are joined. The last line is JSON.
+Each of the last rows of each file, its texts joined, is read by the base model, linear layers in NF4, up to 256 tokens. The
+last line is JSON.
 """
 
 import dataclasses

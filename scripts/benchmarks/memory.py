@@ -1,6 +1,6 @@
-"""The task "memory": the compiled plan on this CPU against measured resident memory, in one process for each recipe.
+"""The compiled plan on this CPU against measured resident memory: a process for each recipe (peers/qlora_jax_memory.py).
 
-A recipe is written as dtype-remat-BxT, for example float32-full-4x256. The worker is peers/qlora_jax_memory.py.
+A recipe is written as dtype-remat-BxT, such as float32-full-4x256.
 """
 
 import re
@@ -54,14 +54,13 @@ def section(found: Found, method: dict[str, Any]) -> Section:
     return Section(
         "Planned and measured memory on a CPU",
         (
-            f"{method['model']}, NF4 with double quantisation, LoRA of rank {method['rank']} on all linear layers, "
-            "AdamW. Planned memory is XLA's buffer assignment of the training step, compiled for this CPU from shapes "
-            "alone (arguments + temporaries + outputs - outputs in donated arguments). Measured memory is the peak "
-            "resident memory of 3 steps, minus the resident memory of a process that compiled, loaded and trained once "
-            "and then freed everything.",
+            f"{method['model']}, NF4 with double quantisation, LoRA r {method['rank']} on all linear layers, AdamW. "
+            "Planned: XLA's buffer assignment of the training step, compiled for this CPU from shapes alone (arguments + "
+            "temporaries + outputs - outputs in donated arguments). Measured: what the highest resident memory of 3 steps "
+            "was above that of a process that had compiled, loaded and trained once and dropped everything.",
             versions_said(found),
         ),
         ("dtype-remat-batch", "planned MiB", "arguments", "temporaries", "measured MiB", "planned / measured - 1"),
         tuple(rows),
-        (f"The largest error is {worst:.1%}: {verdict} the limit of {LIMIT:.0%}.",),
+        (f"Worst: {worst:.1%}, {verdict} {LIMIT:.0%}.",),
     )

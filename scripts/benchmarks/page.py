@@ -1,4 +1,4 @@
-"""Results as sections of a page (a title, sentences, a table, more sentences), written for a terminal or as Markdown."""
+"""Results as sections of one page: a title, sentences, a table, more sentences; as text for a terminal and as Markdown."""
 
 import dataclasses
 import shlex
@@ -39,8 +39,7 @@ def text(section: Section) -> str:
 
 def markdown(sections: Sequence[Section], command: str, title: str = "Results") -> str:
     """The page of all sections; `command` is what made it."""
-    method = "The docstring of the program describes the method. All figures are from one run on one machine."
-    lines = [f"# {title}", "", f"Made by `{command}`. {method}", ""]
+    lines = [f"# {title}", "", f"Made by `{command}`, whose head says how; the figures of one run on one machine.", ""]
     for section in sections:
         lines += [f"## {section.title}", "", *(line for sentence in section.before for line in (sentence, ""))]
         if section.rows:
@@ -55,7 +54,7 @@ def write(path: Path, sections: Sequence[Section], command: str, title: str = "R
 
 
 def said_command(script: str) -> str:
-    """Return the command line without the folders of this machine; `script` is a path below scripts/."""
+    """The command line, without where things lie on this machine."""
     words, skipping = [], False
     for word in sys.argv[1:]:
         skipping = word.startswith("--peer-python") or (skipping and not word.startswith("--"))
@@ -81,9 +80,7 @@ def machine_said(found: Found, device: dict) -> str:
     accelerators = sorted({name for results in found.runs.values() for one in results if (name := one.get("device"))})
     where = f"Ran on {', '.join(accelerators)}; host " if accelerators else ""
     load = f"; load average before a run {min(before):.1f} to {max(before):.1f}" if before else ""
-    return (
-        f"{where}CPU: {device['cpu']}, {device['cores']} cores{load} (a run alone causes a load of about {device['cores']})."
-    )
+    return f"{where}CPU: {device['cpu']}, {device['cores']} cores{load} (a run alone makes about {device['cores']})."
 
 
 def skipped_said(skipped: dict[str, str]) -> tuple[str, ...]:

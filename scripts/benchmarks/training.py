@@ -1,15 +1,15 @@
-"""The task "train": each variant of each side in turns, and the figures of its steps.
+"""Training: each variant of each side in turns, and what its steps took.
 
-tokens/s   tokens of a batch / median of the steps of all rounds, in wall time
-CPU s      median of the CPU time of a step, over all threads of the process
-busy       CPU time / (wall time x cores) of these steps
-peak       largest peak resident memory of a process, with libraries, loading and the compiler
-device     largest peak of the accelerator's memory, if there is an accelerator
-load       median time to read and quantise the checkpoint; qlora_jax compiles the step at the same time
-first      median time of the first step; for JAX this includes the compilation, or what is left of it
+tokens/s   tokens of a batch / median of the steps of all rounds: wall time, what a user waits
+CPU s      median of the process's CPU time in a step, all threads
+busy       CPU time / (wall time x cores) of those steps
+peak       largest peak resident memory of a process, everything counted (libraries, loading, compiler)
+device     largest peak of the accelerator's memory, where there is one
+load       median time to read and quantise the checkpoint; ours compiles the step meanwhile
+first      median time of the first step: for JAX with compiling, or what is left of it
 start      median time from the start of the program to the end of the first step: imports, load and first
-loss       of the first step, where the adapters are still zero. It is equal where both sides compute the same. Tunix' Llama
-               differs, because its rotary positions use another theta.
+loss       of the first step, where the adapters are still zero: it is equal where both compute the same; Tunix'
+               Llama does not (its rotary positions have a theta of their own)
 """
 
 import statistics
@@ -111,10 +111,9 @@ def section(found: Found, results: dict[str, dict[str, Any]], method: dict[str, 
     return Section(
         "Training",
         (
-            f"{method['model']}, NF4 (with double quantisation, which Qwix does not have), LoRA of rank {method['rank']} "
-            f"on all linear layers, AdamW; batches of {method['batch_size']} x {method['length']} random tokens. Figures "
-            f"are medians of {method['rounds']} rounds x {method['steps']} steps after {method['warmup']} steps of "
-            "warm-up. Each run is a process of its own, and the variants take turns.",
+            f"{method['model']}, NF4 (with double quantisation, which Qwix has not), LoRA r {method['rank']} on all linear "
+            f"layers, AdamW; batch {method['batch_size']} x {method['length']} random tokens; medians of {method['rounds']} "
+            f"rounds x {method['steps']} steps, in turns, after {method['warmup']} steps of warm-up; one process a run.",
             machine_said(found, device),
             versions_said(found),
         ),
@@ -133,7 +132,7 @@ def compared(results: dict[str, dict[str, Any]]) -> tuple[str, ...]:
             if name.startswith(OURS) and not peer.startswith(OURS) and same:
                 sentences.append(
                     f"{name} against {peer}: {row['tokens_per_second'] / other['tokens_per_second']:.2f} times the tokens/s "
-                    f"({other['step_cpu_seconds'] / row['step_cpu_seconds']:.2f} by CPU time), "
+                    f"({other['step_cpu_seconds'] / row['step_cpu_seconds']:.2f} by CPU seconds), "
                     f"{row['peak_resident_bytes'] / other['peak_resident_bytes']:.2f} of the memory, "
                     f"{row['start_seconds'] / other['start_seconds']:.2f} of the time to start."
                 )

@@ -1,10 +1,10 @@
-"""Run the workers of a benchmark: each run is a process of its own, and the runs of all sides take turns.
+"""Runs of a benchmark: each is a process of its own, and ours and the peers' take turns.
 
-    ours a, peer a, ours b, peer b, …     one round; there are as many rounds as requested
+    ours a, peer a, ours b, peer b, …     one round; as many rounds as asked
 
-A worker (peers/*.py) takes flags and prints one line of JSON last. A peer is defined by the packages that it needs, and
-runs with the first interpreter that has them. If no interpreter has them, or if a run fails, the peer is left out and the
-reason is printed. A failed run of qlora_jax is an error.
+A worker (scripts/peers/*.py) is called with flags and prints one line of JSON last. A peer is known by the packages that it
+needs, and runs with the first of the interpreters that has them; where none has, or where a run fails, it is left out and
+the reason is told. Ours must not fail.
 """
 
 import dataclasses

@@ -1,1 +1,1 @@
-"""The programs that make the pages of studies in docs/, and their parts."""
+"""The programs that make the study pages of docs/, and their parts."""

@@ -1,28 +1,24 @@
-"""Fine-tune one model in several ways on the same data, with several seeds, and report the differences with intervals.
+"""Fine-tune one model in several ways on the same data, with several seeds, and say what the differences are worth.
 
-    python scripts/studies/compare.py --data gsm8k.jsonl --output runs/compare          the study described below: 18 runs
-    python scripts/studies/compare.py --data gsm8k.jsonl --output runs/compare --quick  3 variants, 1 seed, a few steps
-    python scripts/studies/compare.py --data mine.jsonl --output runs/mine \\
-        --variants lora/nf4+dq lora/nf4+dq/q_proj,v_proj full
-    python scripts/studies/compare.py --data mine.jsonl --output runs/mine \\
-        --methods lora dora --ranks 4 16 --seeds 0 1 2 3 4
+    python scripts/compare.py --data gsm8k.jsonl --output runs/compare             the study below: 18 runs
+    python scripts/compare.py --data gsm8k.jsonl --output runs/compare --quick     3 variants, 1 seed, a few steps
+    python scripts/compare.py --data mine.jsonl --output runs/mine --variants lora/nf4+dq lora/nf4+dq/q_proj,v_proj full
+    python scripts/compare.py --data mine.jsonl --output runs/mine --methods lora dora --ranks 4 16 --seeds 0 1 2 3 4
 
-Without --variants or --methods, the study examines the claim of the QLoRA paper: full fine-tuning, LoRA on a dense base, and
-QLoRA with NF4, with double quantisation, and with FP4, on all linear layers; and QLoRA on query and value projections only.
+Without --variants or --methods the study is the claim of the QLoRA paper: full fine-tuning, LoRA on a dense base, and QLoRA
+with NF4, with double quantisation, and with FP4, on all linear layers; and QLoRA on query and value projections alone.
 
-Method. --held-out splits the data once, and every run trains and is evaluated on the same rows. A seed determines the
-initial adapter and the order of the data, which is the same for every variant. Each run is a run of scripts/train.py in a
-process of its own, with the flags of --train for all runs. Held-out loss and token accuracy are means over learned
-tokens. --answers N also generates greedy answers to N held-out prompts and counts those with the expected result (the
-text after #### where the data have it). Peak memory is that of the device or, on a CPU, the peak resident memory.
-tokens/s is the median over all steps except the first.
+Method. The data are split once by --held-out, and every run learns and is measured on the same rows; a seed draws the
+initial adapter and the order of the data, the same order for every variant. Each run is scripts/train.py's job, in a process
+of its own, with the flags of --train for all. Held-out loss and token accuracy are means over learned tokens; --answers N
+also asks for greedy answers to N held-out prompts, and counts those that end as expected (what follows #### where the data
+mark it). Peak memory is the device's, or on a CPU the most that was resident; tokens/s is the median but for the first step.
 
-Figures are means over seeds with 95 % intervals (Student's t). A variant is compared with the baseline by the differences of
-equal seeds: "equal within the interval" means that the interval of their mean contains 0.
+Figures are means over seeds with 95 % intervals (Student's t). A variant is compared with the baseline by its differences
+seed by seed: "equal within the interval" where the interval of their mean holds 0.
 
-If the study is interrupted, the same command continues it: finished runs are read from OUTPUT/cells. The study writes
-report.md, report.png, report.html (a single file with everything) and report.json into OUTPUT. The last line is the
-result as JSON.
+Stopped at any moment, the same command goes on where it was; finished runs are read from OUTPUT/cells. It leaves report.md,
+report.png, report.html (everything in one file) and report.json in OUTPUT; the last line is the result as JSON.
 """
 
 import dataclasses
@@ -251,14 +247,14 @@ def report(arguments: Arguments, results: dict[str, dict[int, dict[str, Any]]], 
     data = json.dumps({"method": method, "results": results}, indent=2)
     (arguments.output / "report.json").write_text(data + "\n", encoding="utf-8")
     intro = (
-        f"{method['model']} was trained on {', '.join(Path(source).name for source in arguments.data)} for "
-        f"{arguments.steps} steps of {arguments.batch_size} rows of up to {arguments.max_length} tokens, with "
-        f"{arguments.held_out} rows held out. Figures are means over seeds with 95 % intervals. Learning rates: "
-        f"{arguments.rates or 'the default of train.py for each method'}. "
+        f"{method['model']} on {', '.join(Path(source).name for source in arguments.data)}: {arguments.steps} steps of "
+        f"{arguments.batch_size} rows of up to {arguments.max_length} tokens, {arguments.held_out} rows held out; means "
+        f"over seeds with 95 % intervals. Learning rates: "
+        f"{arguments.rates or 'the defaults of train.py by method'}. "
         f"{', '.join(f'{name} {value}' for name, value in versions.items())}; {machine['cpu']}, {machine['cores']} cores. "
-        f"Made by `{said_command('studies/compare.py')}`."
+        f"Made by: {said_command('compare.py')}"
     )
-    page.write(results, baseline, arguments.output, "Methods of fine-tuning compared", intro, data)
+    page.write(results, baseline, arguments.output, "Ways to fine-tune, side by side", intro, data)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,18 @@
-"""Repeat the QLoRA paper's study of data types on any decoder-only model: perplexity, zero-shot accuracy, errors, normality.
+"""The QLoRA paper's study of data types on any decoder-only model: perplexity, zero-shot accuracy, errors, normality.
 
-    python scripts/studies/datatypes.py --quick                                    blocks of 64 only, short texts
-    python scripts/studies/datatypes.py --data mine.jsonl --questions mmlu.jsonl   the whole grid: 85 cells
-    python scripts/studies/datatypes.py --model FOLDER --data-types nf4 fp4 int4 --block-sizes 64 128
-    python scripts/studies/datatypes.py --quick --peer                             beside the losses of bitsandbytes
+    python scripts/datatypes.py --quick                                       blocks of 64 alone, short texts
+    python scripts/datatypes.py --data mine.jsonl --questions mmlu.jsonl      the whole grid: 85 cells
+    python scripts/datatypes.py --model FOLDER --data-types nf4 fp4 int4 --block-sizes 64 128
+    python scripts/datatypes.py --quick --peer                                beside bitsandbytes' own losses
 
-Method. A cell of the grid is a data type, a block size, and double quantisation or none; the first cell is the dense
-model. In each cell all linear layers are quantised as `load_model` does it, and the model reads the same texts. The
-questions are asked without solved examples. The compute dtype is the platform's default (float32 on a CPU). The test of
-Shapiro and Wilk is applied to every matrix of the dense model, which has to fit into memory. The details are in
-scripts/studies/datatype_study/.
+Method. A cell is a data type, a block size, and double quantisation or none; the first is the dense model. In each cell all
+linear layers are quantised as `load_model` does it and the same texts are read; the questions are asked without examples.
+The compute dtype is that of the platform (float32 on a CPU). Shapiro and Wilk's test is made of every matrix of the dense
+model, which has to fit into memory. Details: scripts/datatype_study/.
 
-Each cell is written to OUTPUT/cells.jsonl when it is done. The same command continues a study that was interrupted, and
-with --minutes the study stops by itself. It writes report.md with its plots, and report.json, into OUTPUT. The last line
-of the output is JSON. With --peer, the exit status is 1 if a loss differs from that of bitsandbytes by more than 1e-3.
+Each cell is written to OUTPUT/cells.jsonl when it is done; the same command goes on where it was stopped, and with --minutes
+it stops by itself. OUTPUT then has report.md with its plots, and report.json; the last line of the output is JSON too. With
+--peer the exit status is 1 where a loss is more than 1e-3 away from that of bitsandbytes.
 """
 
 import dataclasses

@@ -1,15 +1,15 @@
-"""Measure the distance of a model from its original weights before training: plain 4 bits, PiSSA, LoftQ and DoRA.
+"""How far a model is from its original weights before training: in 4 bits alone, and with adapters that start from the
+weights (PiSSA, LoftQ) or leave them (DoRA).
 
-    python scripts/studies/measure_init.py                          SmolLM2-135M, rank 16
-    python scripts/studies/measure_init.py --rank 64 --turns 1 5    rank 64; LoftQ with one and with five iterations
-    OPENBLAS_NUM_THREADS=1 python scripts/studies/measure_init.py   for a CPU that other programs use: without it, the
-                                                                    threads of the decomposition wait for each other
+    python scripts/measure_init.py                               SmolLM2-135M, r 16
+    python scripts/measure_init.py --rank 64 --turns 1 5         another rank; LoftQ of one and of five turns
+    OPENBLAS_NUM_THREADS=1 python scripts/measure_init.py        on a CPU that other programs use: singular values take
+                                                                 many times as long where threads wait for each other
 
-For every linear layer, the error is |W - (Q + s A B)| / |W| in Frobenius norms, where W is the matrix of the checkpoint,
-and Q and A B are those of the loaded model. For DoRA the error is |DoRA - Q| / |W|, where DoRA is the matrix that a fresh
-layer multiplies with. The last columns count the layers whose error is smaller than with plain 4 bits. The program also
-compares the logits of some sentences with those of the dense model: the mean of the absolute difference. The last line is
-JSON and has every layer.
+Every linear layer: the error is |W - (Q + s A B)| / |W| in Frobenius norms, W the matrix of the checkpoint, Q and A B those
+of the loaded model; for DoRA |DoRA - Q| / |W|, where DoRA is the matrix that the fresh layer multiplies with. The last
+columns count the layers in which it is smaller than of 4 bits alone. Then the logits on some sentences, against those of the
+dense model: the mean of their absolute difference. The last line is JSON, with each layer.
 """
 
 import dataclasses

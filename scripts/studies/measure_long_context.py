@@ -1,28 +1,26 @@
-"""Measure retrieval beyond a model's context after training with shifted sparse attention: find a key in filler text.
+"""Retrieval beyond a model's context after training with shifted sparse attention: a key in filler, asked for at the end.
 
-    python scripts/studies/measure_long_context.py             SmolLM2-135M, from 8192 to 16384 positions
-    python scripts/studies/measure_long_context.py --real 3 --output docs/long-context.md   and 3 prompts of 16384 tokens
+    python scripts/measure_long_context.py                                           SmolLM2-135M, 8192 to 16384 positions
+    python scripts/measure_long_context.py --real 3 --output docs/long-context.md    and three prompts of 16384 tokens
 
-The training follows LongLoRA (Chen et al. 2023) with the package's own parts: the base in NF4 with double quantisation,
-LoRA on all linear layers, trained embedding and norms, positions divided by `extended` / context, and attention in 4
-groups of a row, with half of the heads shifted by half a group. Evaluation uses dense attention: each token attends to
-all tokens before it.
+The recipe of LongLoRA (Chen et al. 2023), by the package's own pieces: the base in NF4 with double quantisation, LoRA on all
+linear layers, the token table and the norms trained, positions divided by `extended` / context, and in training attention in
+4 groups of a row, half of the heads shifted by half a group. Evaluation is dense: each token sees all before it.
 
-A step with rows of 16384 tokens takes minutes on a CPU. Most texts are therefore short and their positions have gaps, as
-in PoSE (Zhu et al. 2023): the skipped positions are distributed at random among the starts of the sentences, most of them
-to a few. With shifted sparse attention a query attends to its group only. Every training row therefore packs many short
-documents, at any place relative to the borders of the groups, and each document asks for a key of its own. The distance
-from the key to the question is at most half a group of tokens, so that at least half of the heads can attend to the key,
-but up to `extended` positions. The digits of the answers are learned, and other tokens with a small weight.
+Rows of 16384 tokens take a CPU minutes a step, so that most texts here are short and their positions have gaps, as in PoSE
+(Zhu et al. 2023): the positions that a text skips are shared out at random among the starts of its sentences, most of them
+to a few. A query of S²-Attn sees a group, so that every row of training packs many short documents, wherever the groups'
+borders are, and each asks for a key of its own: at most half a group of tokens after it was told, so that at least half of
+the heads can see it, but up to `extended` positions. The digits of answers are learned, other tokens with little weight.
 
-    within, beyond    prompts of `length` tokens with one key; the last position is drawn from the upper half of the
-                      context, or from the range between the context and `extended`
-    real              prompts of `extended` tokens without gaps, read through the cache in chunks; the answers are decoded
+    within, beyond    prompts of `length` tokens with one key somewhere, whose last position is drawn from the upper half of
+                      the context, or from what lies between it and `extended`
+    real              prompts of `extended` tokens without gaps, read through the cache in chunks, the answers decoded
 
-An answer is correct if all digits are the most likely ones, which is what greedy decoding finds. The filler consists of
-sentences of the package's instructions, other ones than in training. Three models get the same prompts: the untuned model
-with its own positions, the untuned model with scaled positions, and the tuned model. Shares have Wilson's 95 % intervals,
-and pairs an exact test. The last line is JSON. The details are in scripts/studies/long_context/.
+An answer counts where all digits are the most likely ones: what greedy decoding finds. Filler are sentences of the
+instructions that ship, others than in training. Three models get the same prompts: the untuned one as it is, the same with
+positions divided, and the tuned one. Shares have Wilson's 95 % intervals, pairs an exact test. The last line is JSON.
+Details: scripts/long_context/.
 """
 
 import dataclasses
@@ -130,7 +128,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     seconds["all"] = time.perf_counter() - started
     described = dataclasses.asdict(arguments) | {"output": None, "model": Path(source).name}
     return {
-        "command": said_command("studies/measure_long_context.py"),
+        "command": said_command("measure_long_context.py"),
         "arguments": described,
         "context": context,
         "dtype": "bfloat16",

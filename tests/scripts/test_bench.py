@@ -1,4 +1,4 @@
-"""scripts/benchmarks/bench.py: both sides do the same work on the same tiny model; the figures are computed correctly."""
+"""scripts/bench.py: both sides do the same work on the same tiny model, and the figures are put together rightly."""
 
 import json
 import math
@@ -256,7 +256,7 @@ def test_compiled_steps_stand_side_by_side() -> None:
     section = compiled.section(found, work)
     assert ("h100 llama-3-8b", "train", "4 x 2048", "ours", "3.00", "1.00", "0.50", "2.000", "5.0", "7") in section.rows
     assert ("h100 llama-3-8b", "train", "4 x 2048", "qwix", "does not fit (20.00)", "", "", "", "", "") in section.rows
-    text = page.markdown([section], "python scripts/benchmarks/bench.py")
+    text = page.markdown([section], "python scripts/bench.py")
     assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {11}
 
 
@@ -294,7 +294,7 @@ def test_the_report_is_a_page_and_ends_with_json(
 ) -> None:
     output = tmp_path / "results.md"
     work = {**WORK, "rounds": 1, "hf": (), "qwix": (), "ours": ("bfloat16-full",)}
-    monkeypatch.setattr(sys, "argv", ["/here/scripts/benchmarks/bench.py", f"--model={folder}", "--output", str(output)])
+    monkeypatch.setattr(sys, "argv", ["/here/scripts/bench.py", f"--model={folder}", "--output", str(output)])
     monkeypatch.setattr(workers, "run_worker", lambda command, platform: trained([1.0], 10))
     script.run(script.Arguments(model=str(folder), tasks=("train",), output=output, **work))
     lines = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""scripts/studies/compare.py: its grid, its intervals against scipy's own tests, and a small comparison end to end."""
+"""scripts/compare.py: its grid, its intervals against scipy's own tests, and a small comparison end to end."""
 
 import json
 from pathlib import Path
@@ -126,7 +126,7 @@ def test_the_report_of_several_seeds(tmp_path: Path) -> None:
     }
     page.write(results, "a", tmp_path, "title", "intro", "{}")
     text = (tmp_path / "report.md").read_text()
-    assert "Every pair of variants" not in text
+    assert "Each against each" not in text
     assert "| b | 1.002 ± 0.0052 | worse |" in text
 
 
@@ -145,4 +145,4 @@ def test_each_against_each(tmp_path: Path) -> None:
     assert by_name["c"]["a"].endswith(": equal within the interval")
     assert by_name["c"]["b"].endswith(": better")
     page.write(results, "a", tmp_path, "title", "intro", "{}")
-    assert "## Every pair of variants: held-out loss" in (tmp_path / "report.md").read_text()
+    assert "## Each against each: held-out loss" in (tmp_path / "report.md").read_text()

@@ -1,4 +1,4 @@
-"""scripts/studies/datatypes.py on a tiny random model: losses, errors and tests against NumPy, scipy and bitsandbytes."""
+"""scripts/datatypes.py on a tiny random model: its losses, errors and tests against NumPy, scipy and bitsandbytes."""
 
 import json
 import sys
@@ -96,7 +96,7 @@ def test_the_order_and_its_verdicts() -> None:
     rows = {name: {"losses": (texts + more + generator.normal(0, 0.2, 30)).tolist()} for name, more in added.items()}
     steps = summary.order(list(rows), rows, predicted)
     assert [(step.before, step.after) for step in steps][1][1] == "bad"
-    assert [step.verdict for step in steps] == ["no clear difference", "worse"]
+    assert [step.verdict for step in steps] == ["not told apart", "worse"]
     assert steps[1].added.value == pytest.approx(0.2, abs=0.03)
     assert summary.order(["bad", "good"], rows, predicted, by_mean=False)[0].verdict == "better"
 

@@ -1,4 +1,4 @@
-"""The counts of scripts/benchmarks/kernels.py, on shapes and programs whose bytes are known."""
+"""The counts of scripts/kernels.py, on shapes and programs whose bytes are known."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""scripts/benchmarks/measure_loading.py in small: the criterion itself needs gigabytes, its parts do not."""
+"""scripts/measure_loading.py in small: the criterion itself needs gigabytes, its parts do not."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""scripts/benchmarks/measure_memory.py: its table, and bad input. The compilations are those of tests/plan."""
+"""scripts/measure_memory.py: its table, and bad input. The compilations are those of tests/plan."""
 
 import importlib.util
 import subprocess
@@ -29,7 +29,7 @@ def test_the_table() -> None:
     assert {line.count("|") for line in (header, rule, *table)} == {11}
     assert table[0] == "| llama-7b | 64 | 1 × 512 | most | 5.00 | 1.00 | 0.50 | 0.25 | 3.00 | 7 |"
     assert "does not fit" in table[1]
-    assert [line for line in lines if line.startswith("## ")] == ["## h100", "## v5e:2x2", "## What remains on the device"]
+    assert [line for line in lines if line.startswith("## ")] == ["## h100", "## v5e:2x2", "## The floor"]
     assert lines[lines.index("## h100") + 2] == "jax 1.2."
     assert lines[-1].endswith("20% of llama-7b on h100, 20% of llama-7b on v5e:2x2.")
 

@@ -1,4 +1,4 @@
-"""scripts/benchmarks/measure_plan.py: its recipes, its fit on rows with known factors, and bad input. Compiles nothing."""
+"""scripts/measure_plan.py: its recipes, its fit on rows whose factors are known, and bad input. Nothing is compiled here."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""scripts/benchmarks/measure_tables.py: the texts it measures on, those that ship among them."""
+"""scripts/measure_tables.py: the texts it measures on, those that ship among them."""
 
 import json
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""Train with qlora_jax in a process of its own: the counterpart of hf_train.py and qwix_train.py.
+"""One QLoRA training benchmark of qlora_jax, in a process of its own: the counterpart of hf_train.py and qwix_train.py.
 
-The three programs take the same flags, draw the same tokens from the same seed, run the same number of steps and print
-the same JSON line, so that bench.py can alternate between them. The training step is the package's own. The peers shift
-their labels themselves, so that the last token of a row predicts nothing. Here the loss mask has the same effect, and the
-losses of the first step, where the adapters are still zero, are equal.
+The programs take the same flags, draw the same tokens from the same seed, run the same number of steps and print the same
+JSON line, so that scripts/bench.py can alternate between them. The training step is the package's own. The peers shift their
+labels themselves, so that the last token of a row predicts nothing: here the loss mask says so, and the losses of the first
+step, where the adapters still are zero, are equal.
 """
 
 import time

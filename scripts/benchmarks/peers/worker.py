@@ -1,14 +1,14 @@
-"""Shared by the workers of bench.py: their flags, the loops that time them, and the JSON line that they print last.
+"""What the workers of scripts/bench.py share: their flags, the loops that time them, and the JSON line that they print last.
 
-    train     random tokens of one seed, one batch for each step; timed from the tokens on the host to the loss on the host
-    answer    one prompt, continued greedily, with a time mark when each token is known on the host
+    train     random tokens of one seed, a step each; timed from the tokens on the host to the loss on the host
+    answer    one prompt, greedily continued; a mark when each token is known on the host
 
         prefill = first mark - start        a token = (last mark - first mark) / (marks - 1)
 
-`start_seconds` is the time from the first line of the program to the end of the first step or to the first token. It
-includes imports, reading and quantising the checkpoint, and compiling or allocating.
+The time to start, `start_seconds`, goes from the first line of the program to the end of the first step, or to the first
+token: imports, reading and quantising the checkpoint, and compiling or allocating.
 
-Only the standard library and NumPy are used here, because every peer's interpreter has them.
+Only the standard library and NumPy are used here: every peer's interpreter has them.
 """
 
 import argparse

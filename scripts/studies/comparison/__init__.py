@@ -1,1 +1,1 @@
-"""The parts of scripts/studies/compare.py."""
+"""What scripts/compare.py is made of."""

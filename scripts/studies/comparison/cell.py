@@ -1,6 +1,6 @@
-"""One run of a comparison: train, then measure. Each run is a process of its own, so that its peak memory is its own.
+"""One run of a comparison, in a process of its own, so that its peak memory is its own: train, then measure.
 
-scripts/studies/compare.py calls this program with the flags of train.py. Its last line is the result as JSON.
+Called by scripts/compare.py with the flags of train.py; the last line that it prints is the result as JSON.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""Means over seeds with 95 % intervals, and the verdict on two variants.
+"""Means over seeds with 95 % intervals, and what they say about two variants.
 
-Intervals are Student's t with n - 1 degrees of freedom. Two variants are compared by their differences for equal seeds,
-because a seed gives every variant the same order of the data:
+Student's t with n - 1 degrees of freedom. Two variants are compared by their differences seed by seed, since a seed draws
+the same data order for both:
 
-    better or worse    the interval of the mean difference does not contain 0
-    equal              the interval contains 0; it shows how large an undetected difference could be
+    better or worse    the interval of the mean difference does not hold 0
+    no difference      it does; how large a difference could have gone unseen is the interval itself
 """
 
 import dataclasses

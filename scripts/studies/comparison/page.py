@@ -1,4 +1,4 @@
-"""The report of a comparison: Markdown, a plot, and one HTML page that contains everything."""
+"""The report of a comparison: Markdown, a picture, and one HTML page that holds everything."""
 
 import base64
 import html
@@ -107,7 +107,7 @@ def pair_table(results: Results) -> tuple[list[str], list[list[str]]]:
             said = verdict(change, lower_is_better=FIGURES[name][1])
             row.append(said if change is None else f"{change}: {said}")
         rows.append(row + [""] * (len(results) - number))
-    return ["difference: row minus column", *results], rows
+    return ["difference: row less column", *results], rows
 
 
 def plot(results: Results, path: Path) -> None:
@@ -133,7 +133,7 @@ def write(results: Results, baseline: str, folder: Path, title: str, intro: str,
     if baseline in results and len(results) > 1:
         tables.append(("Verdicts", *verdict_table(results, baseline)))
     if len(results) > 2 and shown_figures(results):
-        tables.append((f"Every pair of variants: {FIGURES[shown_figures(results)[0]][0]}", *pair_table(results)))
+        tables.append((f"Each against each: {FIGURES[shown_figures(results)[0]][0]}", *pair_table(results)))
     plot(results, folder / "report.png")
     markdown = [f"# {title}", "", intro, ""]
     for caption, header, rows in tables:

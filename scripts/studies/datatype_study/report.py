@@ -107,7 +107,7 @@ def write(
     versions["python"] = platform.python_version()
     seconds = sum(rows[key_of(how)]["seconds"] for how in grid)
     said = sections.method(study.method, study.texts, machine, versions, left, seconds)
-    page.write(target, [said, *made], page.said_command("studies/datatypes.py"), "Data types")
+    page.write(target, [said, *made], page.said_command("datatypes.py"), "Data types")
     for section in made:
         print(page.text(section), flush=True)
     summary = {

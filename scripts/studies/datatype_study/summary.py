@@ -1,9 +1,9 @@
-"""From measured losses to figures with intervals.
+"""From what was measured to figures with intervals.
 
-For each storage, over texts: the mean log-perplexity with its interval, and its difference from dense weights, paired by
-text. The types are sorted by their means. The interval of the paired differences decides whether a type is worse than the
-type before it: "worse" if the interval is above 0, "better" if it is below 0, otherwise "no clear difference". Each
-interval is a 95 % interval of its own.
+Of each storage, over texts: the mean log-perplexity with its interval, and what it has more than dense weights, text by
+text. Types are put in order by their means; whether a type is worse than the one before it, the interval of their
+differences on the same texts says: "worse" where it lies above 0, "better" below, else "not told apart". Each interval is
+one of 95 % by itself.
 """
 
 import dataclasses
@@ -86,7 +86,7 @@ def difference(one: str, other: str, rows: dict[str, Any], predicted: np.ndarray
 
 def verdict(found: Interval) -> str:
     """What an interval of differences in log-perplexity says of the first."""
-    return "worse" if found.low > 0 else "better" if found.high < 0 else "no clear difference"
+    return "worse" if found.low > 0 else "better" if found.high < 0 else "not told apart"
 
 
 @dataclasses.dataclass(frozen=True)

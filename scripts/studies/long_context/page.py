@@ -1,8 +1,8 @@
-"""The results of the study as a table and in words.
+"""What was found, as a table and in words.
 
-Two models are compared on the same prompts by the answers that only one of them has correct: wins of the first model and
-losses. The interval of the difference of their shares is Student's t over the pairs; there is none where all pairs are
-equal. The exact sign test (McNemar) decides whether a model is better: w of w + l by chance, each with p = ½.
+Of two models' answers to the same prompts, those count that only one of them has right: a wins, b loses. The interval of the
+difference of shares is Student's over the pairs, none where all pairs are alike; whether the one is better, the exact sign
+test says (McNemar): w of w + l by chance, p = ½ each.
 """
 
 import dataclasses
@@ -50,17 +50,17 @@ def verdict(row: Mapping[str, Any]) -> str:
     """What a row of the table says, in words."""
     untuned, scaled, tuned = (round(row[name]["value"] * row["prompts"]) for name in MODELS)
     found = (
-        f"{row['kind']}: of {row['prompts']} keys the tuned model finds {tuned}, the untuned model {untuned} with its own "
-        f"positions and {scaled} with scaled positions"
+        f"{row['kind']}: of {row['prompts']} keys the tuned model finds {tuned}, the untuned one {untuned} as it is and "
+        f"{scaled} with its positions divided"
     )
     gains = [*row["gains"].values()]
     if 2 * 0.5 ** row["prompts"] >= SIGNIFICANCE:  # p of all pairs alike
-        return f"{found}: too few keys for a verdict"
+        return f"{found}: too few to tell"
     if all(gain["p"] < SIGNIFICANCE and gain["value"] > 0 for gain in gains):
-        return f"{found}: significantly more than both (p up to {max(gain['p'] for gain in gains):.2g})"
+        return f"{found}: clearly more than either (p up to {max(gain['p'] for gain in gains):.2g})"
     if any(gain["p"] < SIGNIFICANCE and gain["value"] < 0 for gain in gains):
-        return f"{found}: significantly fewer than one of them"
-    return f"{found}: not significantly more than both (p up to {max(gain['p'] for gain in gains):.2g})"
+        return f"{found}: clearly less than one of them"
+    return f"{found}: not clearly more than both (p up to {max(gain['p'] for gain in gains):.2g})"
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -72,21 +72,20 @@ def markdown(report: Mapping[str, Any]) -> str:
     training, total = (report["seconds"][name] / 60 for name in ("training", "all"))
     versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
     lines = [
-        "# Retrieval beyond the context after training with shifted sparse attention",
+        "# Beyond the context: trained with shifted sparse attention, asked with dense attention",
         "",
-        f"{arguments['model']}, whose context is {report['context']} positions, is fine-tuned for {extended} positions "
-        f"with the recipe of LongLoRA. Each prompt hides a key of {DIGITS} digits in filler text and asks for it at the "
-        "end. Evaluation uses dense attention.",
+        f"{arguments['model']}, made for {report['context']} positions, fine-tuned for {extended} by LongLoRA's recipe,",
+        f"and asked for a key of {DIGITS} digits that stands somewhere in filler.",
         "",
         *(f"- {verdict(row)}." for row in report["rows"] if row["depth"] == ALL),
         "",
-        f"Training: {steps} steps of one row of {length} tokens, whose positions have gaps; learning rate {rate:g} "
-        f"(LoRA+, ratio {ratio:g}), rank {rank}, {report['dtype']}. The mean loss was {first:.2f} over the first five "
-        f"steps and {last:.2f} over the last five. Device: {report['device']}, cores: {report['cores']}; {versions}. "
-        f"Training took {training:.0f} minutes, and the whole study {total:.0f} minutes. Made by `{report['command']}`. "
-        "The docstring of the program describes the method.",
+        f"{steps} steps of one row of {length} tokens, whose positions have gaps; learning rate {rate:g}",
+        f"(LoRA+, ratio {ratio:g}), rank {rank}, {report['dtype']}. The loss was {first:.2f} over the first five steps and",
+        f"{last:.2f} over the last five. Device: {report['device']}, cores: {report['cores']}; {versions};",
+        f"{training:.0f} minutes of training, {total:.0f} with all questions. Made by",
+        f"`{report['command']}`, whose head describes it.",
         "",
-        "Shares of correct answers with 95 % intervals. An answer is correct where greedy decoding gives all digits:",
+        "Shares of right answers, greedy and of all digits, with 95 % intervals:",
         "",
         f"| prompts | key in | number | {' | '.join(MODELS)} | tuned - untuned |",
         f"|{' --- |' * (len(MODELS) + 4)}",
@@ -99,14 +98,10 @@ def markdown(report: Mapping[str, Any]) -> str:
         lines.append(f"| {row['kind']} | {row['depth']} | {row['prompts']} | {' | '.join(cells)} |")
     lines += [
         "",
-        "The prompts:",
-        "",
-        f"- within: {length} tokens with gaps; the last position is in the upper half of the context;",
-        f"- beyond: {length} tokens with gaps; the last position is between the context and {extended};",
-        f"- real: {extended} tokens without gaps.",
-        "",
-        '"key in" is the third of the positions that holds the key. The tuned model has also learned the wording of the '
-        "question. The rows `within` of the untuned model show how much of the gain is due to that and not to positions.",
+        f"within: {length} tokens with gaps, the last position in the upper half of the context; beyond: the same, the last",
+        f"position between it and {extended}; real: {extended} tokens without gaps. Thirds are those of positions.",
+        "The tuned model has learned the wording of the question, too: how much of its gain is that of positions,",
+        "the untuned model within its context shows.",
         "",
     ]
     return "\n".join(lines)
