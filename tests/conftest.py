@@ -30,7 +30,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     _LIGHT += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _LIGHT)
 
-# Before JAX and `datasets` are imported, which read them then. Whoever names a folder for JAX's cache shares it among sessions.
+# Before JAX and `datasets` are imported, which read them then. Who names a folder for JAX's cache shares it among sessions.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")  # it is removed when the first process of the session ends
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
