@@ -40,7 +40,7 @@ os.environ |= {
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # `datasets` reports each local file that it opens to the hub
 }
 
-MOST_MEMORY = 3 * 2**30  # bytes; a process that runs all modules would need more for its programs
+MOST_MEMORY = 5 * 2**29  # bytes; a process that runs all modules would need more for its programs
 
 
 @pytest.fixture(scope="module", autouse=True)
