@@ -202,8 +202,14 @@ def test_a_tiny_llama(
 @pytest.mark.parametrize(
     ("lora", "optimizer"),
     [
-        (LoRA(rank=8, alpha=16, use_dora=True), Optimizer(learning_rate=2e-3, clip=0.3)),
-        (LORA, Optimizer(learning_rate=5e-4, weight_decay=0.1, clip=0.3, loraplus_lr_ratio=16.0)),
+        pytest.param(
+            LoRA(rank=8, alpha=16, use_dora=True), Optimizer(learning_rate=2e-3, clip=0.3), marks=pytest.mark.integration
+        ),
+        pytest.param(
+            LORA,
+            Optimizer(learning_rate=5e-4, weight_decay=0.1, clip=0.3, loraplus_lr_ratio=16.0),
+            marks=pytest.mark.integration,
+        ),
         (LoRA(rank=8, use_dora=True), Optimizer(learning_rate=2e-4, loraplus_lr_ratio=4.0)),
     ],
     ids=["DoRA", "LoRA+", "both"],
