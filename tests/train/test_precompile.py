@@ -47,7 +47,7 @@ TX = adamw(RATE)
 
 
 def spec_of(rank: int = 4, *, host_optimizer: bool = False) -> StepSpec[ModelSpec]:
-    model = ModelSpec(llama_config(CONFIG), method=LoRA(rank), dtype="float32", remat="none")
+    model = ModelSpec(llama_config(CONFIG | {"model_type": "llama"}), method=LoRA(rank), dtype="float32", remat="none")
     optimizer = OptimizerSpec(host_optimizer=host_optimizer)
     return StepSpec(model, language_model_objective(packed=False), BatchSpec(batch_size=2, length=16), optimizer)
 
