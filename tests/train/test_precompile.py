@@ -184,8 +184,8 @@ import json, pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import lowered, test_precompile
 with lowered.steps_lowered() as found:
-    options = test_programs.options_of(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]), dora=True)
-    test_programs.finetune(options, progress=False)
+    options = test_precompile.options_of(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]), dora=True)
+    test_precompile.finetune(options, progress=False)
 print(json.dumps(found))
 """
 
