@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qlora_jax.data.messages import Message, checked_messages, checked_text, checked_tools
-from qlora_jax.data.records import DataError
+from qlora_jax.errors import DataError
 
 __all__ = ["SCHEMAS", "TURN_MARKER", "Record", "Schema", "Template", "detect_schema", "parse", "split_turns"]
 

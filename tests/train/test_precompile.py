@@ -46,7 +46,7 @@ TX = adamw(RATE)
 
 
 def spec_of(rank: int = 4, *, host_optimizer: bool = False) -> StepSpec[ModelSpec]:
-    model = ModelSpec(llama_config(CONFIG), method=LoRA(rank), dtype="float32", remat="none")
+    model = ModelSpec(llama_config(CONFIG | {"model_type": "llama"}), method=LoRA(rank), dtype="float32", remat="none")
     optimizer = OptimizerSpec(host_optimizer=host_optimizer)
     return StepSpec(model, language_model_objective(packed=False), BatchSpec(batch_size=2, length=16), optimizer)
 
@@ -183,12 +183,13 @@ import json, pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import lowered, test_precompile
 with lowered.steps_lowered() as found:
-    options = test_programs.options_of(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]), dora=True)
-    test_programs.finetune(options, progress=False)
+    options = test_precompile.options_of(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]), dora=True)
+    test_precompile.finetune(options, progress=False)
 print(json.dumps(found))
 """
 
 
+@pytest.mark.integration
 def test_so_does_one_on_several_devices(tiny_llama: Path, tmp_path: Path) -> None:
     """With DoRA, whose constants lie whole on each device."""
     done = subprocess.run(

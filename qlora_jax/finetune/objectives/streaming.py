@@ -73,9 +73,7 @@ class Stream:
         )
 
 
-def open_stream(
-    data: "DataOptions", encode: Callable[..., tuple[list[Example], Report]]
-) -> tuple[Stream, Corpus[Example]]:
+def open_stream(data: "DataOptions", encode: Callable[..., tuple[list[Example], Report]]) -> tuple[Stream, Corpus[Example]]:
     """Return the stream that `data` names, and a corpus of the held-out examples only.
 
     The first rows to train on are read before any long work; their template is taken for that of all rows.
