@@ -12,12 +12,11 @@ import dataclasses
 import json
 import sys
 from contextlib import nullcontext
-from typing import Any
 
 import jax
 from flax import nnx
 
-from qlora_jax.adapters.pretrained import TunedOptions, open_tuned
+from qlora_jax.adapters.pretrained import PretrainedOptions
 from qlora_jax.cli import run
 from qlora_jax.evaluate import Prompts, Scores, encode_questions, evaluate_mmlu, read_questions
 from qlora_jax.models import CausalLM, causal_family_of, positions_left
@@ -55,7 +54,7 @@ class MMLUOptions:
 class Options:
     """The command line."""
 
-    model: TunedOptions = dataclasses.field(default_factory=TunedOptions)
+    model: PretrainedOptions = dataclasses.field(default_factory=PretrainedOptions)
     mmlu: MMLUOptions = dataclasses.field(default_factory=MMLUOptions)
 
 
@@ -80,8 +79,8 @@ def evaluate(options: Options) -> Scores:
 
 def load(options: Options) -> tuple[CausalLM, Prompts, str]:
     """(the model with its adapter, the prompts, what they are in words); all small files are read before the weights."""
-    asked, tuned = options.mmlu, open_tuned(options.model)
-    config: Any = causal_family_of(tuned.checkpoint.config).config(tuned.checkpoint.config)
+    asked, pretrained = options.mmlu, options.model.open()
+    causal_family_of(pretrained.checkpoint.config)  # raises for an encoder-decoder
     questions = read_questions(
         str(asked.mmlu),
         split=asked.split,
@@ -90,10 +89,10 @@ def load(options: Options) -> tuple[CausalLM, Prompts, str]:
         limit=asked.limit,
         seed=asked.seed,
     )
-    room = positions_left(config, None if tuned.adapter is None else tuned.adapter.method)
+    room = positions_left(pretrained.checkpoint.model_config, pretrained.method)
     longest = asked.max_length if room is None else min(asked.max_length, room)
-    prompts = encode_questions(questions.questions, tuned.tokenizer, longest)
-    model = tuned.load(mesh=data_mesh(), progress=sys.stderr.isatty())
+    prompts = encode_questions(questions.questions, pretrained.tokenizer, longest)
+    model = pretrained.load(mesh=data_mesh(), progress=sys.stderr.isatty())
     assert isinstance(model, CausalLM)  # as `causal_family_of` has made sure
     return model, prompts, f"{questions}; {prompts}"
 

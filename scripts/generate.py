@@ -21,8 +21,7 @@ import tyro
 from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.adapters.pretrained import TunedOptions, open_tuned
-from qlora_jax.checkpoint.tokenizer import stop_ids
+from qlora_jax.adapters.pretrained import PretrainedOptions
 from qlora_jax.data import Template, encode_prompt
 from qlora_jax.models import T5, Model
 from qlora_jax.serve import Sampling, generate, generate_seq2seq, stream_text
@@ -60,7 +59,7 @@ class AnswerOptions:
 class Options:
     """The command line."""
 
-    model: TunedOptions = dataclasses.field(default_factory=TunedOptions)
+    model: PretrainedOptions = dataclasses.field(default_factory=PretrainedOptions)
     prompt: PromptOptions = dataclasses.field(default_factory=PromptOptions)
     answer: AnswerOptions = dataclasses.field(default_factory=AnswerOptions)
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
@@ -133,15 +132,15 @@ def read_stdin() -> str:
 
 def load(options: Options) -> Loaded:
     """The model with its adapter, its tokenizer, and the tokens that end its answers."""
-    tuned = open_tuned(options.model)
-    tokenizer, record = tuned.tokenizer, tuned.record
-    template = cast(Template | None, options.prompt.template or (record and record.template))
+    pretrained = options.model.open()
+    tokenizer, metadata = pretrained.tokenizer, pretrained.adapter_metadata
+    template = cast(Template | None, options.prompt.template or (metadata and metadata.template))
     if template in (None, "auto"):
         template = "plain" if tokenizer.chat_template is None else "chat"
     encode_prompt([*opening(options), user("?")], tokenizer, template=template)  # can this form hold such a conversation?
-    model = tuned.load(progress=sys.stderr.isatty())
+    model = pretrained.load(progress=sys.stderr.isatty())
     graphdef, state = nnx.split(model)
-    eos_ids = stop_ids(tuned.source, options.model.revision, tokenizer)
+    eos_ids = pretrained.stop_ids
     if isinstance(model, T5):  # nothing limits its length
         return Loaded(graphdef, state, tokenizer, template, eos_ids, None, model.config.decoder_start_token_id)
     return Loaded(graphdef, state, tokenizer, template, eos_ids, model.max_positions, None)

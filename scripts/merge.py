@@ -18,18 +18,14 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from qlora_jax.adapters.bind import check_family, load_adapter
-from qlora_jax.adapters.files import read_adapter
-from qlora_jax.adapters.metadata import chosen_quantization, read_adapter_metadata, with_scaling
-from qlora_jax.adapters.special_tokens import grown
-from qlora_jax.adapters.weight_init import parted, rewriting
-from qlora_jax.checkpoint.default_model import fetch_default_model
-from qlora_jax.checkpoint.load import load_model, storage_of
+from qlora_jax.adapters.metadata import QuantizationChoice
+from qlora_jax.adapters.pretrained import open_pretrained
+from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
-from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, tokenizer_source
 from qlora_jax.export.drift import logit_drift, sample_logits
-from qlora_jax.export.merge import MergedDtype, merge
-from qlora_jax.quant import DataType, EmbeddingStorage, Quantization
+from qlora_jax.export.merge import MergedDtype
+from qlora_jax.export.pretrained import merge_pretrained
+from qlora_jax.quant import DataType, Quantization
 
 LOW_AGREEMENT = 0.9  # share of positions with the same most likely token, below which the other base is named
 SAMPLES = (
@@ -86,48 +82,30 @@ def main() -> int:
 
 
 def run(arguments: Arguments) -> None:
-    record = read_adapter_metadata(arguments.adapter)
-    quantization = chosen_quantization(record, arguments.data_type, arguments.block_size, arguments.double_quantization)
-    embedding_storage: EmbeddingStorage = "none" if record is None else record.embedding_storage
-    if arguments.base == "dequantized" and quantization is None and embedding_storage == "none":
+    choice = QuantizationChoice(arguments.data_type, arguments.block_size, arguments.double_quantization)
+    pretrained = open_pretrained(arguments.model, arguments.adapter, revision=arguments.revision, quantization=choice)
+    quantization, tokenizer = pretrained.quantization, pretrained.tokenizer
+    if arguments.base == "dequantized" and quantization is None and pretrained.embedding_storage == "none":
         raise ValueError("--base dequantized: expected an adapter that was trained on 4 bits, found one on dense weights")
-    source = arguments.model or str(fetch_default_model())
-    checkpoint = open_checkpoint(source, arguments.revision)
-    quantization = storage_of(checkpoint, quantization)
-    adapter, taken = parted(read_adapter(arguments.adapter), record)
-    rewrite = rewriting(adapter.method, taken, quantization)
-    check_family(adapter, checkpoint.config["model_type"])
-    checkpoint = with_scaling(grown(checkpoint, adapter), None if record is None else record.scaling)
-    own = tokenizer_source(source, arguments.adapter)
-    tokenizer = load_tokenizer(own, arguments.revision if own == source else None)
-    check_tokenizer(tokenizer, checkpoint.config)
     texts = SAMPLES if arguments.sample is None else arguments.sample.read_text(encoding="utf-8").split("\n\n")
     batches = [np.asarray([tokenizer(text)["input_ids"][: arguments.sample_tokens]]) for text in texts if text.strip()]
     if not batches:
         raise ValueError(f"--sample {arguments.sample}: expected some text, found none")
 
     packed = (quantization or Quantization()) if arguments.dtype == "4bit" else None
-    merge(
-        checkpoint,
-        adapter,
+    merge_pretrained(
+        pretrained,
         arguments.output,
         dtype="bfloat16" if arguments.dtype == "4bit" else arguments.dtype,
         quantization=packed,
-        from_dequantized=quantization if arguments.base == "dequantized" else None,
-        rewrite=rewrite,
-        from_embedding_storage=embedding_storage if arguments.base == "dequantized" else "none",
-        tokenizer=tokenizer,
+        base=arguments.base,
     )
+    source = pretrained.base.name
     print(f"Merged {arguments.adapter} into {source} ({arguments.base} weights, {arguments.dtype}): {arguments.output}")
     if not arguments.compare:
         return
     # One model at a time: the logits of the first are on the host before the second is loaded.
-    base = load_model(
-        checkpoint, quantization=quantization, embedding_storage=embedding_storage, method=adapter.method, rewrite=rewrite
-    )
-    trained = load_adapter(base, adapter)
-    before = sample_logits(trained, batches)
-    del base, trained
+    before = sample_logits(pretrained.load(), batches)
     after = sample_logits(load_model(open_checkpoint(str(arguments.output)), quantization=packed), batches)
     drift = logit_drift(before, after)
     storage = "dense weights" if quantization is None else quantization.data_type

@@ -95,7 +95,7 @@ def open_quantized(checkpoint: Checkpoint) -> Checkpoint:
     if problems:
         more = len(problems) - _MOST_NAMED
         raise CheckpointError.of(
-            checkpoint.source, problems[:_MOST_NAMED] + ([f"and {more} more of such problems"] if more > 0 else [])
+            checkpoint.name, problems[:_MOST_NAMED] + ([f"and {more} more of such problems"] if more > 0 else [])
         )
 
     def read_quantized(name: str) -> QuantizedTensor:
@@ -237,9 +237,7 @@ def _read_quantized(checkpoint: Checkpoint, name: str, stored: Stored) -> Quanti
     quantization = stored.quantization
     packed = checkpoint.read(name).reshape(-1).view(np.uint8)
     if packed.size != (rows * columns + 1) // 2:
-        raise CheckpointError(
-            f"{checkpoint.source}: {name}: expected {(rows * columns + 1) // 2} bytes, found {packed.size}"
-        )
+        raise CheckpointError(f"{checkpoint.name}: {name}: expected {(rows * columns + 1) // 2} bytes, found {packed.size}")
     _check_map(checkpoint, f"{name}.quant_map", codebook(quantization.data_type))
     scales = checkpoint.read(f"{name}.absmax").reshape(-1)
     absmax = offset = None
@@ -249,10 +247,10 @@ def _read_quantized(checkpoint: Checkpoint, name: str, stored: Stored) -> Quanti
         offset = jnp.float32(stored.offset)
     expected = np.uint8 if absmax is not None else np.float32
     if scales.dtype != expected:
-        raise CheckpointError(f"{checkpoint.source}: {name}.absmax: expected {np.dtype(expected)}, found {scales.dtype}")
+        raise CheckpointError(f"{checkpoint.name}: {name}.absmax: expected {np.dtype(expected)}, found {scales.dtype}")
     finite = [scales] if absmax is None else [absmax, offset]
     if not all(np.isfinite(values).all() for values in finite):
-        raise CheckpointError(f"{checkpoint.source}: {name}: its scales hold NaN or infinite values")
+        raise CheckpointError(f"{checkpoint.name}: {name}: its scales hold NaN or infinite values")
     return from_blocks(
         jnp.asarray(packed),
         jnp.asarray(scales),
@@ -271,6 +269,6 @@ def _check_map(checkpoint: Checkpoint, name: str, expected: np.ndarray) -> None:
     if not np.allclose(found, expected, rtol=0, atol=1e-6):
         worst = int(np.abs(found - expected).argmax())
         raise CheckpointError(
-            f"{checkpoint.source}: {name}: expected the table of its data type, found {found[worst]:g} in place of "
+            f"{checkpoint.name}: {name}: expected the table of its data type, found {found[worst]:g} in place of "
             f"{expected[worst]:g} at {worst}"
         )

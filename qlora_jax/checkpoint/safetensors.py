@@ -67,20 +67,20 @@ class Tensor(NamedTuple):
 
 def open_safetensors_folder(folder: Path, name: str | None = None) -> Checkpoint:
     """Open a folder, having checked everything that headers can tell; `name` stands for it in messages."""
-    source = name or str(folder)
+    place = name or str(folder)
     problems: list[str] = []
     config = _read_json_object(folder / "config.json", problems)
     tensors = _read_headers(folder, problems)
     if problems:
-        raise CheckpointError.of(source, problems)
+        raise CheckpointError.of(place, problems)
     assert config is not None
 
     def read(tensor_name: str) -> np.ndarray:
         if tensor_name not in tensors:
-            raise unknown_tensor(source, tensor_name, tensors)
+            raise unknown_tensor(place, tensor_name, tensors)
         return _read_tensor(tensor_name, tensors[tensor_name])
 
-    return Checkpoint(source, config, {key: tensor.shape for key, tensor in tensors.items()}, read)
+    return Checkpoint(place, config, {key: tensor.shape for key, tensor in tensors.items()}, read)
 
 
 def _read_tensor(name: str, tensor: Tensor) -> np.ndarray:

@@ -1,14 +1,13 @@
 """What a run leaves when training is over: files, figures of the held-out split, and answers before and after."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
@@ -16,16 +15,16 @@ from qlora_jax.adapters.bind import load_adapter
 from qlora_jax.adapters.files import Adapter
 from qlora_jax.adapters.metadata import AdapterMetadata
 from qlora_jax.checkpoint.checkpoint import Checkpoint
-from qlora_jax.checkpoint.tokenizer import save_tokenizer, tokenizer_source
+from qlora_jax.checkpoint.tokenizer import save_tokenizer
 from qlora_jax.evaluate import Prompts
 from qlora_jax.finetune.objectives.answers import show_answers
 from qlora_jax.finetune.objectives.objective import Objective
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.reporting import mmlu
 from qlora_jax.finetune.reporting.card import write_card
-from qlora_jax.finetune.saving import save_tuned
+from qlora_jax.finetune.saving import save_trained
 from qlora_jax.models import DecoderConfig, T5Config
-from qlora_jax.peft import Method
+from qlora_jax.peft import Method, Subtracted
 from qlora_jax.train import TOKENS, Unit, best_evaluation, perplexity, plot_losses, without_adapter
 
 
@@ -45,7 +44,7 @@ def finish(
     record: AdapterMetadata,
     begin: Adapter | None,
     first: Adapter | None,
-    taken: Mapping[str, np.ndarray],
+    subtracted: Subtracted | None,
     questions: Prompts | None,
     say: Callable[[str], None],
     progress: bool,
@@ -58,26 +57,25 @@ def finish(
         name: of the base, a folder or a hub id.
         begin: the adapter that the run began with, or None.
         first: what answers before training, where that is not the base.
-        taken: what was taken off the base before it was stored (checkpoint/from_weights.py), by name.
+        subtracted: what was subtracted from the base before it was stored; None: nothing.
         questions: of MMLU; None for none.
     """
     output = options.run.output
     plot_losses(rows, output / "loss.png", objective.unit)
     tuned = nnx.merge(graphdef, adapter, frozen)
-    folder = save_tuned(
+    folder = save_trained(
         tuned,
         output,
-        method=method,
         base=name,
         checkpoint=checkpoint,
         tokenizer=tokenizer,
-        tables=None if begin is None else begin.tables,
-        taken=taken,
+        resume_adapter=begin,
+        subtracted=subtracted,
         progress=progress,
     )
     if options.tuning.method != "full":  # a model says for itself how it is held
         record.save(folder)
-    if method.token_rows() or options.lora.special_tokens or tokenizer_source(name, options.model.adapter) != name:
+    if method.token_rows() or options.lora.special_tokens or (begin is not None and begin.has_tokenizer):
         save_tokenizer(tokenizer, folder)
     kept = (best_evaluation(rows)[0] if options.run.early_stopping_patience else None) or rows[-1]["step"]
     what = "model" if options.tuning.method == "full" else "adapter"

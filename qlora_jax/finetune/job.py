@@ -26,20 +26,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
-from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.adapters.bind import adapter_tensors, check_family, load_adapter
-from qlora_jax.adapters.files import Adapter, read_adapter
-from qlora_jax.adapters.metadata import AdapterMetadata, read_adapter_metadata, with_scaling
-from qlora_jax.adapters.special_tokens import add_special_tokens, grown, training_tokens, with_tokens
-from qlora_jax.adapters.weight_init import FromWeights, converted_from, parted, rewriting
-from qlora_jax.checkpoint.checkpoint import Checkpoint
-from qlora_jax.checkpoint.default_model import fetch_default_model
-from qlora_jax.checkpoint.fill import Rewrite
-from qlora_jax.checkpoint.load import load_model, storage_of, with_tied
-from qlora_jax.checkpoint.open import open_checkpoint
-from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, stop_ids, tokenizer_source
-from qlora_jax.export.merge import check_all
+from qlora_jax.adapters.bind import adapter_tensors, load_adapter
+from qlora_jax.adapters.files import Adapter
+from qlora_jax.adapters.metadata import AdapterMetadata
+from qlora_jax.adapters.pretrained import Pretrained, open_unchecked
+from qlora_jax.adapters.weight_init import converted_from
 from qlora_jax.finetune.eva import MOST_BATCHES, start_from_inputs
 from qlora_jax.finetune.finish import finish
 from qlora_jax.finetune.folder import claim, complete
@@ -55,9 +47,9 @@ from qlora_jax.finetune.reporting import watch
 from qlora_jax.finetune.reporting.hub import upload
 from qlora_jax.finetune.training import make_optimizer, started_ahead, train_adapter
 from qlora_jax.finetune.virtual_tokens import check_rows, first_tokens, named_tokenizer, started
-from qlora_jax.models import Model, RopeScaling, T5Config, family_of, method_for, positions_left
+from qlora_jax.models import Model, T5Config, method_for, positions_left
 from qlora_jax.nn import data_mesh, place
-from qlora_jax.peft import LoRA, Method
+from qlora_jax.peft import LoRA, Subtracted, reads_weights
 from qlora_jax.plan.recipe import Recipe
 from qlora_jax.train import learning_rate_schedule, split
 
@@ -71,38 +63,26 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
         ValueError, OSError: bad input, in one message, before any long work; a loss that diverged.
     """
     options.check()
-    method, quantization, mesh = options.method(), options.model.quantization(), data_mesh()
-    begin, trained, taken = None, None, None
-    if options.model.adapter is not None:
-        trained = read_adapter_metadata(options.model.adapter)
-        begin, taken = parted(read_adapter(options.model.adapter), trained)
-    if begin is not None:
-        method = begin.method
-        if isinstance(method, LoRA):
-            method = dataclasses.replace(method, dropout=options.lora.dropout)
+    mesh = data_mesh()
+    claim(options)
+    pretrained = _open(options)
+    begin, trained, quantization = pretrained.adapter, pretrained.adapter_metadata, pretrained.quantization
+    name, checkpoint, tokenizer = pretrained.base.name, pretrained.checkpoint, pretrained.tokenizer
+    config, method = checkpoint.model_config, pretrained.method
+    assert method is not None
     if options.optimizer.loraplus_lr_ratio is not None and not isinstance(method, LoRA):
         raise ValueError(f"loraplus_lr_ratio: expected none with {method.peft_type}, which has no A and B")
-    claim(options)
-    name = options.model.model or str(fetch_default_model())
-    checkpoint, tokenizer, method, scaling = _open(options, name, begin, method, trained)
-    family = family_of(checkpoint.config)
-    quantization = storage_of(checkpoint, quantization)
-    eos_ids = stop_ids(name, options.model.revision, tokenizer)
-    config = family.config(checkpoint.config)
+    eos_ids = pretrained.stop_ids
     options.context.check(config, options.objective.objective)
-    check_all(with_tied(checkpoint, family), begin)
-    method = method_for(named_tokenizer(method, name), config) or method
     starts_as = first_tokens(method, tokenizer, config, options.run.seed)
-    nnx.eval_shape(lambda: family.model(config, method=method, rngs=nnx.Rngs(0)))  # does the adapter find what it names?
     positions = positions_left(config, method)
     room = config if positions is None else dataclasses.replace(config, max_position_embeddings=positions)
     watched = watch.prepare(options, tokenizer, room, _say, progress=progress)
     make = seq2seq if isinstance(config, T5Config) else DECODER_OBJECTIVES[options.objective.objective]
     objective = make(Setting(options, tokenizer, config, eos_ids, _say, progress))
     check_rows(method, config, objective.length, packed="segment_ids" in objective.arrays)
-    rewrite = rewriting(method, taken, quantization)
-    start = converted_from(method) if taken is None or trained is None else trained.converted_from
-    record = AdapterMetadata(quantization, objective.template, options.model.embedding_storage, start, scaling)
+    start = converted_from(method) if pretrained.subtracted is None or trained is None else trained.converted_from
+    record = AdapterMetadata(quantization, objective.template, options.model.embedding_storage, start, pretrained.scaling)
     _compare(trained, record)
     warn_beyond(config, objective.length, _say)
     source = objective.training(_rows(options))
@@ -123,12 +103,11 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
     )
     tx = make_optimizer(options, learning_rate)
     with closing(started_ahead(options, objective, recipe, tx, source)) as ahead:
-        model = _load(options, checkpoint, recipe, mesh, rewrite, progress)
+        model, subtracted = _load(options, pretrained, recipe, mesh, progress)
         first = begin  # what answers before training, where that is not the base
         if begin is not None:
             model = load_adapter(model, begin)
-        elif isinstance(rewrite, FromWeights):
-            model = rewrite.fill(model)
+        elif isinstance(method, LoRA) and reads_weights(method.init_lora_weights):
             first = Adapter("the run's start", method, None, adapter_tensors(model))
         elif isinstance(method, LoRA) and method.init_lora_weights == "eva":
             model = _start_from_inputs(options, model, method, recipe, objective, mesh, progress)
@@ -170,7 +149,7 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
             record=record,
             begin=begin,
             first=first,
-            taken={} if rewrite is None else rewrite.tensors,
+            subtracted=subtracted,
             questions=watched.questions,
             say=_say,
             progress=progress,
@@ -199,28 +178,31 @@ def _steps(options: Options, source: Batches) -> int:
     return steps if most is None else min(steps, most)
 
 
-def _open(
-    options: Options, name: str, begin: Adapter | None, method: Method, trained: AdapterMetadata | None
-) -> tuple[Checkpoint, PreTrainedTokenizerFast, Method, RopeScaling | None]:
-    """The base with its tokenizer, all tokens of the run and its scaling of positions; and what trains, with new tokens."""
-    checkpoint = open_checkpoint(name, options.model.revision)
-    own = tokenizer_source(name, options.model.adapter)
-    tokenizer = load_tokenizer(own, options.model.revision if own == name else None)
-    if begin is not None:
-        check_family(begin, checkpoint.config["model_type"])
-        checkpoint = grown(checkpoint, begin)
-    check_tokenizer(tokenizer, checkpoint.config)
-    config = family_of(checkpoint.config).config(checkpoint.config)
-    scaling = options.context.scaling(config, options.data.max_length) or (trained and trained.scaling)
-    checkpoint = with_scaling(checkpoint, scaling)
-    if begin is None and isinstance(method, LoRA):
-        modules = options.context.trained(method.modules_to_save, config.parameter_mappings)
-        method = dataclasses.replace(method, modules_to_save=modules)
-    if options.lora.special_tokens and isinstance(method, LoRA):
-        tokens = add_special_tokens(tokenizer, options.lora.special_tokens)
-        checkpoint = with_tokens(checkpoint, tokens)
-        method = training_tokens(method, checkpoint, tokens)
-    return checkpoint, tokenizer, method, scaling
+def _open(options: Options) -> Pretrained:
+    """Open the base and the adapter, with the run's own method, special tokens and scaling of positions."""
+    pretrained = open_unchecked(
+        options.model.model,
+        options.model.adapter,
+        revision=options.model.revision,
+        quantization=options.model.quantization(),
+        embedding_storage=options.model.embedding_storage,
+    )
+    config, metadata = pretrained.checkpoint.model_config, pretrained.adapter_metadata
+    scaling = options.context.scaling(config, options.data.max_length) or (metadata and metadata.scaling)
+    pretrained = pretrained.with_scaling(scaling)
+    method = options.method() if pretrained.adapter is None else pretrained.method
+    if isinstance(method, LoRA):
+        if pretrained.adapter is None:
+            modules = options.context.trained(method.modules_to_save, config.parameter_mappings)
+            method = dataclasses.replace(method, modules_to_save=modules)
+        else:
+            method = dataclasses.replace(method, dropout=options.lora.dropout)
+    pretrained = pretrained.with_method(method).with_special_tokens(options.lora.special_tokens)
+    assert pretrained.method is not None
+    named, config = named_tokenizer(pretrained.method, pretrained.base.name), pretrained.checkpoint.model_config
+    pretrained = pretrained.with_method(method_for(named, config) or named)
+    pretrained.check()
+    return pretrained
 
 
 def _rows(options: Options) -> int:
@@ -229,25 +211,11 @@ def _rows(options: Options) -> int:
 
 
 def _load(
-    options: Options,
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    mesh: Mesh | None,
-    rewrite: Rewrite | None,
-    progress: bool,
-) -> Model:
-    return load_model(
-        checkpoint,
-        quantization=recipe.quantization,
-        embedding_storage=recipe.embedding_storage,
-        method=recipe.method,
-        dtype=recipe.dtype,
-        remat=recipe.remat,
-        mesh=mesh,
-        seed=options.run.seed,
-        progress=progress,
-        rewrite=rewrite,
-    )
+    options: Options, pretrained: Pretrained, recipe: Recipe, mesh: Mesh | None, progress: bool
+) -> tuple[Model, Subtracted | None]:
+    """Return the model with a new adapter, and what was subtracted from its weights."""
+    pretrained = dataclasses.replace(pretrained, dtype=recipe.dtype, remat=recipe.remat)
+    return pretrained.load_base(mesh=mesh, seed=options.run.seed, progress=progress)
 
 
 def _start_from_inputs(

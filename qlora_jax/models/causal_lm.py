@@ -21,6 +21,7 @@ from qlora_jax.models.chunks import chunk_count
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import DecoderLayer, make_norm
 from qlora_jax.models.kv_cache import KVCache, empty_cache
+from qlora_jax.models.origin import Origin
 from qlora_jax.models.parameter_mapping import linear_modules
 from qlora_jax.models.prompts import with_prompt
 from qlora_jax.models.shape import method_for, positions_left
@@ -49,6 +50,9 @@ class CausalLM(nnx.Module):
     """A decoder-only language model.
 
     Attributes:
+        quantization, embedding_storage: how the model was asked to store its linear layers, and its embedding and head.
+        method: the method of fine-tuning that the model was made with, as `method_for` completed it; None: none.
+        origin: the checkpoint of the model, and what loading changed; None for a model with random weights.
         trained: what an adapter trains besides the adapters.
         prompt: virtual tokens, or keys and values of such, before every row; None: none.
         head_delta: the change of a head that is the token table otherwise, or None.
@@ -116,6 +120,10 @@ class CausalLM(nnx.Module):
         self.prompt = Prompt(method, rngs) if isinstance(method, PromptMethod) else None
         attach(self, trained)
         self.config = config
+        self.quantization = quantization
+        self.embedding_storage: EmbeddingStorage = embedding_storage
+        self.method = method
+        self.origin: Origin | None = None
         self.attention: AttentionImplementation = attention
         self.remat: Remat = remat
 

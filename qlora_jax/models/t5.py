@@ -19,6 +19,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from qlora_jax.models.origin import Origin
 from qlora_jax.models.parameter_mapping import linear_modules
 from qlora_jax.models.shape import method_for
 from qlora_jax.models.stack import Remat, by_layer, rematerialise
@@ -64,6 +65,9 @@ class T5(nnx.Module):
     """An encoder-decoder.
 
     Attributes:
+        quantization, embedding_storage: how the model was asked to store its linear layers, and its embedding and head.
+        method: the method of fine-tuning that the model was made with, as `method_for` completed it; None: none.
+        origin: the checkpoint of the model, and what loading changed; None for a model with random weights.
         trained: what an adapter trains besides the adapters.
         prompt: virtual tokens before the sources, or keys and values before those of the decoder; None: none.
         remat: what the backward pass of training recomputes, as for `CausalLM`.
@@ -127,6 +131,10 @@ class T5(nnx.Module):
         attach(self, trained)
         self.prompt = Prompt(method, rngs) if isinstance(method, PromptMethod) else None
         self.config = config
+        self.quantization = quantization
+        self.embedding_storage: EmbeddingStorage = embedding_storage
+        self.method = method
+        self.origin: Origin | None = None
         self.attention: AttentionImplementation = attention
         self.remat: Remat = remat
 

@@ -11,6 +11,7 @@ from qlora_jax.peft.p_tuning import PTuning
 from qlora_jax.peft.prefix_tuning import PrefixTuning
 from qlora_jax.peft.prompt import Prompt, PromptMethod, PromptShape
 from qlora_jax.peft.prompt_tuning import PromptTuning
+from qlora_jax.peft.subtracted import Subtracted
 from qlora_jax.peft.targets import ALL_LINEAR, module_matches
 
 # By PEFT's names. A new method is a file and a line here.
@@ -46,6 +47,7 @@ __all__ = [
     "PromptShape",
     "PromptTuning",
     "ScalesBias",
+    "Subtracted",
     "lora_update",
     "module_matches",
     "reads_weights",

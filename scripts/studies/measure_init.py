@@ -24,7 +24,6 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from qlora_jax.adapters.weight_init import FromWeights, rewriting
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import load_model
@@ -78,10 +77,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name, method in methods.items():
         start = time.perf_counter()
-        rewrite = rewriting(method, None, quantization)
-        model = load_model(checkpoint, quantization=quantization, method=method, dtype=jnp.float32, rewrite=rewrite)
-        if isinstance(rewrite, FromWeights):
-            model = rewrite.fill(model)
+        model = load_model(checkpoint, quantization=quantization, method=method, dtype=jnp.float32)
         seconds = time.perf_counter() - start
         errors = layer_errors(checkpoint, model)
         drift = logit_drift(exact, sample_logits(model, batches))

@@ -20,7 +20,8 @@ import safetensors.numpy
 from flax import nnx
 
 from qlora_jax.adapters.bind import load_adapter
-from qlora_jax.adapters.files import Adapter, tensor_name, write_adapter
+from qlora_jax.adapters.files import Adapter, write_adapter
+from qlora_jax.adapters.names import tensor_name
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import load_model

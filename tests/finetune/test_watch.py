@@ -135,7 +135,7 @@ def test_what_cannot_be_watched(options: Options, tiny_llama: Path, monkeypatch:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("the model was read")
 
-    monkeypatch.setattr("qlora_jax.finetune.job.load_model", fail)
+    monkeypatch.setattr("qlora_jax.adapters.pretrained.load", fail)
     with pytest.raises(ValueError, match="sample_every: expected held-out data and samples of at least 1, found none"):
         finetune(but(options, "run", samples=0), progress=False)
     with pytest.raises(ValueError, match=r"mmlu\.jsonl: expected a file of examples for 5-shot prompts"):

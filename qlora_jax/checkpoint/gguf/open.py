@@ -32,7 +32,7 @@ def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
     Raises:
         CheckpointError: the file is damaged or cut off, of another architecture, or says anything that is not understood.
     """
-    source = name or str(path)
+    place = name or str(path)
     header = read_header(path)
     check_storage(header)
     problems: list[str] = []
@@ -40,13 +40,13 @@ def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
     architecture = header.metadata.get("general.architecture")
     names = _names(header, str(architecture), config, problems) if config else {}
     if problems:
-        raise CheckpointError.of(source, problems)
+        raise CheckpointError.of(place, problems)
 
     family = ARCHITECTURES[str(architecture)]
 
     def read(tensor_name: str) -> np.ndarray:
         if tensor_name not in names:
-            raise unknown_tensor(source, tensor_name, names)
+            raise unknown_tensor(place, tensor_name, names)
         stored = names[tensor_name]
         part, rows = _part(stored), header.tensors[stored].shape[0]
         order = family.orders.get(part)
@@ -55,7 +55,7 @@ def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
         return values - np.float32(family.norm_offset) if family.norm_offset and stored.endswith("norm.weight") else values
 
     shapes = {hf: header.tensors[stored].shape for hf, stored in names.items()}
-    return Checkpoint(source, config, shapes, read)
+    return Checkpoint(place, config, shapes, read)
 
 
 def _part(stored: str) -> str:

@@ -39,7 +39,6 @@ def main() -> None:
 
     from qlora_jax.checkpoint.load import load_model
     from qlora_jax.checkpoint.open import open_checkpoint
-    from qlora_jax.models import family_of
     from qlora_jax.peft import LoRA
     from qlora_jax.plan import Recipe
     from qlora_jax.plan.recipe import abstract_step
@@ -47,7 +46,7 @@ def main() -> None:
 
     checkpoint = open_checkpoint(arguments.model)
     recipe = Recipe(
-        config=family_of(checkpoint.config).config(checkpoint.config),
+        config=checkpoint.model_config,
         method=LoRA(rank=arguments.rank, alpha=16.0),
         dtype=arguments.dtype,
         remat=arguments.remat,

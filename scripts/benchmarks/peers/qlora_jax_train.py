@@ -23,7 +23,6 @@ def main() -> None:
 
     from qlora_jax.checkpoint.load import load_model
     from qlora_jax.checkpoint.open import open_checkpoint
-    from qlora_jax.models import family_of
     from qlora_jax.peft import LoRA
     from qlora_jax.plan import Recipe
     from qlora_jax.plan.recipe import abstract_model
@@ -38,7 +37,7 @@ def main() -> None:
     checkpoint, tx = open_checkpoint(arguments.model), adamw(2e-4, max_grad_norm=0.3)
     quantization, lora = Quantization("nf4", double_quantization=True), LoRA(rank=arguments.rank, alpha=16.0)
     recipe = Recipe(
-        family_of(checkpoint.config).config(checkpoint.config),
+        checkpoint.model_config,
         quantization=quantization,
         method=lora,
         dtype=arguments.dtype,
