@@ -84,11 +84,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the training job when it is used: it needs transformers, datasets and matplotlib, which take seconds."""
+    """Import the training job when it is used: it needs packages that take seconds to import."""
     if name in ("Options", "finetune"):
-        from qlora_jax import finetune as job
+        import importlib
 
-        # Set here, because importing the package `qlora_jax.finetune` has set its own name to the module.
-        globals().update(finetune=job.finetune, Options=job.Options)
-        return globals()[name]
+        # `qlora_jax.finetune` is a package that can be called; see there.
+        package = importlib.import_module("qlora_jax.finetune")
+        return package if name == "finetune" else package.Options
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -39,8 +39,8 @@ def from_pretrained(
 ) -> tuple[Model, "PreTrainedTokenizerFast"]:
     """Return (model, tokenizer) of a base model, with a saved adapter, with a new one, or without one.
 
-    The model maps int32 tokens `[b, t]` to logits `[b, t, vocabulary]` (a `CausalLM`), or sources `[b, s]` and decoder inputs
-    `[b, t]` to logits (a `T5`).
+    The model maps int32 tokens `[b, t]` to logits `[b, t, vocabulary]` (a `CausalLM`), or int32 sources `[b, s]` and decoder
+    inputs `[b, t]` to such logits (a `T5`).
 
     Args:
         model: a folder, a .gguf file or a repository id of the Hugging Face hub; SmolLM2-135M-Instruct if None.

@@ -1,5 +1,9 @@
 """The main job, from options to an adapter."""
 
+import sys
+from pathlib import Path
+from types import ModuleType
+
 from qlora_jax.finetune.job import finetune
 from qlora_jax.finetune.options.options import (
     DataOptions,
@@ -26,3 +30,17 @@ __all__ = [
     "WatchOptions",
     "finetune",
 ]
+
+
+class _CallablePackage(ModuleType):
+    """Lets the package be called as the function of its name.
+
+    `import qlora_jax as qj` makes `qj.finetune` this package, as soon as anything has imported it, and a user calls
+    `qj.finetune(qj.Options(…))`.
+    """
+
+    def __call__(self, options: Options, *, progress: bool = True) -> Path:
+        return finetune(options, progress=progress)
+
+
+sys.modules[__name__].__class__ = _CallablePackage
