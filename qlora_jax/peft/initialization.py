@@ -9,7 +9,7 @@
     eva              A the r main directions of the layer's inputs on the training data, B zero (eva.py)
 
 The first three need a random key alone. The next three read the original weights, while these are loaded
-(checkpoint/from_weights.py).
+(checkpoint/initialize.py).
 """
 
 import re

@@ -133,7 +133,7 @@ def write_lora(lora: Any, modules: Sequence[str]) -> dict[str, Any]:
         **({"eva_config": _EVA} if lora.init_lora_weights == "eva" else {}),
         "exclude_modules": as_list(lora.exclude_modules),
         "fan_in_fan_out": False,
-        # The others change the base, and files hold what fits the original (checkpoint/from_weights.py).
+        # The others change the base, and files hold what fits the original (adapters/weight_init.py).
         "init_lora_weights": True if reads_weights(lora.init_lora_weights) else lora.init_lora_weights,
         "layer_replication": None,
         "layers_pattern": as_list(lora.layers_pattern),
