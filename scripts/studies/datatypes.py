@@ -183,7 +183,8 @@ def run(arguments: Arguments) -> int:
 def open_study(arguments: Arguments, source: str) -> Study:
     """Reads all small files."""
     checkpoint = open_checkpoint(source)
-    config = causal_family_of(checkpoint.config).config(checkpoint.config)
+    causal_family_of(checkpoint.config)  # raises for an encoder-decoder
+    config = checkpoint.model_config
     if checkpoint.quantization is not None:
         raise ValueError(f"{source}: expected weights in 16 or 32 bits, found {checkpoint.quantization}")
     tokenizer = load_tokenizer(arguments.model or str(fetch_default_model()))

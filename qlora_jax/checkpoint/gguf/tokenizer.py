@@ -14,9 +14,9 @@ that occur in UTF-8 only beyond plane 3), so that text with those bytes is not r
 the model.
 
 "llama" is SentencePiece's BPE: text is not cut into words, spaces are written as U+2581, one space is put before each
-stretch of text, and characters that the vocabulary does not have become tokens of their bytes. The file has scores in place of
-merges: two neighbours are joined where the vocabulary has the result, the result with the highest score first. A list of all
-such pairs in that order is equivalent.
+stretch of text, and characters that the vocabulary does not have become tokens of their bytes. The file has scores in place
+of merges: two neighbours are joined where the vocabulary has the result, the result with the highest score first. A list of
+all such pairs in that order is equivalent.
 """
 
 from collections.abc import Mapping
