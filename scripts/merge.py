@@ -18,8 +18,9 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from qlora_jax.adapters.metadata import QuantizationChoice
+from qlora_jax.adapters.metadata import QuantizationChoice, read_adapter_metadata
 from qlora_jax.adapters.pretrained import open_pretrained
+from qlora_jax.checkpoint.hub import resolve
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.export.drift import logit_drift, sample_logits
@@ -83,10 +84,15 @@ def main() -> int:
 
 def run(arguments: Arguments) -> None:
     choice = QuantizationChoice(arguments.data_type, arguments.block_size, arguments.double_quantization)
-    pretrained = open_pretrained(arguments.model, arguments.adapter, revision=arguments.revision, quantization=choice)
+    adapter = resolve(arguments.adapter)
+    if arguments.base == "dequantized":
+        metadata = read_adapter_metadata(adapter)
+        if choice.complete(metadata) is None and (metadata is None or metadata.embedding_storage == "none"):
+            raise ValueError(
+                "--base dequantized: expected an adapter that was trained on 4 bits, found one on dense weights"
+            )
+    pretrained = open_pretrained(arguments.model, adapter, revision=arguments.revision, quantization=choice)
     quantization, tokenizer = pretrained.quantization, pretrained.tokenizer
-    if arguments.base == "dequantized" and quantization is None and pretrained.embedding_storage == "none":
-        raise ValueError("--base dequantized: expected an adapter that was trained on 4 bits, found one on dense weights")
     texts = SAMPLES if arguments.sample is None else arguments.sample.read_text(encoding="utf-8").split("\n\n")
     batches = [np.asarray([tokenizer(text)["input_ids"][: arguments.sample_tokens]]) for text in texts if text.strip()]
     if not batches:

@@ -202,8 +202,8 @@ class Pretrained:
 
 
 def open_pretrained(
-    model: str | Path | None = None,
-    adapter: str | Path | None = None,
+    model: str | Path | Snapshot | None = None,
+    adapter: str | Path | Snapshot | None = None,
     *,
     revision: str | None = None,
     quantization: Quantization | QuantizationChoice | None = AS_TRAINED,
@@ -242,8 +242,8 @@ def open_pretrained(
 
 
 def open_unchecked(
-    model: str | Path | None,
-    adapter: str | Path | None,
+    model: str | Path | Snapshot | None,
+    adapter: str | Path | Snapshot | None,
     *,
     revision: str | None,
     quantization: Quantization | QuantizationChoice | None,
@@ -254,21 +254,20 @@ def open_unchecked(
     Raises:
         QLoRAError: files that are missing or damaged, or an adapter or tokenizer that was made for another base.
     """
-    base = resolve(fetch_default_model() if model is None else model, revision)
     snapshot = None if adapter is None else resolve(adapter)
-    metadata, opened, subtracted = None, None, None
-    if snapshot is not None:
-        metadata = read_adapter_metadata(snapshot)
-        opened, subtracted = split_initialization(read_adapter(snapshot), metadata)
+    metadata = None if snapshot is None else read_adapter_metadata(snapshot)
     if isinstance(quantization, QuantizationChoice):
         quantization = quantization.complete(metadata)
     if embedding_storage is None:
         embedding_storage = "none" if metadata is None else metadata.embedding_storage
+    base = resolve(fetch_default_model() if model is None else model, revision)
     checkpoint = open_checkpoint(base)
-    if opened is not None:
+    opened, subtracted = None, None
+    if snapshot is not None:
+        opened, subtracted = split_initialization(read_adapter(snapshot), metadata)
         check_family(opened, checkpoint.config["model_type"])  # before parameters of another family are looked for
         checkpoint = resized_for_adapter(checkpoint, opened)
-    tokenizer = load_tokenizer(snapshot if snapshot is not None and opened is not None and opened.has_tokenizer else base)
+    tokenizer = load_tokenizer(snapshot if opened is not None and opened.has_tokenizer and snapshot is not None else base)
     check_tokenizer(tokenizer, checkpoint.config)
     return Pretrained(
         base,
