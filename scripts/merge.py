@@ -23,6 +23,7 @@ from qlora_jax.adapters.pretrained import open_pretrained
 from qlora_jax.checkpoint.hub import resolve
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
+from qlora_jax.errors import OptionError
 from qlora_jax.export.drift import logit_drift, sample_logits
 from qlora_jax.export.merge import MergedDtype
 from qlora_jax.export.pretrained import merge_pretrained
