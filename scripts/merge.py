@@ -89,9 +89,7 @@ def run(arguments: Arguments) -> None:
     if arguments.base == "dequantized":
         metadata = read_adapter_metadata(adapter)
         if choice.complete(metadata) is None and (metadata is None or metadata.embedding_storage == "none"):
-            raise ValueError(
-                "--base dequantized: expected an adapter that was trained on 4 bits, found one on dense weights"
-            )
+            raise OptionError("--base dequantized: expected an adapter trained on 4 bits, found one on dense weights")
     pretrained = open_pretrained(arguments.model, adapter, revision=arguments.revision, quantization=choice)
     quantization, tokenizer = pretrained.quantization, pretrained.tokenizer
     texts = SAMPLES if arguments.sample is None else arguments.sample.read_text(encoding="utf-8").split("\n\n")
