@@ -21,7 +21,7 @@ from qlora_jax.nn import Linear
 from qlora_jax.peft import LoRA, LoRALinear, Method, Subtracted, module_matches, reads_weights
 from qlora_jax.peft.initialization import pissa_iterations
 from qlora_jax.peft.loftq import loftq
-from qlora_jax.peft.pissa import principal, without
+from qlora_jax.peft.pissa import best_update, subtract_update
 from qlora_jax.quant import Quantization, dequantize, quantize
 
 __all__ = ["Rewrite", "Rewritten", "rewrite_for", "subtracted_from", "with_initial_adapter"]
@@ -116,12 +116,12 @@ def _initialize(method: LoRA, quantization: Quantization | None, module: str, w:
     try:
         if quantization is not None and name == "loftq":
             rounded = partial(_rounded, quantization=quantization)
-            subtracted, initial = loftq(w, scaling, rank=rank, turns=method.loftq_iter, rounded=rounded)
+            subtracted, initial = loftq(w, scaling, rank=rank, iterations=method.loftq_iter, rounded=rounded)
         else:
-            subtracted = initial = principal(w, scaling, rank=rank, iterations=pissa_iterations(name))
+            subtracted = initial = best_update(w, scaling, rank=rank, iterations=pissa_iterations(name))
     except ValueError as error:
         raise OptionError(f"init_lora_weights {name}: {module}: {error}") from error
-    stored = None if subtracted is None else without(w, *subtracted, scaling)
+    stored = None if subtracted is None else subtract_update(w, *subtracted, scaling)
     return Rewritten(stored, initial, subtracted)
 
 

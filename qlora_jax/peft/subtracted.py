@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from qlora_jax.peft.lora import LoRA
-from qlora_jax.peft.pissa import without
+from qlora_jax.peft.pissa import subtract_update
 
 __all__ = ["Subtracted"]
 
@@ -37,4 +37,4 @@ class Subtracted:
         if module not in self.matrices:
             return None
         a, b = (jnp.asarray(matrix) for matrix in self.matrices[module])
-        return without(w, a, b, self.method.scaling_of(module))
+        return subtract_update(w, a, b, self.method.scaling_of(module))

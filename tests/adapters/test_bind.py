@@ -192,6 +192,7 @@ def test_the_files_equal_those_that_peft_writes(make_peer: Callable[..., Peer], 
     assert ours["inference_mode"] is True
 
 
+@pytest.mark.integration
 def test_real_model_with_an_adapter_from_here_in_peft(tmp_path: Path) -> None:
     """SmolLM2-135M, r 8 on all linear layers, over the base that `merge` exports."""
     torch = pytest.importorskip("torch", reason="torch, to compare with, is not installed")
@@ -394,7 +395,7 @@ def test_every_field_that_would_change_the_mathematics_is_named(saved: Path) -> 
         ({"layers_to_transform": "1"}, "layers_to_transform: expected numbers of layers, found '1'"),
         ({"exclude_modules": 3}, "exclude_modules: expected names or one regular expression, found 3"),
         ({"modules_to_save": "lm_head"}, "modules_to_save: expected names of modules, found 'lm_head'"),
-        ({"trainable_token_indices": {"lm_head": 3}}, "trainable_token_indices: expected tokens, or tokens by table"),
+        ({"trainable_token_indices": {"lm_head": 3}}, "trainable_token_indices: expected token ids, or token ids by name"),
         (
             {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
             "ensure_weight_tying = true beside modules_to_save is not supported",
