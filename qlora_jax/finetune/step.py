@@ -5,7 +5,7 @@ stands for on a platform, how long a row is, and what trains beside the adapter.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, cast
 
 from qlora_jax.finetune.objectives import objective_kind
 from qlora_jax.finetune.options.options import Options
@@ -92,9 +92,9 @@ def _method(options: Options, config: ModelConfig) -> tuple[Method, ModelConfig]
     count, size = len(options.lora.special_tokens), config.vocab_size
     if not count:
         return method, config
-    assert isinstance(method, LoRA)  # as `options.check` has made sure
-    tokens = (*method.trainable_token_indices, *range(size, size + count))
+    lora = cast(LoRA, method)  # `options.check` allows special tokens with LoRA alone
+    tokens = (*lora.trainable_token_indices, *range(size, size + count))
     return (
-        dataclasses.replace(method, trainable_token_indices=tokens),
+        dataclasses.replace(lora, trainable_token_indices=tokens),
         dataclasses.replace(config, vocab_size=size + count),
     )

@@ -18,7 +18,7 @@ def first_tokens(method: Method, tokenizer: PreTrainedTokenizerFast, config: Mod
     return method.initial_tokens(text, config.vocab_size, seed)  # pyright: ignore[reportArgumentType]
 
 
-def started(model: Model, tokens: np.ndarray | None) -> Model:
+def start_from(model: Model, tokens: np.ndarray | None) -> Model:
     """Return the model whose virtual tokens start from the embeddings of these tokens."""
     return model if tokens is None else start_from_tokens(model, tokens)
 

@@ -12,6 +12,7 @@ from qlora_jax.peft.p_tuning import PTuning
 from qlora_jax.peft.prefix_tuning import PrefixTuning
 from qlora_jax.peft.prompt import Prompt, PromptMethod, PromptShape
 from qlora_jax.peft.prompt_tuning import PromptTuning
+from qlora_jax.peft.subtracted import Subtracted
 from qlora_jax.peft.targets import ALL_LINEAR, module_matches
 
 # Every method by its name on the command line. A new method is one file of this package and one line here.
@@ -54,6 +55,7 @@ __all__ = [
     "PromptMethod",
     "PromptShape",
     "PromptTuning",
+    "Subtracted",
     "by_name",
     "lora_update",
     "module_matches",

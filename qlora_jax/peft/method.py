@@ -98,6 +98,8 @@ class Method(Protocol):
     Attributes:
         modules_to_save: ends of the names of embeddings, output heads and norms that train in full.
         rank: the inner size of a low-rank update (LoRA's r); 0 for a method without one.
+        use_dora: whether a low-rank update is DoRA's.
+        init_lora_weights: the initialization of a low-rank update, by PEFT's names.
         virtual_tokens: how many virtual tokens stand before those of the text.
         init_text: a text whose tokens the virtual tokens start from; None: there is none.
     """
@@ -116,6 +118,8 @@ class Method(Protocol):
 
     modules_to_save: tuple[str, ...] = ()
     rank: int = 0
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
     virtual_tokens: int = 0
     init_text: str | None = None
 
@@ -233,6 +237,10 @@ class Method(Protocol):
             vocabulary: how many tokens there are to draw from.
         """
         return None
+
+    def projected(self) -> "Method":
+        """Return the method without the encoder that makes its virtual tokens, where it has one."""
+        return self
 
     def make_prompt(self, rngs: nnx.Rngs) -> "Prompt | None":
         """Return the module that holds the virtual tokens of a model; None for a method without them."""

@@ -13,7 +13,7 @@ from lowered import BOTH_PRECOMPILED, steps_lowered
 
 from qlora_jax.adapters.bind import adapter_tensors
 from qlora_jax.adapters.files import read_adapter
-from qlora_jax.adapters.pretrained import TunedOptions, open_tuned
+from qlora_jax.adapters.pretrained import open_pretrained
 from qlora_jax.adapters.virtual_tokens import ENCODER
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.cli import parse
@@ -76,7 +76,7 @@ def test_a_run_and_what_it_leaves(
     card = ModelCard.load(folder / "README.md")
     assert tuning["method"] in card.data.to_dict()["tags"]
 
-    model: Any = open_tuned(TunedOptions(model=str(tiny_llama), adapter=str(folder))).load(progress=False)
+    model: Any = open_pretrained(model=str(tiny_llama), adapter=str(folder)).load(progress=False)
     assert all(np.isfinite(tensor).all() for tensor in adapter_tensors(model).values())
     graph, state = nnx.split(model)
     (answer,) = generate(graph, state, [[5, 6, 7]], max_new_tokens=4)

@@ -93,8 +93,8 @@ def warn_beyond(config: ModelConfig, length: int) -> None:
     if _is_beyond(config, length):
         assert isinstance(config, DecoderConfig)
         _logger.info(
-            "Rows of %d tokens are beyond the model's context of %d: it has never seen such positions. --rope-scaling linear "
-            "(or dynamic, yarn) stretches those that it knows.",
+            "Rows of %d tokens are beyond the model's context of %d: it has never seen such positions. "
+            "--rope-scaling linear (or dynamic, yarn) stretches those that it knows.",
             length,
             config.max_position_embeddings,
         )
