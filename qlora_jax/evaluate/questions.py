@@ -108,8 +108,8 @@ def read_questions(
         seed: seed of the random choice.
 
     Raises:
-        DataError: the columns have neither form, rows are invalid, or a subject has too few examples; the message contains the file
-            or the row.
+        DataError: the columns have neither form, rows are invalid, or a subject has too few examples; the message contains
+            the file or the row.
         OSError: the source does not exist or cannot be read.
     """
     if limit is not None and limit < 1:

@@ -17,12 +17,14 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float, Int
 
 from qlora_jax.errors import OptionError
 from qlora_jax.models.chunks import chunk_count
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import DecoderLayer, make_norm
 from qlora_jax.models.kv_cache import KVCache, empty_cache
+from qlora_jax.models.neftune import neftune_noise
 from qlora_jax.models.parameter_mapping import linear_modules
 from qlora_jax.models.prompts import with_prompt
 from qlora_jax.models.shape import method_for, positions_left
@@ -129,25 +131,25 @@ class CausalLM(nnx.Module):
 
     def __call__(
         self,
-        tokens: Array,
+        tokens: Int[Array, "b t"],
         *,
-        positions: Array | None = None,
-        segment_ids: Array | None = None,
+        positions: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
         key: Array | None = None,
-    ) -> Array:
+    ) -> Float[Array, "b t v"]:
         """Return the logits `[b, t, vocabulary]` of int32 tokens `[b, t]`; see `hidden` for the other arguments."""
         return self.logits(self.hidden(tokens, positions=positions, segment_ids=segment_ids, key=key))
 
     def hidden(
         self,
-        tokens: Array,
+        tokens: Int[Array, "b t"],
         *,
-        positions: Array | None = None,
-        segment_ids: Array | None = None,
+        positions: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
         key: Array | None = None,
         neftune_alpha: float = 0.0,
         attention_groups: int = 1,
-    ) -> Array:
+    ) -> Float[Array, "b t d"]:
         """Return the normalized last hidden states, `[b, t, hidden_size]`.
 
         Args:
@@ -169,7 +171,7 @@ class CausalLM(nnx.Module):
         if key is not None and neftune_alpha > 0:
             # split(key, n)[i] equals fold_in(key, i), so fold_in(key, n) differs from the keys of all layers.
             noise_key = jax.random.fold_in(key, self.config.num_hidden_layers)
-            x = x + self.config.embedding_scale * _neftune_noise(x, segment_ids, neftune_alpha, noise_key).astype(x.dtype)
+            x = x + self.config.embedding_scale * neftune_noise(x, segment_ids, neftune_alpha, noise_key).astype(x.dtype)
         prompt = with_prompt(self.prompt, self.config, x, positions, segment_ids, key)
         rotations = self._rotations(prompt.positions)
         graph, layers = nnx.split(self.layers)
@@ -195,7 +197,9 @@ class CausalLM(nnx.Module):
         x, _ = jax.lax.scan(rematerialise(run_layer, self.remat), prompt.x, inputs)
         return self.norm(x[:, -tokens.shape[1] :])
 
-    def decode(self, tokens: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
+    def decode(
+        self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"], cache: KVCache
+    ) -> tuple[Float[Array, "b v"], KVCache]:
         """Process new tokens after those in the cache.
 
         Args:
@@ -273,7 +277,7 @@ class CausalLM(nnx.Module):
             jnp.asarray(n, jnp.int32),
         )
 
-    def logits(self, hidden: Array) -> Array:
+    def logits(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
         """Return the logits `[..., vocabulary]` of normalized hidden states `[..., hidden_size]`."""
         logits, cap = self.head.logits(hidden), self.logit_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
@@ -336,17 +340,6 @@ class CausalLM(nnx.Module):
     @staticmethod
     def _positions(tokens: Array) -> Array:
         return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-
-
-def _neftune_noise(x: Array, segment_ids: Array | None, alpha: float, key: Array) -> Array:
-    """Return NEFTune's noise (Jain et al. 2023): uniform in ±alpha / sqrt(L d), for rows of L tokens of d features.
-
-    L is the number of tokens without padding if `segment_ids` are given, else the length of the row, as in TRL.
-    """
-    _, length, features = x.shape
-    tokens = jnp.full((1,), length) if segment_ids is None else jnp.maximum((segment_ids > 0).sum(1), 1)
-    bound = alpha / jnp.sqrt(tokens.astype(jnp.float32) * features)
-    return bound[:, None, None] * jax.random.uniform(key, x.shape, jnp.float32, -1.0, 1.0)
 
 
 def _of_kind(rotations: tuple[Array, Array], kind: Array | None) -> tuple[Array, Array]:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float, Int, Shaped
 
 from qlora_jax.models.parameter_mapping import linear_modules
 from qlora_jax.models.shape import method_for
@@ -135,14 +136,21 @@ class T5(nnx.Module):
         self.remat: Remat = remat
 
     def __call__(
-        self, sources: Array, inputs: Array, *, source_mask: Array | None = None, key: Array | None = None
-    ) -> Array:
+        self,
+        sources: Int[Array, "b s"],
+        inputs: Int[Array, "b t"],
+        *,
+        source_mask: Shaped[Array, "b s"] | None = None,
+        key: Array | None = None,
+    ) -> Float[Array, "b t v"]:
         """Return the logits `[b, t, vocabulary]` for int32 sources `[b, s]` and inputs of the decoder `[b, t]`."""
         keys = (None, None) if key is None else jax.random.split(key)
         encoded = self.encode(sources, source_mask, key=keys[0])
         return self.logits(self.hidden(inputs, encoded, source_mask, key=keys[1]))
 
-    def encode(self, sources: Array, source_mask: Array | None = None, *, key: Array | None = None) -> Array:
+    def encode(
+        self, sources: Int[Array, "b s"], source_mask: Shaped[Array, "b s"] | None = None, *, key: Array | None = None
+    ) -> Float[Array, "b n d"]:
         """Return the hidden states of the sources, `[b, s, hidden_size]`, or `[b, n + s, hidden_size]` with virtual tokens.
 
         Args:
@@ -170,7 +178,14 @@ class T5(nnx.Module):
         x, _ = jax.lax.scan(rematerialise(run_layer, self.remat), embedded, (layers, keys))
         return self.encoder.norm(x)
 
-    def hidden(self, inputs: Array, encoded: Array, source_mask: Array | None = None, *, key: Array | None = None) -> Array:
+    def hidden(
+        self,
+        inputs: Int[Array, "b t"],
+        encoded: Float[Array, "b n d"],
+        source_mask: Shaped[Array, "b s"] | None = None,
+        *,
+        key: Array | None = None,
+    ) -> Float[Array, "b t d"]:
         """Return the decoder's last hidden states `[b, t, hidden_size]`, scaled for the output head.
 
         Args:
@@ -205,7 +220,9 @@ class T5(nnx.Module):
         x, _ = jax.lax.scan(rematerialise(run_layer, self.remat), self.shared(inputs), (layers, keys, prefix))
         return self._scale_for_head(self.decoder.norm(x))
 
-    def init_cache(self, encoded: Array, source_mask: Array | None, capacity: int) -> Seq2SeqCache:
+    def init_cache(
+        self, encoded: Float[Array, "b n d"], source_mask: Shaped[Array, "b s"] | None, capacity: int
+    ) -> Seq2SeqCache:
         """Return a cache for `capacity` targets per row that contains only the virtual tokens, if there are any.
 
         Args:
@@ -231,7 +248,7 @@ class T5(nnx.Module):
         mask = jnp.broadcast_to(_mask(encoded, source_mask)[:, 0], (batch, length))
         return Seq2SeqCache(keys, values, source_keys, source_values, mask, jnp.asarray(n, jnp.int32))
 
-    def decode(self, tokens: Array, cache: Seq2SeqCache) -> tuple[Array, Seq2SeqCache]:
+    def decode(self, tokens: Int[Array, " b"], cache: Seq2SeqCache) -> tuple[Float[Array, "b v"], Seq2SeqCache]:
         """Process the decoder's next input, int32 `[b]`; return (logits `[b, vocabulary]`, the cache including it)."""
         length, slots = cache.length, jnp.arange(cache.keys.shape[2])
         bias = self.decoder.bias(length[None], slots, bidirectional=False)
@@ -262,7 +279,7 @@ class T5(nnx.Module):
         logits = self.logits(self._scale_for_head(self.decoder.norm(x[:, -1])))
         return logits, dataclasses.replace(cache, keys=keys, values=values, length=length + 1)
 
-    def logits(self, hidden: Array) -> Array:
+    def logits(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
         """Return the logits `[..., vocabulary]` of hidden states `[..., hidden_size]` that `hidden` returned."""
         return self._head().logits(hidden)
 

@@ -10,13 +10,14 @@ the sum, as PEFT's do.
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import Float, Float32
 
 
 class Delta(nnx.LoRAParam):
     """A float32 difference from a frozen parameter; it is trained and saved with the adapter."""
 
 
-def changed(weight: Array, delta: Array | None) -> Array:
+def changed(weight: Float[Array, "*shape"], delta: Float32[Array, "*shape"] | None) -> Float[Array, "*shape"]:
     """Return weight + delta, rounded once to the dtype of the weight; without a delta, return the weight."""
     return weight if delta is None else (weight.astype(jnp.float32) + delta).astype(weight.dtype)
 

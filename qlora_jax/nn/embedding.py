@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
+from jaxtyping import Float, Int
 
 from qlora_jax.errors import OptionError
 from qlora_jax.nn.delta import Delta, changed
@@ -52,7 +53,7 @@ class Table:
         """(vocabulary, features)."""
         return embedding_shape(self.weight)
 
-    def __call__(self, tokens: Array) -> Array:
+    def __call__(self, tokens: Int[Array, "*tokens"]) -> Float[Array, "*tokens d"]:
         """Look token ids up: int32 `[...]` to `[..., features]` in the dtype of the weight."""
         found = embedding_lookup(self.weight, tokens)
         if self.delta is None:
@@ -64,7 +65,7 @@ class Table:
             change = jnp.einsum("...r,rd->...d", hit.astype(jnp.float32), self.delta)
         return (found.astype(jnp.float32) + change).astype(found.dtype)
 
-    def logits(self, hidden: Array, dtype: DTypeLike | None = None) -> Array:
+    def logits(self, hidden: Float[Array, "*rows d"], dtype: DTypeLike | None = None) -> Float[Array, "*rows v"]:
         """Return hidden `[..., features]` times the transposed matrix, `[..., vocabulary]`: the output head.
 
         Args:
@@ -84,7 +85,7 @@ class Table:
         change = jnp.einsum("...d,rd->...r", hidden, folded.delta.astype(hidden.dtype), preferred_element_type=dtype)
         return logits.at[..., jnp.asarray(self.rows)].add(change)
 
-    def sums(self, share: Array, dtype: DTypeLike | None = None) -> Array:
+    def sums(self, share: Float[Array, "n v"], dtype: DTypeLike | None = None) -> Float[Array, "n d"]:
         """Return share `[n, vocabulary]` times the matrix, `[n, features]`: weighted sums of its rows.
 
         Args:
@@ -164,10 +165,10 @@ class Embedding(nnx.Module):
         delta = None if self.weight_delta is None else self.weight_delta[...]
         return Table(self.weight.get_value(), delta, None if delta is None else self.rows)
 
-    def __call__(self, tokens: Array) -> Array:
+    def __call__(self, tokens: Int[Array, "*tokens"]) -> Float[Array, "*tokens d"]:
         """Look token ids up: int32 `[...]` to `[..., features]` in the dtype of the weight."""
         return self.table(tokens)
 
-    def logits(self, hidden: Array) -> Array:
+    def logits(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
         """Return the logits `[..., vocabulary]` of hidden `[..., features]`, with the embedding as output head."""
         return self.table.logits(hidden)
