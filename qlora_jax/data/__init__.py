@@ -11,6 +11,7 @@
     preferences.py            preference pairs: chosen and rejected answers
     mixture.py                mixes several data sets by weight
     show.py                   prints examples with the learned text in colour
+    questions.py              the question within a prompt, without its template
     batch.py                  pads or packs, shards and shuffles: an iterator whose position can be saved
     stream_batches.py         batches of data sets larger than memory, one buffer at a time
     seq2seq.py                source and target texts → tokens → batches for an encoder-decoder

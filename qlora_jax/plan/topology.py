@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
+from qlora_jax.errors import UnsupportedError
 from qlora_jax.nn.parallel import AXIS
 from qlora_jax.plan.devices import Machine, Platform
 
@@ -26,11 +27,11 @@ _COMPILERS: dict[Platform, tuple[tuple[str, ...], str]] = {
 _KNOWN_TO_JAX = {"NVIDIA GeForce RTX 3090": "NVIDIA A10"}
 
 
-class CompilerMissing(RuntimeError):
+class CompilerMissing(UnsupportedError):
     """The compiler of a device is not installed here; the message says how to install it."""
 
 
-class CompilerRefuses(RuntimeError):
+class CompilerRefuses(UnsupportedError):
     """The compiler that is installed does not know the device, or not this program for it."""
 
 

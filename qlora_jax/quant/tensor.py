@@ -16,7 +16,7 @@ There are two layouts of the codes, each with two codes in a byte:
 
     columns   if in % block_size == 0. codes uint8 [in/2, out]: row j holds row j of the matrix in the high nibble and row
               j + in/2 in the low one, so that kernels unpack both halves without moving values between lanes
-              (docs/layouts.md compares other layouts). scales [in/block_size, out].
+              (docs/notes/layouts.md compares other layouts). scales [in/block_size, out].
     flat      otherwise; blocks then extend over several columns. codes uint8 [blocks, block_size/2]: the first half of a
               block is in the high nibbles, the second in the low ones. scales [blocks].
 

@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 from peft_peer import VOCABULARY, Peer, largest, randomised, run
+from tiers import tiered
 
 from qlora_jax.adapters.bind import load_adapter, save_adapter
 from qlora_jax.adapters.files import read_adapter, read_adapter_config
@@ -67,7 +68,7 @@ def peers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Pee
     return peer
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", tiered(CASES, quick=["both-tables", "tied-both", "t5", "rows-tied", "rows-of-both"]))
 def test_there_and_back_and_merged(peers: Callable[[str, bool], Peer], tmp_path: Path, case: str) -> None:
     """An adapter of PEFT's computes the same here and merged; noise on it, saved from here, the same there."""
     family, tied, fields = CASES[case]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import safetensors.numpy
 from peft_peer import Peer, largest, randomised, run
+from tiers import tiered
 
 from qlora_jax.adapters.bind import load_adapter, save_adapter
 from qlora_jax.adapters.files import read_adapter, read_adapter_config
@@ -80,7 +81,7 @@ def peers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Peer]:
     return peer
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", tiered(CASES, quick=["patterns", "some-layers-by-regex", "gpt-neox", "t5"]))
 def test_there_and_back(peers: Callable[[str], Peer], tmp_path: Path, case: str) -> None:
     """An adapter of PEFT's computes the same here; noise on it, saved from here, the same there."""
     family, fields = CASES[case]
@@ -103,7 +104,7 @@ def test_there_and_back(peers: Callable[[str], Peer], tmp_path: Path, case: str)
         assert configs[0][name] == configs[1][name]
 
 
-@pytest.mark.parametrize("case", ["patterns", "layers", "gpt-neox", "t5"])
+@pytest.mark.parametrize("case", tiered(["patterns", "layers", "gpt-neox", "t5"], quick=["layers", "gpt-neox"]))
 def test_merged(peers: Callable[[str], Peer], tmp_path: Path, case: str) -> None:
     family, fields = CASES[case]
     peer = peers(family)

@@ -191,6 +191,7 @@ def test_the_files_equal_those_that_peft_writes(make_peer: Callable[..., Peer], 
     assert ours["inference_mode"] is True
 
 
+@pytest.mark.integration
 def test_real_model_with_an_adapter_from_here_in_peft(tmp_path: Path) -> None:
     """SmolLM2-135M, r 8 on all linear layers, over the base that `merge` exports."""
     torch = pytest.importorskip("torch", reason="torch, to compare with, is not installed")

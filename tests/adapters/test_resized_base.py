@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from peft_peer import VOCABULARY, Peer, largest, run
+from tiers import tiered
 
 from qlora_jax.adapters.bind import load_adapter, save_adapter
 from qlora_jax.adapters.files import Adapter, read_adapter
@@ -54,7 +55,7 @@ def resized(peer: Peer, rows: int, seed: int) -> Any:
     return base
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", tiered(CASES, quick=["LoRA", "fewer rows", "tied table and head", "tied rows"]))
 def test_there_and_back_and_merged(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family, tied, rows, fields = CASES[case]
     monkeypatch.setattr("peft_peer.VOCABULARY", min(rows, VOCABULARY))  # of the tokens that are asked

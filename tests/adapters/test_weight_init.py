@@ -101,8 +101,12 @@ def test_pissa_is_pefts(peers: Callable[[str], Peer], tmp_path: Path) -> None:
     [
         ("llama", {"init_lora_weights": "pissa", **PATTERNS}),
         ("llama", {"init_lora_weights": "loftq"}),
-        ("llama", {"init_lora_weights": "loftq", "loftq_iter": 3, "modules_to_save": ("norm",)}),
-        ("t5", {"init_lora_weights": "pissa_niter_4"}),
+        pytest.param(
+            "llama",
+            {"init_lora_weights": "loftq", "loftq_iter": 3, "modules_to_save": ("norm",)},
+            marks=pytest.mark.integration,
+        ),
+        pytest.param("t5", {"init_lora_weights": "pissa_niter_4"}, marks=pytest.mark.integration),
     ],
     ids=["pissa", "loftq", "loftq 3", "pissa_niter, t5"],
 )

@@ -121,11 +121,12 @@ def test_few_programs_are_compiled(tiny: tuple[Any, Any, Any]) -> None:
     questions = [question(number, words=1 + 3 * number) for number in range(20)]
     prompts = encode_questions(questions, tokenizer, 512)
     assert len({len(tokens) for tokens in prompts.tokens}) > 10
-    before = mmlu_module._last_logits._cache_size()
+    mmlu_module._last_logits.clear_cache()  # other tests have compiled it for equal models
     letter_logits(graphdef, state, prompts, batch_size=5)
-    assert mmlu_module._last_logits._cache_size() - before == 3  # 128, 256 and 512 tokens
+    assert mmlu_module._last_logits._cache_size() == 3  # 128, 256 and 512 tokens
 
 
+@pytest.mark.integration
 def test_real_questions_equal_transformers() -> None:
     """SmolLM2 on real questions: the letters that transformers finds likeliest after "Answer:"."""
     torch = pytest.importorskip("torch", reason="the peers (torch, transformers' models) are not installed")

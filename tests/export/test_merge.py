@@ -363,6 +363,7 @@ def script() -> ModuleType:
     return module
 
 
+@pytest.mark.integration
 def test_script_merges_the_default_model(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -185,6 +185,7 @@ def learned() -> dict[str, float]:
     return {name: float(metrics[name]) for name in ("loss", "grad_norm")}
 
 
+@pytest.mark.integration
 def test_devices_cut_their_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four devices with a row each learn what one with all of them does."""
     environment = os.environ | {

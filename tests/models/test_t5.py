@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiers import tiered
 
 from qlora_jax.adapters.bind import load_adapter, save_adapter
 from qlora_jax.adapters.files import read_adapter, read_adapter_config
@@ -160,7 +161,7 @@ def test_logits_equal_transformers(make_peer: Callable[[str], Peer], case: str, 
     assert largest(unmasked[1], expected[1]) > 0.1
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", tiered(CASES, quick=["v1.0", "v1.1"]))
 def test_greedy_answers_equal_transformers(make_peer: Callable[[str], Peer], case: str) -> None:
     """Token for token, each source by itself and all in one batch, to the limit or up to a token that ends them."""
     peer = make_peer(case)
@@ -206,7 +207,7 @@ def test_another_start_token_and_sampling(make_peer: Callable[[str], Peer]) -> N
         generate_seq2seq(*model, [source, []], max_new_tokens=0)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", tiered(CASES, quick=["v1.1"]))
 def test_adapters_go_both_ways(make_peer: Callable[[str], Peer], case: str, tmp_path: Path) -> None:
     """A random adapter of PEFT on all linear layers: loaded, it gives PEFT's logits; saved, PEFT loads it and they stay."""
     peer = make_peer(case)
@@ -264,7 +265,7 @@ def training_batches(steps: int) -> list[dict[str, np.ndarray]]:
     return list(seq2seq_batches(examples, **sizes, pad_id=0, decoder_start_id=0, epochs=1))
 
 
-@pytest.mark.parametrize("case", ["v1.0", "v1.1"])
+@pytest.mark.parametrize("case", tiered(["v1.0", "v1.1"], quick=["v1.1"]))
 def test_training_equals_transformers_with_peft(
     make_peer: Callable[[str], Peer], case: str, tmp_path: Path, record_property: Any
 ) -> None:
@@ -354,7 +355,7 @@ def loss_and_gradient(remat: Remat) -> tuple[float, Any]:
     return jax.jit(jax.value_and_grad(loss))(adapter, frozen)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "offload"])
+@pytest.mark.parametrize("remat", tiered(["full", "dots", "offload"], quick=["full"]))
 def test_remat_changes_no_gradient(remat: Remat) -> None:
     (expected, gradient), (found, found_gradient) = loss_and_gradient("none"), loss_and_gradient(remat)
     np.testing.assert_allclose(found, expected, rtol=1e-6)

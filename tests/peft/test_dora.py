@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 from peft_peer import VOCABULARY, Peer, largest, random_tokens, randomised, run
+from tiers import tiered
 
 from qlora_jax.adapters.bind import load_adapter, save_adapter
 from qlora_jax.adapters.files import read_adapter, read_adapter_config
@@ -58,7 +59,7 @@ def peers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Peer]:
     return peer
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", tiered(CASES, quick=["ranks that differ, layers without", "t5"]))
 def test_there_and_back(peers: Callable[[str], Peer], tmp_path: Path, case: str) -> None:
     """An adapter of PEFT's computes the same here, merged too; noise on it, saved from here, the same there."""
     family, fields = CASES[case]
@@ -90,7 +91,7 @@ def test_there_and_back(peers: Callable[[str], Peer], tmp_path: Path, case: str)
     assert largest(run(merged), theirs) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("family", tiered(["llama", "t5"], quick=["llama"]))
 def test_a_fresh_one_changes_nothing_of_a_quantised_model(peers: Callable[[str], Peer], tmp_path: Path, family: str) -> None:
     """It holds the lengths of the columns as they are stored in 4 bits; zeros for it are the base, too."""
     peer, lora = peers(family), LoRA(rank=4, use_dora=True)

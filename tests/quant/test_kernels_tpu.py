@@ -12,6 +12,12 @@ from qlora_jax.quant import StackedTensor, dequantize, kernels, matmul, quantize
 from qlora_jax.quant.kernels.tpu_scales import spread_absmax
 
 
+@jax.jit  # one program, not one an operation
+def product_and_gradient(x: jax.Array, q: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    y, pullback = jax.vjp(lambda x: matmul(x, q), x)
+    return y, pullback(dy)[0]
+
+
 # 1792 rows have 28 scales a column: groups of 256 of them begin within columns.
 @pytest.mark.parametrize(
     ("rows", "columns", "data_type", "block_size", "double", "count"),
@@ -32,10 +38,10 @@ def test_product_and_gradient(
     q = with_implementation(quantize(random(rows, columns), data_type, block_size, double), "pallas")
     dense = np.asarray(dequantize(q, jnp.float32), np.float64)
     x, dy = (jnp.asarray(random(count, size, seed=1), dtype) for size in (rows, columns))
-    y, pullback = jax.vjp(lambda x: matmul(x, q), x)
+    y, dx = product_and_gradient(x, q, dy)
     assert (y.dtype, y.shape) == (dtype, (count, columns))
     assert relative_error(y, np.asarray(x, np.float64) @ dense) < LIMITS[dtype]
-    assert relative_error(pullback(dy)[0], np.asarray(dy, np.float64) @ dense.T) < LIMITS[dtype]
+    assert relative_error(dx, np.asarray(dy, np.float64) @ dense.T) < LIMITS[dtype]
 
 
 def test_a_matrix_is_read_where_it_lies_in_its_stack() -> None:

@@ -286,6 +286,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.integration
 def test_four_devices_hold_the_rows_of_the_head_apart() -> None:
     """Values and gradients against autodiff through all logits; a head that is spread is nowhere whole."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}

@@ -202,8 +202,14 @@ def test_a_tiny_llama(
 @pytest.mark.parametrize(
     ("lora", "optimizer"),
     [
-        (LoRA(rank=8, alpha=16, use_dora=True), Optimizer(learning_rate=2e-3, clip=0.3)),
-        (LORA, Optimizer(learning_rate=5e-4, weight_decay=0.1, clip=0.3, loraplus_lr_ratio=16.0)),
+        pytest.param(
+            LoRA(rank=8, alpha=16, use_dora=True), Optimizer(learning_rate=2e-3, clip=0.3), marks=pytest.mark.integration
+        ),
+        pytest.param(
+            LORA,
+            Optimizer(learning_rate=5e-4, weight_decay=0.1, clip=0.3, loraplus_lr_ratio=16.0),
+            marks=pytest.mark.integration,
+        ),
         (LoRA(rank=8, use_dora=True), Optimizer(learning_rate=2e-4, loraplus_lr_ratio=4.0)),
     ],
     ids=["DoRA", "LoRA+", "both"],
@@ -219,6 +225,7 @@ def test_variants(tiny_llama: Path, tmp_path: Path, record_property: Any, lora: 
     assert found["adapter"] < 0.05 * STEPS * optimizer.learning_rate * (optimizer.loraplus_lr_ratio or 1)
 
 
+@pytest.mark.integration
 def test_smollm2(tmp_path: Path, record_property: Any) -> None:
     """The default model on the instructions that ship with the package, with the QLoRA authors' optimizer."""
     source = fetch_default_model()

@@ -180,14 +180,15 @@ def test_a_run_compiles_its_steps_ahead(tiny_llama: Path, tmp_path: Path) -> Non
 _DEVICES = """
 import json, pathlib, sys
 sys.path.insert(0, sys.argv[1])
-import lowered, test_ahead
+import lowered, test_precompile
 with lowered.steps_lowered() as found:
-    options = test_ahead.options_of(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]), dora=True)
-    test_ahead.finetune(options, progress=False)
+    options = test_precompile.options_of(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]), dora=True)
+    test_precompile.finetune(options, progress=False)
 print(json.dumps(found))
 """
 
 
+@pytest.mark.integration
 def test_so_does_one_on_several_devices(tiny_llama: Path, tmp_path: Path) -> None:
     """With DoRA, whose constants lie whole on each device."""
     done = subprocess.run(

@@ -336,6 +336,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.integration
 def test_four_devices_train_as_one_does() -> None:
     """FSDP over four virtual devices, in a process of its own, against the same program on one."""
     found = {}
