@@ -2,9 +2,9 @@
 merging and serving start from.
 
 In memory all layers of a module are stacked and transposed: lora_a `[layers, in, r]`, lora_b `[layers, r, out]`, padded with
-zeros where a layer has a smaller rank or none. Of what is trained as a whole or by rows (models.trained) the model holds the
-change, the files the sum with the frozen values. The table of keys of the model's family (models.keys) says which names a
-slot stands for. What is missing, has no slot or has another shape is reported in one error.
+zeros where a layer has a smaller rank or none. Of what is trained as a whole or by rows (models.trainable) the model holds
+the change, the files the sum with the frozen values. The table of keys of the model's family (models.keys) says which names
+a slot stands for. What is missing, has no slot or has another shape is reported in one error.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from qlora_jax.adapters.peft_config import TaskType
 from qlora_jax.adapters.virtual_tokens import encoder_tensors, fill_prompt, prompt_problems, prompt_tensors
 from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.models import FAMILIES, T5, Model, ParameterMapping, families_with, linear_mappings, method_for, tied_head
-from qlora_jax.models.trained import TABLE, TIED_HEAD
+from qlora_jax.models.trainable import EMBEDDING, TIED_HEAD
 from qlora_jax.nn import Linear
 from qlora_jax.peft import AdapterModule, DoRALinear, LoRA, LoRALinear, Method
 from qlora_jax.quant import PackedEmbedding, embedding_lookup
@@ -219,7 +219,7 @@ def _is_copied_row(name: str, tensors: Mapping[str, np.ndarray], model: Model) -
     head = tied_head(model.config.parameter_mappings)
     if head is None or name not in (rows_name(head.removesuffix(".weight")), rows_name("lm_head")):
         return False
-    table = next(key for key in model.config.parameter_mappings if key.path == TABLE)
+    table = next(key for key in model.config.parameter_mappings if key.path == EMBEDDING)
     rows = tensors.get(rows_name(table.modules()[0]))
     return rows is not None and np.array_equal(rows, tensors[name])
 
@@ -227,13 +227,13 @@ def _is_copied_row(name: str, tensors: Mapping[str, np.ndarray], model: Model) -
 def _places(model: Model) -> dict[str, _Place]:
     """Where each tensor of the files lies in a model with slots, by its name."""
     places = {name: place for key, adapter in _adapters(model) for name, place in _places_of_adapter(key, adapter)}
-    for key in model.trained.whole:
-        base = TABLE if key.path == TIED_HEAD else key.path
+    for key in model.trainable.full:
+        base = EMBEDDING if key.path == TIED_HEAD else key.path
         path = TIED_HEAD if key.path == TIED_HEAD else (*base[:-1], f"{base[-1]}_delta")
         for layer, name in enumerate(key.names()):
             index = (layer,) if key.stacked else ()
             places[PREFIX + name] = _Place(path, index, base=base, base_index=index)
-    for key, tokens in model.trained.rows:
+    for key, tokens in model.trainable.rows:
         path = (*key.path[:-1], f"{key.path[-1]}_delta")
         places[rows_name(key.modules()[0])] = _Place(path, (), base=key.path, base_index=np.asarray(tokens))
     return places

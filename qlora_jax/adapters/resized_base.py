@@ -18,7 +18,7 @@ from qlora_jax.adapters.files import PREFIX, TABLE_ENDINGS, Adapter
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.models import ParameterMapping, family_of, tied_head
-from qlora_jax.models.trained import HEAD, TABLE
+from qlora_jax.models.trainable import EMBEDDING, HEAD
 
 __all__ = ["names_of", "with_tables"]
 
@@ -36,7 +36,7 @@ def with_tables(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     keys = family_of(checkpoint.config).config(checkpoint.config).parameter_mappings
     left, chosen, rows = dict(adapter.tables), dict[str, np.ndarray](), dict[str, int]()
     problems: list[str] = []
-    for key in (key for key in keys if key.path in (TABLE, HEAD, SHARED)):
+    for key in (key for key in keys if key.path in (EMBEDDING, HEAD, SHARED)):
         names = _names_of_base(keys, key)
         copies = {name: left.pop(name) for name in _spellings(names) if name in left}
         if not copies:  # the base's own is of no consequence where another is trained in its place
@@ -72,7 +72,7 @@ def _names_of_base(keys: Sequence[ParameterMapping], key: ParameterMapping) -> l
     """What the files call a table of the base; that of a table includes those of the head that it also is."""
     if key.path == HEAD or any(other.path == HEAD for other in keys):
         return names_of(keys, key.path)
-    return [key.name, *(names_of(keys, HEAD) if key.path == TABLE else ["lm_head.weight"])]
+    return [key.name, *(names_of(keys, HEAD) if key.path == EMBEDDING else ["lm_head.weight"])]
 
 
 def _spellings(names: Sequence[str]) -> list[str]:

@@ -20,7 +20,7 @@ from qlora_jax.adapters.resized_base import names_of, with_tables
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.errors import CheckpointError
 from qlora_jax.models import DecoderConfig, family_of, tied_head
-from qlora_jax.models.trained import HEAD, TABLE, TIED_HEAD, trained_parts
+from qlora_jax.models.trainable import EMBEDDING, HEAD, TIED_HEAD, trainable_base
 from qlora_jax.peft import LoRA
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def with_tokens(checkpoint: Checkpoint, tokens: Sequence[int]) -> Checkpoint:
     config = family_of(checkpoint.config).config(checkpoint.config)
     if not isinstance(config, DecoderConfig):
         raise ValueError(f"special_tokens: expected a decoder-only model, found {config.family}")
-    size, names = config.vocab_size, [key.name for key in config.parameter_mappings if key.path in (TABLE, HEAD)]
+    size, names = config.vocab_size, [key.name for key in config.parameter_mappings if key.path in (EMBEDDING, HEAD)]
     larger = max(size, max(tokens) + 1)
     new = sorted({*tokens, *range(size, larger)})
     old = np.setdiff1d(np.arange(size), new)
@@ -87,7 +87,7 @@ def grown(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     the token table and head that PEFT had resized where the adapter's files hold them."""
     checkpoint = with_tables(checkpoint, adapter)
     size = checkpoint.config.get("vocab_size", 0)
-    tokens = {token for _, tokens in adapter.method.token_rows() for token in tokens}
+    tokens = {token for _, tokens in adapter.method.trainable_tokens() for token in tokens}
     beyond = sorted(token for token in tokens.union(range(size, _rows_of_whole(checkpoint, adapter))) if token >= size)
     if not beyond:
         return checkpoint
@@ -101,7 +101,7 @@ def grown(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
 def _rows_of_whole(checkpoint: Checkpoint, adapter: Adapter) -> int:
     """The rows of the token table and the head that an adapter trains as a whole; 0: it trains neither."""
     keys = family_of(checkpoint.config).config(checkpoint.config).parameter_mappings
-    names = [name for path in (TABLE, HEAD) for name in names_of(keys, path)]
+    names = [name for path in (EMBEDDING, HEAD) for name in names_of(keys, path)]
     return max((len(adapter.tensors[PREFIX + name]) for name in names if PREFIX + name in adapter.tensors), default=0)
 
 
@@ -112,14 +112,14 @@ def training_tokens(lora: LoRA, checkpoint: Checkpoint, tokens: tuple[int, ...])
         ValueError: the rows cannot train, as the adapter trains the token table apart from a head that was one with it.
     """
     config = family_of(checkpoint.config).config(checkpoint.config)
-    trained = trained_parts(lora, config.parameter_mappings, vocabulary=config.vocab_size)
-    whole = {key.path for key in trained.whole}
+    trained = trainable_base(lora, config.parameter_mappings, vocabulary=config.vocab_size)
+    whole = {key.path for key in trained.full}
     unties = trained.unties and tied_head(config.parameter_mappings) is not None
-    if unties and not {TABLE, TIED_HEAD} <= whole:
+    if unties and not {EMBEDDING, TIED_HEAD} <= whole:
         raise ValueError("special_tokens: expected both the token table and lm_head in modules_to_save, found one of them")
     rows: dict[str, tuple[int, ...]] = {}
     for key in config.parameter_mappings:
-        if key.path in (TABLE, HEAD) and key.path not in whole and not unties:
+        if key.path in (EMBEDDING, HEAD) and key.path not in whole and not unties:
             module = "lm_head" if key.path == HEAD else key.modules()[0].rsplit(".", 1)[-1]
             rows[module] = (*(trained.rows_of(key.path) or ()), *tokens)
     both = tuple(rows.items())

@@ -47,8 +47,8 @@ from qlora_jax.checkpoint.load import check_tensors, find, with_copy, with_tied
 from qlora_jax.checkpoint.tokenizer import save_tokenizer
 from qlora_jax.errors import CheckpointError
 from qlora_jax.export.trained_parameters import Retrained, retrained_parameters
-from qlora_jax.models import T5, ParameterMapping, Trained, family_of, tied_head
-from qlora_jax.models.trained import TABLE
+from qlora_jax.models import T5, ParameterMapping, TrainableBase, family_of, tied_head
+from qlora_jax.models.trainable import EMBEDDING
 from qlora_jax.peft import PromptMethod, ScalesBias
 from qlora_jax.quant import (
     EmbeddingStorage,
@@ -130,7 +130,7 @@ def merge(
     linear = {name for key in keys if key.linear for name in key.names()}
     head = tied_head(keys) if trained.unties else None
     if head is not None:  # the token table and the head were one, and are not any more
-        table = next(key.name for key in keys if key.path == TABLE)
+        table = next(key.name for key in keys if key.path == EMBEDDING)
         checkpoint = with_copy(checkpoint, head, table)
         names.append(head)
     retrained = retrained_parameters(adapter, trained, keys)
@@ -189,7 +189,7 @@ def merge(
     return output
 
 
-def check_all(checkpoint: Checkpoint, adapter: Adapter | None) -> tuple[tuple[ParameterMapping, ...], Trained]:
+def check_all(checkpoint: Checkpoint, adapter: Adapter | None) -> tuple[tuple[ParameterMapping, ...], TrainableBase]:
     """The family's key table, once everything fits everything, and what the adapter trained besides linear layers.
 
     By headers alone: no weight is read.
@@ -206,8 +206,8 @@ def check_all(checkpoint: Checkpoint, adapter: Adapter | None) -> tuple[tuple[Pa
         check_family(adapter, config.family)  # before names that another family lacks are looked for
         model = nnx.eval_shape(lambda: family.model(config, method=adapter.method, rngs=nnx.Rngs(0)))
         check_fit(adapter, model)
-        return config.parameter_mappings, model.trained
-    return config.parameter_mappings, Trained()
+        return config.parameter_mappings, model.trainable
+    return config.parameter_mappings, TrainableBase()
 
 
 def _merged(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from qlora_jax.adapters.files import PREFIX, Adapter, rows_name
-from qlora_jax.models import ParameterMapping, Trained, tied_head
-from qlora_jax.models.trained import TIED_HEAD
+from qlora_jax.models import ParameterMapping, TrainableBase, tied_head
+from qlora_jax.models.trainable import TIED_HEAD
 
 __all__ = ["Retrained", "retrained_parameters"]
 
@@ -33,14 +33,14 @@ class Retrained:
 
 
 def retrained_parameters(
-    adapter: Adapter | None, trained: Trained, keys: Sequence[ParameterMapping]
+    adapter: Adapter | None, trained: TrainableBase, keys: Sequence[ParameterMapping]
 ) -> dict[str, Retrained]:
     """What an adapter trained besides linear layers, by the checkpoint's names."""
     if adapter is None:
         return {}
     named = {key.path: key for key in keys}
     result: dict[str, Retrained] = {}
-    for key in trained.whole:
+    for key in trained.full:
         names = [str(tied_head(keys))] if key.path == TIED_HEAD else named[key.path].names()
         for name, theirs in zip(names, key.names(), strict=True):
             result[name] = Retrained(adapter.tensors[PREFIX + theirs])

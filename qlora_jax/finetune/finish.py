@@ -77,7 +77,7 @@ def finish(
     )
     if options.tuning.method != "full":  # a model says for itself how it is held
         record.save(folder)
-    if method.token_rows() or options.lora.special_tokens or tokenizer_source(name, options.model.adapter) != name:
+    if method.trainable_tokens() or options.lora.special_tokens or tokenizer_source(name, options.model.adapter) != name:
         save_tokenizer(tokenizer, folder)
     kept = (best_evaluation(rows)[0] if options.run.early_stopping_patience else None) or rows[-1]["step"]
     what = "model" if options.tuning.method == "full" else "adapter"

@@ -56,7 +56,7 @@ from qlora_jax.finetune.reporting.hub import upload
 from qlora_jax.finetune.training import make_optimizer, started_ahead, train_adapter
 from qlora_jax.finetune.virtual_tokens import check_rows, first_tokens, named_tokenizer, started
 from qlora_jax.models import Model, RopeScaling, T5Config, family_of, method_for, positions_left
-from qlora_jax.nn import data_mesh, place
+from qlora_jax.nn import data_mesh, put_on_mesh
 from qlora_jax.peft import LoRA, Method
 from qlora_jax.plan.recipe import Recipe
 from qlora_jax.train import learning_rate_schedule, split
@@ -273,7 +273,7 @@ def _start_from_inputs(
 
     rows = objective.training(options.run.batch_size * jax.device_count())
     read = (next(rows) for _ in range(MOST_BATCHES))
-    batches = (place(mesh, {name: batch[name] for name in objective.arrays}, PartitionSpec("data")) for batch in read)
+    batches = (put_on_mesh(mesh, {name: batch[name] for name in objective.arrays}, PartitionSpec("data")) for batch in read)
     with _spread_over(mesh):
         return start_from_inputs(model, build, lora, objective.held_out_loss, batches, progress=progress)
 

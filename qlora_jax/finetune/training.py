@@ -15,7 +15,7 @@ from qlora_jax.finetune.folder import start
 from qlora_jax.finetune.objectives.objective import Batches, Objective
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.reporting import watch
-from qlora_jax.nn import brought_to_device, data_mesh, place
+from qlora_jax.nn import copy_to_device, data_mesh, put_on_mesh
 from qlora_jax.plan.recipe import Recipe, abstract_model
 from qlora_jax.train import (
     Ahead,
@@ -74,13 +74,13 @@ def train_adapter(
     mesh = data_mesh()
 
     def model_of(state: TrainState) -> Any:
-        return nnx.merge(graphdef, brought_to_device(state.adapter), frozen)
+        return nnx.merge(graphdef, copy_to_device(state.adapter), frozen)
 
     def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return place(mesh, {name: batch[name] for name in objective.arrays}, P("data"))
+        return put_on_mesh(mesh, {name: batch[name] for name in objective.arrays}, P("data"))
 
     def put_micro_batches(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return place(mesh, micro_batches(options, objective, batch), P(None, "data"))
+        return put_on_mesh(mesh, micro_batches(options, objective, batch), P(None, "data"))
 
     def evaluate(state: TrainState) -> dict[str, float]:
         assert objective.held_out is not None
@@ -138,7 +138,7 @@ def train_adapter(
             progress=progress,
         )
         if best is None or best.latest_step() is None:
-            return brought_to_device(state.adapter), log.rows
+            return copy_to_device(state.adapter), log.rows
         adapter, _ = best.restore(state.adapter)
         last, chosen = int(state.step), cast(int, best.latest_step())
         if cadence.exhausted(log.rows):
@@ -146,7 +146,7 @@ def train_adapter(
                 f"Stopped after step {last} of {steps}: no lower held-out loss in {run.early_stopping_patience} evaluations."
             )
         say(f"The adapter is that of step {chosen}, which has the lowest held-out loss.")
-        return brought_to_device(adapter), log.rows
+        return copy_to_device(adapter), log.rows
 
 
 def started_ahead(

@@ -6,7 +6,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.models import Model, ModelConfig, T5Config
-from qlora_jax.models.prompts import check_documents, start_from_tokens
+from qlora_jax.models.prompts import check_documents, initialize_from_tokens
 from qlora_jax.peft import Method, PromptMethod, PromptTuning
 
 
@@ -31,7 +31,7 @@ def first_tokens(method: Method, tokenizer: PreTrainedTokenizerFast, config: Mod
 
 def started(model: Model, tokens: np.ndarray | None) -> Model:
     """The model whose virtual tokens start as those."""
-    return model if tokens is None else start_from_tokens(model, tokens)
+    return model if tokens is None else initialize_from_tokens(model, tokens)
 
 
 def check_rows(method: Method, config: ModelConfig, length: int, *, packed: bool) -> None:

@@ -29,17 +29,17 @@ from qlora_jax.models.parameter_mapping import linear_modules
 from qlora_jax.models.prompts import with_prompt
 from qlora_jax.models.shape import method_for, positions_left
 from qlora_jax.models.stack import Remat, by_layer, rematerialise, stack
-from qlora_jax.models.trained import HEAD, TABLE, attach, trained_parts
+from qlora_jax.models.trainable import EMBEDDING, HEAD, add_deltas, trainable_base
 from qlora_jax.nn import (
     AttentionImplementation,
     Delta,
     Embedding,
     Linear,
-    Table,
+    VocabularyMatrix,
     cached_attention,
     causal_attention,
     checkpoint_name,
-    fetched,
+    fetch_to_device,
     gather,
     shifted_group_attention,
     with_prefix,
@@ -53,7 +53,7 @@ class CausalLM(nnx.Module):
     """A decoder-only language model.
 
     Attributes:
-        trained: the parameters of the base that train in addition to the adapters of linear layers.
+        trainable: the parameters of the base that train in addition to the adapters of linear layers.
         prompt: the virtual tokens, or their keys and values, that come before every row; None: no virtual tokens.
         head_delta: the trainable difference of an output head that is otherwise tied to the embedding, or None.
         attention: kernel of the causal attention.
@@ -91,7 +91,7 @@ class CausalLM(nnx.Module):
                 quantised.
         """
         method = method_for(method, config)
-        self.trained = trained = trained_parts(method, config.parameter_mappings, vocabulary=config.vocab_size)
+        self.trainable = trainable = trainable_base(method, config.parameter_mappings, vocabulary=config.vocab_size)
         adapters = {} if method is None else method.targets(linear_modules(config.parameter_mappings))
 
         def make_layer(layer_rngs: nnx.Rngs, layer: Array) -> DecoderLayer:
@@ -110,7 +110,7 @@ class CausalLM(nnx.Module):
             return DecoderLayer(config, linear, dtype)
 
         self.layers = stack(make_layer, config.num_hidden_layers, rngs)
-        rows = trained.rows_of(TABLE)
+        rows = trainable.rows_of(EMBEDDING)
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, rows=rows, storage=embedding_storage, dtype=dtype, rngs=rngs
         )
@@ -118,13 +118,13 @@ class CausalLM(nnx.Module):
         if config.tie_word_embeddings:
             self.lm_head = None
         else:
-            rows = trained.rows_of(HEAD)
+            rows = trainable.rows_of(HEAD)
             self.lm_head = Embedding(
                 config.vocab_size, config.hidden_size, rows=rows, storage=embedding_storage, dtype=dtype, rngs=rngs
             )
         self.head_delta: Delta | None = None
         self.prompt = Prompt(method, rngs) if isinstance(method, PromptMethod) else None
-        attach(self, trained)
+        add_deltas(self, trainable)
         self.config = config
         self.attention: AttentionImplementation = attention
         self.remat: Remat = remat
@@ -179,7 +179,7 @@ class CausalLM(nnx.Module):
 
         def run_layer(x: Array, inputs: tuple[Any, Array | None, Array | None, Any]) -> tuple[Array, None]:
             state, layer_key, kind, prefix = inputs
-            state = gather(state) if chunks == 1 else fetched(gather(state))
+            state = gather(state) if chunks == 1 else fetch_to_device(gather(state))
 
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
                 length = q.shape[1]
@@ -288,14 +288,14 @@ class CausalLM(nnx.Module):
         return self.config.logit_cap
 
     @property
-    def head(self) -> Table:
+    def head(self) -> VocabularyMatrix:
         """The output head, `[vocabulary, hidden_size]`."""
         if self.lm_head is not None:
-            return self.lm_head.table
-        embedding = self.embed_tokens.table
-        if embedding.rows is not None or self.trained.tied:
+            return self.lm_head.matrix
+        embedding = self.embed_tokens.matrix
+        if embedding.rows is not None or self.trainable.tied:
             return embedding
-        return Table(embedding.weight, None if self.head_delta is None else self.head_delta[...])
+        return VocabularyMatrix(embedding.weight, None if self.head_delta is None else self.head_delta[...])
 
     def _embed(self, tokens: Array) -> Array:
         x = self.embed_tokens(tokens)

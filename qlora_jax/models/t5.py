@@ -25,12 +25,12 @@ from qlora_jax.models.shape import method_for
 from qlora_jax.models.stack import Remat, by_layer, rematerialise
 from qlora_jax.models.t5_config import T5Config
 from qlora_jax.models.t5_layers import T5Layer, T5Stack, random_keys
-from qlora_jax.models.trained import attach, trained_parts
+from qlora_jax.models.trainable import add_deltas, trainable_base
 from qlora_jax.nn import (
     AttentionImplementation,
     Embedding,
     Linear,
-    Table,
+    VocabularyMatrix,
     biased_attention,
     checkpoint_name,
     gather,
@@ -65,7 +65,7 @@ class T5(nnx.Module):
     """An encoder-decoder of the T5 family.
 
     Attributes:
-        trained: the parameters of the base that train in addition to the adapters of linear layers.
+        trainable: the parameters of the base that train in addition to the adapters of linear layers.
         prompt: the virtual tokens before the sources, or their keys and values in the decoder; None: no virtual tokens.
         remat: which residuals the backward pass of training saves; see `CausalLM`.
     """
@@ -99,7 +99,9 @@ class T5(nnx.Module):
                 quantised.
         """
         method = method_for(method, config)
-        self.trained = trained = trained_parts(method, config.parameter_mappings, vocabulary=config.vocab_size, tables=False)
+        self.trainable = trainable = trainable_base(
+            method, config.parameter_mappings, vocabulary=config.vocab_size, embeddings=False
+        )
         adapters = {} if method is None else method.targets(linear_modules(config.parameter_mappings))
 
         def make_stack(side: str, layers: int, *, cross: bool) -> T5Stack:
@@ -129,7 +131,7 @@ class T5(nnx.Module):
             self.lm_head = Embedding(
                 config.vocab_size, config.hidden_size, storage=embedding_storage, dtype=dtype, rngs=rngs
             )
-        attach(self, trained)
+        add_deltas(self, trainable)
         self.prompt = Prompt(method, rngs) if isinstance(method, PromptMethod) else None
         self.config = config
         self.attention: AttentionImplementation = attention
@@ -289,9 +291,9 @@ class T5(nnx.Module):
         return None
 
     @property
-    def head(self) -> Table:
+    def head(self) -> VocabularyMatrix:
         """The output head, `[vocabulary, hidden_size]`."""
-        return self._head().table
+        return self._head().matrix
 
     def _prefix(self, key: Array | None) -> tuple[Array, Array] | None:
         """Return the prefix keys and values of the decoder, `[decoder layers, n, heads, head_dim]` each, or None."""

@@ -24,7 +24,7 @@ def activate(name: Activation, x: Float[Array, "*shape"]) -> Float[Array, "*shap
             return jax.nn.relu(x)
 
 
-def gated(name: Activation, gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def glu(name: Activation, gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Return the gated linear unit activate(gate) * up, computed in float32 and rounded once, to the dtype of gate.
 
     The saved residuals of the backward pass are gate and up; no float32 array is saved.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Float32, Int
 
-from qlora_jax.nn.parallel import by_rows
+from qlora_jax.nn.parallel import shard_rows
 from qlora_jax.nn.residuals import checkpoint_name
 from qlora_jax.quant.dense_matmul import einsum
 
@@ -309,4 +309,4 @@ def _splash(
     attend = kernel.make_splash_mha(mask=mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, attn_logits_soft_cap=cap)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v))
     segments = None if segment_ids is None else kernel.SegmentIds(segment_ids, segment_ids)
-    return jnp.swapaxes(by_rows(jax.vmap(attend))(q, k, v, segments), 1, 2)
+    return jnp.swapaxes(shard_rows(jax.vmap(attend))(q, k, v, segments), 1, 2)

@@ -17,16 +17,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from qlora_jax.nn.delta import Delta, value_of
-from qlora_jax.nn.parallel import Whole
+from qlora_jax.nn.parallel import ReplicatedVariable
 from qlora_jax.nn.residuals import checkpoint_name
 from qlora_jax.quant import Quantization, matmul, quantize
 
 
-class AdapterConstant(Whole):
+class AdapterConstant(ReplicatedVariable):
     """A frozen value of an adapter that its constructor computes and that no checkpoint contains."""
 
 
-class WeightConstant(Whole):
+class WeightConstant(ReplicatedVariable):
     """A frozen value of an adapter that is computed from the layer's frozen weight while that weight is loaded."""
 
 

@@ -28,7 +28,7 @@ from jax import Array
 from qlora_jax.errors import OptionError
 from qlora_jax.nn import Linear
 from qlora_jax.peft.lora import LoRA
-from qlora_jax.peft.method import TokenRows
+from qlora_jax.peft.method import TrainableTokens
 
 _OVERSAMPLING = 8  # directions in addition to r in the subspace iteration
 _ITERATIONS = 3
@@ -45,7 +45,7 @@ class EVA:
     def modules_to_save(self) -> tuple[str, ...]:
         return ()
 
-    def token_rows(self) -> TokenRows:
+    def trainable_tokens(self) -> TrainableTokens:
         return ()
 
     def targets(self, layers: Mapping[str, Sequence[str]]) -> "dict[str, InputStatisticsSpec]":

@@ -18,8 +18,8 @@ from flax import nnx
 from jax import Array
 
 from qlora_jax.errors import OptionError, UnsupportedError
-from qlora_jax.nn import Delta, Linear, changed
-from qlora_jax.peft.method import FieldErrors, FilePart, TokenRows
+from qlora_jax.nn import Delta, Linear, add_delta
+from qlora_jax.peft.method import FieldErrors, FilePart, TrainableTokens
 from qlora_jax.quant import QuantizedTensor, matmul
 
 
@@ -39,7 +39,7 @@ class FullFineTuning:
     def suffixes(self) -> tuple[str, ...]:
         return ("weight",)
 
-    def token_rows(self) -> TokenRows:
+    def trainable_tokens(self) -> TrainableTokens:
         return ()
 
     def targets(self, layers: Mapping[str, Sequence[str]]) -> "dict[str, FullLinearSpec]":
@@ -96,7 +96,7 @@ class FullLinear(nnx.Module):
         if not isinstance(weight, Array):  # a 4-bit matrix, or a layer of a stack of 4-bit matrices
             found = "4-bit ones" if isinstance(weight, QuantizedTensor) else type(weight).__name__
             raise OptionError(f"full fine-tuning: expected dense linear layers (data_type none), found {found}")
-        return linear.with_bias(matmul(x, changed(weight, self.delta[...])))
+        return linear.with_bias(matmul(x, add_delta(weight, self.delta[...])))
 
     def file_parts(self) -> Iterator[FilePart]:
         """See `method.AdapterModule`."""

@@ -21,7 +21,7 @@ from jax import Array
 from qlora_jax.errors import OptionError
 from qlora_jax.nn import AdapterConstant, Linear
 from qlora_jax.peft.fields import Fields, as_list, as_names, is_list, is_names
-from qlora_jax.peft.method import FilePart, ModelShape, TokenRows
+from qlora_jax.peft.method import FilePart, ModelShape, TrainableTokens
 from qlora_jax.peft.targets import ALL_LINEAR, choose, known_names
 
 # The (target_modules, feedforward_modules) that PEFT 0.21 uses for each model_type if none are named.
@@ -105,7 +105,7 @@ class IA3:
     def layers_pattern(self) -> tuple[str, ...]:
         return ()
 
-    def token_rows(self) -> TokenRows:
+    def trainable_tokens(self) -> TrainableTokens:
         """See `Method`."""
         return ()
 

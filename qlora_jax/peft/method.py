@@ -15,7 +15,7 @@ from qlora_jax.errors import CheckpointError
 from qlora_jax.nn import MakesAdapter
 
 # (end of the name of an embedding or output head, or None for the input embedding; the token ids whose rows train)
-TokenRows = tuple[tuple[str | None, tuple[int, ...]], ...]
+TrainableTokens = tuple[tuple[str | None, tuple[int, ...]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +115,8 @@ class Method(Protocol):
     @property
     def suffixes(self) -> tuple[str, ...]: ...
 
-    def token_rows(self) -> TokenRows:
-        """Return the embeddings and output heads of which some rows train, and these rows; see `TokenRows`."""
+    def trainable_tokens(self) -> TrainableTokens:
+        """Return the embeddings and output heads of which some rows train, and these rows; see `TrainableTokens`."""
         ...
 
     def targets(self, layers: Mapping[str, Sequence[str]]) -> Mapping[str, MakesAdapter]:

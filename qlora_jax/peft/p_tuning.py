@@ -17,7 +17,7 @@ from jax import Array
 
 from qlora_jax.errors import OptionError
 from qlora_jax.peft.fields import Fields, is_number, is_whole
-from qlora_jax.peft.method import ModelShape, TokenRows
+from qlora_jax.peft.method import ModelShape, TrainableTokens
 from qlora_jax.peft.prompt import (
     COMMON_FIELDS,
     EMBEDDING,
@@ -100,7 +100,7 @@ class PTuning:
     def suffixes(self) -> tuple[str, ...]:
         return (EMBEDDINGS,)
 
-    def token_rows(self) -> TokenRows:
+    def trainable_tokens(self) -> TrainableTokens:
         """See `Method`."""
         return ()
 

@@ -2,7 +2,7 @@
 
 They are initialized from a normal distribution, with rows of the input embedding drawn at random, or with the embeddings of
 the tokens of a text. The last two need the input embedding, which has no values yet when a model is constructed:
-`initial_tokens` returns the token ids, and `models.prompts.start_from_tokens` copies their rows.
+`initial_tokens` returns the token ids, and `models.prompts.initialize_from_tokens` copies their rows.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from jax import Array
 
 from qlora_jax.errors import OptionError
 from qlora_jax.peft.fields import Fields
-from qlora_jax.peft.method import ModelShape, TokenRows
+from qlora_jax.peft.method import ModelShape, TrainableTokens
 from qlora_jax.peft.prompt import (
     COMMON_FIELDS,
     EMBEDDING,
@@ -102,7 +102,7 @@ class PromptTuning:
     def suffixes(self) -> tuple[str, ...]:
         return (EMBEDDINGS,)
 
-    def token_rows(self) -> TokenRows:
+    def trainable_tokens(self) -> TrainableTokens:
         """See `Method`."""
         return ()
 

@@ -22,7 +22,7 @@ from flax import nnx
 from jax import Array
 
 from qlora_jax.nn import Linear
-from qlora_jax.nn.parallel import Whole
+from qlora_jax.nn.parallel import ReplicatedVariable
 from qlora_jax.peft import Prompt
 from qlora_jax.train.loss import row_losses
 from qlora_jax.train.step import Unit
@@ -77,7 +77,7 @@ def without_adapter(model: Any) -> Any:
     return bare
 
 
-class ReferenceAdapter(Whole):
+class ReferenceAdapter(ReplicatedVariable):
     """The adapter of the reference: a pytree of arrays as `nnx.to_pure_dict` gives it."""
 
 

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from qlora_jax.nn import Table
+from qlora_jax.nn import VocabularyMatrix
 from qlora_jax.nn.parallel import AXIS, devices_of_context, over_rows
 
 LOGITS = 2**27  # bytes that the float32 logits of a chunk are to take, about
@@ -46,7 +46,7 @@ def chunk_tokens(rows: int, *, cpu: bool = False) -> int:
 
 def chunked_cross_entropy(
     hidden: Array,
-    head: Array | Table,
+    head: Array | VocabularyMatrix,
     targets: Array,
     weights: Array,
     chunk: int | None = None,
@@ -58,7 +58,7 @@ def chunked_cross_entropy(
 
 def token_losses(
     hidden: Array,
-    head: Array | Table,
+    head: Array | VocabularyMatrix,
     targets: Array,
     weights: Array,
     chunk: int | None = None,
@@ -76,7 +76,7 @@ def token_losses(
         axis: of a mesh, over whose devices the rows of the head, which has no delta then, and the tokens are spread, in a
             function that each of them runs (`jax.shard_map`); None: the head is whole.
     """
-    table = head if isinstance(head, Table) else Table(head)
+    table = head if isinstance(head, VocabularyMatrix) else VocabularyMatrix(head)
     if axis is not None and table.delta is not None:
         raise ValueError("token_losses: expected a head without a delta where its rows are spread, found one")
     losses: Any = _token_losses(hidden, table.weight, table.delta, targets, weights, table.rows, chunk, cap, axis)
@@ -95,14 +95,14 @@ def _token_losses(
     cap: float | None,
     axis: str | None,
 ) -> Array:
-    def losses(chunk: int, head: Table, hidden: Array, targets: Array, weights: Array) -> Array:
+    def losses(chunk: int, head: VocabularyMatrix, hidden: Array, targets: Array, weights: Array) -> Array:
         def run(part: tuple[Array, Array, Array]) -> Array:
             h, target, weight = _gathered(axis, *part)
             return _own(axis, _chunk_loss(head, h, target, weight, cap, axis)[0])
 
         return jax.lax.map(run, _chunks(chunk, hidden, targets, weights)).reshape(-1)[: hidden.shape[0]]
 
-    return _with_chunk(losses, chunk, axis, Table(weight, delta, rows).folded(), hidden, targets, weights)
+    return _with_chunk(losses, chunk, axis, VocabularyMatrix(weight, delta, rows).with_delta(), hidden, targets, weights)
 
 
 def _forward(
@@ -117,7 +117,7 @@ def _forward(
     axis: str | None,
 ) -> tuple[Array, Any]:
     if delta is None:
-        losses, gradient, _ = _losses_and_gradients(Table(weight), hidden, targets, weights, chunk, cap, axis)
+        losses, gradient, _ = _losses_and_gradients(VocabularyMatrix(weight), hidden, targets, weights, chunk, cap, axis)
         return losses, gradient
     # The gradient of the head sums over tokens, whose own factors are known only on the way back.
     losses: Any = _token_losses(hidden, weight, delta, targets, weights, rows, chunk, cap, axis)
@@ -130,7 +130,7 @@ def _backward(
     if not isinstance(kept, tuple):
         return (kept * cotangent[:, None]).astype(kept.dtype), None, None, None, None
     hidden, weight, delta, targets, weights = kept
-    head = Table(weight, delta, rows)
+    head = VocabularyMatrix(weight, delta, rows)
     _, of_hidden, of_delta = _losses_and_gradients(head, hidden, targets, weights * cotangent, chunk, cap, axis)
     return of_hidden, None, of_delta, None, None
 
@@ -139,12 +139,12 @@ _token_losses.defvjp(_forward, _backward)
 
 
 def _losses_and_gradients(
-    table: Table, hidden: Array, targets: Array, weights: Array, chunk: int | None, cap: float | None, axis: str | None
+    table: VocabularyMatrix, hidden: Array, targets: Array, weights: Array, chunk: int | None, cap: float | None, axis: Any
 ) -> tuple[Array, Array, Array | None]:
     """The losses `[n]`, and the gradients of their sum with respect to the hidden states and to the table's delta."""
 
-    def of_chunks(chunk: int, table: Table, hidden: Array, targets: Array, weights: Array) -> tuple[Any, ...]:
-        head, rows = table.folded(), None if table.rows is None else jnp.asarray(table.rows)
+    def of_chunks(chunk: int, table: VocabularyMatrix, hidden: Array, targets: Array, weights: Array) -> tuple[Any, ...]:
+        head, rows = table.with_delta(), None if table.rows is None else jnp.asarray(table.rows)
 
         def run(of_delta: Array | None, part: tuple[Array, Array, Array]) -> tuple[Array | None, tuple[Array, Array]]:
             h, target, weight = _gathered(axis, *part)
@@ -172,7 +172,7 @@ def _losses_and_gradients(
     return losses, of_hidden, of_delta
 
 
-def _with_chunk(run: Callable[..., Any], chunk: int | None, axis: str | None, head: Table, *arrays: Array) -> Any:
+def _with_chunk(run: Callable[..., Any], chunk: int | None, axis: str | None, head: VocabularyMatrix, *arrays: Array) -> Any:
     """`run(chunk, head, *arrays)`; where the chunk is None with that of the platform, for a head that is spread over devices
     always the larger one, which they share."""
     if chunk is not None:
@@ -185,7 +185,7 @@ def _with_chunk(run: Callable[..., Any], chunk: int | None, axis: str | None, he
 
 
 def _chunk_loss(
-    head: Table, hidden: Array, targets: Array, weights: Array, cap: float | None, axis: str | None
+    head: VocabularyMatrix, hidden: Array, targets: Array, weights: Array, cap: float | None, axis: str | None
 ) -> tuple[Array, Array, Array]:
     """(weighted losses, float32 logits, their logsumexp) of one chunk; the logits are those of this device's rows."""
     logits = _capped(head.logits(hidden, jnp.float32), cap)
@@ -197,7 +197,7 @@ def _chunk_loss(
     return weights * (log_normalizer - _capped(label_logit, cap)), logits, log_normalizer
 
 
-def _own_rows(head: Table, tokens: Array, axis: str | None) -> tuple[Array, Array]:
+def _own_rows(head: VocabularyMatrix, tokens: Array, axis: str | None) -> tuple[Array, Array]:
     """(the numbers of tokens' rows in this device's part of the head, beyond its end for others; which have one here)."""
     count = head.shape[0]
     first = 0 if axis is None else jax.lax.axis_index(axis) * count
@@ -212,11 +212,11 @@ def _logsumexp(logits: Array, axis: str | None) -> Array:
     return highest + jnp.log(jax.lax.psum(jnp.exp(logits - highest[:, None]).sum(-1), axis))
 
 
-def _summed(axis: str | None, share: Array, head: Table) -> Array:
+def _summed(axis: str | None, share: Array, head: VocabularyMatrix) -> Array:
     """share @ head: on several devices the sum of their products, each device's own tokens of it."""
     if axis is None:
-        return head.sums(share)
-    return jax.lax.psum_scatter(head.sums(share, jnp.float32), axis, tiled=True).astype(share.dtype)
+        return head.weighted_sums(share)
+    return jax.lax.psum_scatter(head.weighted_sums(share, jnp.float32), axis, tiled=True).astype(share.dtype)
 
 
 def _gathered(axis: str | None, *arrays: Array) -> tuple[Array, ...]:
@@ -302,8 +302,8 @@ def seq2seq_metrics(model: Any, batch: Mapping[str, Array], key: Array | None) -
 def _figures(model: Any, hidden: Array, batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
     """(summed loss, other sums); not to be differentiated."""
 
-    def figures(head: Table, hidden: Array, targets: Array, weights: Array, axis: str | None) -> Array:
-        def of_chunks(chunk: int, head: Table, hidden: Array, targets: Array, weights: Array) -> Array:
+    def figures(head: VocabularyMatrix, hidden: Array, targets: Array, weights: Array, axis: str | None) -> Array:
+        def of_chunks(chunk: int, head: VocabularyMatrix, hidden: Array, targets: Array, weights: Array) -> Array:
             def run(part: tuple[Array, Array, Array]) -> Array:
                 h, target, weight = _gathered(axis, *part)
                 losses, logits, _ = _chunk_loss(head, h, target, weight, model.logit_cap, axis)
@@ -319,7 +319,7 @@ def _figures(model: Any, hidden: Array, batch: Mapping[str, Array]) -> tuple[Arr
             return found.transpose(0, 2, 1).reshape(-1, 2)[: hidden.shape[0]]
 
         flat = (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1))
-        return _with_chunk(of_chunks, None, axis, head.folded(), *flat).reshape(*targets.shape, 2).sum(1)
+        return _with_chunk(of_chunks, None, axis, head.with_delta(), *flat).reshape(*targets.shape, 2).sum(1)
 
     sums = _over_rows_with_head(model.head, figures, hidden, batch["targets"], batch["loss_mask"]).sum(0)
     return sums[0], {"mean_token_accuracy": sums[1]}
@@ -328,7 +328,7 @@ def _figures(model: Any, hidden: Array, batch: Mapping[str, Array]) -> tuple[Arr
 def row_losses(model: Any, hidden: Array, targets: Array, weights: Array) -> Array:
     """The weighted cross-entropy of each row, summed over its tokens: `[b, t, d]` hidden states to float32 `[b]`."""
 
-    def losses(head: Table, hidden: Array, targets: Array, weights: Array, axis: str | None) -> Array:
+    def losses(head: VocabularyMatrix, hidden: Array, targets: Array, weights: Array, axis: str | None) -> Array:
         flat = hidden.reshape(-1, hidden.shape[-1])
         each = token_losses(flat, head, targets.reshape(-1), weights.reshape(-1), None, model.logit_cap, axis)
         return each.reshape(targets.shape).sum(1)
@@ -340,7 +340,7 @@ def _over_rows_with_head(head: Any, function: Callable[..., Array], *arrays: Arr
     """`function(head, *arrays, axis)` with the rows of the arrays, and of the head where that can be, spread over the
     devices."""
     devices = devices_of_context()
-    head = head if isinstance(head, Table) else Table(head)
+    head = head if isinstance(head, VocabularyMatrix) else VocabularyMatrix(head)
     axis = AXIS if devices > 1 and head.delta is None and head.shape[0] % devices == 0 else None
-    head, spread = head.by_rows(AXIS) if axis is not None else (head, None)
+    head, spread = head.split_rows(AXIS) if axis is not None else (head, None)
     return over_rows(partial(function, axis=axis), head, *arrays, spread=spread)

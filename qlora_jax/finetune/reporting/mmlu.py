@@ -44,7 +44,7 @@ def figures(model: Any, prompts: Prompts, options: Options, *, progress: bool) -
     """Asks the model: `mmlu_accuracy`, and that of each subject."""
     graphdef, state = nnx.split(model)
     scores = evaluate_mmlu(graphdef, state, prompts, batch_size=options.watch.mmlu_batch_size, progress=progress)
-    return scores.figures()
+    return scores.metrics()
 
 
 def conclude(rows: list[dict[str, Any]], kept: int, ask: Callable[[], dict[str, float]]) -> str:
