@@ -220,19 +220,19 @@ class BatchIterator(grain.DatasetIterator[Batch]):
         self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
 
     def __next__(self) -> Batch:
-        if self._options.epochs is not None and self._epoch >= self._options.epochs:
+        options = self._options
+        if options.epochs is not None and self._epoch >= options.epochs:
             raise StopIteration
         rows = self._rows(self._epoch)
-        first = self._batch * self._options.global_batch
-        everyone = rows[first : first + self._options.global_batch]
-        options = self._options
+        first = self._batch * options.global_batch
+        everyone = rows[first : first + options.global_batch]
         mine = everyone[options.shard_index * options.batch_size : (options.shard_index + 1) * options.batch_size]
         length = options.length
         if options.group_by_length:  # all shards of a step must agree on the shape
             length = _round_up(max(self._sizes(everyone)), 64, length)
         batch = self._assemble(mine, length)
         self._batch += 1
-        if first + self._options.global_batch >= len(rows):
+        if first + options.global_batch >= len(rows):
             self._epoch, self._batch = self._epoch + 1, 0
         return batch
 
