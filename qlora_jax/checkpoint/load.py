@@ -29,7 +29,7 @@ from qlora_jax.nn import (
     ReadsWeight,
     WeightConstant,
     default_implementation,
-    place,
+    put_on_mesh,
 )
 from qlora_jax.peft import LoRA, Method, reads_weights
 from qlora_jax.quant import EmbeddingStorage, PackedEmbedding, Quantization, embedding_shape
@@ -123,7 +123,7 @@ def load_model(
     if method is not None:  # the weights that the constructor would draw are dead code here, only the adapter is made
         draw = jax.jit(lambda: nnx.state(build(), nnx.LoRAParam, AdapterConstant), compiler_options=_once())
         made = draw()
-        adapter, constants = place(mesh, made, PartitionSpec())
+        adapter, constants = put_on_mesh(mesh, made, PartitionSpec())
     model = nnx.merge(graph, adapter, constants, following, frozen)
     _read_weights(model, mesh)
     return model
@@ -140,7 +140,7 @@ def _read_weights(model: Model, mesh: Mesh | None) -> None:
         if isinstance(layer, Linear) and isinstance(layer.adapter, ReadsWeight):
             layer.adapter.read_weight(layer.weight.get_value())
             for constant in (value for value in vars(layer.adapter).values() if isinstance(value, WeightConstant)):
-                constant.set_value(place(mesh, constant.get_value(), PartitionSpec()))
+                constant.set_value(put_on_mesh(mesh, constant.get_value(), PartitionSpec()))
 
 
 def storage_of(checkpoint: Checkpoint, asked: Quantization | None) -> Quantization | None:
