@@ -19,7 +19,7 @@ from flax import nnx
 from qlora_jax.errors import OptionError
 from qlora_jax.models.parameter_mapping import ParameterMapping
 from qlora_jax.nn import Delta
-from qlora_jax.peft import FullFineTuning, Method
+from qlora_jax.peft import Method
 from qlora_jax.quant import PackedEmbedding
 
 EMBEDDING, HEAD = ("embed_tokens", "weight"), ("lm_head", "weight")
@@ -66,7 +66,7 @@ def trainable_base(
     """
     if method is None:
         return TrainableBase()
-    if isinstance(method, FullFineTuning):
+    if method.is_full:
         if not embeddings:
             raise OptionError("full fine-tuning: expected a decoder-only model, found two stacks that share an embedding")
         return TrainableBase(tuple(mapping for mapping in mappings if not mapping.linear), tied=True)
