@@ -156,7 +156,7 @@ def make_plan(checkpoint: Checkpoint, how: TensorMerge, dtype: MergedDtype, shar
     check_all(checkpoint, adapter, abstract)
     names = [name for mapping in mappings for name in mapping.names()]
     linear = frozenset(name for mapping in mappings if mapping.linear for name in mapping.names())
-    head = tied_head(mappings) if abstract.trained.unties else None
+    head = tied_head(mappings) if abstract.trainable.unties else None
     config = checkpoint.config
     if head is not None:  # the head was tied to the token embedding, and is not any more
         checkpoint = with_copy(checkpoint, head, next(mapping.name for mapping in mappings if mapping.path == EMBEDDING))
@@ -166,7 +166,7 @@ def make_plan(checkpoint: Checkpoint, how: TensorMerge, dtype: MergedDtype, shar
         how,
         linear=linear,
         packed=_packed_embeddings(checkpoint) if how.from_embedding_storage != "none" else frozenset(),
-        retrained=retrained_parameters(adapter, abstract.trained, mappings),
+        retrained=retrained_parameters(adapter, abstract.trainable, mappings),
     )
     entries: dict[str, dict[str, Entry]] = {
         name: {name: (how.dtype, tuple(checkpoint.shapes[name]))}
