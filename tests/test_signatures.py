@@ -1,4 +1,4 @@
-"""The array types in the signatures of quant, nn and models, checked at run time with jaxtyping and beartype.
+"""The array types in the signatures of quant, nn, models and train, checked at run time with jaxtyping and beartype.
 
 Each function is called with arguments of the right shapes and dtypes, which must pass, and with one wrong argument, which
 must raise. The right call also checks the shape and the dtype of the result.
@@ -20,6 +20,7 @@ from qlora_jax.models import T5, CausalLM
 from qlora_jax.models.llama import llama_config
 from qlora_jax.models.neftune import neftune_noise
 from qlora_jax.models.t5_config import t5_config
+from qlora_jax.train.cross_entropy import chunked_cross_entropy
 
 
 def array(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
@@ -110,6 +111,14 @@ CASES: list[tuple[str, Any, tuple[Any, ...], dict[str, Any], int | str, list[Any
     ("RotaryEmbedding", nn.RotaryEmbedding.__call__, (ROPE, tokens(2, 3)), {}, 1, [tokens(3), array(2, 3)]),
     ("checkpoint_name", nn.checkpoint_name, (array(2), "residual"), {}, 0, [None]),
     ("add_delta", nn.add_delta, (array(3, 5, dtype=jnp.bfloat16), array(3, 5)), {}, 1, [array(5), tokens(3, 5)]),
+    (
+        "chunked_cross_entropy",
+        chunked_cross_entropy,
+        (array(6, 8), array(16, 8), tokens(6), array(6), 4),
+        {},
+        2,
+        [tokens(5), array(6)],
+    ),
     ("neftune_noise", neftune_noise, (array(2, 3, 8), tokens(2, 3), 5.0, jax.random.key(0)), {}, 1, [tokens(2, 4)]),
 ]
 

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from qlora_jax.errors import OptionError
+from qlora_jax.models.attention_kinds import layer_kinds, of_kind, rotations_of
 from qlora_jax.models.chunks import chunk_count
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import DecoderLayer, make_norm
@@ -181,7 +182,7 @@ class CausalLM(nnx.Module):
             noise_key = jax.random.fold_in(key, self.config.num_hidden_layers)
             x = x + self.config.embedding_scale * neftune_noise(x, segment_ids, neftune_alpha, noise_key).astype(x.dtype)
         prompt = with_prompt(self.prompt, self.config, x, positions, segment_ids, key)
-        rotations = self._rotations(prompt.positions)
+        rotations = rotations_of(self.config, prompt.positions)
         graph, layers = nnx.split(self.layers)
         chunks = chunk_count(prompt.x.shape[0] * prompt.x.shape[1] // devices_of_context(), self.remat)
 
@@ -196,12 +197,12 @@ class CausalLM(nnx.Module):
                 return attended[:, -length:], None
 
             x, _ = nnx.merge(graph, state)(
-                checkpoint_name(x, "residual"), *_of_kind(rotations, kind), attend, layer_key, chunks
+                checkpoint_name(x, "residual"), *of_kind(rotations, kind), attend, layer_key, chunks
             )
             return x, None
 
         keys = None if key is None else jax.random.split(key, self.config.num_hidden_layers)
-        inputs = (layers, keys, self._layer_kinds(), prompt.prefix)
+        inputs = (layers, keys, layer_kinds(self.config), prompt.prefix)
         x, _ = jax.lax.scan(rematerialise(run_layer, self.remat), prompt.x, inputs)
         return self.norm(x[:, -tokens.shape[1] :])
 
@@ -225,7 +226,7 @@ class CausalLM(nnx.Module):
     def _extended(self, x: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """Return the last layer's output `[b, t, hidden_size]` for embedded tokens x, and the cache including them."""
         config, count = self.config, x.shape[1]
-        rotations = self._rotations(jnp.maximum(positions, 0))
+        rotations = rotations_of(self.config, jnp.maximum(positions, 0))
         filled = jax.lax.dynamic_update_slice(cache.filled, positions >= 0, (0, cache.length))
         slots, own = jnp.arange(cache.filled.shape[1]), cache.length + jnp.arange(count)[:, None]
         mask = filled[:, None, :] & (slots <= own)[None]
@@ -257,10 +258,10 @@ class CausalLM(nnx.Module):
                 )
                 return attended, (keys, values)
 
-            x, (keys, values) = nnx.merge(graph, layer_of(state, layer))(x, *_of_kind(rotations, kind), attend, None)
+            x, (keys, values) = nnx.merge(graph, layer_of(state, layer))(x, *of_kind(rotations, kind), attend, None)
             return (x, keys, values), None
 
-        inputs = (scanned, jnp.arange(config.num_hidden_layers), self._layer_kinds())
+        inputs = (scanned, jnp.arange(config.num_hidden_layers), layer_kinds(self.config))
         (x, keys, values), _ = jax.lax.scan(run_layer, (x, cache.keys, cache.values), inputs)
         return x, KVCache(keys, values, filled, cache.length + count)
 
@@ -309,19 +310,6 @@ class CausalLM(nnx.Module):
         x = self.embed_tokens(tokens)
         return x if self.config.embedding_scale == 1 else x * jnp.asarray(self.config.embedding_scale, x.dtype)
 
-    def _layer_kinds(self) -> Array | None:
-        """Return the index of each layer's kind of attention, int32 `[layers]`, or None if all layers have the same kind."""
-        return None if len(self.config.kinds) == 1 else jnp.asarray(np.asarray(self.config.layer_kinds, np.int32))
-
-    def _rotations(self, positions: Array) -> tuple[Array, Array]:
-        """Return float32 (cosine, sine), each `[kinds, b, t, r / 2]`; (1, 0) for a kind without position embedding."""
-        ropes = [kind.rope for kind in self.config.kinds]
-        some = next(rope for rope in ropes if rope is not None)
-        shape = (*positions.shape, some.head_dim // 2)
-        rotations = [(jnp.ones(shape), jnp.zeros(shape)) if rope is None else rope(positions) for rope in ropes]
-        cosines, sines = zip(*rotations, strict=True)
-        return jnp.stack(cosines), jnp.stack(sines)
-
     @property
     def max_positions(self) -> int | None:
         """The largest number of tokens in a row, without virtual ones, that the positions allow; None: no limit."""
@@ -348,8 +336,3 @@ class CausalLM(nnx.Module):
     @staticmethod
     def _positions(tokens: Array) -> Array:
         return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-
-
-def _of_kind(rotations: tuple[Array, Array], kind: Array | None) -> tuple[Array, Array]:
-    cosine, sine = rotations
-    return (cosine[0], sine[0]) if kind is None else (cosine[kind], sine[kind])
