@@ -21,10 +21,10 @@ from qlora_jax.checkpoint.tokenizer import stop_ids
 from qlora_jax.cli import parse
 from qlora_jax.data import encode_all, load_records
 from qlora_jax.finetune import Options, finetune
-from qlora_jax.finetune.memory import recipe_of
 from qlora_jax.finetune.objectives.answers import greedy
+from qlora_jax.finetune.step import step_spec
 from qlora_jax.models import family_of
-from qlora_jax.plan.recipe import abstract_step
+from qlora_jax.train import build_step
 
 LONGEST = 4096  # maximum number of tokens of a held-out record that is answered
 
@@ -56,9 +56,9 @@ def main(answers: str, *flags: str) -> None:
 def trainable_parameters(options: Options) -> int:
     """Return the number of trainable parameters of a run."""
     checkpoint = open_checkpoint(str(options.model.model), options.model.revision)
-    recipe = recipe_of(options, family_of(checkpoint.config).config(checkpoint.config), jax.default_backend())
-    step = abstract_step(recipe, jax.default_backend())
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(step.adapter))
+    spec = step_spec(options, family_of(checkpoint.config).config(checkpoint.config), jax.default_backend())
+    step = build_step(spec)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(step.state.adapter))
 
 
 def exact_match(options: Options, folder: Path, count: int) -> float:
