@@ -87,13 +87,14 @@ def test_flags_exist() -> None:
 
 
 def flags_in(page: Path) -> set[str]:
-    """Return the flags that a page names, without those of other programs."""
+    """Return the flags that a page names, without those of other programs and of options that the page itself declares."""
     commands_of_others = (
         r"python qlora\.py .*?```|trl sft .*?```|`--lora_modules[^`]*`|`tensorboard [^`]*`|XLA_FLAGS=\S+|"
         r"LIBTPU_INIT_ARGS=\"[^\"]*\""
     )
     text = re.sub(commands_of_others, "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    return set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*)", text))
+    declared = {name.replace("_", "-") for name in re.findall(r"Option\(\s*\"(\w+)\"", text)}
+    return set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*)", text)) - declared
 
 
 def flags(options: type[Any]) -> set[str]:
