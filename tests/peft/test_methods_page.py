@@ -26,7 +26,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
 def test_a_method_in_one_file(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(code.splitlines()) <= 60
-    monkeypatch.delitem(METHODS, "RANK_ONE", raising=False)  # and takes away what the page puts in
+    monkeypatch.delitem(METHODS, "rank-one", raising=False)  # and takes away what the page puts in
     (tmp_path / "rank_one.py").write_text(code, encoding="utf-8")
     spec = importlib.util.spec_from_file_location("rank_one", tmp_path / "rank_one.py")
     assert spec is not None
@@ -59,4 +59,4 @@ def test_a_method_in_one_file(tiny_llama: Path, tmp_path: Path, monkeypatch: pyt
     merged = fresh(None, open_checkpoint(str(tmp_path / "merged")))
     assert largest(merged(tokens), trained(tokens)) < 1e-4
     assert largest(merged(tokens), fresh(None)(tokens)) > 1e-2
-    monkeypatch.delitem(METHODS, "RANK_ONE")
+    monkeypatch.delitem(METHODS, "rank-one")
