@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +70,9 @@ def save_adapter(
         raise OptionError("expected a model that was made with a method, found none")
     if subtracted is None and model.origin is not None:
         subtracted = model.origin.subtracted
-    if isinstance(method, LoRA) and subtracted is not None:
-        tensors, method = to_plain_lora(tensors, method, subtracted)
-    elif isinstance(method, LoRA) and method.changes_base:
+    if subtracted is not None:
+        tensors, method = to_plain_lora(tensors, cast(LoRA, method), subtracted)  # only LoRA subtracts anything
+    elif method.changes_base:
         raise OptionError(
             f"init_lora_weights {method.init_lora_weights}: expected a model that was loaded from a checkpoint, "
             "found one of which it is unknown what was subtracted from its weights"

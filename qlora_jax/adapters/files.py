@@ -39,7 +39,7 @@ from qlora_jax.adapters.peft_config import CONFIG, TaskType, config_of, read_ada
 from qlora_jax.adapters.virtual_tokens import ENCODER, read_encoder
 from qlora_jax.checkpoint.hub import Snapshot
 from qlora_jax.errors import CheckpointError, list_names
-from qlora_jax.peft import Method, PromptMethod
+from qlora_jax.peft import Method
 from qlora_jax.peft.prompt import EMBEDDINGS
 
 __all__ = ["Adapter", "read_adapter", "write_adapter"]
@@ -194,7 +194,7 @@ def _problems_of_tensors(tensors: Mapping[str, np.ndarray], method: Method) -> l
     odd, shape_errors, not_finite, dtypes = [], [], [], []
     for name, tensor in tensors.items():
         module, suffix = split_name(name, method)
-        if not name.startswith(EMBEDDINGS if isinstance(method, PromptMethod) else PREFIX) or (
+        if not name.startswith(EMBEDDINGS if method.virtual_tokens else PREFIX) or (
             suffix is None and not _is_trained_besides(name, method)
         ):
             odd.append(f"{name} {list(tensor.shape)}")
@@ -205,7 +205,7 @@ def _problems_of_tensors(tensors: Mapping[str, np.ndarray], method: Method) -> l
         elif not np.isfinite(tensor).all():
             not_finite.append(name)
     endings = PREFIX + " or ".join(f"….{suffix}" for suffix in method.suffixes)
-    names = EMBEDDINGS if isinstance(method, PromptMethod) else f"{endings}, and what {CONFIG} names besides"
+    names = EMBEDDINGS if method.virtual_tokens else f"{endings}, and what {CONFIG} names besides"
     kinds = {
         f"expected tensors named {names}, found": odd,
         f"tensors that do not fit {CONFIG}": shape_errors,

@@ -17,7 +17,7 @@ from qlora_jax.checkpoint.load import check_tensors, with_tied
 from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.models import FAMILIES, Model, families_with, tied_head
 from qlora_jax.models.trained import TABLE
-from qlora_jax.peft import DoRALinear, LoRA, LoRALinear
+from qlora_jax.peft import LoRA, LowRankAdapter
 
 __all__ = ["check_all", "check_family", "check_fit", "check_scaling"]
 
@@ -100,7 +100,7 @@ def check_scaling(adapter: Adapter, model: Model) -> None:
     """
     method = adapter.method
     for mapping, found in adapter_modules(model):
-        if not isinstance(method, LoRA) or not isinstance(found, LoRALinear | DoRALinear):
+        if not isinstance(method, LoRA) or not isinstance(found, LowRankAdapter):
             continue
         spec = found.spec
         for module, rank, scaling in zip(mapping.modules(), spec.ranks, spec.scalings, strict=True):

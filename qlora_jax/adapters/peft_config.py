@@ -9,7 +9,7 @@ from typing import Any, Literal
 from qlora_jax.adapters.virtual_tokens import with_encoder
 from qlora_jax.checkpoint.hub import Snapshot, resolve
 from qlora_jax.errors import CheckpointError
-from qlora_jax.peft import METHODS, FieldErrors, Method
+from qlora_jax.peft import FieldErrors, LoRA, Method, peft_methods
 
 __all__ = [
     "CONFIG",
@@ -114,11 +114,12 @@ def _read_json(snapshot: Snapshot) -> dict[str, Any]:
 def _method_of(name: str, config: Mapping[str, Any]) -> Method:
     """Return the method that the fields describe; raise CheckpointError for those that are not supported."""
     kind = config.get("peft_type")
-    found = METHODS.get(str(kind))
-    problems = [] if found else [f"peft_type: expected one of {', '.join(METHODS)}, found {kind!r}"]
+    methods = peft_methods()
+    found = methods.get(str(kind))
+    problems = [] if found else [f"peft_type: expected one of {', '.join(methods)}, found {kind!r}"]
     try:
         # The fields of a file of no known kind are read as LoRA's, so that all problems are reported at once.
-        method = (found or METHODS["LORA"]).from_peft(config)
+        method = (found or LoRA).from_peft(config)
         if found is not None:
             return method
     except FieldErrors as error:

@@ -12,7 +12,7 @@ calls `check`.
 import dataclasses
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -161,11 +161,13 @@ class Pretrained:
             OptionError: the vocabulary has a token already, or the rows cannot be trained.
             UnsupportedError: the model is not decoder-only.
         """
-        if not tokens or not isinstance(self.method, LoRA):
+        if not tokens or self.method is None or not self.method.rank:
             return self
         ids = add_special_tokens(self.tokenizer, tokens)
         checkpoint = with_token_rows(self.checkpoint, ids)
-        return dataclasses.replace(self, checkpoint=checkpoint, method=train_token_rows(self.method, checkpoint, ids))
+        return dataclasses.replace(
+            self, checkpoint=checkpoint, method=train_token_rows(cast(LoRA, self.method), checkpoint, ids)
+        )
 
     def load(self, *, mesh: Mesh | None = None, seed: int = 0, progress: bool = True) -> Model:
         """Return the model with its adapter.

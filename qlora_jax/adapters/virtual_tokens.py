@@ -9,7 +9,7 @@ PEFT writes no encoder. An adapter without one is loaded as its values, and trai
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +43,7 @@ def encoder_tensors(prompt: Prompt) -> dict[str, np.ndarray]:
 
 def with_encoder(method: Method, folder: Path) -> Method:
     """Return the method of a configuration, without an encoder where the folder has none."""
-    if not isinstance(method, PromptMethod) or (folder / ENCODER).is_file():
-        return method
-    return cast(Method, method.projected())
+    return method if (folder / ENCODER).is_file() else method.projected()
 
 
 def read_encoder(method: Method, folder: Path, values: np.ndarray | None, place: str) -> dict[str, np.ndarray]:

@@ -29,7 +29,7 @@ A, B = "lora_A.weight", "lora_B.weight"
 
 def converted_from(method: Method) -> str | None:
     """Return the initialization that makes files of two halves, for `AdapterMetadata`; None for any other method."""
-    return str(method.init_lora_weights) if isinstance(method, LoRA) and method.changes_base else None
+    return str(method.init_lora_weights) if method.changes_base else None
 
 
 def to_plain_lora(

@@ -7,7 +7,7 @@ makes from them the initial adapter and a value `Subtracted`, with which the ada
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax import Array
 from qlora_jax.errors import OptionError
 from qlora_jax.models import Model, linear_mappings
 from qlora_jax.nn import Linear
-from qlora_jax.peft import LoRA, LoRALinear, Method, Subtracted, module_matches, reads_weights
+from qlora_jax.peft import LoRA, LowRankAdapter, Method, Subtracted, module_matches
 from qlora_jax.peft.initialization import pissa_iterations
 from qlora_jax.peft.loftq import loftq
 from qlora_jax.peft.pissa import best_update, subtract_update
@@ -67,7 +67,7 @@ def rewrite_for(method: Method | None, subtracted: Subtracted | None, quantizati
     """
     if subtracted is not None:
         return lambda module, w: Rewritten(subtracted.from_weight(module, w))
-    if not isinstance(method, LoRA) or not reads_weights(method.init_lora_weights):
+    if not isinstance(method, LoRA) or not method.reads_original_weights:
         return None
     if method.init_lora_weights == "loftq" and quantization is None:
         raise OptionError("init_lora_weights loftq: expected linear layers in 4 bits, found dense ones (data_type none)")
@@ -77,7 +77,9 @@ def rewrite_for(method: Method | None, subtracted: Subtracted | None, quantizati
 def subtracted_from(method: Method | None, records: Mapping[str, Rewritten]) -> Subtracted | None:
     """Return what the loader subtracted, from its records by module; None: nothing."""
     matrices = {module: record.subtracted for module, record in records.items() if record.subtracted is not None}
-    return Subtracted(method, str(method.init_lora_weights), matrices) if matrices and isinstance(method, LoRA) else None
+    if method is None or not matrices:
+        return None
+    return Subtracted(cast(LoRA, method), str(method.init_lora_weights), matrices)  # only LoRA subtracts anything
 
 
 def with_initial_adapter(model: AnyModel, records: Mapping[str, Rewritten]) -> AnyModel:
@@ -102,10 +104,10 @@ def with_initial_adapter(model: AnyModel, records: Mapping[str, Rewritten]) -> A
     return nnx.merge(graph, state, frozen)
 
 
-def _adapter_at(model: Any, path: tuple[str, ...]) -> LoRALinear | None:
+def _adapter_at(model: Any, path: tuple[str, ...]) -> LowRankAdapter | None:
     for name in path:
         model = getattr(model, name)
-    return model.adapter if isinstance(model, Linear) and isinstance(model.adapter, LoRALinear) else None
+    return model.adapter if isinstance(model, Linear) and isinstance(model.adapter, LowRankAdapter) else None
 
 
 def _initialize(method: LoRA, quantization: Quantization | None, module: str, w: Array) -> Rewritten:

@@ -26,16 +26,14 @@ from qlora_jax import cli
 from qlora_jax.checkpoint.bitsandbytes import is_quantized
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.errors import CheckpointError, DoesNotFitError, OptionError
-from qlora_jax.finetune.memory import recipe_of
 from qlora_jax.finetune.options.options import Options
-from qlora_jax.models import family_of, scaled
+from qlora_jax.finetune.step import step_spec
+from qlora_jax.models import ModelSpec, family_of, scaled
 from qlora_jax.plan import (
     HUB_IDS,
     SIZES,
     Choice,
-    DoesNotFit,
     Machine,
-    Recipe,
     Report,
     as_json,
     cheaper_first,
@@ -49,9 +47,13 @@ from qlora_jax.plan import (
     machine_named,
     quick_plan,
     report_of,
+    spec_values,
     table,
 )
 from qlora_jax.platforms import use_compilers_only
+from qlora_jax.train import StepSpec
+
+Spec = StepSpec[ModelSpec]
 
 _DEFAULT = "smollm2-135m"
 
@@ -95,28 +97,27 @@ def plan(options: PlanCommandOptions) -> None:
     machine = machine_named(chosen.device)
     _check(chosen, machine)
     model = options.model.model or _DEFAULT
-    recipe = read_recipe(options, model, machine)
+    spec = read_spec(options, model, machine)
     found: dict[str, Any] = {}
     if chosen.fit == "options":
-        recipe, machine, found = fit_options(recipe, machine, chosen.quick)
+        spec, machine, found = fit_options(spec, machine, chosen.quick)
     elif chosen.fit != "none":
-        recipe, found = fit_number(recipe, machine, chosen.fit, chosen.quick)
+        spec, found = fit_number(spec, machine, chosen.fit, chosen.quick)
     if chosen.step == "decode":
-        decode_step = compile_decode_step(recipe, machine, capacity=chosen.capacity)
-        title = f"{model}: decoding {recipe.batch_size} x {chosen.capacity}"
-        report = report_of(decode_step, recipe, machine, title)
+        decode_step = compile_decode_step(spec, machine, capacity=chosen.capacity)
+        title = f"{model}: decoding {spec.batch.batch_size} x {chosen.capacity}"
+        report = report_of(decode_step, spec, machine, title)
     else:
-        report = train_report(recipe, machine, f"{model}: training {recipe.batch_size} x {recipe.length}", chosen.quick)
+        report = train_report(
+            spec, machine, f"{model}: training {spec.batch.batch_size} x {spec.batch.length}", chosen.quick
+        )
     print(table(report))
     if chosen.fit != "none":
         print(f"  found: {', '.join(f'{name} {value}' for name, value in found.items())}")
     if chosen.plot is not None:
         draw([report], chosen.plot)
         print(f"  drawn: {chosen.plot}")
-    recipe_values = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name != "config"}
-    recipe_values |= {"method": dataclasses.asdict(recipe.method)}
-    recipe_values["quantization"] = None if recipe.quantization is None else dataclasses.asdict(recipe.quantization)
-    print(json.dumps({**as_json(report), "model": model, "recipe": recipe_values, "found": found}))
+    print(json.dumps({**as_json(report), "model": model, "recipe": spec_values(spec), "found": found}))
 
 
 def _check(chosen: PlanOptions, machine: Machine) -> None:
@@ -132,73 +133,74 @@ def _check(chosen: PlanOptions, machine: Machine) -> None:
         check_compiler(machine)
 
 
-def read_recipe(options: PlanCommandOptions, model: str, machine: Machine) -> Recipe:
+def read_spec(options: PlanCommandOptions, model: str, machine: Machine) -> Spec:
     """Return the step that the options describe, for the config of a model."""
     hf_config = read_config(model)
     config = family_of(hf_config).config(hf_config)
     if (scaling := options.context.scaling(config, options.data.max_length)) is not None:
         config = family_of(hf_config).config(scaled(hf_config, config, scaling))
-    recipe = recipe_of(options, config, machine.device.platform)
-    if is_quantized(hf_config) and recipe.quantization is not None:
+    spec = step_spec(options, config, machine.device.platform)
+    if is_quantized(hf_config) and spec.model.quantization is not None:
         print("The checkpoint is quantised already: planned with the storage that the options name.", file=sys.stderr)
-    return recipe
+    return spec
 
 
-def train_report(recipe: Recipe, machine: Machine, title: str, quick: bool) -> Report:
+def train_report(spec: Spec, machine: Machine, title: str, quick: bool) -> Report:
     """Return the report of a training step, calculated or compiled."""
     if quick:
         start = time.perf_counter()
-        estimate = quick_plan(recipe, machine.device.platform, machine.count)
-        return report_of(estimate, recipe, machine, title, time.perf_counter() - start)
-    return report_of(compile_train_step(recipe, machine), recipe, machine, title)
+        estimate = quick_plan(spec, machine.device.platform, machine.count)
+        return report_of(estimate, spec, machine, title, time.perf_counter() - start)
+    return report_of(compile_train_step(spec, machine), spec, machine, title)
 
 
-def peak_of(recipe: Recipe, machine: Machine, quick: bool) -> int:
+def peak_of(spec: Spec, machine: Machine, quick: bool) -> int:
     """Return the peak of memory in bytes on each device.
 
     For a program that the compiler refuses because it does not fit, this is a number above the memory of the device.
     """
     if quick:
-        return quick_plan(recipe, machine.device.platform, machine.count).peak
+        return quick_plan(spec, machine.device.platform, machine.count).peak
     try:
-        return compile_train_step(recipe, machine).peak
-    except DoesNotFit as error:
+        return compile_train_step(spec, machine).peak
+    except DoesNotFitError as error:
         return max(error.needed or 0, machine.device.memory_bytes + 1)
 
 
-def fit_number(
-    recipe: Recipe, machine: Machine, kind: Literal["batch", "length"], quick: bool
-) -> tuple[Recipe, dict[str, Any]]:
+def fit_number(spec: Spec, machine: Machine, kind: Literal["batch", "length"], quick: bool) -> tuple[Spec, dict[str, Any]]:
     """Return the step with the largest batch or length that fits, and that number by its name."""
     field, step = ("batch_size", 1) if kind == "batch" else ("length", 128)
     limit = machine.device.memory_bytes
 
+    def with_number(number: int) -> Spec:
+        return dataclasses.replace(spec, batch=dataclasses.replace(spec.batch, **{field: number}))
+
     def peak(number: int, by_arithmetic: bool = quick) -> int:
-        size = peak_of(dataclasses.replace(recipe, **{field: number}), machine, by_arithmetic)
+        size = peak_of(with_number(number), machine, by_arithmetic)
         if not by_arithmetic:
             print(f"{field} {number}: {size / 2**30:.2f} GiB", file=sys.stderr, flush=True)
         return size
 
-    guess = largest_that_fits(lambda number: peak(number, True), limit, start=getattr(recipe, field), step=step)
+    guess = largest_that_fits(lambda number: peak(number, True), limit, start=getattr(spec.batch, field), step=step)
     best = guess if quick else largest_that_fits(peak, limit, start=step if guess is None else guess[0], step=step)
     if best is None:
         need = peak(step, True)
-        choice = _cheapest(dataclasses.replace(recipe, **{field: step}), machine, True)
+        choice = _cheapest(with_number(step), machine, True)
         hint = "no options would make it fit" if choice is None else f"what would: {_flags(choice[0], machine)}"
         raise DoesNotFitError(
             f"{field} {step} does not fit {machine.name}: expected at most {limit / 2**30:.2f} GiB, found about "
             f"{need / 2**30:.2f} GiB; {hint}"
         )
-    return dataclasses.replace(recipe, **{field: best[0]}), {field: best[0]}
+    return with_number(best[0]), {field: best[0]}
 
 
-def fit_options(recipe: Recipe, machine: Machine, quick: bool) -> tuple[Recipe, Machine, dict[str, Any]]:
+def fit_options(spec: Spec, machine: Machine, quick: bool) -> tuple[Spec, Machine, dict[str, Any]]:
     """Return the step and the machine with the cheapest options that fit, and these options in words."""
-    best = _cheapest(recipe, machine, quick)
+    best = _cheapest(spec, machine, quick)
     if best is None:
         least = min(
-            quick_plan(choice.recipe, machine.device.platform, machine.count * choice.devices).peak
-            for choice in cheaper_first(recipe)
+            quick_plan(choice.spec, machine.device.platform, machine.count * choice.devices).peak
+            for choice in cheaper_first(spec)
         )
         raise DoesNotFitError(
             f"nothing fits {machine.name}: expected at most {machine.device.memory_bytes / 2**30:.2f} GiB, found about "
@@ -206,22 +208,22 @@ def fit_options(recipe: Recipe, machine: Machine, quick: bool) -> tuple[Recipe, 
         )
     choice, _ = best
     words = _flags(choice, machine)
-    return choice.recipe, _times(machine, choice.devices), {"options": words}
+    return choice.spec, _times(machine, choice.devices), {"options": words}
 
 
-def _cheapest(recipe: Recipe, machine: Machine, quick: bool) -> tuple[Choice, int] | None:
+def _cheapest(spec: Spec, machine: Machine, quick: bool) -> tuple[Choice, int] | None:
     """Return the cheapest options that fit and their peak of memory; None if none fit."""
 
     def estimate(choice: Choice) -> int:
-        return quick_plan(choice.recipe, machine.device.platform, machine.count * choice.devices).peak
+        return quick_plan(choice.spec, machine.device.platform, machine.count * choice.devices).peak
 
     def peak(choice: Choice) -> int:
-        size = peak_of(choice.recipe, _times(machine, choice.devices), quick)
+        size = peak_of(choice.spec, _times(machine, choice.devices), quick)
         if not quick:
             print(f"{_flags(choice, machine)}: {size / 2**30:.2f} GiB", file=sys.stderr, flush=True)
         return size
 
-    return cheapest_that_fits(cheaper_first(recipe), estimate, peak, machine.device.memory_bytes)
+    return cheapest_that_fits(cheaper_first(spec), estimate, peak, machine.device.memory_bytes)
 
 
 def _times(machine: Machine, factor: int) -> Machine:

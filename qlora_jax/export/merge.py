@@ -47,7 +47,7 @@ from qlora_jax.export.shards import Entry, bytes_of, split_into_shards, write_js
 from qlora_jax.export.trained_parameters import retrained_parameters
 from qlora_jax.models import T5, ModelSpec, tied_head
 from qlora_jax.models.trained import TABLE
-from qlora_jax.peft import PromptMethod, Subtracted
+from qlora_jax.peft import Subtracted
 from qlora_jax.quant import EmbeddingStorage, PackedEmbedding, Quantization
 
 __all__ = ["MergedDtype", "merge"]
@@ -124,7 +124,7 @@ def merge(
         raise OptionError(f"unknown dtype {dtype!r}; expected one of {', '.join(get_args(MergedDtype))}")
     if output.exists() and (not output.is_dir() or next(output.iterdir(), None) is not None):
         raise CheckpointError(f"{output}: expected a folder that is empty or does not exist yet, found it in use.")
-    if adapter is not None and isinstance(adapter.method, PromptMethod):
+    if adapter is not None and adapter.method.virtual_tokens:
         raise CheckpointError(
             f"{adapter.name}: virtual tokens ({adapter.method.peft_type}) are no weights: expected an adapter of linear "
             "layers to merge, found none; generate.py takes the adapter as it is."

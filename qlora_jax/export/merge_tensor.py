@@ -13,7 +13,6 @@ from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.initialize import Rewrite
 from qlora_jax.errors import CheckpointError
 from qlora_jax.export.trained_parameters import Retrained
-from qlora_jax.peft import ScalesBias
 from qlora_jax.quant import (
     EmbeddingStorage,
     Quantization,
@@ -97,7 +96,7 @@ def _merged(checkpoint: Checkpoint, name: str, how: TensorMerge) -> np.ndarray:
         return tensor
     if name in how.linear:
         return adapter.method.merged(tensor, module, found)
-    if kind == "bias" and isinstance(adapter.method, ScalesBias):
+    if kind == "bias":
         return adapter.method.merged_bias(tensor, module, found)
     return tensor
 

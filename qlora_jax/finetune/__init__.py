@@ -4,18 +4,16 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from qlora_jax.finetune.job import finetune
-from qlora_jax.finetune.options.options import (
-    DataOptions,
-    LoRAOptions,
-    ModelOptions,
-    ObjectiveOptions,
-    OptimizerOptions,
-    Options,
-    RunOptions,
-)
+from qlora_jax.finetune.options.data import DataOptions
+from qlora_jax.finetune.options.lora import LoRAOptions
+from qlora_jax.finetune.options.model import ModelOptions
+from qlora_jax.finetune.options.objective import ObjectiveOptions
+from qlora_jax.finetune.options.optimizer import OptimizerOptions
+from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.options.reporting import WatchOptions
+from qlora_jax.finetune.options.run import RunOptions
 from qlora_jax.finetune.options.tuning import MethodName, TuningOptions
+from qlora_jax.finetune.run import finetune
 
 __all__ = [
     "DataOptions",

@@ -1,196 +1,271 @@
-"""The training of the main job, between its folder and the loop: it resumes, evaluates, saves, watches, keeps the best."""
+"""The second stage of a run: the weights are read and the adapter is trained, from the start or from the last checkpoint."""
 
-from collections.abc import Callable
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from qlora_jax.adapters.files import Adapter
 from qlora_jax.finetune.folder import start
-from qlora_jax.finetune.objectives.objective import Batches, Objective
-from qlora_jax.finetune.options.options import Options
-from qlora_jax.finetune.reporting import watch
-from qlora_jax.nn import brought_to_device, data_mesh, place
-from qlora_jax.plan.recipe import Recipe, abstract_model
+from qlora_jax.finetune.initial_model import load_initial_model
+from qlora_jax.finetune.prepare import PreparedRun, rows_of_step
+from qlora_jax.finetune.reporting.callbacks import reporting_callbacks
+from qlora_jax.models import Model
+from qlora_jax.nn import brought_to_device, data_mesh, mesh_context, place
+from qlora_jax.peft import Subtracted
 from qlora_jax.train import (
-    Ahead,
     Cadence,
-    HostOffload,
+    Callback,
     MetricsLog,
-    Optimizer,
+    Precompiled,
+    Records,
+    Step,
+    TrainingData,
     TrainState,
     best_evaluation,
-    compile_ahead,
-    compiled_first,
+    compile_before_run,
     create_state,
-    host_offload,
-    jit_eval_step,
-    jit_train_step,
+    evaluation,
     mean_metrics,
-    optimizer,
     plot_losses,
-    train,
+    precompile,
+    split,
+    unchanged_batch,
 )
+from qlora_jax.train import train as train_loop
 from qlora_jax.train.state_store import StateStore
 
+__all__ = ["TrainedRun", "train"]
 
-def train_adapter(
-    options: Options,
-    objective: Objective,
-    graphdef: Any,
-    adapter: Any,
-    frozen: Any,
-    source: Batches,
-    steps: int,
-    tx: Optimizer | HostOffload,
-    learning_rate: optax.Schedule,
-    ahead: Ahead,
-    watched: watch.Watched,
-    say: Callable[[str], None],
-    *,
-    progress: bool,
-) -> tuple[Any, list[dict[str, Any]]]:
-    """Trains from the start or from the last checkpoint.
+Batch = dict[str, np.ndarray]
+_logger = logging.getLogger(__name__)
 
-    Args:
-        graphdef, adapter, frozen: the model in parts, as `train.split` gives them.
-        steps: of the whole run.
-        tx: what updates the adapter, at rates of `learning_rate`.
-        ahead: programs on their way.
 
-    Returns:
-        The trained adapter (with early stopping, that of the lowest held-out loss) and the rows of the log.
+@dataclass(frozen=True)
+class TrainedRun:
+    """What training leaves in memory.
+
+    Attributes:
+        prepared: the run.
+        graphdef, adapter, frozen: the trained model in parts, as `train.split` returns them.
+        rows: the rows of metrics.jsonl.
+        initial_adapter: the adapter before training, where the base alone is another function; None: the base alone.
+        subtracted: what was subtracted from the weights of the base before these were stored; None: nothing.
     """
-    run = options.run
-    state = create_state(tx, adapter, run.seed)
-    start(options)
-    train_ahead, eval_ahead = ahead.programs(graphdef)
-    eval_step = compiled_first(jit_eval_step(graphdef, objective.held_out_loss, unit=objective.unit), eval_ahead)
-    mesh = data_mesh()
 
-    def model_of(state: TrainState) -> Any:
-        return nnx.merge(graphdef, brought_to_device(state.adapter), frozen)
+    prepared: PreparedRun
+    graphdef: Any
+    adapter: Any
+    frozen: Any
+    rows: list[dict[str, Any]]
+    initial_adapter: Adapter | None
+    subtracted: Subtracted | None
 
-    def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return place(mesh, {name: batch[name] for name in objective.arrays}, P("data"))
+    @property
+    def model(self) -> Model:
+        """The trained model."""
+        return nnx.merge(self.graphdef, self.adapter, self.frozen)
 
-    def put_micro_batches(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return place(mesh, micro_batches(options, objective, batch), P(None, "data"))
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        assert objective.held_out is not None
-        batches = objective.held_out(run.batch_size * jax.device_count())
-        figures = mean_metrics(eval_step, state, frozen, batches, put=put, progress=progress)
-        if run.predict_with_generate and objective.score is not None:
-            figures |= objective.score(model_of(state))
-        return figures
-
-    def save(step: int, state: TrainState, position: dict[str, Any]) -> None:
-        store.save(step, state, position)
-        keep_best(step, state)
-        plot_losses(log.rows, run.output / "loss.png", objective.unit)
-
-    def keep_best(step: int, state: TrainState) -> None:
-        # After the checkpoint, so that a run resumes at its best step or later; if a kill came in between, it is saved then.
-        if best is not None and best_evaluation(log.rows)[0] == step and best.latest_step() != step:
-            best.save(step, state.adapter, {})
-
-    with ExitStack() as open_files:
-        best = None
-        if run.early_stopping_patience:
-            best = open_files.enter_context(closing(StateStore(run.output / "best", keep=1)))
-        store = open_files.enter_context(closing(StateStore(run.output / "checkpoints", keep=run.keep)))
-        if store.latest_step() is not None:
-            state, position = store.restore(state)
-            source.set_state(position)
-            say(f"Resuming {run.output} after step {int(state.step)} of {steps}.")
-        log = open_files.enter_context(closing(MetricsLog(run.output / "metrics.jsonl", resume_at=int(state.step))))
-        keep_best(int(state.step), state)
-        watches = watch.opened(
-            watched,
-            objective.prompts,
-            objective.answer,
-            model_of,
-            log,
-            resume_at=int(state.step),
-            stack=open_files,
-        )
-        cadence = Cadence(steps, run.eval_every, run.save_every, run.early_stopping_patience)
-        state = train(
-            compiled_first(jit_train_step(graphdef, tx, objective.loss, state, unit=objective.unit), train_ahead),
-            state,
-            frozen,
-            source,
-            put=put_micro_batches,
-            cadence=cadence,
-            learning_rate=learning_rate,
-            evaluate=None if objective.held_out is None else evaluate,
-            save=save,
-            log=log,
-            count_tokens=objective.count_tokens,
-            unit=objective.unit,
-            watches=watches,
-            progress=progress,
-        )
-        if best is None or best.latest_step() is None:
-            return brought_to_device(state.adapter), log.rows
-        adapter, _ = best.restore(state.adapter)
-        last, chosen = int(state.step), cast(int, best.latest_step())
-        if cadence.exhausted(log.rows):
-            say(
-                f"Stopped after step {last} of {steps}: no lower held-out loss in {run.early_stopping_patience} evaluations."
-            )
-        say(f"The adapter is that of step {chosen}, which has the lowest held-out loss.")
-        return brought_to_device(adapter), log.rows
+    @property
+    def chosen_step(self) -> int:
+        """The step whose adapter is saved: that of the lowest held-out loss with early stopping, else the last one."""
+        patience = self.prepared.options.run.early_stopping_patience
+        return (best_evaluation(self.rows)[0] if patience else None) or self.rows[-1]["step"]
 
 
-def started_ahead(
-    options: Options,
-    objective: Objective,
-    recipe: Recipe,
-    tx: Optimizer | HostOffload,
-    source: Batches,
-) -> Ahead:
-    """The run's programs, on their way; none where the first batch is not known yet, or stands for no other."""
-    if options.data.streaming or options.data.group_by_length:
-        return Ahead()
-    position = source.get_state()
-    batch = micro_batches(options, objective, next(source))
-    source.set_state(position)
-    return compile_ahead(
-        partial(abstract_model, recipe, jax.default_backend()),
-        tx,
-        objective.loss,
-        batch,
-        unit=objective.unit,
-        held_out_loss=None if objective.held_out is None else objective.held_out_loss,
-        evaluate_first=not any((options.run.output / "checkpoints").glob("[0-9]*")),  # a run that goes on trains first
+def train(run: PreparedRun) -> TrainedRun:
+    """Read the weights and train.
+
+    The output folder becomes this run's: with `overwrite` the files of the run before are deleted.
+
+    Raises:
+        CheckpointError: weights that are NaN or infinite.
+        DivergedError: the loss or the gradient is not finite.
+        OSError: files that cannot be written.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the step is done and saved.
+    """
+    with closing(_precompile(run)) as precompiled:
+        model, initial_adapter, subtracted = load_initial_model(run)
+        graphdef, adapter, frozen = split(run.spec.objective.prepare(model))
+        del model
+        _logger.info("%s", _describe(run, adapter, frozen))
+        with mesh_context(data_mesh()):
+            adapter, rows = _train_adapter(run, graphdef, adapter, frozen, precompiled)
+    return TrainedRun(run, graphdef, adapter, frozen, rows, initial_adapter, subtracted)
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A model that was traced already, as `StepSpec.model`."""
+
+    model: Model
+
+    def abstract(self, platform: str | None = None) -> Model:
+        return self.model
+
+
+def _precompile(run: PreparedRun) -> Precompiled:
+    """Start to compile the steps of the run; nothing is compiled where batches have other shapes than the spec says."""
+    if run.options.data.streaming or run.options.data.group_by_length:
+        return Precompiled()
+    return precompile(
+        dataclasses.replace(run.spec, model=_Traced(run.pretrained.abstract)),  # pyright: ignore[reportArgumentType]
+        run.learning_rate,
+        evaluate=run.objective.held_out is not None,
+        # A run that resumes trains first.
+        evaluate_first=not any((run.options.run.output / "checkpoints").glob("[0-9]*")),
         mesh=data_mesh(),
     )
 
 
-def micro_batches(options: Options, objective: Objective, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What the loss reads of a batch `[rows, t]`, as `[micro-batches, b, t]`."""
-    count = options.run.accumulation_steps
-    return {name: batch[name].reshape(count, -1, batch[name].shape[-1]) for name in objective.arrays}
-
-
-def make_optimizer(options: Options, learning_rate: optax.Schedule) -> Optimizer | HostOffload:
-    """That of the options, with its state where they put it."""
-    chosen = options.optimizer
-    tx = optimizer(
-        chosen.optimizer,
-        learning_rate,
-        beta1=chosen.beta1,
-        beta2=chosen.beta2,
-        weight_decay=chosen.weight_decay,
-        max_grad_norm=chosen.max_grad_norm or None,
-        loraplus_lr_ratio=chosen.loraplus_lr_ratio,
+def _describe(run: PreparedRun, adapter: Any, frozen: Any) -> str:
+    trainable = sum(leaf.size for leaf in jax.tree.leaves(adapter))
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(frozen))
+    return (
+        f"{trainable:,} trainable parameters; frozen weights {weights / 2**20:,.0f} MiB; {run.steps} steps of "
+        f"{rows_of_step(run.options)} × {run.objective.row} on {jax.device_count()} {jax.devices()[0].device_kind}"
     )
-    offloaded = chosen.host_offload or chosen.host_adapter
-    return host_offload(tx, adapter=chosen.host_adapter) if offloaded else tx
+
+
+def _train_adapter(
+    run: PreparedRun, graphdef: Any, adapter: Any, frozen: Any, precompiled: Precompiled
+) -> tuple[Any, list[dict[str, Any]]]:
+    """Run the loop, from the start or from the last checkpoint.
+
+    Args:
+        run: the run.
+        graphdef, adapter, frozen: the model in parts, as `train.split` returns them.
+        precompiled: the programs of the run.
+
+    Returns:
+        The trained adapter (with early stopping, that of the lowest held-out loss) and the rows of the log.
+    """
+    options, spec, output = run.options.run, run.spec, run.options.run.output
+    tx = spec.optimizer.build(run.learning_rate)
+    state = create_state(tx, adapter, options.seed)
+    step = Step(spec.objective, tx, graphdef, _shapes(state), frozen, spec.batch_shapes(jax.device_count()))
+    start(run.options)
+    train_program, eval_program = precompiled.programs(graphdef)
+    with ExitStack() as open_files:
+        best = StateStore(output / "best", keep=1) if options.early_stopping_patience else None
+        if best is not None:
+            open_files.enter_context(closing(best))
+        store = open_files.enter_context(closing(StateStore(output / "checkpoints", keep=options.keep)))
+        if store.latest_step() is not None:
+            state, position = store.restore(state)
+            run.batches.set_state(position)
+            _logger.info("Resuming %s after step %d of %d.", output, int(state.step), run.steps)
+        log = open_files.enter_context(closing(MetricsLog(output / "metrics.jsonl", resume_at=int(state.step))))
+        checkpoints = _Checkpoints(store, best, log)
+        checkpoints.save_best(int(state.step), state)
+
+        def save(step: int, state: TrainState, position: dict[str, Any]) -> None:
+            checkpoints.save(step, state, position)
+            plot_losses(log.rows, output / "loss.png", spec.objective.unit)
+
+        cadence = Cadence(run.steps, options.save_every, options.early_stopping_patience)
+        state = train_loop(
+            compile_before_run(step.jit_train(), train_program),
+            state,
+            frozen,
+            _training_data(run, step),
+            cadence=cadence,
+            records=Records(log, run.learning_rate, spec.objective.unit, run.progress),
+            save=save,
+            callbacks=[
+                *_evaluation(run, step, compile_before_run(step.jit_eval(), eval_program)),
+                *reporting_callbacks(
+                    run, lambda state: _model(step, state), log, resume_at=int(state.step), open_files=open_files
+                ),
+            ],
+        )
+        if best is not None and best.latest_step() is not None:
+            return brought_to_device(_best_adapter(run, best, state, cadence.exhausted(log.rows))), log.rows
+        return brought_to_device(state.adapter), log.rows
+
+
+@dataclass(frozen=True)
+class _Checkpoints:
+    """The checkpoints of a run, and with early stopping the best adapter so far beside them."""
+
+    store: StateStore
+    best: StateStore | None
+    log: MetricsLog
+
+    def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
+        self.store.save(step, state, position)
+        self.save_best(step, state)
+
+    def save_best(self, step: int, state: TrainState) -> None:
+        """Save the adapter if this step is the best and is not saved yet.
+
+        This happens after the checkpoint, so that a run resumes at its best step or later. If the run is killed in between,
+        it saves the adapter when it resumes.
+        """
+        best = self.best
+        if best is not None and best_evaluation(self.log.rows)[0] == step and best.latest_step() != step:
+            best.save(step, state.adapter, {})
+
+
+def _shapes(state: TrainState) -> TrainState:
+    """Return a state as shapes with its shardings, which do not occupy memory."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+
+
+def _model(step: Step, state: TrainState) -> Any:
+    """Return the model with the adapter of a state."""
+    return nnx.merge(step.graphdef, brought_to_device(state.adapter), step.frozen)
+
+
+def _training_data(run: PreparedRun, step: Step) -> TrainingData:
+    """Return the batches of the run, and how they become the input of a step."""
+    mesh, make = data_mesh(), run.objective.make_batch
+
+    def put(batch: Batch) -> dict[str, jax.Array]:
+        return place(mesh, run.spec.micro_batches(batch), P(None, "data"))
+
+    def make_batch(state: TrainState, batch: Batch) -> Batch:
+        return batch if make is None else make(_model(step, state), batch)
+
+    return TrainingData(run.batches, put, run.objective.count_tokens, unchanged_batch if make is None else make_batch)
+
+
+def _evaluation(run: PreparedRun, step: Step, eval_step: Callable[..., Any]) -> Sequence[Callback]:
+    """Return the callback that evaluates the held-out data; none if nothing is held out."""
+    objective, options, mesh = run.objective, run.options.run, data_mesh()
+    held_out = objective.held_out
+    if held_out is None:
+        return ()
+
+    def put(batch: Batch) -> dict[str, jax.Array]:
+        return place(mesh, run.spec.select(batch), P("data"))
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        batches = held_out(options.batch_size * jax.device_count())
+        metrics = mean_metrics(eval_step, state, step.frozen, batches, put=put, progress=run.progress)
+        if options.predict_with_generate and objective.score is not None:
+            metrics |= objective.score(_model(step, state))
+        return metrics
+
+    return (evaluation(options.eval_every, evaluate),)
+
+
+def _best_adapter(run: PreparedRun, best: StateStore, state: TrainState, stopped: bool) -> Any:
+    """Return the adapter with the lowest held-out loss, and say which step it is from."""
+    adapter, _ = best.restore(state.adapter)
+    if stopped:
+        _logger.info(
+            "Stopped after step %d of %d: no lower held-out loss in %d evaluations.",
+            int(state.step),
+            run.steps,
+            run.options.run.early_stopping_patience,
+        )
+    _logger.info("The adapter is that of step %d, which has the lowest held-out loss.", cast(int, best.latest_step()))
+    return adapter

@@ -44,7 +44,7 @@ from qlora_jax.nn import (
     with_prefix,
 )
 from qlora_jax.nn.parallel import devices_of_context
-from qlora_jax.peft import Method, Prompt, PromptMethod
+from qlora_jax.peft import Method
 from qlora_jax.quant import EmbeddingStorage, Quantization
 
 
@@ -125,7 +125,7 @@ class CausalLM(nnx.Module):
                 config.vocab_size, config.hidden_size, rows=rows, storage=embedding_storage, dtype=dtype, rngs=rngs
             )
         self.head_delta: Delta | None = None
-        self.prompt = Prompt(method, rngs) if isinstance(method, PromptMethod) else None
+        self.prompt = None if method is None else method.make_prompt(rngs)
         attach(self, trained)
         self.config = config
         self.quantization = quantization

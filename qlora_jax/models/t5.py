@@ -36,7 +36,7 @@ from qlora_jax.nn import (
     gather,
     with_prefix,
 )
-from qlora_jax.peft import Method, Prompt, PromptMethod
+from qlora_jax.peft import Method
 from qlora_jax.peft.prompt import cross_order
 from qlora_jax.quant import EmbeddingStorage, Quantization
 
@@ -133,7 +133,7 @@ class T5(nnx.Module):
                 config.vocab_size, config.hidden_size, storage=embedding_storage, dtype=dtype, rngs=rngs
             )
         attach(self, trained)
-        self.prompt = Prompt(method, rngs) if isinstance(method, PromptMethod) else None
+        self.prompt = None if method is None else method.make_prompt(rngs)
         self.config = config
         self.quantization = quantization
         self.embedding_storage: EmbeddingStorage = embedding_storage

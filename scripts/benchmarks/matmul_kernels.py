@@ -38,8 +38,8 @@ from qlora_jax.plan import DEVICES, SIZES, Machine, machine_mesh, machine_named
 from qlora_jax.plan.compile import COMPILER_OPTIONS, place, versions
 from qlora_jax.plan.devices import Platform
 from qlora_jax.plan.hlo import parse_program
-from qlora_jax.plan.recipe import weight_bytes
 from qlora_jax.plan.topology import context
+from qlora_jax.plan.tree_bytes import weight_bytes
 from qlora_jax.platforms import use_compilers_only
 from qlora_jax.quant import (
     Implementation,

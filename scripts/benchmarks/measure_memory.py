@@ -24,9 +24,12 @@ from typing import Any
 from tqdm import tqdm
 
 from qlora_jax import cli
+from qlora_jax.errors import DoesNotFitError
+from qlora_jax.models import ModelSpec
 from qlora_jax.peft import LoRA
-from qlora_jax.plan import DoesNotFit, Plan, Recipe, check_compiler, compile_train_step, machine_named
+from qlora_jax.plan import Plan, check_compiler, compile_train_step, machine_named
 from qlora_jax.platforms import use_compilers_only
+from qlora_jax.train import BatchSpec, OptimizerSpec, StepSpec, language_model_objective
 from scripts.benchmarks.model_sizes import check_names, config_of
 
 GIB = 2**30
@@ -40,11 +43,13 @@ RUNS = (
     ("llama-3-8b", 16, 4, 2048),
     ("llama-3-70b", 16, 1, 2048),
 )
-OFFLOADED: dict[str, dict[str, Any]] = {
-    "device": {},
-    "optimizer": {"host_optimizer": True},
-    "most": {"host_optimizer": True, "host_adapter": True, "remat": "offload"},
-    "most, NF4": {"host_optimizer": True, "host_adapter": True, "remat": "offload", "embedding_storage": "nf4"},
+# What is in host memory: the values that differ of the model and of the optimizer.
+_MOST = {"host_optimizer": True, "host_adapter": True}
+OFFLOADED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "device": ({}, {}),
+    "optimizer": ({}, {"host_optimizer": True}),
+    "most": ({"remat": "offload"}, _MOST),
+    "most, NF4": ({"remat": "offload", "embedding_storage": "nf4"}, _MOST),
 }
 # Columns of the table, and the metric that each column shows.
 SHOWN = (
@@ -112,18 +117,17 @@ def run(arguments: Arguments) -> None:
     ]
     rows = []
     for machine, (model, rank, batch, length), name in tqdm(chosen, unit="program", desc="compiling"):
-        recipe = Recipe(
-            config=config_of(model),
-            method=LoRA(rank),
-            batch_size=max(batch // machine.count, 1),
-            length=length,
-            packed=False,
-            **OFFLOADED[name],
+        of_model, of_optimizer = OFFLOADED[name]
+        spec = StepSpec(
+            ModelSpec(config_of(model), method=LoRA(rank), **of_model),
+            language_model_objective(packed=False),
+            BatchSpec(batch_size=max(batch // machine.count, 1), length=length),
+            OptimizerSpec(**of_optimizer),
         )
         row = {"device": machine.name, "model": model, "rank": rank, "batch": batch, "length": length, "offloaded": name}
         try:
-            rows.append(row | metrics_of(compile_train_step(recipe, machine)))
-        except DoesNotFit as error:
+            rows.append(row | metrics_of(compile_train_step(spec, machine)))
+        except DoesNotFitError as error:
             rows.append(row | {"peak": None, "why": str(error)})
     text = markdown(rows)
     print(text)

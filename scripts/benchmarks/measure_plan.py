@@ -14,7 +14,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +21,45 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from qlora_jax import cli
-from qlora_jax.errors import OptionError
-from qlora_jax.models import ModelConfig
+from qlora_jax.errors import DoesNotFitError, OptionError
+from qlora_jax.models import ModelConfig, ModelSpec
 from qlora_jax.peft import LoRA
-from qlora_jax.plan import SIZES, DoesNotFit, Machine, Recipe, check_compiler, compile_train_step, machine_named, quick_plan
-from qlora_jax.plan.quick import ERROR, FACTORS, features, kind_of, worst_moment
+from qlora_jax.plan import SIZES, Machine, check_compiler, compile_train_step, machine_named, quick_plan
+from qlora_jax.plan.factors import ERROR, FACTORS
+from qlora_jax.plan.quick import features, kind_of, worst_moment
 from qlora_jax.platforms import use_compilers_only
+from qlora_jax.train import BatchSpec, OptimizerSpec, StepSpec, language_model_objective
 from scripts.benchmarks.model_sizes import check_names, config_of
 
-# The recipes of the grid, each of which takes the config of a model: that of the QLoRA paper, one with packing, one with
-# offloading, and one that saves the results of matrix products.
-RECIPES: dict[str, Callable[[ModelConfig], Recipe]] = {
-    "paper": partial(Recipe, method=LoRA(64, 16.0, 0.05), batch_size=1, length=512, packed=False, host_optimizer=True),
-    "packed": partial(Recipe, method=LoRA(16), batch_size=4, length=2048),
-    "offload": partial(
-        Recipe,
-        method=LoRA(16),
-        batch_size=2,
-        length=2048,
-        packed=False,
-        remat="offload",
-        optimizer="adamw8bit",
-        host_optimizer=True,
-        micro_batches=2,
-    ),
-    "dots": partial(Recipe, method=LoRA(32), batch_size=1, length=1024, packed=False, remat="dots", optimizer="lion"),
+Spec = StepSpec[ModelSpec]
+_PLAIN = language_model_objective(packed=False)
+
+
+def _paper(config: ModelConfig) -> Spec:
+    model, optimizer = ModelSpec(config, method=LoRA(64, 16.0, 0.05)), OptimizerSpec(host_optimizer=True)
+    return StepSpec(model, _PLAIN, BatchSpec(length=512), optimizer)
+
+
+def _packed(config: ModelConfig) -> Spec:
+    return StepSpec(ModelSpec(config, method=LoRA(16)), language_model_objective(), BatchSpec(batch_size=4, length=2048))
+
+
+def _offload(config: ModelConfig) -> Spec:
+    model = ModelSpec(config, method=LoRA(16), remat="offload")
+    batch = BatchSpec(batch_size=2, micro_batches=2, length=2048)
+    return StepSpec(model, _PLAIN, batch, OptimizerSpec("adamw8bit", host_optimizer=True))
+
+
+def _dots(config: ModelConfig) -> Spec:
+    return StepSpec(ModelSpec(config, method=LoRA(32), remat="dots"), _PLAIN, BatchSpec(length=1024), OptimizerSpec("lion"))
+
+
+# The steps of the grid: the paper's, a packed one, one that offloads, and one that saves the results of matrix products.
+RECIPES: dict[str, Callable[[ModelConfig], Spec]] = {
+    "paper": _paper,
+    "packed": _packed,
+    "offload": _offload,
+    "dots": _dots,
 }
 
 
@@ -84,14 +97,14 @@ def run(arguments: Arguments) -> None:
             check_compiler(machine)
         for model in arguments.models:
             for name in arguments.recipes:
-                recipe = RECIPES[name](config_of(model))
+                spec = RECIPES[name](config_of(model))
                 key = (model, machine.name, name)
                 if key not in recorded and arguments.compile:
-                    recorded[key] = _compile(recipe, machine)
+                    recorded[key] = _compile(spec, machine)
                     _add(arguments.record, key, recorded[key])
                     print(*key, f"{(recorded[key] or 0) / 2**30:.3f} GiB", file=sys.stderr, flush=True)
                 if recorded.get(key) is not None:
-                    rows.append(_row(key, recipe, machine, recorded[key]))
+                    rows.append(_row(key, spec, machine, recorded[key]))
     if not rows:
         raise OptionError("models, devices, recipes: expected at least one program that was compiled, found none")
     kinds = sorted({row["kind"] for row in rows})
@@ -116,28 +129,28 @@ def run(arguments: Arguments) -> None:
     print(json.dumps({"method": "quick plan against compiled plan, peak of device memory", **summary, "grid": rows}))
 
 
-def _compile(recipe: Recipe, machine: Machine) -> int | None:
+def _compile(spec: Spec, machine: Machine) -> int | None:
     """Return the compiled peak, or None if the program does not fit."""
     start = time.perf_counter()
     try:
-        peak = compile_train_step(recipe, machine).peak
-    except DoesNotFit as error:
+        peak = compile_train_step(spec, machine).peak
+    except DoesNotFitError as error:
         print(error, file=sys.stderr)
         return None
     print(f"{time.perf_counter() - start:.0f} s", end=" ", file=sys.stderr)
     return peak
 
 
-def _row(key: tuple[str, str, str], recipe: Recipe, machine: Machine, compiled: int | None) -> dict[str, Any]:
+def _row(key: tuple[str, str, str], spec: Spec, machine: Machine, compiled: int | None) -> dict[str, Any]:
     platform = machine.device.platform
-    quick = quick_plan(recipe, platform, machine.count)
+    quick = quick_plan(spec, platform, machine.count)
     return {
         **dict(zip(("model", "device", "recipe"), key, strict=True)),
         "kind": kind_of(platform, machine.count),
         "compiled": compiled,
         "quick": quick.peak,
         "settled": quick.settled,
-        "features": features(recipe, platform, machine.count, quick.adapter),
+        "features": features(spec, platform, machine.count, quick.adapter),
     }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from huggingface_hub import ModelCard
-from lowered import BOTH_AHEAD, steps_lowered
+from lowered import BOTH_PRECOMPILED, steps_lowered
 
 from qlora_jax.adapters.bind import adapter_tensors
 from qlora_jax.adapters.files import read_adapter
@@ -18,10 +18,12 @@ from qlora_jax.adapters.virtual_tokens import ENCODER
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.cli import parse
 from qlora_jax.finetune import DataOptions, LoRAOptions, ModelOptions, OptimizerOptions, Options, RunOptions, finetune
-from qlora_jax.finetune.memory import recipe_of
-from qlora_jax.finetune.options.tuning import TuningOptions, own_rate
+from qlora_jax.finetune.objectives.dpo import DPO
+from qlora_jax.finetune.objectives.sft import SFT
+from qlora_jax.finetune.options.tuning import TuningOptions
+from qlora_jax.finetune.step import step_spec
 from qlora_jax.models import causal_family_of
-from qlora_jax.peft import IA3, LoRA, PrefixTuning, PromptTuning, PTuning
+from qlora_jax.peft import IA3, FullFineTuning, LoRA, PrefixTuning, PromptTuning, PTuning
 from qlora_jax.plan.quick import quick_plan
 from qlora_jax.serve import generate
 
@@ -63,7 +65,7 @@ def test_a_run_and_what_it_leaves(
     options = dataclasses.replace(options, run=dataclasses.replace(options.run, samples=samples))
     with steps_lowered() as steps:
         folder = finetune(options, progress=False)
-    assert steps == BOTH_AHEAD
+    assert steps == BOTH_PRECOMPILED
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     before, after = rows[0]["eval_loss"], rows[-1]["eval_loss"]
     assert after < before
@@ -135,11 +137,12 @@ def test_options_of_lora_beside_another_method() -> None:
 
 def test_rates() -> None:
     methods = (IA3(), PromptTuning(), PTuning(), PrefixTuning(), PrefixTuning(projection=True))
-    rates = [OptimizerOptions().peak_learning_rate(10**10, own=own_rate(method)) for method in methods]
+    rates = [OptimizerOptions().peak_learning_rate(10**10, SFT, method) for method in methods]
     assert rates == [3e-3, 3e-2, 1e-3, 1e-2, 1e-3]
-    assert own_rate(LoRA()) is None
-    assert OptimizerOptions().peak_learning_rate(1, "dpo", own=1e-2) == pytest.approx(5e-4)
-    assert OptimizerOptions(optimizer="lion").peak_learning_rate(1, own=1e-2) == pytest.approx(1e-3)
+    assert LoRA().default_learning_rate is None
+    assert OptimizerOptions().peak_learning_rate(10**10, SFT, FullFineTuning()) == pytest.approx(2e-5)
+    assert OptimizerOptions().peak_learning_rate(1, DPO, PrefixTuning()) == pytest.approx(5e-4)
+    assert OptimizerOptions(optimizer="lion").peak_learning_rate(1, SFT, PrefixTuning()) == pytest.approx(1e-3)
 
 
 def test_a_window_and_packed_rows_are_refused_early(make_tiny_llama: Any, data: Path, tmp_path: Path) -> None:
@@ -154,7 +157,7 @@ def test_plans_count_virtual_tokens(tiny_llama: Path, data: Path, tmp_path: Path
     plans = {}
     for method, tokens in (("prompt-tuning", 64), ("prompt-tuning", 128), ("prefix-tuning", 64)):
         options = options_of(tiny_llama, data, tmp_path, method=method, virtual_tokens=tokens)
-        plans[method, tokens] = quick_plan(recipe_of(options, config, "cpu"), "cpu")
+        plans[method, tokens] = quick_plan(step_spec(options, config, "cpu"), "cpu")
     assert plans["prompt-tuning", 64].adapter == 64 * 64 * 4
     assert plans["prefix-tuning", 64].adapter == 64 * 2 * 2 * 32 * 4
     assert plans["prompt-tuning", 128].residuals * 128 == plans["prompt-tuning", 64].residuals * 192

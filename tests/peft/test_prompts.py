@@ -33,7 +33,7 @@ from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.errors import CheckpointError
 from qlora_jax.export.merge import merge
 from qlora_jax.models.prompts import start_from_tokens
-from qlora_jax.peft import METHODS, FieldErrors, ModelShape, PrefixTuning, PromptTuning, PTuning
+from qlora_jax.peft import FieldErrors, ModelShape, PrefixTuning, PromptTuning, PTuning, peft_methods
 from qlora_jax.peft.prompt import attribute_of
 from qlora_jax.train import dpo_loss, split, without_adapter
 
@@ -68,7 +68,7 @@ def config_of(name: str) -> tuple[str, dict[str, Any]]:
 def ours_like(peer: MethodPeer, theirs: Any) -> Any:
     """Our model with the very parameters of PEFT's encoder, in a fresh method of its configuration."""
     config = theirs.peft_config["default"]
-    method = METHODS[config.peft_type.value].from_peft(json.loads(json.dumps(config.to_dict(), default=str)))
+    method = peft_methods()[config.peft_type.value].from_peft(json.loads(json.dumps(config.to_dict(), default=str)))
     model = peer.ours(method)
     assert model.prompt is not None
     state = theirs.prompt_encoder["default"].state_dict()
@@ -300,7 +300,7 @@ def test_files_that_do_not_go_together(tmp_path: Path) -> None:
 )
 def test_configurations_of_nothing(kind: str, fields: dict[str, Any], message: str) -> None:
     with pytest.raises((FieldErrors, ValueError), match=message):
-        METHODS[kind].from_peft({"num_virtual_tokens": N} | fields)
+        peft_methods()[kind].from_peft({"num_virtual_tokens": N} | fields)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import pytest
 
 from qlora_jax.cli import parse
 from qlora_jax.commands import plan as script
-from qlora_jax.errors import CheckpointError
-from qlora_jax.finetune.memory import recipe_of
-from qlora_jax.models import family_of
-from qlora_jax.plan import SIZES, CompilerMissing, DoesNotFit, Machine, Plan, Program, Recipe, machine_named
+from qlora_jax.errors import CheckpointError, DoesNotFitError
+from qlora_jax.finetune.step import step_spec
+from qlora_jax.models import ModelSpec, family_of
+from qlora_jax.plan import SIZES, CompilerMissing, Machine, Plan, Program, machine_named
+from qlora_jax.train import StepSpec
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "plan.py"
@@ -29,8 +30,8 @@ def test_the_last_line_is_json_with_method_versions_and_device(
 ) -> None:
     asked: dict[str, Any] = {}
 
-    def compiled(recipe: Recipe, machine: Machine) -> Plan:
-        asked.update(recipe=recipe, machine=machine)
+    def compiled(spec: StepSpec[ModelSpec], machine: Machine) -> Plan:
+        asked.update(spec=spec, machine=machine)
         return PLAN
 
     monkeypatch.setattr(script, "check_compiler", lambda machine: None)
@@ -46,12 +47,12 @@ def test_the_last_line_is_json_with_method_versions_and_device(
     assert result["recipe"]["method"]["rank"] == 32
     assert result["floor_seconds"] == {"compute": 2e12 / 989.4e12, "memory": 1e9 / 3.35232e12}
     assert any(line.split()[:2] == ["total", "10.000"] for line in lines)
-    recipe = asked["recipe"]
-    assert recipe.config.num_hidden_layers == 80
-    assert recipe.method.rank == 32
-    assert recipe.packed
-    assert recipe.host_optimizer
-    assert recipe.objective == "sft"
+    spec = asked["spec"]
+    assert spec.model.config.num_hidden_layers == 80
+    assert spec.model.method.rank == 32
+    assert spec.objective.packed
+    assert spec.optimizer.host_optimizer
+    assert spec.objective.name == "sft"
     assert asked["machine"] == H100
 
 
@@ -77,11 +78,16 @@ def test_a_recipe_of_train_py_means_the_same() -> None:
         arguments=["--config", str(ROOT / "recipes" / "guanaco-65b.toml"), "--device", "a100-80", "--optimizer", "lion"],
     )
     config = script.read_config(arguments.model.model)
-    recipe = recipe_of(arguments, family_of(config).config(config), "cuda")
-    assert (recipe.method.rank, recipe.method.dropout) == (64, 0.05)
-    assert (recipe.batch_size, recipe.micro_batches, recipe.length) == (1, 16, 512)
-    assert (recipe.packed, recipe.host_optimizer, recipe.remat, recipe.dtype) == (False, True, "full", "bfloat16")
-    assert (recipe.optimizer, recipe.max_grad_norm) == ("lion", 0.3)
+    spec = step_spec(arguments, family_of(config).config(config), "cuda")
+    assert (spec.model.method.rank, spec.model.method.dropout) == (64, 0.05)
+    assert (spec.batch.batch_size, spec.batch.micro_batches, spec.batch.length) == (1, 16, 512)
+    assert (spec.objective.packed, spec.optimizer.host_optimizer, spec.model.remat, spec.model.dtype) == (
+        False,
+        True,
+        "full",
+        "bfloat16",
+    )
+    assert (spec.optimizer.name, spec.optimizer.max_grad_norm) == ("lion", 0.3)
     assert arguments.plan.device == "a100-80"
 
 
@@ -101,11 +107,11 @@ def test_quick_needs_no_compiler(
 def test_a_fit_is_searched_with_compilations(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[int] = []
 
-    def compiled(recipe: Recipe, machine: Machine) -> Plan:
-        asked.append(recipe.batch_size)
-        if recipe.batch_size > 30:
-            raise DoesNotFit("too large", None)
-        program = dataclasses.replace(PROGRAM, temporaries=recipe.batch_size * GIB)
+    def compiled(spec: StepSpec[ModelSpec], machine: Machine) -> Plan:
+        asked.append(spec.batch.batch_size)
+        if spec.batch.batch_size > 30:
+            raise DoesNotFitError("too large", None)
+        program = dataclasses.replace(PROGRAM, temporaries=spec.batch.batch_size * GIB)
         return dataclasses.replace(PLAN, program=program)
 
     monkeypatch.setattr(script, "check_compiler", lambda machine: None)

@@ -2,22 +2,33 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from qlora_jax.data import Batch, BatchIterator, Example, batches, bucket_length, encode_all
 from qlora_jax.finetune.objectives.answers import greedy
 from qlora_jax.finetune.objectives.corpus import read_corpus
-from qlora_jax.finetune.objectives.objective import Batches, Objective, Setting, expect_defaults
+from qlora_jax.finetune.objectives.objective import Batches, Objective, ObjectiveKind, Setting
 from qlora_jax.finetune.objectives.streaming import open_stream
-from qlora_jax.train import TOKENS, language_model_loss, language_model_metrics
+from qlora_jax.train import StepObjective, language_model_objective
+
+if TYPE_CHECKING:
+    from qlora_jax.finetune.options.options import Options
 
 
-def sft(setting: Setting) -> Objective:
-    """Reads the data; raises ValueError or OSError where they cannot be used."""
+def sft_step(options: "Options") -> StepObjective:
+    """Return the losses of supervised fine-tuning of a decoder."""
+    return language_model_objective(
+        packed=options.data.packs,
+        neftune_alpha=options.optimizer.neftune_alpha,
+        attention_groups=options.context.groups,
+    )
+
+
+def read_sft(setting: Setting) -> Objective:
+    """Read the data and return the objective; see `ObjectiveKind.read`."""
     options, data, tokenizer = setting.options, setting.options.data, setting.tokenizer
-    expect_defaults(options, ("run.predict_with_generate",), "with a decoder-only model")
     encode = partial(
         encode_all,
         tokenizer=tokenizer,
@@ -30,9 +41,9 @@ def sft(setting: Setting) -> Objective:
         progress=setting.progress,
     )
     if data.streaming:
-        stream, corpus = open_stream(data, encode, setting.say)
+        stream, corpus = open_stream(data, encode)
     else:
-        stream, corpus = None, read_corpus(options, tokenizer, encode, lambda example: (example,), setting.say)
+        stream, corpus = None, read_corpus(options, tokenizer, encode, lambda example: (example,))
     packed, pad_id = data.packs, cast(int, tokenizer.pad_token_id)
     whole = packed or stream is not None
     length = data.max_length if whole else bucket_length([*corpus.training, *corpus.held_out], data.max_length)
@@ -49,18 +60,10 @@ def sft(setting: Setting) -> Objective:
     return Objective(
         training=training,
         held_out=held_out if corpus.held_out else None,
-        # One document a row needs no mask but the causal one: its padding lies on the right. Kernels are faster without.
-        arrays=("inputs", "targets", "loss_mask", *(("segment_ids", "positions") if packed else ())),
+        step=sft_step(options),
         count_tokens=_count_tokens,
         row=f"{'up to ' if data.group_by_length else ''}{length} tokens",
         length=length,
-        loss=partial(
-            language_model_loss,
-            neftune_alpha=options.optimizer.neftune_alpha,
-            attention_groups=options.context.groups,
-        ),
-        held_out_loss=language_model_metrics,
-        unit=TOKENS,
         template=corpus.template,
         prompts=_prompts(corpus.held_out[: options.run.samples]),
         answer=partial(greedy, eos_ids=setting.eos_ids),
@@ -75,3 +78,15 @@ def _prompts(examples: Sequence[Example]) -> list[np.ndarray]:
     """What comes before the first learned token of each example that has a prompt."""
     starts = [int(np.flatnonzero(example.loss_mask)[0]) for example in examples]
     return [example.tokens[:start] for example, start in zip(examples, starts, strict=True) if start > 1]
+
+
+SFT = ObjectiveKind(
+    name="sft",
+    summary="to answer as the data does",
+    step=sft_step,
+    read=read_sft,
+    learning_rates=(1e-3, 2e-4, 1e-4),
+    unused=("run.predict_with_generate",),
+    packs=True,
+    groups_attention=True,
+)

@@ -12,29 +12,29 @@ from typing import Any
 def main() -> None:
     arguments = parser_of(__doc__).parse_args()
 
+    from qlora_jax.errors import DoesNotFitError
+    from qlora_jax.models import ModelSpec
     from qlora_jax.peft import LoRA
-    from qlora_jax.plan import DoesNotFit, Recipe, compile_decode_step, compile_train_step, machine_named
+    from qlora_jax.plan import compile_decode_step, compile_train_step, machine_named
     from qlora_jax.plan.compile import versions
     from qlora_jax.platforms import use_compilers_only
+    from qlora_jax.train import BatchSpec, StepSpec, language_model_objective
     from scripts.benchmarks.model_sizes import config_of
 
     use_compilers_only()
 
     machine = machine_named(arguments.device)
-    recipe = Recipe(
-        config=config_of(arguments.model),
-        method=LoRA(arguments.rank),
-        batch_size=arguments.batch_size,
-        length=arguments.length,
-        packed=False,
-        remat=arguments.remat,
+    spec = StepSpec(
+        ModelSpec(config_of(arguments.model), method=LoRA(arguments.rank), remat=arguments.remat),
+        language_model_objective(packed=False),
+        BatchSpec(batch_size=arguments.batch_size, length=arguments.length),
     )
     try:
         if arguments.step == "decode":
-            plan = compile_decode_step(recipe, machine, capacity=arguments.length)
+            plan = compile_decode_step(spec, machine, capacity=arguments.length)
         else:
-            plan = compile_train_step(recipe, machine)
-    except DoesNotFit as error:
+            plan = compile_train_step(spec, machine)
+    except DoesNotFitError as error:
         print(json.dumps({"peak": None, "needed": error.needed, "why": str(error), "versions": versions(machine)}))
         return
     print(json.dumps(metrics_of(plan.program, plan.packed_weights + plan.dense_weights, plan.versions)))

@@ -39,31 +39,30 @@ def main() -> None:
 
     from qlora_jax.checkpoint.load import load_model
     from qlora_jax.checkpoint.open import open_checkpoint
+    from qlora_jax.models import ModelSpec
     from qlora_jax.peft import LoRA
-    from qlora_jax.plan import Recipe
-    from qlora_jax.plan.recipe import abstract_step
-    from qlora_jax.train.step import create_state, split
+    from qlora_jax.train import BatchSpec, StepSpec, build_step, create_state, language_model_objective, place_step, split
 
     checkpoint = open_checkpoint(arguments.model)
-    recipe = Recipe(
-        config=checkpoint.model_config,
+    described = ModelSpec(
+        checkpoint.model_config,
         method=LoRA(rank=arguments.rank, alpha=16.0),
         dtype=arguments.dtype,
         remat=arguments.remat,
-        batch_size=arguments.batch_size,
-        length=arguments.length,
-        packed=False,
     )
-    planned = abstract_step(recipe, "cpu")
+    batch = BatchSpec(batch_size=arguments.batch_size, length=arguments.length)
+    planned = place_step(
+        build_step(StepSpec(described, language_model_objective(packed=False), batch), platform="cpu"), None
+    )
     start = time.perf_counter()
     step, parts = compile_step(planned)
     compile_seconds = time.perf_counter() - start
     plan = parts["arguments"] + parts["temporaries"] + parts["outputs"] - parts["aliased"]
-    tokens = np.random.default_rng(0).integers(0, recipe.config.vocab_size, planned.batch["inputs"].shape, dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(0, described.config.vocab_size, planned.batch["inputs"].shape, dtype=np.int32)
 
     def load() -> tuple[Any, Any]:
         model = load_model(
-            checkpoint, method=recipe.method, dtype=jnp.dtype(arguments.dtype), remat=arguments.remat, progress=False
+            checkpoint, method=described.method, dtype=jnp.dtype(arguments.dtype), remat=arguments.remat, progress=False
         )
         _, adapter, frozen = split(model)
         return jax.block_until_ready((create_state(planned.tx, adapter), frozen))
@@ -96,19 +95,7 @@ def main() -> None:
 
 def compile_step(planned: Any) -> tuple[Any, dict[str, int]]:
     """Compile a training step for this CPU from shapes; return it and the parts of its memory in bytes."""
-    import jax
-    from jax.sharding import SingleDeviceSharding
-
-    from qlora_jax.train.step import jit_train_step
-
-    sharding = SingleDeviceSharding(jax.devices()[0])
-
-    def placed(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
-
-    state, frozen, batch = placed(planned.state), placed(planned.frozen), placed(planned.batch)
-    train_step = jit_train_step(planned.graphdef, planned.tx, planned.loss, state)
-    compiled = train_step.trace(state, frozen, batch).lower().compile()
+    compiled = planned.jit_train().trace(planned.state, planned.frozen, planned.batch).lower().compile()
     memory = compiled.memory_analysis()
     return compiled, {
         "arguments": memory.argument_size_in_bytes,

@@ -22,9 +22,10 @@ def main() -> None:
     from tunix.models.llama3.model import Llama3  # type: ignore
     from tunix_model import batch_of, config_of, trainer, with_adapter
 
-    from qlora_jax.plan import SIZES, DoesNotFit, machine_mesh, machine_named
+    from qlora_jax.errors import DoesNotFitError
+    from qlora_jax.plan import SIZES, machine_mesh, machine_named
     from qlora_jax.plan.compile import compile_program, place, versions
-    from qlora_jax.plan.recipe import tree_bytes
+    from qlora_jax.plan.tree_bytes import tree_bytes
     from qlora_jax.platforms import use_compilers_only
 
     use_compilers_only()
@@ -56,7 +57,7 @@ def main() -> None:
     state, frozen, batch = (place(part, mesh, PartitionSpec()) for part in (state, frozen, batch))
     try:
         program = compile_program(jax.jit(step, donate_argnums=0), (state, frozen, batch), machine)
-    except DoesNotFit as error:
+    except DoesNotFitError as error:
         print(json.dumps({"peak": None, "needed": error.needed, "why": str(error), "versions": packages}))
         return
     four_bits = sum(leaf.size for leaf in jax.tree.leaves(frozen) if leaf.dtype == jnp.uint4)

@@ -20,9 +20,9 @@ from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.cli import parse
 from qlora_jax.data import encode_all, load_records
 from qlora_jax.finetune import Options, finetune
-from qlora_jax.finetune.memory import recipe_of
 from qlora_jax.finetune.objectives.answers import greedy
-from qlora_jax.plan.recipe import abstract_step
+from qlora_jax.finetune.step import step_spec
+from qlora_jax.train import build_step
 
 LONGEST = 4096  # maximum number of tokens of a held-out record that is answered
 
@@ -54,9 +54,8 @@ def main(answers: str, *flags: str) -> None:
 def trainable_parameters(options: Options) -> int:
     """Return the number of trainable parameters of a run."""
     checkpoint = open_checkpoint(str(options.model.model), options.model.revision)
-    recipe = recipe_of(options, checkpoint.model_config, jax.default_backend())
-    step = abstract_step(recipe, jax.default_backend())
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(step.adapter))
+    step = build_step(step_spec(options, checkpoint.model_config, jax.default_backend()))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(step.state.adapter))
 
 
 def exact_match(options: Options, folder: Path, count: int) -> float:

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 from flax import nnx
+from qlora_jax.finetune.reporting.watch import prepare
 
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.finetune import DataOptions, LoRAOptions, ModelOptions, Options, RunOptions, WatchOptions, finetune
 from qlora_jax.finetune.folder import claim, start
-from qlora_jax.finetune.reporting.mmlu import conclude
-from qlora_jax.finetune.reporting.watch import prepare
+from qlora_jax.finetune.reporting.mmlu import describe
 from qlora_jax.serve import generate
 
 
@@ -109,8 +109,8 @@ def test_the_accuracy_of_the_adapter_that_is_kept() -> None:
     def ask() -> dict[str, float]:
         return {"mmlu_accuracy": 0.2}
 
-    assert conclude(rows, 2, ask) == "MMLU accuracy 0.100 before, 0.300 after (mean over subjects)."
-    assert conclude(rows, 1, ask) == "MMLU accuracy 0.100 before, 0.200 after (mean over subjects)."
+    assert describe(rows, 2, ask) == "MMLU accuracy 0.100 before, 0.300 after (mean over subjects)."
+    assert describe(rows, 1, ask) == "MMLU accuracy 0.100 before, 0.200 after (mean over subjects)."
 
 
 @pytest.mark.parametrize(
