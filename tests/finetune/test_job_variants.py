@@ -107,7 +107,7 @@ def test_pissa_saves_what_it_trained(tiny_llama: Path, data: Path, tmp_path: Pat
         tmp_path / "merged",
         dtype="float32",
         from_dequantized=tuned.quantization,
-        rewrite=tuned.subtracted,
+        subtracted=tuned.subtracted,
         progress=False,
     )
     merged = load_model(open_checkpoint(str(tmp_path / "merged")), quantization=None, dtype="float32", progress=False)
