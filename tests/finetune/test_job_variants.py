@@ -99,7 +99,7 @@ def test_pissa_saves_what_it_trained(tiny_llama: Path, data: Path, tmp_path: Pat
     assert read_adapter(again).method == method
 
     tuned = open_pretrained(model=str(tiny_llama), adapter=str(folder), dtype="float32")
-    assert tuned.taken is not None
+    assert tuned.subtracted is not None
     assert tuned.adapter is not None
     merge(
         tuned.checkpoint,
@@ -107,7 +107,7 @@ def test_pissa_saves_what_it_trained(tiny_llama: Path, data: Path, tmp_path: Pat
         tmp_path / "merged",
         dtype="float32",
         from_dequantized=tuned.quantization,
-        rewrite=tuned.taken,
+        subtracted=tuned.subtracted,
         progress=False,
     )
     merged = load_model(open_checkpoint(str(tmp_path / "merged")), quantization=None, dtype="float32", progress=False)
