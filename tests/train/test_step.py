@@ -312,7 +312,7 @@ import json, sys
 from contextlib import nullcontext
 import jax, numpy as np
 from jax.sharding import PartitionSpec as P
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:]
 import test_step as T
 from qlora_jax.nn import data_mesh, frozen_sharding, place
 from qlora_jax.train import adamw, create_state, host_offload, jit_train_step, language_model_loss
@@ -347,7 +347,7 @@ def test_four_devices_train_as_one_does() -> None:
     for count in (1, 4):
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
         done = subprocess.run(
-            [sys.executable, "-c", _DEVICES, str(Path(__file__).parent)],
+            [sys.executable, "-c", _DEVICES, *map(str, Path(__file__).parents[:2])],
             capture_output=True,
             text=True,
             check=False,
