@@ -56,7 +56,15 @@ class UnsupportedError(QLoRAError):
 
 
 class DoesNotFitError(QLoRAError):
-    """A run needs more memory than there is."""
+    """A run needs more memory than there is.
+
+    Attributes:
+        needed: the bytes that it needs; None where they are unknown.
+    """
+
+    def __init__(self, message: str, needed: int | None = None) -> None:
+        super().__init__(message)
+        self.needed = needed
 
 
 class DivergedError(QLoRAError):

@@ -31,7 +31,7 @@ from qlora_jax.models import Model
 from qlora_jax.peft import LoRA, Method, module_matches, reads_weights
 from qlora_jax.peft.initialization import pissa_iterations
 from qlora_jax.peft.loftq import loftq
-from qlora_jax.peft.pissa import principal, without
+from qlora_jax.peft.pissa import best_update, subtract_update
 from qlora_jax.quant import Quantization, dequantize, quantize
 
 __all__ = ["FromWeights", "TakenOff", "converted", "converted_from", "parted", "rewriting"]
@@ -57,7 +57,7 @@ class TakenOff:
         if names[0] not in self.tensors:
             return None
         a, b = (jnp.asarray(self.tensors[name].T) for name in names)
-        return without(w, a, b, self.method.scaling_of(module))
+        return subtract_update(w, a, b, self.method.scaling_of(module))
 
 
 class FromWeights:
@@ -88,16 +88,16 @@ class FromWeights:
         try:
             if self._quantization is not None and name == "loftq":
                 rounded = partial(_rounded, quantization=self._quantization)
-                taken, start = loftq(w, scaling, rank=rank, turns=method.loftq_iter, rounded=rounded)
+                taken, start = loftq(w, scaling, rank=rank, iterations=method.loftq_iter, rounded=rounded)
             else:
-                taken = start = principal(w, scaling, rank=rank, iterations=pissa_iterations(name))
+                taken = start = best_update(w, scaling, rank=rank, iterations=pissa_iterations(name))
         except ValueError as error:
             raise ValueError(f"init_lora_weights {name}: {module}: {error}") from error
         self.start |= _named(module, start)
         if taken is None:
             return None
         self.tensors |= _named(module, taken)
-        return without(w, *taken, scaling)
+        return subtract_update(w, *taken, scaling)
 
     def fill(self, model: AnyModel) -> AnyModel:
         """The model that was loaded, with the starts in its slots."""

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from qlora_jax.models import Model, linear_mappings
 from qlora_jax.nn import AdapterConstant, Linear, WeightConstant
 from qlora_jax.peft import DoRALinear, LoRA, LoRALinear
-from qlora_jax.peft.eva import EVA, InputWatch, converged, tokens_seen, unit_directions
+from qlora_jax.peft.eva import EVA, InputStatistics, converged, tokens_seen, unit_directions
 from qlora_jax.train import LossFunction
 
 MOST_BATCHES = 32
@@ -69,7 +69,7 @@ def start_from_inputs(
     for key in linear_mappings(model.config.parameter_mappings):
         layer, watch = _at(model, key.path[:-1]), _at(found, key.path[:-1]).adapter
         adapter = layer.adapter if isinstance(layer, Linear) else None
-        if isinstance(adapter, LoRALinear | DoRALinear) and isinstance(watch, InputWatch):
+        if isinstance(adapter, LoRALinear | DoRALinear) and isinstance(watch, InputStatistics):
             a = np.array(jnp.swapaxes(unit_directions(watch.directions[...]), -1, -2))
             for number, rank in enumerate(adapter.spec.ranks):
                 a[number, :, rank:] = 0

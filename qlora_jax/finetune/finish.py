@@ -62,7 +62,7 @@ def finish(
         questions: of MMLU; None for none.
     """
     output = options.run.output
-    plot_losses(rows, output / "loss.png", objective.unit)
+    plot_losses(rows, output / "loss.png", objective.step.unit)
     tuned = nnx.merge(graphdef, adapter, frozen)
     folder = save_tuned(
         tuned,
@@ -87,7 +87,7 @@ def finish(
         if objective.score is not None and not options.run.predict_with_generate:
             after |= {f"eval_{name}": value for name, value in objective.score(tuned).items()}
         (output / "eval_results.json").write_text(json.dumps(after, indent=2) + "\n", encoding="utf-8")
-        say(_conclude(before, after, objective.unit))
+        say(_conclude(before, after, objective.step.unit))
         rows = [row | after if row["step"] == kept else row for row in rows]
     write_card(
         folder,
@@ -97,7 +97,7 @@ def finish(
         embedding_storage=options.model.embedding_storage,
         rows=rows,
         kept=kept,
-        unit=objective.unit,
+        unit=objective.step.unit,
         converted_from=record.converted_from,
         method=method,
     )

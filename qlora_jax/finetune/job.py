@@ -17,7 +17,6 @@ The same command on the same folder goes on where it was stopped.
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -43,25 +42,21 @@ from qlora_jax.export.merge import check_all
 from qlora_jax.finetune.eva import MOST_BATCHES, start_from_inputs
 from qlora_jax.finetune.finish import finish
 from qlora_jax.finetune.folder import claim, complete
-from qlora_jax.finetune.memory import check_memory, recipe_of
-from qlora_jax.finetune.objectives.dpo import dpo
+from qlora_jax.finetune.memory import check_memory
 from qlora_jax.finetune.objectives.objective import Batches, Objective, Setting
-from qlora_jax.finetune.objectives.seq2seq import seq2seq
-from qlora_jax.finetune.objectives.sft import sft
+from qlora_jax.finetune.objectives.registry import objective_for
 from qlora_jax.finetune.options.context import warn_beyond
-from qlora_jax.finetune.options.options import ObjectiveName, Options
+from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.options.tuning import own_rate
 from qlora_jax.finetune.reporting import watch
 from qlora_jax.finetune.reporting.hub import upload
-from qlora_jax.finetune.training import make_optimizer, started_ahead, train_adapter
+from qlora_jax.finetune.step import batch_spec, step_spec
+from qlora_jax.finetune.training import TrainingRun, precompile_run, train_adapter
 from qlora_jax.finetune.virtual_tokens import check_rows, first_tokens, named_tokenizer, started
-from qlora_jax.models import Model, RopeScaling, T5Config, family_of, method_for, positions_left
+from qlora_jax.models import Model, ModelSpec, RopeScaling, family_of, method_for, positions_left
 from qlora_jax.nn import data_mesh, place
 from qlora_jax.peft import LoRA, Method
-from qlora_jax.plan.recipe import Recipe
-from qlora_jax.train import learning_rate_schedule, split
-
-DECODER_OBJECTIVES: dict[ObjectiveName, Callable[[Setting], Objective]] = {"sft": sft, "dpo": dpo}
+from qlora_jax.train import StepSpec, learning_rate_schedule, split
 
 
 def finetune(options: Options, *, progress: bool = True) -> Path:
@@ -97,21 +92,22 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
     positions = positions_left(config, method)
     room = config if positions is None else dataclasses.replace(config, max_position_embeddings=positions)
     watched = watch.prepare(options, tokenizer, room, _say, progress=progress)
-    make = seq2seq if isinstance(config, T5Config) else DECODER_OBJECTIVES[options.objective.objective]
-    objective = make(Setting(options, tokenizer, config, eos_ids, _say, progress))
-    check_rows(method, config, objective.length, packed="segment_ids" in objective.arrays)
+    setting = Setting(options, tokenizer, config, eos_ids, _say, progress)
+    objective = objective_for(options, config).read(setting)
+    check_rows(method, config, objective.longest, packed=objective.step.packed)
     rewrite = rewriting(method, taken, quantization)
     start = converted_from(method) if taken is None or trained is None else trained.converted_from
     record = AdapterMetadata(quantization, objective.template, options.model.embedding_storage, start, scaling)
     _compare(trained, record)
-    warn_beyond(config, objective.length, _say)
+    warn_beyond(config, objective.longest, _say)
     source = objective.training(_rows(options))
     steps = _steps(options, source)
     watch.check_prompts(options, objective.prompts)
-    recipe = recipe_of(options, config, jax.default_backend(), method=method, quantization=quantization)
-    recipe = dataclasses.replace(recipe, length=objective.length)
+    spec = step_spec(options, config, jax.default_backend(), method=method, quantization=quantization)
+    batch = batch_spec(options, length=objective.length, source_length=objective.source_length)
+    spec = dataclasses.replace(spec, objective=objective.step, batch=batch)
     if options.run.memory_check:
-        check_memory(recipe, _say)
+        check_memory(spec, _say)
     parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     learning_rate = learning_rate_schedule(
         options.optimizer.schedule,
@@ -121,9 +117,9 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
         steps,
         round(steps * options.optimizer.warmup_ratio),
     )
-    tx = make_optimizer(options, learning_rate)
-    with closing(started_ahead(options, objective, recipe, tx, source)) as ahead:
-        model = _load(options, checkpoint, recipe, mesh, rewrite, progress)
+    run = TrainingRun(options, objective, spec, source, steps, learning_rate, watched, _say, progress)
+    with closing(precompile_run(run)) as precompiled:
+        model = _load(options, checkpoint, spec, mesh, rewrite, progress)
         first = begin  # what answers before training, where that is not the base
         if begin is not None:
             model = load_adapter(model, begin)
@@ -131,29 +127,15 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
             model = rewrite.fill(model)
             first = Adapter("the run's start", method, None, adapter_tensors(model))
         elif isinstance(method, LoRA) and method.init_lora_weights == "eva":
-            model = _start_from_inputs(options, model, method, recipe, objective, mesh, progress)
+            model = _start_from_inputs(options, model, method, spec, objective, mesh, progress)
         else:
             model = started(model, starts_as)
-        graphdef, adapter, frozen = split(objective.prepare(model))
+        graphdef, adapter, frozen = split(spec.objective.prepare(model))
         del model
         _say(_describe(adapter, frozen, steps, options, objective))
         with _spread_over(mesh):
-            adapter, rows = train_adapter(
-                options,
-                objective,
-                graphdef,
-                adapter,
-                frozen,
-                source,
-                steps,
-                tx,
-                learning_rate,
-                ahead,
-                watched,
-                _say,
-                progress=progress,
-            )
-    del ahead  # and its programs
+            adapter, rows = train_adapter(run, graphdef, adapter, frozen, precompiled)
+    del precompiled  # and the programs
     with _spread_over(mesh):
         folder = finish(
             options,
@@ -231,18 +213,18 @@ def _rows(options: Options) -> int:
 def _load(
     options: Options,
     checkpoint: Checkpoint,
-    recipe: Recipe,
+    spec: StepSpec[ModelSpec],
     mesh: Mesh | None,
     rewrite: Rewrite | None,
     progress: bool,
 ) -> Model:
     return load_model(
         checkpoint,
-        quantization=recipe.quantization,
-        embedding_storage=recipe.embedding_storage,
-        method=recipe.method,
-        dtype=recipe.dtype,
-        remat=recipe.remat,
+        quantization=spec.model.quantization,
+        embedding_storage=spec.model.embedding_storage,
+        method=spec.model.method,
+        dtype=spec.model.dtype,
+        remat=spec.model.remat,
         mesh=mesh,
         seed=options.run.seed,
         progress=progress,
@@ -254,7 +236,7 @@ def _start_from_inputs(
     options: Options,
     model: Model,
     lora: LoRA,
-    recipe: Recipe,
+    spec: StepSpec[ModelSpec],
     objective: Objective,
     mesh: Mesh | None,
     progress: bool,
@@ -262,10 +244,10 @@ def _start_from_inputs(
     def build(method: Any) -> Model:
         return type(model)(
             model.config,  # type: ignore[arg-type]
-            quantization=recipe.quantization,
-            embedding_storage=recipe.embedding_storage,
+            quantization=spec.model.quantization,
+            embedding_storage=spec.model.embedding_storage,
             method=method,
-            dtype=jnp.dtype(recipe.dtype),
+            dtype=jnp.dtype(spec.model.dtype),
             attention=model.attention,
             remat=model.remat,
             rngs=nnx.Rngs(0),
@@ -273,9 +255,11 @@ def _start_from_inputs(
 
     rows = objective.training(options.run.batch_size * jax.device_count())
     read = (next(rows) for _ in range(MOST_BATCHES))
-    batches = (place(mesh, {name: batch[name] for name in objective.arrays}, PartitionSpec("data")) for batch in read)
+    batches = (
+        place(mesh, {name: batch[name] for name in objective.step.array_names}, PartitionSpec("data")) for batch in read
+    )
     with _spread_over(mesh):
-        return start_from_inputs(model, build, lora, objective.held_out_loss, batches, progress=progress)
+        return start_from_inputs(model, build, lora, objective.step.held_out_loss, batches, progress=progress)
 
 
 def _compare(trained: AdapterMetadata | None, now: AdapterMetadata) -> None:

@@ -1,9 +1,9 @@
-"""What the memory of a run follows from: its options, as `plan` takes them; and the check before anything is loaded.
+"""The check of a run's memory, before anything is loaded.
 
-GPU, TPU    the quick plan against what the device's allocator may have; refused where it needs more than that by more
-            than the error of the quick plan; and what it keeps in host memory against what the machine has available
-CPU         the same against the machine's free memory, refused only where the parts that are known exactly do not fit:
-            the rest there is a guess
+GPU, TPU    compares the quick plan with the memory of the device's allocator, and refuses the run if the plan needs more by
+            more than its error; also compares the plan's host memory with the machine's free memory
+CPU         compares the quick plan with the machine's free memory, and refuses the run only if the parts that are known
+            exactly do not fit, since the rest is a guess there
 """
 
 import dataclasses
@@ -13,106 +13,56 @@ from pathlib import Path
 
 import jax
 
-from qlora_jax.finetune.options.options import Options
-from qlora_jax.models import DecoderConfig, ModelConfig
-from qlora_jax.peft import LoRA, Method
-from qlora_jax.plan.fit import Choice, cheaper_first
-from qlora_jax.plan.quick import ERROR, QuickPlan, quick_plan
-from qlora_jax.plan.recipe import Recipe
-from qlora_jax.quant import Quantization
+from qlora_jax.errors import DoesNotFitError
+from qlora_jax.models import ModelSpec
+from qlora_jax.plan.factors import ERROR
+from qlora_jax.plan.fit import Choice, cheaper_first, with_host_memory
+from qlora_jax.plan.quick import QuickPlan, quick_plan
+from qlora_jax.train import StepSpec
 
 
-def recipe_of(
-    options: Options,
-    config: ModelConfig,
-    platform: str,
-    *,
-    method: Method | None = None,
-    quantization: Quantization | str | None = "asked",
-) -> Recipe:
-    """The recipe that a run with these options is, on devices of a platform ("cpu", "gpu", "cuda" or "tpu").
+def check_memory(spec: StepSpec[ModelSpec], say: Callable[[str], None]) -> None:
+    """Refuse a run that cannot fit the attached devices or their host. Memory that is unknown is not checked.
 
     Args:
-        method, quantization: those of the run where it knows better than its options do: an adapter to go on from, a
-            checkpoint that is quantised already.
+        spec: the step of the run.
+        say: prints a warning where memory is tight.
 
     Raises:
-        ValueError: options that describe no run.
-    """
-    options.check()
-    on_cpu, data, model = platform == "cpu", options.data, options.model
-    decoder = isinstance(config, DecoderConfig)
-    packed = decoder and options.objective.objective == "sft" and data.packs
-    options.context.check(config, options.objective.objective)
-    if method is None:
-        method = options.method()
-        if isinstance(method, LoRA):
-            saved = options.context.trained(method.modules_to_save, config.parameter_mappings)
-            method = dataclasses.replace(method, modules_to_save=saved)
-        method, config = _with_special_tokens(options, method, config)
-    return Recipe(
-        config=config,
-        quantization=model.quantization() if isinstance(quantization, str) else quantization,
-        embedding_storage=model.embedding_storage,
-        method=method,
-        dtype=("float32" if on_cpu else "bfloat16") if model.dtype == "auto" else model.dtype,
-        remat=("dots" if on_cpu else "full") if model.remat == "auto" else model.remat,
-        objective=options.objective.objective,
-        batch_size=options.run.batch_size,
-        micro_batches=options.run.accumulation_steps,
-        # Rows that are not packed have a place less than tokens, in a multiple of 64: at most that, by the longest example.
-        length=data.max_length if packed or data.streaming else min(-(-(data.max_length - 1) // 64) * 64, data.max_length),
-        packed=packed,
-        optimizer=options.optimizer.optimizer,
-        host_optimizer=options.optimizer.host_offload or options.optimizer.host_adapter,
-        host_adapter=options.optimizer.host_adapter,
-        weight_decay=options.optimizer.weight_decay,
-        max_grad_norm=options.optimizer.max_grad_norm or None,
-        neftune_alpha=options.optimizer.neftune_alpha if options.objective.objective == "sft" else 0.0,
-        attention_groups=options.context.groups,
-        reference=options.objective.objective == "dpo" and options.starts_from_adapter(),
-    )
-
-
-def _with_special_tokens(options: Options, method: Method, config: ModelConfig) -> tuple[Method, ModelConfig]:
-    """With a row of the token table more for each new token, and each of them trained."""
-    count, size = len(options.lora.special_tokens), config.vocab_size
-    if not count or not isinstance(method, LoRA):
-        return method, config
-    tokens = (*method.trainable_token_indices, *range(size, size + count))
-    return (
-        dataclasses.replace(method, trainable_token_indices=tokens),
-        dataclasses.replace(config, vocab_size=size + count),
-    )
-
-
-def check_memory(recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Refuses a run that cannot fit the attached devices or their host; nothing where nobody knows their memory.
-
-    Raises:
-        ValueError: it cannot; the message says what would, as options of the run.
+        DoesNotFitError: the run cannot fit; the message says which options would.
     """
     limit, host_limit = memory_limit(), available_memory()
     if host_limit is not None:
         host_limit //= jax.local_device_count()
     if limit is not None:
-        check_against(recipe, jax.default_backend(), jax.device_count(), limit, say, host_limit=host_limit)
+        check_against(spec, jax.default_backend(), jax.device_count(), limit, say, host_limit=host_limit)
 
 
 def check_against(
-    recipe: Recipe, backend: str, devices: int, limit: int, say: Callable[[str], None], *, host_limit: int | None = None
+    spec: StepSpec[ModelSpec],
+    backend: str,
+    devices: int,
+    limit: int,
+    say: Callable[[str], None],
+    *,
+    host_limit: int | None = None,
 ) -> None:
-    """`check_memory` for devices that have `limit` bytes each.
+    """Refuse a run that cannot fit devices with `limit` bytes each; see `check_memory`.
 
     Args:
-        host_limit: bytes of host memory for each device, which has a copy of its own of what lies there; None: unknown. On
-            a CPU it is the device's own.
+        spec: the step of the run.
+        backend: JAX's name of the devices' platform ("cpu", "gpu" or "tpu").
+        devices: the number of devices.
+        limit: the bytes of each device.
+        say: prints a warning where memory is tight.
+        host_limit: the bytes of host memory for each device, which has its own copy of what is stored there; None: unknown.
+            On a CPU host memory is the device's own.
     """
     on_cpu = backend == "cpu"
     platform = "cuda" if backend == "gpu" else backend
 
-    def plan_of(recipe: Recipe) -> QuickPlan:
-        return quick_plan(recipe, platform, devices)
+    def plan_of(spec: StepSpec[ModelSpec]) -> QuickPlan:
+        return quick_plan(spec, platform, devices)
 
     def needed(plan: QuickPlan) -> float:
         return plan.exact + plan.host_peak if on_cpu else plan.peak / (1 + ERROR)
@@ -120,13 +70,13 @@ def check_against(
     def host_holds(plan: QuickPlan, share: float = 1.0) -> bool:
         return on_cpu or host_limit is None or plan.host_peak <= host_limit * share
 
-    plan = plan_of(recipe)
+    plan = plan_of(spec)
     if needed(plan) <= limit and host_holds(plan):
         if not on_cpu and plan.peak > limit * (1 - ERROR):
             say(f"Memory is tight: about {_gib(plan.peak)} of {_gib(limit)} planned on each device.")
         return
 
-    def fits(plan: QuickPlan) -> bool:  # what is proposed should do so for certain: on a CPU by the guess, too
+    def fits(plan: QuickPlan) -> bool:  # a proposal must fit for certain: on a CPU with the guess, too
         size = plan.peak + plan.host_peak if on_cpu else needed(plan)
         return size <= limit * (1 - 2 * ERROR) and host_holds(plan, 1 - 2 * ERROR)
 
@@ -140,33 +90,34 @@ def check_against(
             f"the run keeps {_gib(plan.host_peak)} in host memory for each device, this machine has {_gib(host_limit or 0)} "
             "available for each"
         )
-    choices = itertools.chain(cheaper_first(recipe, devices=(1,), host=not on_cpu), _less_on_the_host(recipe))
-    choice = next((choice for choice in choices if fits(plan_of(choice.recipe))), None)
+    choices = itertools.chain(cheaper_first(spec, devices=(1,), host=not on_cpu), _less_on_the_host(spec))
+    choice = next((choice for choice in choices if fits(plan_of(choice.spec))), None)
     advice = "nothing that the options can do would fit" if choice is None else f"this would fit: {' '.join(choice.words)}"
-    raise ValueError(
+    raise DoesNotFitError(
         f"{' and '.join(problems)}: {advice} "
         "(--no-memory-check runs it all the same; scripts/plan.py shows what takes the memory)"
     )
 
 
-def _less_on_the_host(recipe: Recipe) -> Iterator[Choice]:
-    """Ways of the same step that leave less to the host than the recipe does, the ones that take back least first."""
-    remat = ("--remat full",) if recipe.remat == "offload" else ()
-    adapter = ("--no-host-adapter",) if recipe.host_adapter else ()
-    less = dataclasses.replace(recipe, remat="full") if remat else recipe
-    without_adapter = dataclasses.replace(less, host_adapter=False)
-    ways: list[tuple[tuple[str, ...], Recipe]] = [(remat, less)] if remat else []
+def _less_on_the_host(spec: StepSpec[ModelSpec]) -> Iterator[Choice]:
+    """Yield ways to run the same step with less host memory, those that move the least back to the device first."""
+    host = spec.optimizer
+    remat = ("--remat full",) if spec.model.remat == "offload" else ()
+    adapter = ("--no-host-adapter",) if host.host_adapter else ()
+    less = dataclasses.replace(spec, model=dataclasses.replace(spec.model, remat="full")) if remat else spec
+    ways: list[tuple[tuple[str, ...], StepSpec[ModelSpec]]] = [(remat, less)] if remat else []
     if adapter:
-        ways.append(((*remat, *adapter, "--host-offload"), without_adapter))
-    if recipe.host_optimizer:
-        ways.append(((*remat, *adapter, "--no-host-offload"), dataclasses.replace(without_adapter, host_optimizer=False)))
+        ways.append(((*remat, *adapter, "--host-offload"), with_host_memory(less, optimizer=True, adapter=False)))
+    if host.host_optimizer:
+        none = with_host_memory(less, optimizer=False, adapter=False)
+        ways.append(((*remat, *adapter, "--no-host-offload"), none))
     for words, way in ways:
         for choice in cheaper_first(way, devices=(1,), host=False):
             yield dataclasses.replace(choice, words=(*words, *choice.words))
 
 
 def memory_limit() -> int | None:
-    """Bytes that each device may use; on CPU, those that are free for all of them."""
+    """Return the bytes that each device may use, or None if they are unknown; on a CPU its share of the free memory."""
     if jax.default_backend() != "cpu":
         stats = jax.devices()[0].memory_stats() or {}
         return stats.get("bytes_limit")
@@ -175,7 +126,7 @@ def memory_limit() -> int | None:
 
 
 def available_memory() -> int | None:
-    """Bytes of this machine's memory that a program may still take; None where the system does not say."""
+    """Return the bytes of this machine's memory that are free; None if the system does not report them."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:  # no Linux

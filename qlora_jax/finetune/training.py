@@ -1,8 +1,12 @@
-"""The training of the main job, between its folder and the loop: it resumes, evaluates, saves, watches, keeps the best."""
+"""The training of the job: it resumes, evaluates, saves, calls the callbacks, and keeps the best state.
 
-from collections.abc import Callable
+precompile_run    starts to compile the run's steps, before the weights are loaded
+train_adapter     runs the loop, from the start or from the last checkpoint
+"""
+
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
@@ -15,182 +19,206 @@ from qlora_jax.finetune.folder import start
 from qlora_jax.finetune.objectives.objective import Batches, Objective
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.reporting import watch
+from qlora_jax.models import ModelSpec
 from qlora_jax.nn import brought_to_device, data_mesh, place
-from qlora_jax.plan.recipe import Recipe, abstract_model
 from qlora_jax.train import (
-    Ahead,
     Cadence,
-    HostOffload,
+    Callback,
     MetricsLog,
-    Optimizer,
+    Precompiled,
+    Records,
+    Step,
+    StepSpec,
+    TrainingData,
     TrainState,
     best_evaluation,
-    compile_ahead,
-    compiled_first,
+    compile_before_run,
     create_state,
-    host_offload,
-    jit_eval_step,
-    jit_train_step,
+    evaluation,
     mean_metrics,
-    optimizer,
     plot_losses,
+    precompile,
     train,
+    unchanged_batch,
 )
 from qlora_jax.train.state_store import StateStore
 
+Batch = dict[str, np.ndarray]
 
-def train_adapter(
-    options: Options,
-    objective: Objective,
-    graphdef: Any,
-    adapter: Any,
-    frozen: Any,
-    source: Batches,
-    steps: int,
-    tx: Optimizer | HostOffload,
-    learning_rate: optax.Schedule,
-    ahead: Ahead,
-    watched: watch.Watched,
-    say: Callable[[str], None],
-    *,
-    progress: bool,
-) -> tuple[Any, list[dict[str, Any]]]:
-    """Trains from the start or from the last checkpoint.
 
-    Args:
-        graphdef, adapter, frozen: the model in parts, as `train.split` gives them.
-        steps: of the whole run.
-        tx: what updates the adapter, at rates of `learning_rate`.
-        ahead: programs on their way.
+@dataclass(frozen=True)
+class TrainingRun:
+    """Everything that training needs and that is known before the weights are loaded.
 
-    Returns:
-        The trained adapter (with early stopping, that of the lowest held-out loss) and the rows of the log.
+    Attributes:
+        options: the options of the run.
+        objective: the data, and how answers and scores are made.
+        spec: the training step.
+        batches: the batches to train on.
+        steps: the number of steps of the whole run.
+        learning_rate: the learning rate by step.
+        watched: what is looked at during the run.
+        say: prints a message.
+        progress: whether to show progress bars.
     """
-    run = options.run
-    state = create_state(tx, adapter, run.seed)
-    start(options)
-    train_ahead, eval_ahead = ahead.programs(graphdef)
-    eval_step = compiled_first(jit_eval_step(graphdef, objective.held_out_loss, unit=objective.unit), eval_ahead)
-    mesh = data_mesh()
 
-    def model_of(state: TrainState) -> Any:
-        return nnx.merge(graphdef, brought_to_device(state.adapter), frozen)
-
-    def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return place(mesh, {name: batch[name] for name in objective.arrays}, P("data"))
-
-    def put_micro_batches(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return place(mesh, micro_batches(options, objective, batch), P(None, "data"))
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        assert objective.held_out is not None
-        batches = objective.held_out(run.batch_size * jax.device_count())
-        figures = mean_metrics(eval_step, state, frozen, batches, put=put, progress=progress)
-        if run.predict_with_generate and objective.score is not None:
-            figures |= objective.score(model_of(state))
-        return figures
-
-    def save(step: int, state: TrainState, position: dict[str, Any]) -> None:
-        store.save(step, state, position)
-        keep_best(step, state)
-        plot_losses(log.rows, run.output / "loss.png", objective.unit)
-
-    def keep_best(step: int, state: TrainState) -> None:
-        # After the checkpoint, so that a run resumes at its best step or later; if a kill came in between, it is saved then.
-        if best is not None and best_evaluation(log.rows)[0] == step and best.latest_step() != step:
-            best.save(step, state.adapter, {})
-
-    with ExitStack() as open_files:
-        best = None
-        if run.early_stopping_patience:
-            best = open_files.enter_context(closing(StateStore(run.output / "best", keep=1)))
-        store = open_files.enter_context(closing(StateStore(run.output / "checkpoints", keep=run.keep)))
-        if store.latest_step() is not None:
-            state, position = store.restore(state)
-            source.set_state(position)
-            say(f"Resuming {run.output} after step {int(state.step)} of {steps}.")
-        log = open_files.enter_context(closing(MetricsLog(run.output / "metrics.jsonl", resume_at=int(state.step))))
-        keep_best(int(state.step), state)
-        watches = watch.opened(
-            watched,
-            objective.prompts,
-            objective.answer,
-            model_of,
-            log,
-            resume_at=int(state.step),
-            stack=open_files,
-        )
-        cadence = Cadence(steps, run.eval_every, run.save_every, run.early_stopping_patience)
-        state = train(
-            compiled_first(jit_train_step(graphdef, tx, objective.loss, state, unit=objective.unit), train_ahead),
-            state,
-            frozen,
-            source,
-            put=put_micro_batches,
-            cadence=cadence,
-            learning_rate=learning_rate,
-            evaluate=None if objective.held_out is None else evaluate,
-            save=save,
-            log=log,
-            count_tokens=objective.count_tokens,
-            unit=objective.unit,
-            watches=watches,
-            progress=progress,
-        )
-        if best is None or best.latest_step() is None:
-            return brought_to_device(state.adapter), log.rows
-        adapter, _ = best.restore(state.adapter)
-        last, chosen = int(state.step), cast(int, best.latest_step())
-        if cadence.exhausted(log.rows):
-            say(
-                f"Stopped after step {last} of {steps}: no lower held-out loss in {run.early_stopping_patience} evaluations."
-            )
-        say(f"The adapter is that of step {chosen}, which has the lowest held-out loss.")
-        return brought_to_device(adapter), log.rows
+    options: Options
+    objective: Objective
+    spec: StepSpec[ModelSpec]
+    batches: Batches
+    steps: int
+    learning_rate: optax.Schedule
+    watched: watch.Watched
+    say: Callable[[str], None]
+    progress: bool
 
 
-def started_ahead(
-    options: Options,
-    objective: Objective,
-    recipe: Recipe,
-    tx: Optimizer | HostOffload,
-    source: Batches,
-) -> Ahead:
-    """The run's programs, on their way; none where the first batch is not known yet, or stands for no other."""
-    if options.data.streaming or options.data.group_by_length:
-        return Ahead()
-    position = source.get_state()
-    batch = micro_batches(options, objective, next(source))
-    source.set_state(position)
-    return compile_ahead(
-        partial(abstract_model, recipe, jax.default_backend()),
-        tx,
-        objective.loss,
-        batch,
-        unit=objective.unit,
-        held_out_loss=None if objective.held_out is None else objective.held_out_loss,
-        evaluate_first=not any((options.run.output / "checkpoints").glob("[0-9]*")),  # a run that goes on trains first
+def precompile_run(run: TrainingRun) -> Precompiled:
+    """Start to compile the steps of a run; no programs where batches have other shapes than the spec says."""
+    if run.options.data.streaming or run.options.data.group_by_length:
+        return Precompiled()
+    return precompile(
+        run.spec,
+        run.learning_rate,
+        evaluate=run.objective.held_out is not None,
+        # A run that resumes trains first.
+        evaluate_first=not any((run.options.run.output / "checkpoints").glob("[0-9]*")),
         mesh=data_mesh(),
     )
 
 
-def micro_batches(options: Options, objective: Objective, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What the loss reads of a batch `[rows, t]`, as `[micro-batches, b, t]`."""
-    count = options.run.accumulation_steps
-    return {name: batch[name].reshape(count, -1, batch[name].shape[-1]) for name in objective.arrays}
+def train_adapter(
+    run: TrainingRun, graphdef: Any, adapter: Any, frozen: Any, precompiled: Precompiled
+) -> tuple[Any, list[dict[str, Any]]]:
+    """Train from the start or from the last checkpoint.
+
+    Args:
+        run: the run.
+        graphdef, adapter, frozen: the model in parts, as `train.split` returns them.
+        precompiled: the programs of the run.
+
+    Returns:
+        The trained adapter (with early stopping, that of the lowest held-out loss) and the rows of the log.
+    """
+    options, spec, output = run.options.run, run.spec, run.options.run.output
+    tx = spec.optimizer.build(run.learning_rate)
+    state = create_state(tx, adapter, options.seed)
+    step = Step(spec.objective, tx, graphdef, _shapes(state), frozen, spec.batch_shapes(jax.device_count()))
+    start(run.options)
+    train_program, eval_program = precompiled.programs(graphdef)
+    with ExitStack() as open_files:
+        best = StateStore(output / "best", keep=1) if options.early_stopping_patience else None
+        if best is not None:
+            open_files.enter_context(closing(best))
+        store = open_files.enter_context(closing(StateStore(output / "checkpoints", keep=options.keep)))
+        if store.latest_step() is not None:
+            state, position = store.restore(state)
+            run.batches.set_state(position)
+            run.say(f"Resuming {output} after step {int(state.step)} of {run.steps}.")
+        log = open_files.enter_context(closing(MetricsLog(output / "metrics.jsonl", resume_at=int(state.step))))
+        checkpoints = _Checkpoints(store, best, log)
+        checkpoints.save_best(int(state.step), state)
+
+        def save(step: int, state: TrainState, position: dict[str, Any]) -> None:
+            checkpoints.save(step, state, position)
+            plot_losses(log.rows, output / "loss.png", spec.objective.unit)
+
+        cadence = Cadence(run.steps, options.save_every, options.early_stopping_patience)
+        state = train(
+            compile_before_run(step.jit_train(), train_program),
+            state,
+            frozen,
+            _training_data(run, step),
+            cadence=cadence,
+            records=Records(log, run.learning_rate, spec.objective.unit, run.progress),
+            save=save,
+            callbacks=_callbacks(run, step, compile_before_run(step.jit_eval(), eval_program), log, open_files, state),
+        )
+        if best is not None and best.latest_step() is not None:
+            return brought_to_device(_best_adapter(run, best, state, cadence.exhausted(log.rows))), log.rows
+        return brought_to_device(state.adapter), log.rows
 
 
-def make_optimizer(options: Options, learning_rate: optax.Schedule) -> Optimizer | HostOffload:
-    """That of the options, with its state where they put it."""
-    chosen = options.optimizer
-    tx = optimizer(
-        chosen.optimizer,
-        learning_rate,
-        beta1=chosen.beta1,
-        beta2=chosen.beta2,
-        weight_decay=chosen.weight_decay,
-        max_grad_norm=chosen.max_grad_norm or None,
-        loraplus_lr_ratio=chosen.loraplus_lr_ratio,
+@dataclass(frozen=True)
+class _Checkpoints:
+    """The checkpoints of a run, and with early stopping the best adapter so far beside them."""
+
+    store: StateStore
+    best: StateStore | None
+    log: MetricsLog
+
+    def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
+        self.store.save(step, state, position)
+        self.save_best(step, state)
+
+    def save_best(self, step: int, state: TrainState) -> None:
+        """Save the adapter if this step is the best and is not saved yet.
+
+        This happens after the checkpoint, so that a run resumes at its best step or later. If the run is killed in between,
+        it saves the adapter when it resumes.
+        """
+        best = self.best
+        if best is not None and best_evaluation(self.log.rows)[0] == step and best.latest_step() != step:
+            best.save(step, state.adapter, {})
+
+
+def _shapes(state: TrainState) -> TrainState:
+    """Return a state as shapes with its shardings, which do not occupy memory."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+
+
+def _model(step: Step, state: TrainState) -> Any:
+    """Return the model with the adapter of a state."""
+    return nnx.merge(step.graphdef, brought_to_device(state.adapter), step.frozen)
+
+
+def _training_data(run: TrainingRun, step: Step) -> TrainingData:
+    """Return the batches of the run, and how they become the input of a step."""
+    mesh, make = data_mesh(), run.objective.make_batch
+
+    def put(batch: Batch) -> dict[str, jax.Array]:
+        return place(mesh, run.spec.micro_batches(batch), P(None, "data"))
+
+    def make_batch(state: TrainState, batch: Batch) -> Batch:
+        return batch if make is None else make(_model(step, state), batch)
+
+    return TrainingData(run.batches, put, run.objective.count_tokens, unchanged_batch if make is None else make_batch)
+
+
+def _callbacks(
+    run: TrainingRun, step: Step, eval_step: Callable[..., Any], log: MetricsLog, open_files: ExitStack, state: TrainState
+) -> Sequence[Callback]:
+    """Return the callbacks of the loop: the evaluation, if data is held out, and what the options ask for."""
+    objective, options, mesh = run.objective, run.options.run, data_mesh()
+
+    def put(batch: Batch) -> dict[str, jax.Array]:
+        return place(mesh, run.spec.select(batch), P("data"))
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        assert objective.held_out is not None
+        batches = objective.held_out(options.batch_size * jax.device_count())
+        metrics = mean_metrics(eval_step, state, step.frozen, batches, put=put, progress=run.progress)
+        if options.predict_with_generate and objective.score is not None:
+            metrics |= objective.score(_model(step, state))
+        return metrics
+
+    callbacks = [evaluation(options.eval_every, evaluate)] if objective.held_out is not None else []
+    return callbacks + watch.opened(
+        run.watched,
+        objective.prompts,
+        objective.answer,
+        lambda state: _model(step, state),
+        log,
+        resume_at=int(state.step),
+        stack=open_files,
     )
-    offloaded = chosen.host_offload or chosen.host_adapter
-    return host_offload(tx, adapter=chosen.host_adapter) if offloaded else tx
+
+
+def _best_adapter(run: TrainingRun, best: StateStore, state: TrainState, stopped: bool) -> Any:
+    """Return the adapter with the lowest held-out loss, and say which step it is from."""
+    adapter, _ = best.restore(state.adapter)
+    if stopped:
+        patience = run.options.run.early_stopping_patience
+        run.say(f"Stopped after step {int(state.step)} of {run.steps}: no lower held-out loss in {patience} evaluations.")
+    run.say(f"The adapter is that of step {cast(int, best.latest_step())}, which has the lowest held-out loss.")
+    return adapter

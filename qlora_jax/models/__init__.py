@@ -1,4 +1,4 @@
-"""Model families, and which of them a checkpoint needs."""
+"""Model families: their configurations, their modules, and the names of their parameters in checkpoints."""
 
 from qlora_jax.models.causal_lm import CausalLM
 from qlora_jax.models.config import AttentionKind, DecoderConfig

@@ -1,10 +1,11 @@
-"""A decoder-only language model: embedding, stacked layers, norm, head.
+"""A decoder-only language model: embedding, stacked layers, norm, output head.
 
     x = embed(tokens);  for each layer: x = layer(x);  logits = head(norm(x))
 
-The layers are one module whose parameters are stacked along a first axis: made by `jax.vmap` over the constructor, run by
-`jax.lax.scan`, so that a model of 80 layers compiles like one of a single layer. Where layers differ in their attention (a
-window, other positions, none), all kinds are in the program once and each layer takes its own.
+The layers are one module whose parameters are stacked along a first axis: the constructor is mapped with `jax.vmap`, and
+`jax.lax.scan` runs the layers, so that compiling a model of 80 layers takes as long as compiling one layer. If layers differ
+in their attention (window, position embedding), the program contains each kind of attention once, and each layer selects
+its kind.
 """
 
 from functools import partial
@@ -17,6 +18,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from qlora_jax.errors import OptionError
 from qlora_jax.models.chunks import chunk_count
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import DecoderLayer, make_norm
@@ -49,12 +51,13 @@ class CausalLM(nnx.Module):
     """A decoder-only language model.
 
     Attributes:
-        trained: what an adapter trains besides the adapters.
-        prompt: virtual tokens, or keys and values of such, before every row; None: none.
-        head_delta: the change of a head that is the token table otherwise, or None.
+        trained: the parameters of the base that train in addition to the adapters of linear layers.
+        prompt: the virtual tokens, or their keys and values, that come before every row; None: no virtual tokens.
+        head_delta: the trainable difference of an output head that is otherwise tied to the embedding, or None.
         attention: kernel of the causal attention.
-        remat: what the backward pass of training recomputes: "full" keeps only the inputs of the layers, "offload" keeps
-            them in host memory, "dots" keeps the results of all products, "none" keeps everything.
+        remat: which residuals the backward pass of training saves, and which it recomputes: "full" saves only the inputs of
+            the layers, "offload" saves them in host memory, "dots" saves the results of all products, "none" saves
+            everything.
     """
 
     def __init__(
@@ -69,16 +72,21 @@ class CausalLM(nnx.Module):
         remat: Remat = "full",
         rngs: nnx.Rngs,
     ) -> None:
-        """A model with random weights; `nnx.eval_shape` of it costs no memory.
+        """Create a model with random weights; under `nnx.eval_shape` this needs no memory.
 
         Args:
-            quantization: storage of the linear layers; None keeps them dense.
-            embedding_storage: storage of the token table and the output head.
-            method: of fine-tuning, with its adapters; None for none.
+            config: the sizes and options of the model.
+            quantization: storage of the linear layers; None: dense.
+            embedding_storage: storage of the embedding and the output head.
+            method: the method of fine-tuning, which defines the adapters; None: no adapters.
             dtype: dtype of activations and of dense weights.
+            attention: kernel of the causal attention.
+            remat: which residuals are saved; see the attribute.
+            rngs: random number generators; the stream `params` is used.
 
         Raises:
-            ValueError: a target or a pattern of the adapter matches nothing; or it trains all of a table that is packed.
+            OptionError: a target or a pattern of the method matches nothing, or an embedding trains in full but is
+                quantised.
         """
         method = method_for(method, config)
         self.trained = trained = trained_parts(method, config.parameter_mappings, vocabulary=config.vocab_size)
@@ -127,7 +135,7 @@ class CausalLM(nnx.Module):
         segment_ids: Array | None = None,
         key: Array | None = None,
     ) -> Array:
-        """int32 tokens `[b, t]` to logits `[b, t, vocabulary]`; the other arguments are those of `hidden`."""
+        """Return the logits `[b, t, vocabulary]` of int32 tokens `[b, t]`; see `hidden` for the other arguments."""
         return self.logits(self.hidden(tokens, positions=positions, segment_ids=segment_ids, key=key))
 
     def hidden(
@@ -140,25 +148,26 @@ class CausalLM(nnx.Module):
         neftune_alpha: float = 0.0,
         attention_groups: int = 1,
     ) -> Array:
-        """int32 tokens `[b, t]` to the normed last hidden states `[b, t, hidden_size]`.
+        """Return the normalized last hidden states, `[b, t, hidden_size]`.
 
         Args:
-            positions: int32 `[b, t]`; 0, 1, 2 … if None.
-            segment_ids: int32 `[b, t]`, for packed documents: 0 is padding, tokens see their own segment alone.
-            key: random key that turns dropout and the noise of NEFTune on.
-            neftune_alpha: strength of that noise on the embeddings; 0 for none.
-            attention_groups: of LongLoRA's attention (`nn.shifted`); 1: each token sees all before it.
+            tokens: int32 `[b, t]`.
+            positions: int32 `[b, t]`; None: 0, 1, 2 ….
+            segment_ids: int32 `[b, t]`, for packed documents: 0 is padding, and tokens attend only to their own segment.
+            key: random key; if given, dropout and the noise of NEFTune are applied.
+            neftune_alpha: strength of NEFTune's noise on the embeddings; 0: no noise.
+            attention_groups: number of groups of LongLoRA's attention (`nn.shifted`); 1: tokens attend to all earlier ones.
 
         Raises:
-            ValueError: packed documents beside virtual tokens in a model that sees a window of the tokens; or virtual tokens
-                beside attention groups.
+            OptionError: virtual tokens together with attention groups, or together with packed documents in a model whose
+                attention has a window.
         """
         if self.prompt is not None and attention_groups > 1:
-            raise ValueError(f"attention_groups: expected 1 with virtual tokens, found {attention_groups}")
+            raise OptionError(f"attention_groups: expected 1 with virtual tokens, found {attention_groups}")
         positions = self._positions(tokens) if positions is None else positions
         x = self._embed(tokens)
         if key is not None and neftune_alpha > 0:
-            # split(key, n)[i] is fold_in(key, i): the number after the last layer's draws from a key of its own.
+            # split(key, n)[i] equals fold_in(key, i), so fold_in(key, n) differs from the keys of all layers.
             noise_key = jax.random.fold_in(key, self.config.num_hidden_layers)
             x = x + self.config.embedding_scale * _neftune_noise(x, segment_ids, neftune_alpha, noise_key).astype(x.dtype)
         prompt = with_prompt(self.prompt, self.config, x, positions, segment_ids, key)
@@ -187,34 +196,36 @@ class CausalLM(nnx.Module):
         return self.norm(x[:, -tokens.shape[1] :])
 
     def decode(self, tokens: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
-        """New tokens after those of the cache.
+        """Process new tokens after those in the cache.
 
         Args:
-            tokens: int32 `[b, t]`, a whole left-padded prompt or one token a row.
-            positions: int32 `[b, t]`; negative ones mark padding.
+            tokens: int32 `[b, t]`, a complete left-padded prompt or one token per row.
+            positions: int32 `[b, t]`; negative positions mark padding.
+            cache: the keys and values of the tokens so far.
 
         Returns:
-            (logits of the last token `[b, vocabulary]`, the cache with the new tokens in it).
+            (logits of the last token `[b, vocabulary]`, the cache including the new tokens).
         """
         virtual = 0 if self.prompt is None else self.prompt.virtual_tokens
         x, cache = self._extended(self._embed(tokens), jnp.where(positions < 0, positions, positions + virtual), cache)
         return self.logits(self.norm(x[:, -1])), cache
 
     def _extended(self, x: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
-        """Embedded tokens `[b, t, hidden_size]` to what the last layer makes of them, and the cache with them."""
+        """Return the last layer's output `[b, t, hidden_size]` for embedded tokens x, and the cache including them."""
         config, count = self.config, x.shape[1]
         rotations = self._rotations(jnp.maximum(positions, 0))
         filled = jax.lax.dynamic_update_slice(cache.filled, positions >= 0, (0, cache.length))
         slots, own = jnp.arange(cache.filled.shape[1]), cache.length + jnp.arange(count)[:, None]
         mask = filled[:, None, :] & (slots <= own)[None]
-        # Prompts are padded on the left: slots lie as far apart as positions do, but for virtual tokens before the padding.
-        places = slots[None]
+        # Prompts are padded on the left, so distances between slots equal distances between positions, except for virtual
+        # tokens, whose slots are before the padding.
+        shifted = slots[None]
         if self.prompt is not None:
             padding = cache.length + count - 1 - positions[:, -1:]
-            places = jnp.where(places < self.prompt.virtual_tokens, places + padding, places)
-        places = places[:, None, :]
+            shifted = jnp.where(shifted < self.prompt.virtual_tokens, shifted + padding, shifted)
+        shifted = shifted[:, None, :]
         masks = jnp.stack(
-            [mask if kind.window is None else mask & (places > own[None] - kind.window) for kind in config.kinds]
+            [mask if kind.window is None else mask & (shifted > own[None] - kind.window) for kind in config.kinds]
         )
         graph, layers = nnx.split(self.layers)
         scanned, layer_of = by_layer(layers)
@@ -228,9 +239,9 @@ class CausalLM(nnx.Module):
                 k, v = (x.swapaxes(1, 2)[None].astype(past_keys.dtype) for x in (k, v))
                 keys = jax.lax.dynamic_update_slice(past_keys, k, start)
                 values = jax.lax.dynamic_update_slice(past_values, v, start)
-                seen = masks[0 if kind is None else kind]
+                mask = masks[0 if kind is None else kind]
                 attended = cached_attention(
-                    q, keys[layer], values[layer], seen, scale=config.score_scale, cap=config.score_cap
+                    q, keys[layer], values[layer], mask, scale=config.score_scale, cap=config.score_cap
                 )
                 return attended, (keys, values)
 
@@ -242,7 +253,7 @@ class CausalLM(nnx.Module):
         return x, KVCache(keys, values, filled, cache.length + count)
 
     def init_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """A cache for `capacity` tokens a row, with nothing in it but virtual tokens."""
+        """Return a cache for `capacity` tokens per row that contains only the virtual tokens, if there are any."""
         config, dtype = self.config, self.embed_tokens.weight.dtype
         if self.prompt is None:
             return empty_cache(config, dtype, batch_size, capacity)
@@ -251,7 +262,7 @@ class CausalLM(nnx.Module):
         if self.prompt.is_prefix:
             prefix = self.prompt.keys_and_values(config.num_hidden_layers, config.num_key_value_heads)
             keys, values = (x.swapaxes(1, 2)[:, None] for x in prefix)
-        else:  # what later tokens see of the first ones does not depend on the later ones
+        else:  # attention is causal, so the keys and values of virtual tokens do not depend on later tokens
             positions = jnp.arange(n, dtype=jnp.int32)[None]
             _, one = self._extended(self.prompt.embeddings(1, dtype), positions, empty_cache(config, dtype, 1, n))
             keys, values = one.keys, one.values
@@ -263,35 +274,35 @@ class CausalLM(nnx.Module):
         )
 
     def logits(self, hidden: Array) -> Array:
-        """Normed hidden states `[..., hidden_size]` to logits `[..., vocabulary]`."""
+        """Return the logits `[..., vocabulary]` of normalized hidden states `[..., hidden_size]`."""
         logits, cap = self.head.logits(hidden), self.logit_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     @property
     def logit_cap(self) -> float | None:
-        """Logits are cap * tanh(products / cap); None: they are the products."""
+        """The cap of the logits, which become cap * tanh(logits / cap); None: no cap."""
         return self.config.logit_cap
 
     @property
     def head(self) -> Table:
-        """The output head's table `[vocabulary, hidden_size]`."""
+        """The output head, `[vocabulary, hidden_size]`."""
         if self.lm_head is not None:
             return self.lm_head.table
-        table = self.embed_tokens.table
-        if table.rows is not None or self.trained.tied:
-            return table
-        return Table(table.weight, None if self.head_delta is None else self.head_delta[...])
+        embedding = self.embed_tokens.table
+        if embedding.rows is not None or self.trained.tied:
+            return embedding
+        return Table(embedding.weight, None if self.head_delta is None else self.head_delta[...])
 
     def _embed(self, tokens: Array) -> Array:
         x = self.embed_tokens(tokens)
         return x if self.config.embedding_scale == 1 else x * jnp.asarray(self.config.embedding_scale, x.dtype)
 
     def _layer_kinds(self) -> Array | None:
-        """int32 `[layers]`: each layer's kind of attention; None where there is but one."""
+        """Return the index of each layer's kind of attention, int32 `[layers]`, or None if all layers have the same kind."""
         return None if len(self.config.kinds) == 1 else jnp.asarray(np.asarray(self.config.layer_kinds, np.int32))
 
     def _rotations(self, positions: Array) -> tuple[Array, Array]:
-        """float32 (cosine, sine) `[kinds, b, t, r / 2]`; without positions, the rotation by nothing."""
+        """Return float32 (cosine, sine), each `[kinds, b, t, r / 2]`; (1, 0) for a kind without position embedding."""
         ropes = [kind.rope for kind in self.config.kinds]
         some = next(rope for rope in ropes if rope is not None)
         shape = (*positions.shape, some.head_dim // 2)
@@ -301,13 +312,13 @@ class CausalLM(nnx.Module):
 
     @property
     def max_positions(self) -> int | None:
-        """The most tokens of a row that the positions are made for, beside virtual ones; None: any number."""
+        """The largest number of tokens in a row, without virtual ones, that the positions allow; None: no limit."""
         return positions_left(self.config, None if self.prompt is None else self.prompt.method)
 
     def _attend(
         self, q: Array, k: Array, v: Array, kind: Array | None, segment_ids: Array | None, shared: int, groups: int
     ) -> Array:
-        """Attention of one kind; which one is known when the program runs, the kinds when it is compiled."""
+        """Compute attention of one kind; the index `kind` is known at run time, the list of kinds at compile time."""
         windows = list(dict.fromkeys(kind.window for kind in self.config.kinds))
 
         attend = partial(
@@ -328,9 +339,9 @@ class CausalLM(nnx.Module):
 
 
 def _neftune_noise(x: Array, segment_ids: Array | None, alpha: float, key: Array) -> Array:
-    """NEFTune (Jain et al. 2023): uniform in ±alpha / sqrt(L d), for rows of L tokens of d features.
+    """Return NEFTune's noise (Jain et al. 2023): uniform in ±alpha / sqrt(L d), for rows of L tokens of d features.
 
-    L counts what is no padding where `segment_ids` tell it, else it is the row's length, as in TRL.
+    L is the number of tokens without padding if `segment_ids` are given, else the length of the row, as in TRL.
     """
     _, length, features = x.shape
     tokens = jnp.full((1,), length) if segment_ids is None else jnp.maximum((segment_ids > 0).sum(1), 1)

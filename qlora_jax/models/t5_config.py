@@ -1,10 +1,11 @@
-"""What shapes a T5, and how it is read from Hugging Face's config.json.
+"""The configuration of a T5, and reading it from Hugging Face's config.json.
 
-    v1.0             feed_forward_proj "relu", one table for tokens and head, outputs scaled by hidden_size ** -0.5
-    v1.1, Flan-T5    feed_forward_proj "gated-gelu", a head of its own, nothing scaled
+    v1.0             feed_forward_proj "relu"; the output head is tied to the embedding, inputs are scaled by 1/sqrt(d_model)
+    v1.1, Flan-T5    feed_forward_proj "gated-gelu"; a separate output head; no scaling
 
-transformers up to 4 tells the two apart by tie_word_embeddings; 5 writes that as true always, and scale_decoder_outputs
-beside it. A v1.1 that version 5 made anew has one table for both, and a file with that alone.
+transformers up to version 4 distinguishes the two by tie_word_embeddings. Version 5 always writes true for it, and
+distinguishes them by scale_decoder_outputs. A v1.1 model that version 5 created has equal weights in embedding and head, and
+its file contains them once.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from qlora_jax.models.config import ACTIVATIONS, Fields
 from qlora_jax.models.parameter_mapping import ParameterMapping
 from qlora_jax.nn import Activation
 
-# Copies of the token table, and a table that no version of T5 reads.
+# Copies of the embedding, and a relative position bias that no version of T5 reads.
 IGNORED = (
     r"(encoder|decoder)\.embed_tokens\.weight",
     r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
@@ -24,17 +25,17 @@ IGNORED = (
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """What shapes an encoder-decoder of the T5 family.
+    """The sizes and options of an encoder-decoder of the T5 family.
 
     Attributes:
         family: the model_type of config.json.
-        keys: how a checkpoint calls the parameters.
-        num_layers, num_decoder_layers: of the encoder and of the decoder.
-        relative_buckets: rows of each stack's table of relative positions.
-        relative_max_distance: from here on all distances share a bucket.
-        gated: whether the feed-forward has a gate.
-        tie_word_embeddings: whether the token table is the head too; the decoder's outputs are then scaled.
-        decoder_start_token_id: what the decoder reads first.
+        parameter_mappings: names of the parameters in checkpoints.
+        num_layers, num_decoder_layers: numbers of layers of the encoder and of the decoder.
+        relative_buckets: number of buckets of the relative position bias.
+        relative_max_distance: all distances from here on share a bucket.
+        gated: whether the feed-forward is a gated linear unit.
+        tie_word_embeddings: whether the output head is tied to the embedding; the decoder's outputs are then scaled.
+        decoder_start_token_id: the token that the decoder's input starts with.
     """
 
     family: str
@@ -56,10 +57,10 @@ class T5Config:
 
 
 def t5_config(config: Mapping[str, Any]) -> T5Config:
-    """Reads the config.json of a T5.
+    """Return the configuration in the config.json of a T5.
 
     Raises:
-        ValueError: fields that are missing or not supported, all in one message.
+        CheckpointError: fields are missing or have unsupported values; the message lists all of them.
     """
     defaults = {
         "feed_forward_proj": "relu",
@@ -104,7 +105,7 @@ def t5_config(config: Mapping[str, Any]) -> T5Config:
 
 
 def t5_mappings(layers: int, decoder_layers: int, *, gated: bool, tied: bool) -> tuple[ParameterMapping, ...]:
-    """The key table; `tied`: without a head of its own."""
+    """Return the parameter mappings; with `tied` there is no separate output head."""
     return (
         ParameterMapping("shared.weight", ("shared", "weight")),
         *(() if tied else (ParameterMapping("lm_head.weight", ("lm_head", "weight")),)),
@@ -132,10 +133,10 @@ def _stack_mappings(stack: str, layers: int, *, cross: bool, gated: bool) -> Ite
 
 
 def _feed_forward(fields: Fields) -> tuple[Activation, bool]:
-    """(the activation, whether there is a gate) that feed_forward_proj names."""
+    """Return (the activation, whether there is a gate) from the field feed_forward_proj."""
     value = fields["feed_forward_proj"]
     gate, _, name = value.rpartition("-")
-    if value == "gated-gelu":  # as T5 v1.1 was trained, whatever the name says
+    if value == "gated-gelu":  # T5 v1.1 was trained with the approximation by tanh, in spite of the name
         name = "gelu_new"
     if gate not in ("", "gated") or name not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)

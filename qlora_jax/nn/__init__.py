@@ -1,4 +1,4 @@
-"""Flax NNX layers: frozen weights, LoRA slots, and what a decoder needs besides."""
+"""Layers of transformers in Flax NNX, with frozen weights, optional adapters, and sharding over devices."""
 
 from qlora_jax.nn.activation import Activation, activate, gated
 from qlora_jax.nn.attention import (

@@ -1,4 +1,4 @@
-"""Layer norms, computed in float32: root mean square (Zhang & Sennrich 2019), and with mean and bias (Ba et al. 2016)."""
+"""Normalization layers, computed in float32: RMSNorm (Zhang & Sennrich 2019) and LayerNorm (Ba et al. 2016)."""
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,9 @@ from qlora_jax.nn.delta import Delta, value_of
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x²) + eps) * weight over the last axis; the result has the dtype of x.
+    """RMSNorm: x / sqrt(mean(x²) + eps) * weight over the last axis; the result has the dtype of x.
 
-    With `offset` the factor is 1 + weight, and applied before the result is rounded to the dtype of x (Gemma).
+    With `offset` the factor is 1 + weight, and it is applied before the result is rounded to the dtype of x (Gemma).
     """
 
     def __init__(self, features: int, *, eps: float, offset: bool = False, dtype: DTypeLike = jnp.float32) -> None:
@@ -30,7 +30,7 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last axis; the result has the dtype of x."""
+    """LayerNorm: (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last axis; the result has the dtype of x."""
 
     def __init__(self, features: int, *, eps: float, dtype: DTypeLike = jnp.float32) -> None:
         self.weight = nnx.Param(jnp.ones((features,), dtype))

@@ -13,7 +13,7 @@ from qlora_jax.peft.prompt import Prompt, PromptMethod, PromptShape
 from qlora_jax.peft.prompt_tuning import PromptTuning
 from qlora_jax.peft.targets import ALL_LINEAR, module_matches
 
-# By PEFT's names. A new method is a file and a line here.
+# The methods by PEFT's names (`peft_type`). A new method is one file and one line here.
 METHODS: dict[str, type[Method]] = {
     "LORA": LoRA,
     "IA3": IA3,

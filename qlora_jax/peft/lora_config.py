@@ -1,15 +1,25 @@
-"""PEFT's LoraConfig to and from the fields of `LoRA`."""
+"""The conversion between the fields of PEFT's LoraConfig and those of `LoRA`."""
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_jax.peft.fields import Fields, as_list, as_names, is_list, is_names, is_number, is_rows, is_table, is_whole
+from qlora_jax.peft.fields import (
+    Fields,
+    as_list,
+    as_names,
+    is_list,
+    is_mapping,
+    is_names,
+    is_number,
+    is_token_indices,
+    is_whole,
+)
 from qlora_jax.peft.initialization import reads_weights
 from qlora_jax.peft.targets import ALL_LINEAR
 
-# PEFT's fields whose value is of no consequence here: records, training-time settings, and settings of
-# switches that are off.
+# Fields of PEFT that do not change the mathematics: descriptions of the run, settings that act only at initialization, and
+# settings of features that are switched off.
 _INERT = frozenset(
     (
         "auto_mapping",
@@ -29,7 +39,7 @@ _INERT = frozenset(
         "velora_config",
     )
 )
-# Fields with a meaning here, and those that are supported at one value only.
+# Fields that are read, and those that are supported at these values only.
 _READ = frozenset(
     (
         "alpha_pattern",
@@ -55,12 +65,17 @@ _EXPECTED: dict[str, tuple[object, ...]] = {
 }
 
 
-# Of an adapter that was trained, those that leave the base as it was, and one whose base can be made anew from the original.
-_STARTS_OF_FILES = (True, False, None, "gaussian", "orthogonal", "eva", "pissa")
+# The initializations of saved adapters that can be loaded: those that leave the base weights unchanged, and pissa, whose
+# changed base can be computed again from the original weights.
+_LOADABLE_INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "pissa")
 
 
 def read_lora(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `LoRA` that the fields describe; raises FieldErrors for those of another kind."""
+    """Return the arguments of `LoRA` that the fields of a LoraConfig describe.
+
+    Raises:
+        FieldErrors: some fields are not supported, or some values are invalid.
+    """
     fields = Fields(config, read=_READ, inert=_INERT, expected=_EXPECTED)
     names = "names or one regular expression"
     rank = fields.get("r", is_whole, "a whole number")
@@ -70,18 +85,19 @@ def read_lora(config: Mapping[str, Any]) -> dict[str, Any]:
     excluded = fields.get("exclude_modules", is_names, names, [])
     layers = fields.get("layers_to_transform", lambda x: is_whole(x) or is_list(x, is_whole), "numbers of layers", [])
     lists = fields.get("layers_pattern", is_names, "names of lists of layers", [])
-    ranks = fields.get("rank_pattern", lambda x: is_table(x, is_whole), "whole numbers by pattern", {})
-    alphas = fields.get("alpha_pattern", lambda x: is_table(x, is_number), "numbers by pattern", {})
+    ranks = fields.get("rank_pattern", lambda x: is_mapping(x, is_whole), "whole numbers by pattern", {})
+    alphas = fields.get("alpha_pattern", lambda x: is_mapping(x, is_number), "numbers by pattern", {})
     saved = fields.get("modules_to_save", lambda x: is_list(x, lambda name: isinstance(name, str)), "names of modules", [])
-    tokens = fields.get("trainable_token_indices", is_rows, "tokens, or tokens by table", [])
+    tokens = fields.get("trainable_token_indices", is_token_indices, "token ids, or token ids by name of an embedding", [])
     if saved and config.get("ensure_weight_tying"):
         fields.problems.append("ensure_weight_tying = true beside modules_to_save is not supported")
     rslora, dora = (
         fields.get(name, lambda x: isinstance(x, bool), "true or false", False) for name in ("use_rslora", "use_dora")
     )
-    start = config.get("init_lora_weights")
-    if start not in _STARTS_OF_FILES:
-        fields.problems.append(f"init_lora_weights = {json.dumps(start)} is not supported: it names a base that was changed")
+    initialization = config.get("init_lora_weights")
+    if initialization not in _LOADABLE_INITIALIZATIONS:
+        found = json.dumps(initialization)
+        fields.problems.append(f"init_lora_weights = {found} is not supported: it changed the weights of the base")
     fields.check()
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = ALL_LINEAR
@@ -92,10 +108,10 @@ def read_lora(config: Mapping[str, Any]) -> dict[str, Any]:
         "target_modules": as_names(targets),
         "use_rslora": rslora,
         "use_dora": dora,
-        "init_lora_weights": start or True,
+        "init_lora_weights": initialization or True,
         "exclude_modules": as_names(excluded),
         "layers_to_transform": (layers,) if isinstance(layers, int) else tuple(layers),
-        # Without numbers of layers it has no meaning, and older versions of PEFT wrote it all the same.
+        # It has no meaning without layers_to_transform, but older versions of PEFT wrote it even so.
         "layers_pattern": () if layers == [] else (lists,) if isinstance(lists, str) else tuple(lists),
         "rank_pattern": tuple(ranks.items()),
         "alpha_pattern": tuple(alphas.items()),
@@ -106,7 +122,7 @@ def read_lora(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# EVA as it is computed here: ranks are not redistributed (rho 1), and all real tokens count.
+# The settings of EVA that eva.py implements: ranks are not redistributed (rho 1), and every token except padding counts.
 _EVA = {
     "adjust_scaling_factors": True,
     "label_mask_value": -100,
@@ -118,22 +134,22 @@ _EVA = {
 
 
 def write_lora(lora: Any, modules: Sequence[str]) -> dict[str, Any]:
-    """What PEFT writes for a `LoRA` in these modules.
+    """Return the fields that PEFT writes for a `LoRA` in these modules.
 
-    Fields that only newer versions of PEFT know are left to their defaults.
+    Fields that only newer versions of PEFT know are omitted, so that they have their default values.
     """
     if lora.target_modules == ALL_LINEAR:
         targets: str | list[str] | None = sorted({name.rsplit(".", 1)[-1] for name in modules})
     else:
         targets = lora.target_modules if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
-    # The patterns stay in their order, by which they are tried.
+    # The patterns keep their order, because the first that matches applies.
     return {
         "alpha_pattern": {name: _number(alpha) for name, alpha in lora.alpha_pattern},
         "bias": "none",
         **({"eva_config": _EVA} if lora.init_lora_weights == "eva" else {}),
         "exclude_modules": as_list(lora.exclude_modules),
         "fan_in_fan_out": False,
-        # The others change the base, and files hold what fits the original (checkpoint/from_weights.py).
+        # pissa and loftq change the base, but saved files fit the original weights (adapters/weight_init.py).
         "init_lora_weights": True if reads_weights(lora.init_lora_weights) else lora.init_lora_weights,
         "layer_replication": None,
         "layers_pattern": as_list(lora.layers_pattern),

@@ -1,8 +1,8 @@
-"""What a method of parameter-efficient fine-tuning is, for the models that carry it and the files that hold it.
+"""The protocols of a method of parameter-efficient fine-tuning and of the adapters that it makes.
 
-A method is a frozen dataclass, one file here. It says what each linear layer gets (`targets`), and reads and writes PEFT's
-adapter_config.json (`from_peft`, `to_peft`). What trains is `nnx.LoRAParam` in the modules that it makes; the names of these
-parameters in PEFT's files are theirs to tell (`file_parts`).
+A method is a frozen dataclass in a file of its own. It says which adapter each linear layer gets (`targets`), and it reads
+and writes PEFT's adapter_config.json (`from_peft`, `to_peft`). The trainable parameters are `nnx.LoRAParam` in the modules
+that the method makes. These modules also say how their parameters are named in PEFT's files (`file_parts`).
 """
 
 import dataclasses
@@ -11,24 +11,26 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
 
+from qlora_jax.errors import CheckpointError
 from qlora_jax.nn import MakesAdapter
 
+# (end of the name of an embedding or output head, or None for the input embedding; the token ids whose rows train)
 TokenRows = tuple[tuple[str | None, tuple[int, ...]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class FilePart:
-    """A tensor of the files within a stacked variable of an adapter.
+    """The correspondence of one tensor of an adapter file to a part of a stacked variable of the adapter.
 
     Attributes:
-        layer: number in the stack.
-        suffix: what follows the module's name, e.g. "lora_A.weight".
-        attribute: of the adapter, e.g. "lora_a".
-        index: the part of the layer's value that is no padding.
-        transposed: whether the files hold its transpose.
-        changes: whether it is a change of the layer's weight, which the files hold with the change in it.
-        offset: what the files hold more than the value.
-        changes_own: attribute of the adapter to whose value it is a change, which the files hold with the change in it.
+        layer: index of the layer in the stack.
+        suffix: the part of the tensor's name after the module's name, e.g. "lora_A.weight".
+        attribute: name of the adapter's variable, e.g. "lora_a".
+        index: slices that select the part of the layer's value without padding.
+        transposed: whether the file holds the transpose.
+        changes: whether the value is a change of the layer's weight; the file then holds the changed weight.
+        offset: number that is added to the value in the file.
+        changes_own: name of the adapter's variable that the value is a change of; the file then holds the changed variable.
     """
 
     layer: int
@@ -43,22 +45,25 @@ class FilePart:
 
 @runtime_checkable
 class AdapterModule(Protocol):
-    """The adapter of a linear layer as files see it; in a model, that of all layers of a stack."""
+    """An adapter of a linear layer, or of a stack of linear layers, that can be saved in PEFT's format."""
 
     def file_parts(self) -> Iterator[FilePart]:
-        """The tensors of the files."""
+        """Yield one part for each tensor in the adapter file."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """What a method may have to know of a model.
+    """The sizes of a model that a method may need.
 
     Attributes:
-        family: the model_type of its config.json.
-        layers: of a decoder; of the encoder, where there is one.
-        decoder_layers: of the decoder.
-        kv_heads: heads of keys and values.
+        family: the model_type of the model's config.json.
+        hidden_size: features of the residual stream.
+        layers: number of layers of the encoder, or of the decoder in a decoder-only model.
+        decoder_layers: number of layers of the decoder.
+        kv_heads: number of key and value heads.
+        head_dim: features of one head.
+        encoder_decoder: whether the model has an encoder.
     """
 
     family: str
@@ -72,13 +77,13 @@ class ModelShape:
 
 @runtime_checkable
 class OfModel(Protocol):
-    """A method with choices that a model makes, where they are left open."""
+    """A method some of whose fields may be None until the model is known."""
 
     def for_model(self, shape: ModelShape) -> "Method":
-        """The same with nothing left open.
+        """Return the method with every open field filled in for this model.
 
         Raises:
-            ValueError: it does not go with such a model.
+            OptionError: the method does not fit the model.
         """
         ...
 
@@ -88,17 +93,17 @@ class ScalesBias(Protocol):
     """A method that changes the bias of a linear layer as well."""
 
     def merged_bias(self, bias: np.ndarray, module: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-        """A module's bias with its adapter in it, float32 `[out]`; see `Method.merged`."""
+        """Return the module's bias with the adapter merged into it, float32 `[out]`; see `Method.merged`."""
         ...
 
 
 class Method(Protocol):
-    """A method.
+    """A method of parameter-efficient fine-tuning.
 
     Attributes:
-        peft_type: PEFT's name of it.
-        modules_to_save: ends of the names of token tables, heads and norms that train as a whole.
-        suffixes: what follows a module's name in the names of the files' tensors.
+        peft_type: PEFT's name of the method.
+        modules_to_save: ends of the names of embeddings, output heads and norms that train in full.
+        suffixes: the parts of tensor names in adapter files that follow a module's name.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
@@ -111,27 +116,31 @@ class Method(Protocol):
     def suffixes(self) -> tuple[str, ...]: ...
 
     def token_rows(self) -> TokenRows:
-        """(end of a table's name, or None for the token table, tokens) of each table of which some rows train."""
+        """Return the embeddings and output heads of which some rows train, and these rows; see `TokenRows`."""
         ...
 
     def targets(self, layers: Mapping[str, Sequence[str]]) -> Mapping[str, MakesAdapter]:
-        """For keys of `layers`, each with the full names of the modules that it stacks, what makes their adapter.
+        """Return, for each stacked layer that gets an adapter, the object that makes the adapter.
+
+        Args:
+            layers: for each stacked linear layer, the full names of the modules that it stacks.
 
         Raises:
-            ValueError: it names what is not there.
+            OptionError: the method names a module that the model does not have.
         """
         ...
 
     def shape_error(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
-        """What is wrong with the shape of a module's tensor in the files, whatever the model; None: nothing."""
+        """Return why no model can have a tensor of this shape in its adapter file, or None if the shape is possible."""
         ...
 
     def merged(self, weight: np.ndarray, module: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-        """A module's dense weight with its adapter in it.
+        """Return the module's dense weight with the adapter merged into it.
 
         Args:
             weight: `[out, in]`, of any float dtype.
-            tensors: those of the module's adapter, by their suffixes.
+            module: full name of the module.
+            tensors: the tensors of the module's adapter, by their suffixes.
 
         Returns:
             float32 `[out, in]`.
@@ -139,24 +148,24 @@ class Method(Protocol):
         ...
 
     def to_peft(self, modules: Sequence[str]) -> dict[str, Any]:
-        """The fields of adapter_config.json that are the method's own; `modules` have an adapter."""
+        """Return the method's fields of adapter_config.json; `modules` are the full names of the modules with an adapter."""
         ...
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        """The method that the fields describe.
+        """Return the method that the fields of an adapter_config.json describe.
 
         Raises:
-            FieldErrors: fields with no meaning here, or values that do not fit.
+            FieldErrors: some fields are not supported, or some values are invalid.
         """
         ...
 
 
-class FieldErrors(ValueError):
-    """What is wrong with the fields of a configuration.
+class FieldErrors(CheckpointError):
+    """Some fields of an adapter_config.json are invalid.
 
     Attributes:
-        problems: each of it.
+        problems: one message for each invalid field.
     """
 
     def __init__(self, problems: Sequence[str]) -> None:

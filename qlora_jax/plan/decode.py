@@ -1,29 +1,32 @@
-"""What one decode step needs: `serve.generate`'s own step through the model's `decode`, compiled without the device.
+"""The memory of one decode step: the step of `serve.generate`, compiled without the device.
 
-The cache is donated, as while generating. Bytes a token: what the compiled step reads and writes of the device's memory,
-over the rows of the batch. The adapter stays beside the base, as it is while it serves.
+The cache is donated, as it is in generation. The adapter is not merged into the base. The bytes for each token are those of
+device memory that the compiled step reads and writes, divided by the rows of the batch.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from qlora_jax.models import DecoderConfig
+from qlora_jax.errors import UnsupportedError
+from qlora_jax.models import DecoderConfig, ModelSpec
 from qlora_jax.nn.parallel import frozen_shapes
 from qlora_jax.plan.compile import Program, compile_program, place, versions
 from qlora_jax.plan.devices import Machine
-from qlora_jax.plan.recipe import Recipe, abstract_model, tree_bytes, weight_bytes
 from qlora_jax.plan.topology import context, machine_mesh
+from qlora_jax.plan.tree_bytes import tree_bytes, weight_bytes
 from qlora_jax.serve.generate import decode_step
+from qlora_jax.train.spec import StepSpec
 from qlora_jax.train.step import split
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodePlan:
-    """One decode step on each device of a machine, in bytes."""
+    """The memory of one decode step on each device of a machine, in bytes; `rows` are those of all devices."""
 
     machine: Machine
     packed_weights: int
@@ -35,22 +38,24 @@ class DecodePlan:
     versions: dict[str, str]
 
 
-def compile_decode_step(recipe: Recipe, machine: Machine, *, capacity: int) -> DecodePlan:
-    """Compiles the step that makes one token a row; see `compile_train_step` for what it raises.
+def compile_decode_step(spec: StepSpec[ModelSpec], machine: Machine, *, capacity: int) -> DecodePlan:
+    """Compile the step that generates one token a row, and return its plan; see `compile_train_step` for further errors.
 
     Args:
-        capacity: tokens that the cache holds a row; `recipe.batch_size` rows on each device.
+        spec: describes the model; its batch size is the number of rows on each device.
+        machine: the machine, which need not be attached.
+        capacity: the tokens that the cache holds for each row.
 
     Raises:
-        ValueError: an encoder-decoder.
+        UnsupportedError: the model is an encoder-decoder.
     """
-    if not isinstance(recipe.config, DecoderConfig):
-        raise ValueError(f"decode: expected a decoder-only model, found {type(recipe.config).__name__}")
+    if not isinstance(spec.model.config, DecoderConfig):
+        raise UnsupportedError(f"decode: expected a decoder-only model, found {type(spec.model.config).__name__}")
     mesh = machine_mesh(machine)
-    model = abstract_model(dataclasses.replace(recipe, objective="sft"), machine.device.platform)
+    model: Any = spec.model.abstract(machine.device.platform)
     graphdef, adapter, frozen = split(model)
     adapter, frozen = place(adapter, mesh, P()), frozen_shapes(mesh, frozen)
-    rows = recipe.batch_size * machine.count
+    rows = spec.batch.batch_size * machine.count
     cache = place(jax.eval_shape(lambda: model.init_cache(rows, capacity)), mesh, P())
     token = place(jax.ShapeDtypeStruct((rows,), jnp.int32), mesh, P())
     positions = place(jax.ShapeDtypeStruct((rows, 1), jnp.int32), mesh, P())
@@ -73,7 +78,7 @@ def compile_decode_step(recipe: Recipe, machine: Machine, *, capacity: int) -> D
 
 @dataclasses.dataclass(frozen=True)
 class _Bound:
-    """The step with its graph, to be traced like any jitted function."""
+    """The decode step with its graph, which can be traced like a jitted function."""
 
     graphdef: nnx.GraphDef
 

@@ -1,14 +1,14 @@
-"""Devices to plan for: what the compilers have to be told of them, and what bounds a program's time on them.
+"""Devices to plan for: the descriptions that compilers need, and the figures that bound a program's time.
 
     h100        one H100                  h100x4       four of them
     v5e         one TPU v5e chip          v5e:2x2      a slice of four, by its topology
 
-XLA compiles for an NVIDIA GPU from a description alone, a text proto: the compute capability chooses the instructions, the
-sizes of caches, registers and shared memory steer fusion, and cuDNN's version says which of its attention kernels exist.
-A TPU is known to libtpu by the name of its topology; the two cores of a v4 or v5p chip are one device (megacore).
+XLA compiles for an NVIDIA GPU from a description alone, a text proto: the compute capability decides the instructions, the
+sizes of caches, registers and shared memory decide fusion, and cuDNN's version decides which of its attention kernels exist.
+libtpu knows a TPU by the name of its topology; the two cores of a v4 or v5p chip are one device (megacore).
 
-Memory is what a program can have: of a GPU what CUDA reports as its total, of a TPU what libtpu reports as available HBM. Of
-a GPU's, a CUDA context and the libraries take some hundred MiB more. A new device is one entry of `DEVICES`.
+The memory of a GPU is the total that CUDA reports, that of a TPU the available HBM that libtpu reports. On a GPU the CUDA
+context and the libraries need some hundred MiB of it. A new device is one entry of `DEVICES`.
 """
 
 import dataclasses
@@ -16,6 +16,8 @@ import difflib
 import math
 import re
 from typing import Literal
+
+from qlora_jax.errors import OptionError
 
 Platform = Literal["cuda", "tpu"]
 _MIB = 2**20
@@ -29,12 +31,12 @@ class Device:
     Attributes:
         name: the key in `DEVICES`.
         description: the vendor's name.
-        platform: which compiler: "cuda" or "tpu".
-        memory_bytes: of one device's own memory.
-        bandwidth: bytes a second between that memory and the device.
-        flops: dense bfloat16 operations a second with float32 sums; a multiplication and an addition are two.
-        dimensions: of a TPU's topology; 0 for GPUs.
-        target_config: text proto of a GPU; None on TPU, where the name says it all.
+        platform: the platform of its compiler, "cuda" or "tpu".
+        memory_bytes: the bytes of one device's own memory.
+        bandwidth: the bytes a second between that memory and the device.
+        flops: the dense bfloat16 operations a second with float32 sums; a multiplication and an addition are two.
+        dimensions: the dimensions of a TPU's topology; 0 for GPUs.
+        target_config: the text proto of a GPU; None for a TPU, whose name is enough.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Machine:
     """Devices of one kind that work together.
 
     Attributes:
+        device: the kind of the devices.
         shape: a TPU's topology, or the number of GPUs.
     """
 
@@ -60,11 +63,12 @@ class Machine:
 
     @property
     def count(self) -> int:
+        """The number of devices."""
         return math.prod(self.shape)
 
     @property
     def name(self) -> str:
-        """The name that `machine_named` knows it by."""
+        """The name by which `machine_named` finds this machine."""
         if self.count == 1:
             return self.device.name
         size = "x".join(map(str, self.shape))
@@ -72,61 +76,67 @@ class Machine:
 
     @property
     def description(self) -> str:
+        """The vendor's name of the devices, with their number."""
         return self.device.description if self.count == 1 else f"{self.count} x {self.device.description}"
 
     @property
     def topology(self) -> str:
-        """The name that the compiler's topologies go by."""
+        """The name of the topology for the compiler."""
         if self.device.platform == "cuda":
             return self.device.name
         return f"{self.device.name}:{'x'.join(map(str, self.shape))}"
 
 
-def _gpu(
-    name: str,
-    description: str,
-    *,
-    capability: tuple[int, int],
-    memory_bytes: int,
-    bandwidth: float,
-    flops: float,
-    cores: int,
-    l2_bytes: int,
-    fpus_per_core: int,
-    threads_per_core: int,
-    clock_ghz: float,
-    shared_memory_per_core: int,
-    shared_memory_per_block: int,
-    cudnn: tuple[int, int] = (9, 10),
-) -> Device:
-    """A GPU from the figures that CUDA's device query reports."""
-    major, minor = capability
-    target_config = f"""
+@dataclasses.dataclass(frozen=True)
+class _GPU:
+    """The values of a GPU that CUDA's device query reports, and its peak."""
+
+    name: str
+    description: str
+    capability: tuple[int, int]
+    memory_bytes: int
+    bandwidth: float
+    flops: float
+    cores: int
+    l2_bytes: int
+    fpus_per_core: int
+    threads_per_core: int
+    clock_ghz: float
+    shared_memory_per_core: int
+    shared_memory_per_block: int
+    cudnn: tuple[int, int] = (9, 10)
+
+    def device(self) -> Device:
+        """Return the GPU as a device, with its description for the compiler."""
+        (major, minor), (cudnn_major, cudnn_minor) = self.capability, self.cudnn
+        target_config = f"""
         gpu_device_info {{
             threads_per_block_limit: 1024
             threads_per_warp: 32
             shared_memory_per_block: 49152
-            shared_memory_per_core: {shared_memory_per_core}
-            threads_per_core_limit: {threads_per_core}
-            core_count: {cores}
-            fpus_per_core: {fpus_per_core}
+            shared_memory_per_core: {self.shared_memory_per_core}
+            threads_per_core_limit: {self.threads_per_core}
+            core_count: {self.cores}
+            fpus_per_core: {self.fpus_per_core}
             block_dim_limit_x: 2147483647
             block_dim_limit_y: 65535
             block_dim_limit_z: 65535
-            memory_bandwidth: {bandwidth:.0f}
-            l2_cache_size: {l2_bytes}
-            clock_rate_ghz: {clock_ghz}
-            device_memory_size: {memory_bytes}
-            shared_memory_per_block_optin: {shared_memory_per_block}
+            memory_bandwidth: {self.bandwidth:.0f}
+            l2_cache_size: {self.l2_bytes}
+            clock_rate_ghz: {self.clock_ghz}
+            device_memory_size: {self.memory_bytes}
+            shared_memory_per_block_optin: {self.shared_memory_per_block}
             cuda_compute_capability {{ major: {major} minor: {minor} }}
             registers_per_core_limit: 65536
             registers_per_block_limit: 65536
         }}
         platform_name: "CUDA"
-        dnn_version_info {{ major: {cudnn[0]} minor: {cudnn[1]} }}
-        device_description_str: "{description}"
+        dnn_version_info {{ major: {cudnn_major} minor: {cudnn_minor} }}
+        device_description_str: "{self.description}"
     """
-    return Device(name, description, "cuda", memory_bytes, bandwidth, flops, 0, target_config)
+        return Device(
+            self.name, self.description, "cuda", self.memory_bytes, self.bandwidth, self.flops, target_config=target_config
+        )
 
 
 # Cores, clocks, caches, memory and bandwidth of A100, H100, H200 and B200: OpenXLA's own descriptions of them
@@ -136,10 +146,10 @@ def _gpu(
 # capability: CUDA C++ Programming Guide, "Technical Specifications". Peaks are those of dense bfloat16
 # Tensor Cores with float32 sums, half of what data sheets say with sparsity: A100's (312), H100's and H200's (1979 / 2), HGX
 # B200's (4500 / 2), L4's (242 / 2), the two papers (330.4 / 2 and 142 / 2). Those of the last three are cores x clock x 1024
-# operations on an L4, 512 on a GeForce. Read at the source were OpenXLA's files; the peaks and what there is on L4, RTX 4090
-# and RTX 3090 were read in third-party tables of these papers.
+# operations on an L4, 512 on a GeForce. OpenXLA's files were read themselves; the peaks, and the values of L4, RTX 4090
+# and RTX 3090, were read in third-party tables of these papers.
 _GPUS = (
-    _gpu(
+    _GPU(
         "h100",
         "NVIDIA H100 80GB HBM3",
         capability=(9, 0),
@@ -154,7 +164,7 @@ _GPUS = (
         shared_memory_per_core=233_472,
         shared_memory_per_block=232_448,
     ),
-    _gpu(
+    _GPU(
         "h200",
         "NVIDIA H200 141GB HBM3e",
         capability=(9, 0),
@@ -169,7 +179,7 @@ _GPUS = (
         shared_memory_per_core=233_472,
         shared_memory_per_block=232_448,
     ),
-    _gpu(
+    _GPU(
         "b200",
         "NVIDIA B200",
         capability=(10, 0),
@@ -184,7 +194,7 @@ _GPUS = (
         shared_memory_per_core=233_472,
         shared_memory_per_block=232_448,
     ),
-    _gpu(
+    _GPU(
         "a100-80",
         "NVIDIA A100-SXM4-80GB",
         capability=(8, 0),
@@ -199,7 +209,7 @@ _GPUS = (
         shared_memory_per_core=167_936,
         shared_memory_per_block=166_912,
     ),
-    _gpu(
+    _GPU(
         "a100-40",
         "NVIDIA A100-SXM4-40GB",
         capability=(8, 0),
@@ -214,7 +224,7 @@ _GPUS = (
         shared_memory_per_core=167_936,
         shared_memory_per_block=166_912,
     ),
-    _gpu(
+    _GPU(
         "l4",
         "NVIDIA L4",
         capability=(8, 9),
@@ -229,7 +239,7 @@ _GPUS = (
         shared_memory_per_core=102_400,
         shared_memory_per_block=101_376,
     ),
-    _gpu(
+    _GPU(
         "rtx4090",
         "NVIDIA GeForce RTX 4090",
         capability=(8, 9),
@@ -244,7 +254,7 @@ _GPUS = (
         shared_memory_per_core=102_400,
         shared_memory_per_block=101_376,
     ),
-    _gpu(
+    _GPU(
         "rtx3090",
         "NVIDIA GeForce RTX 3090",
         capability=(8, 6),
@@ -269,14 +279,14 @@ _TPUS = (
     Device("v5p", "TPU v5p", "tpu", int(95.74 * _GIB), 2765e9, 459e12, 3),
     Device("v6e", "TPU v6e", "tpu", int(31.25 * _GIB), 1638e9, 918e12, 2),
 )
-DEVICES: dict[str, Device] = {device.name: device for device in (*_GPUS, *_TPUS)}
+DEVICES: dict[str, Device] = {device.name: device for device in (*(gpu.device() for gpu in _GPUS), *_TPUS)}
 
 
 def machine_named(name: str) -> Machine:
-    """The machine that a name such as `h100`, `h100x4`, `v5e` or `v5e:2x2` stands for.
+    """Return the machine of a name such as `h100`, `h100x4`, `v5e` or `v5e:2x2`.
 
     Raises:
-        ValueError: no such device (the message has the nearest known names, and all of them), or no such topology.
+        OptionError: there is no such device (the message lists the nearest names and all names), or no such topology.
     """
     kind, colon, size = name.strip().lower().partition(":")
     device = DEVICES.get(kind)
@@ -286,20 +296,20 @@ def machine_named(name: str) -> Machine:
         same = [known for known in DEVICES if kind and kind in known]
         near = same or difflib.get_close_matches(kind, DEVICES, n=3, cutoff=0.4)
         hint = f"; did you mean {' or '.join(near)}?" if near else ";"
-        raise ValueError(f"unknown device {name!r}{hint} known: {', '.join(DEVICES)} (several: h100x4, v5e:2x2)")
+        raise OptionError(f"unknown device {name!r}{hint} known: {', '.join(DEVICES)} (several: h100x4, v5e:2x2)")
     if device.platform == "cuda":
         if colon or size == "0":
-            raise ValueError(f"device {name!r}: expected {device.name} or a number of them such as {device.name}x4")
+            raise OptionError(f"device {name!r}: expected {device.name} or a number of them such as {device.name}x4")
         return Machine(device, (int(size or 1),))
     if not size:
         return Machine(device, (1,) * device.dimensions)
     shape = tuple(int(side) for side in size.split("x") if side.isdigit())
     if len(shape) != device.dimensions or 0 in shape or "x".join(map(str, shape)) != size:
         example = "x".join(["2", "2", "1"][: device.dimensions])
-        raise ValueError(
+        raise OptionError(
             f"device {name!r}: expected a topology of {device.dimensions} sides such as {device.name}:{example}, "
             f"found {size!r}"
         )
     if any(side > 1 and side % 2 for side in shape):
-        raise ValueError(f"device {name!r}: expected sides of 1 or even ones, as Cloud TPU has them, found {size!r}")
+        raise OptionError(f"device {name!r}: expected sides of 1 or even ones, as Cloud TPU has them, found {size!r}")
     return Machine(device, shape)

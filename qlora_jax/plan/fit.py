@@ -1,26 +1,29 @@
-"""What fits: the largest number that does, and the cheapest options that do, by search over plans.
+"""Search over plans for what fits a device: the largest batch or length, or the cheapest options.
 
-Memory grows with batch and length, and nearly in a straight line: the line through the last two plans guesses where it meets
-the device's memory, so that a few compilations do where halving would take a dozen. The answer has been compiled itself, and
-so has the next larger one, which does not fit.
+Memory grows with batch and length nearly in a straight line. The next guess is where the line through the last two plans
+meets the device's memory, so that a few compilations suffice where bisection would take a dozen. Both the answer and the
+next larger number, which does not fit, have been compiled.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from qlora_jax.plan.recipe import Recipe
+from qlora_jax.models import ModelSpec
+from qlora_jax.train.spec import StepSpec
 
 Peak = Callable[[int], int]
 
-_LINES = 7  # plans after which lines are given up
+_LINES = 7  # the number of plans after which bisection replaces lines
 
 
 def largest_that_fits(peak: Peak, limit: int, *, start: int, step: int = 1, most: int = 2**20) -> tuple[int, int] | None:
-    """(the largest multiple of `step` whose peak is within the limit, that peak); None where not even `step` fits.
+    """Return (the largest multiple of `step` whose peak is within the limit, that peak); None if not even `step` fits.
 
     Args:
-        peak: bytes for a number; it never falls as the number grows.
-        start: a first guess.
+        peak: returns the bytes for a number, which never fall as the number grows.
+        limit: the bytes that there are.
+        start: the first guess.
+        step: the step between numbers.
         most: the largest number to try.
     """
     known: dict[int, int] = {}
@@ -42,12 +45,12 @@ def largest_that_fits(peak: Peak, limit: int, *, start: int, step: int = 1, most
 
 
 def _guess(known: dict[int, int], limit: int, low: int, high: int) -> int:
-    """Strictly between low and high where there is something: where a line through the nearest two plans meets the limit.
+    """Return the next number to try, between low and high: where the line through the nearest two plans meets the limit.
 
-    A line that is wrong, as that of a length whose mask grows with its square, costs few plans: nothing is tried that is
-    more than four times as large as what was, and after some tries the bracket is halved.
+    A wrong line, such as that of a length whose mask grows with its square, costs few plans: no number is more than four
+        times as large as the largest one before, and after some tries the search bisects.
     """
-    least, most = low + 1, max(high - 1, low + 1)  # that are still open
+    least, most = low + 1, max(high - 1, low + 1)
     if high not in known:
         most = min(most, max(4 * max(known), least))
     if len(known) == 1:
@@ -58,78 +61,95 @@ def _guess(known: dict[int, int], limit: int, low: int, high: int) -> int:
     near = sorted(sorted(known, key=lambda units: abs(known[units] - limit))[:2])
     slope = (known[near[1]] - known[near[0]]) / (near[1] - near[0])
     meets = int(near[0] + (limit - known[near[0]]) / slope) if slope > 0 else (low + high) // 2
-    return min(max(meets, least), most)  # outside, the line says that it is next to a bound that is known
+    return min(max(meets, least), most)  # a line that leads outside means a number next to a known bound
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A set of options, as what it changes of a recipe and of the number of devices.
+    """A set of options, and the step that they describe.
 
     Attributes:
         words: the options of scripts/train.py.
-        devices: how many times as many devices.
+        spec: the step with these options.
+        devices: the factor on the number of devices.
     """
 
     words: tuple[str, ...]
-    recipe: Recipe
+    spec: StepSpec[ModelSpec]
     devices: int = 1
 
 
-def cheaper_first(recipe: Recipe, *, devices: tuple[int, ...] = (1, 2, 4, 8), host: bool = True) -> Iterator[Choice]:
-    """Recipes of the same step that take less memory, the ones that cost least first.
+def cheaper_first(
+    spec: StepSpec[ModelSpec], *, devices: tuple[int, ...] = (1, 2, 4, 8), host: bool = True
+) -> Iterator[Choice]:
+    """Yield ways to run the same step with less memory, those that cost the least time first.
 
     Args:
-        devices: how many times as many devices may be proposed.
-        host: whether the host's memory is another than the device's.
+        spec: the step.
+        devices: the factors on the number of devices that may be proposed.
+        host: whether host memory is separate from the device's memory.
 
     remat none → dots → full      recomputes more, a third of the time at most
-    remat offload, host offload   a trip of the residuals, or of the optimizer's state, over the bus
-    batch size ↔ accumulation     the same rows in more passes
+    remat offload, host offload   moves the saved residuals, or the optimizer's state, over the bus
+    batch size ↔ accumulation     runs the same rows in more passes
     adamw8bit                     rounds the moments
-    host adapter                  a trip of the adapter and its gradient, layer by layer
+    host adapter                  moves the adapter and its gradient over the bus, layer by layer
     more devices
     """
-    order = ("none", "dots", "full", *(("offload",) if host or recipe.remat == "offload" else ()))
-    start = order.index(recipe.remat)
+    order = ("none", "dots", "full", *(("offload",) if host or spec.model.remat == "offload" else ()))
+    start = order.index(spec.model.remat)
     for count in devices:
-        for words, changed in _states(recipe, host):
+        for words, changed in _states(spec, host):
             for remat in order[start:]:
-                said = () if remat == recipe.remat else (f"--remat {remat}",)
+                first = () if remat == spec.model.remat else (f"--remat {remat}",)
                 more = () if count == 1 else (f"{count} times the devices",)
-                yield Choice((*said, *words, *more), dataclasses.replace(changed, remat=remat), count)
+                model = dataclasses.replace(changed.model, remat=remat)
+                yield Choice((*first, *words, *more), dataclasses.replace(changed, model=model), count)
 
 
-def _states(recipe: Recipe, host: bool) -> Iterator[tuple[tuple[str, ...], Recipe]]:
-    yield (), recipe
-    goes = host and not recipe.host_optimizer
-    words, less = (("--host-offload",), dataclasses.replace(recipe, host_optimizer=True)) if goes else ((), recipe)
-    if goes:
+def with_host_memory(spec: StepSpec[ModelSpec], *, optimizer: bool, adapter: bool) -> StepSpec[ModelSpec]:
+    """Return the step with the optimizer's state, and with the adapter, in host memory or not."""
+    placed = dataclasses.replace(spec.optimizer, host_optimizer=optimizer, host_adapter=adapter)
+    return dataclasses.replace(spec, optimizer=placed)
+
+
+def _states(spec: StepSpec[ModelSpec], host: bool) -> Iterator[tuple[tuple[str, ...], StepSpec[ModelSpec]]]:
+    """Yield (options, step) for each choice of batch, accumulation and optimizer, those that cost the least first."""
+    yield (), spec
+    words: tuple[str, ...] = ()
+    less = spec
+    if host and not spec.optimizer.host_optimizer:
+        words, less = ("--host-offload",), with_host_memory(spec, optimizer=True, adapter=False)
         yield words, less
-    batch = recipe.batch_size
-    said: tuple[str, ...] = ()  # of the passes
-    cuts: list[tuple[tuple[str, ...], Recipe]] = [(said, less)]
-    for size in range(batch - 1, 0, -1):
-        if batch % size == 0:
-            passes = recipe.micro_batches * batch // size
-            said = (f"--batch-size {size}", f"--accumulation-steps {passes}")
-            less = dataclasses.replace(less, batch_size=size, micro_batches=passes)
-            yield (*words, *said), less
-            cuts.append((said, less))
-    if recipe.optimizer == "adamw":
-        yield (*words, *said, "--optimizer adamw8bit"), dataclasses.replace(less, optimizer="adamw8bit")
-    if host and not recipe.host_adapter:
-        for said, cut in cuts:
-            yield ("--host-adapter", *said), dataclasses.replace(cut, host_optimizer=True, host_adapter=True)
+    cut: tuple[str, ...] = ()  # the options that cut the batch
+    cuts = [(cut, less)]
+    rows = spec.batch.batch_size
+    for size in range(rows - 1, 0, -1):
+        if rows % size == 0:
+            passes = spec.batch.micro_batches * rows // size
+            cut = (f"--batch-size {size}", f"--accumulation-steps {passes}")
+            batch = dataclasses.replace(less.batch, batch_size=size, micro_batches=passes)
+            less = dataclasses.replace(less, batch=batch)
+            yield (*words, *cut), less
+            cuts.append((cut, less))
+    if spec.optimizer.name == "adamw":
+        rounded = dataclasses.replace(less.optimizer, name="adamw8bit")
+        yield (*words, *cut, "--optimizer adamw8bit"), dataclasses.replace(less, optimizer=rounded)
+    if host and not spec.optimizer.host_adapter:
+        for cut, less in cuts:
+            yield ("--host-adapter", *cut), with_host_memory(less, optimizer=True, adapter=True)
 
 
 def cheapest_that_fits(
     choices: Iterator[Choice], quick: Callable[[Choice], int], peak: Callable[[Choice], int], limit: int
 ) -> tuple[Choice, int] | None:
-    """(the first choice that fits, its peak), with the quick plan saying which are not worth a compilation.
+    """Return (the first choice that fits, its peak); None if none fits. The quick plan decides which choices are compiled.
 
     Args:
-        quick: an estimate; a choice whose estimate is more than a tenth above the limit is passed over.
-        peak: of the compiled plan, which decides.
+        choices: the choices, in order.
+        quick: returns an estimate of the peak; a choice whose estimate is more than a tenth above the limit is skipped.
+        peak: returns the peak of the compiled plan, which decides.
+        limit: the bytes that there are.
     """
     for choice in choices:
         if quick(choice) > 1.1 * limit:

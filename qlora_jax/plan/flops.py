@@ -1,10 +1,11 @@
 """Floating-point operations of a program, counted in the program as JAX traces it.
 
-XLA's own count takes the body of a loop once, however often it runs, and knows nothing of what a custom call does. Here the
-products of a jaxpr are counted, 2 m n k each, times the length of every scan around them; what the backward pass recomputes
-stands in the jaxpr, and so is counted. Attention kernels are opaque: the products of flash attention are counted by hand (2
-forward; 5 backward, of which one is recomputed), half of each where the mask is causal. Elementwise work is left out: it
-does not run on the matrix units, whose peak the count is held against.
+XLA's own count takes the body of a loop once, however often it runs, and does not know the work of custom calls. Here the
+matrix products of a jaxpr are counted, 2 m n k each, times the length of every scan around them; the products that the
+backward pass recomputes are in the jaxpr, so they are counted too. Attention kernels are opaque: the products of flash
+attention are counted by a formula (2 forward; 5 backward, of which one is recomputed), half of each if the mask is causal.
+Elementwise operations are
+not counted: they do not run on the matrix units, whose peak the count is compared with.
 """
 
 import math
@@ -15,10 +16,12 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
 def count_flops(jaxpr: Any, *, platform: str | None = None, causal: bool = True) -> float:
-    """Operations of all products of a (closed) jaxpr, of all devices together.
+    """Return the operations of all matrix products of a (closed) jaxpr, on all devices together.
 
     Args:
-        platform: whose branch counts where there is a choice among platforms; None: the one with the most.
+        jaxpr: the jaxpr.
+        platform: the platform whose branch counts where the program has one for each; None: the branch with the most.
+        causal: whether attention is causal.
     """
     inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     return sum(_equation_flops(equation, platform, causal) for equation in inner.eqns)
@@ -33,7 +36,7 @@ def _equation_flops(equation: Any, platform: str | None, causal: bool) -> float:
     if name == "pallas_call":
         return _pallas_flops(equation, causal)
     repeats = equation.params.get("length", 1) if name == "scan" else 1
-    if name == "shard_map":  # its body is what one device does
+    if name == "shard_map":  # its body runs on each device
         repeats = equation.params["mesh"].size
     bodies = [count_flops(body, platform=platform, causal=causal) for body in _bodies(equation)]
     if platform is not None and (platforms := equation.params.get("branches_platforms")):
@@ -65,7 +68,7 @@ def _cudnn_flops(equation: Any, causal: bool) -> float:
 
 
 def _pallas_flops(equation: Any, causal: bool) -> float:
-    """Splash attention, whose queries are `[.., heads, t, d]`; another kernel's own estimate, or nothing."""
+    """Return the operations of splash attention, whose queries are `[.., heads, t, d]`, or another kernel's own estimate."""
     name = str(equation.params.get("name_and_src_info") or equation.params.get("name") or "")
     estimate = equation.params.get("cost_estimate")
     if "splash" not in name:

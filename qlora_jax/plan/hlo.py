@@ -1,18 +1,18 @@
-"""A compiled program, read from its text: its loops, the bytes that it moves, and what lives at the same time.
+"""A compiled program, parsed from its text: its loops, the bytes that it moves, and the arrays that exist at the same time.
 
     %fusion.7 = bf16[8192,4096]{1,0} fusion(%a, %b), kind=kLoop, calls=%fused.7        one instruction a line
     %body (p: (s32[], …)) -> (…) {   …   }                                            in computations
 
-XLA's own count of bytes takes the body of a loop once, and on GPU there is none ahead of time. Here every instruction that
-runs reads its operands and writes its result once, and
+XLA's own count of bytes takes the body of a loop once, and for a GPU that is not attached it has no count. Here every
+instruction that runs reads its operands and writes its result once, with these rules:
 
-- a loop does so as often as it runs (`known_trip_count`, or the constant that its condition compares with);
-- what only slices an operand reads the slice, and what updates a slice writes the slice, inside a fusion too;
-- the kernels of 4-bit matrices read one layer of the stacks that they are passed;
-- what lies in a TPU's own memory (`S(1)`) or in host memory (`S(5)`) is not counted: moving it there or back is.
+- the body of a loop counts as often as it runs (`known_trip_count`, or the constant that its condition compares with);
+- an instruction that only slices an operand reads the slice, and one that updates a slice writes the slice, in a fusion too;
+- the kernels of 4-bit matrices read one layer of the stacks that are their operands;
+- arrays in a TPU's own memory (`S(1)`) or in host memory (`S(5)`) are not counted, but moving them there or back is.
 
-That is a lower bound for what fusions and products read, as a kernel may read an operand more than once; a slice that is not
-seen as one counts as its whole operand.
+The result is a lower bound for fusions and matrix products, as a kernel may read an operand more than once; a slice that is
+not recognised counts as its whole operand.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ _MOVES_NOTHING = frozenset(("parameter", "constant", "tuple", "get-tuple-element
 _MOVES_NOTHING |= {"partition-id", "replica-id", "copy-done", "slice-done", "async-done", "async-update", "send-done"}
 _MOVES_NOTHING |= {"recv-done", "all-gather-done", "all-reduce-done", "collective-permute-done"}
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
-_OF_STACKS = "matmul_4bit"  # kernels that read one matrix of a stack where it lies (`quant.kernels`)
+_OF_STACKS = "matmul_4bit"  # kernels that read one matrix of a stack in place (`quant.kernels`)
 _SEE_THROUGH = frozenset(("bitcast", "reshape", "copy", "convert", "transpose"))
 
 
@@ -38,8 +38,13 @@ class Instruction:
     """One instruction.
 
     Attributes:
-        sizes: bytes of the arrays of its result that lie in the device's memory, 0 for those that do not.
-        text: what follows its operands.
+        name: its name in the computation.
+        opcode: its operation.
+        sizes: the bytes of each array of its result; 0 for an array that is not in the device's memory.
+        dtypes, shapes: those of each array of its result.
+        operands: the names of its operands.
+        text: its text after the operands.
+        root: whether it is the result of the computation.
     """
 
     name: str
@@ -53,33 +58,35 @@ class Instruction:
 
     @property
     def size(self) -> int:
+        """The bytes of the result."""
         return sum(self.sizes)
 
     @property
     def of_stacks(self) -> bool:
-        """Whether it is a kernel of 4-bit matrices: on TPU by its name, on GPU by what its text says."""
+        """Whether it is a kernel of 4-bit matrices: on TPU its name contains that of the kernel, on GPU its text."""
         return self.opcode == "custom-call" and _OF_STACKS in self.name + self.text
 
     def called(self, attribute: str) -> str | None:
+        """Return the name of the computation that an attribute refers to, or None."""
         found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
         return found[1] if found else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Computations by name, in the order of their schedule."""
+    """A program: its computations by name, with their instructions in the order of the schedule."""
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
 
     def loops(self, computation: str | None = None) -> Iterator[tuple[Instruction, int]]:
-        """(loop, how often its body runs) of a computation; of the entry if None."""
+        """Yield (loop, how often its body runs) for the loops of a computation; of the entry if None."""
         for instruction in self.computations[computation or self.entry].values():
             if instruction.opcode == "while":
                 yield instruction, self.trip_count(instruction)
 
     def trip_count(self, loop: Instruction) -> int:
-        """How often the body of a loop runs; 1 where the program does not say."""
+        """Return how often the body of a loop runs; 1 if the program does not say."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
             return int(known[1])
         condition = self.computations.get(loop.called("condition") or "", {})
@@ -91,7 +98,12 @@ class Program:
         return 1
 
     def traffic(self, computation: str | None = None, *, trips: bool = True) -> int:
-        """Bytes that the computation (the entry if None) reads and writes; `trips` false counts the bodies of loops once."""
+        """Return the bytes that a computation reads and writes.
+
+        Args:
+            computation: its name; the entry if None.
+            trips: whether the body of a loop counts as often as it runs, or once.
+        """
         scope = self.computations[computation or self.entry]
         total = 0
         for instruction in scope.values():
@@ -111,7 +123,7 @@ class Program:
         return total
 
     def stack_reads(self, computation: str | None = None) -> int:
-        """Bytes that kernels read of stacks of 4-bit matrices, in loops as often as they run."""
+        """Return the bytes that kernels read of stacks of 4-bit matrices, in loops as often as they run."""
         scope = self.computations[computation or self.entry]
         total = 0
         for instruction in scope.values():
@@ -125,7 +137,7 @@ class Program:
         return total
 
     def reads(self, scope: dict[str, Instruction], instruction: Instruction) -> list[int]:
-        """Bytes that an instruction reads of each operand."""
+        """Return the bytes that an instruction reads of each operand."""
         sizes = [scope[name].size if name in scope else 0 for name in instruction.operands]
         match instruction.opcode:
             case opcode if opcode in _MOVES_NOTHING or opcode == "while":
@@ -145,7 +157,7 @@ class Program:
                 return sizes
 
     def writes(self, scope: dict[str, Instruction], instruction: Instruction) -> int:
-        """Bytes that an instruction writes."""
+        """Return the bytes that an instruction writes."""
         match instruction.opcode:
             case opcode if opcode in _MOVES_NOTHING or opcode == "while":
                 return 0
@@ -170,7 +182,7 @@ class Program:
         return [_bytes(*array) for array in zip(instruction.dtypes, instruction.shapes, strict=True)] or [0]
 
     def _read_of_parameter(self, body: dict[str, Instruction], index: int, size: int) -> int:
-        """Bytes that a fusion reads of its operand: slices where nothing else is made of it."""
+        """Return the bytes that a fusion reads of its operand: those of slices if only slices of it are read."""
         parameter = next((x for x in body.values() if x.opcode == "parameter" and x.text.startswith(f"{index})")), None)
         if parameter is None or size == 0:
             return size
@@ -199,12 +211,12 @@ def _is_stack(operand: Instruction) -> bool:
 
 
 def _layer(operand: Instruction) -> int:
-    """Bytes of one matrix of an operand `[layers, ...]`; all of another operand."""
+    """Return the bytes of one matrix of an operand `[layers, ...]`, or all bytes of another operand."""
     return operand.size // operand.shapes[0][0] if _is_stack(operand) else operand.size
 
 
 def _updated(body: dict[str, Instruction], root: Instruction, size: int) -> int:
-    """Bytes that a root writes: a slice where it updates one in place."""
+    """Return the bytes that a root writes: those of a slice if it updates one in place."""
     while root.opcode in _SEE_THROUGH and root.operands and root.operands[0] in body:
         root = body[root.operands[0]]
     if root.opcode == "dynamic-update-slice" and root.operands[1] in body:
@@ -220,10 +232,10 @@ def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def parse_program(text: str) -> Program:
-    """The program that `compiled.as_text()` shows.
+    """Return the program of the text that `compiled.as_text()` returns.
 
     Raises:
-        ValueError: there is no entry.
+        ValueError: the text has no entry computation.
     """
     computations: dict[str, dict[str, Instruction]] = {}
     current: dict[str, Instruction] | None = None
@@ -257,7 +269,7 @@ def parse_program(text: str) -> Program:
 
 
 def _arrays(result: str) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-    """(type, shape, whether it lies in the device's memory) of each array of a result."""
+    """Yield (dtype, shape, whether it is in the device's memory) for each array of a result."""
     for found in _SHAPE.finditer(result):
         shape = tuple(map(int, found[2].split(","))) if found[2] else ()
         yield found[1], shape, re.search(r"S\(\d+\)", found[3] or "") is None

@@ -1,9 +1,10 @@
-"""Plans for people: a table in GiB, plain values for JSON, and a stacked bar of memory against the device's limit."""
+"""Output of plans: a table in GiB, plain values for JSON, and a stacked bar of memory beside the device's limit."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.errors import OptionError
 from qlora_jax.plan.devices import Machine
 
 GIB = 2**30
@@ -11,16 +12,18 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What one program takes, in bytes on each device.
+    """The memory of one program, in bytes on each device.
 
     Attributes:
-        title: what was planned.
-        device, host: (what it is for, bytes), each part once, in the order of a bar.
-        total: of the device, as the compiler has it: what the parts sum up to.
-        notes: further parts, of the ones above, as (of which, what, bytes).
-        flops, traffic: operations and bytes of device memory of one run; None where nobody counted.
-        seconds: of compiling or of estimating.
-        figures: further values for JSON.
+        title: the name of the plan.
+        machine: the machine that was planned for.
+        device, host: the parts of device and of host memory as (name, bytes), in the order of a bar.
+        total: the bytes of device memory, which the parts add up to.
+        notes: parts of the parts, as (name of the whole, name, bytes).
+        flops, traffic: the operations and the bytes of device memory of one run; None if they were not counted.
+        seconds: the time of compiling or of estimating.
+        method: how the numbers were obtained.
+        values: further values for JSON.
     """
 
     title: str
@@ -33,22 +36,23 @@ class Report:
     seconds: float
     method: str
     notes: tuple[tuple[str, str, int], ...] = ()
-    figures: dict[str, Any] = dataclasses.field(default_factory=dict)
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
+        """Whether the total is within the device's memory."""
         return self.total <= self.machine.device.memory_bytes
 
     @property
     def floors(self) -> dict[str, float]:
-        """Seconds below which one run cannot take, by what bounds it."""
+        """The least seconds that one run takes, by compute and by memory."""
         kind = self.machine.device
         found = {} if self.flops is None else {"compute": self.flops / kind.flops}
         return found if self.traffic is None else {**found, "memory": self.traffic / kind.bandwidth}
 
 
 def table(report: Report) -> str:
-    """The report in GiB, a line a part."""
+    """Return the report as a table in GiB, with one line for each part."""
     memory = report.machine.device.memory_bytes
     each = " each" if report.machine.count > 1 else ""
     lines = [f"{report.title} on {report.machine.description} ({memory / GIB:.2f} GiB{each}), GiB{each}:"]
@@ -70,7 +74,7 @@ def table(report: Report) -> str:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report as plain values."""
+    """Return the report as plain values for JSON."""
     device = report.machine.device
     return {
         "method": report.method,
@@ -89,23 +93,23 @@ def as_json(report: Report) -> dict[str, Any]:
         "traffic_bytes": report.traffic,
         "floor_seconds": report.floors,
         "seconds": report.seconds,
-        **report.figures,
+        **report.values,
     }
 
 
 def check_drawing(path: Path) -> None:
-    """Raises ValueError where `draw` could not write such a file: before minutes of compiling, not after."""
+    """Raise OptionError if `draw` could not write such a file; to be called before minutes of compiling."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     known = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix[1:].lower() not in known:
-        raise ValueError(f"plot: expected a file that ends in one of {', '.join(sorted(known))}, found {path}")
+        raise OptionError(f"plot: expected a file that ends in one of {', '.join(sorted(known))}, found {path}")
     if not path.absolute().parent.is_dir():
-        raise ValueError(f"plot: expected a folder that exists, found {path.absolute().parent}")
+        raise OptionError(f"plot: expected a folder that exists, found {path.absolute().parent}")
 
 
 def draw(reports: list[Report], path: Path) -> None:
-    """A bar a report, stacked from its parts, against the device's memory."""
+    """Draw one bar for each report, stacked from its parts, beside the memory of the device."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,37 +1,50 @@
-"""Reports of plans: which part of the memory is what.
+"""Reports of plans: the parts of the memory by name.
 
-The arguments are known by kind. Of the temporaries the compiler tells the sum alone; what the layers keep for the backward
-pass and the adapter's gradients are known from shapes, and the rest is what lives beside them.
+The arguments are known by kind. Of the temporaries the compiler reports only the sum; the saved residuals of the layers and
+the gradients of the adapter are known from shapes, and the rest is working memory.
 """
 
+import dataclasses
 from functools import singledispatch
 from typing import Any
 
+import jax.numpy as jnp
+
+from qlora_jax.models import ModelSpec
 from qlora_jax.plan.compile import Plan
 from qlora_jax.plan.decode import DecodePlan
 from qlora_jax.plan.devices import Machine
 from qlora_jax.plan.quick import QuickPlan, residual_bytes
-from qlora_jax.plan.recipe import Recipe
 from qlora_jax.plan.report import Report
+from qlora_jax.train.dpo import with_reference
+from qlora_jax.train.spec import StepSpec
 
 COMPILED = "XLA's buffer assignment of the compiled program (GEMMs not autotuned)"
 QUICK = "arithmetic: exact shapes, measured factors for working memory"
 
 
 @singledispatch
-def report_of(plan: Any, recipe: Recipe, machine: Machine, title: str, seconds: float = 0.0) -> Report:
-    """The report of a plan for one machine."""
+def report_of(plan: Any, spec: StepSpec[ModelSpec], machine: Machine, title: str, seconds: float = 0.0) -> Report:
+    """Return the report of a plan for one machine.
+
+    Args:
+        plan: the plan.
+        spec: the step that was planned.
+        machine: the machine.
+        title: the heading of the report.
+        seconds: the time that the plan took; a compiled plan knows its own.
+    """
     raise TypeError(f"expected a plan, found {type(plan).__name__}")
 
 
 @report_of.register
-def _(plan: Plan, recipe: Recipe, machine: Machine, title: str, seconds: float = 0.0) -> Report:
+def _(plan: Plan, spec: StepSpec[ModelSpec], machine: Machine, title: str, seconds: float = 0.0) -> Report:
     program = plan.program
-    kept, _ = residual_bytes(recipe)
+    saved, _ = residual_bytes(spec)
     gradients = plan.adapter
-    rest = program.temporaries - kept - gradients
+    rest = program.temporaries - saved - gradients
     known = plan.packed_weights + plan.dense_weights + plan.adapter + plan.optimizer
-    notes = (("saved for the backward pass", kept), ("gradients of the adapter", gradients), ("working memory", rest))
+    notes = (("saved for the backward pass", saved), ("gradients of the adapter", gradients), ("working memory", rest))
     return Report(
         title=title,
         machine=machine,
@@ -47,7 +60,7 @@ def _(plan: Plan, recipe: Recipe, machine: Machine, title: str, seconds: float =
         host=(
             ("optimizer", plan.host_optimizer),
             ("adapter", plan.host_adapter),
-            # Counters of the optimizer stay on the device: a few bytes less than its state.
+            # The optimizer's counters, a few bytes of its state, stay on the device.
             ("other arguments", max(program.host_arguments - plan.host_optimizer - plan.host_adapter, 0)),
             ("residuals and temporaries", program.host_temporaries),
         ),
@@ -56,14 +69,14 @@ def _(plan: Plan, recipe: Recipe, machine: Machine, title: str, seconds: float =
         traffic=program.traffic,
         seconds=program.compile_seconds,
         method=COMPILED,
-        # Where a program frees part of what shapes say before the worst moment, the split would be wrong: none is given.
+        # A program may free part of these before the peak. The split would be wrong then, and is left out.
         notes=tuple(("temporaries", what, size) for what, size in notes) if rest >= 0 else (),
-        figures={"versions": plan.versions, "tokens": recipe.tokens * recipe.micro_batches},
+        values={"versions": plan.versions, "tokens": spec.tokens * spec.batch.micro_batches},
     )
 
 
 @report_of.register
-def _(plan: DecodePlan, recipe: Recipe, machine: Machine, title: str, seconds: float = 0.0) -> Report:
+def _(plan: DecodePlan, spec: StepSpec[ModelSpec], machine: Machine, title: str, seconds: float = 0.0) -> Report:
     program = plan.program
     known = plan.packed_weights + plan.dense_weights + plan.adapter + plan.cache
     return Report(
@@ -84,12 +97,12 @@ def _(plan: DecodePlan, recipe: Recipe, machine: Machine, title: str, seconds: f
         traffic=program.traffic,
         seconds=program.compile_seconds,
         method=COMPILED,
-        figures={"versions": plan.versions, "rows": plan.rows, "bytes_a_token": program.traffic / recipe.batch_size},
+        values={"versions": plan.versions, "rows": plan.rows, "bytes_a_token": program.traffic / spec.batch.batch_size},
     )
 
 
 @report_of.register
-def _(plan: QuickPlan, recipe: Recipe, machine: Machine, title: str, seconds: float = 0.0) -> Report:
+def _(plan: QuickPlan, spec: StepSpec[ModelSpec], machine: Machine, title: str, seconds: float = 0.0) -> Report:
     return Report(
         title=title,
         machine=machine,
@@ -114,3 +127,28 @@ def _(plan: QuickPlan, recipe: Recipe, machine: Machine, title: str, seconds: fl
         seconds=seconds,
         method=QUICK,
     )
+
+
+def spec_values(spec: StepSpec[ModelSpec]) -> dict[str, Any]:
+    """Return the values of a spec by name, for JSON; those of the model's config are left out."""
+    model, objective, batch, optimizer = spec.model, spec.objective, spec.batch, spec.optimizer
+    return {
+        "quantization": None if model.quantization is None else dataclasses.asdict(model.quantization),
+        "embedding_storage": model.embedding_storage,
+        "method": None if model.method is None else dataclasses.asdict(model.method),
+        "dtype": jnp.dtype(model.dtype).name,
+        "remat": model.remat,
+        "objective": objective.name,
+        "batch_size": batch.batch_size,
+        "micro_batches": batch.micro_batches,
+        "length": batch.length,
+        "packed": objective.packed,
+        "optimizer": optimizer.name,
+        "host_optimizer": optimizer.host_optimizer,
+        "host_adapter": optimizer.host_adapter,
+        "weight_decay": optimizer.weight_decay,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "neftune_alpha": objective.neftune_alpha,
+        "attention_groups": objective.attention_groups,
+        "reference": objective.prepare is with_reference,
+    }

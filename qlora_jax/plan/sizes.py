@@ -3,7 +3,7 @@
     name        hidden  inner  layers  heads  key-value heads  vocabulary  context  theta
     llama-65b     8192  22016      80     64               64       32000     2048  10000      one row a size
 
-The figures are those of the models' own configuration files. Only what shapes the model is kept.
+The values are those of the models' own configuration files, and only those that decide the shapes of the model.
 """
 
 from typing import Any
@@ -46,7 +46,7 @@ _LLAMA3_ROPE = {  # the scaling of Llama 3.1 (by 8) and 3.2 (by 32)
     "original_max_position_embeddings": 8192,
 }
 _FACTORS = {"llama-3.1": 8.0, "llama-3.2": 32.0}
-_MORE: dict[str, dict[str, Any]] = {  # what other families say differently
+_MORE: dict[str, dict[str, Any]] = {  # values that other families have beside these
     "llama-7b": {"rms_norm_eps": 1e-6},
     "llama-13b": {"rms_norm_eps": 1e-6},
     "qwen3-8b": {"model_type": "qwen3", "head_dim": 128, "rms_norm_eps": 1e-6},
@@ -67,7 +67,7 @@ def _config(name: str) -> dict[str, Any]:
 
 
 SIZES: dict[str, dict[str, Any]] = {name: _config(name) for name in _ROWS}
-# Hub ids whose config.json is one of these, so that a plan of a recipe needs no network.
+# Hub ids whose config.json is one of these, so that a plan of a file in recipes/ needs no network.
 HUB_IDS = {
     "huggyllama/llama-7b": "llama-7b",
     "huggyllama/llama-13b": "llama-13b",

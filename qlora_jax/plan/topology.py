@@ -1,7 +1,8 @@
-"""The compilers of described devices: a mesh of devices that are not there, for programs to be compiled for.
+"""Compilers of devices that are not attached, and meshes of such devices to compile programs for.
 
-A description (`plan.devices`) gives a topology, the topology a mesh of devices that cannot run anything, and shardings over
-that mesh make a program compile for them. Both compilers are in pip packages, and run on a machine without an accelerator.
+A description (`plan.devices`) gives a topology, and the topology a mesh of devices that cannot run anything. Shardings over
+that mesh make JAX compile a program for these devices. Both compilers are in pip packages, and run on a machine without an
+accelerator.
 """
 
 import contextlib
@@ -14,28 +15,29 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
+from qlora_jax.errors import UnsupportedError
 from qlora_jax.nn.parallel import AXIS
 from qlora_jax.plan.devices import Machine, Platform
 
-# What has to be importable for a platform's compiler to be there, and how to install it.
+# The modules of each platform's compiler, one of which must be importable, and the command that installs it.
 _COMPILERS: dict[Platform, tuple[tuple[str, ...], str]] = {
     "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), 'pip install "qlora-jax[cuda]"'),
     "tpu": (("libtpu",), 'pip install "qlora-jax[tpu]"'),
 }
-# JAX's own table of GPUs lacks some: one that it has, of the same compute capability.
+# JAX does not know some GPUs by name; each is mapped to a GPU that it knows, of the same compute capability.
 _KNOWN_TO_JAX = {"NVIDIA GeForce RTX 3090": "NVIDIA A10"}
 
 
-class CompilerMissing(RuntimeError):
-    """The compiler of a device is not installed here; the message says how to install it."""
+class CompilerMissing(UnsupportedError):
+    """The compiler of a device is not installed; the message says how to install it."""
 
 
-class CompilerRefuses(RuntimeError):
-    """The compiler that is installed does not know the device, or not this program for it."""
+class CompilerRefuses(UnsupportedError):
+    """The installed compiler does not know the device, or cannot compile the program for it."""
 
 
 def check_compiler(machine: Machine) -> None:
-    """Raises `CompilerMissing` where the compiler of a machine's devices is not installed."""
+    """Raise `CompilerMissing` if the compiler of a machine's devices is not installed."""
     modules, install = _COMPILERS[machine.device.platform]
     if not any(importlib.util.find_spec(module) for module in modules):
         raise CompilerMissing(
@@ -45,13 +47,13 @@ def check_compiler(machine: Machine) -> None:
 
 
 def machine_mesh(machine: Machine) -> Mesh:
-    """A mesh of the machine's devices, which need not be attached.
+    """Return a mesh of the machine's devices, which need not be attached.
 
-    Where no device of that kind is attached, the process has to run with `JAX_PLATFORMS=cpu`: JAX would look for a driver as
-    it loads the compiler's plugin, and drop the plugin for want of one.
+    If no device of that kind is attached, the process must run with `JAX_PLATFORMS=cpu`. Otherwise JAX looks for a driver
+    when it loads the compiler's plugin, finds none, and does not register the plugin.
 
     Raises:
-        CompilerMissing: the device's compiler is not installed, or was dropped.
+        CompilerMissing: the device's compiler is not installed, or JAX did not register it.
         CompilerRefuses: the compiler does not know the device or the topology.
     """
     check_compiler(machine)
@@ -60,9 +62,11 @@ def machine_mesh(machine: Machine) -> Mesh:
     if device.target_config is not None:
         options = {"target_config": device.target_config, "topology": f"1x1x{machine.count}"}
     else:
-        if device.name == "v4":  # the two cores of a chip as one device, which v5p is by itself
+        if device.name == "v4":  # the two cores of a chip as one device; on v5p that is the default
             options["chip_config_name"] = "megacore"
-        if machine.count < 4 or any(side % 2 for side in machine.shape[:2]):  # hosts of four chips do not divide it
+        if machine.count < 4 or any(
+            side % 2 for side in machine.shape[:2]
+        ):  # the default hosts, of four chips each, do not divide it
             options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         topology = topologies.get_topology_desc(machine.topology, device.platform, **options)
@@ -78,7 +82,7 @@ def machine_mesh(machine: Machine) -> Mesh:
 
 @contextlib.contextmanager
 def context(mesh: Mesh) -> Iterator[None]:
-    """What training runs in: JAX's context of several devices; of one GPU its description, where kernels look for it."""
+    """Run the block in the context of training: a mesh of several devices, or the description of one GPU, for kernels."""
     if mesh.size > 1:
         with jax.set_mesh(mesh):
             yield

@@ -1,17 +1,28 @@
-"""Training as pure functions of explicit state: loss, optimizers, step, and the loop around them."""
+"""Training as pure functions of explicit state: losses, optimizers, the step and its description, and the loop around it."""
 
 from qlora_jax.errors import DivergedError
+from qlora_jax.train.cross_entropy import chunked_cross_entropy, token_losses
 from qlora_jax.train.dpo import PAIRS, dpo_loss, with_reference, without_adapter
 from qlora_jax.train.log import MetricsLog, best_evaluation, peak_memory_bytes, perplexity, plot_losses
-from qlora_jax.train.loop import BatchSource, Cadence, Watch, mean_metrics, train
+from qlora_jax.train.loop import (
+    BatchSource,
+    Cadence,
+    Callback,
+    Records,
+    TrainingData,
+    evaluation,
+    mean_metrics,
+    train,
+    unchanged_batch,
+)
 from qlora_jax.train.loss import (
-    chunked_cross_entropy,
     language_model_loss,
     language_model_metrics,
     seq2seq_loss,
     seq2seq_metrics,
-    token_losses,
+    token_log_probabilities,
 )
+from qlora_jax.train.objectives import dpo_objective, language_model_objective, seq2seq_objective
 from qlora_jax.train.offload import HostOffload, host_offload
 from qlora_jax.train.optim import (
     OPTIMIZERS,
@@ -23,14 +34,23 @@ from qlora_jax.train.optim import (
     learning_rate_schedule,
     optimizer,
 )
-from qlora_jax.train.precompile import Ahead, compile_ahead
+from qlora_jax.train.precompile import Precompiled, compile_before_run, precompile
+from qlora_jax.train.spec import (
+    BatchArray,
+    BatchSpec,
+    OptimizerSpec,
+    Step,
+    StepObjective,
+    StepSpec,
+    build_step,
+    place_step,
+)
 from qlora_jax.train.step import (
     TOKENS,
     LossFunction,
     TrainState,
     Transformation,
     Unit,
-    compiled_first,
     create_state,
     init_state,
     jit_eval_step,
@@ -44,45 +64,61 @@ __all__ = [
     "PAIRS",
     "SCHEDULES",
     "TOKENS",
-    "Ahead",
+    "BatchArray",
     "BatchSource",
+    "BatchSpec",
     "Cadence",
+    "Callback",
     "DivergedError",
     "HostOffload",
     "LossFunction",
     "MetricsLog",
     "Optimizer",
     "OptimizerName",
+    "OptimizerSpec",
+    "Precompiled",
+    "Records",
     "Schedule",
+    "Step",
+    "StepObjective",
+    "StepSpec",
     "TrainState",
+    "TrainingData",
     "Transformation",
     "Unit",
-    "Watch",
     "adamw",
     "best_evaluation",
+    "build_step",
     "chunked_cross_entropy",
-    "compile_ahead",
-    "compiled_first",
+    "compile_before_run",
     "create_state",
     "dpo_loss",
+    "dpo_objective",
+    "evaluation",
     "host_offload",
     "init_state",
     "jit_eval_step",
     "jit_train_step",
     "language_model_loss",
     "language_model_metrics",
+    "language_model_objective",
     "learning_rate_schedule",
     "mean_metrics",
     "optimizer",
     "peak_memory_bytes",
     "perplexity",
+    "place_step",
     "plot_losses",
+    "precompile",
     "seq2seq_loss",
     "seq2seq_metrics",
+    "seq2seq_objective",
     "split",
+    "token_log_probabilities",
     "token_losses",
     "train",
     "train_step",
+    "unchanged_batch",
     "with_reference",
     "without_adapter",
 ]

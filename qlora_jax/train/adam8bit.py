@@ -1,14 +1,15 @@
-"""AdamW whose moments take 8 bits a value (Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization").
+"""AdamW with moments of 8 bits a value (Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization").
 
     m = beta1 m' + (1 - beta1) g           m' and v' are read from 8 bits, and all of this is float32
     v = beta2 v' + (1 - beta2) g²
     update = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon)
     m, v are written in 8 bits             after the update, which sees them unrounded
 
-m is stored with the signed dynamic map and v, never below 0, with the unsigned one, each in blocks of 256 values that share
-a float32 absmax: 2.03 bytes a parameter for both, where float32 takes 8. Arrays below 4096 values, a few percent of an
-adapter and the ones that rounding hurts most, stay in float32. All of it is plain arrays: the state can be donated, kept in
-host memory and saved like any other.
+m is stored with the signed dynamic map, and v, which is never negative, with the unsigned one, each in blocks of 256 values
+that
+share a float32 absmax: 2.03 bytes a parameter for both, where float32 takes 8. Arrays below 4096 values, a few percent of an
+adapter and the ones that rounding hurts most, stay in float32. The state is a pytree of plain arrays: it can be donated,
+moved to host memory and saved like any other.
 """
 
 import dataclasses
@@ -21,17 +22,17 @@ from jax import Array
 
 from qlora_jax.quant import BlockwiseArray, dequantize_blockwise, quantize_blockwise
 
-LEAST_SIZE = 4096  # values of an array whose moments are quantised
+LEAST_SIZE = 4096  # the number of values from which on an array's moments are quantised
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adam8bitState:
-    """The moments.
+    """The moments of Adam.
 
     Attributes:
-        count: int32 scalar, updates done.
-        first, second: trees like the parameters, of `BlockwiseArray`s or, for small parameters, float32 arrays.
+        count: the number of updates done, an int32 scalar.
+        first, second: the moments, trees like the parameters of `BlockwiseArray`s or, for small parameters, float32 arrays.
     """
 
     count: Array
@@ -40,7 +41,7 @@ class Adam8bitState:
 
 
 def scale_by_adam8bit(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:
-    """Gradients to the updates of Adam, without learning rate and weight decay, as `optax.scale_by_adam` has them."""
+    """Return the update rule of Adam without learning rate and weight decay, as `optax.scale_by_adam` has it."""
 
     def init(params: optax.Params) -> Any:
         def zeros(signed: bool) -> Any:

@@ -5,12 +5,13 @@
     reward = beta (p - r)    of the chosen and of the rejected answer
     loss = -(1 - s) log σ(reward_chosen - reward_rejected) - s log σ(reward_rejected - reward_chosen)
 
-s is the label smoothing: the share of pairs whose preference is thought to be the wrong way round. Chosen and rejected
-answers go through the model as one batch, and through the head in chunks (`train.loss`), so that there are never all logits.
-The reference has no weights of its own and keeps nothing for the backward pass: nothing in it depends on the adapter.
+s is the label smoothing: the assumed share of pairs whose preference is the wrong way round. Chosen and rejected answers go
+    through the model as one batch, and through the head in chunks (`train.cross_entropy`), so that all logits never exist at
+    once.
+The reference has no weights of its own and saves nothing for the backward pass: nothing in it depends on the adapter.
 
-Where training goes on from an adapter, the reference is the model as it was then, as in TRL: `with_reference` makes the
-model remember that adapter, a copy of some megabytes, among its frozen values.
+Where training continues from an adapter, the reference is the model as it was then, as in TRL: `with_reference` stores a
+    copy of that adapter, some megabytes, among the model's frozen values.
 """
 
 from collections.abc import Mapping
@@ -19,44 +20,41 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from qlora_jax.nn import Linear
 from qlora_jax.nn.parallel import Whole
 from qlora_jax.peft import Prompt
-from qlora_jax.train.loss import row_losses
+from qlora_jax.train.loss import token_log_probabilities
 from qlora_jax.train.step import Unit
 
 
 def dpo_loss(
     model: Any,
     batch: Mapping[str, Array],
-    key: Array | None,
+    key: PRNGKeyArray | None,
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
-) -> tuple[Array, dict[str, Array]]:
-    """The summed loss of a batch's pairs, and the sums of `rewards/chosen`, `rewards/rejected`, `rewards/margins` and
-    `rewards/accuracies`, which TRL reports by these names.
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Return the summed loss of a batch's pairs, and the sums of the rewards under the names that TRL reports.
+
+    These are `rewards/chosen`, `rewards/rejected`, `rewards/margins` and `rewards/accuracies`.
 
     Args:
-        model: a `CausalLM` with an adapter; the reference is what `with_reference` made it remember, else its base.
+        model: a `CausalLM` with an adapter; the reference is the adapter that `with_reference` stored, else the base.
         batch: `chosen_inputs`, `chosen_targets`, `chosen_loss_mask` and the same of `rejected_`, each `[b, t]`. A pair with
             nothing to learn on one of its sides does not count.
-        key: random key of the dropout; the reference has none.
+        key: the random key of the dropout; the reference has no dropout.
         beta: how closely the tuned model is held to the reference; higher is closer.
+        label_smoothing: the assumed share of pairs whose preference is the wrong way round.
     """
-    inputs, targets, mask = (
-        jnp.concatenate([batch[f"{side}_{name}"] for side in ("chosen", "rejected")])
+    both = {
+        name: jnp.concatenate([batch[f"{side}_{name}"] for side in ("chosen", "rejected")])
         for name in ("inputs", "targets", "loss_mask")
-    )
-
-    def log_probabilities(model: Any, key: Array | None) -> Array:
-        hidden = model.hidden(inputs, key=key)
-        return -row_losses(model, hidden, targets, mask)
-
-    tuned = log_probabilities(model, key)
-    reference = jax.lax.stop_gradient(log_probabilities(_reference_of(model), None))
+    }
+    tuned = token_log_probabilities(model, both, key).sum(1)
+    reference = jax.lax.stop_gradient(token_log_probabilities(_reference_of(model), both).sum(1))
     rewards_chosen, rewards_rejected = jnp.split(beta * (tuned - reference), 2)
     margin = rewards_chosen - rewards_rejected
     losses = -(1 - label_smoothing) * jax.nn.log_sigmoid(margin) - label_smoothing * jax.nn.log_sigmoid(-margin)
@@ -66,7 +64,7 @@ def dpo_loss(
 
 
 def without_adapter(model: Any) -> Any:
-    """The same model with its adapter left out; it shares all other arrays with `model`, which stays as it is."""
+    """Return the model without its adapter; it shares all other arrays with `model`, which is not changed."""
     graphdef, state = nnx.split(model)
     bare = nnx.merge(graphdef, state)
     for _, module in list(nnx.iter_modules(bare)):
@@ -78,30 +76,31 @@ def without_adapter(model: Any) -> Any:
 
 
 class ReferenceAdapter(Whole):
-    """The adapter of the reference: a pytree of arrays as `nnx.to_pure_dict` gives it."""
+    """The adapter of the reference, as the pytree of arrays that `nnx.to_pure_dict` returns."""
 
 
 def with_reference(model: Any) -> Any:
-    """The same model, which remembers a copy of its adapter as the reference of `dpo_loss`; other arrays are shared."""
+    """Return the model with a copy of its adapter as the reference of `dpo_loss`; other arrays are shared with `model`."""
     graphdef, state = nnx.split(model)
     copy = nnx.merge(graphdef, state)
-    # A copy, since the step donates the adapter's own buffers.
+    # The step donates the buffers of the adapter itself, so the reference needs a copy.
     copy.reference = ReferenceAdapter(jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam))))
     return copy
 
 
 def _reference_of(model: Any) -> Any:
+    """Return the model with the stored reference as its adapter, or without an adapter if none is stored."""
     graphdef, adapter, reference, rest = nnx.split(model, nnx.LoRAParam, ReferenceAdapter, ...)
     if not jax.tree.leaves(reference):
         return without_adapter(model)
-    adapter = jax.tree.map(lambda leaf: leaf, adapter)  # new variables: those of a split are the model's own
-    remembered: Any = reference
-    nnx.replace_by_pure_dict(adapter, remembered["reference"].get_value())
+    adapter = jax.tree.map(lambda leaf: leaf, adapter)  # makes new variables: those of a split belong to the model
+    stored: Any = reference
+    nnx.replace_by_pure_dict(adapter, stored["reference"].get_value())
     return nnx.merge(graphdef, adapter, reference, rest)
 
 
 def _counts(batch: Mapping[str, Array]) -> Array:
-    """float32 `[..., b]`: 1 for the pairs that count, 0 for those that fill up a batch."""
+    """Return float32 `[..., b]`: 1 for the pairs that count, 0 for the pairs that only fill up a batch."""
     learned = [batch[f"{side}_loss_mask"].sum(-1) > 0 for side in ("chosen", "rejected")]
     return (learned[0] & learned[1]).astype(jnp.float32)
 

@@ -1,15 +1,15 @@
-"""What a run leaves for people to look at: `metrics.jsonl`, a line a step or evaluation, and `loss.png`.
+"""The records of a run: `metrics.jsonl`, with one line for each step, and the drawing `loss.png`.
 
-A line is written and flushed as soon as its step is done. A run that resumes first drops the lines of steps that its
-checkpoint does not know, so that every step stands in the file once. Listeners, such as experiment trackers, get each new
-row after the file.
+A line is written and flushed as soon as its step is done. A run that resumes first deletes the lines of steps after its
+checkpoint, so that each step is in the file once. Listeners, such as experiment trackers, receive each new row after it was
+written.
 """
 
 import json
 import math
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,31 @@ from qlora_jax.train.step import TOKENS, Unit
 
 
 class MetricsLog:
-    """Appends rows, each with its `step`, to `metrics.jsonl` or another file of JSON lines.
+    """A file of JSON lines, such as `metrics.jsonl`, to which rows are appended; each row has a `step`.
 
     Attributes:
-        rows: all rows so far, those of the run before a resume among them.
-        reached: the highest step of any row before this run, dropped ones included; -1 for none.
-        listeners: are called with each row that is added.
+        rows: all rows so far, with those from before the run was resumed.
+        reached: the highest step of any row that the file had before, deleted rows included; -1 if it had none.
+        listeners: functions that are called with each row that is added.
     """
 
     def __init__(self, path: Path, *, resume_at: int) -> None:
-        """Opens the file and keeps the rows of the first `resume_at` steps; none for a run that starts anew."""
+        """Open the file with its rows up to step `resume_at`; a run that starts anew (0) begins with no rows."""
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        before = [json.loads(line) for line in text.split("\n")[:-1]]  # without what a kill may have left of a last line
+        before = [
+            json.loads(line) for line in text.split("\n")[:-1]
+        ]  # without a last line that is incomplete, since the run was killed
         self.rows: list[dict[str, Any]] = [row for row in before if row["step"] <= resume_at] if resume_at > 0 else []
         self.reached = max((row["step"] for row in before), default=-1)
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
-        # Beside the old file and then in its place, so that a kill in between loses no row.
+        # Written beside the old file and then moved to its place: no row is lost if the process is killed in between.
         temporary = path.with_name(f".{path.name}.writing")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, row: dict[str, Any]) -> None:
+        """Append a row to the file and pass it to the listeners."""
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -48,14 +51,15 @@ class MetricsLog:
             listener(row)
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
-def best_evaluation(rows: list[dict[str, Any]]) -> tuple[int | None, int]:
-    """(step of the lowest held-out loss so far, evaluations since then).
+def best_evaluation(rows: Sequence[dict[str, Any]]) -> tuple[int | None, int]:
+    """Return (the step of the lowest held-out loss so far, the number of evaluations since then).
 
-    The evaluation before the first step does not count: there is no adapter yet. Of equal losses the first is the best;
-    None where none is a number.
+    The evaluation before the first step does not count, since nothing is trained then. Of equal losses the first is the
+    best. The step is None if no loss is a number.
     """
     best, lowest, since = None, math.inf, 0
     for row in rows:
@@ -68,10 +72,10 @@ def best_evaluation(rows: list[dict[str, Any]]) -> tuple[int | None, int]:
 
 
 def plot_losses(rows: list[dict[str, Any]], path: Path, unit: Unit = TOKENS) -> None:
-    """Draws the training loss of every step, its running mean, and the held-out loss."""
+    """Draw the training loss of every step, its running mean, and the held-out loss."""
     training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
-    from matplotlib.figure import Figure  # a second, which only who draws has to wait
+    from matplotlib.figure import Figure  # its import takes a second, which only callers that draw should wait for
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -93,7 +97,7 @@ def plot_losses(rows: list[dict[str, Any]], path: Path, unit: Unit = TOKENS) -> 
 
 
 def peak_memory_bytes() -> int:
-    """The most memory used so far: of the first device where it keeps count, else resident in this process."""
+    """Return the peak memory of the first device if it is counted there, else the peak resident memory of this process."""
     statistics = jax.local_devices()[0].memory_stats()
     if statistics and "peak_bytes_in_use" in statistics:
         return statistics["peak_bytes_in_use"]
@@ -102,5 +106,5 @@ def peak_memory_bytes() -> int:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
+    """Return exp(loss), or infinity where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf

@@ -1,13 +1,15 @@
 """The training loop: steps, evaluations, checkpoints and records around the pure step.
 
     while step < steps:
-        state, metrics = step(state, frozen, next batch)
+        batch = make_batch(state, next batch)
+        state, metrics = step(state, frozen, batch)
         stop if the loss or the gradient is not finite                       the last checkpoint is from before
-        record; every so many steps evaluate, watch, and save state and data position together
-        stop if the held-out loss has not fallen for so many evaluations     counted in the records
+        run the callbacks that are due, evaluation first, and add the record of the step
+        save the state together with the position in the data, if that is due
+        stop if the held-out loss has not fallen for some evaluations        counted in the records
 
-A checkpoint is taken between steps, with the position of the data iterator after the batches used so far and before those to
-come, so that a run killed at any moment goes on as if it had not been.
+A checkpoint is saved between steps. Its position in the data is after the batches used so far and before those to come, so
+that a run that is killed at any moment can resume as if it had not been.
 """
 
 import math
@@ -27,126 +29,176 @@ from qlora_jax.errors import DivergedError
 from qlora_jax.train.log import MetricsLog, best_evaluation, peak_memory_bytes
 from qlora_jax.train.step import TOKENS, TrainState, Unit
 
+Batch = dict[str, np.ndarray]
+
 
 class BatchSource(Protocol):
-    """Batches with a position that can be saved."""
+    """Batches of arrays `[rows, t]` with a position that can be saved."""
 
-    def __next__(self) -> dict[str, np.ndarray]: ...
+    def __next__(self) -> Batch: ...
 
     def get_state(self) -> dict[str, Any]: ...
 
 
+def unchanged_batch(state: TrainState, batch: Batch) -> Batch:
+    """Return the batch as it was read."""
+    return batch
+
+
 @dataclass(frozen=True)
-class Cadence:
-    """How often things happen, in steps; 0 is never but at the end.
+class TrainingData:
+    """The batches of a run, and how each becomes the input of a step.
 
     Attributes:
-        patience: evaluations without a lower held-out loss after which training stops; 0: never. A step with the lowest
-            loss so far is saved in any case, so that a run never resumes from before its best.
+        batches: the batches as they are read, arrays `[rows, t]`.
+        put: moves a batch to the devices as `[micro-batches, b, t]`.
+        count_tokens: returns how many real tokens a batch holds, for the speed.
+        make_batch: returns the batch to train on, given the current state and the batch that was read. An objective that
+            generates its own data, for example by sampling from the current model, does so here. For a resumed run to
+            repeat the same steps, the result must depend on its two arguments alone.
+    """
+
+    batches: BatchSource
+    put: Callable[[Batch], dict[str, jax.Array]]
+    count_tokens: Callable[[Batch], int]
+    make_batch: Callable[[TrainState, Batch], Batch] = unchanged_batch
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """The steps of a run, and when it saves and stops.
+
+    Attributes:
+        steps: the number of steps of the whole run.
+        save_every: the steps between two checkpoints; 0: only after the last step.
+        patience: the number of evaluations without a lower held-out loss after which training stops; 0: it never does. With
+            patience, a step with the lowest loss so far is always saved, so that a run never resumes from before its best.
     """
 
     steps: int
-    evaluate_every: int
     save_every: int
     patience: int = 0
 
-    def exhausted(self, rows: list[dict[str, Any]]) -> bool:
-        """Whether the records say that training has to stop."""
+    def exhausted(self, rows: Sequence[dict[str, Any]]) -> bool:
+        """Return whether the records say that training has to stop."""
         return 0 < self.patience <= best_evaluation(rows)[1]
 
 
 @dataclass(frozen=True)
-class Watch:
-    """Something looked at before the first step, every so many steps and after the last.
+class Callback:
+    """A function that runs before the first step, every so many steps, and after the last step.
 
     Attributes:
-        every: steps in between; 0: only before and after.
-        look: (step, state) to figures for the record of that step.
-        headline: the one of them that the progress line shows.
+        every: the steps between two calls; 0: only before the first step and after the last.
+        on_step: takes (step, state) and returns metrics for the record of that step.
+        headline: the metric that the progress line shows.
     """
 
     every: int
-    look: Callable[[int, TrainState], dict[str, float]]
+    on_step: Callable[[int, TrainState], dict[str, float]]
     headline: str | None = None
+
+
+def evaluation(every: int, evaluate: Callable[[TrainState], dict[str, float]]) -> Callback:
+    """Return the callback that records the metrics of `evaluate` as `eval_loss` and so on.
+
+    Args:
+        every: the steps between two evaluations.
+        evaluate: returns the `loss` and other metrics of a state on held-out data.
+    """
+
+    def on_step(step: int, state: TrainState) -> dict[str, float]:
+        return {f"eval_{name}": value for name, value in evaluate(state).items()}
+
+    return Callback(every, on_step)
+
+
+@dataclass(frozen=True)
+class Records:
+    """What the loop records of each step, and where.
+
+    Attributes:
+        log: the rows.
+        learning_rate: the learning rate by step.
+        unit: the unit over which the loss is a mean.
+        progress: whether to show a progress bar.
+    """
+
+    log: MetricsLog
+    learning_rate: Callable[[int], Any]
+    unit: Unit = TOKENS
+    progress: bool = True
+
+    def row(self, step: int, values: dict[str, float], *, tokens_per_second: float) -> dict[str, Any]:
+        """Return the record of a step with these metrics."""
+        means = {name: value for name, value in values.items() if name not in (self.unit.name, "grad_norm")}
+        return {
+            "step": step,
+            **means,
+            "grad_norm": values["grad_norm"],
+            "learning_rate": float(self.learning_rate(step - 1)),
+            f"learned_{self.unit.name}": int(values[self.unit.name]),
+            "tokens_per_second": tokens_per_second,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
 
 
 def train(
     step_fn: Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]],
     state: TrainState,
     frozen: Any,
-    batches: BatchSource,
+    data: TrainingData,
     *,
-    put: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]],
     cadence: Cadence,
-    learning_rate: Callable[[int], Any],
-    evaluate: Callable[[TrainState], dict[str, float]] | None,
+    records: Records,
     save: Callable[[int, TrainState, dict[str, Any]], None],
-    log: MetricsLog,
-    count_tokens: Callable[[dict[str, np.ndarray]], int],
-    unit: Unit = TOKENS,
-    watches: Sequence[Watch] = (),
-    progress: bool = True,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainState:
-    """Runs from the step of `state` to the last one, or until patience is exhausted.
+    """Run from the step of `state` to the last one, or until patience is exhausted; return the last state.
 
     Args:
-        step_fn: the compiled step; it takes batches `[micro-batches, b, t]`.
-        batches: yields arrays `[rows, t]`.
-        put: brings a batch to the devices as `[micro-batches, b, t]`.
-        evaluate: the `loss` and other figures of a state on held-out data, which go into the records as `eval_loss` and so
-            on; None where nothing is held out.
-        save: writes a checkpoint of (step, state, data position).
-        count_tokens: how many real tokens a batch holds, for the speed.
-        unit: what the loss of `step_fn` is a mean over.
-        watches: what else is looked at, in this order.
+        step_fn: the compiled step, which takes batches `[micro-batches, b, t]`.
+        state: the state to start from.
+        frozen: the values of the model that do not train.
+        data: the batches.
+        cadence: how many steps there are, and when to save and to stop.
+        records: where the metrics go.
+        save: writes a checkpoint of (step, state, position in the data).
+        callbacks: run in this order. `evaluation`, whose held-out loss may stop the run, comes first; where it does, the
+            others run once more.
 
     Raises:
         DivergedError: the loss or the gradient norm is not finite.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once the step is done and saved.
     """
-    first = int(state.step)
+    log, first = records.log, int(state.step)
     saved = first if first else None
     if first == 0:
-        before = {} if evaluate is None else _held_out(evaluate(state))
-        for watch in watches:
-            before |= watch.look(0, state)
+        before: dict[str, float] = {}
+        for callback in callbacks:
+            before |= callback.on_step(0, state)
         if before:
             log.add({"step": 0, **before})
-    if cadence.exhausted(log.rows):  # the run had stopped, and was killed before it was done
+    if cadence.exhausted(log.rows):  # the run had stopped, and was killed before it ended
         return state
-    bar = tqdm(total=cadence.steps, initial=first, desc="training", unit="step", disable=not progress)
+    bar = tqdm(total=cadence.steps, initial=first, desc="training", unit="step", disable=not records.progress)
     with bar, _deferred_interrupt() as interrupted:
         for step in range(first + 1, cadence.steps + 1):
-            start = time.perf_counter()
-            batch = next(batches)
-            used = count_tokens(batch)
-            state, metrics = step_fn(state, frozen, put(batch))
-            values = {name: float(value) for name, value in metrics.items()}  # waits for the step
-            seconds = time.perf_counter() - start
+            state, values, speed = _run_step(step_fn, state, frozen, data)
             _check_finite(step, values, saved)
-            units, grad_norm = int(values.pop(unit.name)), values.pop("grad_norm")
-            row = {
-                "step": step,
-                **values,
-                "grad_norm": grad_norm,
-                "learning_rate": float(learning_rate(step - 1)),
-                f"learned_{unit.name}": units,
-                "tokens_per_second": used / seconds,
-                "peak_memory_bytes": peak_memory_bytes(),
-            }
+            row = records.row(step, values, tokens_per_second=speed)
             last, interrupt = step == cadence.steps, interrupted.is_set()
-            if evaluate is not None and (last or _due(step, cadence.evaluate_every)):
-                row |= _held_out(evaluate(state))
-            exhausted = cadence.exhausted([*log.rows, row])
-            for watch in watches:
-                if last or exhausted or _due(step, watch.every):
-                    row |= watch.look(step, state)
+            for callback in callbacks:
+                stopping = cadence.patience > 0 and cadence.exhausted([*log.rows, row])
+                if last or stopping or _due(step, callback.every):
+                    row |= callback.on_step(step, state)
             log.add(row)
+            exhausted = cadence.exhausted(log.rows)
             improved = cadence.patience > 0 and best_evaluation(log.rows)[0] == step
             if last or interrupt or exhausted or improved or _due(step, cadence.save_every):
-                save(step, state, batches.get_state())
+                save(step, state, data.batches.get_state())
                 saved = step
-            bar.set_postfix_str(_describe(row, values, watches))
+            bar.set_postfix_str(_describe(row, values, records.unit, callbacks))
             bar.update()
             if exhausted:
                 break
@@ -159,12 +211,12 @@ def mean_metrics(
     eval_step: Callable[[Any, Any, Any], tuple[dict[str, jax.Array], jax.Array]],
     state: TrainState,
     frozen: Any,
-    batches: Iterable[dict[str, np.ndarray]],
+    batches: Iterable[Batch],
     *,
-    put: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]],
+    put: Callable[[Batch], dict[str, jax.Array]],
     progress: bool = True,
 ) -> dict[str, float]:
-    """The means of what `eval_step` sums, `loss` among them, over the units (such as learned tokens) of all batches."""
+    """Return the means of what `eval_step` sums, `loss` among it, over the units (such as learned tokens) of all batches."""
     total: dict[str, float] = {"loss": 0.0}
     units = 0.0
     for batch in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=not progress):
@@ -175,11 +227,23 @@ def mean_metrics(
     return {name: value / max(units, 1.0) for name, value in total.items()}
 
 
+def _run_step(
+    step_fn: Callable[..., tuple[TrainState, dict[str, jax.Array]]], state: TrainState, frozen: Any, data: TrainingData
+) -> tuple[TrainState, dict[str, float], float]:
+    """Return (the next state, the metrics of the step, real tokens a second)."""
+    start = time.perf_counter()
+    batch = data.make_batch(state, next(data.batches))
+    tokens = data.count_tokens(batch)
+    state, metrics = step_fn(state, frozen, data.put(batch))
+    values = {name: float(value) for name, value in metrics.items()}  # waits for the step
+    return state, values, tokens / (time.perf_counter() - start)
+
+
 @contextmanager
 def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event, so that a step is not torn apart; a second signal acts at once."""
+    """Set the event at Ctrl-C or SIGTERM instead of stopping in the middle of a step; a second signal acts at once."""
     event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # elsewhere no handler may be set
+    if threading.current_thread() is not threading.main_thread():  # other threads may not set a handler
         yield event
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -204,21 +268,20 @@ def _due(step: int, every: int) -> bool:
 def _check_finite(step: int, values: dict[str, float], saved: int | None) -> None:
     bad = [f"{name} {values[name]}" for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
     if bad:
-        kept = "no checkpoint was saved before" if saved is None else f"the last good checkpoint is that of step {saved}"
+        last = "no checkpoint was saved before" if saved is None else f"the last good checkpoint is that of step {saved}"
         raise DivergedError(
-            f"step {step}: found {' and '.join(bad)}, expected finite numbers; {kept}. "
+            f"step {step}: found {' and '.join(bad)}, expected finite numbers; {last}. "
             "Try a lower learning rate or a longer warm-up."
         )
 
 
-def _held_out(values: dict[str, float]) -> dict[str, float]:
-    return {f"eval_{name}": value for name, value in values.items()}
-
-
-def _describe(row: dict[str, Any], means: dict[str, float], watches: Sequence[Watch]) -> str:
+def _describe(row: dict[str, Any], values: dict[str, float], unit: Unit, callbacks: Sequence[Callback]) -> str:
+    """Return the progress line of a step."""
+    means = {name: value for name, value in values.items() if name not in (unit.name, "grad_norm")}
     parts = [f"{name} {value:.3f}" for name, value in means.items()]
     if "eval_loss" in row:
         parts.append(f"held-out {row['eval_loss']:.3f}")
-    parts += [f"{name.replace('_', ' ')} {row[name]:.3f}" for name in (watch.headline for watch in watches) if name in row]
+    headlines = (callback.headline for callback in callbacks)
+    parts += [f"{name.replace('_', ' ')} {row[name]:.3f}" for name in headlines if name in row]
     parts += [f"{row['tokens_per_second']:.0f} tokens/s", f"peak {row['peak_memory_bytes'] / 2**30:.2f} GiB"]
     return ", ".join(parts)

@@ -1,16 +1,16 @@
-"""Optimizers whose state, and if wanted the adapter with its gradient, lies in pinned host memory.
+"""Optimizers whose state, and optionally the adapter with its gradient, is in pinned host memory.
 
-QLoRA's paged optimizers page Adam's moments between GPU and host on demand. XLA plans memory ahead of time, so the pages
-become explicit trips, one for each layer:
+QLoRA's paged optimizers page Adam's moments between GPU and host on demand. XLA plans memory at compile time, so each page
+becomes an explicit transfer, one for each layer:
 
-    norm    of the whole gradient, over the layers
-    for each layer:   gradient, state and parameters of that layer come to the device,
-                      are clipped and updated as matrices of their own, and go back
+    compute the norm of the whole gradient, layer by layer
+    for each layer:   move its gradient, state and parameters to the device,
+                      clip and update them as matrices of their own, and move them back
 
-The parameters of a stack of layers are `[layers, in, out]` arrays. Their state is that of each layer by itself, stacked
-(`jax.vmap` of the rule's `init`), so that a layer can be cut out of it; what has no layers is updated whole. Device memory
-beside the gradient: what one layer needs. With the adapter in host memory, its gradient never is on the device as a whole
-either (`nn.host`).
+The parameters of a stack of layers are `[layers, in, out]` arrays. Their state is the state of each layer, stacked
+(`jax.vmap` of the rule's `init`), so that the state of one layer is a slice of it. Parameters without layers are updated as
+a whole. Beside the gradient, device memory holds the state of one layer only. With the adapter in host memory, its gradient
+is never on the device as a whole either (`nn.host`).
 """
 
 import dataclasses
@@ -23,11 +23,12 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from qlora_jax.errors import OptionError
 from qlora_jax.nn.host import HostArray, to_device, to_host
 from qlora_jax.train.optim import Optimizer, clip_factor, scaled
 
 HOST = "pinned_host"
-_LEAST = 128  # values of a layer's leaf that goes to the host
+_LEAST = 128  # the number of values from which on a layer's leaf is moved to the host
 
 
 @jax.tree_util.register_dataclass
@@ -36,8 +37,8 @@ class HostState:
     """The state of a rule.
 
     Attributes:
-        stacks: for each number of layers, the stacked states of its parameters.
-        rest: that of parameters without layers; None where there are none.
+        stacks: for each number of layers, the stacked states of the parameters with that many layers.
+        rest: the state of the parameters without layers; None if there are none.
     """
 
     stacks: tuple[Any, ...]
@@ -45,7 +46,7 @@ class HostState:
 
 
 def memory_kinds(state: HostState) -> HostState:
-    """Where each leaf of a state lies: "pinned_host", or "device" for counters and the like, which no DMA pays for."""
+    """Return the memory of each leaf of a state: "pinned_host", or "device" for counters and other small leaves."""
     stacks = jax.tree.map(lambda leaf: _kind(leaf.shape[1:]), state.stacks)
     return HostState(stacks, jax.tree.map(lambda leaf: _kind(leaf.shape), state.rest))
 
@@ -56,10 +57,10 @@ def _kind(shape: tuple[int, ...]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class HostOffload:
-    """An optimizer in host memory; made by `host_offload`.
+    """An optimizer with its state in host memory; `host_offload` makes it.
 
     Attributes:
-        tx: whose rule treats each matrix by itself.
+        tx: the optimizer, whose rule treats each matrix by itself.
         adapter: whether the parameters are in host memory too.
     """
 
@@ -67,14 +68,14 @@ class HostOffload:
     adapter: bool
 
     def init(self, params: Any) -> HostState:
-        """The state of the optimizer, in host memory. To be run under `jax.jit` with output shardings of that kind."""
+        """Return the state before the first update, in host memory, for use under `jax.jit` with such output shardings."""
         stacks, rest = _groups(jax.tree.leaves(params))
         states = tuple(jax.vmap(self.tx.rule.init)(stack) for stack in stacks.values())
         state = HostState(states, self.tx.rule.init(rest) if rest else None)
         return jax.tree.map(lambda leaf, kind: to_host(leaf) if kind == HOST else leaf, state, memory_kinds(state))
 
     def apply(self, gradient: Any, state: HostState, params: Any) -> tuple[Any, HostState, Array]:
-        """One update: (new parameters, new state, norm of the gradient)."""
+        """Return (new parameters, new state, norm of the gradient) of one update."""
         leaves, tree = jax.tree.flatten(params)
         norm = self._norm(jax.tree.leaves(gradient))
         factor = clip_factor(norm, self.tx.max_grad_norm)
@@ -85,31 +86,31 @@ class HostOffload:
             self._stack(gradients[layers], old, stack, factor, rates[layers])
             for (layers, stack), old in zip(stacks.items(), state.stacks, strict=True)
         ]
-        other, kept_rest = self._update(other_gradients, state.rest, rest, factor, other_rates) if rest else ([], None)
+        other, new_rest = self._update(other_gradients, state.rest, rest, factor, other_rates) if rest else ([], None)
         stacked = [iter(new) for new, _ in done]
         of, others = dict(zip(stacks, stacked, strict=True)), iter(other)
         new = [next(of[leaf.shape[0]] if _is_stack(leaf) else others) for leaf in leaves]
-        return tree.unflatten(new), HostState(tuple(kept for _, kept in done), kept_rest), norm
+        return tree.unflatten(new), HostState(tuple(state for _, state in done), new_rest), norm
 
     def _stack(
         self, gradient: Any, state: Any, params: list[Array], factor: Array, rates: list[float]
     ) -> tuple[list[Array], Any]:
-        """The parameters of a stack and their state, updated a layer at a time."""
+        """Return the parameters of a stack and their state after an update, one layer at a time."""
         if self.adapter:
 
             def move(_: None, layer: tuple[Any, Any, Any]) -> tuple[None, tuple[Any, Any]]:
                 return None, self._update(*layer, factor, rates)
 
-            _, (new, kept) = jax.lax.scan(move, None, (gradient, state, params))
-            return new, kept
+            _, (new, new_state) = jax.lax.scan(move, None, (gradient, state, params))
+            return new, new_state
 
-        # Parameters on the device are changed in place.
+        # Parameters on the device are updated in place.
         def change(params: list[Array], layer: tuple[Array, Any, Any]) -> tuple[list[Array], Any]:
             index, gradient, state = layer
             old = [jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False) for leaf in params]
-            new, kept = self._update(gradient, state, old, factor, rates)
+            new, new_state = self._update(gradient, state, old, factor, rates)
             pairs = zip(params, new, strict=True)
-            return [jax.lax.dynamic_update_index_in_dim(leaf, value, index, 0) for leaf, value in pairs], kept
+            return [jax.lax.dynamic_update_index_in_dim(leaf, value, index, 0) for leaf, value in pairs], new_state
 
         layers = jnp.arange(params[0].shape[0])
         return jax.lax.scan(change, params, (layers, gradient, state))
@@ -118,8 +119,8 @@ class HostOffload:
         gradient, state, params = to_device((gradient, state, params))
         updates, state = self.tx.rule.update([leaf * factor for leaf in gradient], state, params)
         params = optax.apply_updates(params, scaled(updates, rates))
-        kept = jax.tree.map(lambda leaf: to_host(leaf) if _kind(leaf.shape) == HOST else leaf, state)
-        return to_host(params) if self.adapter else params, kept
+        state = jax.tree.map(lambda leaf: to_host(leaf) if _kind(leaf.shape) == HOST else leaf, state)
+        return to_host(params) if self.adapter else params, state
 
     def _norm(self, gradient: list[Array]) -> Array:
         if not self.adapter:
@@ -139,31 +140,34 @@ class HostOffload:
 
 
 def host_offload(tx: Optimizer, *, adapter: bool = False) -> HostOffload:
-    """The same optimizer with its state in pinned host memory between updates.
+    """Return the optimizer with its state in pinned host memory between updates.
 
     Args:
-        tx: of `optimizer`, or one made of any Optax rule that treats each matrix by itself.
-        adapter: keep the parameters in host memory too, and gather their gradient there.
+        tx: an optimizer of `optimizer`, or one made of any Optax rule that treats each matrix by itself.
+        adapter: whether the parameters stay in host memory too, and their gradient is gathered there.
+
+    Raises:
+        OptionError: `tx` is not an `Optimizer`.
     """
     if not isinstance(tx, Optimizer):
-        raise ValueError(
+        raise OptionError(
             f"host_offload: expected an Optimizer (what optimizer() and adamw() return, or Optimizer(rule)), found {tx}"
         )
     return HostOffload(tx, adapter)
 
 
 def host_gradient(function: Callable[[Any], tuple[Array, Any]], params: Any) -> tuple[Any, Any]:
-    """(gradient in host memory, auxiliary result) of a function of parameters in host memory, which get `HostArray`s."""
+    """Return (gradient in host memory, auxiliary result) of a function whose parameters are `HostArray`s in host memory."""
     return jax.grad(lambda slots: function(jax.tree.map(HostArray, params, slots)), has_aux=True)(to_host(params))
 
 
 def host_zeros(params: Any) -> Any:
-    """Zeros in host memory."""
+    """Return zeros of the parameters' shapes, in host memory."""
     return to_host(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params))
 
 
 def host_add(a: Any, b: Any) -> Any:
-    """The sum of two trees in host memory, a layer at a time."""
+    """Return the sum of two trees in host memory, computed one layer at a time."""
 
     def layer(_: None, pair: tuple[Any, Any]) -> tuple[None, Any]:
         return None, whole(*pair)
@@ -182,8 +186,10 @@ def _is_stack(leaf: Array) -> bool:
 
 
 def _groups(leaves: Sequence[Array], values: Sequence[Any] | None = None) -> tuple[dict[int, list[Any]], list[Any]]:
-    """(stacks by their number of layers, the rest), each in the order of the leaves; of `values` that belong to the leaves,
-    if given, in place of the leaves themselves."""
+    """Return (stacks by their number of layers, the rest), each in the order of the leaves.
+
+    If `values` is given, one for each leaf, the groups hold these values in place of the leaves.
+    """
     stacks: dict[int, list[Any]] = {}
     rest: list[Any] = []
     for leaf, value in zip(leaves, leaves if values is None else values, strict=True):

@@ -1,132 +1,171 @@
-"""The programs of a run, compiled while its weights are read.
+"""Compile the steps of a run while its weights are read.
 
-Their shapes are known before any weight is: those of the abstract model and of the first batch. So the compiler works beside
-the loader, and the first step waits for what is left of it. A program is used only for arguments that it was compiled for;
-others are compiled where they are needed.
+The shapes of a step are known before any weight is: they follow from its `StepSpec`. So the compiler works in a thread
+    beside the loader, and the first step waits only for the rest of the compilation. A compiled program is used only for
+    arguments of the shapes and shardings that it was compiled for; for others the step compiles where it is needed.
 """
 
+import ctypes
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import jax
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qlora_jax.nn.parallel import AXIS, frozen_shapes
-from qlora_jax.train.offload import HostOffload
-from qlora_jax.train.step import TOKENS, LossFunction, Transformation, Unit, init_state, jit_eval_step, jit_train_step, split
+from qlora_jax.nn.parallel import AXIS
+from qlora_jax.train.spec import Step, StepSpec, build_step, place_step
 
 _Program = Future[jax.stages.Compiled]
-_TURN = sys.getswitchinterval()
+_SWITCH_INTERVAL = sys.getswitchinterval()
 
 
 @dataclasses.dataclass(frozen=True)
-class Ahead:
-    """Programs on their way; all None: there are none.
+class Precompiled:
+    """The programs of a run, which may still be compiling; each is None if it is not compiled in advance.
 
     Attributes:
-        parts: (graphdef, state, frozen) of the model that they are for, as shapes.
+        step: the step of shapes that the programs are for.
         train: the training step.
-        evaluate: the evaluation step; None where nothing is held out.
+        evaluate: the evaluation step.
     """
 
-    parts: Future[tuple[Any, Any, Any]] | None = None
+    step: Future[Step] | None = None
     train: _Program | None = None
     evaluate: _Program | None = None
 
     def programs(self, graphdef: Any) -> tuple[_Program | None, _Program | None]:
-        """(training step, evaluation step) of this model; None where they are another's."""
-        if self.parts is None or self.parts.result()[0] == graphdef:
+        """Return (training step, evaluation step) for a model of this graph; None for both if they are for another graph."""
+        if self.step is None or self.step.result().graphdef == graphdef:
             return self.train, self.evaluate
         self.close()
         return None, None
 
     def close(self) -> None:
-        """Begins no further program. One that is being compiled cannot be stopped, and the process waits for it to end."""
+        """Cancel the programs that have not begun to compile. One that has cannot be stopped: the process waits for it."""
         for future in (self.train, self.evaluate):
             if future is not None:
                 future.cancel()
 
 
-def compile_ahead(
-    model: Callable[[], nnx.Module],
-    tx: Transformation,
-    loss_fn: LossFunction,
-    batch: Mapping[str, Any],
+def precompile(
+    spec: StepSpec[Any],
+    learning_rate: optax.Schedule,
     *,
-    unit: Unit = TOKENS,
-    held_out_loss: LossFunction | None = None,
+    evaluate: bool = False,
     evaluate_first: bool = True,
     mesh: Mesh | None = None,
-) -> Ahead:
-    """Starts to compile, in a thread of its own, which JAX's scoped settings (`jax.default_matmul_precision`, say) do not
-    reach.
+) -> Precompiled:
+    """Start to compile a run's steps in a thread, and return the programs to come.
+
+    JAX's scoped settings, such as `jax.default_matmul_precision`, do not reach that thread. Nothing is compiled on a GPU,
+    where the compiler times kernels and needs the device for itself, nor for state in host memory, whose sharding the
+    optimizer itself decides.
 
     Args:
-        model: makes the abstract model (`nnx.eval_shape`).
-        batch: arrays, or shapes, `[micro-batches, b, t]` of all devices.
-        held_out_loss: of the evaluation step; None: there is none.
-        evaluate_first: which of the two is needed first.
-        mesh: devices over which weights and batches are spread; None: one device.
-
-    Returns:
-        No programs where the compiler should have the device for itself, as on a GPU, where it times kernels; and for state
-        in host memory, whose place the optimizer itself decides.
+        spec: describes the step.
+        learning_rate: the learning rate by step.
+        evaluate: whether to compile the evaluation step too.
+        evaluate_first: whether the evaluation step is needed before the training step.
+        mesh: the devices over which weights and batches are spread; None: one device.
     """
-    if jax.default_backend() == "gpu" or isinstance(tx, HostOffload):
-        return Ahead()
-    whole = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, P())
+    if jax.default_backend() == "gpu" or spec.optimizer.host_optimizer:
+        return Precompiled()
 
-    def rows(leaf: Any, spec: P) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=None if mesh is None else NamedSharding(mesh, spec))
-
-    def make_parts() -> tuple[Any, Any, Any]:
+    def build() -> Step:
         with _short_turns():
-            graphdef, adapter, frozen = split(model())
-            state = jax.eval_shape(partial(init_state, tx), adapter)
-        state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), state)
-        return graphdef, state, frozen_shapes(mesh, frozen)
+            step = build_step(spec, learning_rate, devices=1 if mesh is None else mesh.size)
+        return place_step(step, mesh)
 
-    def compile_step(step: Any, *arguments: Any) -> jax.stages.Compiled:
+    def compile_program(function: Any, *arguments: Any) -> jax.stages.Compiled:
         with nullcontext() if mesh is None else jax.set_mesh(mesh):
             with _short_turns():
-                lowered = step.lower(*arguments)
+                lowered = function.lower(*arguments)
             return lowered.compile()
 
     def compile_evaluation() -> jax.stages.Compiled:
-        assert held_out_loss is not None
-        graphdef, state, frozen = parts.result()
-        micro_batch = {name: rows(jax.eval_shape(lambda x: x[0], leaf), P(AXIS)) for name, leaf in batch.items()}
-        return compile_step(jit_eval_step(graphdef, held_out_loss, unit=unit), state.adapter, frozen, micro_batch)
+        step = future.result()
+        sharding = None if mesh is None else NamedSharding(mesh, P(AXIS))
+        micro_batch = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in step.micro_batch.items()
+        }
+        return compile_program(step.jit_eval(), step.state.adapter, step.frozen, micro_batch)
 
     def compile_training() -> jax.stages.Compiled:
-        graphdef, state, frozen = parts.result()
-        micro_batches = {name: rows(leaf, P(None, AXIS)) for name, leaf in batch.items()}
-        return compile_step(jit_train_step(graphdef, tx, loss_fn, state, unit=unit), state, frozen, micro_batches)
+        step = future.result()
+        return compile_program(step.jit_train(), step.state, step.frozen, step.batch)
 
     threads = ThreadPoolExecutor(1, thread_name_prefix="compile")
-    parts = threads.submit(make_parts)
-    train = None if evaluate_first and held_out_loss is not None else threads.submit(compile_training)
-    evaluate = None if held_out_loss is None else threads.submit(compile_evaluation)
+    future = threads.submit(build)
+    train = None if evaluate_first and evaluate else threads.submit(compile_training)
+    evaluation = threads.submit(compile_evaluation) if evaluate else None
     train = threads.submit(compile_training) if train is None else train
     threads.shutdown(wait=False)
-    return Ahead(parts, train, evaluate)
+    return Precompiled(future, train, evaluation)
+
+
+def compile_before_run(step: Callable[..., Any], precompiled: _Program | None = None) -> Callable[..., Any]:
+    """Return a function that compiles a jitted step before it runs it on a batch, its last argument, of new shapes.
+
+    So the compiler and the program do not need the machine's memory at the same time. A compiler frees some hundred
+    megabytes, which the C library would hold; they are returned to the system in between.
+
+    Args:
+        step: the jitted step.
+        precompiled: the same step, compiled in advance for arguments of the first shapes; None if it is not.
+    """
+    programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    def call(*arguments: Any) -> Any:
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments[-1]))
+        if shapes not in programs:
+            programs[shapes] = _program(step, None if programs else precompiled, arguments)
+            if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # only glibc has it
+                trim(0)
+        return programs[shapes](*arguments)
+
+    return call
+
+
+def _program(step: Any, precompiled: _Program | None, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+    """Return the function that runs the step: the compiled program, or the step itself, whose own cache has it by then."""
+    if precompiled is not None and _fits(compiled := precompiled.result(), arguments):
+        return compiled
+    step.lower(*arguments).compile()
+    return step
+
+
+def _fits(compiled: jax.stages.Compiled, arguments: tuple[Any, ...]) -> bool:
+    """Return whether a program was compiled for arguments of these shapes and shardings."""
+    expected, tree = jax.tree.flatten(compiled.args_info[0])
+    # The sharding of an argument that the program does not read is None.
+    shardings = jax.tree.leaves(compiled.input_shardings[0], is_leaf=lambda sharding: sharding is None)
+
+    def has_sharding(leaf: Any, sharding: jax.sharding.Sharding | None) -> bool:
+        if sharding is None or not isinstance(leaf, Array) or not leaf.committed:
+            return True
+        return leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+    return tree == jax.tree.structure(arguments) and all(
+        (info.shape, info.dtype) == (leaf.shape, leaf.dtype) and has_sharding(leaf, sharding)
+        for info, sharding, leaf in zip(expected, shardings, jax.tree.leaves(arguments), strict=True)
+    )
 
 
 @contextmanager
 def _short_turns() -> Iterator[None]:
-    """Where Python's threads take turns ten times as often as when this module was imported.
+    """Let Python's threads take turns ten times as often as when this module was imported.
 
-    Tracing holds the interpreter's lock. The loader gives it up at every tensor, and would wait for its turn each time.
+    Tracing holds the interpreter's lock. The loader releases it at every tensor, and would wait for its turn each time.
     """
-    sys.setswitchinterval(_TURN / 10)
+    sys.setswitchinterval(_SWITCH_INTERVAL / 10)
     try:
         yield
     finally:
-        sys.setswitchinterval(_TURN)
+        sys.setswitchinterval(_SWITCH_INTERVAL)

@@ -3,8 +3,8 @@
     <folder>/<step>/state/    step, adapter, optimizer state and seed, each leaf under its path
     <folder>/<step>/data/     position of the data iterator, as JSON
 
-A checkpoint appears under its step's name only when it is whole, so that a run killed while it saves resumes from the one
-before. Restored leaves go where those of the running program lie, host memory included.
+A checkpoint appears under its step's name only when it is complete, so that a run that is killed while it saves resumes from
+the one before. Restored leaves get the shardings of the running program, host memory included.
 """
 
 from pathlib import Path
@@ -23,20 +23,20 @@ class StateStore:
     """The checkpoints of one run."""
 
     def __init__(self, folder: Path, *, keep: int) -> None:
-        """Opens or makes a folder of checkpoints, of which the newest `keep` are kept."""
+        """Open or create a folder of checkpoints, in which only the newest `keep` remain."""
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
         self._folder = folder
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def latest_step(self) -> int | None:
-        """The step of the newest whole checkpoint, or None."""
+        """Return the step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, data_position: dict[str, Any]) -> None:
-        """Writes a checkpoint.
+        """Write a checkpoint.
 
         Raises:
-            CheckpointError: it could not be written (full disk, no permission); older checkpoints are untouched.
+            CheckpointError: the checkpoint could not be written (full disk, no permission); older checkpoints are untouched.
         """
         leaves = {name: np.asarray(jax.device_get(leaf)) for name, leaf in _named_leaves(state).items()}
         items = ocp.args.Composite(state=ocp.args.StandardSave(leaves), data=ocp.args.JsonSave(data_position))
@@ -45,19 +45,21 @@ class StateStore:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
             latest = self.latest_step()
-            kept = "no checkpoint was saved before" if latest is None else f"that of step {latest} is intact"
-            raise CheckpointError(f"{self._folder}: cannot save the checkpoint of step {step} ({error}); {kept}") from error
+            others = "no checkpoint was saved before" if latest is None else f"that of step {latest} is intact"
+            raise CheckpointError(
+                f"{self._folder}: cannot save the checkpoint of step {step} ({error}); {others}"
+            ) from error
 
     def restore(self, like: T) -> tuple[T, dict[str, Any]]:
-        """(state, data position) of the newest checkpoint, in the structure and the memories of `like`.
+        """Return (state, position in the data) of the newest checkpoint, with the structure and the shardings of `like`.
 
         Raises:
-            CheckpointError: there is none, it is damaged, or it was saved by a run of other leaves, shapes or types.
+            CheckpointError: there is no checkpoint, it is damaged, or it has other leaves, shapes or dtypes.
         """
         step = self.latest_step()
         if step is None:
             raise CheckpointError(f"{self._folder}: holds no checkpoint")
-        # Without a template: with one, Orbax hands out arrays of other shapes as they are, and converts other types.
+        # No template is given: with one, Orbax returns arrays of other shapes as they are, and converts other dtypes.
         items = ocp.args.Composite(state=ocp.args.StandardRestore(), data=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=items)
@@ -77,11 +79,12 @@ class StateStore:
         return jax.tree.unflatten(jax.tree.structure(like), leaves), restored["data"]
 
     def close(self) -> None:
+        """Close the folder."""
         self._manager.close()
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves by their paths, in the order of the tree."""
+    """Return the leaves by their paths, in the order of the tree."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]

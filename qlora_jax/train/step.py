@@ -4,15 +4,12 @@
     for each micro-batch:   gradient += d(summed loss) / d(adapter)
     adapter, optimizer state = optimizer(gradient / total)
 
-Dividing by the units of the whole batch, not of each micro-batch, makes the step the same however the batch is cut. Only
-the adapter is differentiated, updated and donated; the frozen part is read.
+Dividing by the units of the whole batch, not of each micro-batch, makes the step the same for any number of micro-batches.
+Only the adapter is differentiated, updated and donated; the frozen part is read.
 """
 
-import ctypes
 import dataclasses
-import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -22,23 +19,24 @@ import optax
 from flax import nnx
 from jax import Array
 
+from qlora_jax.errors import OptionError
 from qlora_jax.nn.host import to_device, to_host
 from qlora_jax.train.offload import HostOffload, host_add, host_gradient, host_zeros
 from qlora_jax.train.optim import Optimizer
 
 Transformation = optax.GradientTransformation | Optimizer | HostOffload
 Batch = Mapping[str, Array]
-# (model, micro-batch, random key or None) to the summed loss of the micro-batch, or to that and more sums to report.
+# Takes (model, micro-batch, random key or None); returns the summed loss of the micro-batch, or (that, sums to report).
 LossFunction = Callable[[Any, Batch, Array | None], Array | tuple[Array, dict[str, Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """What a loss is a mean over.
+    """The unit over which a loss is a mean.
 
     Attributes:
-        name: of the metric that holds the count.
-        count: how many a batch `[..., b, t]` holds, float32 scalar.
+        name: the name of the metric that reports how many units a batch holds.
+        count: returns how many units a batch `[..., b, t]` holds, as a float32 scalar.
     """
 
     name: str
@@ -51,13 +49,13 @@ TOKENS = Unit("tokens", lambda batch: batch["loss_mask"].sum())
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that training changes.
+    """Everything that training changes.
 
     Attributes:
-        step: int32 scalar, updates done.
+        step: the number of updates done, an int32 scalar.
         adapter: the trainable parameters.
-        opt_state: of the optimizer.
-        seed: uint32 scalar; dropout of a step draws from (seed, step) alone, so that a resumed run draws the same.
+        opt_state: the state of the optimizer.
+        seed: a uint32 scalar. The dropout of a step draws from (seed, step) alone, so that a resumed run draws the same.
     """
 
     step: Array
@@ -67,15 +65,15 @@ class TrainState:
 
 
 def split(model: nnx.Module) -> tuple[Any, Any, Any]:
-    """(graphdef, adapter, frozen): the graph, the LoRA parameters, and all the rest."""
+    """Return (graphdef, adapter, frozen): the graph of a model, its trainable parameters, and all its other values."""
     graphdef, adapter, frozen = nnx.split(model, nnx.LoRAParam, ...)
     return graphdef, adapter, frozen
 
 
 def init_state(tx: Transformation, adapter: Any, seed: int = 0) -> TrainState:
-    """The state before the first step, to be traced; the optimizer's part is where the optimizer puts it."""
+    """Return the state before the first step, for use under tracing; the optimizer decides where its own state is."""
     if not jax.tree.leaves(adapter):
-        raise ValueError("the model has no LoRA parameters: expected one that was built with an adapter")
+        raise OptionError("the model has no LoRA parameters: expected one that was built with an adapter")
     opt_state = tx.init(adapter)
     if in_host_memory(tx):
         adapter = to_host(adapter)
@@ -83,15 +81,15 @@ def init_state(tx: Transformation, adapter: Any, seed: int = 0) -> TrainState:
 
 
 def in_host_memory(tx: Transformation) -> bool:
-    """Whether the adapter is in host memory between steps."""
+    """Return whether the adapter is in host memory between steps."""
     return isinstance(tx, HostOffload) and tx.adapter
 
 
 def create_state(tx: Transformation, adapter: Any, seed: int = 0) -> TrainState:
-    """`init_state` on the devices: what training starts from.
+    """Return the state before the first step, on the devices.
 
-    The adapter's buffers are taken over, so that it is in memory once. The leaves are committed to where they lie, as
-    those that a step returns are; otherwise the second step would compile the program once more.
+    The adapter's buffers are donated, so that it is in memory once. Each leaf is committed to its devices, as the leaves
+    that a step returns are; otherwise the second step would compile the program once more.
     """
     donated = () if in_host_memory(tx) else (0,)  # a buffer of the device cannot become one of the host
     state = jax.jit(lambda adapter: init_state(tx, adapter, seed), donate_argnums=donated)(adapter)
@@ -108,15 +106,19 @@ def train_step(
     *,
     unit: Unit = TOKENS,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update.
+    """Return the state after one update, and the metrics of the step.
+
+    The metrics are `loss` and the further sums of `loss_fn`, all of them means over the units; `grad_norm`, before clipping;
+    and the number of units, under the unit's name.
 
     Args:
-        batch: arrays `[micro-batches, b, t]`, with what `loss_fn` and `unit` need.
-        unit: what the loss is divided by.
-
-    Returns:
-        The next state, and the metrics: `loss` and what else `loss_fn` reports, all of them means over the units;
-        `grad_norm` (before clipping); and the number of units, under their name.
+        graphdef: the graph of the model.
+        tx: the optimizer.
+        loss_fn: the loss of a micro-batch.
+        state: the state before the update.
+        frozen: the values of the model that do not train.
+        batch: arrays `[micro-batches, b, t]` that `loss_fn` and `unit` read.
+        unit: the loss is divided by their number.
     """
     units = unit.count(batch)
     total = jnp.maximum(units, 1.0)
@@ -146,8 +148,10 @@ def train_step(
 
 
 def _device_gradient(loss_of: Callable[..., Any], adapter: Any, batch: Batch, keys: Array) -> tuple[Any, Any]:
-    """(means, gradient) over all micro-batches. The backward pass of each adds every layer's part to the sum where it lies:
-    there never is a second copy."""
+    """Return (means, gradient) over all micro-batches.
+
+    The backward pass of each micro-batch adds every layer's gradient to the sum in place, so that no second copy exists.
+    """
     sums = jax.tree.map(lambda leaf: jax.new_ref(jnp.zeros_like(leaf)), adapter)
 
     def add(_: None, inputs: tuple[Batch, Array]) -> tuple[None, Any]:
@@ -160,7 +164,7 @@ def _device_gradient(loss_of: Callable[..., Any], adapter: Any, batch: Batch, ke
 
 
 def _host_gradient(loss_of: Callable[..., Any], adapter: Any, batch: Batch, keys: Array) -> tuple[Any, Any]:
-    """The same for an adapter in host memory, where its gradient is, too."""
+    """Return (means, gradient) over all micro-batches for an adapter in host memory; the gradient is there too."""
     if keys.size == 1:
         gradient, means = host_gradient(partial(loss_of, *jax.tree.map(lambda x: x[0], (batch, keys))), adapter)
         return means, gradient
@@ -176,7 +180,7 @@ def _host_gradient(loss_of: Callable[..., Any], adapter: Any, batch: Batch, keys
 def jit_train_step(
     graphdef: Any, tx: Transformation, loss_fn: LossFunction, state: TrainState, *, unit: Unit = TOKENS
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Array]]]:
-    """The compiled step; the old state is donated, and each leaf of the new one stays where the old one was."""
+    """Return the jitted step. It donates the old state, and each leaf of the new state has the sharding of the old one."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = partial(train_step, graphdef, tx, loss_fn, unit=unit)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
@@ -185,62 +189,16 @@ def jit_train_step(
 def jit_eval_step(
     graphdef: Any, loss_fn: LossFunction, *, unit: Unit = TOKENS
 ) -> Callable[[Any, Any, Batch], tuple[dict[str, Array], Array]]:
-    """The compiled (adapter, frozen, micro-batch `[b, t]`) -> (sums, units), without dropout. The sums are `loss` and what
-    else `loss_fn` reports."""
+    """Return the jitted evaluation step, without dropout: (adapter, frozen, micro-batch `[b, t]`) to (sums, units).
+
+    The sums are `loss` and the further sums that `loss_fn` reports.
+    """
 
     def step(adapter: Any, frozen: Any, batch: Batch) -> tuple[dict[str, Array], Array]:
         loss, more = _loss_and_sums(loss_fn(nnx.merge(graphdef, to_device(adapter), frozen), batch, None))
         return {"loss": loss, **more}, unit.count(batch)
 
     return jax.jit(step)
-
-
-def compiled_first(step: Callable[..., Any], ahead: Future[jax.stages.Compiled] | None = None) -> Callable[..., Any]:
-    """A jitted step that compiles before it runs on a batch, its last argument, of new shapes, so that compiler and program
-    do not need the machine's memory at the same time.
-
-    A compiler frees some hundred megabytes, which the C library would keep; here they go back to the system in between.
-
-    Args:
-        ahead: the same step as it is compiled elsewhere (ahead.py) for arguments of the first shapes, beside what runs there
-            before; None: it is not.
-    """
-    programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
-
-    def call(*arguments: Any) -> Any:
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments[-1]))
-        if shapes not in programs:
-            programs[shapes] = _program(step, None if programs else ahead, arguments)
-            if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # of glibc alone
-                trim(0)
-        return programs[shapes](*arguments)
-
-    return call
-
-
-def _program(step: Any, ahead: Future[jax.stages.Compiled] | None, arguments: tuple[Any, ...]) -> Callable[..., Any]:
-    """What runs the step: a program that is there, or the step itself, which now finds its own."""
-    if ahead is not None and _takes(compiled := ahead.result(), arguments):
-        return compiled
-    step.lower(*arguments).compile()
-    return step
-
-
-def _takes(compiled: jax.stages.Compiled, arguments: tuple[Any, ...]) -> bool:
-    """Whether a program is for arguments of these shapes that lie where these do."""
-    expected, tree = jax.tree.flatten(compiled.args_info[0])
-    # The place of an argument that the program does not read is None.
-    places = jax.tree.leaves(compiled.input_shardings[0], is_leaf=lambda place: place is None)
-
-    def lies_at(leaf: Any, place: jax.sharding.Sharding | None) -> bool:
-        if place is None or not isinstance(leaf, Array) or not leaf.committed:
-            return True
-        return leaf.sharding.is_equivalent_to(place, leaf.ndim)
-
-    return tree == jax.tree.structure(arguments) and all(
-        (info.shape, info.dtype) == (leaf.shape, leaf.dtype) and lies_at(leaf, place)
-        for info, place, leaf in zip(expected, places, jax.tree.leaves(arguments), strict=True)
-    )
 
 
 def _loss_and_sums(result: Array | tuple[Array, dict[str, Array]]) -> tuple[Array, dict[str, Array]]:

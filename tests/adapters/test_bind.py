@@ -394,7 +394,7 @@ def test_every_field_that_would_change_the_mathematics_is_named(saved: Path) -> 
         ({"layers_to_transform": "1"}, "layers_to_transform: expected numbers of layers, found '1'"),
         ({"exclude_modules": 3}, "exclude_modules: expected names or one regular expression, found 3"),
         ({"modules_to_save": "lm_head"}, "modules_to_save: expected names of modules, found 'lm_head'"),
-        ({"trainable_token_indices": {"lm_head": 3}}, "trainable_token_indices: expected tokens, or tokens by table"),
+        ({"trainable_token_indices": {"lm_head": 3}}, "trainable_token_indices: expected token ids, or token ids by name"),
         (
             {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
             "ensure_weight_tying = true beside modules_to_save is not supported",

@@ -24,8 +24,8 @@ from qlora_jax.models import Model
 from qlora_jax.nn import Linear
 from qlora_jax.peft import LoRA
 from qlora_jax.peft.loftq import loftq
-from qlora_jax.peft.lora_linear import LoRASpec, start
-from qlora_jax.peft.pissa import principal, without
+from qlora_jax.peft.lora_linear import LoRASpec, initialize_lora
+from qlora_jax.peft.pissa import best_update, subtract_update
 from qlora_jax.quant import Quantization, dequantize, quantize
 
 TOLERANCE = 1e-4
@@ -175,7 +175,7 @@ def test_turns_of_loftq_against_numpy() -> None:
     rounded = lambda matrix: dequantize(quantize(jnp.asarray(matrix)), jnp.float32)  # noqa: E731
     taken, rest = np.zeros_like(w), w
     for turns in (1, 2, 3):
-        off, (a, b) = loftq(jnp.asarray(w), 1.5, rank=6, turns=turns, rounded=rounded)
+        off, (a, b) = loftq(jnp.asarray(w), 1.5, rank=6, iterations=turns, rounded=rounded)
         assert (off is None) == (turns == 1)
         if off is not None:
             np.testing.assert_allclose(1.5 * np.asarray(off[0]) @ np.asarray(off[1]), taken, atol=1e-4)
@@ -187,9 +187,9 @@ def test_turns_of_loftq_against_numpy() -> None:
 
 def test_subspace_iteration_comes_close_to_the_exact_values() -> None:
     w = jnp.asarray(np.random.default_rng(1).standard_normal((96, 60)) @ np.diag(0.9 ** np.arange(60)), jnp.float32)
-    exact = without(w, *principal(w, 2.0, rank=10), 2.0)
+    exact = subtract_update(w, *best_update(w, 2.0, rank=10), 2.0)
     for iterations, worse in ((1, 1.05), (4, 1.001)):
-        close = without(w, *principal(w, 2.0, rank=10, iterations=iterations), 2.0)
+        close = subtract_update(w, *best_update(w, 2.0, rank=10, iterations=iterations), 2.0)
         assert 0.9999 < float(jnp.linalg.norm(close) / jnp.linalg.norm(exact)) < worse
 
 
@@ -228,7 +228,7 @@ def test_starts_from_a_random_key_alone() -> None:
     for name in ("gaussian", "orthogonal"):
         slot = LoRASpec(ranks, (1.0, 0.0, 2.0), 0.0, name)
         for layer, rank in enumerate(ranks):
-            a, b, _ = jax.jit(lambda layer, slot=slot: start(slot, 400, 300, layer=layer, rngs=nnx.Rngs(3)))(layer)
+            a, b, _ = jax.jit(lambda layer, slot=slot: initialize_lora(slot, 400, 300, layer=layer, rngs=nnx.Rngs(3)))(layer)
             a, b = np.asarray(a), np.asarray(b)
             assert np.all(a[:, rank:] == 0)
             if rank and name == "gaussian":

@@ -18,8 +18,8 @@ from qlora_jax.adapters.metadata import read_adapter_metadata
 from qlora_jax.adapters.pretrained import TunedOptions, open_tuned
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.finetune import DataOptions, LoRAOptions, ModelOptions, OptimizerOptions, Options, RunOptions, finetune
-from qlora_jax.finetune.memory import recipe_of
 from qlora_jax.finetune.options.context import ContextOptions
+from qlora_jax.finetune.step import step_spec
 from qlora_jax.models import CausalLM, RopeScaling, family_of
 
 MERGE = Path(__file__).resolve().parents[2] / "scripts" / "merge.py"
@@ -131,10 +131,11 @@ def test_rows_beyond_the_context_are_named(options: Options, tmp_path: Path, cap
 def test_a_plan_takes_the_same_options(options: Options) -> None:
     hf_config = open_checkpoint(str(options.model.model)).config
     config = family_of(hf_config).config(hf_config)
-    recipe = recipe_of(options, config, "cuda")
-    assert recipe.attention_groups == 4
-    assert recipe.method.modules_to_save[0] == "embed_tokens"
-    assert recipe_of(dataclasses.replace(options, context=ContextOptions()), config, "cuda").attention_groups == 1
+    spec = step_spec(options, config, "cuda")
+    assert spec.objective.attention_groups == 4
+    assert spec.model.method.modules_to_save[0] == "embed_tokens"
+    plain = step_spec(dataclasses.replace(options, context=ContextOptions()), config, "cuda")
+    assert plain.objective.attention_groups == 1
 
 
 def test_options_that_mean_nothing() -> None:

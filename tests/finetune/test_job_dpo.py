@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from lowered import BOTH_AHEAD, steps_lowered
+from lowered import BOTH_PRECOMPILED, steps_lowered
 
 from qlora_jax.adapters.bind import load_adapter
 from qlora_jax.adapters.files import read_adapter, read_adapter_config, tensor_name, write_adapter
@@ -78,7 +78,7 @@ def rows_of(options: Options) -> list[dict[str, Any]]:
 def test_it_learns_to_prefer(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
     with steps_lowered() as steps:
         folder = finetune(but(options, "run", samples=1), progress=False)
-    assert steps == BOTH_AHEAD
+    assert steps == BOTH_PRECOMPILED
     before, *rows = rows_of(options)
     assert before["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)

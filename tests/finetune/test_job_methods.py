@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from huggingface_hub import ModelCard
-from lowered import BOTH_AHEAD, steps_lowered
+from lowered import BOTH_PRECOMPILED, steps_lowered
 
 from qlora_jax.adapters.bind import adapter_tensors
 from qlora_jax.adapters.files import read_adapter
@@ -18,8 +18,8 @@ from qlora_jax.adapters.virtual_tokens import ENCODER
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.cli import parse
 from qlora_jax.finetune import DataOptions, LoRAOptions, ModelOptions, OptimizerOptions, Options, RunOptions, finetune
-from qlora_jax.finetune.memory import recipe_of
 from qlora_jax.finetune.options.tuning import TuningOptions, own_rate
+from qlora_jax.finetune.step import step_spec
 from qlora_jax.models import causal_family_of
 from qlora_jax.peft import IA3, LoRA, PrefixTuning, PromptTuning, PTuning
 from qlora_jax.plan.quick import quick_plan
@@ -63,7 +63,7 @@ def test_a_run_and_what_it_leaves(
     options = dataclasses.replace(options, run=dataclasses.replace(options.run, samples=samples))
     with steps_lowered() as steps:
         folder = finetune(options, progress=False)
-    assert steps == BOTH_AHEAD
+    assert steps == BOTH_PRECOMPILED
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     before, after = rows[0]["eval_loss"], rows[-1]["eval_loss"]
     assert after < before
@@ -154,7 +154,7 @@ def test_plans_count_virtual_tokens(tiny_llama: Path, data: Path, tmp_path: Path
     plans = {}
     for method, tokens in (("prompt-tuning", 64), ("prompt-tuning", 128), ("prefix-tuning", 64)):
         options = options_of(tiny_llama, data, tmp_path, method=method, virtual_tokens=tokens)
-        plans[method, tokens] = quick_plan(recipe_of(options, config, "cpu"), "cpu")
+        plans[method, tokens] = quick_plan(step_spec(options, config, "cpu"), "cpu")
     assert plans["prompt-tuning", 64].adapter == 64 * 64 * 4
     assert plans["prefix-tuning", 64].adapter == 64 * 2 * 2 * 32 * 4
     assert plans["prompt-tuning", 128].residuals * 128 == plans["prompt-tuning", 64].residuals * 192

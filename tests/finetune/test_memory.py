@@ -1,4 +1,4 @@
-"""A run that cannot fit is refused with what would make it fit; options become the recipe that the job runs."""
+"""A run that cannot fit is refused with what would make it fit; options become the step that the job runs."""
 
 import dataclasses
 
@@ -15,15 +15,17 @@ from qlora_jax.finetune import (
     RunOptions,
 )
 from qlora_jax.finetune.folder import record_of
-from qlora_jax.finetune.memory import check_against, memory_limit, recipe_of
+from qlora_jax.finetune.memory import check_against, memory_limit
+from qlora_jax.finetune.step import step_spec
 from qlora_jax.models.llama import llama_config
-from qlora_jax.plan import SIZES, quick_plan
+from qlora_jax.plan import SIZES, quick_plan, spec_values
+from qlora_jax.train.spec import unchanged
 
 LLAMA = llama_config(SIZES["llama-3-8b"])
 GIB = 2**30
 
 
-def test_options_are_the_recipe() -> None:
+def test_options_are_the_step() -> None:
     options = Options(
         model=ModelOptions(data_type="fp4", remat="offload"),
         lora=LoRAOptions(rank=8, special_tokens=("<a>", "<b>")),
@@ -31,46 +33,52 @@ def test_options_are_the_recipe() -> None:
         optimizer=OptimizerOptions(optimizer="adamw8bit", host_offload=True, max_grad_norm=0.0),
         run=RunOptions(batch_size=3, accumulation_steps=5),
     )
-    recipe = recipe_of(options, LLAMA, "gpu")
-    assert (recipe.dtype, recipe.remat, recipe.length, recipe.packed) == ("bfloat16", "offload", 512, False)
-    assert (recipe.batch_size, recipe.micro_batches) == (3, 5)
-    assert (recipe.optimizer, recipe.host_optimizer, recipe.max_grad_norm) == ("adamw8bit", True, None)
-    assert recipe.quantization is not None
-    assert recipe.quantization.data_type == "fp4"
-    assert recipe.config.vocab_size == 128258
-    assert recipe.method.trainable_token_indices == (128256, 128257)
-    on_cpu = recipe_of(Options(), LLAMA, "cpu")
-    assert (on_cpu.dtype, on_cpu.remat, on_cpu.length, on_cpu.packed) == ("float32", "dots", 512, True)
-    pairs = recipe_of(Options(objective=ObjectiveOptions(objective="dpo")), LLAMA, "gpu")
-    assert (pairs.objective, pairs.packed, pairs.reference) == ("dpo", False, False)
+    spec = step_spec(options, LLAMA, "gpu")
+    model, batch, optimizer = spec.model, spec.batch, spec.optimizer
+    assert (model.dtype, model.remat, batch.length, spec.objective.packed) == ("bfloat16", "offload", 512, False)
+    assert (batch.batch_size, batch.micro_batches) == (3, 5)
+    assert (optimizer.name, optimizer.host_optimizer, optimizer.max_grad_norm) == ("adamw8bit", True, None)
+    assert model.quantization is not None
+    assert model.quantization.data_type == "fp4"
+    assert model.config.vocab_size == 128258
+    assert model.method.trainable_token_indices == (128256, 128257)
+    on_cpu = step_spec(Options(), LLAMA, "cpu")
+    assert (on_cpu.model.dtype, on_cpu.model.remat, on_cpu.batch.length, on_cpu.objective.packed) == (
+        "float32",
+        "dots",
+        512,
+        True,
+    )
+    pairs = step_spec(Options(objective=ObjectiveOptions(objective="dpo")), LLAMA, "gpu")
+    assert (pairs.objective.name, pairs.objective.packed, pairs.objective.prepare) == ("dpo", False, unchanged)
 
 
 def test_a_run_that_fits_goes_on() -> None:
     said: list[str] = []
-    recipe = recipe_of(Options(), LLAMA, "gpu")
-    check_against(recipe, "gpu", 1, 80 * GIB, said.append)
+    spec = step_spec(Options(), LLAMA, "gpu")
+    check_against(spec, "gpu", 1, 80 * GIB, said.append)
     assert said == []
-    check_against(recipe, "gpu", 1, quick_plan(recipe, "cuda").peak, said.append)
+    check_against(spec, "gpu", 1, quick_plan(spec, "cuda").peak, said.append)
     assert "tight" in said[0]
 
 
 def test_what_is_proposed_fits() -> None:
     options = Options(data=DataOptions(max_length=2048), run=RunOptions(batch_size=16))
-    recipe = recipe_of(options, LLAMA, "gpu")
+    spec = step_spec(options, LLAMA, "gpu")
     with pytest.raises(ValueError, match=r"the run needs about .* each device has 12.00 GiB: this would fit: --") as refused:
-        check_against(recipe, "gpu", 1, 12 * GIB, print)
+        check_against(spec, "gpu", 1, 12 * GIB, print)
     words = str(refused.value).split("this would fit: ")[1].split(" (")[0].split()
     asked = ["--max-length", "2048", "--batch-size", "16", *words]  # the last of an option counts
-    proposed = recipe_of(parse(Options, description=None, arguments=asked), LLAMA, "gpu")
-    assert proposed.batch_size * proposed.micro_batches == recipe.batch_size * recipe.micro_batches
-    assert proposed != recipe
+    proposed = step_spec(parse(Options, description=None, arguments=asked), LLAMA, "gpu")
+    assert proposed.batch.batch_size * proposed.batch.micro_batches == spec.batch.batch_size * spec.batch.micro_batches
+    assert spec_values(proposed) != spec_values(spec)
     assert quick_plan(proposed, "cuda").peak < 12 * GIB
 
 
 def test_what_can_never_fit_says_so() -> None:
-    recipe = recipe_of(Options(), llama_config(SIZES["llama-65b"]), "gpu")
+    spec = step_spec(Options(), llama_config(SIZES["llama-65b"]), "gpu")
     with pytest.raises(ValueError, match="nothing that the options can do would fit"):
-        check_against(recipe, "gpu", 1, 8 * GIB, print)
+        check_against(spec, "gpu", 1, 8 * GIB, print)
 
 
 HOST = OptimizerOptions(host_adapter=True)
@@ -80,52 +88,55 @@ HOST = OptimizerOptions(host_adapter=True)
 def test_a_host_that_is_too_small_is_told(share: float) -> None:
     """Each of four devices has its own copy of what lies in host memory."""
     options = Options(model=ModelOptions(remat="offload"), data=DataOptions(max_length=2048), optimizer=HOST)
-    recipe = recipe_of(options, LLAMA, "gpu")
-    need = quick_plan(recipe, "cuda", 4).host_peak
-    check_against(recipe, "gpu", 4, 40 * GIB, print, host_limit=need)
+    spec = step_spec(options, LLAMA, "gpu")
+    need = quick_plan(spec, "cuda", 4).host_peak
+    check_against(spec, "gpu", 4, 40 * GIB, print, host_limit=need)
     limit = int(share * need)
     with pytest.raises(ValueError, match=r"keeps .* in host memory for each device, this machine has") as refused:
-        check_against(recipe, "gpu", 4, 40 * GIB, print, host_limit=limit)
+        check_against(spec, "gpu", 4, 40 * GIB, print, host_limit=limit)
     words = str(refused.value).split("this would fit: ")[1].split(" (")[0].split()
     asked = ["--max-length", "2048", "--remat", "offload", "--host-adapter", *words]
-    proposed = recipe_of(parse(Options, description=None, arguments=asked), LLAMA, "gpu")
+    proposed = step_spec(parse(Options, description=None, arguments=asked), LLAMA, "gpu")
     plan = quick_plan(proposed, "cuda", 4)
     assert plan.host_peak <= limit
     assert plan.peak <= 40 * GIB
-    assert proposed.batch_size * proposed.micro_batches == recipe.batch_size * recipe.micro_batches
+    assert proposed.batch.batch_size * proposed.batch.micro_batches == spec.batch.batch_size * spec.batch.micro_batches
     if share < 0.1:  # the smallest of it goes back to the device
-        assert not proposed.host_adapter
-        assert not proposed.host_optimizer
+        assert not proposed.optimizer.host_adapter
+        assert not proposed.optimizer.host_optimizer
 
 
 def test_a_host_and_a_device_that_are_too_small_are_told_together() -> None:
-    recipe = recipe_of(Options(optimizer=HOST), llama_config(SIZES["llama-65b"]), "gpu")
+    spec = step_spec(Options(optimizer=HOST), llama_config(SIZES["llama-65b"]), "gpu")
     with pytest.raises(ValueError, match=r"each device has 8.00 GiB and the run keeps .* nothing that the options can do"):
-        check_against(recipe, "gpu", 1, 8 * GIB, print, host_limit=GIB)
+        check_against(spec, "gpu", 1, 8 * GIB, print, host_limit=GIB)
 
 
 def test_on_a_cpu_only_what_is_known_counts() -> None:
-    recipe = recipe_of(Options(), LLAMA, "cpu")
-    plan = quick_plan(recipe, "cpu")
-    check_against(recipe, "cpu", 1, plan.exact, print)  # the estimated part may be wrong there
+    spec = step_spec(Options(), LLAMA, "cpu")
+    plan = quick_plan(spec, "cpu")
+    check_against(spec, "cpu", 1, plan.exact, print)  # the estimated part may be wrong there
     with pytest.raises(ValueError, match=r"needs at least .* this machine has"):
-        check_against(recipe, "cpu", 1, plan.exact - GIB, print)
+        check_against(spec, "cpu", 1, plan.exact - GIB, print)
 
 
 def test_what_is_proposed_on_a_cpu_fits_with_the_guess_and_moves_nothing_to_the_host() -> None:
-    recipe = recipe_of(Options(run=RunOptions(batch_size=4096)), llama_config(SIZES["smollm2-135m"]), "cpu")
+    spec = step_spec(Options(run=RunOptions(batch_size=4096)), llama_config(SIZES["smollm2-135m"]), "cpu")
     with pytest.raises(ValueError, match="this would fit: ") as refused:
-        check_against(recipe, "cpu", 1, 16 * GIB, print)
+        check_against(spec, "cpu", 1, 16 * GIB, print)
     words = str(refused.value).split("this would fit: ")[1].split(" (")[0].split()
     changes = dict(zip(words[::2], words[1::2], strict=True))
     assert changes.keys() == {"--remat", "--batch-size", "--accumulation-steps"}
     smaller = dataclasses.replace(
-        recipe,
-        remat="full",
-        batch_size=int(changes["--batch-size"]),
-        micro_batches=int(changes["--accumulation-steps"]),
+        spec,
+        model=dataclasses.replace(spec.model, remat="full"),
+        batch=dataclasses.replace(
+            spec.batch,
+            batch_size=int(changes["--batch-size"]),
+            micro_batches=int(changes["--accumulation-steps"]),
+        ),
     )
-    assert smaller.batch_size * smaller.micro_batches == 4096
+    assert smaller.batch.batch_size * smaller.batch.micro_batches == 4096
     assert quick_plan(smaller, "cpu").peak <= 16 * GIB
 
 

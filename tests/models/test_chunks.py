@@ -14,15 +14,22 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from qlora_jax.models import CausalLM, chunks, family_of
+from qlora_jax.models import CausalLM, ModelSpec, chunks, family_of
 from qlora_jax.models.chunks import chunk_count, over_chunks
 from qlora_jax.nn import data_mesh, place
 from qlora_jax.peft import LoRA
-from qlora_jax.plan import Recipe
 from qlora_jax.plan.flops import count_flops
-from qlora_jax.plan.recipe import abstract_step
 from qlora_jax.quant import Quantization
-from qlora_jax.train import create_state, host_offload, language_model_loss, split
+from qlora_jax.train import (
+    BatchSpec,
+    StepSpec,
+    build_step,
+    create_state,
+    host_offload,
+    language_model_loss,
+    language_model_objective,
+    split,
+)
 from qlora_jax.train.optim import adamw
 from qlora_jax.train.step import jit_train_step, train_step
 
@@ -135,11 +142,12 @@ def test_an_adapter_in_host_memory_learns_the_same_in_chunks(monkeypatch: pytest
 @pytest.mark.parametrize("remat", ["full", "offload"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chunks_add_no_products(family: str, remat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = Recipe(config_of(family), method=LoRA(8), batch_size=4, length=128, packed=False, remat=remat)
+    model = ModelSpec(config_of(family), method=LoRA(8), remat=remat)
+    spec = StepSpec(model, language_model_objective(packed=False), BatchSpec(batch_size=4, length=128))
 
     def flops() -> float:
-        step = abstract_step(recipe, "cpu")
-        run = lambda *parts: train_step(step.graphdef, step.tx, step.loss, *parts, unit=step.unit)  # noqa: E731
+        step = build_step(spec, platform="cpu")
+        run = lambda *parts: train_step(step.graphdef, step.tx, step.objective.loss, *parts)  # noqa: E731
         return count_flops(jax.jit(run).trace(step.state, step.frozen, step.batch).jaxpr)
 
     at_once = flops()
@@ -151,11 +159,12 @@ def test_only_a_chunk_of_inner_activations_lives(monkeypatch: pytest.MonkeyPatch
     """By the compiler's own count of temporaries: all of the wide feed-forward's, against a quarter of it."""
     wide = TINY | {"model_type": "llama", "intermediate_size": 2048}
     config = family_of(wide).config(wide)
-    recipe = Recipe(config, method=LoRA(4), batch_size=64, length=64, packed=False, dtype="float32")
+    model = ModelSpec(config, method=LoRA(4), dtype="float32")
+    spec = StepSpec(model, language_model_objective(packed=False), BatchSpec(batch_size=64, length=64))
 
     def temporaries() -> int:
-        step = abstract_step(recipe, "cpu")
-        run = lambda *parts: train_step(step.graphdef, step.tx, step.loss, *parts, unit=step.unit)  # noqa: E731
+        step = build_step(spec, platform="cpu")
+        run = lambda *parts: train_step(step.graphdef, step.tx, step.objective.loss, *parts)  # noqa: E731
         return jax.jit(run).lower(step.state, step.frozen, step.batch).compile().memory_analysis().temp_size_in_bytes
 
     at_once = temporaries()

@@ -20,15 +20,16 @@ from qlora_jax.adapters.files import read_adapter, read_adapter_config
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.export.merge import merge
-from qlora_jax.models import CausalLM
+from qlora_jax.models import CausalLM, ModelSpec
 from qlora_jax.models.llama import llama_config
 from qlora_jax.nn import Linear
 from qlora_jax.peft import DoRALinear, LoRA
 from qlora_jax.peft.dora import column_norms
-from qlora_jax.peft.lora_linear import drop
-from qlora_jax.plan import SIZES, Recipe, quick_plan
+from qlora_jax.peft.lora_linear import apply_dropout
+from qlora_jax.plan import SIZES, quick_plan
 from qlora_jax.quant import Quantization, dequantize, quantize
 from qlora_jax.quant.stacked import StackedTensor
+from qlora_jax.train import StepSpec, language_model_objective
 
 TOLERANCE = 1e-4
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -160,7 +161,7 @@ def test_the_formula_and_its_gradient(quantization: Quantization | None, dropout
     x, probe = (jax.random.normal(jax.random.key(n), (2, 7, size)) for n, size in ((8, 128), (9, 24)))
 
     def plain(x: jax.Array, a: jax.Array, b: jax.Array, magnitude: jax.Array) -> jax.Array:
-        dropped, update = drop(x, dropout, key), 5 / 3 * (a @ b)
+        dropped, update = apply_dropout(x, dropout, key), 5 / 3 * (a @ b)
         norm = jax.lax.stop_gradient(jnp.linalg.norm(dense + update, axis=0))
         m = ((jnp.linalg.norm(dense, axis=0) + magnitude) / norm)[None, None]
         plus = (m - 1) * (dropped @ dense) + m * (dropped @ update)
@@ -237,11 +238,12 @@ def test_no_more_than_one_dense_matrix_is_held() -> None:
 
 def test_its_plan_counts_the_magnitudes() -> None:
     """Of seven layers of Llama-3-8B, in float32, with Adam's moments, and what the backward pass keeps of their results."""
-    recipe = Recipe(llama_config(SIZES["llama-3-8b"]), method=LoRA(16), packed=False, remat="dots")
-    dora = dataclasses.replace(recipe, method=LoRA(16, use_dora=True))
+    model = ModelSpec(llama_config(SIZES["llama-3-8b"]), method=LoRA(16), remat="dots")
+    spec = StepSpec(model, language_model_objective(packed=False))
+    dora = dataclasses.replace(spec, model=dataclasses.replace(model, method=LoRA(16, use_dora=True)))
     outputs = 32 * (2 * 4096 + 2 * 1024 + 2 * 14336 + 4096)
-    one, other = quick_plan(recipe, "cuda"), quick_plan(dora, "cuda")
+    one, other = quick_plan(spec, "cuda"), quick_plan(dora, "cuda")
     assert other.adapter - one.adapter == 4 * outputs
     assert other.optimizer - one.optimizer == 8 * outputs
     assert other.dense_weights - one.dense_weights == 4 * outputs
-    assert other.residuals - one.residuals == 2 * recipe.tokens * outputs
+    assert other.residuals - one.residuals == 2 * spec.tokens * outputs

@@ -15,7 +15,7 @@ from peft_peer import VOCABULARY, Peer, largest, run
 from qlora_jax.finetune.eva import start_from_inputs
 from qlora_jax.models import CausalLM
 from qlora_jax.peft import LoRA
-from qlora_jax.peft.eva import update
+from qlora_jax.peft.eva import update_statistics
 from qlora_jax.train import language_model_loss
 
 RANK = 4
@@ -35,12 +35,12 @@ def test_batch_by_batch_against_all_at_once() -> None:
     spread = np.diag(0.8 ** np.arange(24)) @ np.linalg.qr(draws.standard_normal((24, 24)))[0]
     x = draws.standard_normal((5, 60, 24)) @ spread + draws.standard_normal((5, 1, 24))
     counts = draws.random((5, 60)) < 0.8
-    kept: Any = (jnp.zeros((RANK, 24)), jnp.zeros(24), jnp.zeros(()), jnp.zeros(()))
+    statistics: Any = (jnp.zeros((RANK, 24)), jnp.zeros(24), jnp.zeros(()), jnp.zeros(()))
     for batch, rows in zip(x, counts, strict=True):
         noisy = np.where(rows[:, None], batch, 1e3 * draws.standard_normal(batch.shape))
-        kept = jax.jit(update)(kept, jnp.asarray(noisy, jnp.float32), jnp.asarray(rows))
+        statistics = jax.jit(update_statistics)(statistics, jnp.asarray(noisy, jnp.float32), jnp.asarray(rows))
     seen = x[counts]
-    directions, mean, count, cosine = map(np.asarray, kept)
+    directions, mean, count, cosine = map(np.asarray, statistics)
     assert count == len(seen)
     assert 0 <= cosine <= 1 + 1e-5
     np.testing.assert_allclose(mean, seen.mean(0), atol=1e-4)

@@ -288,7 +288,11 @@ def test_files_that_do_not_go_together(tmp_path: Path) -> None:
     [
         ("PROMPT_TUNING", {"num_virtual_tokens": 0}, "virtual_tokens: expected at least 1, found 0"),
         ("PROMPT_TUNING", {"modules_to_save": ["norm"]}, "modules_to_save beside virtual tokens is not supported"),
-        ("PROMPT_TUNING", {"prompt_tuning_init": "NOISE"}, "prompt_tuning_init: expected a known start, found 'NOISE'"),
+        (
+            "PROMPT_TUNING",
+            {"prompt_tuning_init": "NOISE"},
+            "prompt_tuning_init: expected a known initialization, found 'NOISE'",
+        ),
         ("P_TUNING", {"encoder_reparameterization_type": "GRU"}, "expected MLP or LSTM, found 'GRU'"),
         ("PREFIX_TUNING", {"num_transformer_submodules": 3}, "num_transformer_submodules: expected 1 or 2, found 3"),
     ],

@@ -9,20 +9,23 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiny_llama import TINY
+from tiny_llama import TINY, changed
 
+from qlora_jax.models import ModelSpec
 from qlora_jax.models.llama import llama_config
 from qlora_jax.peft import LoRA
-from qlora_jax.plan import DEVICES, SIZES, Recipe, compile_decode_step, compile_train_step, machine_mesh, machine_named
+from qlora_jax.plan import DEVICES, SIZES, compile_decode_step, compile_train_step, machine_mesh, machine_named
 from qlora_jax.plan import compile as compiling
 from qlora_jax.plan.compile import compile_program
 from qlora_jax.plan.fit import largest_that_fits
 from qlora_jax.plan.hlo import parse_program
 from qlora_jax.plan.topology import context
 from qlora_jax.quant import StackedTensor, matmul, quantize
+from qlora_jax.train import BatchSpec, StepSpec, language_model_objective
 
 VOCABULARY = 640  # so that nothing but the token table has as many values
-RECIPE = Recipe(llama_config(TINY | {"vocab_size": VOCABULARY}), method=LoRA(8), length=128, packed=False)
+MODEL = ModelSpec(llama_config(TINY | {"vocab_size": VOCABULARY}), method=LoRA(8))
+SPEC = StepSpec(MODEL, language_model_objective(packed=False), BatchSpec(length=128))
 
 
 def one_product(machine):
@@ -111,10 +114,10 @@ def main(platform, products_alone):
         print(json.dumps(result))
         return
     if platform == "cuda":
-        host = dataclasses.replace(RECIPE, host_optimizer=True)
+        host = changed(SPEC, optimizer={"host_optimizer": True})
         result["train"] = of(compile_train_step(host, machine_named("h100")))
-        result["four"] = of(compile_train_step(RECIPE, machine_named("h100x4")))
-        result["decode"] = of(compile_decode_step(RECIPE, machine_named("h100"), capacity=256))
+        result["four"] = of(compile_train_step(SPEC, machine_named("h100x4")))
+        result["decode"] = of(compile_decode_step(SPEC, machine_named("h100"), capacity=256))
         gpus = [machine_named(name) for name in ("h100", "a100-80", "l4")]
         cases = [(gpu, 1, "bfloat16") for gpu in gpus] + [(gpus[0], 64, "bfloat16"), (gpus[2], 8, "float32")]
         result["kernels"] = [kernel_reads(*case) for case in cases]
@@ -122,14 +125,15 @@ def main(platform, products_alone):
 
         def peak(rows):
             asked.append(rows)
-            recipe = dataclasses.replace(RECIPE, batch_size=rows)
-            return compile_decode_step(recipe, machine_named("h100"), capacity=256).program.peak
+            spec = changed(SPEC, batch={"batch_size": rows})
+            return compile_decode_step(spec, machine_named("h100"), capacity=256).program.peak
 
         limit = result["decode"]["peak"] + 40 * result["decode"]["cache"]
         result["fit"] = {"found": largest_that_fits(peak, limit, start=8), "asked": asked, "limit": limit}
     else:
-        result["train"] = of(compile_train_step(RECIPE, machine_named("v5e")))
-        large = Recipe(llama_config(SIZES["llama-3-8b"]), method=LoRA(16))  # what is small lies in a TPU's own memory
+        result["train"] = of(compile_train_step(SPEC, machine_named("v5e")))
+        model = ModelSpec(llama_config(SIZES["llama-3-8b"]), method=LoRA(16))
+        large = StepSpec(model, language_model_objective())  # what is small lies in a TPU's own memory
         result["decode"] = of(compile_decode_step(large, machine_named("v5e"), capacity=2048))
     print(json.dumps(result))
 

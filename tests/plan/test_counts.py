@@ -5,13 +5,12 @@ import jax.numpy as jnp
 import pytest
 from tiny_llama import TINY
 
+from qlora_jax.models import ModelSpec
 from qlora_jax.models.llama import llama_config
 from qlora_jax.peft import LoRA
-from qlora_jax.plan import Recipe
 from qlora_jax.plan.flops import count_flops
 from qlora_jax.plan.hlo import parse_program
-from qlora_jax.plan.recipe import abstract_step
-from qlora_jax.train.step import train_step
+from qlora_jax.train import BatchSpec, StepSpec, build_step, language_model_objective, train_step
 
 
 def test_products_count_as_often_as_a_scan_runs() -> None:
@@ -28,12 +27,14 @@ def test_products_count_as_often_as_a_scan_runs() -> None:
 def test_a_training_step_is_counted_as_by_hand(micro_batches: int) -> None:
     """Full remat: a layer's products run forward twice and back once, but for the last product of the second forward."""
     rank, tokens, length = 8, 2 * 64, 64
-    recipe = Recipe(
-        llama_config(TINY), method=LoRA(rank), batch_size=2, length=length, packed=False, micro_batches=micro_batches
+    spec = StepSpec(
+        ModelSpec(llama_config(TINY), method=LoRA(rank)),
+        language_model_objective(packed=False),
+        BatchSpec(batch_size=2, micro_batches=micro_batches, length=length),
     )
-    step = abstract_step(recipe, "cpu")
+    step = build_step(spec, platform="cpu")
     traced = jax.jit(
-        lambda state, frozen, batch: train_step(step.graphdef, step.tx, step.loss, state, frozen, batch, unit=step.unit)
+        lambda state, frozen, batch: train_step(step.graphdef, step.tx, step.objective.loss, state, frozen, batch)
     ).trace(step.state, step.frozen, step.batch)
     shapes = [(256, 256), (256, 128), (256, 128), (256, 256), (256, 512), (256, 512), (512, 256)]
     linear = sum(a * b for a, b in shapes)

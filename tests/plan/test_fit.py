@@ -1,13 +1,18 @@
 """The search for what fits, over made-up plans whose answers are known."""
 
-import dataclasses
-
 import pytest
+from tiny_llama import changed
 
+from qlora_jax.models import ModelSpec
 from qlora_jax.models.llama import llama_config
-from qlora_jax.plan import SIZES, Choice, Recipe, cheaper_first, cheapest_that_fits, largest_that_fits
+from qlora_jax.plan import SIZES, Choice, cheaper_first, cheapest_that_fits, largest_that_fits
+from qlora_jax.train import BatchSpec, StepSpec, language_model_objective
 
-RECIPE = Recipe(llama_config(SIZES["smollm2-135m"]), batch_size=4, length=512, packed=False, remat="dots")
+SPEC = StepSpec(
+    ModelSpec(llama_config(SIZES["smollm2-135m"]), remat="dots"),
+    language_model_objective(packed=False),
+    BatchSpec(batch_size=4, length=512),
+)
 
 
 @pytest.mark.parametrize("limit", [10, 99, 100, 101, 1000, 12345])
@@ -56,38 +61,39 @@ def test_multiples_alone_are_tried() -> None:
 
 
 def test_options_that_cost_least_come_first() -> None:
-    choices = list(cheaper_first(RECIPE))
-    assert choices[0] == Choice((), RECIPE)
+    choices = list(cheaper_first(SPEC))
+    assert choices[0] == Choice((), SPEC)
     words = [" ".join(choice.words) for choice in choices]
     assert words[1:4] == ["--remat full", "--remat offload", "--host-offload"]
     assert any("--batch-size 2 --accumulation-steps 2" in said for said in words)
     assert any("--optimizer adamw8bit" in said for said in words)
     assert "8 times the devices" in words[-1]
-    rows = {choice.recipe.batch_size * choice.recipe.micro_batches for choice in choices}
+    rows = {choice.spec.batch.batch_size * choice.spec.batch.micro_batches for choice in choices}
     assert rows == {4}  # the step stays the same
 
 
 def test_without_host_memory_nothing_goes_there() -> None:
-    choices = list(cheaper_first(RECIPE, devices=(1,), host=False))
+    choices = list(cheaper_first(SPEC, devices=(1,), host=False))
     assert len(choices) > 4
     assert not any("host" in word or "offload" in word for choice in choices for word in choice.words)
-    assert not any(choice.recipe.host_optimizer or choice.recipe.remat == "offload" for choice in choices)
+    assert not any(choice.spec.optimizer.host_optimizer or choice.spec.model.remat == "offload" for choice in choices)
 
 
 def test_the_cheapest_that_fits_is_compiled_and_what_is_hopeless_is_not() -> None:
     compiled: list[Choice] = []
 
     def size(choice: Choice) -> int:
-        recipe = choice.recipe
-        return 100 * recipe.batch_size + (50 if recipe.remat == "dots" else 0) + (0 if recipe.host_optimizer else 30)
+        spec = choice.spec
+        rest = (50 if spec.model.remat == "dots" else 0) + (0 if spec.optimizer.host_optimizer else 30)
+        return 100 * spec.batch.batch_size + rest
 
     def peak(choice: Choice) -> int:
         compiled.append(choice)
         return size(choice)
 
-    found = cheapest_that_fits(cheaper_first(RECIPE), size, peak, 405)
+    found = cheapest_that_fits(cheaper_first(SPEC), size, peak, 405)
     assert found is not None
     assert found[1] == 400
-    assert found[0].recipe == dataclasses.replace(RECIPE, remat="full", host_optimizer=True)
+    assert found[0].spec == changed(SPEC, model={"remat": "full"}, optimizer={"host_optimizer": True})
     assert all(size(choice) <= 1.1 * 405 for choice in compiled)
-    assert cheapest_that_fits(cheaper_first(RECIPE), size, peak, 50) is None
+    assert cheapest_that_fits(cheaper_first(SPEC), size, peak, 50) is None

@@ -4,6 +4,7 @@
 for each shape of a matrix, which live for the whole step.
 """
 
+import dataclasses
 import re
 from collections import Counter
 
@@ -15,12 +16,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qlora_jax.quant.tensor
+from qlora_jax.models import ModelSpec
 from qlora_jax.models.llama import llama_config
 from qlora_jax.peft import LoRA
-from qlora_jax.plan import Recipe
-from qlora_jax.plan.recipe import abstract_step
 from qlora_jax.quant import codebook
-from qlora_jax.train.step import jit_train_step
+from qlora_jax.train import BatchSpec, StepSpec, build_step, language_model_objective
 
 TINY = {
     "model_type": "llama",
@@ -37,11 +37,11 @@ SCALES = {"3x192", "3x64", "3x320", "5x192"}
 
 def loop_operands() -> list[Counter[str]]:
     """For each loop of the step, how many operands of each type it has."""
-    recipe = Recipe(llama_config(TINY), method=LoRA(8), length=128, packed=False)
-    step = abstract_step(recipe, "tpu")
+    model = ModelSpec(llama_config(TINY), method=LoRA(8))
+    step = build_step(StepSpec(model, language_model_objective(packed=False), BatchSpec(length=128)), platform="tpu")
     sharding = NamedSharding(jax.make_mesh((1,), ("data",)), P())
     state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), step.state)
-    run = jit_train_step(step.graphdef, step.tx, step.loss, state, unit=step.unit)
+    run = dataclasses.replace(step, state=state).jit_train()
     text = run.trace(state, step.frozen, step.batch).lower(lowering_platforms=("tpu",)).as_text()
     loops = [line for line in text.splitlines() if "stablehlo.while(" in line]
     return [Counter(re.findall(r"tensor<([^>]*)>", line.rsplit(" : ", 1)[1])) for line in loops]

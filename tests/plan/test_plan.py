@@ -1,23 +1,33 @@
-"""plan/: the arithmetic of bytes, the recipes, the reports and the table of sizes."""
+"""plan/: the arithmetic of bytes, the steps that are planned, the reports and the table of sizes."""
 
-import dataclasses
+import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from tiny_llama import TINY
+from tiny_llama import TINY, changed
 
-from qlora_jax.models import CausalLM, family_of
+from qlora_jax.errors import OptionError
+from qlora_jax.models import CausalLM, ModelSpec, family_of
 from qlora_jax.models.llama import llama_config
 from qlora_jax.peft import LoRA
-from qlora_jax.plan import HUB_IDS, SIZES, Program, Recipe, as_json, draw, machine_named, quick_plan, report_of, table
-from qlora_jax.plan.recipe import abstract_batch, abstract_step, tree_bytes, weight_bytes
+from qlora_jax.plan import HUB_IDS, SIZES, Program, as_json, draw, machine_named, quick_plan, report_of, spec_values, table
+from qlora_jax.plan.tree_bytes import tree_bytes, weight_bytes
 from qlora_jax.quant import Quantization
-from qlora_jax.train import OptimizerName
-from qlora_jax.train.dpo import PAIRS
-from qlora_jax.train.step import split
+from qlora_jax.train import (
+    PAIRS,
+    BatchSpec,
+    OptimizerName,
+    OptimizerSpec,
+    StepSpec,
+    build_step,
+    dpo_objective,
+    language_model_objective,
+    seq2seq_objective,
+    split,
+)
 
 LINEAR = 256 * 256 * 2 + 256 * 128 * 2 + 256 * 512 * 3  # values in the linear layers of one decoder layer
 # The parameters that the models' authors publish, in billions.
@@ -40,6 +50,9 @@ PARAMETERS = {
     "qwen3-8b": 8.191,
     "gemma-2-9b": 9.242,
 }
+
+MODEL = ModelSpec(llama_config(TINY), method=LoRA(8))
+BATCH = BatchSpec(batch_size=3, length=8, micro_batches=2)
 
 
 def test_weights_are_counted_by_kind() -> None:
@@ -65,38 +78,63 @@ def test_peak_counts_donated_outputs_once() -> None:
 
 
 def test_a_packed_batch_carries_segments() -> None:
-    recipe = Recipe(llama_config(TINY), batch_size=3, length=8, micro_batches=2, packed=False)
-    assert set(abstract_batch(recipe)) == {"inputs", "targets", "loss_mask"}
-    batch = abstract_batch(dataclasses.replace(recipe, packed=True))
+    spec = StepSpec(MODEL, language_model_objective(packed=False), BATCH)
+    assert not spec.objective.packed
+    assert set(spec.batch_shapes()) == {"inputs", "targets", "loss_mask"}
+    spec = StepSpec(MODEL, language_model_objective(), BATCH)
+    assert spec.objective.packed
+    batch = spec.batch_shapes()
     assert set(batch) == {"inputs", "targets", "loss_mask", "segment_ids", "positions"}
     assert {leaf.shape for leaf in batch.values()} == {(2, 3, 8)}
-    assert {leaf.shape for leaf in abstract_batch(recipe, 4).values()} == {(2, 12, 8)}
+    assert {leaf.shape for leaf in spec.batch_shapes(4).values()} == {(2, 12, 8)}
 
 
 def test_pairs_are_two_batches() -> None:
-    recipe = Recipe(llama_config(TINY), batch_size=3, length=8, micro_batches=2, packed=False)
-    one, pairs = abstract_batch(recipe), abstract_batch(dataclasses.replace(recipe, objective="dpo"))
+    one = StepSpec(MODEL, language_model_objective(packed=False), BATCH).batch_shapes()
+    pairs = StepSpec(MODEL, dpo_objective(), BATCH).batch_shapes()
     assert pairs.keys() == {f"{side}_{name}" for side in ("chosen", "rejected") for name in one}
     assert tree_bytes(pairs) == 2 * tree_bytes(one)
     assert PAIRS.count({name: jnp.ones(x.shape, x.dtype) for name, x in pairs.items()}) == 6
 
 
+def test_sources_have_a_length_of_their_own() -> None:
+    spec = StepSpec(MODEL, seq2seq_objective(), BatchSpec(batch_size=2, length=8, source_length=16))
+    shapes = {name: leaf.shape for name, leaf in spec.batch_shapes().items()}
+    assert {shapes[name] for name in ("sources", "source_mask")} == {(1, 2, 16)}
+    assert {shapes[name] for name in ("inputs", "targets", "loss_mask")} == {(1, 2, 8)}
+    assert spec.tokens == 2 * 16
+
+
+def test_the_values_of_a_spec_are_plain() -> None:
+    spec = StepSpec(MODEL, dpo_objective(reference=True), BATCH, OptimizerSpec(host_optimizer=True))
+    values = spec_values(spec)
+    assert json.loads(json.dumps(values)).keys() == values.keys()
+    assert (values["objective"], values["reference"], values["host_optimizer"]) == ("dpo", True, True)
+    assert (values["batch_size"], values["micro_batches"], values["length"], values["packed"]) == (3, 2, 8, False)
+    assert spec_values(changed(spec, model={"dtype": jnp.float32}))["dtype"] == "float32"
+
+
 @pytest.mark.parametrize(("optimizer", "bytes_a_value"), [("adamw", 8), ("lion", 4)])
 def test_the_state_is_that_of_the_optimizer(optimizer: OptimizerName, bytes_a_value: int) -> None:
-    step = abstract_step(Recipe(llama_config(TINY), method=LoRA(8), optimizer=optimizer), "cuda")
+    spec = StepSpec(MODEL, language_model_objective(), BATCH, OptimizerSpec(optimizer))
+    step = build_step(spec, platform="cuda")
     counters = 2 * 4  # of the rule and of the schedule
     assert tree_bytes(step.state.opt_state) == bytes_a_value * tree_bytes(step.state.adapter) // 4 + counters
 
 
-def test_a_recipe_says_what_is_wrong() -> None:
+def test_a_spec_says_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="batch_size: expected at least 1, found 0"):
-        Recipe(llama_config(TINY), batch_size=0)
+        BatchSpec(batch_size=0)
+    with pytest.raises(OptionError, match="host_adapter: expected host_optimizer beside it"):
+        OptimizerSpec(host_adapter=True)
+    with pytest.raises(OptionError, match="attention_groups: expected at least 1, found 0"):
+        language_model_objective(attention_groups=0)
 
 
 def test_a_report_sums_up_and_is_drawn(tmp_path: Path) -> None:
     machine = machine_named("v5e:2x2")
-    recipe = Recipe(llama_config(TINY), method=LoRA(8), packed=False)
-    report = report_of(quick_plan(recipe, "tpu", 4), recipe, machine, "tiny")
+    spec = StepSpec(MODEL, language_model_objective(packed=False))
+    report = report_of(quick_plan(spec, "tpu", 4), spec, machine, "tiny")
     assert sum(size for _, size in report.device) == report.total == as_json(report)["peak"]
     assert report.fits
     text = table(report)

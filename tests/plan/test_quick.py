@@ -3,19 +3,24 @@
 import dataclasses
 
 import pytest
+from tiny_llama import changed
 
+from qlora_jax.models import ModelSpec
 from qlora_jax.models.llama import llama_config
 from qlora_jax.peft import LoRA
-from qlora_jax.plan import SIZES, Recipe, quick_plan
-from qlora_jax.plan.quick import FACTORS, features, residual_bytes
+from qlora_jax.plan import SIZES, quick_plan
+from qlora_jax.plan.factors import FACTORS
+from qlora_jax.plan.quick import features, residual_bytes
+from qlora_jax.train import BatchSpec, StepSpec, language_model_objective
 
 LLAMA = llama_config(SIZES["llama-3-8b"])
-RECIPE = Recipe(LLAMA, method=LoRA(16), batch_size=4, length=2048, packed=False)
+PLAIN = language_model_objective(packed=False)
+SPEC = StepSpec(ModelSpec(LLAMA, method=LoRA(16)), PLAIN, BatchSpec(batch_size=4, length=2048))
 
 
 def test_weights_adapter_and_optimizer_are_exact() -> None:
     """Those of Llama-3-8B by hand: packed values, 8-bit scales, the scales' scales, an offset a matrix."""
-    plan = quick_plan(RECIPE, "cuda")
+    plan = quick_plan(SPEC, "cuda")
     values = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     assert plan.packed_weights == values // 2 + values // 64 + values // 64 // 256 * 4 + 32 * 7 * 4
     assert plan.dense_weights == 2 * (2 * 128256 * 4096 + 65 * 4096)
@@ -26,7 +31,7 @@ def test_weights_adapter_and_optimizer_are_exact() -> None:
 
 
 def test_columns_are_spread_over_devices_and_the_adapter_is_not() -> None:
-    one, four = quick_plan(RECIPE, "tpu"), quick_plan(RECIPE, "tpu", 4)
+    one, four = quick_plan(SPEC, "tpu"), quick_plan(SPEC, "tpu", 4)
     assert four.adapter == one.adapter
     assert four.packed_weights == pytest.approx(one.packed_weights / 4, rel=0.002)
     assert four.batch == one.batch  # rows of each device
@@ -34,45 +39,48 @@ def test_columns_are_spread_over_devices_and_the_adapter_is_not() -> None:
 
 def test_residuals_by_remat() -> None:
     stream = 32 * 4 * 2048 * 4096 * 2
-    assert residual_bytes(RECIPE) == (stream, 0)
-    assert residual_bytes(dataclasses.replace(RECIPE, remat="offload")) == (0, stream)
-    dots, _ = residual_bytes(dataclasses.replace(RECIPE, remat="dots"))
-    none, _ = residual_bytes(dataclasses.replace(RECIPE, remat="none"))
+    assert residual_bytes(SPEC) == (stream, 0)
+    assert residual_bytes(changed(SPEC, model={"remat": "offload"})) == (0, stream)
+    dots, _ = residual_bytes(changed(SPEC, model={"remat": "dots"}))
+    none, _ = residual_bytes(changed(SPEC, model={"remat": "none"}))
     assert stream < dots < none
 
 
 def test_options_move_memory_the_right_way() -> None:
-    plan = quick_plan(RECIPE, "cuda")
-    host = quick_plan(dataclasses.replace(RECIPE, host_optimizer=True), "cuda")
+    plan = quick_plan(SPEC, "cuda")
+    host = quick_plan(changed(SPEC, optimizer={"host_optimizer": True}), "cuda")
     assert host.optimizer == 0
     assert 0 <= host.host_peak - plan.optimizer < 1024  # a counter a layer
-    eight = quick_plan(dataclasses.replace(RECIPE, optimizer="adamw8bit"), "cuda")
+    eight = quick_plan(changed(SPEC, optimizer={"name": "adamw8bit"}), "cuda")
     assert eight.optimizer == pytest.approx(plan.optimizer * 2.03 / 8, rel=0.01)
-    assert quick_plan(dataclasses.replace(RECIPE, batch_size=8), "cuda").peak > plan.peak
+    assert quick_plan(changed(SPEC, batch={"batch_size": 8}), "cuda").peak > plan.peak
 
 
 def test_of_a_long_sequence_one_chunk_of_inner_activations_counts() -> None:
-    long = dataclasses.replace(RECIPE, batch_size=1, length=32768)
-    kept, chunked = (features(dataclasses.replace(long, remat=remat), "cuda", 1, 1) for remat in ("dots", "full"))
-    assert chunked["inner"] == 8192 * 14336 * 2 == kept["inner"] // 4
-    assert chunked["stream"] < kept["stream"] == kept["hidden"]
-    assert features(RECIPE, "cuda", 1, 1)["stream"] == RECIPE.tokens * 4096 * 2  # 4 x 2048 are one chunk
-    groups = features(dataclasses.replace(long, packed=True, attention_groups=4), "cuda", 1, 1)
-    assert groups["mask"] == features(dataclasses.replace(long, packed=True), "cuda", 1, 1)["mask"] // 4
+    long = changed(SPEC, batch={"batch_size": 1, "length": 32768})
+    whole, chunked = (features(changed(long, model={"remat": remat}), "cuda", 1, 1) for remat in ("dots", "full"))
+    assert chunked["inner"] == 8192 * 14336 * 2 == whole["inner"] // 4
+    assert chunked["stream"] < whole["stream"] == whole["hidden"]
+    assert features(SPEC, "cuda", 1, 1)["stream"] == SPEC.tokens * 4096 * 2  # 4 x 2048 are one chunk
+    dense, groups = (
+        features(dataclasses.replace(long, objective=language_model_objective(attention_groups=groups)), "cuda", 1, 1)
+        for groups in (1, 4)
+    )
+    assert groups["mask"] == dense["mask"] // 4 > 0
 
 
 def test_packed_tables_are_exact() -> None:
     """By hand: a byte a value and a float32 scale a row; or half a byte, a scale a block, one of 256 of those, an offset."""
-    values, plain = 128256 * 4096, quick_plan(RECIPE, "cuda")
+    values, plain = 128256 * 4096, quick_plan(SPEC, "cuda")
     norms = plain.dense_weights - 2 * 2 * values
     for storage, each in (("int8", values + 4 * 128256), ("nf4", values // 2 + values // 64 + values // 64 // 256 * 4 + 4)):
-        plan = quick_plan(dataclasses.replace(RECIPE, embedding_storage=storage), "cuda")
+        plan = quick_plan(changed(SPEC, model={"embedding_storage": storage}), "cuda")
         assert plan.packed_weights == plain.packed_weights + 2 * each
         assert plan.dense_weights == norms
 
 
 @pytest.mark.parametrize("platform", FACTORS)
 def test_there_is_a_factor_for_each_feature(platform: str) -> None:
-    sizes = features(RECIPE, platform, 1, 1)
+    sizes = features(SPEC, platform, 1, 1)
     assert {name for factors in FACTORS[platform].values() for name in factors} == sizes.keys()
     assert min(min(factors.values()) for factors in FACTORS[platform].values()) >= 0

@@ -1,9 +1,7 @@
-"""scripts/generate.py: answers on stdout, one line for what is wrong, and a chat that remembers."""
+"""The command generate: answers on stdout, one line for what is wrong, and a chat that remembers."""
 
-import importlib.util
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +16,17 @@ from qlora_jax.adapters.files import tensor_name, write_adapter
 from qlora_jax.adapters.metadata import AdapterMetadata
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import load_model
+from qlora_jax.commands import generate as script
 from qlora_jax.errors import CheckpointError
 from qlora_jax.models.llama import llama_config
 from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message.role }}: {{ message.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
 HIDDEN, HEADS, LAYERS = 32, 4, 2
-
-
-def import_script() -> Any:
-    spec = importlib.util.spec_from_file_location("generate_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-script = import_script()
 
 
 @pytest.fixture(scope="module")

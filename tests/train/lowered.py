@@ -7,18 +7,18 @@ from contextlib import contextmanager
 
 import jax
 
-BOTH_AHEAD = [("jit(step)", True), ("jit(train_step)", True)]  # the evaluation's, which comes first, and training's
+BOTH_PRECOMPILED = [("jit(step)", True), ("jit(train_step)", True)]  # the evaluation's, which comes first, and training's
 
 
 @contextmanager
 def steps_lowered() -> Iterator[list[tuple[str, bool]]]:
-    """(name of a step, whether the thread ahead lowered it) of what runs within, in order."""
+    """(name of a step, whether the thread that precompiles lowered it) of what runs within, in order."""
     found: list[tuple[str, bool]] = []
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             text = record.getMessage()
-            for name, _ in BOTH_AHEAD:
+            for name, _ in BOTH_PRECOMPILED:
                 if text.startswith(f"Compiling {name}"):
                     found.append((name, threading.current_thread().name.startswith("compile")))
 

@@ -13,12 +13,15 @@ from qlora_jax.train import (
     PAIRS,
     TOKENS,
     Cadence,
+    Callback,
     DivergedError,
     MetricsLog,
+    Records,
+    TrainingData,
     TrainState,
     Unit,
-    Watch,
     best_evaluation,
+    evaluation,
     mean_metrics,
     train,
 )
@@ -62,39 +65,39 @@ class Run:
         assert step == int(state.step)
         self.calls.append(("save", step, position))
 
-    def watch(self, every: int) -> Watch:
-        def look(step: int, state: TrainState) -> dict[str, float]:
+    def callback(self, every: int) -> Callback:
+        def on_step(step: int, state: TrainState) -> dict[str, float]:
             assert step == int(state.step)
-            self.calls.append(("watch", step))
+            self.calls.append(("callback", step))
             return {"height": step / 8}
 
-        return Watch(every, look, "height")
+        return Callback(every, on_step, "height")
 
     def go(
         self,
         cadence: Cadence,
         *,
+        evaluate_every: int,
         first: int = 0,
         held_out: bool = True,
         unit: Unit = TOKENS,
-        watches: Sequence[Watch] = (),
+        callbacks: Sequence[Callback] = (),
     ) -> TrainState:
+        data = TrainingData(
+            Batches(first),
+            put=lambda batch: "on the device",  # type: ignore[arg-type, return-value]
+            count_tokens=lambda batch: int(batch["segment_ids"].sum()),
+        )
         try:
             return train(
                 self.step,
                 at(first),
                 "frozen",
-                Batches(first),
-                put=lambda batch: "on the device",  # type: ignore[arg-type, return-value]
+                data,
                 cadence=cadence,
-                learning_rate=lambda count: 10 + count,
-                evaluate=self.evaluate if held_out else None,
+                records=Records(self.log, lambda count: 10 + count, unit, progress=False),
                 save=self.save,
-                log=self.log,
-                count_tokens=lambda batch: int(batch["segment_ids"].sum()),
-                unit=unit,
-                watches=watches,
-                progress=False,
+                callbacks=[*([evaluation(evaluate_every, self.evaluate)] if held_out else []), *callbacks],
             )
         finally:
             self.log.close()
@@ -111,7 +114,7 @@ def run(tmp_path: Path) -> Run:
 
 def test_cadence(run: Run) -> None:
     """Evaluations before the first step, every two, and after the last; checkpoints every three, and after the last."""
-    state = run.go(Cadence(steps=7, evaluate_every=2, save_every=3))
+    state = run.go(Cadence(steps=7, save_every=3), evaluate_every=2)
     assert int(state.step) == 7
     assert run.calls == [
         ("evaluate", 0),
@@ -133,13 +136,13 @@ def test_cadence(run: Run) -> None:
 
 
 def test_zero_is_only_at_the_end(run: Run) -> None:
-    run.go(Cadence(steps=3, evaluate_every=0, save_every=0))
+    run.go(Cadence(steps=3, save_every=0), evaluate_every=0)
     rest = [call[:2] for call in run.calls if call[0] != "step"]
     assert rest == [("evaluate", 0), ("evaluate", 3), ("save", 3)]
 
 
 def test_rows(run: Run) -> None:
-    run.go(Cadence(steps=3, evaluate_every=2, save_every=0))
+    run.go(Cadence(steps=3, save_every=0), evaluate_every=2)
     before, *rows = run.log.rows
     assert before == {"step": 0, "eval_loss": 7.0, "eval_accuracy": 0.5}
     for step, row in enumerate(rows, start=1):
@@ -156,7 +159,7 @@ def test_rows(run: Run) -> None:
 def test_further_means_and_units_go_into_the_rows(tmp_path: Path) -> None:
     metrics = {"loss": 1.0, "rewards/margins": 0.25, "grad_norm": 2.0, "pairs": 4.0}
     run = Run(tmp_path, lambda step: metrics)
-    run.go(Cadence(steps=1, evaluate_every=0, save_every=0), unit=PAIRS)
+    run.go(Cadence(steps=1, save_every=0), evaluate_every=0, unit=PAIRS)
     row = run.log.rows[-1]
     assert row["rewards/margins"] == 0.25
     assert row["learned_pairs"] == 4
@@ -164,22 +167,22 @@ def test_further_means_and_units_go_into_the_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("every", "steps"), [(3, [0, 3, 5]), (0, [0, 5]), (1, [0, 1, 2, 3, 4, 5])])
-def test_watches(run: Run, every: int, steps: list[int]) -> None:
+def test_callbacks(run: Run, every: int, steps: list[int]) -> None:
     """Before, every so many steps, and after the last; what they see goes into the row of the step."""
-    run.go(Cadence(steps=5, evaluate_every=0, save_every=0), held_out=False, watches=[run.watch(every)])
-    assert [call[1] for call in run.calls if call[0] == "watch"] == steps
+    run.go(Cadence(steps=5, save_every=0), evaluate_every=0, held_out=False, callbacks=[run.callback(every)])
+    assert [call[1] for call in run.calls if call[0] == "callback"] == steps
     assert [(row["step"], row["height"]) for row in run.log.rows if "height" in row] == [(step, step / 8) for step in steps]
     assert [row["step"] for row in run.log.rows] == [0, 1, 2, 3, 4, 5]
 
 
-def test_watches_of_a_run_that_stops_early_or_resumes(run: Run, tmp_path: Path) -> None:
+def test_callbacks_of_a_run_that_stops_early_or_resumes(run: Run, tmp_path: Path) -> None:
     run.held_out = HELD_OUT
-    run.go(Cadence(steps=20, evaluate_every=2, save_every=0, patience=3), watches=[run.watch(0)])
-    assert [call[1] for call in run.calls if call[0] == "watch"] == [0, 10], "the last step, which early stopping chose"
+    run.go(Cadence(steps=20, save_every=0, patience=3), evaluate_every=2, callbacks=[run.callback(0)])
+    assert [call[1] for call in run.calls if call[0] == "callback"] == [0, 10], "the last step, which early stopping chose"
     (tmp_path / "more").mkdir()
     more = Run(tmp_path / "more")
-    more.go(Cadence(steps=5, evaluate_every=0, save_every=0), first=3, watches=[more.watch(2)])
-    assert [call[1] for call in more.calls if call[0] == "watch"] == [4, 5]
+    more.go(Cadence(steps=5, save_every=0), evaluate_every=0, first=3, callbacks=[more.callback(2)])
+    assert [call[1] for call in more.calls if call[0] == "callback"] == [4, 5]
 
 
 # Lower at first, then not for three evaluations, of which one is as low; before the first step, lowest of all.
@@ -189,7 +192,7 @@ HELD_OUT = {0: 1.0, 2: 5.0, 4: 3.0, 6: 4.0, 8: 3.0, 10: math.nan, 12: 2.0}
 def test_early_stopping(run: Run) -> None:
     """At the third evaluation without a lower loss; each lowest one is saved, and so is the last step."""
     run.held_out = HELD_OUT
-    state = run.go(Cadence(steps=20, evaluate_every=2, save_every=7, patience=3))
+    state = run.go(Cadence(steps=20, save_every=7, patience=3), evaluate_every=2)
     assert int(state.step) == 10
     assert [call[1] for call in run.calls if call[0] == "save"] == [2, 4, 7, 10]
     assert best_evaluation(run.log.rows) == (4, 3)
@@ -197,7 +200,7 @@ def test_early_stopping(run: Run) -> None:
 
 def test_patience_that_lasts(run: Run) -> None:
     run.held_out = HELD_OUT
-    assert int(run.go(Cadence(steps=14, evaluate_every=2, save_every=0, patience=4)).step) == 14
+    assert int(run.go(Cadence(steps=14, save_every=0, patience=4), evaluate_every=2).step) == 14
     assert best_evaluation(run.log.rows) == (12, 1)
 
 
@@ -207,12 +210,12 @@ def test_a_resumed_run_keeps_the_count(tmp_path: Path, first: int) -> None:
     run = Run(tmp_path)
     run.held_out = HELD_OUT
     run.log.rows += [{"step": step, "eval_loss": loss} for step, loss in HELD_OUT.items() if step <= first]
-    assert int(run.go(Cadence(steps=20, evaluate_every=2, save_every=0, patience=3), first=first).step) == 10
+    assert int(run.go(Cadence(steps=20, save_every=0, patience=3), evaluate_every=2, first=first).step) == 10
 
 
 def test_a_run_that_had_stopped_does_not_go_on(run: Run) -> None:
     run.log.rows += [{"step": step, "eval_loss": loss} for step, loss in HELD_OUT.items() if step <= 10]
-    assert int(run.go(Cadence(steps=20, evaluate_every=2, save_every=0, patience=3), first=10).step) == 10
+    assert int(run.go(Cadence(steps=20, save_every=0, patience=3), evaluate_every=2, first=10).step) == 10
     assert run.calls == []
 
 
@@ -222,7 +225,7 @@ def test_the_best_of_no_evaluations() -> None:
 
 
 def test_a_resumed_run_does_the_rest(run: Run) -> None:
-    run.go(Cadence(steps=5, evaluate_every=2, save_every=2), first=3)
+    run.go(Cadence(steps=5, save_every=2), evaluate_every=2, first=3)
     assert run.calls == [
         ("step", 4),
         ("evaluate", 4),
@@ -234,12 +237,12 @@ def test_a_resumed_run_does_the_rest(run: Run) -> None:
 
 
 def test_a_finished_run_does_nothing(run: Run) -> None:
-    assert int(run.go(Cadence(steps=4, evaluate_every=1, save_every=1), first=4).step) == 4
+    assert int(run.go(Cadence(steps=4, save_every=1), evaluate_every=1, first=4).step) == 4
     assert run.calls == []
 
 
 def test_without_held_out_data_nothing_is_evaluated(run: Run) -> None:
-    run.go(Cadence(steps=2, evaluate_every=1, save_every=1), held_out=False)
+    run.go(Cadence(steps=2, save_every=1), evaluate_every=1, held_out=False)
     assert {call[0] for call in run.calls} == {"step", "save"}
     assert not any("eval_loss" in row for row in run.log.rows)
 
@@ -252,7 +255,7 @@ def test_what_is_not_finite_stops_the_run(tmp_path: Path, name: str, value: floa
 
     run = Run(tmp_path, metrics)
     with pytest.raises(DivergedError, match=rf"step 5: found {name} .*the last good checkpoint is that of step 4\."):
-        run.go(Cadence(steps=9, evaluate_every=0, save_every=2))
+        run.go(Cadence(steps=9, save_every=2), evaluate_every=0)
     assert [call[1] for call in run.calls if call[0] == "save"] == [2, 4]
     assert [row["step"] for row in run.log.rows] == [0, 1, 2, 3, 4]
 
@@ -260,10 +263,10 @@ def test_what_is_not_finite_stops_the_run(tmp_path: Path, name: str, value: floa
 def test_a_run_that_diverges_before_its_first_checkpoint_says_so(tmp_path: Path) -> None:
     run = Run(tmp_path, lambda step: {"loss": math.nan, "grad_norm": math.nan, "tokens": 3.0})
     with pytest.raises(DivergedError, match=r"found loss nan and grad_norm nan, .* no checkpoint was saved before"):
-        run.go(Cadence(steps=9, evaluate_every=0, save_every=2))
+        run.go(Cadence(steps=9, save_every=2), evaluate_every=0)
     resumed = Run(tmp_path, run.metrics)
     with pytest.raises(DivergedError, match=r"step 7: .* the last good checkpoint is that of step 6"):
-        resumed.go(Cadence(steps=9, evaluate_every=0, save_every=2), first=6)
+        resumed.go(Cadence(steps=9, save_every=2), evaluate_every=0, first=6)
 
 
 def test_means_weigh_tokens_not_batches() -> None:

@@ -15,8 +15,13 @@ import pytest
 
 from qlora_jax.nn import Table
 from qlora_jax.quant import EmbeddingStorage, embedding_lookup, quantize_embedding
-from qlora_jax.train import chunked_cross_entropy, language_model_loss, language_model_metrics
-from qlora_jax.train.loss import LEAST, LOGITS, chunk_tokens, token_losses
+from qlora_jax.train import (
+    chunked_cross_entropy,
+    language_model_loss,
+    language_model_metrics,
+    token_log_probabilities,
+)
+from qlora_jax.train.cross_entropy import LEAST, LOGITS, chunk_tokens, token_losses
 
 
 def problem(n: int, d: int, v: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -300,7 +305,7 @@ def test_four_devices_hold_the_rows_of_the_head_apart() -> None:
 
 
 @pytest.mark.parametrize("cap", [None, 2.0])
-def test_the_figures_of_held_out_data(cap: float | None) -> None:
+def test_the_metrics_of_held_out_data(cap: float | None) -> None:
     """Loss and token accuracy against all logits at once."""
     hidden, head, targets, weights = problem(6 * LEAST // 4, 8, 37)
     weights = np.where(weights > 0, 1, 0).astype(np.float32)
@@ -320,3 +325,34 @@ def test_the_figures_of_held_out_data(cap: float | None) -> None:
     hits = (hidden @ head.T).argmax(1) == targets
     np.testing.assert_allclose(loss, language_model_loss(Model(), batch, None), rtol=1e-6)
     assert 0 < float(more["mean_token_accuracy"]) == (hits * weights).sum()
+
+
+def test_token_log_probabilities_are_those_of_all_logits() -> None:
+    """Value and gradient against log_softmax, of places that are learned; 0 elsewhere."""
+    hidden, head, targets, weights = problem(4 * 9, 8, 37)
+    learned = np.where(weights > 0, 1, 0).astype(np.float32).reshape(4, 9)
+    tokens = jnp.asarray(targets.reshape(4, 9))
+    batch = {"inputs": tokens, "targets": tokens, "loss_mask": jnp.asarray(learned)}
+
+    class Model:
+        logit_cap = None
+
+        def __init__(self, states: Any) -> None:
+            self.states, self.head = states, Table(jnp.asarray(head))
+
+        def hidden(self, tokens: Any, **_: Any) -> Any:
+            return self.states.reshape(*tokens.shape, -1)
+
+    logits = hidden.astype(np.float64) @ head.T.astype(np.float64)
+    log_share = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    expected = log_share[np.arange(36), targets].reshape(4, 9) * learned
+    found = jax.jit(lambda states: token_log_probabilities(Model(states), batch))(jnp.asarray(hidden))
+    assert found.shape == (4, 9)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(-found.sum(), language_model_loss(Model(jnp.asarray(hidden)), batch, None), rtol=1e-6)
+
+    factors = jnp.asarray(np.random.default_rng(1).standard_normal((4, 9), np.float32))
+    gradient = jax.grad(lambda states: (factors * token_log_probabilities(Model(states), batch)).sum())(jnp.asarray(hidden))
+    _, by_hand = reference(hidden, head, targets, np.asarray(-factors * learned).reshape(-1))
+    np.testing.assert_allclose(gradient, by_hand, atol=2e-5)

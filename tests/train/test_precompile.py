@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +17,43 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from lowered import BOTH_AHEAD, steps_lowered
+from lowered import BOTH_PRECOMPILED, steps_lowered
 from tiny_config import CONFIG
 
 from qlora_jax.finetune import finetune
 from qlora_jax.finetune.options.data import DataOptions
 from qlora_jax.finetune.options.options import LoRAOptions, ModelOptions, Options, RunOptions
-from qlora_jax.models import CausalLM
+from qlora_jax.models import ModelSpec
 from qlora_jax.models.llama import llama_config
 from qlora_jax.peft import LoRA
-from qlora_jax.quant import Quantization
 from qlora_jax.train import (
-    Ahead,
+    BatchSpec,
+    OptimizerSpec,
+    Precompiled,
+    StepSpec,
     adamw,
-    compile_ahead,
-    compiled_first,
+    compile_before_run,
     create_state,
-    host_offload,
     jit_train_step,
     language_model_loss,
+    language_model_objective,
+    learning_rate_schedule,
+    precompile,
     split,
 )
 
-TX = adamw(1e-2)
+RATE = learning_rate_schedule("constant", 1e-2, 10)
+TX = adamw(RATE)
 
 
-def make(rank: int = 4) -> CausalLM:
-    return CausalLM(llama_config(CONFIG), quantization=Quantization(), method=LoRA(rank), remat="none", rngs=nnx.Rngs(0))
+def spec_of(rank: int = 4, *, host_optimizer: bool = False) -> StepSpec[ModelSpec]:
+    model = ModelSpec(llama_config(CONFIG | {"model_type": "llama"}), method=LoRA(rank), dtype="float32", remat="none")
+    optimizer = OptimizerSpec(host_optimizer=host_optimizer)
+    return StepSpec(model, language_model_objective(packed=False), BatchSpec(batch_size=2, length=16), optimizer)
+
+
+def make(rank: int = 4) -> Any:
+    return spec_of(rank).model.build(nnx.Rngs(0))
 
 
 def batch_of(rows: int) -> dict[str, np.ndarray]:
@@ -52,8 +61,8 @@ def batch_of(rows: int) -> dict[str, np.ndarray]:
     return {"inputs": tokens, "targets": tokens, "loss_mask": np.ones(tokens.shape, np.float32)}
 
 
-def begin(rank: int = 4) -> Ahead:
-    return compile_ahead(lambda: nnx.eval_shape(partial(make, rank)), TX, language_model_loss, batch_of(2))
+def begin(rank: int = 4) -> Precompiled:
+    return precompile(spec_of(rank), RATE)
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +89,7 @@ def test_the_program_is_that_of_the_step() -> None:
     assert program is not None
     assert evaluation is None
     reference = jit_train_step(graphdef, TX, language_model_loss, plain)
-    step = compiled_first(Refuses(), program)  # pyright: ignore[reportArgumentType]
+    step = compile_before_run(Refuses(), program)  # pyright: ignore[reportArgumentType]
     for _ in range(2):
         state, found = step(state, frozen, batch_of(2))
         plain, expected = reference(plain, frozen, batch_of(2))
@@ -95,21 +104,20 @@ def test_it_is_used_where_its_arguments_lie() -> None:
     state = create_state(TX, adapter)
     away = jax.device_put(frozen, jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host"))
     with pytest.raises(AssertionError, match="compiled once more"):
-        compiled_first(Refuses(), program)(state, away, batch_of(2))  # pyright: ignore[reportArgumentType]
-    compiled_first(Refuses(), program)(state, frozen, batch_of(2))  # pyright: ignore[reportArgumentType]
+        compile_before_run(Refuses(), program)(state, away, batch_of(2))  # pyright: ignore[reportArgumentType]
+    compile_before_run(Refuses(), program)(state, frozen, batch_of(2))  # pyright: ignore[reportArgumentType]
 
 
 def test_another_model_takes_no_part_of_it() -> None:
-    graphdef, *_ = split(nnx.eval_shape(partial(make, 8)))
+    graphdef, *_ = split(nnx.eval_shape(lambda: make(8)))
     assert begin(4).programs(graphdef) == (None, None)
 
 
 def test_where_the_compiler_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's times kernels, for which the device should be idle; state in host memory is placed by its optimizer."""
-    model, loss, batch = lambda: nnx.eval_shape(make), language_model_loss, batch_of(2)
-    assert compile_ahead(model, host_offload(TX), loss, batch) == Ahead()
+    assert precompile(spec_of(host_optimizer=True), RATE) == Precompiled()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert compile_ahead(model, TX, loss, batch) == Ahead()
+    assert precompile(spec_of(), RATE) == Precompiled()
 
 
 class Recorded:
@@ -129,16 +137,9 @@ class Recorded:
 def test_what_is_needed_first_comes_first(monkeypatch: pytest.MonkeyPatch, evaluate_first: bool) -> None:
     order: list[str] = []
     for name in ("train", "eval"):
-        monkeypatch.setattr(f"qlora_jax.train.precompile.jit_{name}_step", lambda *_, name=name, **__: Recorded(name, order))
-    ahead = compile_ahead(
-        lambda: nnx.eval_shape(make),
-        TX,
-        language_model_loss,
-        batch_of(2),
-        held_out_loss=language_model_loss,
-        evaluate_first=evaluate_first,
-    )
-    for future in (ahead.train, ahead.evaluate):
+        monkeypatch.setattr(f"qlora_jax.train.spec.jit_{name}_step", lambda *_, name=name, **__: Recorded(name, order))
+    programs = precompile(spec_of(), RATE, evaluate=True, evaluate_first=evaluate_first)
+    for future in (programs.train, programs.evaluate):
         assert future is not None
         future.result()
     assert order == (["eval", "train"] if evaluate_first else ["train", "eval"])
@@ -147,14 +148,15 @@ def test_what_is_needed_first_comes_first(monkeypatch: pytest.MonkeyPatch, evalu
 def test_closed_it_begins_no_more_programs() -> None:
     hold = threading.Event()
 
-    def model() -> Any:
-        hold.wait(60)
-        return nnx.eval_shape(make)
+    class Waiting:
+        def abstract(self, platform: str | None = None) -> Any:
+            hold.wait(60)
+            return nnx.eval_shape(make)
 
-    ahead = compile_ahead(model, TX, language_model_loss, batch_of(2), held_out_loss=language_model_loss)
-    ahead.close()
+    programs = precompile(StepSpec(Waiting(), language_model_objective()), RATE, evaluate=True)
+    programs.close()
     hold.set()
-    for future in (ahead.train, ahead.evaluate):
+    for future in (programs.train, programs.evaluate):
         assert future is not None
         assert future.cancelled()
 
@@ -171,10 +173,10 @@ def options_of(model: Path, folder: Path, *, dora: bool = False) -> Options:
     )
 
 
-def test_a_run_compiles_its_steps_ahead(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_run_precompiles_its_steps(tiny_llama: Path, tmp_path: Path) -> None:
     with steps_lowered() as found:
         finetune(options_of(tiny_llama, tmp_path), progress=False)
-    assert found == BOTH_AHEAD
+    assert found == BOTH_PRECOMPILED
 
 
 _DEVICES = """
@@ -199,4 +201,4 @@ def test_so_does_one_on_several_devices(tiny_llama: Path, tmp_path: Path) -> Non
         env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
     )
     assert done.returncode == 0, done.stderr
-    assert [tuple(step) for step in json.loads(done.stdout.splitlines()[-1])] == BOTH_AHEAD
+    assert [tuple(step) for step in json.loads(done.stdout.splitlines()[-1])] == BOTH_PRECOMPILED

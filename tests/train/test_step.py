@@ -31,7 +31,7 @@ from qlora_jax.quant import Quantization
 from qlora_jax.train import (
     TrainState,
     adamw,
-    compiled_first,
+    compile_before_run,
     create_state,
     host_offload,
     init_state,
@@ -369,7 +369,7 @@ def test_a_step_is_compiled_once_a_shape_before_it_runs(caplog: pytest.LogCaptur
     def add_sum_of(state: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
         return state + batch["x"].sum()
 
-    step, state = compiled_first(jax.jit(add_sum_of)), jnp.zeros(())
+    step, state = compile_before_run(jax.jit(add_sum_of)), jnp.zeros(())
     with jax.log_compiles(True):
         for size in (3, 3, 5, 3, 5):
             state = step(state, {"x": jnp.ones(size)})

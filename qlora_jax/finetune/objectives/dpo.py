@@ -9,8 +9,9 @@ import numpy as np
 from qlora_jax.data import Batch, PreferenceBatches, bucket_length, encode_preferences, preference_batches
 from qlora_jax.finetune.objectives.answers import greedy
 from qlora_jax.finetune.objectives.corpus import read_corpus
-from qlora_jax.finetune.objectives.objective import Objective, Setting, expect_defaults, unchanged
-from qlora_jax.train import PAIRS, dpo_loss, with_reference
+from qlora_jax.finetune.objectives.objective import Objective, Setting, expect_defaults
+from qlora_jax.finetune.options.options import Options
+from qlora_jax.train import StepObjective, dpo_objective
 
 # What has no meaning for pairs.
 _UNUSED = (
@@ -23,6 +24,16 @@ _UNUSED = (
     "optimizer.neftune_alpha",
     "run.predict_with_generate",
 )
+
+
+def dpo_step(options: Options) -> StepObjective:
+    """Return the losses of direct preference optimisation."""
+    chosen = options.objective
+    given = {"beta": chosen.dpo_beta, "label_smoothing": chosen.label_smoothing}
+    # The reference is the base itself if that is what training starts from.
+    return dpo_objective(
+        **{name: value for name, value in given.items() if value is not None}, reference=options.starts_from_adapter()
+    )
 
 
 def dpo(setting: Setting) -> Objective:
@@ -48,23 +59,15 @@ def dpo(setting: Setting) -> Objective:
     def count_tokens(batch: Batch) -> int:
         return sum(int(np.count_nonzero(batch[f"{side}_inputs"] != pad_id)) for side in ("chosen", "rejected"))
 
-    chosen = options.objective
-    given = {"beta": chosen.dpo_beta, "label_smoothing": chosen.label_smoothing}
-    loss = partial(dpo_loss, **{name: value for name, value in given.items() if value is not None})
     prompts = [pair.prompt for pair in corpus.held_out[: options.run.samples] if len(pair.prompt)]
     return Objective(
         training=training,
         held_out=held_out if corpus.held_out else None,
-        arrays=tuple(f"{side}_{name}" for side in ("chosen", "rejected") for name in ("inputs", "targets", "loss_mask")),
+        step=dpo_step(options),
         count_tokens=count_tokens,
         row=f"2 × {length} tokens",
         length=length,
-        loss=loss,
-        held_out_loss=loss,
-        unit=PAIRS,
         template=corpus.template,
         prompts=prompts,
         answer=partial(greedy, eos_ids=setting.eos_ids),
-        # The reference is the base itself where it is what training starts from.
-        prepare=with_reference if options.starts_from_adapter() else unchanged,
     )

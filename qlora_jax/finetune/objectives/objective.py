@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora_jax.data import Batch, Template
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.models import Model, ModelConfig
-from qlora_jax.train import BatchSource, LossFunction, Unit
+from qlora_jax.train import BatchSource, StepObjective
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,6 @@ class Setting:
     progress: bool
 
 
-def unchanged(model: Model) -> Model:
-    return model
-
-
 class Batches(BatchSource, Protocol):
     """Batches, epoch after epoch, with a position; how many an epoch has is None where nobody knows before it was read."""
 
@@ -54,35 +50,38 @@ class Objective:
     """What a run learns.
 
     Attributes:
-        training: endless batches of so many rows; what of them `arrays` does not name stays on the host.
+        training: endless batches of so many rows; arrays that the losses do not read stay on the host.
         held_out: one pass over the held-out data in batches of so many rows; None where nothing is held out.
-        arrays: names of what the loss reads of a batch.
+        step: the losses, and the arrays of a batch that they read.
         count_tokens: how many real tokens a batch holds.
         row: a row of a batch in words.
-        length: the most tokens of a row.
-        loss, held_out_loss: of a batch; the second without what is there for training alone.
-        unit: what they are means over.
+        length: the tokens of a row; of an encoder-decoder, of its targets.
+        source_length: the tokens of an encoder's source; None if there is no encoder.
         template: the form of most rows.
         prompts: token ids of held-out prompts to answer before and after.
         answer: (model, prompts) to the token ids of greedy answers.
         score: further figures of a model on the held-out data, by name; None where there are none.
-        prepare: what the loaded model becomes before it is trained.
+        make_batch: returns the batch to train on, given the model as it is now and the batch that was read; None if that is
+            the batch as it was read.
     """
 
     training: Callable[[int], Batches]
     held_out: Callable[[int], Iterable[Batch]] | None
-    arrays: tuple[str, ...]
+    step: StepObjective
     count_tokens: Callable[[Batch], int]
     row: str
     length: int
-    loss: LossFunction
-    held_out_loss: LossFunction
-    unit: Unit
     template: Template
     prompts: Sequence[np.ndarray]
     answer: Callable[[Model, Sequence[np.ndarray]], list[list[int]]]
     score: Callable[[Model], dict[str, float]] | None = None
-    prepare: Callable[[Model], Model] = unchanged
+    source_length: int | None = None
+    make_batch: Callable[[Model, Batch], Batch] | None = None
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a row, in its source or its targets."""
+        return max(self.length, self.source_length or 0)
 
 
 def expect_defaults(options: Options, names: Sequence[str], where: str) -> None:

@@ -9,13 +9,15 @@ from flax import nnx
 from tqdm import tqdm
 
 from qlora_jax.data import Batch, Example, Seq2SeqBatches, Seq2SeqExample, encode_all_seq2seq, seq2seq_batches
+from qlora_jax.errors import OptionError
 from qlora_jax.evaluate import rouge_l
 from qlora_jax.finetune.objectives.answers import LONGEST_ANSWER
 from qlora_jax.finetune.objectives.corpus import read_corpus
 from qlora_jax.finetune.objectives.objective import Objective, Setting, expect_defaults
+from qlora_jax.finetune.options.options import Options
 from qlora_jax.models import Model, T5Config
 from qlora_jax.serve import generate_seq2seq
-from qlora_jax.train import TOKENS, seq2seq_loss, seq2seq_metrics
+from qlora_jax.train import StepObjective, seq2seq_objective
 
 # What has no meaning for sources and targets.
 _UNUSED = (
@@ -25,6 +27,17 @@ _UNUSED = (
     "data.streaming",
     "optimizer.neftune_alpha",
 )
+
+
+def seq2seq_step(options: Options) -> StepObjective:
+    """Return the losses of an encoder-decoder.
+
+    Raises:
+        OptionError: another objective than sft is asked for.
+    """
+    if options.objective.objective != "sft":
+        raise OptionError(f"objective: expected sft with an encoder-decoder, found {options.objective.objective}")
+    return seq2seq_objective()
 
 
 def seq2seq(setting: Setting) -> Objective:
@@ -85,13 +98,11 @@ def seq2seq(setting: Setting) -> Objective:
     return Objective(
         training=training,
         held_out=held_out if corpus.held_out else None,
-        arrays=("sources", "source_mask", "inputs", "targets", "loss_mask"),
+        step=seq2seq_step(options),
         count_tokens=_count_tokens,
         row=f"{source_length} source and {target_length} target tokens",
-        length=max(source_length, target_length),
-        loss=seq2seq_loss,
-        held_out_loss=seq2seq_metrics,
-        unit=TOKENS,
+        length=target_length,
+        source_length=source_length,
         template=corpus.template,
         prompts=[pair.source for pair in corpus.held_out[: options.run.samples]],
         answer=answer,

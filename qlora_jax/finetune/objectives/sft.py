@@ -11,7 +11,17 @@ from qlora_jax.finetune.objectives.answers import greedy
 from qlora_jax.finetune.objectives.corpus import read_corpus
 from qlora_jax.finetune.objectives.objective import Batches, Objective, Setting, expect_defaults
 from qlora_jax.finetune.objectives.streaming import open_stream
-from qlora_jax.train import TOKENS, language_model_loss, language_model_metrics
+from qlora_jax.finetune.options.options import Options
+from qlora_jax.train import StepObjective, language_model_objective
+
+
+def sft_step(options: Options) -> StepObjective:
+    """Return the losses of supervised fine-tuning of a decoder."""
+    return language_model_objective(
+        packed=options.data.packs,
+        neftune_alpha=options.optimizer.neftune_alpha,
+        attention_groups=options.context.groups,
+    )
 
 
 def sft(setting: Setting) -> Objective:
@@ -49,18 +59,10 @@ def sft(setting: Setting) -> Objective:
     return Objective(
         training=training,
         held_out=held_out if corpus.held_out else None,
-        # One document a row needs no mask but the causal one: its padding lies on the right. Kernels are faster without.
-        arrays=("inputs", "targets", "loss_mask", *(("segment_ids", "positions") if packed else ())),
+        step=sft_step(options),
         count_tokens=_count_tokens,
         row=f"{'up to ' if data.group_by_length else ''}{length} tokens",
         length=length,
-        loss=partial(
-            language_model_loss,
-            neftune_alpha=options.optimizer.neftune_alpha,
-            attention_groups=options.context.groups,
-        ),
-        held_out_loss=language_model_metrics,
-        unit=TOKENS,
         template=corpus.template,
         prompts=_prompts(corpus.held_out[: options.run.samples]),
         answer=partial(greedy, eos_ids=setting.eos_ids),

@@ -1,7 +1,7 @@
 """What is watched during a run, put together: MMLU (mmlu.py), answers (samples.py), trackers (trackers.py).
 
 prepare      everything that can be wrong is found, before the weights are read
-opened       the watches of the loop, with their files open
+opened       the callbacks of the loop, with their files open
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from qlora_jax.finetune.reporting import mmlu, samples
 from qlora_jax.finetune.reporting.hub import check_repository
 from qlora_jax.finetune.reporting.trackers import check_trackers, open_trackers
 from qlora_jax.models import ModelConfig
-from qlora_jax.train import MetricsLog, TrainState, Watch
+from qlora_jax.train import Callback, MetricsLog, TrainState
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def opened(
     *,
     resume_at: int,
     stack: ExitStack,
-) -> list[Watch]:
-    """The watches of the loop; the trackers listen to `log`, and `stack` closes what is open.
+) -> list[Callback]:
+    """Return the callbacks of the loop; the trackers listen to `log`, and `stack` closes what is open.
 
     Args:
         prompts: held-out prompts, as token ids, to answer now and then.
@@ -75,13 +75,14 @@ def opened(
         model_of: the model with the adapter of a state.
         resume_at: step from which the run goes on.
     """
-    options, watches = watched.options, []
+    options = watched.options
+    callbacks: list[Callback] = []
     if (questions := watched.questions) is not None:
 
         def ask(step: int, state: TrainState) -> dict[str, float]:
             return mmlu.figures(model_of(state), questions, options, progress=watched.progress)
 
-        watches.append(Watch(options.watch.mmlu_every, ask, mmlu.ACCURACY))
+        callbacks.append(Callback(options.watch.mmlu_every, ask, mmlu.ACCURACY))
     if options.watch.sample_every:
         record = stack.enter_context(closing(MetricsLog(options.run.output / "samples.jsonl", resume_at=resume_at)))
 
@@ -89,7 +90,7 @@ def opened(
             samples.record_samples(step, model_of(state), prompts, answer, watched.tokenizer, record)
             return {}
 
-        watches.append(Watch(options.watch.sample_every, answer_prompts))
+        callbacks.append(Callback(options.watch.sample_every, answer_prompts))
     log.listeners += open_trackers(
         options.watch.report_to,
         options.run.output,
@@ -98,4 +99,4 @@ def opened(
         reached=log.reached,
         stack=stack,
     )
-    return watches
+    return callbacks

@@ -1,13 +1,12 @@
-"""One QLoRA training benchmark of qlora_jax, in a process of its own: the counterpart of hf_train.py and qwix_train.py.
+"""Worker: QLoRA training with qlora_jax; hf_train.py and qwix_train.py do the same with the peers.
 
-The programs take the same flags, draw the same tokens from the same seed, run the same number of steps and print the same
-JSON line, so that scripts/bench.py can alternate between them. The training step is the package's own. The peers shift their
-labels themselves, so that the last token of a row predicts nothing: here the loss mask says so, and the losses of the first
-step, where the adapters still are zero, are equal.
+The programs have the same flags, draw the same tokens from the same seed, do the same number of steps and print the same
+JSON line, so that scripts/benchmarks/bench.py can alternate between them. The training step is that of the package. The
+peers shift their labels themselves, so that the last token of a row predicts nothing: here the loss mask has the same
+effect, and the losses of the first step, where the adapters are still zero, are equal.
 """
 
 import time
-from functools import partial
 
 import worker
 
@@ -23,36 +22,39 @@ def main() -> None:
 
     from qlora_jax.checkpoint.load import load_model
     from qlora_jax.checkpoint.open import open_checkpoint
-    from qlora_jax.models import family_of
+    from qlora_jax.models import ModelSpec, family_of
     from qlora_jax.peft import LoRA
-    from qlora_jax.plan import Recipe
-    from qlora_jax.plan.recipe import abstract_model
-    from qlora_jax.quant import Quantization
-    from qlora_jax.train.loss import language_model_loss
-    from qlora_jax.train.optim import adamw
-    from qlora_jax.train.precompile import compile_ahead
-    from qlora_jax.train.step import compiled_first, create_state, jit_train_step, split
+    from qlora_jax.train import (
+        BatchSpec,
+        OptimizerSpec,
+        Step,
+        StepSpec,
+        compile_before_run,
+        create_state,
+        language_model_objective,
+        learning_rate_schedule,
+        precompile,
+        split,
+    )
 
     jax.devices()
     start = time.perf_counter()
-    checkpoint, tx = open_checkpoint(arguments.model), adamw(2e-4, max_grad_norm=0.3)
-    quantization, lora = Quantization("nf4", double_quantization=True), LoRA(rank=arguments.rank, alpha=16.0)
-    recipe = Recipe(
+    checkpoint, rate = open_checkpoint(arguments.model), learning_rate_schedule("constant", 2e-4, arguments.steps)
+    described = ModelSpec(
         family_of(checkpoint.config).config(checkpoint.config),
-        quantization=quantization,
-        method=lora,
+        method=LoRA(rank=arguments.rank, alpha=16.0),
         dtype=arguments.dtype,
         remat=arguments.remat,
     )
+    size = BatchSpec(batch_size=arguments.batch_size, length=arguments.length)
+    spec = StepSpec(described, language_model_objective(packed=False), size, OptimizerSpec(max_grad_norm=0.3))
+    precompiled = precompile(spec, rate)
     mask = np.ones((1, arguments.batch_size, arguments.length), np.float32)
     mask[..., -1] = 0.0
-    tokens = jax.ShapeDtypeStruct(mask.shape, jnp.int32)
-    shapes = {"inputs": tokens, "targets": tokens, "loss_mask": mask}
-    ahead = compile_ahead(partial(abstract_model, recipe, jax.default_backend()), tx, language_model_loss, shapes)
     model = load_model(
         checkpoint,
-        quantization=quantization,
-        method=lora,
+        quantization=described.quantization,
+        method=described.method,
         dtype=jnp.dtype(arguments.dtype),
         remat=arguments.remat,
         progress=False,
@@ -61,11 +63,13 @@ def main() -> None:
     graphdef, adapter, frozen = split(model)
     del model
     trainable = sum(leaf.size for leaf in jax.tree.leaves(adapter))
+    tx = spec.optimizer.build(rate)
     state = create_state(tx, adapter)
     jax.block_until_ready((state, frozen))
     load_seconds = time.perf_counter() - start
 
-    train = compiled_first(jit_train_step(graphdef, tx, language_model_loss, state), ahead.programs(graphdef)[0])
+    jitted = Step(spec.objective, tx, graphdef, state, frozen, spec.batch_shapes()).jit_train()
+    train = compile_before_run(jitted, precompiled.programs(graphdef)[0])
 
     def step(tokens: np.ndarray) -> float:
         nonlocal state

@@ -1,4 +1,4 @@
-"""scripts/measure_loading.py in small: the criterion itself needs gigabytes, its parts do not."""
+"""scripts/benchmarks/measure_loading.py in small: the criterion itself needs gigabytes, its parts do not."""
 
 import json
 import subprocess
@@ -9,15 +9,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
-from script_module import import_script
 
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
+from qlora_jax.cli import parse
+from scripts.benchmarks import measure_loading as script
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmarks" / "measure_loading.py"
-
-
-script = import_script(SCRIPT)
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "benchmarks" / "measure_loading.py"
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +58,17 @@ def test_it_loads(folder: Path) -> None:
 
 def test_the_sampler_sees_memory_come_and_go() -> None:
     # In a process of its own: in this one the array could come from memory that an earlier test freed.
-    code = f"""
-import importlib.util, json, sys, time
+    code = """
+import json, time
 import numpy as np
-spec = importlib.util.spec_from_file_location("measured", {str(SCRIPT)!r})
-script = sys.modules["measured"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
+from scripts.benchmarks import measure_loading as script
 with script.sampling(0.001) as samples:
     held = np.ones(50_000_000, np.uint8)
     time.sleep(0.2)
     del held
 print(json.dumps([samples[0], max(samples), samples[-1]]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     before, most, after = json.loads(done.stdout)
     assert most >= before + 45_000_000
     assert after <= most - 45_000_000
@@ -96,4 +93,4 @@ def test_the_report_of_a_process_of_its_own(folder: Path) -> None:
 
 def test_the_command_line_survives_the_way_to_the_other_process() -> None:
     arguments = script.Arguments(folder=Path("x"), double_quantization=False, dtype="bfloat16", stage="load", rank=0)
-    assert script.tyro.cli(script.Arguments, args=script.flags(arguments)) == arguments
+    assert parse(script.Arguments, description=None, arguments=script.flags(arguments)) == arguments

@@ -1,4 +1,4 @@
-"""scripts/compare.py: its grid, its intervals against scipy's own tests, and a small comparison end to end."""
+"""scripts/studies/compare.py: its grid, its intervals against scipy's own tests, and a small comparison end to end."""
 
 import json
 from pathlib import Path
@@ -7,17 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
-from script_module import import_script
 
 from qlora_jax.cli import parse
 from qlora_jax.finetune import Options
+from scripts.studies import compare as script
 from scripts.studies.comparison import cell, grid, page
 from scripts.studies.comparison.intervals import difference, interval, verdict
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "studies" / "compare.py"
-
-
-script = import_script(SCRIPT)
 
 
 @pytest.mark.parametrize("name", [*script.STUDY, *script.QUICK, "dora/fp4/r4", "lora/r8/int4+dq/q_proj"])
@@ -126,7 +121,7 @@ def test_the_report_of_several_seeds(tmp_path: Path) -> None:
     }
     page.write(results, "a", tmp_path, "title", "intro", "{}")
     text = (tmp_path / "report.md").read_text()
-    assert "Each against each" not in text
+    assert "Every pair of variants" not in text
     assert "| b | 1.002 ± 0.0052 | worse |" in text
 
 
@@ -145,4 +140,4 @@ def test_each_against_each(tmp_path: Path) -> None:
     assert by_name["c"]["a"].endswith(": equal within the interval")
     assert by_name["c"]["b"].endswith(": better")
     page.write(results, "a", tmp_path, "title", "intro", "{}")
-    assert "## Each against each: held-out loss" in (tmp_path / "report.md").read_text()
+    assert "## Every pair of variants: held-out loss" in (tmp_path / "report.md").read_text()

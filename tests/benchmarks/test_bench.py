@@ -1,4 +1,4 @@
-"""scripts/bench.py: both sides do the same work on the same tiny model, and the figures are put together rightly."""
+"""scripts/benchmarks/bench.py: both sides do the same work on the same tiny model; how metrics are combined."""
 
 import json
 import math
@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from script_module import import_script
 
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.models.llama import llama_config
+from scripts.benchmarks import bench as script
 from scripts.benchmarks import compiled, decoding, memory, page, training, workers
 from scripts.benchmarks.workers import OURS, Found, Peer, Run
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmarks" / "bench.py"
 PYTHON = Path(sys.executable)
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -33,9 +32,6 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 WORK = {"batch_size": 2, "length": 16, "rank": 4, "steps": 1, "warmup": 1}
-
-
-script = import_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +109,7 @@ def test_both_sides_decode_the_same_tokens(folder: Path) -> None:
         assert row["start_seconds"] > row["prefill_seconds"]
     results["ours dense-float32"]["tokens"][2] += 1
     assert decoding.agreement(results) == {"ours dense-float32": 2}
-    [sentence] = decoding.agreement_said(decoding.agreement(results), 6)
+    [sentence] = decoding.agreement_sentences(decoding.agreement(results), 6)
     assert "do NOT agree (from token 3 on)" in sentence
 
 
@@ -256,7 +252,7 @@ def test_compiled_steps_stand_side_by_side() -> None:
     section = compiled.section(found, work)
     assert ("h100 llama-3-8b", "train", "4 x 2048", "ours", "3.00", "1.00", "0.50", "2.000", "5.0", "7") in section.rows
     assert ("h100 llama-3-8b", "train", "4 x 2048", "qwix", "does not fit (20.00)", "", "", "", "", "") in section.rows
-    text = page.markdown([section], "python scripts/bench.py")
+    text = page.markdown([section], "python scripts/benchmarks/bench.py")
     assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {11}
 
 
@@ -294,7 +290,7 @@ def test_the_report_is_a_page_and_ends_with_json(
 ) -> None:
     output = tmp_path / "results.md"
     work = {**WORK, "rounds": 1, "hf": (), "qwix": (), "ours": ("bfloat16-full",)}
-    monkeypatch.setattr(sys, "argv", ["/here/scripts/bench.py", f"--model={folder}", "--output", str(output)])
+    monkeypatch.setattr(sys, "argv", ["/here/scripts/benchmarks/bench.py", f"--model={folder}", "--output", str(output)])
     monkeypatch.setattr(workers, "run_worker", lambda command, platform: trained([1.0], 10))
     script.run(script.Arguments(model=str(folder), tasks=("train",), output=output, **work))
     lines = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""scripts/datatypes.py on a tiny random model: its losses, errors and tests against NumPy, scipy and bitsandbytes."""
+"""scripts/studies/datatypes.py on a tiny random model: losses, errors and tests against NumPy, scipy and bitsandbytes."""
 
 import json
 import sys
@@ -10,23 +10,19 @@ import numpy as np
 import pytest
 import scipy.stats
 from flax import nnx
-from script_module import import_script
 
 from qlora_jax.checkpoint.load import find, load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.models import linear_mappings
 from qlora_jax.models.llama import llama_config
 from qlora_jax.quant import Quantization, codebook
+from scripts.studies import datatypes as script
 from scripts.studies.datatype_study import normality, summary
 from scripts.studies.datatype_study.journal import Journal
 from scripts.studies.datatype_study.texts import Texts, text_losses
 from scripts.studies.datatype_study.weights import bits_per_parameter, quantize_in_place
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "studies" / "datatypes.py"
 TINY = ("--texts", "4", "--length", "32", "--sample", "50", "--units", "3", "--batch-size", "2")
-
-
-script = import_script(SCRIPT)
 
 
 def test_losses_and_errors(tiny_llama: Path) -> None:
@@ -96,7 +92,7 @@ def test_the_order_and_its_verdicts() -> None:
     rows = {name: {"losses": (texts + more + generator.normal(0, 0.2, 30)).tolist()} for name, more in added.items()}
     steps = summary.order(list(rows), rows, predicted)
     assert [(step.before, step.after) for step in steps][1][1] == "bad"
-    assert [step.verdict for step in steps] == ["not told apart", "worse"]
+    assert [step.verdict for step in steps] == ["no clear difference", "worse"]
     assert steps[1].added.value == pytest.approx(0.2, abs=0.03)
     assert summary.order(["bad", "good"], rows, predicted, by_mean=False)[0].verdict == "better"
 

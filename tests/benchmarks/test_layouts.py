@@ -1,4 +1,4 @@
-"""The layouts of scripts/layouts.py against nibbles packed by NumPy, one byte at a time."""
+"""The layouts of scripts/benchmarks/layouts.py against nibbles packed by NumPy, one byte at a time."""
 
 import sys
 

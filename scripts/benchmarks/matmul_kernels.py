@@ -1,47 +1,46 @@
-"""What the product with a 4-bit matrix costs, by XLA and by the kernel: compiled ahead of time, no TPU or GPU needed.
+"""Compile the product with a 4-bit matrix, by XLA and by the kernel, and show its costs. No TPU or GPU is needed.
 
-    python scripts/kernels.py --device v5e --model llama-3-8b --rows 1 8 64 2048
-    python scripts/kernels.py --device h100 --model llama-3-8b --rows 1 8 64
-    python scripts/kernels.py --device v6e --model llama-2-70b --rows 8 --gradient
-    python scripts/kernels.py --device l4 --model llama-3-8b --step
+    python scripts/benchmarks/matmul_kernels.py --device v5e --model llama-3-8b --rows 1 8 64 2048
+    python scripts/benchmarks/matmul_kernels.py --device h100 --model llama-3-8b --rows 1 8 64
+    python scripts/benchmarks/matmul_kernels.py --device v6e --model llama-2-70b --rows 8 --gradient
+    python scripts/benchmarks/matmul_kernels.py --device l4 --model llama-3-8b --step
 
-For each matrix of the model, one layer out of a stack: bytes that the compiled program moves, FLOPs, temporaries, the floor
-by roofline, and the time to compile. Bytes of XLA's program are its own cost analysis on TPU, which counts what stays on the
-chip too; on GPU there is none ahead of time, and they are operands and results of its instructions (qlora_jax/plan/hlo.py).
-Bytes of the kernel's are those that its programs copy, and operands and results of every other instruction of the compiled
-program, so that a copy of the packed bytes in front of the kernel, or sums after it, would show. --step compiles the model's
-whole decode step for one row instead, and counts in it what kernels read of the weights and the instructions, in fusions
-too, that make arrays of packed bytes. The last line is JSON.
+For each matrix of the model, one layer of a stack, the table has the bytes that the compiled program moves, FLOPs,
+temporaries, the least time by the roofline model, and the time to compile. For XLA's programs, the bytes are those of its
+own cost analysis on TPU, which also counts data that stays on the chip; on GPU there is no cost analysis without the device,
+and the bytes are those of the operands and results of its instructions (qlora_jax/plan/hlo.py). For the kernel, they are the
+bytes that the kernel copies, and the operands and results of every other instruction of the compiled program; so a copy of
+the packed bytes before the kernel, or sums after it, are counted. With --step, the whole decode step of the model for one
+row is compiled instead; the weights that kernels read are counted in it, and the instructions that make arrays of packed
+bytes, those in fusions included. The last line is JSON.
 """
 
 import dataclasses
 import json
-import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from qlora_jax import cli
+from qlora_jax.errors import OptionError, UnsupportedError
 from qlora_jax.models import CausalLM, DecoderConfig, causal_family_of
 from qlora_jax.peft import LoRA
-from qlora_jax.plan import DEVICES, SIZES, CompilerMissing, CompilerRefuses, Machine, machine_mesh, machine_named
+from qlora_jax.plan import DEVICES, SIZES, Machine, machine_mesh, machine_named
 from qlora_jax.plan.compile import COMPILER_OPTIONS, place, versions
 from qlora_jax.plan.devices import Platform
 from qlora_jax.plan.hlo import parse_program
-from qlora_jax.plan.recipe import weight_bytes
 from qlora_jax.plan.topology import context
+from qlora_jax.plan.tree_bytes import weight_bytes
+from qlora_jax.platforms import use_compilers_only
 from qlora_jax.quant import (
     Implementation,
     Quantization,
@@ -56,34 +55,36 @@ from qlora_jax.quant.kernels import gpu, tpu
 from qlora_jax.quant.kernels.tpu_scales import spans_of
 
 _KERNELS = {"tpu": tpu, "cuda": gpu}
-LAYERS = 32  # of the stack that a layer is taken from: too many for XLA to bring all of them on chip ahead of the kernel
+LAYERS = 32  # layers in the stack: too many for XLA to move all of them on chip before the kernel
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "custom-call", "copy-start", "copy-done"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What the product with a 4-bit matrix costs on a TPU or a GPU."""
+    """Costs of the product with a 4-bit matrix on a TPU or a GPU."""
 
     device: str = "v5e"
-    """What to compile for (see qlora_jax/plan/devices.py), one of it."""
+    """Device to compile for (see qlora_jax/plan/devices.py); one, not several."""
     model: str = "llama-3-8b"
-    """A size by name (see qlora_jax/plan/sizes.py)."""
+    """Model by the name of its size (see qlora_jax/plan/sizes.py)."""
     rows: tuple[int, ...] = (1, 8, 64, 2048)
-    """Rows of x."""
+    """Numbers of rows of x."""
     gradient: bool = False
-    """The input gradient instead of the product."""
+    """Compile the gradient of the input instead of the product."""
     step: bool = False
-    """The model's decode step with a cache of 512 tokens, instead of its matrices one by one."""
+    """Compile the decode step of the model with a cache of 512 tokens, instead of single matrices."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """One compiled product. Bytes are those it moves; None where the compiler refuses, with its reason.
+    """One compiled product.
 
     Attributes:
-        packed: bytes of the matrix as stored, scales included.
-        floor_us: of the bytes or of the FLOPs, whichever takes longer, in microseconds.
+        packed: bytes of the matrix as stored, including scales.
+        bytes: bytes that the program moves; None if the compiler refuses it.
+        floor_us: microseconds for the bytes or for the FLOPs, whichever is longer.
+        unsupported_reason: why the product could not be compiled; None if it could.
     """
 
     matrix: str
@@ -95,28 +96,28 @@ class Cost:
     temporaries: int | None
     floor_us: float | None
     compile_seconds: float
-    problem: str | None = None
+    unsupported_reason: str | None = None
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    use_compilers_only()
+    return cli.run(measure, Arguments, __doc__, arguments)
+
+
+def measure(arguments: Arguments) -> None:
+    """Compile and print what the options ask for."""
     if arguments.model not in SIZES:
-        print(f"error: --model: expected one of {', '.join(SIZES)}, found {arguments.model!r}", file=sys.stderr)
-        return 1
+        raise OptionError(f"--model: expected one of {', '.join(SIZES)}, found {arguments.model!r}")
     if not arguments.rows or min(arguments.rows) < 1:
-        print(f"error: --rows: expected numbers from 1 on, found {' '.join(map(str, arguments.rows))}", file=sys.stderr)
-        return 1
-    try:
-        machine = machine_named(arguments.device)
-        if machine.count > 1:
-            raise ValueError(f"--device: expected one of {', '.join(DEVICES)}, found {arguments.device!r}")
-        mesh = machine_mesh(machine)
-    except (ValueError, CompilerMissing, CompilerRefuses) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        raise OptionError(f"--rows: expected numbers from 1 on, found {' '.join(map(str, arguments.rows))}")
+    machine = machine_named(arguments.device)
+    if machine.count > 1:
+        raise OptionError(f"--device: expected one of {', '.join(DEVICES)}, found {arguments.device!r}")
+    mesh = machine_mesh(machine)
     if arguments.step:
         print(json.dumps({"run": dataclasses.asdict(arguments), "steps": steps(arguments.model, machine, mesh)}))
-        return 0
+        return
     costs = [
         cost(name, shape, rows, implementation, arguments.gradient, machine, mesh)
         for name, shape in matrices(arguments.model).items()
@@ -126,11 +127,10 @@ def main() -> int:
     print(table(costs))
     result = {"run": dataclasses.asdict(arguments), "versions": versions(machine)}
     print(json.dumps({**result, "costs": [dataclasses.asdict(c) for c in costs]}))
-    return 0
 
 
 def matrices(model: str) -> dict[str, tuple[int, int]]:
-    """[in, out] of the linear layers, those of equal shape together."""
+    """Return [in, out] of the linear layers; those of equal shape are one entry."""
     fields = SIZES[model]
     hidden, inner = fields["hidden_size"], fields["intermediate_size"]
     pairs = hidden // fields["num_attention_heads"] * fields["num_key_value_heads"]
@@ -149,7 +149,7 @@ def cost(
     machine: Machine,
     mesh: Mesh,
 ) -> Cost:
-    """Compiles one product with a matrix of a stack and reads what it costs."""
+    """Compile one product with a matrix of a stack and return its cost."""
     device, (inputs, outputs) = machine.device, shape
     stack = jax.eval_shape(quantize, jax.ShapeDtypeStruct((LAYERS, inputs, outputs), jnp.float32))
     x = jax.ShapeDtypeStruct((rows, outputs if gradient else inputs), jnp.bfloat16)
@@ -165,13 +165,13 @@ def cost(
     label = f"{name} {inputs}×{outputs}"
     start = time.perf_counter()
     try:
-        problem = _KERNELS[device.platform].problem(stack, x.dtype) if implementation == "pallas" else None
-        if problem is None and implementation == "pallas" and gradient and device.platform == "cuda":
-            problem = "no kernel: XLA's product on GPUs"
-        if problem is not None:
-            raise ValueError(problem)
+        reason = _KERNELS[device.platform].unsupported_reason(stack, x.dtype) if implementation == "pallas" else None
+        if reason is None and implementation == "pallas" and gradient and device.platform == "cuda":
+            reason = "no kernel: XLA's product on GPUs"
+        if reason is not None:
+            raise UnsupportedError(reason)
         compiled = _compile(jax.jit(product), (x, matrix), machine, mesh)
-    except Exception as error:  # of whatever kind the compiler raises: the table says so
+    except Exception as error:  # compilers raise errors of many types; the table shows them
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         seconds = time.perf_counter() - start
         return Cost(label, rows, implementation, packed, None, flops, None, None, seconds, reason)
@@ -195,7 +195,10 @@ def _compile(function: Any, arguments: tuple[Any, ...], machine: Machine, mesh: 
 
 
 def kernel_bytes(stack: QuantizedTensor, rows: int, gradient: bool, platform: Platform) -> int:
-    """Bytes that the kernel copies from and to memory, for bfloat16 x; what several programs read at a time, once."""
+    """Return the bytes that the kernel copies from and to memory, for bfloat16 x.
+
+    What several programs read at the same time is counted once.
+    """
     _, inputs, outputs = stack.shape
     scales, codes = inputs // stack.block_size * outputs, inputs // 2 * outputs
     if platform == "cuda":
@@ -206,7 +209,7 @@ def kernel_bytes(stack: QuantizedTensor, rows: int, gradient: bool, platform: Pl
     spread = 4 * spans_of(inputs // stack.block_size) * outputs
     if gradient:
         tiles = tpu.gradient_tiles(rows, stack, jnp.bfloat16)
-        one_block = rows <= tiles.rows  # then dy stays; else it is read for every tile of W
+        one_block = rows <= tiles.rows  # then dy stays on the chip; else it is read again for every tile of W
         reads = 1 if one_block else inputs // tiles.tile
         return 2 * codes + scales + spread + 2 * rows * (outputs * reads + inputs)
     tiles = tpu.forward_tiles(rows, stack, jnp.bfloat16)
@@ -215,7 +218,7 @@ def kernel_bytes(stack: QuantizedTensor, rows: int, gradient: bool, platform: Pl
 
 
 def other_bytes(hlo: str) -> int:
-    """Bytes of operands and results of all instructions of the entry computation but the kernel and what costs nothing."""
+    """Return the bytes of operands and results of the entry computation, without the kernel and free instructions."""
     total = 0
     entry = hlo[hlo.index("ENTRY ") :]
     sizes: dict[str, int] = {}
@@ -231,7 +234,7 @@ def other_bytes(hlo: str) -> int:
 
 
 def steps(model: str, machine: Machine, mesh: Mesh) -> list[dict[str, Any]]:
-    """What the decode step of a model needs with the choice made for it, and with XLA alone; printed as it is found."""
+    """Compile the decode step of a model with the default implementation and with XLA alone; print and return the costs."""
     config = causal_family_of(SIZES[model]).config(SIZES[model])
     assert isinstance(config, DecoderConfig)
 
@@ -269,18 +272,18 @@ def steps(model: str, machine: Machine, mesh: Mesh) -> list[dict[str, Any]]:
 
 
 def packed_copies(hlo: str) -> int:
-    """How many instructions of a program make an array of at least a megabyte of uint8."""
+    """Return how many instructions of a program make an array of at least one MiB of uint8."""
     made = re.findall(r"^\s*(?:ROOT )?%?[\w.-]+ = \(*u8\[([\d,]+)\]\S* ([\w-]+)\(", hlo, re.MULTILINE)
     sizes = [int(np.prod([int(size) for size in dims.split(",")])) for dims, opcode in made if opcode not in FREE]
     return sum(size >= 2**20 for size in sizes)
 
 
 def table(costs: list[Cost]) -> str:
-    """A row a product, in Markdown."""
+    """Return a Markdown table with one row per product."""
     lines = ["| matrix | rows | by | MB moved | of packed | temporaries MB | floor µs | compiled in s |", "|" + " --- |" * 8]
     for c in costs:
         if c.bytes is None or c.temporaries is None or c.floor_us is None:
-            lines.append(f"| {c.matrix} | {c.rows} | {c.implementation} | {c.problem} | | | | |")
+            lines.append(f"| {c.matrix} | {c.rows} | {c.implementation} | {c.unsupported_reason} | | | | |")
             continue
         lines.append(
             f"| {c.matrix} | {c.rows} | {c.implementation} | {c.bytes / 1e6:.2f} | {c.bytes / c.packed:.2f} | "

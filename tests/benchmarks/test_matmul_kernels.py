@@ -1,4 +1,4 @@
-"""The counts of scripts/kernels.py, on shapes and programs whose bytes are known."""
+"""The counts of scripts/benchmarks/matmul_kernels.py, on shapes and programs whose bytes are known."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from qlora_jax.quant import quantize
-from scripts.benchmarks import kernels as script
+from scripts.benchmarks import matmul_kernels as script
 
 HLO = """
 fused { %p = f32[8]{0} parameter(0) }
@@ -43,6 +43,6 @@ def test_matrices_of_a_model() -> None:
 
 
 def test_no_rows_are_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.argv", ["kernels.py", "--rows", "8", "0"])
+    monkeypatch.setattr("sys.argv", ["matmul_kernels.py", "--rows", "8", "0"])
     assert script.main() == 1
     assert capsys.readouterr().err == "error: --rows: expected numbers from 1 on, found 8 0\n"

@@ -1,4 +1,4 @@
-"""scripts/measure_long_context.py in small: its texts, its reading through the cache against one dense pass, its page."""
+"""scripts/studies/measure_long_context.py in small: its texts, its use of the cache against one dense pass, its page."""
 
 import json
 import sys
@@ -9,18 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from script_module import import_script
 
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.models import CausalLM
 from qlora_jax.train import split
+from scripts.studies import measure_long_context as script
 from scripts.studies.long_context.page import MODELS, table, verdict
 from scripts.studies.long_context.texts import DIGITS, Prompt, Writer, answers
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "studies" / "measure_long_context.py"
-script = import_script(SCRIPT)
 
 
 @pytest.fixture
@@ -107,12 +106,14 @@ def test_the_table_and_what_it_says() -> None:
     assert (gained["value"], gained["wins"], gained["losses"], gained["p"]) == (0.75, 3, 0, 0.25)  # 2 · ½³
     assert gained["interval"]["value"] == 0.75
     assert (scaled["value"], scaled["interval"], scaled["p"]) == (1.0, None, 0.125)
-    assert verdict(rows[0]).startswith("beyond: of 4 keys the tuned model finds 4, the untuned one 1 as it is and 0 with")
-    assert verdict(rows[0]).endswith("too few to tell")
+    assert verdict(rows[0]).startswith(
+        "beyond: of 4 keys the tuned model finds 4, the untuned model 1 with its own positions and 0 with"
+    )
+    assert verdict(rows[0]).endswith("too few keys for a verdict")
     more = {name: hits * 5 for name, hits in right.items()}
-    assert "clearly more than either (p up to 6.1e-05)" in verdict(table(prompts * 5, more)[0])
+    assert "significantly more than both (p up to 6.1e-05)" in verdict(table(prompts * 5, more)[0])
     less = dict(zip(MODELS, reversed([*more.values()]), strict=True))
-    assert "clearly less" in verdict(table(prompts * 5, less)[0])
+    assert "significantly fewer" in verdict(table(prompts * 5, less)[0])
 
 
 def test_the_report(

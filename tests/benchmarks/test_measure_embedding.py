@@ -1,9 +1,9 @@
-"""scripts/measure_tables.py: the texts it measures on, those that ship among them."""
+"""scripts/benchmarks/measure_embedding.py: the texts it measures on, those that ship among them."""
 
 import json
 from pathlib import Path
 
-from scripts.benchmarks.measure_tables import Arguments, text_of
+from scripts.benchmarks.measure_embedding import Arguments, text_of
 
 
 def test_texts_of_rows_and_of_messages() -> None:

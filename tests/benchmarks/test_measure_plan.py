@@ -1,32 +1,26 @@
-"""scripts/measure_plan.py: its recipes, its fit on rows whose factors are known, and bad input. Nothing is compiled here."""
+"""scripts/benchmarks/measure_plan.py: its recipes, its fit on rows with known factors, bad input. Nothing is compiled."""
 
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from script_module import import_script
 
 from qlora_jax.models.llama import llama_config
 from qlora_jax.plan import SIZES, quick_plan
+from scripts.benchmarks import measure_plan as script
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmarks" / "measure_plan.py"
 
 
-@pytest.fixture(scope="module")
-def script() -> Any:
-    return import_script(SCRIPT)
-
-
-def test_recipes_are_plans(script: Any) -> None:
+def test_recipes_are_plans() -> None:
     config = llama_config(SIZES["smollm2-135m"])
     peaks = {name: quick_plan(make(config), "tpu").peak for name, make in script.RECIPES.items()}
     assert set(peaks) == {"paper", "packed", "offload", "dots"}
     assert peaks["dots"] > peaks["offload"]
 
 
-def test_the_fit_finds_factors_and_leaves_those_of_what_is_nowhere(script: Any) -> None:
+def test_the_fit_finds_factors_and_leaves_those_of_what_is_nowhere() -> None:
     known = {"loss": {"logits": 2.0, "table": 7.0}, "layer": {"stream": 3.0, "table": 5.0}}
     rows = []
     for logits, stream in ((9, 1), (8, 2), (1, 9), (2, 8), (7, 1), (1, 6)):

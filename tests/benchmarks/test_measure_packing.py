@@ -1,4 +1,4 @@
-"""scripts/measure_packing.py in small: its shares and ratios, against a count over the rows themselves."""
+"""scripts/benchmarks/measure_packing.py in small: its shares and ratios, against a count over the rows themselves."""
 
 import json
 import subprocess

@@ -1,0 +1,288 @@
+"""Cross-entropy over a large vocabulary that never holds all logits.
+
+The head's logits of 8192 tokens over 128,000 words are 4 GiB in float32, twice that with their gradient. So the tokens go
+through the head in chunks, and the gradient with respect to the hidden states is computed in the same pass, while a chunk's
+logits exist:
+
+    logits = h Wᵀ        loss = w (logsumexp(logits) - h·W[target])        dh = w (softmax(logits) - e[target]) W
+
+This takes two matrix products a chunk instead of the three of a recomputing backward pass; the saved residual is dh, which
+is as large as h. The head is frozen: no gradient of it is formed. Where an adapter trains a change of the head
+(nn.embedding), the backward pass computes the logits once more.
+
+Each chunk reads the whole head twice. The size of a chunk is therefore the number of tokens whose logits take a fixed amount
+of memory, and never small (`chunk_tokens`). On a CPU it is smaller, so that the logits stay in the cache; multiplying takes
+many times longer there than reading the head.
+
+On several devices each device holds its rows of the head, and computes the logits of these rows alone for a chunk of the
+tokens of all devices:
+
+    h of all devices  →  own logits  →  maximum, sum of exponentials, own target's logit: reduced over devices
+    dh = Σ over devices of (share of own rows) (own rows)
+
+The hidden states travel between devices, some megabytes a chunk. The head, a gigabyte, does not.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from qlora_jax.errors import UnsupportedError
+from qlora_jax.nn import Table
+
+LOGITS = 2**27  # bytes that the float32 logits of a chunk take, about
+LEAST = 512  # tokens of a chunk: with fewer, reading the head takes longer than multiplying with it
+CPU_SHARE = 4  # on a CPU both are divided by this
+
+
+def chunk_tokens(rows: int, *, cpu: bool = False) -> int:
+    """Return the tokens of a chunk for a head of `rows` rows: a power of two, which divides most batches."""
+    less = CPU_SHARE if cpu else 1
+    return max(2 ** round(math.log2(LOGITS / (less * 4 * rows))), LEAST // less)
+
+
+def chunked_cross_entropy(
+    hidden: Float[Array, "n d"],
+    head: Float[Array, "v d"] | Table,
+    targets: Int[Array, " n"],
+    weights: Float[Array, " n"],
+    chunk: int | None = None,
+    cap: float | None = None,
+) -> Float[Array, ""]:
+    """Return the weighted sum of the cross-entropies, float32; see `token_losses` for the arguments."""
+    return token_losses(hidden, head, targets, weights, chunk, cap).sum()
+
+
+def token_losses(
+    hidden: Float[Array, "n d"],
+    head: Float[Array, "v d"] | Table,
+    targets: Int[Array, " n"],
+    weights: Float[Array, " n"],
+    chunk: int | None = None,
+    cap: float | None = None,
+    axis: str | None = None,
+) -> Float[Array, " n"]:
+    """Return the weighted cross-entropy of each token, float32.
+
+    Args:
+        hidden: the hidden states after the last norm.
+        head: the output head, dense or packed. Of its parts only the delta, if it has one, gets a gradient.
+        targets: the token to predict at each place.
+        weights: the factor on each loss, float32; 0 for tokens that are not learned.
+        chunk: how many of this device's tokens have their logits in memory at a time; None: by the rows of the head and the
+            platform.
+        cap: logits are cap * tanh(products / cap); None: the products themselves.
+        axis: the mesh axis over whose devices the rows of the head and the tokens are spread, for calls inside
+            `jax.shard_map`; None: the head is whole.
+
+    Raises:
+        UnsupportedError: the rows of a head with a delta are spread.
+    """
+    table = head if isinstance(head, Table) else Table(head)
+    if axis is not None and table.delta is not None:
+        raise UnsupportedError("token_losses: expected a head without a delta where its rows are spread, found one")
+    settings = _Settings(table.rows, chunk, cap, axis)
+    losses: Any = _token_losses(hidden, table.weight, table.delta, targets, weights, settings)
+    return losses
+
+
+def token_losses_and_hits(
+    hidden: Float[Array, "n d"],
+    head: Table,
+    targets: Int[Array, " n"],
+    weights: Float[Array, " n"],
+    cap: float | None = None,
+    axis: str | None = None,
+) -> Float[Array, "n 2"]:
+    """Return for each token its weighted loss, and its weight where its target has the highest of all logits, else 0.
+
+    The result is not to be differentiated. See `token_losses` for the arguments.
+    """
+
+    def of_chunks(chunk: int, head: Table, hidden: Array, targets: Array, weights: Array) -> Array:
+        def run(part: tuple[Array, Array, Array]) -> Array:
+            h, target, weight = _gathered(axis, *part)
+            losses, logits, _ = _chunk_loss(head, h, target, weight, cap, axis)
+            own, here = _own_rows(head, target, axis)
+            label = jnp.take_along_axis(logits, jnp.minimum(own, logits.shape[1] - 1)[:, None], axis=1)[:, 0]
+            highest = logits.max(-1) if axis is None else jax.lax.pmax(logits.max(-1), axis)
+            hits = here & (label >= highest)
+            if axis is not None:
+                hits = jax.lax.psum(hits.astype(jnp.float32), axis) > 0
+            return jnp.stack([_own(axis, losses), _own(axis, jnp.where(hits, weight, 0))])
+
+        found = jax.lax.map(run, _chunks(chunk, hidden, targets, weights))
+        return found.transpose(0, 2, 1).reshape(-1, 2)[: hidden.shape[0]]
+
+    return _with_chunk(of_chunks, None, axis, head.folded(), hidden, targets, weights)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The static arguments of `token_losses`; `rows` are those of the head that its delta changes."""
+
+    rows: tuple[int, ...] | None
+    chunk: int | None
+    cap: float | None
+    axis: str | None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _token_losses(
+    hidden: Array, weight: Any, delta: Array | None, targets: Array, weights: Array, settings: _Settings
+) -> Array:
+    cap, axis = settings.cap, settings.axis
+
+    def losses(chunk: int, head: Table, hidden: Array, targets: Array, weights: Array) -> Array:
+        def run(part: tuple[Array, Array, Array]) -> Array:
+            h, target, weight = _gathered(axis, *part)
+            return _own(axis, _chunk_loss(head, h, target, weight, cap, axis)[0])
+
+        return jax.lax.map(run, _chunks(chunk, hidden, targets, weights)).reshape(-1)[: hidden.shape[0]]
+
+    head = Table(weight, delta, settings.rows).folded()
+    return _with_chunk(losses, settings.chunk, axis, head, hidden, targets, weights)
+
+
+def _forward(
+    hidden: Array, weight: Any, delta: Array | None, targets: Array, weights: Array, settings: _Settings
+) -> tuple[Array, Any]:
+    if delta is None:
+        losses, gradient, _ = _losses_and_gradients(Table(weight), hidden, targets, weights, settings)
+        return losses, gradient
+    # The gradient of the head sums over tokens, whose own factors are known only in the backward pass.
+    losses: Any = _token_losses(hidden, weight, delta, targets, weights, settings)
+    return losses, (hidden, weight, delta, targets, weights)
+
+
+def _backward(settings: _Settings, residuals: Any, cotangent: Array) -> tuple[Any, ...]:
+    if not isinstance(residuals, tuple):
+        return (residuals * cotangent[:, None]).astype(residuals.dtype), None, None, None, None
+    hidden, weight, delta, targets, weights = residuals
+    head = Table(weight, delta, settings.rows)
+    _, of_hidden, of_delta = _losses_and_gradients(head, hidden, targets, weights * cotangent, settings)
+    return of_hidden, None, of_delta, None, None
+
+
+_token_losses.defvjp(_forward, _backward)
+
+
+def _losses_and_gradients(
+    table: Table, hidden: Array, targets: Array, weights: Array, settings: _Settings
+) -> tuple[Array, Array, Array | None]:
+    """Return the losses `[n]`, and the gradients of their sum with respect to the hidden states and to the head's delta."""
+    cap, axis = settings.cap, settings.axis
+
+    def of_chunks(chunk: int, table: Table, hidden: Array, targets: Array, weights: Array) -> tuple[Any, ...]:
+        head, rows = table.folded(), None if table.rows is None else jnp.asarray(table.rows)
+
+        def run(of_delta: Array | None, part: tuple[Array, Array, Array]) -> tuple[Array | None, tuple[Array, Array]]:
+            h, target, weight = _gathered(axis, *part)
+            losses, logits, log_normalizer = _chunk_loss(head, h, target, weight, cap, axis)
+            # The 1 of the target is subtracted in float32: for a confident token nothing of the difference would survive
+            # bfloat16.
+            own, _ = _own_rows(head, target, axis)
+            share = jnp.exp(logits - log_normalizer[:, None]).at[jnp.arange(target.size), own].add(-1.0, mode="drop")
+            if cap is not None:  # tanh' = 1 - tanh²
+                share = share * (1 - (logits / cap) ** 2)
+            share = (share * weight[:, None]).astype(h.dtype)
+            of_hidden = _summed(axis, share, head)
+            if of_delta is not None:
+                trained = share if rows is None else share[:, rows]
+                of_delta = of_delta + jnp.einsum("nr,nd->rd", trained, h, preferred_element_type=jnp.float32)
+            return of_delta, (_own(axis, losses), of_hidden)
+
+        start = None if table.delta is None else jnp.zeros(table.delta.shape, jnp.float32)
+        chunks: Any = _chunks(chunk, hidden, targets, weights)
+        of_delta, (losses, gradients) = jax.lax.scan(run, start, chunks)
+        count, features = hidden.shape
+        return losses.reshape(-1)[:count], gradients.reshape(-1, features)[:count], of_delta
+
+    losses, of_hidden, of_delta = _with_chunk(of_chunks, settings.chunk, axis, table, hidden, targets, weights)
+    return losses, of_hidden, of_delta
+
+
+def _with_chunk(run: Callable[..., Any], chunk: int | None, axis: str | None, head: Table, *arrays: Array) -> Any:
+    """Return `run(chunk, head, *arrays)`, with the chunk of the platform if `chunk` is None.
+
+    A head whose rows are spread over devices always takes the larger chunk, which the devices share.
+    """
+    if chunk is not None:
+        return run(chunk, head, *arrays)
+    rows = head.shape[0]
+    if axis is not None:
+        return run(chunk_tokens(rows) // jax.lax.axis_size(axis), head, *arrays)
+    on_cpu, elsewhere = partial(run, chunk_tokens(rows, cpu=True)), partial(run, chunk_tokens(rows))
+    return jax.lax.platform_dependent(head, *arrays, cpu=on_cpu, default=elsewhere)
+
+
+def _chunk_loss(
+    head: Table, hidden: Array, targets: Array, weights: Array, cap: float | None, axis: str | None
+) -> tuple[Array, Array, Array]:
+    """Return (weighted losses, float32 logits of this device's rows, logsumexp of all logits) of one chunk."""
+    logits = _capped(head.logits(hidden, jnp.float32), cap)
+    log_normalizer = _logsumexp(logits, axis)
+    rows, here = _own_rows(head, targets, axis)
+    label_logit = jnp.einsum("nd,nd->n", hidden, head(rows).astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if axis is not None:
+        label_logit = jax.lax.psum(jnp.where(here, label_logit, 0), axis)
+    return weights * (log_normalizer - _capped(label_logit, cap)), logits, log_normalizer
+
+
+def _own_rows(head: Table, tokens: Array, axis: str | None) -> tuple[Array, Array]:
+    """Return (the tokens' rows in this device's part of the head, which tokens have a row there).
+
+    The row of a token that belongs to another device is the number of rows, which is beyond the end.
+    """
+    count = head.shape[0]
+    first = 0 if axis is None else jax.lax.axis_index(axis) * count
+    here = (tokens >= first) & (tokens < first + count)
+    return jnp.where(here, tokens - first, count), here
+
+
+def _logsumexp(logits: Array, axis: str | None) -> Array:
+    if axis is None:
+        return jax.nn.logsumexp(logits, axis=-1)
+    highest = jax.lax.pmax(logits.max(-1), axis)
+    return highest + jnp.log(jax.lax.psum(jnp.exp(logits - highest[:, None]).sum(-1), axis))
+
+
+def _summed(axis: str | None, share: Array, head: Table) -> Array:
+    """Return share @ head; on several devices the sum of all devices' products, for this device's own tokens."""
+    if axis is None:
+        return head.sums(share)
+    return jax.lax.psum_scatter(head.sums(share, jnp.float32), axis, tiled=True).astype(share.dtype)
+
+
+def _gathered(axis: str | None, *arrays: Array) -> tuple[Array, ...]:
+    """Return the arrays with the rows of all devices."""
+    return arrays if axis is None else tuple(jax.lax.all_gather(array, axis, tiled=True) for array in arrays)
+
+
+def _own(axis: str | None, array: Array) -> Array:
+    """Return this device's rows of an array that holds the rows of all devices."""
+    if axis is None:
+        return array
+    count = array.shape[0] // jax.lax.axis_size(axis)
+    return jax.lax.dynamic_slice_in_dim(array, jax.lax.axis_index(axis) * count, count)
+
+
+def _capped(logits: Array, cap: float | None) -> Array:
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
+    """Return each `[n, …]` array as `[n / chunk, chunk, …]`, padded with zeros (whose weight is 0)."""
+    size = min(chunk, arrays[0].shape[0])
+
+    def split(array: Array) -> Array:
+        padded = jnp.pad(array, [(0, -array.shape[0] % size)] + [(0, 0)] * (array.ndim - 1))
+        return padded.reshape(-1, size, *array.shape[1:])
+
+    return tuple(split(array) for array in arrays)
