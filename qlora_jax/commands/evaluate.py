@@ -13,13 +13,12 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import jax
 from flax import nnx
 
 from qlora_jax import cli
-from qlora_jax.adapters.pretrained import TunedOptions, open_tuned
+from qlora_jax.adapters.pretrained import PretrainedOptions
 from qlora_jax.errors import OptionError
 from qlora_jax.evaluate import Prompts, Scores, encode_questions, evaluate_mmlu, read_questions
 from qlora_jax.models import CausalLM, causal_family_of, positions_left
@@ -58,7 +57,7 @@ class MMLUOptions:
 class Options:
     """The options of the command."""
 
-    model: TunedOptions = dataclasses.field(default_factory=TunedOptions)
+    model: PretrainedOptions = dataclasses.field(default_factory=PretrainedOptions)
     mmlu: MMLUOptions = dataclasses.field(default_factory=MMLUOptions)
 
 
@@ -91,8 +90,8 @@ def load(options: Options) -> tuple[CausalLM, Prompts, str]:
 
     All small files are read before the weights, so that their errors are found early.
     """
-    asked, tuned = options.mmlu, open_tuned(options.model)
-    config: Any = causal_family_of(tuned.checkpoint.config).config(tuned.checkpoint.config)
+    asked, pretrained = options.mmlu, options.model.open()
+    causal_family_of(pretrained.checkpoint.config)  # raises for an encoder-decoder
     questions = read_questions(
         str(asked.mmlu),
         split=asked.split,
@@ -101,9 +100,9 @@ def load(options: Options) -> tuple[CausalLM, Prompts, str]:
         limit=asked.limit,
         seed=asked.seed,
     )
-    room = positions_left(config, None if tuned.adapter is None else tuned.adapter.method)
+    room = positions_left(pretrained.checkpoint.model_config, pretrained.method)
     longest = asked.max_length if room is None else min(asked.max_length, room)
-    prompts = encode_questions(questions.questions, tuned.tokenizer, longest)
-    model = tuned.load(mesh=data_mesh(), progress=sys.stderr.isatty())
+    prompts = encode_questions(questions.questions, pretrained.tokenizer, longest)
+    model = pretrained.load(mesh=data_mesh(), progress=sys.stderr.isatty())
     assert isinstance(model, CausalLM)  # `causal_family_of` raises an error for other models
     return model, prompts, f"{questions}; {prompts}"

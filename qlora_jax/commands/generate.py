@@ -21,8 +21,7 @@ from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax import cli
-from qlora_jax.adapters.pretrained import TunedOptions, open_tuned
-from qlora_jax.checkpoint.tokenizer import stop_ids
+from qlora_jax.adapters.pretrained import PretrainedOptions
 from qlora_jax.data import Template, encode_prompt
 from qlora_jax.errors import OptionError
 from qlora_jax.models import T5, Model
@@ -61,7 +60,7 @@ class AnswerOptions:
 class Options:
     """The options of the command."""
 
-    model: TunedOptions = dataclasses.field(default_factory=TunedOptions)
+    model: PretrainedOptions = dataclasses.field(default_factory=PretrainedOptions)
     prompt: PromptOptions = dataclasses.field(default_factory=PromptOptions)
     answer: AnswerOptions = dataclasses.field(default_factory=AnswerOptions)
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
@@ -127,16 +126,16 @@ def read_stdin() -> str:
 
 def load(options: Options) -> Loaded:
     """Load the model with its adapter, its tokenizer and the tokens that end an answer."""
-    tuned = open_tuned(options.model)
-    tokenizer, record = tuned.tokenizer, tuned.record
-    template = cast(Template | None, options.prompt.template or (record and record.template))
+    pretrained = options.model.open()
+    tokenizer, metadata = pretrained.tokenizer, pretrained.adapter_metadata
+    template = cast(Template | None, options.prompt.template or (metadata and metadata.template))
     if template in (None, "auto"):
         template = "plain" if tokenizer.chat_template is None else "chat"
     # Raises an error if the template cannot express such a conversation.
     encode_prompt([*opening(options), user("?")], tokenizer, template=template)
-    model = tuned.load(progress=sys.stderr.isatty())
+    model = pretrained.load(progress=sys.stderr.isatty())
     graphdef, state = nnx.split(model)
-    eos_ids = stop_ids(tuned.source, options.model.revision, tokenizer)
+    eos_ids = pretrained.stop_ids
     if isinstance(model, T5):  # its length has no limit
         return Loaded(graphdef, state, tokenizer, template, eos_ids, None, model.config.decoder_start_token_id)
     return Loaded(graphdef, state, tokenizer, template, eos_ids, model.max_positions, None)

@@ -17,19 +17,16 @@ from typing import Literal
 import numpy as np
 
 from qlora_jax import cli
-from qlora_jax.adapters.bind import check_family, load_adapter
-from qlora_jax.adapters.files import read_adapter
-from qlora_jax.adapters.metadata import chosen_quantization, read_adapter_metadata, with_scaling
-from qlora_jax.adapters.special_tokens import grown
-from qlora_jax.adapters.weight_init import parted, rewriting
-from qlora_jax.checkpoint.default_model import fetch_default_model
-from qlora_jax.checkpoint.load import load_model, storage_of
+from qlora_jax.adapters.metadata import QuantizationChoice, read_adapter_metadata
+from qlora_jax.adapters.pretrained import open_pretrained
+from qlora_jax.checkpoint.hub import resolve
+from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
-from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, tokenizer_source
 from qlora_jax.errors import OptionError
 from qlora_jax.export.drift import logit_drift, sample_logits
-from qlora_jax.export.merge import MergedDtype, merge
-from qlora_jax.quant import DataType, EmbeddingStorage, Quantization
+from qlora_jax.export.merge import MergedDtype
+from qlora_jax.export.pretrained import merge_pretrained
+from qlora_jax.quant import DataType, Quantization
 
 LOW_AGREEMENT = 0.9  # below this share of positions with the same most likely token, --base dequantized is recommended
 SAMPLES = (
@@ -79,48 +76,35 @@ def main(arguments: Sequence[str] | None = None, *, program: str | None = None) 
 
 def merge_adapter(options: Options) -> None:
     """Merge the adapter, write the folder and, if asked for, print how much the logits change."""
-    record = read_adapter_metadata(options.adapter)
-    quantization = chosen_quantization(record, options.data_type, options.block_size, options.double_quantization)
-    embedding_storage: EmbeddingStorage = "none" if record is None else record.embedding_storage
-    if options.base == "dequantized" and quantization is None and embedding_storage == "none":
-        raise OptionError("--base dequantized: expected an adapter that was trained on 4 bits, found one on dense weights")
-    source = options.model or str(fetch_default_model())
-    checkpoint = open_checkpoint(source, options.revision)
-    quantization = storage_of(checkpoint, quantization)
-    adapter, taken = parted(read_adapter(options.adapter), record)
-    rewrite = rewriting(adapter.method, taken, quantization)
-    check_family(adapter, checkpoint.config["model_type"])
-    checkpoint = with_scaling(grown(checkpoint, adapter), None if record is None else record.scaling)
-    own = tokenizer_source(source, options.adapter)
-    tokenizer = load_tokenizer(own, options.revision if own == source else None)
-    check_tokenizer(tokenizer, checkpoint.config)
+    choice = QuantizationChoice(options.data_type, options.block_size, options.double_quantization)
+    adapter = resolve(options.adapter)
+    if options.base == "dequantized":
+        metadata = read_adapter_metadata(adapter)
+        if choice.complete(metadata) is None and (metadata is None or metadata.embedding_storage == "none"):
+            raise OptionError(
+                "--base dequantized: expected an adapter that was trained on 4 bits, found one on dense weights"
+            )
+    pretrained = open_pretrained(options.model, adapter, revision=options.revision, quantization=choice)
+    quantization, tokenizer = pretrained.quantization, pretrained.tokenizer
     texts = SAMPLES if options.sample is None else options.sample.read_text(encoding="utf-8").split("\n\n")
     batches = [np.asarray([tokenizer(text)["input_ids"][: options.sample_tokens]]) for text in texts if text.strip()]
     if not batches:
         raise OptionError(f"--sample {options.sample}: expected some text, found none")
 
     packed = (quantization or Quantization()) if options.dtype == "4bit" else None
-    merge(
-        checkpoint,
-        adapter,
+    merge_pretrained(
+        pretrained,
         options.output,
         dtype="bfloat16" if options.dtype == "4bit" else options.dtype,
         quantization=packed,
-        from_dequantized=quantization if options.base == "dequantized" else None,
-        rewrite=rewrite,
-        from_embedding_storage=embedding_storage if options.base == "dequantized" else "none",
-        tokenizer=tokenizer,
+        base=options.base,
     )
+    source = pretrained.base.name
     print(f"Merged {options.adapter} into {source} ({options.base} weights, {options.dtype}): {options.output}")
     if not options.compare:
         return
     # One model at a time: the logits of the first are on the host before the second is loaded.
-    base = load_model(
-        checkpoint, quantization=quantization, embedding_storage=embedding_storage, method=adapter.method, rewrite=rewrite
-    )
-    trained = load_adapter(base, adapter)
-    before = sample_logits(trained, batches)
-    del base, trained
+    before = sample_logits(pretrained.load(), batches)
     after = sample_logits(load_model(open_checkpoint(str(options.output)), quantization=packed), batches)
     drift = logit_drift(before, after)
     storage = "dense weights" if quantization is None else quantization.data_type

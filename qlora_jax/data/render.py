@@ -4,9 +4,7 @@
     guanaco   `### Human: … ### Assistant: …`, one piece; a text in this form is used unchanged
     alpaca    the prompt of Stanford Alpaca, which ends in `### Response: `, and the answer: two pieces
     plain     the input and the answer, two pieces without a separator; a `text` column unchanged, all of it learned
-    auto      text → guanaco, or plain if it has no turns; instructions → alpaca; messages → chat;
-              question/answer and input/output → chat if the tokenizer has a template, else plain;
-              prompt/completion → plain, because the prompts of such data already have their final form
+    auto      the template that the record's schema names (`schemas.Schema.template`)
 
 All of a `completion` is learned, both in guanaco (if the text has that form) and in plain. The template only determines how
 prompts are written at inference.
@@ -17,18 +15,16 @@ training and in generation.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 from qlora_jax.data.chat import render_chats
 from qlora_jax.data.messages import Message
 from qlora_jax.data.pieces import CannotRender, Piece
-from qlora_jax.data.schemas import TURN_MARKER, Record
+from qlora_jax.data.schemas import SCHEMAS, TURN_MARKER, Record, Template
 from qlora_jax.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Template = Literal["auto", "chat", "guanaco", "alpaca", "plain"]
 
 ALPACA_PROMPT = (
     "Below is an instruction that describes a task. "
@@ -68,17 +64,7 @@ def choose_template(record: Record, template: Template, tokenizer: "PreTrainedTo
         raise DataError(f"template: expected one of {', '.join(get_args(Template))}, found {template!r}")
     if template != "auto":
         return template
-    if record.schema == "text":
-        return "guanaco" if record.messages else "plain"
-    if record.schema == "completion":
-        return "guanaco" if TURN_MARKER.search(record.fields["text"]) else "plain"
-    if record.schema in ("alpaca", "instruction/response"):
-        return "alpaca"
-    if record.schema == "prompt/completion":
-        return "plain"
-    if record.schema in ("messages", "sharegpt") or tokenizer.chat_template is not None:
-        return "chat"
-    return "plain"
+    return SCHEMAS[record.schema].template(record, tokenizer.chat_template is not None)
 
 
 def render(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", template: Template) -> list[Rendered]:
@@ -108,11 +94,12 @@ def _render_one(index: int, record: Record, template: str) -> Rendered:
 
 
 def render_guanaco(record: Record) -> Rendered:
-    if record.schema == "completion" and TURN_MARKER.search(record.fields["text"]):
-        return Rendered((_learned(record.fields["text"]),), "guanaco", True)
+    text = record.fields.get("text")
+    if text is not None and not record.messages and TURN_MARKER.search(text):
+        return Rendered((_learned(text),), "guanaco", True)  # a completion, of which all is learned
     if not record.messages:
         raise DataError("template 'guanaco': expected turns, found none (`### Human:` and `### Assistant:`)")
-    piece = _marked(record.fields["text"]) if record.schema == "text" else join_guanaco(record.messages)
+    piece = join_guanaco(record.messages) if text is None else _marked(text)
     return Rendered((piece,), "guanaco", record.messages[-1]["role"] == "assistant")
 
 
@@ -151,7 +138,7 @@ def join_guanaco(messages: Sequence[Message]) -> Piece:
 
 
 def render_alpaca(record: Record) -> Rendered:
-    if record.schema in ("alpaca", "instruction/response"):
+    if "instruction" in record.fields:
         instruction, extra, answer = (record.fields.get(name, "") for name in ("instruction", "input", "output"))
     else:
         (instruction, answer), extra = _one_exchange(record, "alpaca"), ""
@@ -164,7 +151,7 @@ def alpaca_prompt(instruction: str, extra: str = "") -> str:
 
 
 def render_plain(record: Record) -> Rendered:
-    if record.schema in ("text", "completion"):
+    if "text" in record.fields:
         return Rendered((_learned(record.fields["text"]),), "plain", True)
     question, answer = _one_exchange(record, "plain")
     return Rendered((Piece(question), _learned(answer)), "plain", True)

@@ -23,6 +23,7 @@ from qlora_jax.models.chunks import chunk_count
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import DecoderLayer, make_norm
 from qlora_jax.models.kv_cache import KVCache, empty_cache
+from qlora_jax.models.origin import Origin
 from qlora_jax.models.parameter_mapping import linear_modules
 from qlora_jax.models.prompts import with_prompt
 from qlora_jax.models.shape import method_for, positions_left
@@ -43,7 +44,7 @@ from qlora_jax.nn import (
     with_prefix,
 )
 from qlora_jax.nn.parallel import devices_of_context
-from qlora_jax.peft import Method, Prompt, PromptMethod
+from qlora_jax.peft import Method
 from qlora_jax.quant import EmbeddingStorage, Quantization
 
 
@@ -51,6 +52,9 @@ class CausalLM(nnx.Module):
     """A decoder-only language model.
 
     Attributes:
+        quantization, embedding_storage: how the model was asked to store its linear layers, and its embedding and head.
+        method: the method of fine-tuning that the model was made with, as `method_for` completed it; None: none.
+        origin: the checkpoint of the model, and what loading changed; None for a model with random weights.
         trained: the parameters of the base that train in addition to the adapters of linear layers.
         prompt: the virtual tokens, or their keys and values, that come before every row; None: no virtual tokens.
         head_delta: the trainable difference of an output head that is otherwise tied to the embedding, or None.
@@ -121,9 +125,13 @@ class CausalLM(nnx.Module):
                 config.vocab_size, config.hidden_size, rows=rows, storage=embedding_storage, dtype=dtype, rngs=rngs
             )
         self.head_delta: Delta | None = None
-        self.prompt = Prompt(method, rngs) if isinstance(method, PromptMethod) else None
+        self.prompt = None if method is None else method.make_prompt(rngs)
         attach(self, trained)
         self.config = config
+        self.quantization = quantization
+        self.embedding_storage: EmbeddingStorage = embedding_storage
+        self.method = method
+        self.origin: Origin | None = None
         self.attention: AttentionImplementation = attention
         self.remat: Remat = remat
 

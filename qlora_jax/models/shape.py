@@ -2,7 +2,7 @@
 
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.t5_config import T5Config
-from qlora_jax.peft import Method, ModelShape, OfModel, PromptMethod
+from qlora_jax.peft import Method, ModelShape
 
 
 def shape_of(config: DecoderConfig | T5Config) -> ModelShape:
@@ -25,11 +25,11 @@ def method_for(method: Method | None, config: DecoderConfig | T5Config) -> Metho
     Raises:
         OptionError: the method does not fit the model.
     """
-    return method.for_model(shape_of(config)) if isinstance(method, OfModel) else method
+    return None if method is None else method.for_model(shape_of(config))
 
 
-def positions_left(config: DecoderConfig | T5Config, method: object) -> int | None:
+def positions_left(config: DecoderConfig | T5Config, method: Method | None) -> int | None:
     """Return the most tokens in a row, without the method's virtual tokens, that the positions allow; None: no limit."""
     if not isinstance(config, DecoderConfig) or config.endless:
         return None
-    return config.max_position_embeddings - (method.virtual_tokens if isinstance(method, PromptMethod) else 0)
+    return config.max_position_embeddings - (0 if method is None else method.virtual_tokens)

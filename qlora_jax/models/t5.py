@@ -19,6 +19,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from qlora_jax.models.origin import Origin
 from qlora_jax.models.parameter_mapping import linear_modules
 from qlora_jax.models.shape import method_for
 from qlora_jax.models.stack import Remat, by_layer, rematerialise
@@ -35,7 +36,7 @@ from qlora_jax.nn import (
     gather,
     with_prefix,
 )
-from qlora_jax.peft import Method, Prompt, PromptMethod
+from qlora_jax.peft import Method
 from qlora_jax.peft.prompt import cross_order
 from qlora_jax.quant import EmbeddingStorage, Quantization
 
@@ -64,6 +65,9 @@ class T5(nnx.Module):
     """An encoder-decoder of the T5 family.
 
     Attributes:
+        quantization, embedding_storage: how the model was asked to store its linear layers, and its embedding and head.
+        method: the method of fine-tuning that the model was made with, as `method_for` completed it; None: none.
+        origin: the checkpoint of the model, and what loading changed; None for a model with random weights.
         trained: the parameters of the base that train in addition to the adapters of linear layers.
         prompt: the virtual tokens before the sources, or their keys and values in the decoder; None: no virtual tokens.
         remat: which residuals the backward pass of training saves; see `CausalLM`.
@@ -129,8 +133,12 @@ class T5(nnx.Module):
                 config.vocab_size, config.hidden_size, storage=embedding_storage, dtype=dtype, rngs=rngs
             )
         attach(self, trained)
-        self.prompt = Prompt(method, rngs) if isinstance(method, PromptMethod) else None
+        self.prompt = None if method is None else method.make_prompt(rngs)
         self.config = config
+        self.quantization = quantization
+        self.embedding_storage: EmbeddingStorage = embedding_storage
+        self.method = method
+        self.origin: Origin | None = None
         self.attention: AttentionImplementation = attention
         self.remat: Remat = remat
 

@@ -16,7 +16,7 @@ from flax import nnx
 
 from qlora_jax.models.parameter_mapping import ParameterMapping
 from qlora_jax.nn import Delta
-from qlora_jax.peft import FullFineTuning, Method
+from qlora_jax.peft import Method
 from qlora_jax.quant import PackedEmbedding
 
 TABLE, HEAD = ("embed_tokens", "weight"), ("lm_head", "weight")
@@ -61,7 +61,7 @@ def trained_parts(
     """
     if method is None:
         return Trained()
-    if isinstance(method, FullFineTuning):
+    if method.is_full:
         if not tables:
             raise ValueError("full fine-tuning: expected a decoder-only model, found two stacks that share a table")
         return Trained(tuple(key for key in keys if not key.linear), tied=True)

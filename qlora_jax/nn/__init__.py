@@ -14,7 +14,7 @@ from qlora_jax.nn.embedding import Embedding, Table
 from qlora_jax.nn.host import HostArray, brought_to_device, fetched
 from qlora_jax.nn.linear import AdapterConstant, Linear, LinearAdapter, MakesAdapter, ReadsWeight, WeightConstant
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
-from qlora_jax.nn.parallel import data_mesh, frozen_sharding, gather, place, split_axis
+from qlora_jax.nn.parallel import data_mesh, frozen_sharding, gather, mesh_context, place, split_axis
 from qlora_jax.nn.relative import relative_position_bias
 from qlora_jax.nn.residuals import checkpoint_name
 from qlora_jax.nn.rope import RotaryEmbedding, rotate
@@ -49,6 +49,7 @@ __all__ = [
     "frozen_sharding",
     "gated",
     "gather",
+    "mesh_context",
     "place",
     "relative_position_bias",
     "rotate",

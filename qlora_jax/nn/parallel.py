@@ -15,6 +15,7 @@ every function here returns its input unchanged.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -30,6 +31,11 @@ def data_mesh() -> Mesh | None:
     """Return a mesh of all devices, or None if there is only one device."""
     devices = jax.devices()
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,)) if len(devices) > 1 else None
+
+
+def mesh_context(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """Return a context in which the mesh is JAX's current one; without a mesh nothing changes."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def frozen_sharding(mesh: Mesh | None, shape: tuple[int, ...]) -> NamedSharding | None:

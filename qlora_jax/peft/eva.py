@@ -28,7 +28,7 @@ from jax import Array
 from qlora_jax.errors import OptionError
 from qlora_jax.nn import Linear
 from qlora_jax.peft.lora import LoRA
-from qlora_jax.peft.method import TokenRows
+from qlora_jax.peft.method import Method
 
 _OVERSAMPLING = 8  # directions in addition to r in the subspace iteration
 _ITERATIONS = 3
@@ -36,17 +36,10 @@ _CONVERGED = 0.99  # least cosine between a direction before a batch and the sam
 
 
 @dataclasses.dataclass(frozen=True)
-class EVA:
+class EVA(Method):
     """The collection of input statistics of the layers that a LoRA adapts; models take it in place of a method."""
 
     lora: LoRA
-
-    @property
-    def modules_to_save(self) -> tuple[str, ...]:
-        return ()
-
-    def token_rows(self) -> TokenRows:
-        return ()
 
     def targets(self, layers: Mapping[str, Sequence[str]]) -> "dict[str, InputStatisticsSpec]":
         """See `method.Method`."""

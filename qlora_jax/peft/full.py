@@ -10,7 +10,7 @@ embedding. The base has to be dense, because weights that train must not be roun
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,28 +19,24 @@ from jax import Array
 
 from qlora_jax.errors import OptionError, UnsupportedError
 from qlora_jax.nn import Delta, Linear, changed
-from qlora_jax.peft.method import FieldErrors, FilePart, TokenRows
+from qlora_jax.peft.method import FieldErrors, FilePart, Method
 from qlora_jax.quant import QuantizedTensor, matmul
 
 
 @dataclasses.dataclass(frozen=True)
-class FullFineTuning:
+class FullFineTuning(Method):
     """Training of all parameters. PEFT has no adapter files for it, so a model is saved instead of an adapter."""
 
-    @property
-    def peft_type(self) -> str:
-        return "FULL"
-
-    @property
-    def modules_to_save(self) -> tuple[str, ...]:
-        return ()
+    name: ClassVar = "full"
+    title: ClassVar = "All parameters"
+    summary: ClassVar = "all parameters of a decoder with dense weights (data-type none), saved as a model"
+    peft_type: ClassVar = "FULL"
+    learning_rate_factor: ClassVar = 0.1  # Schulman et al. 2025, "LoRA Without Regret"
+    is_full: ClassVar = True
 
     @property
     def suffixes(self) -> tuple[str, ...]:
         return ("weight",)
-
-    def token_rows(self) -> TokenRows:
-        return ()
 
     def targets(self, layers: Mapping[str, Sequence[str]]) -> "dict[str, FullLinearSpec]":
         """See `Method`."""

@@ -10,7 +10,7 @@ l is initialized with ones. The model holds l - 1, so that an adapter of zeros i
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ from jax import Array
 from qlora_jax.errors import OptionError
 from qlora_jax.nn import AdapterConstant, Linear
 from qlora_jax.peft.fields import Fields, as_list, as_names, is_list, is_names
-from qlora_jax.peft.method import FilePart, ModelShape, TokenRows
+from qlora_jax.peft.method import FilePart, Method, ModelShape
+from qlora_jax.peft.option import Option
 from qlora_jax.peft.targets import ALL_LINEAR, choose, known_names
 
 # The (target_modules, feedforward_modules) that PEFT 0.21 uses for each model_type if none are named.
@@ -38,7 +39,7 @@ _READ = frozenset(("target_modules", "exclude_modules", "feedforward_modules", "
 
 
 @dataclasses.dataclass(frozen=True)
-class IA3:
+class IA3(Method):
     """(IA)³, with the fields of PEFT's IA3Config (targets.py implements its rules of matching names).
 
     Attributes:
@@ -53,6 +54,21 @@ class IA3:
     Raises:
         OptionError: no target, or an invalid regular expression.
     """
+
+    name: ClassVar = "ia3"
+    title: ClassVar = "An IA3 adapter"
+    summary: ClassVar = "vectors that scale the inputs or outputs of linear layers (PEFT's usual ones by default)"
+    peft_type: ClassVar = "IA3"
+    options: ClassVar = (
+        Option(
+            "feedforward_modules",
+            tuple[str, ...],
+            (),
+            "Of ia3: ends of the names of linear layers whose input is scaled, not their output; PEFT's usual ones if left "
+            "out.",
+        ),
+    )
+    lora_options: ClassVar = ("target_modules", "exclude_modules", "modules_to_save")
 
     target_modules: str | tuple[str, ...] | None = None
     feedforward_modules: str | tuple[str, ...] | None = None
@@ -72,7 +88,7 @@ class IA3:
                     raise OptionError(f"IA3 {field} {value!r}: no regular expression: {error}") from error
 
     def for_model(self, shape: ModelShape) -> "IA3":
-        """See `OfModel`."""
+        """See `Method`."""
         if self.target_modules is not None and self.feedforward_modules is not None:
             return self
         if shape.family not in DEFAULTS:
@@ -89,9 +105,21 @@ class IA3:
             feedforward = tuple(name for name in targets if name.rpartition(".")[2] in feedforward)
         return dataclasses.replace(self, target_modules=targets, feedforward_modules=feedforward)
 
+    @classmethod
+    def from_options(cls, values: Mapping[str, Any]) -> "IA3":
+        """See `Method`. All linear layers, LoRA's default, stand for PEFT's usual ones here."""
+        usual = values["target_modules"] == ALL_LINEAR
+        return cls(
+            target_modules=None if usual else values["target_modules"],
+            feedforward_modules=values["feedforward_modules"] or None,
+            exclude_modules=values["exclude_modules"],
+            modules_to_save=values["modules_to_save"],
+        )
+
     @property
-    def peft_type(self) -> str:
-        return "IA3"
+    def default_learning_rate(self) -> float:
+        """The learning rate of the paper."""
+        return 3e-3
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -103,10 +131,6 @@ class IA3:
 
     @property
     def layers_pattern(self) -> tuple[str, ...]:
-        return ()
-
-    def token_rows(self) -> TokenRows:
-        """See `Method`."""
         return ()
 
     def is_feedforward(self, module: str) -> bool:
@@ -145,7 +169,7 @@ class IA3:
         return weight.astype(np.float32) * tensors[_SUFFIX].astype(np.float32)
 
     def merged_bias(self, bias: np.ndarray, module: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-        """See `ScalesBias`."""
+        """See `Method`."""
         bias = bias.astype(np.float32)
         return bias if self.is_feedforward(module) else bias * tensors[_SUFFIX].astype(np.float32)[:, 0]
 

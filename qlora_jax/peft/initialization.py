@@ -12,7 +12,7 @@
     eva              A holds the r principal directions of the layer's inputs on the training data, B is zero (eva.py)
 
 The first three need only a random key. pissa, pissa_niter_N and loftq read the original weights while these are loaded
-(adapters/weight_init.py).
+(checkpoint/initialize.py).
 """
 
 import re

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from flax import nnx
@@ -15,13 +15,14 @@ from qlora_jax.peft.dora import MAGNITUDE, DoRALinear, DoRASpec
 from qlora_jax.peft.initialization import initialization_error, reads_weights
 from qlora_jax.peft.lora_config import read_lora, write_lora
 from qlora_jax.peft.lora_linear import LoRALinear, LoRASpec
+from qlora_jax.peft.method import Method
 from qlora_jax.peft.targets import ALL_LINEAR, choose, known_names, pattern_matches
 
 Number = TypeVar("Number", int, float)
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRA:
+class LoRA(Method):
     """LoRA (Hu et al. 2021), with the fields of PEFT's LoraConfig (targets.py implements its rules of matching names).
 
     Attributes:
@@ -48,6 +49,11 @@ class LoRA:
             twice, layers_to_transform beside a regular expression, or an initialization that is unknown or contradicts
             another field.
     """
+
+    name: ClassVar = "lora"
+    title: ClassVar = "A LoRA adapter"
+    summary: ClassVar = "two matrices beside each linear layer"
+    peft_type: ClassVar = "LORA"
 
     rank: int = 16
     alpha: float = 32.0
@@ -143,11 +149,21 @@ class LoRA:
     @property
     def changes_base(self) -> bool:
         """Whether the initialization changes the base weights, so that A and B alone do not fit the original weights."""
-        return reads_weights(self.init_lora_weights) and (self.init_lora_weights, self.loftq_iter) != ("loftq", 1)
+        return self.reads_original_weights and (self.init_lora_weights, self.loftq_iter) != ("loftq", 1)
 
     @property
-    def peft_type(self) -> str:
-        return "LORA"
+    def reads_original_weights(self) -> bool:
+        """Whether A and B are initialized from the original weights (pissa, loftq)."""
+        return reads_weights(self.init_lora_weights)
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether A is initialized from the layers' inputs on the training data (eva)."""
+        return self.init_lora_weights == "eva"
+
+    def with_dropout(self, dropout: float) -> "LoRA":
+        """See `Method`."""
+        return dataclasses.replace(self, dropout=dropout)
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -209,6 +225,10 @@ class LoRA:
 
     def _scaling(self, rank: int, alpha: float) -> float:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+# The command line has an option for every field.
+LoRA.lora_options = tuple(field.name for field in dataclasses.fields(LoRA))
 
 
 def _first_match(patterns: tuple[tuple[str, Number], ...], module: str, default: Number) -> Number:

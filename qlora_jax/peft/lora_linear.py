@@ -14,6 +14,7 @@ of B both contain the factor s.
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,15 @@ class LoRASpec:
     def make(self, in_features: int, out_features: int, *, layer: int | Array = 0, rngs: nnx.Rngs) -> "LoRALinear":
         """Return a new adapter for one layer of the stack."""
         return LoRALinear(in_features, out_features, spec=self, layer=layer, rngs=rngs)
+
+
+@runtime_checkable
+class LowRankAdapter(Protocol):
+    """The adapter of a linear layer with LoRA's A and B: `LoRALinear` and `dora.DoRALinear`."""
+
+    spec: LoRASpec
+    lora_a: nnx.LoRAParam[Array]
+    lora_b: nnx.LoRAParam[Array]
 
 
 class LoRALinear(nnx.Module):

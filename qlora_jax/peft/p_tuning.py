@@ -8,21 +8,27 @@ The LSTM follows torch's: gates in the order i, f, g, o, two biases, and dropout
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
 
 from qlora_jax.errors import OptionError
 from qlora_jax.peft.fields import Fields, is_number, is_whole
-from qlora_jax.peft.method import ModelShape, TokenRows
+from qlora_jax.peft.method import Method, ModelShape
+from qlora_jax.peft.option import Option
 from qlora_jax.peft.prompt import (
     COMMON_FIELDS,
+    DEFAULT_VIRTUAL_TOKENS,
     EMBEDDING,
     EMBEDDINGS,
+    ENCODER_HIDDEN_SIZE,
     UNKNOWN,
+    VIRTUAL_TOKENS,
+    Prompt,
     PromptShape,
     check_prompt,
     dense,
@@ -46,7 +52,7 @@ _READ = COMMON_FIELDS | {
 
 
 @dataclasses.dataclass(frozen=True)
-class PTuning:
+class PTuning(Method):
     """P-tuning, with the fields of PEFT's PromptEncoderConfig.
 
     Attributes:
@@ -62,7 +68,19 @@ class PTuning:
         OptionError: no virtual token, or an encoder of an unknown kind or with invalid sizes.
     """
 
-    virtual_tokens: int = 20
+    name: ClassVar = "p-tuning"
+    title: ClassVar = "Virtual tokens (P-tuning)"
+    summary: ClassVar = "virtual tokens that an encoder makes"
+    peft_type: ClassVar = "P_TUNING"
+    options: ClassVar = (
+        VIRTUAL_TOKENS,
+        Option("prompt_encoder", Literal["mlp", "lstm"], "mlp", "The encoder that makes the virtual tokens of p-tuning."),
+        Option("encoder_layers", int, 2, "Layers of the LSTM of p-tuning."),
+        Option("encoder_dropout", float, 0.0, "Share of the values dropped between the layers of the LSTM while training."),
+        ENCODER_HIDDEN_SIZE,
+    )
+
+    virtual_tokens: int = DEFAULT_VIRTUAL_TOKENS
     encoder: Encoder = "MLP"
     hidden_size: int | None = None
     layers: int = 2
@@ -79,39 +97,46 @@ class PTuning:
         if not 0 <= self.dropout < 1:
             raise OptionError(f"PTuning dropout: expected 0 <= dropout < 1, found {self.dropout}")
 
+    @classmethod
+    def from_options(cls, values: Mapping[str, Any]) -> "PTuning":
+        """See `Method`."""
+        encoder, layers, dropout = (values[name] for name in ("prompt_encoder", "encoder_layers", "encoder_dropout"))
+        problems = [
+            f"{option.name}: expected prompt_encoder lstm beside it, found {encoder}"
+            for option in cls.options
+            if option.name in ("encoder_layers", "encoder_dropout") and option.is_given(values) and encoder != "lstm"
+        ]
+        if problems:
+            raise OptionError("; ".join(problems))
+        count, hidden_size = values["virtual_tokens"] or DEFAULT_VIRTUAL_TOKENS, values["encoder_hidden_size"]
+        return cls(count, "LSTM" if encoder == "lstm" else "MLP", hidden_size, layers, dropout)
+
+    @property
+    def default_learning_rate(self) -> float:
+        """The learning rate of PEFT's examples, and a tenth of it where an encoder trains."""
+        return 1e-3 if self.encoded else 1e-2
+
     @property
     def rows(self) -> int:
         """Number of rows of the embeddings in the adapter file."""
         return self.virtual_tokens * (self.shape.submodules or 1)
 
     @property
-    def is_prefix(self) -> bool:
-        return False
-
-    @property
-    def peft_type(self) -> str:
-        return "P_TUNING"
-
-    @property
-    def modules_to_save(self) -> tuple[str, ...]:
-        return ()
-
-    @property
     def suffixes(self) -> tuple[str, ...]:
         return (EMBEDDINGS,)
-
-    def token_rows(self) -> TokenRows:
-        """See `Method`."""
-        return ()
 
     def targets(self, layers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         """Return nothing: no linear layer gets an adapter."""
         return {}
 
     def for_model(self, shape: ModelShape) -> "PTuning":
-        """See `OfModel`."""
+        """See `Method`."""
         found = prompt_shape("PTuning", self.shape, shape, is_prefix=False)
         return dataclasses.replace(self, shape=found, hidden_size=self.hidden_size or found.token_dim)
+
+    def make_prompt(self, rngs: nnx.Rngs) -> Prompt:
+        """See `Method`."""
+        return Prompt(self, rngs)
 
     def parameters(self, key: Array) -> dict[str, Array]:
         """See `PromptMethod`."""

@@ -8,21 +8,27 @@ Rotary position embeddings are not applied to these keys. The positions of the t
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
 
 from qlora_jax.errors import OptionError
 from qlora_jax.peft.fields import Fields, is_whole
-from qlora_jax.peft.method import ModelShape, TokenRows
+from qlora_jax.peft.method import Method, ModelShape
+from qlora_jax.peft.option import Option
 from qlora_jax.peft.prompt import (
     COMMON_FIELDS,
+    DEFAULT_VIRTUAL_TOKENS,
     EMBEDDING,
     EMBEDDINGS,
+    ENCODER_HIDDEN_SIZE,
     UNKNOWN,
+    VIRTUAL_TOKENS,
+    Prompt,
     PromptShape,
     check_prompt,
     dense,
@@ -39,7 +45,7 @@ _READ = COMMON_FIELDS | {"encoder_hidden_size", "prefix_projection", "init_weigh
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefixTuning:
+class PrefixTuning(Method):
     """Prefix tuning, with the fields of PEFT's PrefixTuningConfig.
 
     Attributes:
@@ -54,7 +60,18 @@ class PrefixTuning:
         OptionError: no virtual token, or no features in the MLP.
     """
 
-    virtual_tokens: int = 20
+    name: ClassVar = "prefix-tuning"
+    title: ClassVar = "Keys and values (prefix tuning)"
+    summary: ClassVar = "keys and values of virtual tokens in every layer"
+    peft_type: ClassVar = "PREFIX_TUNING"
+    is_prefix: ClassVar = True
+    options: ClassVar = (
+        VIRTUAL_TOKENS,
+        Option("prefix_projection", bool, False, "Let an MLP make the keys and values of prefix-tuning."),
+        ENCODER_HIDDEN_SIZE,
+    )
+
+    virtual_tokens: int = DEFAULT_VIRTUAL_TOKENS
     projection: bool = False
     hidden_size: int | None = None
     zero: bool = False
@@ -66,6 +83,19 @@ class PrefixTuning:
         if self.hidden_size is not None and self.hidden_size < 1:
             raise OptionError(f"PrefixTuning hidden_size: expected at least 1, found {self.hidden_size}")
 
+    @classmethod
+    def from_options(cls, values: Mapping[str, Any]) -> "PrefixTuning":
+        """See `Method`."""
+        projection, hidden_size = values["prefix_projection"], values["encoder_hidden_size"]
+        if hidden_size is not None and not projection:
+            raise OptionError("encoder_hidden_size: expected prefix_projection beside it, found none")
+        return cls(values["virtual_tokens"] or DEFAULT_VIRTUAL_TOKENS, projection, hidden_size)
+
+    @property
+    def default_learning_rate(self) -> float:
+        """The learning rate of PEFT's examples, and a tenth of it where an MLP trains."""
+        return 1e-3 if self.projection and self.encoded else 1e-2
+
     @property
     def features(self) -> int | None:
         """Number of features of the keys and values of all layers together, or None if the model is unknown."""
@@ -73,33 +103,21 @@ class PrefixTuning:
         return None if shape.layers is None or shape.token_dim is None else 2 * shape.layers * shape.token_dim
 
     @property
-    def is_prefix(self) -> bool:
-        return True
-
-    @property
-    def peft_type(self) -> str:
-        return "PREFIX_TUNING"
-
-    @property
-    def modules_to_save(self) -> tuple[str, ...]:
-        return ()
-
-    @property
     def suffixes(self) -> tuple[str, ...]:
         return (EMBEDDINGS,)
-
-    def token_rows(self) -> TokenRows:
-        """See `Method`."""
-        return ()
 
     def targets(self, layers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         """Return nothing: no linear layer gets an adapter."""
         return {}
 
     def for_model(self, shape: ModelShape) -> "PrefixTuning":
-        """See `OfModel`."""
+        """See `Method`."""
         found = prompt_shape("PrefixTuning", self.shape, shape, is_prefix=True)
         return dataclasses.replace(self, shape=found, hidden_size=self.hidden_size or found.token_dim)
+
+    def make_prompt(self, rngs: nnx.Rngs) -> Prompt:
+        """See `Method`."""
+        return Prompt(self, rngs)
 
     def parameters(self, key: Array) -> dict[str, Array]:
         """See `PromptMethod`."""

@@ -25,10 +25,27 @@ from jax import Array
 
 from qlora_jax.errors import OptionError, UnsupportedError
 from qlora_jax.peft.fields import Fields, is_whole
-from qlora_jax.peft.method import ModelShape
+from qlora_jax.peft.method import Method, ModelShape
+from qlora_jax.peft.option import Option
 
 EMBEDDINGS = "prompt_embeddings"  # the only tensor's name in PEFT's adapter files
 EMBEDDING = "embedding.weight"  # the name of the trainable vectors among a method's parameters, as in PEFT's modules
+DEFAULT_VIRTUAL_TOKENS = 20
+VIRTUAL_TOKENS = Option(
+    "virtual_tokens",
+    int | None,
+    None,
+    f"Number of virtual tokens of prompt-tuning, p-tuning and prefix-tuning; {DEFAULT_VIRTUAL_TOKENS} if left out.",
+    lambda count: count > 0,
+    "at least 1",
+)
+ENCODER_HIDDEN_SIZE = Option(
+    "encoder_hidden_size",
+    int | None,
+    None,
+    "Hidden features of the encoder of p-tuning or of prefix-projection; as many as a token's embedding or the keys of a "
+    "layer have if left out.",
+)
 COMMON_FIELDS = frozenset(
     (
         "num_virtual_tokens",
@@ -62,18 +79,8 @@ UNKNOWN = PromptShape()
 
 
 @runtime_checkable
-class PromptMethod(Protocol):
-    """A method whose parameters give the embeddings, or the keys and values, of virtual tokens.
-
-    Attributes:
-        virtual_tokens: n, the number of virtual tokens.
-        is_prefix: whether the method gives keys and values instead of embeddings.
-    """
-
-    @property
-    def virtual_tokens(self) -> int: ...
-    @property
-    def is_prefix(self) -> bool: ...
+class PromptMethod(Method, Protocol):
+    """A method whose parameters give the embeddings of virtual tokens, or their keys and values (`is_prefix`)."""
 
     def parameters(self, key: Array) -> dict[str, Array]:
         """Return new float32 parameters, with the names and the orientation of PEFT's modules."""

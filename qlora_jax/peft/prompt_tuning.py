@@ -7,19 +7,24 @@ the tokens of a text. The last two need the input embedding, which has no values
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
+from flax import nnx
 from jax import Array
 
 from qlora_jax.errors import OptionError
 from qlora_jax.peft.fields import Fields
-from qlora_jax.peft.method import ModelShape, TokenRows
+from qlora_jax.peft.method import Method, ModelShape
+from qlora_jax.peft.option import Option
 from qlora_jax.peft.prompt import (
     COMMON_FIELDS,
+    DEFAULT_VIRTUAL_TOKENS,
     EMBEDDING,
     EMBEDDINGS,
     UNKNOWN,
+    VIRTUAL_TOKENS,
+    Prompt,
     PromptShape,
     check_prompt,
     init_normal,
@@ -31,11 +36,12 @@ from qlora_jax.peft.prompt import (
 )
 
 PromptInit = Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"]
+_INITS: dict[str, PromptInit] = {"random": "RANDOM", "vocabulary": "SAMPLE_VOCAB", "text": "TEXT"}  # by flags
 _READ = COMMON_FIELDS | {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"}
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptTuning:
+class PromptTuning(Method):
     """Prompt tuning, with the fields of PEFT's PromptTuningConfig.
 
     Attributes:
@@ -49,7 +55,23 @@ class PromptTuning:
         OptionError: no virtual token, an unknown initialization, a text without TEXT, or TEXT without a text.
     """
 
-    virtual_tokens: int = 20
+    name: ClassVar = "prompt-tuning"
+    title: ClassVar = "Virtual tokens (prompt tuning)"
+    summary: ClassVar = "virtual tokens before those of the text"
+    peft_type: ClassVar = "PROMPT_TUNING"
+    options: ClassVar = (
+        VIRTUAL_TOKENS,
+        Option(
+            "prompt_init",
+            Literal["random", "vocabulary", "text"],
+            "random",
+            "Initial values of the virtual tokens of prompt-tuning: a normal distribution, embeddings of random tokens, or "
+            "the embeddings of a text.",
+        ),
+        Option("prompt_init_text", str | None, None, "The text of prompt-init text."),
+    )
+
+    virtual_tokens: int = DEFAULT_VIRTUAL_TOKENS
     init: PromptInit = "RANDOM"
     init_text: str | None = None
     tokenizer: str | None = None
@@ -61,6 +83,21 @@ class PromptTuning:
             raise OptionError(f"PromptTuning init: expected one of {', '.join(get_args(PromptInit))}, found {self.init!r}")
         if (self.init == "TEXT") != (self.init_text is not None):
             raise OptionError(f"PromptTuning init_text: expected one with init TEXT alone, found {self.init_text!r}")
+
+    @classmethod
+    def from_options(cls, values: Mapping[str, Any]) -> "PromptTuning":
+        """See `Method`."""
+        count = values["virtual_tokens"] or DEFAULT_VIRTUAL_TOKENS
+        return cls(count, _INITS[values["prompt_init"]], values["prompt_init_text"])
+
+    @property
+    def default_learning_rate(self) -> float:
+        """The learning rate of PEFT's examples."""
+        return 3e-2
+
+    def with_tokenizer(self, name: str) -> "PromptTuning":
+        """See `Method`."""
+        return dataclasses.replace(self, tokenizer=name) if self.init == "TEXT" else self
 
     def initial_tokens(self, text: Sequence[int], vocabulary: int, seed: int) -> np.ndarray | None:
         """Return the token ids whose embeddings are the initial values, int32 `[rows]`; None if these are random.
@@ -87,32 +124,20 @@ class PromptTuning:
         return self.virtual_tokens * (self.shape.submodules or 1)
 
     @property
-    def is_prefix(self) -> bool:
-        return False
-
-    @property
-    def peft_type(self) -> str:
-        return "PROMPT_TUNING"
-
-    @property
-    def modules_to_save(self) -> tuple[str, ...]:
-        return ()
-
-    @property
     def suffixes(self) -> tuple[str, ...]:
         return (EMBEDDINGS,)
-
-    def token_rows(self) -> TokenRows:
-        """See `Method`."""
-        return ()
 
     def targets(self, layers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         """Return nothing: no linear layer gets an adapter."""
         return {}
 
     def for_model(self, shape: ModelShape) -> "PromptTuning":
-        """See `OfModel`."""
+        """See `Method`."""
         return dataclasses.replace(self, shape=prompt_shape("PromptTuning", self.shape, shape, is_prefix=False))
+
+    def make_prompt(self, rngs: nnx.Rngs) -> Prompt:
+        """See `Method`."""
+        return Prompt(self, rngs)
 
     def parameters(self, key: Array) -> dict[str, Array]:
         """See `PromptMethod`."""

@@ -187,7 +187,8 @@ def run_study(arguments: Arguments) -> dict[str, Any]:
 def open_study(arguments: Arguments, source: str) -> Study:
     """Read all small files and open the journal."""
     checkpoint = open_checkpoint(source)
-    config = causal_family_of(checkpoint.config).config(checkpoint.config)
+    causal_family_of(checkpoint.config)  # raises for an encoder-decoder
+    config = checkpoint.model_config
     if checkpoint.quantization is not None:
         raise OptionError(f"{source}: expected weights in 16 or 32 bits, found {checkpoint.quantization}")
     tokenizer = load_tokenizer(arguments.model or str(fetch_default_model()))

@@ -27,7 +27,6 @@ import numpy as np
 from tqdm import tqdm
 
 from qlora_jax import cli
-from qlora_jax.adapters.weight_init import FromWeights, rewriting
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import load_model
@@ -36,7 +35,7 @@ from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.export.drift import logit_drift, sample_logits
 from qlora_jax.models import Model, linear_mappings
 from qlora_jax.nn import Linear
-from qlora_jax.peft import DoRALinear, LoRA, LoRALinear
+from qlora_jax.peft import DoRALinear, LoRA, LowRankAdapter
 from qlora_jax.quant import DataType, Quantization, QuantizedTensor, dequantize
 
 TEXTS = (
@@ -86,10 +85,7 @@ def measure(arguments: Arguments) -> None:
     rows: list[dict[str, Any]] = []
     for name, method in methods.items():
         start = time.perf_counter()
-        rewrite = rewriting(method, None, quantization)
-        model = load_model(checkpoint, quantization=quantization, method=method, dtype=jnp.float32, rewrite=rewrite)
-        if isinstance(rewrite, FromWeights):
-            model = rewrite.fill(model)
+        model = load_model(checkpoint, quantization=quantization, method=method, dtype=jnp.float32)
         seconds = time.perf_counter() - start
         errors = layer_errors(checkpoint, model)
         drift = logit_drift(exact, sample_logits(model, batches))
@@ -112,6 +108,7 @@ def measure(arguments: Arguments) -> None:
 def layer_errors(checkpoint: Checkpoint, model: Model) -> dict[str, float]:
     """Return the relative error of each linear layer by its name; one dense matrix at a time is in memory."""
     errors = {}
+    dora = model.method is not None and model.method.use_dora
     for key in tqdm([*linear_mappings(model.config.parameter_mappings)], desc="comparing", leave=False):
         layer: Any = model
         for part in key.path[:-1]:
@@ -119,7 +116,7 @@ def layer_errors(checkpoint: Checkpoint, model: Model) -> dict[str, float]:
         for number, name in enumerate(key.names()):
             w = np.asarray(checkpoint.read(name), np.float32).T
             q, effective = effective_matrix(layer, number)
-            error = effective - (q if isinstance(layer.adapter, DoRALinear) else w)
+            error = effective - (q if dora else w)
             errors[name.removesuffix(".weight")] = float(np.linalg.norm(error) / np.linalg.norm(w))
     return errors
 
@@ -128,7 +125,7 @@ def effective_matrix(layer: Linear, number: int) -> tuple[np.ndarray, np.ndarray
     """Return the dequantised matrix of layer `number` of a stack, and the matrix with which it multiplies, `[in, out]`."""
     weight, adapter = jax.tree.map(lambda leaf: leaf[number], layer.weight.get_value()), layer.adapter
     q = np.asarray(dequantize(weight, jnp.float32) if isinstance(weight, QuantizedTensor) else weight)
-    if not isinstance(adapter, LoRALinear | DoRALinear):
+    if not isinstance(adapter, LowRankAdapter):
         return q, q
     a, b = (np.asarray(variable[...][number]) for variable in (adapter.lora_a, adapter.lora_b))
     v = q + adapter.spec.scalings[number] * (a @ b)

@@ -111,7 +111,8 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     """Train, evaluate and return the report."""
     source = arguments.model or str(fetch_default_model())
     checkpoint, tokenizer = open_checkpoint(source), load_tokenizer(source)
-    config: Any = causal_family_of(checkpoint.config).config(checkpoint.config)
+    causal_family_of(checkpoint.config)  # raises for an encoder-decoder
+    config: Any = checkpoint.model_config
     context, options = unscaled_context(config), ContextOptions(longlora=True)
     sentences = answers()
     learned, asked = sentences[: len(sentences) * 3 // 4], sentences[len(sentences) * 3 // 4 :]

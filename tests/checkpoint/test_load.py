@@ -177,7 +177,7 @@ def test_default_dtype(platform: str, dtype: Callable[..., Any]) -> None:
 def test_packed_tables_are_filled_by_parts(
     tensors: dict[str, np.ndarray], storage: EmbeddingStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_jax.checkpoint.fill._TABLE_ROWS", 10)
+    monkeypatch.setattr("qlora_jax.checkpoint.fill._EMBEDDING_ROWS", 10)
     model = load(tensors, embedding_storage=storage)
     for name, module in (("model.embed_tokens.weight", model.embed_tokens), ("lm_head.weight", model.lm_head)):
         assert module is not None

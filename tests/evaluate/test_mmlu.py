@@ -140,9 +140,9 @@ def test_real_questions_equal_transformers() -> None:
     except CheckpointError as error:
         pytest.skip(f"the default model is neither cached nor can it be fetched: {error}")
     checkpoint = Checkpoint(
-        opened.source, opened.config, opened.shapes, lambda name: np.asarray(opened.read(name), np.float32)
+        opened.name, opened.config, opened.shapes, lambda name: np.asarray(opened.read(name), np.float32)
     )
-    tokenizer = load_tokenizer(checkpoint.source)
+    tokenizer = load_tokenizer(checkpoint.name)
     questions = read_questions(str(data), limit=12, seed=1).questions
     prompts = encode_questions(questions, tokenizer, 128)
     graphdef, state = nnx.split(load_model(checkpoint, quantization=None, dtype=jnp.float32))

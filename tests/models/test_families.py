@@ -16,7 +16,8 @@ from flax import nnx
 from tiers import tiered
 
 from qlora_jax.adapters.bind import load_adapter, save_adapter
-from qlora_jax.adapters.files import read_adapter, read_adapter_config
+from qlora_jax.adapters.files import read_adapter
+from qlora_jax.adapters.peft_config import read_adapter_method
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.models import FAMILIES, CausalLM, Remat, family_of
@@ -207,11 +208,11 @@ def test_adapters_go_both_ways(make_peer: Callable[[str], Peer], case: str, tmp_
     expected = peer.logits(tokens, tuned)
     assert largest(expected, plain) > 0.1
     tuned.save_pretrained(tmp_path / "theirs")
-    lora = read_adapter_config(tmp_path / "theirs")
+    lora = read_adapter_method(tmp_path / "theirs")
     model = load_adapter(peer.ours(lora), tmp_path / "theirs")
     assert largest(run(model, tokens), expected) < TOLERANCE
 
-    save_adapter(model, tmp_path / "ours", method=LoRA(rank=4, alpha=8))
+    save_adapter(model, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(tuned.unload(), tmp_path / "ours").eval()
     assert largest(peer.logits(tokens, again), expected) < 1e-5
     ours, theirs = (read_adapter(tmp_path / name).tensors for name in ("ours", "theirs"))

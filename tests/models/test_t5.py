@@ -18,7 +18,8 @@ from flax import nnx
 from tiers import tiered
 
 from qlora_jax.adapters.bind import load_adapter, save_adapter
-from qlora_jax.adapters.files import read_adapter, read_adapter_config
+from qlora_jax.adapters.files import read_adapter
+from qlora_jax.adapters.peft_config import read_adapter_method
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
@@ -223,10 +224,10 @@ def test_adapters_go_both_ways(make_peer: Callable[[str], Peer], case: str, tmp_
     expected = peer.logits(*batch, tuned)
     assert largest(expected, plain) > 0.1
     tuned.save_pretrained(tmp_path / "theirs")
-    model = load_adapter(peer.ours(read_adapter_config(tmp_path / "theirs")), tmp_path / "theirs")
+    model = load_adapter(peer.ours(read_adapter_method(tmp_path / "theirs")), tmp_path / "theirs")
     assert largest(run(model, *batch), expected) < TOLERANCE
 
-    save_adapter(model, tmp_path / "ours", method=LoRA(rank=4, alpha=8))
+    save_adapter(model, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(tuned.unload(), tmp_path / "ours").eval()
     assert isinstance(again, peft.PeftModelForSeq2SeqLM)
     assert largest(peer.logits(*batch, again), expected) < 1e-5
@@ -275,7 +276,7 @@ def test_training_equals_transformers_with_peft(
     model = peer.ours(lora)
     last = {name: jnp.asarray(x) for name, x in data[-1].items()}
     untrained = float(jax.jit(seq2seq_loss)(model, last, None) / last["loss_mask"].sum())
-    save_adapter(model, tmp_path / "fresh", method=lora)
+    save_adapter(model, tmp_path / "fresh")
     graph, adapter, frozen = split(model)
     tx = adamw(rate, max_grad_norm=None)
     state = create_state(tx, adapter)
@@ -286,7 +287,7 @@ def test_training_equals_transformers_with_peft(
         state, metrics = step(state, frozen, cut)
         ours.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
-    save_adapter(nnx.merge(graph, state.adapter, frozen), tmp_path / "trained", method=lora)
+    save_adapter(nnx.merge(graph, state.adapter, frozen), tmp_path / "trained")
 
     tuned = peft.PeftModel.from_pretrained(peer.model, tmp_path / "fresh", is_trainable=True).train()
     trainable = {name: p for name, p in tuned.named_parameters() if p.requires_grad}

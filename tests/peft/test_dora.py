@@ -16,7 +16,8 @@ from peft_peer import VOCABULARY, Peer, largest, random_tokens, randomised, run
 from tiers import tiered
 
 from qlora_jax.adapters.bind import load_adapter, save_adapter
-from qlora_jax.adapters.files import read_adapter, read_adapter_config
+from qlora_jax.adapters.files import read_adapter
+from qlora_jax.adapters.peft_config import read_adapter_method
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.export.merge import merge
@@ -66,7 +67,7 @@ def test_there_and_back(peers: Callable[[str], Peer], tmp_path: Path, case: str)
     family, fields = CASES[case]
     peer = peers(family)
     expected = peer.logits(peer.random_adapter(tmp_path / "theirs", use_dora=True, **fields))
-    lora = read_adapter_config(tmp_path / "theirs")
+    lora = read_adapter_method(tmp_path / "theirs")
     assert isinstance(lora, LoRA)
     assert lora.use_dora
     model = load_adapter(peer.ours(lora), tmp_path / "theirs")
@@ -74,7 +75,7 @@ def test_there_and_back(peers: Callable[[str], Peer], tmp_path: Path, case: str)
     assert largest(peer.logits(peer.base()), expected) > 1000 * TOLERANCE, "the adapter has to be seen"
 
     moved = randomised(model)
-    save_adapter(moved, tmp_path / "ours", method=lora, base_model_name_or_path=str(peer.folder))
+    save_adapter(moved, tmp_path / "ours", base_model_name_or_path=str(peer.folder))
     theirs = peer.logits(peer.peft.PeftModel.from_pretrained(peer.base(), tmp_path / "ours"))
     assert largest(theirs, expected) > 1000 * TOLERANCE
     assert largest(run(moved), theirs) < TOLERANCE
@@ -104,7 +105,7 @@ def test_a_fresh_one_changes_nothing_of_a_quantised_model(peers: Callable[[str],
     graph, adapter, frozen = nnx.split(fresh, nnx.LoRAParam, ...)
     assert largest(run(nnx.merge(graph, jax.tree.map(jnp.zeros_like, adapter), frozen)), bare) < 1e-5
 
-    save_adapter(fresh, tmp_path, method=lora)
+    save_adapter(fresh, tmp_path)
     name = "model.layers.1.mlp.down_proj" if family == "llama" else "encoder.block.1.layer.1.DenseReluDense.wo"
     stored = dequantize(quantize(jnp.asarray(checkpoint.read(f"{name}.weight"), jnp.float32).T))
     magnitude = read_adapter(tmp_path).tensors[f"base_model.model.{name}.lora_magnitude_vector"]

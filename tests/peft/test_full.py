@@ -11,11 +11,11 @@ from method_peer import MethodPeer, largest, our_losses, random_batches, randomi
 from tiers import tiered
 
 from qlora_jax.adapters.bind import adapter_tensors
-from qlora_jax.adapters.pretrained import TunedOptions, open_tuned
+from qlora_jax.adapters.pretrained import open_pretrained
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.finetune import DataOptions, ModelOptions, Options, RunOptions, TuningOptions, finetune
-from qlora_jax.finetune.saving import save_tuned
+from qlora_jax.finetune.saving import save_trained
 from qlora_jax.peft import FullFineTuning
 from qlora_jax.quant import Quantization
 from qlora_jax.train import split
@@ -40,15 +40,14 @@ def test_the_same_training(tmp_path: Path, family: str, fields: dict[str, Any]) 
     trained = peer.base()
     assert largest(ours, peer.losses(trained, data, RATE)) < 1e-3
     assert largest(ours, peer.losses(peer.base(), data, 1e-9)) > 1e-2, "training moves the loss"
-    folder = save_tuned(
+    folder = save_trained(
         model,
         tmp_path / "run",
-        method=FullFineTuning(),
         base=str(peer.folder),
         checkpoint=open_checkpoint(str(peer.folder)),
         tokenizer=None,
-        tables=None,
-        taken={},
+        resume_adapter=None,
+        subtracted=None,
         progress=False,
     )
     saved = peer.kind.from_pretrained(folder, dtype=peer.torch.float32)
@@ -117,4 +116,4 @@ def test_a_run(tiny_llama: Path, tmp_path: Path) -> None:
     finetune(again, progress=False)
     first = json.loads((tmp_path / "again" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert abs(first["eval_loss"] - rows[-1]["eval_loss"]) < 1e-4
-    assert open_tuned(TunedOptions(str(folder))).adapter is None
+    assert open_pretrained(str(folder)).adapter is None

@@ -14,7 +14,8 @@ from method_peer import MethodPeer, largest, our_losses, random_batches, randomi
 from tiers import tiered
 
 from qlora_jax.adapters.bind import load_adapter, save_adapter
-from qlora_jax.adapters.files import read_adapter, read_adapter_config
+from qlora_jax.adapters.files import read_adapter
+from qlora_jax.adapters.peft_config import read_adapter_method
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.errors import CheckpointError
 from qlora_jax.export.merge import merge
@@ -45,11 +46,11 @@ def shape() -> ModelShape:
 def test_files_both_ways(tmp_path: Path, family: str, fields: dict[str, Any]) -> None:
     peer = MethodPeer(tmp_path / "base", family)
     theirs = peer.random_adapter(tmp_path / "theirs", "IA3Config", **fields)
-    method = read_adapter_config(tmp_path / "theirs")
+    method = read_adapter_method(tmp_path / "theirs")
     ours = load_adapter(peer.ours(method), tmp_path / "theirs")
     assert largest(run(ours), peer.logits(theirs)) < TOLERANCE
     assert largest(run(ours), peer.logits(peer.base())) > 100 * TOLERANCE
-    save_adapter(randomised(ours), tmp_path / "ours", method=method)
+    save_adapter(randomised(ours), tmp_path / "ours")
     expected, found = (safetensors.numpy.load_file(tmp_path / f / "adapter_model.safetensors") for f in ("theirs", "ours"))
     assert {name: tensor.shape for name, tensor in expected.items()} == {name: t.shape for name, t in found.items()}
     assert largest(run(randomised(ours)), peer.logits(peer.loaded(tmp_path / "ours"))) < TOLERANCE

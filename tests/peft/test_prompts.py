@@ -26,13 +26,14 @@ from method_peer import (
 from tiers import tiered
 
 from qlora_jax.adapters.bind import adapter_tensors, load_adapter, save_adapter
-from qlora_jax.adapters.files import read_adapter, read_adapter_config
+from qlora_jax.adapters.files import read_adapter
+from qlora_jax.adapters.peft_config import read_adapter_method
 from qlora_jax.adapters.virtual_tokens import ENCODER
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.errors import CheckpointError
 from qlora_jax.export.merge import merge
 from qlora_jax.models.prompts import start_from_tokens
-from qlora_jax.peft import METHODS, FieldErrors, ModelShape, PrefixTuning, PromptTuning, PTuning
+from qlora_jax.peft import FieldErrors, ModelShape, PrefixTuning, PromptTuning, PTuning, peft_methods
 from qlora_jax.peft.prompt import attribute_of
 from qlora_jax.train import dpo_loss, split, without_adapter
 
@@ -67,7 +68,7 @@ def config_of(name: str) -> tuple[str, dict[str, Any]]:
 def ours_like(peer: MethodPeer, theirs: Any) -> Any:
     """Our model with the very parameters of PEFT's encoder, in a fresh method of its configuration."""
     config = theirs.peft_config["default"]
-    method = METHODS[config.peft_type.value].from_peft(json.loads(json.dumps(config.to_dict(), default=str)))
+    method = peft_methods()[config.peft_type.value].from_peft(json.loads(json.dumps(config.to_dict(), default=str)))
     model = peer.ours(method)
     assert model.prompt is not None
     state = theirs.prompt_encoder["default"].state_dict()
@@ -76,7 +77,7 @@ def ours_like(peer: MethodPeer, theirs: Any) -> Any:
         variable = getattr(model.prompt, attribute_of(name))
         assert variable.shape == tuple(value.shape)
         setattr(model.prompt, attribute_of(name), nnx.LoRAParam(jnp.asarray(value.numpy())))
-    return model, method
+    return model
 
 
 @pytest.mark.parametrize(
@@ -93,23 +94,23 @@ def test_outputs_and_files_both_ways(tmp_path: Path, family: str, name: str) -> 
     expected = peer.logits(theirs)
     if family == "llama" and kind != "PrefixTuningConfig":
         expected = expected[:, N:]
-    ours, method = ours_like(peer, theirs)
+    ours = ours_like(peer, theirs)
     assert largest(run(ours), expected) < TOLERANCE
     assert largest(run(without_adapter(ours)), peer.logits(peer.base())) < TOLERANCE
     assert largest(run(ours), peer.logits(peer.base())) > 100 * TOLERANCE
 
     # Theirs to ours: the values alone.
-    loaded = load_adapter(peer.ours(read_adapter_config(tmp_path / "theirs")), tmp_path / "theirs")
+    loaded = load_adapter(peer.ours(read_adapter_method(tmp_path / "theirs")), tmp_path / "theirs")
     assert largest(run(loaded), expected) < TOLERANCE
 
     # Ours to theirs, and back with the encoder.
     moved = randomised(ours, 0.1)
-    save_adapter(moved, tmp_path / "ours", method=method)
+    save_adapter(moved, tmp_path / "ours")
     (tensor,) = safetensors.numpy.load_file(tmp_path / "ours" / "adapter_model.safetensors").values()
     assert tensor.shape == adapter_tensors(loaded)["prompt_embeddings"].shape
     reread = peer.logits(peer.loaded(tmp_path / "ours"))[:, -expected.shape[1] :]
     assert largest(run(moved), reread) < TOLERANCE
-    again = load_adapter(peer.ours(read_adapter_config(tmp_path / "ours")), tmp_path / "ours")
+    again = load_adapter(peer.ours(read_adapter_method(tmp_path / "ours")), tmp_path / "ours")
     assert again.prompt.names == ours.prompt.names
     pairs = zip(jax.tree.leaves(split(again)[1]), jax.tree.leaves(split(moved)[1]), strict=True)
     assert all(np.array_equal(a, b) for a, b in pairs)
@@ -126,7 +127,7 @@ def test_the_same_training(tmp_path: Path, family: str, name: str) -> None:
     kind, fields = config_of(name)
     peer, data = MethodPeer(tmp_path / "base", family), random_batches(family == "t5")
     theirs = peer.adapted(kind, **fields)
-    ours, _ = ours_like(peer, theirs)
+    ours = ours_like(peer, theirs)
     found = our_losses(ours, data, 1e-2)[0]
     still = peer.losses(peer.adapted(kind, **fields), data, 1e-9)  # which compiles nothing, as ours would
     assert largest(found, peer.losses(theirs, data, 1e-2)) < 1e-3
@@ -145,7 +146,7 @@ def test_greedy_answers_are_those_of_peft(tmp_path: Path, family: str, name: str
     peer = MethodPeer(tmp_path / "base", family)
     peer.random_adapter(tmp_path / "adapter", kind, scale=1.0, **fields)
     theirs = peer.loaded(tmp_path / "adapter")
-    ours = load_adapter(peer.ours(read_adapter_config(tmp_path / "adapter")), tmp_path / "adapter")
+    ours = load_adapter(peer.ours(read_adapter_method(tmp_path / "adapter")), tmp_path / "adapter")
     draws = np.random.default_rng(5)
     prompts = [draws.integers(1, VOCABULARY, size).tolist() for size in (7, 3, 12)]
     answers = our_answers(ours, prompts, 12)
@@ -204,7 +205,7 @@ def test_families_that_see_a_window(tmp_path: Path, family: str, name: str) -> N
     kind, fields = config_of(name)
     peer = MethodPeer(tmp_path / "base", family)
     theirs = peer.random_adapter(tmp_path / "theirs", kind, **fields)
-    ours = load_adapter(peer.ours(read_adapter_config(tmp_path / "theirs")), tmp_path / "theirs")
+    ours = load_adapter(peer.ours(read_adapter_method(tmp_path / "theirs")), tmp_path / "theirs")
     tokens = random_tokens(4 if name == "prefix" else 17)
     assert largest(run(ours, tokens), peer.logits(theirs, tokens)[:, -tokens.shape[1] :]) < TOLERANCE
 
@@ -263,7 +264,7 @@ def test_files_that_do_not_go_together(tmp_path: Path) -> None:
     peer = MethodPeer(tmp_path / "base", "llama")
     method = PTuning(N, hidden_size=8)
     model, folder = peer.ours(method), tmp_path / "adapter"
-    save_adapter(model, folder, method=method)
+    save_adapter(model, folder)
     tensors = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
     safetensors.numpy.save_file(
         {"prompt_embeddings": tensors["prompt_embeddings"] + 1}, folder / "adapter_model.safetensors"
@@ -278,8 +279,8 @@ def test_files_that_do_not_go_together(tmp_path: Path) -> None:
     wider = MethodPeer(tmp_path / "wider", "llama", hidden_size=48)
     with pytest.raises(ValueError, match="PTuning token_dim: expected 48 as in the model, found 32"):
         wider.ours(alone.method)
-    save_adapter(peer.ours(method), folder, method=method)
-    save_adapter(peer.ours(PromptTuning(N)), folder, method=PromptTuning(N))
+    save_adapter(peer.ours(method), folder)
+    save_adapter(peer.ours(PromptTuning(N)), folder)
     assert not (folder / ENCODER).exists(), "an encoder of what lay there before would be believed"
 
 
@@ -299,7 +300,7 @@ def test_files_that_do_not_go_together(tmp_path: Path) -> None:
 )
 def test_configurations_of_nothing(kind: str, fields: dict[str, Any], message: str) -> None:
     with pytest.raises((FieldErrors, ValueError), match=message):
-        METHODS[kind].from_peft({"num_virtual_tokens": N} | fields)
+        peft_methods()[kind].from_peft({"num_virtual_tokens": N} | fields)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def train_ours(
 ) -> Result:
     """Also saves the adapter before the first step under `work`, for the peer to start from."""
     model = load_model(open_checkpoint(str(folder)), method=lora, dtype=jnp.float32, seed=3, progress=False)
-    save_adapter(model, work / "fresh", method=lora, base_model_name_or_path=str(folder))
+    save_adapter(model, work / "fresh", base_model_name_or_path=str(folder))
     graph, adapter, frozen = split(model)
     del model
     tx = make_optimizer(
@@ -89,7 +89,7 @@ def train_ours(
     for cut in cuts:
         state, metrics = step(state, frozen, cut)
         rows.append(jax.device_get(metrics))
-    save_adapter(nnx.merge(graph, state.adapter, frozen), work / "trained", method=lora)
+    save_adapter(nnx.merge(graph, state.adapter, frozen), work / "trained")
     return Result(
         np.array([row["loss"] for row in rows]),
         np.array([row["grad_norm"] for row in rows]),

@@ -20,9 +20,8 @@ from flax import nnx
 from lowered import BOTH_PRECOMPILED, steps_lowered
 from tiny_config import CONFIG
 
-from qlora_jax.finetune import finetune
+from qlora_jax.finetune import LoRAOptions, ModelOptions, Options, RunOptions, finetune
 from qlora_jax.finetune.options.data import DataOptions
-from qlora_jax.finetune.options.options import LoRAOptions, ModelOptions, Options, RunOptions
 from qlora_jax.models import ModelSpec
 from qlora_jax.models.llama import llama_config
 from qlora_jax.peft import LoRA

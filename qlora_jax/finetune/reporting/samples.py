@@ -6,8 +6,8 @@ The file has the whole prompt with its template. The printed message has only th
 """
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from tqdm import tqdm
@@ -16,20 +16,26 @@ from transformers import PreTrainedTokenizerFast
 from qlora_jax.data.questions import questions_of
 from qlora_jax.train import MetricsLog
 
-Answer = Callable[[Any, Sequence[np.ndarray]], list[list[int]]]
+__all__ = ["record_samples"]
 
 
 def record_samples(
-    step: int, model: Any, prompts: Sequence[np.ndarray], answer: Answer, tokenizer: PreTrainedTokenizerFast, log: MetricsLog
+    step: int,
+    prompts: Sequence[np.ndarray],
+    answers: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerFast,
+    log: MetricsLog,
 ) -> None:
-    """Answer all prompts; print and record each with its answer.
+    """Print and record each prompt with its answer.
 
     Args:
+        step: the step of the run.
         prompts: token ids.
-        answer: takes the model and the prompts, returns the token ids of the answers.
+        answers: token ids of the answer to each prompt.
+        tokenizer: decodes both.
+        log: samples.jsonl.
     """
-    questions = questions_of(prompts, tokenizer)
-    for prompt, question, tokens in zip(prompts, questions, answer(model, prompts), strict=True):
+    for prompt, question, tokens in zip(prompts, questions_of(prompts, tokenizer), answers, strict=True):
         text = _text(tokenizer, tokens)
         log.add({"step": step, "prompt": _text(tokenizer, prompt.tolist()), "answer": text})
         tqdm.write(f"[step {step}] {' '.join(question.split())}\n  → {text}", file=sys.stderr)  # above a progress bar

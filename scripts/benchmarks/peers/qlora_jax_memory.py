@@ -39,13 +39,13 @@ def main() -> None:
 
     from qlora_jax.checkpoint.load import load_model
     from qlora_jax.checkpoint.open import open_checkpoint
-    from qlora_jax.models import ModelSpec, family_of
+    from qlora_jax.models import ModelSpec
     from qlora_jax.peft import LoRA
     from qlora_jax.train import BatchSpec, StepSpec, build_step, create_state, language_model_objective, place_step, split
 
     checkpoint = open_checkpoint(arguments.model)
     described = ModelSpec(
-        family_of(checkpoint.config).config(checkpoint.config),
+        checkpoint.model_config,
         method=LoRA(rank=arguments.rank, alpha=16.0),
         dtype=arguments.dtype,
         remat=arguments.remat,

@@ -22,7 +22,7 @@ def main() -> None:
 
     from qlora_jax.checkpoint.load import load_model
     from qlora_jax.checkpoint.open import open_checkpoint
-    from qlora_jax.models import ModelSpec, family_of
+    from qlora_jax.models import ModelSpec
     from qlora_jax.peft import LoRA
     from qlora_jax.train import (
         BatchSpec,
@@ -41,7 +41,7 @@ def main() -> None:
     start = time.perf_counter()
     checkpoint, rate = open_checkpoint(arguments.model), learning_rate_schedule("constant", 2e-4, arguments.steps)
     described = ModelSpec(
-        family_of(checkpoint.config).config(checkpoint.config),
+        checkpoint.model_config,
         method=LoRA(rank=arguments.rank, alpha=16.0),
         dtype=arguments.dtype,
         remat=arguments.remat,

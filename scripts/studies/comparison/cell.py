@@ -15,15 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from qlora_jax.adapters.pretrained import TunedOptions, open_tuned
+from qlora_jax.adapters.pretrained import open_pretrained
 from qlora_jax.checkpoint.open import open_checkpoint
-from qlora_jax.checkpoint.tokenizer import stop_ids
 from qlora_jax.cli import parse
 from qlora_jax.data import encode_all, load_records
 from qlora_jax.finetune import Options, finetune
 from qlora_jax.finetune.objectives.answers import greedy
 from qlora_jax.finetune.step import step_spec
-from qlora_jax.models import family_of
 from qlora_jax.train import build_step
 
 LONGEST = 4096  # maximum number of tokens of a held-out record that is answered
@@ -56,16 +54,14 @@ def main(answers: str, *flags: str) -> None:
 def trainable_parameters(options: Options) -> int:
     """Return the number of trainable parameters of a run."""
     checkpoint = open_checkpoint(str(options.model.model), options.model.revision)
-    spec = step_spec(options, family_of(checkpoint.config).config(checkpoint.config), jax.default_backend())
-    step = build_step(spec)
+    step = build_step(step_spec(options, checkpoint.model_config, jax.default_backend()))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(step.state.adapter))
 
 
 def exact_match(options: Options, folder: Path, count: int) -> float:
     """Return the share of the first `count` held-out prompts whose greedy answer has the expected end."""
     whole = (folder / "config.json").is_file()  # a model, not an adapter
-    chosen = TunedOptions(str(folder)) if whole else TunedOptions(options.model.model, str(folder))
-    tuned = open_tuned(chosen)
+    tuned = open_pretrained(folder) if whole else open_pretrained(options.model.model, folder)
     assert options.data.eval_data is not None
     records = load_records(options.data.eval_data)
     records = records.select(range(min(count, len(records))))
@@ -76,8 +72,7 @@ def exact_match(options: Options, folder: Path, count: int) -> float:
     starts = [int(np.flatnonzero(example.loss_mask)[0]) for example in examples]
     prompts = [example.tokens[:start] for example, start in zip(examples, starts, strict=True)]
     expected = [example.tokens[start:] for example, start in zip(examples, starts, strict=True)]
-    eos_ids = stop_ids(tuned.source, None, tuned.tokenizer)
-    found = greedy(tuned.load(progress=False), prompts, eos_ids=eos_ids, max_new_tokens=max(map(len, expected)))
+    found = greedy(tuned.load(progress=False), prompts, eos_ids=tuned.stop_ids, max_new_tokens=max(map(len, expected)))
 
     def ending(tokens: Any) -> str:
         return final_answer(str(tuned.tokenizer.decode(np.asarray(tokens), skip_special_tokens=True)))

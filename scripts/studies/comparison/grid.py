@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from qlora_jax.errors import OptionError
-from qlora_jax.finetune import MethodName
 from qlora_jax.peft import ALL_LINEAR
+from qlora_jax.peft import METHODS as PEFT_METHODS
 from qlora_jax.quant import DataType
 
-METHODS: tuple[str, ...] = get_args(MethodName)
+METHODS: tuple[str, ...] = tuple(PEFT_METHODS)
 STORAGES = ("none", *(f"{name}{end}" for name in get_args(DataType) for end in ("", "+dq")))
 RANKED = ("lora", "dora", "rslora")  # methods that have a rank
 TARGETED = (*RANKED, "ia3")  # methods that choose among linear layers

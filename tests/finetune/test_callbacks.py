@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 from flax import nnx
+from qlora_jax.finetune.reporting.watch import prepare
 
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.finetune import DataOptions, LoRAOptions, ModelOptions, Options, RunOptions, WatchOptions, finetune
 from qlora_jax.finetune.folder import claim, start
-from qlora_jax.finetune.reporting.mmlu import conclude
-from qlora_jax.finetune.reporting.watch import prepare
+from qlora_jax.finetune.reporting.mmlu import describe
 from qlora_jax.serve import generate
 
 
@@ -109,8 +109,8 @@ def test_the_accuracy_of_the_adapter_that_is_kept() -> None:
     def ask() -> dict[str, float]:
         return {"mmlu_accuracy": 0.2}
 
-    assert conclude(rows, 2, ask) == "MMLU accuracy 0.100 before, 0.300 after (mean over subjects)."
-    assert conclude(rows, 1, ask) == "MMLU accuracy 0.100 before, 0.200 after (mean over subjects)."
+    assert describe(rows, 2, ask) == "MMLU accuracy 0.100 before, 0.300 after (mean over subjects)."
+    assert describe(rows, 1, ask) == "MMLU accuracy 0.100 before, 0.200 after (mean over subjects)."
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_what_cannot_be_watched(options: Options, tiny_llama: Path, monkeypatch:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("the model was read")
 
-    monkeypatch.setattr("qlora_jax.finetune.job.load_model", fail)
+    monkeypatch.setattr("qlora_jax.adapters.pretrained.load", fail)
     with pytest.raises(ValueError, match="sample_every: expected held-out data and samples of at least 1, found none"):
         finetune(but(options, "run", samples=0), progress=False)
     with pytest.raises(ValueError, match=r"mmlu\.jsonl: expected a file of examples for 5-shot prompts"):
