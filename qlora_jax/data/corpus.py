@@ -139,11 +139,7 @@ def encode_all(
             for record, result in zip(trainable, encoded, strict=True):
                 longest_row = max(longest_row, result.full_length)
                 if result.long and on_long == "error":
-                    number = _row_number(record, parsed, rows)
-                    raise DataError(
-                        f"row {number} (counted from 0): expected at most {limits}, found {result.full_length}; "
-                        "raise the limit, or choose on_long truncate or drop"
-                    )
+                    raise _too_long(_row_number(record, parsed, rows), result.full_length, limits)
                 if result.long and on_long == "drop":
                     dropped_long += 1
                 elif not result.teaches:
@@ -170,6 +166,13 @@ def encode_all(
     if not examples:
         raise NothingToLearn(report)
     return examples, report
+
+
+def _too_long(row: int, length: int, limits: Limits) -> DataError:
+    return DataError(
+        f"row {row} (counted from 0): expected at most {limits}, found {length}; raise the limit, or choose on_long truncate "
+        "or drop"
+    )
 
 
 def _chunks(records: Iterable[Any]) -> Iterator[list[Any]]:
