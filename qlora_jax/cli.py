@@ -1,14 +1,17 @@
-"""Command lines from dataclasses: a TOML file gives values, flags on the command line overrule them.
+"""Command lines from dataclasses: a TOML file gives values, and flags on the command line have precedence over it.
 
     python scripts/train.py --config run.toml --learning-rate 1e-4
 
-A config file has one table for each group of the options, with the names of their fields. A table, a key or a type that the
-options do not have is an error that names the file and the nearest name: a misspelt key must not be swallowed and a run of
-days go on with a default.
+A config file has one table for each group of options, with the names of their fields. A table, a key or a type that the
+options do not have is an error that names the file and the most similar name: a run of several days must not start with a
+default because a key was misspelt. An option that was renamed is an error that gives its new name.
+
+`run` is the one way from a command line to an exit code, for every command and every program of scripts/.
 """
 
 import dataclasses
 import difflib
+import subprocess
 import sys
 import tomllib
 import typing
@@ -18,108 +21,169 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from qlora_jax.errors import OptionError
+from qlora_jax.platforms import silence_absent_devices
+from qlora_jax.renamed_options import RENAMED_OPTIONS
+
+__all__ = ["from_toml", "parse", "run", "to_dict"]
+
 T = TypeVar("T")
 
 
-def parse(options: type[T], *, description: str | None, arguments: Sequence[str] | None = None) -> T:
-    """The options of a command line, with the values of `--config FILE` (TOML) as defaults where one is given.
+def run(
+    main: Callable[[T], object],
+    options: type[T],
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+    *,
+    program: str | None = None,
+) -> int:
+    """Parse a command line, call `main` with the options and return the exit code.
+
+    The exit code is what `main` returns where that is an integer, else 0. An error that the user's input caused becomes one
+    line on stderr and exit code 1; an interruption becomes exit code 130. Errors of the program itself are not caught.
+
+    Args:
+        main: takes an instance of `options`.
+        description: text at the head of the help.
+        arguments: the command line without the name of the program; `sys.argv` if None.
+        program: name of the program in its help; taken from `sys.argv` if None.
+    """
+    silence_absent_devices()
+    try:
+        result = main(parse(options, description=description, arguments=arguments, program=program))
+    except (ValueError, OSError, subprocess.SubprocessError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interruption:
+        print(f"\ninterrupted{f': {interruption}' if str(interruption) else ''}", file=sys.stderr)
+        return 130
+    return result if isinstance(result, int) else 0
+
+
+def parse(
+    options: type[T],
+    *,
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+    program: str | None = None,
+) -> T:
+    """Return the options of a command line, with the values of `--config FILE` (TOML) as defaults where one is given.
 
     Raises:
-        ValueError: the config file is missing, is no TOML, or has keys or types that the options do not have.
+        OptionError: the config file is missing, is not TOML, or has keys or types that the options do not have; or an
+            option has a new name.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    config, arguments = _take_config(arguments)
-    default = options() if config is None else from_toml(options, config)
+    config, arguments = _split_config(arguments)
+    _check_flags(options, arguments)
+    required = any(_is_required(field) for field in dataclasses.fields(options))  # type: ignore[arg-type]
+    default: Any = tyro.MISSING_NONPROP if required else options()
+    if config is not None:
+        default = from_toml(options, config)
     # tyro makes a flag of each key of a default that is a mapping, and none of the mapping itself.
-    arguments = _with_values(arguments, _open_switches(options))
-    described = f"{description}\n\n--config FILE.toml sets any of these options; flags overrule it."
+    arguments = _with_values(arguments, _optional_switches(options))
     parsed = tyro.cli(
         Annotated[options, tyro.conf.OmitArgPrefixes],  # type: ignore[valid-type]
+        prog=program,
         args=arguments,
-        default=_emptied(default),
-        description=described,
+        default=_without_mappings(default) if dataclasses.is_dataclass(default) else default,
+        description=f"{description}\n\n--config FILE.toml sets any of these options; flags have precedence over it.",
     )
-    return _refilled(parsed, default)
+    return _with_mappings(parsed, default) if dataclasses.is_dataclass(default) else parsed
 
 
-def _emptied(options: Any) -> Any:
-    """The options without what their mappings hold."""
+def _without_mappings(options: Any) -> Any:
+    """Return the options with every mapping empty."""
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     changed = {
-        name: _emptied(value) if dataclasses.is_dataclass(value) else {}
+        name: _without_mappings(value) if dataclasses.is_dataclass(value) else {}
         for name, value in values.items()
         if dataclasses.is_dataclass(value) or isinstance(value, dict)
     }
     return dataclasses.replace(options, **changed)
 
 
-def _refilled(options: Any, default: Any) -> Any:
-    """The options with the mappings of `default` where they have none."""
+def _with_mappings(options: Any, default: Any) -> Any:
+    """Return the options with the mappings of `default` where their own are empty."""
     changed = {}
     for field in dataclasses.fields(options):
         value, before = getattr(options, field.name), getattr(default, field.name)
         if dataclasses.is_dataclass(value):
-            changed[field.name] = _refilled(value, before)
+            changed[field.name] = _with_mappings(value, before)
         elif value == {}:
             changed[field.name] = before
     return dataclasses.replace(options, **changed)
 
 
-def run(main: Callable[[T], Any], options: type[T], description: str | None) -> None:
-    """Parses, calls, and turns what bad input raises into one line on stderr and exit code 1."""
-    try:
-        main(parse(options, description=description))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt as stop:
-        print(f"\ninterrupted{f': {stop}' if str(stop) else ''}", file=sys.stderr)
-        sys.exit(130)
-
-
 def from_toml(options: type[T], path: Path) -> T:
-    """An instance of the dataclass from a TOML file; see `parse` for what it raises."""
+    """Return an instance of the dataclass from a TOML file; `parse` says what is raised."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ValueError(f"config file {path}: no such file") from None
+        raise OptionError(f"config file {path}: no such file") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"config file {path}: expected UTF-8, found {error}") from error
+        raise OptionError(f"config file {path}: expected UTF-8, found {error}") from error
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"config file {path}: not valid TOML: {error}") from error
+        raise OptionError(f"config file {path}: not valid TOML: {error}") from error
     problems: list[str] = []
     result = _build(options, values, "", problems)
     if problems:
-        raise ValueError(f"config file {path}: " + "; ".join(problems))
+        raise OptionError(f"config file {path}: " + "; ".join(problems))
     return result
 
 
 def to_dict(options: Any) -> dict[str, Any]:
-    """The options as nested plain values, for a record that JSON can hold."""
+    """Return the options as nested dictionaries and lists, which JSON can represent."""
     return _plain(dataclasses.asdict(options))
 
 
-def _open_switches(options: type[Any]) -> set[str]:
-    """The flags whose value is yes, no, or left open."""
+def _option_names(options: type[Any]) -> set[str]:
+    """Return the names of all options, those of groups included."""
+    names: set[str] = set()
+    for name, hint in typing.get_type_hints(options).items():
+        names |= _option_names(hint) if dataclasses.is_dataclass(hint) and isinstance(hint, type) else {name}
+    return names
+
+
+def _check_flags(options: type[Any], arguments: Sequence[str]) -> None:
+    """Raise OptionError for a flag that was renamed."""
+    names = _option_names(options)
+    for argument in arguments:
+        if not argument.startswith("--"):
+            continue
+        flag = argument.partition("=")[0]
+        old = flag.removeprefix("--").replace("-", "_")
+        new = RENAMED_OPTIONS.get(old)
+        if new in names and old not in names:
+            raise OptionError(f"{flag}: was renamed to --{new.replace('_', '-')}")
+
+
+def _optional_switches(options: type[Any]) -> set[str]:
+    """Return the names of the flags whose value is yes, no or None."""
     flags: set[str] = set()
     for name, hint in typing.get_type_hints(options).items():
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            flags |= _open_switches(hint)
+            flags |= _optional_switches(hint)
         elif set(typing.get_args(hint)) == {bool, type(None)}:
             flags.add(name.replace("_", "-"))
     return flags
 
 
 def _with_values(arguments: list[str], switches: set[str]) -> list[str]:
-    """`--x` and `--no-x` of switches that may be left open as `--x=True` and `--x=False`: tyro wants a value."""
+    """Return the command line with `--x` and `--no-x` of these switches written as `--x=True` and `--x=False`.
+
+    tyro expects a value after a switch that may be None.
+    """
     spelled = {f"--{name}": f"--{name}=True" for name in switches} | {f"--no-{name}": f"--{name}=False" for name in switches}
     pairs = zip(arguments, [*arguments[1:], "--"], strict=False)
     return [spelled.get(a, a) if following.startswith("-") else a for a, following in pairs]
 
 
-def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
+def _split_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """Return the value of `--config`, if any, and the rest of the command line."""
     config, rest = None, []
     queue = iter(arguments)
     for argument in queue:
@@ -129,13 +193,13 @@ def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
             continue
         value = value or next(queue, "")
         if not value or config is not None:
-            raise ValueError("--config: expected one file, found " + ("none" if not value else "two"))
+            raise OptionError("--config: expected one file, found " + ("none" if not value else "two"))
         config = Path(value)
     return config, rest
 
 
 def _build(options: type[Any], values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
-    """An instance of `options`; what does not fit is added to `problems`."""
+    """Return an instance of `options`; add a message to `problems` for each value that does not fit."""
     hints = typing.get_type_hints(options)
     names = {name.replace("-", "_"): name for name in values}
     chosen: dict[str, Any] = {}
@@ -143,6 +207,9 @@ def _build(options: type[Any], values: dict[str, Any], prefix: str, problems: li
         if twice := [other for other in values if other != name and other.replace("-", "_") == field]:
             problems.append(f"{prefix}{name}: given twice, also as {prefix}{twice[0]}")
     for field, name in names.items():
+        if RENAMED_OPTIONS.get(field) in hints and field not in hints:
+            problems.append(f"{prefix}{name}: was renamed to {prefix}{RENAMED_OPTIONS[field]}")
+            continue
         if field not in hints:
             near = difflib.get_close_matches(field, hints, n=1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(hints)}"
@@ -158,11 +225,16 @@ def _build(options: type[Any], values: dict[str, Any], prefix: str, problems: li
             problems.append(f"{prefix}{name}: expected {_name(hint)}, found {value!r}")
         else:
             chosen[field] = _convert(value, hint)
+    required = {field.name: tyro.MISSING_NONPROP for field in dataclasses.fields(options) if _is_required(field)}
     try:
-        return options(**chosen)
+        return options(**required | chosen)  # flags may give what the file leaves open
     except ValueError as error:
         problems.append(str(error))
-        return options()
+        return options(**required)
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _fits(value: Any, hint: Any) -> bool:

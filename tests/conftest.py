@@ -1,12 +1,11 @@
-"""What tests of several packages share: a checkpoint of a tiny random Llama, made anew, and what has been compiled.
+"""What all tests share: XLA's flags, a folder of compiled programs, checkpoints of a tiny random Llama, and the two tiers.
 
-Every run of a job makes its programs anew, and so does every process that a test starts. JAX's cache of compiled programs,
-in a folder of each test process of this session, compiles each once there; the environment brings it to the processes that
-its tests start.
+Every run of a job makes its programs anew, and so does every process that a test starts. JAX's cache of compiled programs
+compiles each of them once a session: it is one folder, which both test processes use, and the environment brings it to the
+processes that tests start.
 """
 
 import importlib.metadata
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,11 +19,8 @@ if not any(any(Path("/dev").glob(pattern)) for pattern in ("nvidia[0-9]*", "acce
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # as a compiler alone it is of use to several processes
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_models import write_tiny_llama
 
 # Most of the suite's time is compiling for the CPU, and most of that LLVM's: tests have it optimise nothing, on which no
 # result depends. Where they have the choice, they take XLA's older code generator, too, which has less to do. Processes that
@@ -34,95 +30,28 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     _LIGHT += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _LIGHT)
 
-# Before JAX and `datasets` are imported, which read them then.
-COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
+# Before JAX and `datasets` are imported, which read them then. Who names a folder for JAX's cache shares it among sessions.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")  # it is removed when the first process of the session ends
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
 os.environ |= {
-    "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # `datasets` reports each local file that it opens to the hub
 }
 
+MOST_MEMORY = 5 * 2**29  # bytes; a process that runs all modules would need more for its programs
+
 
 @pytest.fixture(scope="module", autouse=True)
-def _programs_end_with_their_module() -> Iterator[None]:
-    """Else a process that runs all modules holds gigabytes of them."""
+def _memory_is_bounded() -> Iterator[None]:
+    """Forget the compiled programs after a module at whose end the process is large."""
     import jax  # which reads the environment
 
     yield
-    jax.clear_caches()
-
-
-SPECIAL = ("<|im_start|>", "<|im_end|>", "<pad>")
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def write_tokenizer(folder: Path) -> int:
-    """Byte-level BPE without merges, a token a byte, which knows ChatML; returns the size of its vocabulary."""
-    tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-    backend.decoder = decoders.ByteLevel()  # pyright: ignore
-    backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=SPECIAL[0], eos_token=SPECIAL[1], pad_token=SPECIAL[2], chat_template=CHATML
-    )
-    tokenizer.save_pretrained(folder)
-    return len(tokens)
-
-
-def write_tiny_llama(folder: Path, *, seed: int = 0, **fields: Any) -> Path:
-    """A Hugging Face folder; `fields` overrule its config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": write_tokenizer(folder),
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "tie_word_embeddings": True,
-        "eos_token_id": 1,
-        "dtype": "float32",
-    } | fields
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    queries, pairs = (config[name] * config["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
-    matrices = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (pairs, hidden),
-        "self_attn.v_proj": (pairs, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    draws = np.random.default_rng(seed)
-
-    def normal(*shape: int, scale: float) -> np.ndarray:
-        return scale * draws.standard_normal(shape, np.float32)
-
-    tensors = {
-        "model.embed_tokens.weight": normal(config["vocab_size"], hidden, scale=0.3),
-        "model.norm.weight": 1 + normal(hidden, scale=0.1),
-    }
-    for layer in range(config["num_hidden_layers"]):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{layer}.{norm}.weight"] = 1 + normal(hidden, scale=0.1)
-        for name, shape in matrices.items():
-            tensors[f"model.layers.{layer}.{name}.weight"] = normal(*shape, scale=shape[1] ** -0.5)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder
+    pages = Path("/proc/self/statm")  # Linux has it
+    if not pages.exists() or int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MOST_MEMORY:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,9 @@ from typing import Any, Literal
 import pytest
 
 from qlora_jax.cli import from_toml, parse, run, to_dict
+from qlora_jax.errors import OptionError
 from qlora_jax.finetune import Options as FinetuneOptions
+from qlora_jax.renamed_options import RENAMED_OPTIONS, replace_old_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,9 +215,7 @@ def test_run_turns_errors_into_a_line(
         raise error
 
     monkeypatch.setattr("sys.argv", ["script", "--count", "4"])
-    with pytest.raises(SystemExit) as exit_:
-        run(main, Options, None)
-    assert exit_.value.code == code
+    assert run(main, Options, None) == code
     assert capsys.readouterr().err == text
 
 
@@ -250,3 +250,65 @@ def test_lists_and_tables_say_what_they_hold(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a list of one of 'tensorboard', 'wandb', found") as error:
         parse(FinetuneOptions, description=None, arguments=["--config", str(tmp_path / "run.toml")])
     assert "lora.rank_pattern: expected a table of int, found 3" in str(error.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Renamed:
+    """Options of which one has a new name."""
+
+    embedding_storage: str = "none"
+    """A storage."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Grouped:
+    """Such options in a group."""
+
+    model: Renamed = dataclasses.field(default_factory=Renamed)
+
+
+@pytest.mark.parametrize("flag", [["--quantize-tables", "int8"], ["--quantize-tables=int8"], ["--quantize_tables", "int8"]])
+def test_a_renamed_flag_names_the_new_one(flag: list[str]) -> None:
+    with pytest.raises(OptionError, match=r"--quantize.tables: was renamed to --embedding-storage$"):
+        parse(Grouped, description=None, arguments=flag)
+    assert parse(Grouped, description=None, arguments=["--embedding-storage", "int8"]).model == Renamed("int8")
+
+
+def test_a_renamed_key_names_the_new_one(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"model\.quantize_tables: was renamed to model\.embedding_storage$"):
+        from_toml(Grouped, toml(tmp_path, '[model]\nquantize_tables = "int8"\n'))
+
+
+def test_every_renamed_option_is_one_of_the_job_or_a_command() -> None:
+    """An entry of the table whose new name does not exist could not help anybody."""
+    record = to_dict(FinetuneOptions())
+    known = {*record, *(name for group in record.values() for name in group)}
+    assert set(RENAMED_OPTIONS.values()) <= known
+    assert not set(RENAMED_OPTIONS) & known
+
+
+def test_a_record_with_old_names_is_read_with_the_new_ones() -> None:
+    assert replace_old_names({"model": {"quantize_tables": "int8", "x": 1}}) == {
+        "model": {"embedding_storage": "int8", "x": 1}
+    }
+    assert replace_old_names({"quantize_tables": 1, "embedding_storage": 2}) == {"embedding_storage": 2}
+
+
+def test_required_options_come_from_the_file_or_from_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Required:
+        one: str
+        two: str
+        three: int = 3
+
+    config = ["--config", str(toml(tmp_path, 'one = "a"\nthree = 4\n'))]
+    assert parse(Required, description=None, arguments=[*config, "--two", "b"]) == Required("a", "b", 4)
+    assert parse(Required, description=None, arguments=["--one", "a", "--two", "b"]) == Required("a", "b")
+    with pytest.raises(SystemExit):
+        parse(Required, description=None, arguments=config)
+    assert "--two" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("result", "code"), [(None, 0), (Path("x"), 0), (0, 0), (1, 1)])
+def test_the_exit_code_is_what_main_returns(result: object, code: int) -> None:
+    assert run(lambda options: result, Options, None, []) == code

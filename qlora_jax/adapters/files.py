@@ -1,31 +1,31 @@
-"""The files of a LoRA adapter, in PEFT's format:
+"""The files of an adapter, in PEFT's format.
 
-    adapter_config.json          adapter_config.py
-    adapter_model.safetensors    float32, one pair for each linear module, under its Hugging Face name:
+    adapter_config.json          the method and its fields (peft_config.py)
+    adapter_model.safetensors    float32 tensors; for LoRA one pair for each linear module, under its Hugging Face name:
         base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight    [r, in]
         base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight    [out, r]
-                                 and what is trained besides: whole parameters, and rows of a table
+                                 parameters that are trained as a whole, and trained rows of an embedding:
         base_model.model.model.norm.weight
         base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta    [tokens, features]
-                                 (PEFT's name; the rows themselves, not their change)
-                                 and, where PEFT had resized the base, the base's token table and head
+                                 (PEFT's name; the file holds the rows themselves, not their change)
+                                 where PEFT had resized the base, its token embedding and head (resized_base.py):
         base_model.model.model.embed_tokens.weight
-                                 of virtual tokens nothing of this, but (prompts.py)
+                                 for virtual tokens one tensor alone (virtual_tokens.py):
         prompt_embeddings    [rows, features]
-    prompt_encoder.safetensors   what made these, where an encoder did
+    prompt_encoder.safetensors   the encoder that made the virtual tokens, where there is one
 
-Writing. Both files are written beside their final places, flushed, read back and compared bit for bit with
-the values in memory; only then do they take their names, the configuration last. An adapter that is empty or
-half written is thus never left behind: there is the whole new one, or an error and what was there before.
+Writing. Both files are written beside their final places, flushed, read back and compared bit for bit with the values in
+memory; only then are they renamed, the configuration last. A failure therefore never leaves an adapter that is empty or half
+written: afterwards there is either the whole new adapter, or an error and what was there before.
 
-Reading. Everything that makes the files no LoRA adapter, whatever the model, is reported in one error.
+Reading. All problems of the files that do not depend on the model are reported in one error.
 """
 
 import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,62 +34,58 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from qlora_jax.adapters.peft_config import CONFIG, TaskType, config_of, method_of, read_config
-from qlora_jax.adapters.virtual_tokens import ENCODER, read_encoder, with_encoder
-from qlora_jax.checkpoint.hub import resolve
+from qlora_jax.adapters.names import PREFIX, ROWS, adapted_modules, split_name, tensor_name
+from qlora_jax.adapters.peft_config import CONFIG, TaskType, config_of, read_adapter_config, resolve_adapter
+from qlora_jax.adapters.virtual_tokens import ENCODER, read_encoder
+from qlora_jax.checkpoint.hub import Snapshot
 from qlora_jax.errors import CheckpointError, list_names
-from qlora_jax.peft import Method, PromptMethod
+from qlora_jax.peft import Method
 from qlora_jax.peft.prompt import EMBEDDINGS
 
-__all__ = ["Adapter", "read_adapter", "read_adapter_config", "tensor_name", "write_adapter"]
+__all__ = ["Adapter", "read_adapter", "write_adapter"]
 
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-ROWS = ".token_adapter.trainable_tokens_delta"
-TABLE_NAMES = ("embed_tokens", "embed_in", "shared", "lm_head", "embed_out")
-# Of the base's own tables (resized.py): of one that the adapter leaves alone, or trains a copy or rows of.
-TABLE_ENDINGS = (".weight", ".original_module.weight", ".token_adapter.base_layer.weight")
+EMBEDDING_NAMES = ("embed_tokens", "embed_in", "shared", "lm_head", "embed_out")
+# The base's own embeddings (resized_base.py): one that the adapter does not train, trains a copy of, or trains rows of.
+EMBEDDING_ENDINGS = (".weight", ".original_module.weight", ".token_adapter.base_layer.weight")
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """An adapter as the files hold it.
+    """An adapter as its files hold it.
 
     Attributes:
-        source: where it was read from, for messages.
-        method: its shape and scaling.
-        base: the base model that its configuration names, or None. Only shapes decide whether it fits.
+        name: the path or repository id, for messages.
+        method: the method of fine-tuning that adapter_config.json describes.
+        base: the base model that adapter_config.json names, or None. Only shapes decide whether the adapter fits a model.
         tensors: by the files' names; `[r, in]` for lora_A, `[out, r]` for lora_B, else as in the base's checkpoint.
-        tables: the token table and head of a base that PEFT had resized, by the files' names (resized.py).
-        encoder: the parameters of an encoder of virtual tokens, where there is one (prompts.py).
+        resized_embeddings: the token embedding and head of a base that PEFT had resized, by the files' names.
+        encoder: the parameters of an encoder of virtual tokens, where there is one.
+        snapshot: the files that the adapter was read from; None for an adapter that was made in memory.
     """
 
-    source: str
+    name: str
     method: Method
     base: str | None
     tensors: Mapping[str, np.ndarray]
-    tables: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    resized_embeddings: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     encoder: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    snapshot: Snapshot | None = None
 
     @property
     def modules(self) -> list[str]:
-        """The full names of the linear modules that it adapts."""
+        """The full names of the linear modules that have an adapter."""
         return adapted_modules(self.tensors, self.method)
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the adapter was saved with a tokenizer of its own."""
+        return self.snapshot is not None and (self.snapshot.path / "tokenizer.json").is_file()
+
     def of_module(self, module: str) -> dict[str, np.ndarray]:
-        """The tensors of a linear module, by what follows its name; none where it has no adapter."""
+        """Return the tensors of a linear module by their suffixes, e.g. "lora_A.weight"; empty where it has no adapter."""
         names = {suffix: tensor_name(module, suffix) for suffix in self.method.suffixes}
         return {suffix: self.tensors[name] for suffix, name in names.items() if name in self.tensors}
-
-
-def tensor_name(module: str, suffix: str) -> str:
-    """The name of a tensor of the adapter of a module, e.g. "model.layers.0.self_attn.q_proj" and "lora_A.weight"."""
-    return f"{PREFIX}{module}.{suffix}"
-
-
-def rows_name(module: str) -> str:
-    """The name of the rows that are trained of a token table or head, e.g. "model.embed_tokens"."""
-    return f"{PREFIX}{module}{ROWS}"
 
 
 def write_adapter(
@@ -99,27 +95,23 @@ def write_adapter(
     method: Method,
     base_model_name_or_path: str | None = None,
     task_type: TaskType = "CAUSAL_LM",
-    tables: Mapping[str, np.ndarray] | None = None,
+    resized_embeddings: Mapping[str, np.ndarray] | None = None,
     encoder: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """Writes what `adapter_tensors` returned, and verifies it, as the module describes. An adapter in
-    `folder` is replaced.
+    """Write an adapter and verify its files, as the module describes; return the folder. An adapter in it is replaced.
 
     Args:
-        method: what the adapter was made with. "all-linear" is written as the names that it stood for, as PEFT
-            does.
-        base_model_name_or_path: path or hub id of the base, by which PEFT's users find it.
-        task_type: by which PEFT chooses its wrapper around the base.
-        tables: those of `Adapter`, where the base had them.
-        encoder: that of `Adapter`, where there is one.
-
-    Returns:
-        The folder.
+        tensors: what `adapter_tensors` returned.
+        method: the method of the adapter. "all-linear" is written as the names that it stands for, as PEFT does.
+        base_model_name_or_path: path or repository id of the base, by which PEFT finds it.
+        task_type: the task by which PEFT chooses its wrapper around the base.
+        resized_embeddings: see `Adapter`.
+        encoder: see `Adapter`.
 
     Raises:
-        CheckpointError: nothing to save, values that are not finite or of another rank, or the files could
-            not be written (a full disk, say) or do not read back as they should. An adapter that was in
-            `folder` before is still there.
+        CheckpointError: nothing to save, values that are not finite or of another rank, or files that could not be written
+            (a full disk, say) or do not read back as they were written. An adapter that was in `folder` before is still
+            there.
     """
     folder = Path(folder)
     problems = _problems_of_tensors(tensors, method)
@@ -127,7 +119,7 @@ def write_adapter(
         raise CheckpointError.of(f"{folder}: adapter not saved", problems)
     config = config_of(adapted_modules(tensors, method), method, base_model_name_or_path, task_type)
     text = json.dumps(config, indent=2) + "\n"
-    tensors = {**tensors, **(tables or {})}
+    tensors = {**tensors, **(resized_embeddings or {})}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as temporary:
@@ -135,8 +127,8 @@ def write_adapter(
             _write(weights_file, safetensors.numpy.save(dict(tensors), {"format": "pt"}))
             _write(config_file, text.encode())
             _verify(folder, weights_file, tensors, config_file, config)
-            # The configuration makes a folder an adapter. One that differs goes first, so that no moment
-            # pairs it with the new weights.
+            # The configuration makes a folder an adapter. A different one is removed first, so that it is never beside the
+            # new weights.
             if (folder / CONFIG).exists() and (folder / CONFIG).read_bytes() != text.encode():
                 (folder / CONFIG).unlink()
             (folder / ENCODER).unlink(missing_ok=True)
@@ -153,68 +145,56 @@ def write_adapter(
     return folder
 
 
-def read_adapter_config(folder: str | Path) -> Method:
-    """The adapter's shape, with which a model gets the right slots.
+def read_adapter(name: str | Path | Snapshot) -> Adapter:
+    """Return the tensors and the configuration of an adapter.
 
     Args:
-        folder: a folder, or the hub id of an adapter.
+        name: a folder, the repository id of an adapter, or a snapshot that was resolved before.
 
     Raises:
-        CheckpointError: no adapter there, or one of a kind that is not supported: every field that stands in
-            the way is named.
+        CheckpointError: files that are missing or damaged, a method that is not supported, or tensors whose names, shapes or
+            values do not fit the method; all in one message.
     """
-    path = _folder_of(folder)
-    return with_encoder(method_of(str(folder), read_config(path, str(folder))), path)
-
-
-def read_adapter(folder: str | Path) -> Adapter:
-    """The tensors and the configuration of a folder or hub id.
-
-    Raises:
-        CheckpointError: files missing or damaged, a kind that is not supported, or tensors whose names,
-            shapes or values make no LoRA adapter; all in one message.
-    """
-    path, source = _folder_of(folder), str(folder)
-    config = read_config(path, source)
-    method = with_encoder(method_of(source, config), path)
-    file = path / WEIGHTS
+    snapshot = resolve_adapter(name)
+    config, path = read_adapter_config(snapshot), snapshot.path
+    method, file = config.method, path / WEIGHTS
     if not file.is_file():
         pickled = " only adapter_model.bin, which is pickled and not read" if (path / "adapter_model.bin").is_file() else ""
-        raise CheckpointError(f"{source}: expected {WEIGHTS} beside {CONFIG}, found{pickled or ' none'}.")
+        raise CheckpointError(f"{snapshot.name}: expected {WEIGHTS} beside {CONFIG}, found{pickled or ' none'}.")
     try:
-        tensors = safetensors.numpy.load_file(file)
+        found = safetensors.numpy.load_file(file)
     except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{source}: {WEIGHTS} is damaged: {error}.") from error
-    tables = {name: tensor for name, tensor in tensors.items() if _is_table(name, method)}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in tables and not _is_copy(name, tensors)}
+        raise CheckpointError(f"{snapshot.name}: {WEIGHTS} is damaged: {error}.") from error
+    resized = {name: tensor for name, tensor in found.items() if _is_embedding_of_base(name, method)}
+    tensors = {name: tensor for name, tensor in found.items() if name not in resized and not _is_copy(name, found)}
     problems = _problems_of_tensors(tensors, method)
     if problems:
-        raise CheckpointError.of(source, problems)
-    encoder = read_encoder(method, path, tensors.get(EMBEDDINGS), source)
-    return Adapter(source, method, config.get("base_model_name_or_path") or None, tensors, tables, encoder)
+        raise CheckpointError.of(snapshot.name, problems)
+    encoder = read_encoder(method, path, tensors.get(EMBEDDINGS), snapshot.name)
+    return Adapter(snapshot.name, method, config.base_model_name_or_path, tensors, resized, encoder, snapshot)
 
 
-def _is_table(tensor: str, method: Method) -> bool:
-    """Whether a tensor is the token table or head of a base that PEFT had resized."""
+def _is_embedding_of_base(tensor: str, method: Method) -> bool:
+    """Return whether a tensor is the token embedding or head of a base that PEFT had resized."""
     if not tensor.startswith(PREFIX) or _is_trained_besides(tensor, method):
         return False
-    return any(tensor.endswith(f".{name}{ending}") for name in TABLE_NAMES for ending in TABLE_ENDINGS)
+    return any(tensor.endswith(f".{name}{ending}") for name in EMBEDDING_NAMES for ending in EMBEDDING_ENDINGS)
 
 
 def _is_copy(tensor: str, tensors: Mapping[str, np.ndarray]) -> bool:
-    """Whether PEFT wrote a tensor twice, as it does with what it trains of a table of a base that it had resized."""
+    """Return whether a tensor is a copy of another one: PEFT writes what it trains of a resized embedding twice."""
     other = tensors.get(tensor.replace(".modules_to_save.", "."))
     return ".modules_to_save." in tensor and other is not None and np.array_equal(tensors[tensor], other)
 
 
 def _problems_of_tensors(tensors: Mapping[str, np.ndarray], method: Method) -> list[str]:
-    """What makes tensors no LoRA adapter, whatever the model."""
+    """Return what is wrong with the tensors of an adapter, whatever the model."""
     if not tensors:
         return ["holds no tensors"]
     odd, shape_errors, not_finite, dtypes = [], [], [], []
     for name, tensor in tensors.items():
         module, suffix = split_name(name, method)
-        if not name.startswith(EMBEDDINGS if isinstance(method, PromptMethod) else PREFIX) or (
+        if not name.startswith(EMBEDDINGS if method.virtual_tokens else PREFIX) or (
             suffix is None and not _is_trained_besides(name, method)
         ):
             odd.append(f"{name} {list(tensor.shape)}")
@@ -225,7 +205,7 @@ def _problems_of_tensors(tensors: Mapping[str, np.ndarray], method: Method) -> l
         elif not np.isfinite(tensor).all():
             not_finite.append(name)
     endings = PREFIX + " or ".join(f"….{suffix}" for suffix in method.suffixes)
-    names = EMBEDDINGS if isinstance(method, PromptMethod) else f"{endings}, and what {CONFIG} names besides"
+    names = EMBEDDINGS if method.virtual_tokens else f"{endings}, and what {CONFIG} names besides"
     kinds = {
         f"expected tensors named {names}, found": odd,
         f"tensors that do not fit {CONFIG}": shape_errors,
@@ -236,26 +216,10 @@ def _problems_of_tensors(tensors: Mapping[str, np.ndarray], method: Method) -> l
 
 
 def _is_trained_besides(tensor: str, method: Method) -> bool:
-    """Whether a tensor belongs to what modules_to_save or trainable_token_indices name."""
+    """Return whether a tensor belongs to a module that modules_to_save or trainable_token_indices names."""
     if tensor.endswith(ROWS):
-        return bool(method.token_rows())
+        return bool(method.trainable_tokens())
     return any(tensor.rpartition(".")[0].endswith(name) for name in method.modules_to_save)
-
-
-def split_name(tensor: str, method: Method) -> tuple[str, str | None]:
-    """(the module's full name, the rest) of the name of an adapter's tensor; (the name, None) where it is none."""
-    for suffix in method.suffixes:
-        if tensor == EMBEDDINGS == suffix:  # of the model as a whole
-            return "", suffix
-        if tensor.endswith("." + suffix):
-            return tensor.removeprefix(PREFIX).removesuffix("." + suffix), suffix
-    return tensor, None
-
-
-def adapted_modules(tensors: Iterable[str], method: Method) -> list[str]:
-    """The full names of the modules whose adapters have tensors of these names."""
-    split = [split_name(name, method) for name in tensors]
-    return list(dict.fromkeys(module for module, suffix in split if suffix is not None and module))
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -272,7 +236,7 @@ def _verify(
     config_file: Path,
     config: dict[str, Any],
 ) -> None:
-    """Compares what was written with what was meant, bit for bit, one tensor at a time."""
+    """Raise CheckpointError where the written files differ from the values in memory; one tensor is read at a time."""
     wrong: list[str] = []
     try:
         with safetensors.safe_open(weights_file, "numpy") as file:
@@ -291,10 +255,3 @@ def _verify(
         raise CheckpointError(
             f"{folder}: adapter not saved: what was written reads back otherwise ({len(wrong)}): {list_names(wrong)}."
         )
-
-
-def _folder_of(folder: str | Path) -> Path:
-    path = resolve(folder)
-    if path.is_file():
-        raise CheckpointError(f"{folder}: expected a folder with {CONFIG} and {WEIGHTS}, found a file.")
-    return path

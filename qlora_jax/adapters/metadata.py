@@ -1,8 +1,8 @@
-"""What a run leaves beside the adapter that PEFT's configuration has no field for: `qlora_jax.json`.
+"""`qlora_jax.json`, which a run writes beside the adapter for what PEFT's configuration has no field for.
 
-An adapter is right for the base that it was trained on and for prompts of the form that it has seen. PEFT's files name the
-base, but not how its weights were rounded, its positions scaled, or prompts written. Generation and merging take all of it
-from here.
+An adapter fits the base that it was trained on and prompts of the form that it was trained with. PEFT's files name the base,
+but not how its weights were quantised, how its positions were scaled, and how prompts were written. Generation and merging
+read all of that from this file.
 """
 
 import dataclasses
@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 from qlora_jax.checkpoint.checkpoint import Checkpoint
-from qlora_jax.checkpoint.hub import resolve
-from qlora_jax.errors import CheckpointError
-from qlora_jax.models import RopeScaling, family_of, scaled
+from qlora_jax.checkpoint.hub import Snapshot, resolve
+from qlora_jax.errors import CheckpointError, OptionError
+from qlora_jax.models import RopeScaling, scaled
 from qlora_jax.quant import EMBEDDING_STORAGES, DataType, EmbeddingStorage, Quantization
+
+__all__ = ["AdapterMetadata", "QuantizationChoice", "read_adapter_metadata", "with_scaling"]
 
 NAME = "qlora_jax.json"
 
@@ -24,12 +26,12 @@ class AdapterMetadata:
     """How an adapter was trained.
 
     Attributes:
-        quantization: of the base's linear layers; None: they were dense.
+        quantization: storage of the base's linear layers; None: they were dense.
         template: the form of the prompts (data.Template, never "auto"); None: unknown.
-        embedding_storage: storage of the base's token table and head.
-        converted_from: the start (LoRA's `init_lora_weights`) that was taken off the base before it was stored, and is the
-            second half of the adapter's rank (from_weights.py); None: nothing was.
-        scaling: of the base's positions; None: its own.
+        embedding_storage: storage of the base's token embedding and head.
+        converted_from: the initialization (LoRA's `init_lora_weights`) that was subtracted from the base before it was
+            stored, and is the second half of the adapter's rank (weight_init.py); None: nothing was subtracted.
+        scaling: the scaling of the base's positions; None: its own positions.
     """
 
     quantization: Quantization | None
@@ -39,7 +41,7 @@ class AdapterMetadata:
     scaling: RopeScaling | None = None
 
     def save(self, adapter: Path) -> None:
-        """Writes the record into the adapter's folder."""
+        """Write the metadata into the adapter's folder."""
         values = {
             "quantization": None if self.quantization is None else dataclasses.asdict(self.quantization),
             "template": self.template,
@@ -50,32 +52,35 @@ class AdapterMetadata:
         (adapter / NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def read_adapter_metadata(adapter: str | Path) -> AdapterMetadata | None:
-    """The record in an adapter's folder or hub id; None where there is none, as in adapters of other programs.
+def read_adapter_metadata(name: str | Path | Snapshot) -> AdapterMetadata | None:
+    """Return the metadata of an adapter; None where there are none, as in adapters of other programs.
+
+    Args:
+        name: a folder, the repository id of an adapter, or a snapshot that was resolved before.
 
     Raises:
-        CheckpointError: the record is damaged.
+        CheckpointError: the file is damaged.
     """
-    path = resolve(adapter) / NAME
+    path = resolve(name).path / NAME
     if not path.is_file():
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         stored, template = values["quantization"], values["template"]
         if template is not None and not isinstance(template, str):
-            raise ValueError(f"template: expected a name, found {template!r}")
-        embedding_storage = values.get("tables", "none")  # records of before there was a choice lack it
+            raise CheckpointError(f"template: expected a name, found {template!r}")
+        embedding_storage = values.get("tables", "none")  # files of earlier versions do not have it
         if embedding_storage not in EMBEDDING_STORAGES:
-            raise ValueError(f"tables: expected one of {', '.join(EMBEDDING_STORAGES)}, found {embedding_storage!r}")
-        start = values.get("converted_from")
-        if start is not None and not isinstance(start, str):
-            raise ValueError(f"converted_from: expected a name, found {start!r}")
+            raise CheckpointError(f"tables: expected one of {', '.join(EMBEDDING_STORAGES)}, found {embedding_storage!r}")
+        initialization = values.get("converted_from")
+        if initialization is not None and not isinstance(initialization, str):
+            raise CheckpointError(f"converted_from: expected a name, found {initialization!r}")
         scaling = values.get("rope_scaling")
         return AdapterMetadata(
             None if stored is None else Quantization(**stored),
             template,
             embedding_storage,
-            start,
+            initialization,
             None if scaling is None else RopeScaling(**scaling),
         )
     except (ValueError, KeyError, TypeError) as error:
@@ -83,37 +88,47 @@ def read_adapter_metadata(adapter: str | Path) -> AdapterMetadata | None:
 
 
 def with_scaling(checkpoint: Checkpoint, scaling: RopeScaling | None) -> Checkpoint:
-    """The checkpoint as that of a model with such positions; None: as it is.
+    """Return the checkpoint with a config of scaled positions; None returns it as it is.
 
     Raises:
-        ValueError: see `models.scaled`.
+        QLoRAError: the model's positions cannot be scaled (see `models.scaled`).
     """
     if scaling is None:
         return checkpoint
-    config = family_of(checkpoint.config).config(checkpoint.config)
-    return dataclasses.replace(checkpoint, config=scaled(checkpoint.config, config, scaling))
+    return dataclasses.replace(checkpoint, config=scaled(checkpoint.config, checkpoint.model_config, scaling))
 
 
-def chosen_quantization(
-    record: AdapterMetadata | None,
-    data_type: DataType | Literal["none"] | None,
-    block_size: int | None,
-    double_quantization: bool | None,
-) -> Quantization | None:
-    """The storage of the base that flags ask for; what they leave open is as in training, or
-    the default where that is unknown.
+@dataclasses.dataclass(frozen=True)
+class QuantizationChoice:
+    """What a user chose of the storage of the linear layers. A field that is None is as the adapter was trained.
 
-    Raises:
-        ValueError: a block size or double quantisation of weights that are dense.
+    Attributes:
+        data_type: "none" stores them dense.
+        block_size: weights that share a scale.
+        double_quantization: whether the scales are quantised as well.
     """
-    trained = Quantization() if record is None else record.quantization
-    if data_type == "none" or (data_type is None and trained is None):
-        if block_size is not None or double_quantization is not None:
-            raise ValueError("--block-size, --double-quantization: expected a 4-bit data type, found dense weights")
-        return None
-    trained = trained or Quantization()
-    return Quantization(
-        data_type or trained.data_type,
-        block_size or trained.block_size,
-        trained.double_quantization if double_quantization is None else double_quantization,
-    )
+
+    data_type: DataType | Literal["none"] | None = None
+    block_size: int | None = None
+    double_quantization: bool | None = None
+
+    def complete(self, metadata: AdapterMetadata | None) -> Quantization | None:
+        """Return the storage of the linear layers; None: dense.
+
+        Args:
+            metadata: of the adapter; where there are none, the open fields are those of `Quantization()`.
+
+        Raises:
+            OptionError: a block size or double quantisation for weights that are dense.
+        """
+        trained = Quantization() if metadata is None else metadata.quantization
+        if self.data_type == "none" or (self.data_type is None and trained is None):
+            if self.block_size is not None or self.double_quantization is not None:
+                raise OptionError("--block-size, --double-quantization: expected a 4-bit data type, found dense weights")
+            return None
+        trained = trained or Quantization()
+        return Quantization(
+            self.data_type or trained.data_type,
+            self.block_size or trained.block_size,
+            trained.double_quantization if self.double_quantization is None else self.double_quantization,
+        )

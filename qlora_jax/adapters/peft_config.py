@@ -1,22 +1,91 @@
-"""PEFT's adapter_config.json: which method it describes, and the fields that all methods have."""
+"""PEFT's adapter_config.json: the method that it describes, and the fields that all methods have."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from qlora_jax.adapters.virtual_tokens import with_encoder
+from qlora_jax.checkpoint.hub import Snapshot, resolve
 from qlora_jax.errors import CheckpointError
-from qlora_jax.peft import METHODS, FieldErrors, Method
+from qlora_jax.peft import FieldErrors, LoRA, Method, peft_methods
 
-__all__ = ["CONFIG", "TaskType", "config_of", "method_of", "read_config"]
+__all__ = [
+    "CONFIG",
+    "AdapterConfig",
+    "TaskType",
+    "config_of",
+    "read_adapter_config",
+    "read_adapter_method",
+    "resolve_adapter",
+]
 
 TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"]  # by which PEFT chooses its wrapper around the base
 
 CONFIG = "adapter_config.json"
 
 
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """What adapter_config.json says of an adapter.
+
+    Attributes:
+        method: the method of fine-tuning, e.g. a `LoRA`; a model that is made with it has a place for the adapter.
+        base_model_name_or_path: the base model, or None.
+        revision: the revision of the base model, or None.
+        task_type: PEFT's name of the task, e.g. "CAUSAL_LM", or None.
+    """
+
+    method: Method
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+
+
+def read_adapter_config(name: str | Path | Snapshot) -> AdapterConfig:
+    """Return the parsed adapter_config.json of an adapter.
+
+    Args:
+        name: a folder, the repository id of an adapter, or a snapshot that was resolved before.
+
+    Raises:
+        CheckpointError: there is no adapter, or its method or a field is not supported; the message names every such field.
+    """
+    snapshot = resolve_adapter(name)
+    fields = _read_json(snapshot)
+    method = with_encoder(_method_of(snapshot.name, fields), snapshot.path)
+    return AdapterConfig(
+        method,
+        base_model_name_or_path=fields.get("base_model_name_or_path") or None,
+        revision=fields.get("revision") or None,
+        task_type=fields.get("task_type") or None,
+    )
+
+
+def read_adapter_method(name: str | Path | Snapshot) -> Method:
+    """Return the method of an adapter, with which a model gets a place for it: `load_model(…, method=…)`.
+
+    Raises:
+        CheckpointError: see `read_adapter_config`.
+    """
+    return read_adapter_config(name).method
+
+
+def resolve_adapter(name: str | Path | Snapshot) -> Snapshot:
+    """Return the snapshot of an adapter.
+
+    Raises:
+        CheckpointError: the name cannot be resolved, or is that of a file.
+    """
+    snapshot = resolve(name)
+    if snapshot.path.is_file():
+        raise CheckpointError(f"{snapshot.name}: expected a folder with {CONFIG} and the adapter's weights, found a file.")
+    return snapshot
+
+
 def config_of(modules: Sequence[str], method: Method, base: str | None, task_type: TaskType) -> dict[str, Any]:
-    """What PEFT writes for a method whose adapters are in these modules."""
+    """Return what PEFT writes for a method whose adapters are in these modules."""
     fields = {
         "auto_mapping": None,
         "base_model_name_or_path": base,
@@ -28,31 +97,33 @@ def config_of(modules: Sequence[str], method: Method, base: str | None, task_typ
     return dict(sorted((fields | method.to_peft(modules)).items()))
 
 
-def read_config(path: Path, source: str) -> dict[str, Any]:
-    """The file in the folder `path`, which `source` names in messages."""
+def _read_json(snapshot: Snapshot) -> dict[str, Any]:
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((snapshot.path / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{source}: is no adapter: it has no {CONFIG}.") from None
+        raise CheckpointError(f"{snapshot.name}: is no adapter: it has no {CONFIG}.") from None
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{source}: {CONFIG} is malformed: expected a JSON object, found: {error}.") from error
+        raise CheckpointError(f"{snapshot.name}: {CONFIG} is malformed: expected a JSON object, found: {error}.") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{source}: {CONFIG} is malformed: expected a JSON object, found {type(config).__name__}.")
+        raise CheckpointError(
+            f"{snapshot.name}: {CONFIG} is malformed: expected a JSON object, found {type(config).__name__}."
+        )
     return config
 
 
-def method_of(source: str, config: Mapping[str, Any]) -> Method:
-    """The method that the fields describe; raises CheckpointError for those that are not supported."""
+def _method_of(name: str, config: Mapping[str, Any]) -> Method:
+    """Return the method that the fields describe; raise CheckpointError for those that are not supported."""
     kind = config.get("peft_type")
-    found = METHODS.get(str(kind))
-    problems = [] if found else [f"peft_type: expected one of {', '.join(METHODS)}, found {kind!r}"]
+    methods = peft_methods()
+    found = methods.get(str(kind))
+    problems = [] if found else [f"peft_type: expected one of {', '.join(methods)}, found {kind!r}"]
     try:
-        # The fields of a file of no known kind are read as LoRA's, so that all that is wrong is told at once.
-        method = (found or METHODS["LORA"]).from_peft(config)
+        # The fields of a file of no known kind are read as LoRA's, so that all problems are reported at once.
+        method = (found or LoRA).from_peft(config)
         if found is not None:
             return method
     except FieldErrors as error:
         problems += error.problems
     except ValueError as error:
         problems.append(str(error))
-    raise CheckpointError.of(f"{source}: {CONFIG}", problems)
+    raise CheckpointError.of(f"{name}: {CONFIG}", problems)

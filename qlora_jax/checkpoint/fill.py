@@ -1,12 +1,12 @@
-"""Tensors of a checkpoint into the buffers of a model, on the device: read, checked, quantised, written, dropped.
+"""Fills the buffers of a model on the device: reads, checks, quantises and writes one tensor of a checkpoint at a time.
 
-Each is in host memory once and on the device once beside the result, whose buffers are donated from one write to the next.
+A tensor is in host memory once, and on the device once beside the result. The buffers of the result are donated from one
+write to the next, so that they are never copied.
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from qlora_jax.checkpoint.checkpoint import Checkpoint
+from qlora_jax.checkpoint.initialize import Rewrite, Rewritten
 from qlora_jax.models import ParameterMapping
 from qlora_jax.nn import frozen_sharding
 from qlora_jax.quant import (
@@ -28,71 +29,82 @@ from qlora_jax.quant import (
     write_embedding_rows,
 )
 
-__all__ = ["Rewrite", "fill_dense", "fill_embedding", "fill_stack", "zeros"]
+__all__ = ["Filled", "fill_dense", "fill_embedding", "fill_stack", "zeros"]
 
 _CHUNK = 2**20  # values checked at a time
-_TABLE_ROWS = 4096  # of a token table, packed at a time
-
-# (full name of a linear module, its original float32 matrix [in, out]) to what is stored in its place; None: it is itself.
-Rewrite = Callable[[str, Array], Array | None]
+_EMBEDDING_ROWS = 4096  # rows of an embedding packed at a time
 
 
-def fill_stack(
-    checkpoint: Checkpoint, key: ParameterMapping, value: Any, bar: tqdm, rewrite: Rewrite | None
-) -> tuple[Any, list[str]]:
-    """The value of one row of the table, of which `value` holds the room, and the names of tensors that are not finite."""
+class Filled(NamedTuple):
+    """The value of one parameter mapping.
+
+    Attributes:
+        value: an array, `QuantizedTensor` or packed embedding; stacked along its first axis where the mapping is.
+        not_finite: the names of tensors that hold NaN or infinite values.
+        records: what the rewrite did to each linear module, without the stored matrix.
+    """
+
+    value: Any
+    not_finite: list[str]
+    records: dict[str, Rewritten]
+
+
+def fill_stack(checkpoint: Checkpoint, mapping: ParameterMapping, value: Any, bar: tqdm, rewrite: Rewrite | None) -> Filled:
+    """Return the filled value of a stacked mapping. `value` is its buffer, which is donated."""
     insert = _insert_quantized if isinstance(value, QuantizedTensor) else _insert_dense
     not_finite: list[str] = []
-    for layer, name in enumerate(key.names()):
+    records: dict[str, Rewritten] = {}
+    for layer, name in enumerate(mapping.names()):
         if name in checkpoint.quantized and isinstance(value, QuantizedTensor) and checkpoint.read_quantized is not None:
             one = dataclasses.replace(checkpoint.read_quantized(name), dtype=value.dtype)
             value = jax.block_until_ready(_write_quantized(value, one, layer))
             bar.update()
             continue
         tensor, dtype = _to_device(checkpoint.read(name))
-        changed = None if rewrite is None else rewrite(name.removesuffix(".weight"), _matrix(tensor, dtype))
-        if changed is None:
-            value, finite = insert(value, tensor, layer, dtype=dtype, transposed=key.linear)
+        stored = None
+        if rewrite is not None:
+            module = name.removesuffix(".weight")
+            rewritten = rewrite(module, _matrix(tensor, dtype))
+            stored, records[module] = rewritten.stored, rewritten.to_host()
+            del rewritten
+        if stored is None:
+            value, finite = insert(value, tensor, layer, dtype=dtype, transposed=mapping.linear)
         else:
-            value, finite = insert(value, changed, layer, dtype=changed.dtype, transposed=False)
-        del tensor
+            value, finite = insert(value, stored, layer, dtype=stored.dtype, transposed=False)
+        del tensor, stored
         # Dispatch is asynchronous: without waiting, the next tensors would be read while this one is still held.
         if not bool(jax.block_until_ready((value, finite))[1]):
             not_finite.append(name)
         bar.update()
-    return value, not_finite
+    return Filled(value, not_finite, records)
 
 
-def fill_dense(
-    checkpoint: Checkpoint, key: ParameterMapping, abstract: Any, mesh: Mesh | None, bar: tqdm
-) -> tuple[Array, list[str]]:
-    """The same for a parameter that there is once."""
-    tensor, dtype = _to_device(checkpoint.read(key.name))
+def fill_dense(checkpoint: Checkpoint, mapping: ParameterMapping, abstract: Any, mesh: Mesh | None, bar: tqdm) -> Filled:
+    """Return the dense value of a mapping that is not stacked; `abstract` gives its dtype and shape."""
+    tensor, dtype = _to_device(checkpoint.read(mapping.name))
     value, finite = _convert(tensor, dtype, abstract.dtype)
     value = jax.device_put(value, frozen_sharding(mesh, abstract.shape))
     bar.update()
-    return value, [] if bool(finite) else [key.name]
+    return Filled(value, [] if bool(finite) else [mapping.name], {})
 
 
-def fill_embedding(
-    checkpoint: Checkpoint, name: str, abstract: PackedEmbedding, mesh: Mesh | None, bar: tqdm
-) -> tuple[PackedEmbedding, list[str]]:
-    """A token table or head in fewer bits, of which the device never holds more than some rows dense."""
+def fill_embedding(checkpoint: Checkpoint, name: str, abstract: PackedEmbedding, mesh: Mesh | None, bar: tqdm) -> Filled:
+    """Return a packed embedding or head. The device never holds more than some of its rows dense."""
     tensor = checkpoint.read(name)
     value, finite = empty_embedding(abstract, partial(_zeros_of, mesh)), True
-    for start in range(0, len(tensor), _TABLE_ROWS):
-        rows, dtype = _to_device(tensor[start : start + _TABLE_ROWS])
+    for start in range(0, len(tensor), _EMBEDDING_ROWS):
+        rows, dtype = _to_device(tensor[start : start + _EMBEDDING_ROWS])
         value, all_finite = jax.block_until_ready(_put_rows(value, rows, start, dtype=dtype))
         finite &= bool(all_finite)
     bar.update()
     if isinstance(value, QuantizedTensor):  # scales are quantised all together
         value = jax.jit(with_double_quantization)(value)
     value = jax.tree.map(lambda leaf: jax.device_put(leaf, frozen_sharding(mesh, leaf.shape)), value)
-    return value, [] if finite else [name]
+    return Filled(value, [] if finite else [name], {})
 
 
 def zeros(mesh: Mesh | None, tree: Any) -> Any:
-    """Arrays for a tree of shapes. One program makes them all: they would be compiled one by one otherwise."""
+    """Return arrays of zeros for a tree of shapes. One program makes them all, so that only one is compiled."""
     shardings = jax.tree.map(lambda leaf: frozen_sharding(mesh, leaf.shape), tree)
     make = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree), out_shardings=shardings)
     return make()
@@ -103,26 +115,26 @@ def _zeros_of(mesh: Mesh | None, shape: tuple[int, ...], dtype: DTypeLike) -> Ar
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames="dtype")
-def _put_rows(table: PackedEmbedding, rows: Array, start: int, dtype: Any) -> tuple[PackedEmbedding, Array]:
-    return write_embedding_rows(table, _from_bits(rows, dtype), start), _all_finite(rows, dtype)
+def _put_rows(embedding: PackedEmbedding, rows: Array, start: int, dtype: Any) -> tuple[PackedEmbedding, Array]:
+    return write_embedding_rows(embedding, _from_bits(rows, dtype), start), _all_finite(rows, dtype)
 
 
 def _to_device(tensor: np.ndarray) -> tuple[Array, Any]:
-    """The tensor on the device, and its dtype; the host's copy can be freed when this returns.
+    """Return the tensor on the device, and its dtype; the copy on the host can be freed when this returns.
 
-    bfloat16 goes as its bits: the first thing that XLA's CPU backend does to such an argument is a float32 copy of it.
+    bfloat16 is sent as uint16: XLA's CPU backend would otherwise begin with a float32 copy of the argument.
     """
     bits = tensor.view(np.uint16) if tensor.dtype == jnp.bfloat16 else tensor
     return jax.block_until_ready(jax.device_put(bits)), tensor.dtype
 
 
 def _from_bits(tensor: Array, dtype: Any) -> Array:
-    """What `_to_device` sent, inside jit."""
+    """Return the tensor that `_to_device` sent, in its own dtype; called inside jit."""
     return jax.lax.bitcast_convert_type(tensor, dtype) if dtype == jnp.bfloat16 else tensor
 
 
 def _all_finite(tensor: Array, dtype: Any) -> Array:
-    """Whether no value is NaN or infinite, by parts: of all at once XLA's CPU backend would store an answer a value."""
+    """Return whether all values are finite. They are checked in parts: XLA's CPU backend would store a mask of the whole."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     part = min(rows.shape[0], max(1, _CHUNK // rows.shape[1]))
 
@@ -145,7 +157,7 @@ def _insert_quantized(
 
 @partial(jax.jit, static_argnames="dtype")
 def _matrix(tensor: Array, dtype: Any) -> Array:
-    """A linear layer's tensor as float32 `[in, out]`."""
+    """Return a linear layer's tensor as float32 `[in, out]`."""
     return _from_bits(tensor.T, dtype).astype(jnp.float32)
 
 

@@ -1,45 +1,76 @@
-"""What a path or a hub id names: a local file or folder, after downloading it where it is a hub id."""
+"""Resolves the name of a model or an adapter: a local path, or the id of a repository on the Hugging Face hub.
+
+A name is resolved once, by `resolve`, to a `Snapshot`: a local folder that holds the files of one commit. Weights, config,
+tokenizer and all other files are read from that folder. A push to the repository in the meantime therefore cannot mix the
+files of two commits.
+"""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_jax.errors import CheckpointError
 
-__all__ = ["resolve"]
+__all__ = ["Snapshot", "resolve"]
 
 ACCEPTED = (
     "Accepted: a folder with config.json and model.safetensors (or shards and "
     "model.safetensors.index.json), a .gguf file, or a Hugging Face hub id such as owner/name."
 )
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# Everything that a model, its configuration and its tokenizer consist of; pickled weights are never fetched.
+# All files of a model, its config and its tokenizer, or of an adapter; pickled weights are never fetched.
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 
 
-def resolve(source: str | Path, revision: str | None = None) -> Path:
-    """The local folder or .gguf file that `source` names, after downloading it where that is a hub id.
+@dataclass(frozen=True)
+class Snapshot:
+    """The files of a model or an adapter at one commit.
 
-    Weights and tokenizer are both read from what this returns, so that they come from the same revision.
+    Attributes:
+        name: the path or repository id that the user gave, for messages and for adapter_config.json.
+        path: the local folder, or the local .gguf file.
+        commit: the hash of the commit of a repository; None for a local path.
     """
-    path = Path(source).expanduser()
+
+    name: str
+    path: Path
+    commit: str | None = None
+
+
+def resolve(name: str | Path | Snapshot, revision: str | None = None) -> Snapshot:
+    """Return the snapshot that a local path or a repository id names, after downloading a repository.
+
+    Args:
+        name: a path or a repository id. A snapshot is returned as it is.
+        revision: branch, tag or commit of a repository.
+
+    Raises:
+        CheckpointError: the name is neither a path nor a repository id, the download failed, or a revision was given for a
+            local path.
+    """
+    if isinstance(name, Snapshot):
+        return name
+    path = Path(name).expanduser()
     if path.exists():
         if revision is not None:
             raise CheckpointError(f"{path}: is a local path, which has no revisions; found revision={revision!r}.")
         if path.is_file() and path.suffix.lower() != ".gguf":
             raise CheckpointError(f"{path}: is a file of an unknown kind (suffix {path.suffix!r}). {ACCEPTED}")
-        return path
-    text = str(source)
+        return Snapshot(str(name), path)
+    text = str(name)
     if text.lower().endswith(".gguf") or not HUB_ID.fullmatch(text):
         raise CheckpointError(f"{text}: no such file or folder (looked at {path.absolute()}). {ACCEPTED}")
-    return _from_hub(text, revision)
+    folder = _download(text, revision)
+    # The hub's cache holds each commit in a folder of its own: snapshots/<commit>.
+    return Snapshot(text, folder, folder.name if folder.parent.name == "snapshots" else None)
 
 
-def _from_hub(repository: str, revision: str | None) -> Path:
+def _download(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(HUB_FILES)))
-    # Any of the hub's own errors, or of the HTTP client beneath it, which changes with its version.
+    # The hub and the HTTP client beneath it raise many types, which change with their versions.
     except Exception as error:
         reason = str(error).strip().splitlines() or [""]
         at = f" at revision {revision!r}" if revision is not None else ""

@@ -1,9 +1,9 @@
-"""From a checkpoint to a model, one matrix at a time.
+"""Loads the model of a checkpoint, one matrix at a time.
 
-The model is built abstractly first (shapes, no memory). Every tensor of the checkpoint is checked against it by name and
-shape before any is read. Then the stacked buffers of the result are allocated on the device, by one program, and for each
-row of the family's key table filled in place: one tensor is read, quantised and written to its layer, and dropped before the
-next is read, so that the host holds the result plus little more than the largest tensor.
+The model is traced without memory first. Every tensor of the checkpoint is compared with it by name and shape before any
+tensor is read. Then one program allocates the stacked buffers of the result on the device, and they are filled in place: one
+tensor is read, quantised, written to its layer, and dropped before the next one is read. The host therefore holds the result
+and little more than the largest tensor.
 """
 
 import dataclasses
@@ -19,24 +19,19 @@ from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from qlora_jax.checkpoint.checkpoint import Checkpoint
-from qlora_jax.checkpoint.fill import Rewrite, fill_dense, fill_embedding, fill_stack, zeros
+from qlora_jax.checkpoint.fill import fill_dense, fill_embedding, fill_stack, zeros
+from qlora_jax.checkpoint.initialize import Rewrite, Rewritten, rewrite_for, subtracted_from, with_initial_adapter
 from qlora_jax.errors import CheckpointError, list_names
-from qlora_jax.models import Family, Model, ModelConfig, Remat, family_of
-from qlora_jax.nn import (
-    AdapterConstant,
-    AttentionImplementation,
-    Linear,
-    ReadsWeight,
-    WeightConstant,
-    default_implementation,
-    place,
-)
-from qlora_jax.peft import LoRA, Method, reads_weights
+from qlora_jax.models import Model, ModelConfig, ModelSpec, Origin, Remat
+from qlora_jax.nn import AdapterConstant, AttentionImplementation, Linear, ReadsWeight, WeightConstant, put_on_mesh
+from qlora_jax.peft import Method, Subtracted
 from qlora_jax.quant import EmbeddingStorage, PackedEmbedding, Quantization, embedding_shape
+
+__all__ = ["check_tensors", "default_dtype", "find", "load", "load_model", "storage_of", "with_copy", "with_tied"]
 
 
 def default_dtype(platform: str | None = None) -> Any:
-    """The compute dtype of a platform: bfloat16 on GPU and TPU, float32 on CPU."""
+    """Return the compute dtype of a platform: bfloat16 on GPU and TPU, float32 on CPU."""
     return jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16
 
 
@@ -52,104 +47,148 @@ def load_model(
     mesh: Mesh | None = None,
     seed: int = 0,
     progress: bool = True,
-    rewrite: Rewrite | None = None,
+    subtracted: Subtracted | None = None,
 ) -> Model:
-    """The model of a checkpoint, with its linear layers quantised and a fresh adapter in its slots.
+    """Return the model of a checkpoint, with quantised linear layers and a new adapter in them.
+
+    An adapter whose method reads the weights (LoRA with `init_lora_weights` "pissa", "pissa_niter_N" or "loftq") is
+    initialised from them on the way. `save_adapter` then writes it as an ordinary LoRA for the original weights.
 
     Args:
-        quantization: None keeps the linear layers dense. A checkpoint that is quantised already is taken as it is: this
-            must be its own (`storage_of`), or None for the dense values that it stands for.
-        embedding_storage: storage of the token table and the output head.
-        dtype: of activations and dense weights; by platform if None.
-        attention: kernel; by platform if None.
-        mesh: devices over which the frozen weights are spread while they are filled; None: the default device.
-        seed: of the adapter's initial values.
+        quantization: storage of the linear layers; None keeps them dense. A checkpoint that is quantised already cannot be
+            quantised again: give its own quantization (`storage_of`), or None for dense values.
+        embedding_storage: storage of the token embedding and the output head.
+        method: the method of fine-tuning; None for a model without an adapter.
+        dtype: dtype of activations and dense weights; that of the platform if None.
+        attention: attention kernel; that of the platform if None.
+        remat: what the backward pass recomputes.
+        mesh: devices over which the frozen weights are sharded while they are filled; None for the default device.
+        seed: seed of the adapter's random initial values.
         progress: whether to show a progress bar.
-        rewrite: of the linear matrices, one at a time, before they are stored (from_weights.py).
+        subtracted: what a saved adapter subtracted from the weights; None: nothing, or what the method decides.
 
     Raises:
         CheckpointError: missing, extra or misshapen tensors (all in one message), or weights that are NaN or infinite.
-        ValueError: unsupported architecture or config; LoRA targets that match nothing, or a start that follows from the
-            weights without what makes it (`from_weights.FromWeights`).
+        QLoRAError: an unsupported architecture or config, or a method that does not fit the model.
     """
-    if isinstance(method, LoRA) and reads_weights(method.init_lora_weights) and rewrite is None:
-        raise ValueError(
-            f"init_lora_weights {method.init_lora_weights}: expected rewrite=FromWeights(…) beside it, found none"
-        )
-    if rewrite is not None and checkpoint.quantized:
-        raise CheckpointError(
-            f"{checkpoint.source}: expected the original weights, of which a part is taken off, found quantised ones"
-        )
-    family = family_of(checkpoint.config)
-    checkpoint = with_tied(checkpoint, family)
-    config = family.config(checkpoint.config)
-    _check_storage(checkpoint, quantization, config)
-    dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
-
-    def build() -> Model:
-        return family.model(
-            config,
-            quantization=quantization,
-            embedding_storage=embedding_storage,
-            method=method,
-            dtype=dtype,
-            attention=attention or default_implementation(),
-            remat=remat,
-            rngs=nnx.Rngs(seed),
-        )
-
-    graph, adapter, constants, following, frozen = nnx.split(
-        nnx.eval_shape(build), nnx.LoRAParam, AdapterConstant, WeightConstant, ...
+    spec = ModelSpec(
+        checkpoint.model_config,
+        quantization,
+        embedding_storage,
+        method,
+        default_dtype() if dtype is None else dtype,
+        remat,
     )
-    check_tensors(checkpoint, family, config, frozen)
-
-    stacked = {key.path: find(frozen, key.path).get_value() for key in config.parameter_mappings if key.stacked}
-    buffers = zeros(mesh, stacked)
-    total = sum(len(key.names()) for key in config.parameter_mappings)
-    not_finite: list[str] = []
-    with tqdm(total=total, desc="loading", unit="tensor", disable=not progress, leave=False) as bar:
-        for key in config.parameter_mappings:
-            variable = find(frozen, key.path)
-            if key.stacked:
-                value, bad = fill_stack(checkpoint, key, buffers.pop(key.path), bar, rewrite if key.linear else None)
-            elif isinstance(variable.get_value(), PackedEmbedding) and not key.linear:
-                value, bad = fill_embedding(checkpoint, key.name, variable.get_value(), mesh, bar)
-            else:
-                value, bad = fill_dense(checkpoint, key, variable.get_value(), mesh, bar)
-            variable.set_value(value)
-            not_finite += bad
-    if not_finite:
-        raise CheckpointError(f"{checkpoint.source}: tensors that hold NaN or infinite values: {list_names(not_finite)}")
-    if method is not None:  # the weights that the constructor would draw are dead code here, only the adapter is made
-        draw = jax.jit(lambda: nnx.state(build(), nnx.LoRAParam, AdapterConstant), compiler_options=_once())
-        made = draw()
-        adapter, constants = place(mesh, made, PartitionSpec())
-    model = nnx.merge(graph, adapter, constants, following, frozen)
-    _read_weights(model, mesh)
+    model, subtracted = load(
+        checkpoint, spec, attention=attention, subtracted=subtracted, mesh=mesh, seed=seed, progress=progress
+    )
+    model.origin = Origin(checkpoint.name, subtracted=subtracted)
     return model
 
 
-def _once() -> dict[str, Any]:
-    """Compiler options of a program that runs once: LLVM takes seconds to make it some milliseconds faster."""
+def load(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    *,
+    abstract: Model | None = None,
+    attention: AttentionImplementation | None = None,
+    subtracted: Subtracted | None = None,
+    mesh: Mesh | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[Model, Subtracted | None]:
+    """Return the model of a checkpoint as `spec` describes it, and what was subtracted from its weights.
+
+    This is `load_model` for a caller that has a `ModelSpec`. The model that it returns has no `origin`, so that its graph
+    definition equals that of `spec.abstract()`.
+
+    Args:
+        spec: `spec.config` must be `checkpoint.model_config`.
+        abstract: the result of `spec.abstract()`, where the caller has traced it; the model is traced here if None.
+
+    Raises:
+        QLoRAError: see `load_model`.
+    """
+    checkpoint = with_tied(checkpoint)
+    rewrite = rewrite_for(spec.method, subtracted, spec.quantization)
+    if rewrite is not None and checkpoint.quantized:
+        raise CheckpointError(
+            f"{checkpoint.name}: expected the original weights, from which a part is subtracted, found quantised ones"
+        )
+    _check_storage(checkpoint, spec.quantization)
+    if abstract is None:
+        abstract = nnx.eval_shape(lambda: spec.build(nnx.Rngs(0), attention))
+    graph, *parts = nnx.split(abstract, nnx.LoRAParam, AdapterConstant, WeightConstant, ...)
+    # New variables: those of a split are the model's own, and the caller's abstract model must stay abstract.
+    adapter, constants, following, frozen = (jax.tree.map(lambda leaf: leaf, part) for part in parts)
+    check_tensors(checkpoint, frozen)
+    records = _fill(checkpoint, frozen, rewrite, mesh, progress=progress)
+    if spec.method is not None:  # the program makes the adapter alone: the random weights of the constructor are dead code
+        draw = jax.jit(
+            lambda: nnx.state(spec.build(nnx.Rngs(seed), attention), nnx.LoRAParam, AdapterConstant),
+            compiler_options=_compile_fast(),
+        )
+        adapter, constants = put_on_mesh(mesh, draw(), PartitionSpec())
+    model = nnx.merge(graph, adapter, constants, following, frozen)
+    _read_weights(model, mesh)
+    if subtracted is None:
+        model, subtracted = with_initial_adapter(model, records), subtracted_from(spec.method, records)
+    return model, subtracted
+
+
+def _fill(
+    checkpoint: Checkpoint, frozen: Any, rewrite: Rewrite | None, mesh: Mesh | None, *, progress: bool
+) -> dict[str, Rewritten]:
+    """Set the variables of an abstract state to the tensors of a checkpoint; return the records of the rewrite.
+
+    Raises:
+        CheckpointError: tensors that hold NaN or infinite values.
+    """
+    mappings = checkpoint.model_config.parameter_mappings
+    buffers = zeros(mesh, {mapping.path: find(frozen, mapping.path).get_value() for mapping in mappings if mapping.stacked})
+    total = sum(len(mapping.names()) for mapping in mappings)
+    not_finite: list[str] = []
+    records: dict[str, Rewritten] = {}
+    with tqdm(total=total, desc="loading", unit="tensor", disable=not progress, leave=False) as bar:
+        for mapping in mappings:
+            variable = find(frozen, mapping.path)
+            if mapping.stacked:
+                own = rewrite if mapping.linear else None
+                filled = fill_stack(checkpoint, mapping, buffers.pop(mapping.path), bar, own)
+            elif isinstance(variable.get_value(), PackedEmbedding) and not mapping.linear:
+                filled = fill_embedding(checkpoint, mapping.name, variable.get_value(), mesh, bar)
+            else:
+                filled = fill_dense(checkpoint, mapping, variable.get_value(), mesh, bar)
+            variable.set_value(filled.value)
+            not_finite += filled.not_finite
+            records |= filled.records
+    if not_finite:
+        raise CheckpointError(f"{checkpoint.name}: tensors that hold NaN or infinite values: {list_names(not_finite)}")
+    return records
+
+
+def _compile_fast() -> dict[str, Any]:
+    """Return compiler options for a program that runs once. LLVM would take seconds to make it milliseconds faster."""
     return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
 
 
 def _read_weights(model: Model, mesh: Mesh | None) -> None:
-    """Sets what of the adapters follows from the frozen weights."""
+    """Set the variables of the adapters that are computed from the frozen weights."""
     for _, layer in nnx.iter_modules(model):
         if isinstance(layer, Linear) and isinstance(layer.adapter, ReadsWeight):
             layer.adapter.read_weight(layer.weight.get_value())
             for constant in (value for value in vars(layer.adapter).values() if isinstance(value, WeightConstant)):
-                constant.set_value(place(mesh, constant.get_value(), PartitionSpec()))
+                constant.set_value(put_on_mesh(mesh, constant.get_value(), PartitionSpec()))
 
 
-def storage_of(checkpoint: Checkpoint, asked: Quantization | None) -> Quantization | None:
-    """How to hold the linear layers: as asked, except that the default means the checkpoint's own where it has one."""
-    return checkpoint.quantization or asked if asked == Quantization() else asked
+def storage_of(checkpoint: Checkpoint, quantization: Quantization | None) -> Quantization | None:
+    """Return the storage of the linear layers: the one asked for, where the default means that of a quantised checkpoint."""
+    return checkpoint.quantization or quantization if quantization == Quantization() else quantization
 
 
-def with_tied(checkpoint: Checkpoint, family: Family) -> Checkpoint:
-    """The checkpoint with the tensor of the family that it leaves out because it equals another, if there is one."""
+def with_tied(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with the tensor that its family may leave out because it equals another one, if there is one."""
+    family = checkpoint.family
     if family.tied is None or not checkpoint.config.get("tie_word_embeddings", True):
         return checkpoint
     name, original = family.tied
@@ -159,7 +198,7 @@ def with_tied(checkpoint: Checkpoint, family: Family) -> Checkpoint:
 
 
 def with_copy(checkpoint: Checkpoint, name: str, of: str) -> Checkpoint:
-    """The checkpoint with a tensor that equals another."""
+    """Return the checkpoint with a tensor `name` that equals the tensor `of`."""
     read = checkpoint.read
     return dataclasses.replace(
         checkpoint,
@@ -168,46 +207,57 @@ def with_copy(checkpoint: Checkpoint, name: str, of: str) -> Checkpoint:
     )
 
 
-def _check_storage(checkpoint: Checkpoint, quantization: Quantization | None, config: ModelConfig) -> None:
+def _check_storage(checkpoint: Checkpoint, quantization: Quantization | None) -> None:
+    """Raise CheckpointError for a quantised checkpoint that is to be quantised otherwise."""
     own = checkpoint.quantization
     if own is None or quantization is None:
         return
     if quantization != own:
         raise CheckpointError(
-            f"{checkpoint.source}: is quantised already: expected {own} or dense layers, found {quantization}; values "
+            f"{checkpoint.name}: is quantised already: expected {own} or dense layers, found {quantization}; values "
             "in 4 bits are not quantised again"
         )
     dense = [
-        name for key in config.parameter_mappings if key.linear for name in key.names() if name not in checkpoint.quantized
+        name
+        for mapping in checkpoint.model_config.parameter_mappings
+        if mapping.linear
+        for name in mapping.names()
+        if name not in checkpoint.quantized
     ]
     if dense:
         warnings.warn(
-            f"{checkpoint.source}: {len(dense)} linear layers lie dense in this checkpoint ({list_names(dense)}); they are "
+            f"{checkpoint.name}: {len(dense)} linear layers are dense in this checkpoint ({list_names(dense)}); they are "
             "quantised like the others",
             stacklevel=3,
         )
 
 
-def check_tensors(checkpoint: Checkpoint, family: Family, config: ModelConfig, frozen: Any) -> None:
-    """Compares the names and shapes of a checkpoint with those of the model, from headers alone.
+def check_tensors(checkpoint: Checkpoint, frozen: Any) -> None:
+    """Compare the names and shapes of a checkpoint's tensors with those of its model. No tensor is read.
+
+    Args:
+        frozen: the state of the (abstract) model, which may hold more than the frozen variables.
 
     Raises:
         CheckpointError: one message with every kind of problem.
     """
+    config: ModelConfig = checkpoint.model_config
     expected: dict[str, tuple[int, ...]] = {}
-    for key in config.parameter_mappings:
-        value = find(frozen, key.path).get_value()
-        shape = value.shape if key.linear or not isinstance(value, PackedEmbedding) else embedding_shape(value)
-        shape = shape[1:] if key.stacked else shape
-        for name in key.names():
-            expected[name] = shape[::-1] if key.linear else shape
+    for mapping in config.parameter_mappings:
+        value = find(frozen, mapping.path).get_value()
+        shape = value.shape if mapping.linear or not isinstance(value, PackedEmbedding) else embedding_shape(value)
+        shape = shape[1:] if mapping.stacked else shape
+        for name in mapping.names():
+            expected[name] = shape[::-1] if mapping.linear else shape
     found = checkpoint.shapes
     missing = [name for name in expected if name not in found]
-    tied = "lm_head.weight" if config.tie_word_embeddings else None  # a copy of the token table
+    tied = "lm_head.weight" if config.tie_word_embeddings else None  # a copy of the token embedding
     extra = [
         name
         for name in found
-        if name not in expected and not any(re.fullmatch(pattern, name) for pattern in family.ignored) and name != tied
+        if name not in expected
+        and not any(re.fullmatch(pattern, name) for pattern in checkpoint.family.ignored)
+        and name != tied
     ]
     misshapen = [
         f"{name}: expected {expected[name]}, found {tuple(found[name])}"
@@ -217,11 +267,11 @@ def check_tensors(checkpoint: Checkpoint, family: Family, config: ModelConfig, f
     kinds = {"missing tensors": missing, "tensors that the model has no place for": extra, "wrong shapes": misshapen}
     problems = [f"{kind} ({len(names)}): {list_names(names)}" for kind, names in kinds.items() if names]
     if problems:
-        raise CheckpointError.of(checkpoint.source, problems)
+        raise CheckpointError.of(checkpoint.name, problems)
 
 
 def find(state: Any, path: tuple[str, ...]) -> nnx.Variable:
-    """The variable at a path of a state."""
+    """Return the variable at a path of a state."""
     for name in path:
         state = state[name]
     return state

@@ -1,21 +1,33 @@
-"""Opening a checkpoint of any supported format: a folder of safetensors, a GGUF file, or a hub id."""
+"""Opens a checkpoint of any supported format: a folder of safetensors, a GGUF file, or a repository of the hub."""
+
+import dataclasses
+from pathlib import Path
 
 from qlora_jax.checkpoint.checkpoint import Checkpoint
-from qlora_jax.checkpoint.hub import resolve
+from qlora_jax.checkpoint.hub import Snapshot, resolve
 
 __all__ = ["open_checkpoint"]
 
 
-def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
-    """Open a folder of safetensors, a GGUF file or a hub id (at `revision`: a branch, tag or commit)."""
-    path = resolve(source, revision)
+def open_checkpoint(name: str | Path | Snapshot, revision: str | None = None) -> Checkpoint:
+    """Return an opened checkpoint. Only headers are read.
+
+    Args:
+        name: a folder of safetensors, a GGUF file, a repository id, or a snapshot that was resolved before.
+        revision: branch, tag or commit of a repository.
+
+    Raises:
+        CheckpointError: the files are missing, damaged, or of an unsupported kind; all problems in one message.
+    """
+    snapshot = resolve(name, revision)
     # Only the format that is met is imported: reading a folder must not need the gguf package.
-    if path.is_file():
+    if snapshot.path.is_file():
         from qlora_jax.checkpoint.gguf.open import open_gguf
 
-        return open_gguf(path, name=str(source))
+        return dataclasses.replace(open_gguf(snapshot.path, name=snapshot.name), snapshot=snapshot)
     from qlora_jax.checkpoint.bitsandbytes import is_quantized, open_quantized
     from qlora_jax.checkpoint.safetensors import open_safetensors_folder
 
-    checkpoint = open_safetensors_folder(path, name=str(source))
-    return open_quantized(checkpoint) if is_quantized(checkpoint.config) else checkpoint
+    checkpoint = open_safetensors_folder(snapshot.path, name=snapshot.name)
+    checkpoint = open_quantized(checkpoint) if is_quantized(checkpoint.config) else checkpoint
+    return dataclasses.replace(checkpoint, snapshot=snapshot)

@@ -1,4 +1,4 @@
-"""A Hugging Face folder: config.json and one or more .safetensors files.
+"""Opens a Hugging Face folder: config.json and one or more .safetensors files.
 
 Byte layout of a .safetensors file, little endian:
 
@@ -11,10 +11,9 @@ Byte layout of a .safetensors file, little endian:
 A folder holds `model.safetensors`, or shards with `model.safetensors.index.json`:
 {"weight_map": {name: shard}}.
 
-`open_safetensors_folder` reads the headers (kilobytes a shard), checks them against the index and against the
-sizes of the files, and reports all that is wrong in one error. `read` opens the shard, seeks, and reads one
-tensor straight into a new array: no memory map, whose touched pages would count as resident memory for as
-long as it lives.
+`open_safetensors_folder` reads the headers (kilobytes a shard), checks them against the index and against the sizes of the
+files, and reports all problems in one error. `read` opens the shard and reads one tensor into a new array. It uses no memory
+map, because the pages of a map that were read count as resident memory as long as the map exists.
 """
 
 import json
@@ -42,7 +41,7 @@ DTYPES: dict[str, np.dtype] = {
         "BF16": ml_dtypes.bfloat16,
         "F8_E4M3": ml_dtypes.float8_e4m3fn,
         "F8_E5M2": ml_dtypes.float8_e5m2,
-        # Not floats, but parts of checkpoints that are quantised already (packed codes, their tables).
+        # These are no floats, but parts of checkpoints that are quantised already (packed codes, codebooks).
         "I64": np.int64,
         "I32": np.int32,
         "I16": np.int16,
@@ -57,7 +56,7 @@ DTYPES: dict[str, np.dtype] = {
 
 
 class Tensor(NamedTuple):
-    """Where one tensor lies: `offset` counts from the start of `file`."""
+    """The place of one tensor: `offset` counts from the start of `file`."""
 
     file: Path
     offset: int
@@ -66,21 +65,21 @@ class Tensor(NamedTuple):
 
 
 def open_safetensors_folder(folder: Path, name: str | None = None) -> Checkpoint:
-    """Open a folder, having checked everything that headers can tell; `name` stands for it in messages."""
-    source = name or str(folder)
+    """Return an opened folder, after checking everything that headers show; `name` is used in messages."""
+    place = name or str(folder)
     problems: list[str] = []
     config = _read_json_object(folder / "config.json", problems)
     tensors = _read_headers(folder, problems)
     if problems:
-        raise CheckpointError.of(source, problems)
+        raise CheckpointError.of(place, problems)
     assert config is not None
 
     def read(tensor_name: str) -> np.ndarray:
         if tensor_name not in tensors:
-            raise unknown_tensor(source, tensor_name, tensors)
+            raise unknown_tensor(place, tensor_name, tensors)
         return _read_tensor(tensor_name, tensors[tensor_name])
 
-    return Checkpoint(source, config, {key: tensor.shape for key, tensor in tensors.items()}, read)
+    return Checkpoint(place, config, {key: tensor.shape for key, tensor in tensors.items()}, read)
 
 
 def _read_tensor(name: str, tensor: Tensor) -> np.ndarray:
@@ -145,7 +144,7 @@ def _names_by_shard(weight_map: object) -> dict[str, set[str]] | None:
 
 
 def _read_header(path: Path, problems: list[str]) -> dict[str, Tensor] | None:
-    """The tensors of one file, or None after adding what is wrong with it to `problems`."""
+    """Return the tensors of one file; None after adding what is wrong with the file to `problems`."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
@@ -234,7 +233,7 @@ def _read_json_object(path: Path, problems: list[str]) -> dict | None:
 
 
 def _no_weights(folder: Path) -> str:
-    """What to say where neither weight file exists; the near misses are told apart."""
+    """Return the problem of a folder without weights, with advice for the likely mistakes."""
     text = f"has neither {SINGLE} nor {INDEX}"
     if next(folder.glob("pytorch_model*.bin*"), None) is not None:
         return (

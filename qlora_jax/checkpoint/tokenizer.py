@@ -1,11 +1,10 @@
-"""The tokenizer of a checkpoint: from Hugging Face's files, or rebuilt from a GGUF file's metadata (gguf_tokenizer.py).
+"""The tokenizer of a checkpoint: read from Hugging Face's files, or built from a GGUF file's metadata (gguf/tokenizer.py).
 
-Padding. A tokenizer whose padding token is its EOS teaches, where labels are masked by token, that EOS is to
-be ignored, and the model never learns to stop. `load_tokenizer` therefore puts in its place another token
-that the vocabulary has, by the first rule that finds one: a token made for it (`<pad>`,
-`<|finetune_right_pad_id|>` …), a special token that is reserved or unused, the unknown token, another special
-token that is neither BOS, EOS nor part of the chat template. The vocabulary is never extended, since the
-model has no embedding for more. Only where none exists (GPT-2: one special token) EOS remains.
+Padding. Where labels are masked by token and the padding token is EOS, EOS is masked too, and the model never learns to
+stop. `load_tokenizer` therefore chooses another padding token from the vocabulary, by the first rule that finds one: a token
+that was made for it (`<pad>`, `<|finetune_right_pad_id|>` …), a special token that is reserved or unused, the unknown token,
+or another special token that is neither BOS, EOS nor part of the chat template. The vocabulary is never extended, since the
+model has no embedding for more tokens. EOS remains only where no other token exists (GPT-2 has one special token).
 """
 
 import json
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_jax.checkpoint.gguf.header import read_header
 from qlora_jax.checkpoint.gguf.tokenizer import gguf_tokenizer
-from qlora_jax.checkpoint.hub import resolve
+from qlora_jax.checkpoint.hub import Snapshot, resolve
 from qlora_jax.errors import CheckpointError
 
 if TYPE_CHECKING:  # imported where it is used: transformers takes a second, and PyTorch with it where that is installed
@@ -26,44 +25,53 @@ if TYPE_CHECKING:  # imported where it is used: transformers takes a second, and
 # Tokenizers need no PyTorch: without this transformers advises, on import, that it is missing.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-__all__ = ["check_tokenizer", "load_tokenizer", "save_tokenizer", "stop_ids", "tokenizer_source"]
+__all__ = ["check_tokenizer", "load_tokenizer", "save_tokenizer", "stop_ids"]
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<PAD>", "<|padding|>", "<|finetune_right_pad_id|>", "<|endofpad|>")
 
 
-def load_tokenizer(source: str | Path, revision: str | None = None) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a folder, hub id or .gguf file, padding by another token than EOS where it can."""
-    path = resolve(source, revision)
+def load_tokenizer(name: str | Path | Snapshot, revision: str | None = None) -> "PreTrainedTokenizerFast":
+    """Return the tokenizer of a model, whose padding token is not EOS where the vocabulary has another one for it.
+
+    Args:
+        name: a folder, a .gguf file, a repository id, or a snapshot that was resolved before.
+        revision: branch, tag or commit of a repository.
+
+    Raises:
+        CheckpointError: there is no tokenizer, or it cannot be read.
+    """
+    path = resolve(name, revision).path
     tokenizer = gguf_tokenizer(path) if path.is_file() else _from_folder(path)
     _separate_padding(tokenizer)
     return tokenizer
 
 
-def tokenizer_source(source: str | Path, adapter: str | Path | None) -> str | Path:
-    """Where the tokenizer for a base model and an adapter lies: beside the adapter, where it was trained with its own."""
-    beside = adapter is not None and (resolve(adapter) / "tokenizer.json").is_file()
-    return adapter if adapter is not None and beside else source
-
-
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: str | Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and the chat template, as AutoTokenizer reads them."""
+    """Write tokenizer.json, tokenizer_config.json and the chat template into a folder, for transformers' AutoTokenizer."""
     folder = Path(folder)
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    # transformers 5 writes a new name for the same class; version 4 knows only the old one, and 5 knows both.
+    # transformers 5 writes a new name for the same class. Version 4 knows only the old name, and version 5 knows both.
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # How this process found the files is no property of the tokenizer.
+    # These fields say how this process found the files, which is no property of the tokenizer.
     for key in ("is_local", "local_files_only"):
         config.pop(key, None)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def stop_ids(source: str | Path, revision: str | None, tokenizer: "PreTrainedTokenizerFast") -> frozenset[int]:
-    """All that a checkpoint calls end of text, which often includes the end of a turn."""
-    path = resolve(source, revision)
+def stop_ids(base: str | Path | Snapshot, tokenizer: "PreTrainedTokenizerFast") -> frozenset[int]:
+    """Return the ids of all tokens that a model calls the end of a text, which often includes the end of a turn.
+
+    Args:
+        base: the files of the model; config.json and generation_config.json are read where they exist.
+
+    Raises:
+        CheckpointError: one of these files is damaged.
+    """
+    path = resolve(base).path
     stated: list[Any] = [tokenizer.eos_token_id]
     if path.is_file():
         stated.append(read_header(path).metadata.get("tokenizer.ggml.eot_token_id"))
@@ -77,7 +85,7 @@ def stop_ids(source: str | Path, revision: str | None, tokenizer: "PreTrainedTok
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerFast", config: Mapping[str, Any]) -> None:
-    """Raise where the tokenizer has a token for which the model of this config.json has no embedding."""
+    """Raise CheckpointError where the tokenizer has a token for which the model of this config.json has no embedding."""
     size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
     if not isinstance(size, int):
         raise CheckpointError(f"config: expected a number vocab_size, found {size!r}.")

@@ -1,22 +1,23 @@
-"""Records → conversations → tokens with a loss mask → batches.
+"""Data: records → conversations → tokens with a loss mask → batches.
 
-    records.py                files and hub data sets, checked with line numbers
-    sources.py                what `--data` names: those, and
+    records.py                reads files and hub data sets, and checks local files with line numbers
+    sources.py                opens what `--data` names: files, hub data sets, and also
         named.py              the QLoRA authors' data sets by name
         trees.py              OASST1's message trees
     schemas.py, messages.py   columns → schema → conversation
     render.py, chat.py        conversation → text and the character ranges of the answers
     format.py                 text → tokens and loss mask (Example)
-    corpus.py                 all records, with a report; held-out split
-    preferences.py            pairs of answers, chosen and rejected
-    mixture.py                several sets by weight
-    show.py                   examples as text, what is learned in colour
-    batch.py                  pad or pack, shard, shuffle: an iterator with a position
-    stream_batches.py         the same for sets larger than memory, a buffer at a time
-    seq2seq.py                source and target texts → tokens → batches of an encoder-decoder
-    plain_answers.jsonl       the instruction set that ships with the package
+    corpus.py                 all records → examples, with a report; held-out split
+    preferences.py            preference pairs: chosen and rejected answers
+    mixture.py                mixes several data sets by weight
+    show.py                   prints examples with the learned text in colour
+    questions.py              the question within a prompt, without its template
+    batch.py                  pads or packs, shards and shuffles: an iterator whose position can be saved
+    stream_batches.py         batches of data sets larger than memory, one buffer at a time
+    seq2seq.py                source and target texts → tokens → batches for an encoder-decoder
+    plain_answers.jsonl       the instruction data set that the package includes
 
-Nothing here imports another part of qlora_jax.
+Of the rest of qlora_jax, these modules import only the errors.
 """
 
 from pathlib import Path
@@ -34,7 +35,7 @@ from qlora_jax.data.preferences import (
     encode_preferences,
     preference_batches,
 )
-from qlora_jax.data.records import DataError, load_records, stream_records
+from qlora_jax.data.records import load_records, stream_records
 from qlora_jax.data.render import Template
 from qlora_jax.data.schemas import detect_schema
 from qlora_jax.data.seq2seq import (
@@ -50,6 +51,7 @@ from qlora_jax.data.sources import Source, open_source
 from qlora_jax.data.stream_batches import StreamBatches, read_rows
 from qlora_jax.data.trees import COLUMNS as TREE_COLUMNS
 from qlora_jax.data.trees import Trees, read_trees
+from qlora_jax.errors import DataError
 
 PLAIN_ANSWERS = str(Path(__file__).with_name("plain_answers.jsonl"))
 

@@ -1,15 +1,15 @@
-"""Chat templates: a conversation as the tokenizer's own template writes it, and where in it the answers are.
+"""Rendering a conversation with the tokenizer's chat template, and finding the character ranges of the answers.
 
 The answers are found in one of two ways.
-1. It has `{% generation %}` tags: their ranges, each extended over the end-of-turn token when the tags
-   leave it out.
-2. It has none: answer i is what `messages[:i + 1]` adds to `messages[:i]` with a generation prompt, if both
-   are prefixes of the whole; if not (some templates rewrite earlier turns), an error says so. White space
-   at its end is not part of it: ChatML's line end after `<|im_end|>` is the template's, and nothing that a
-   model should spend a token on.
+1. If the template has `{% generation %}` tags, their ranges are the answers. A range is extended over the end-of-turn token
+   if the tags exclude it.
+2. Otherwise, answer i is the text that `messages[:i + 1]` adds to `messages[:i]` with a generation prompt. Both must be
+   prefixes of the complete text; if they are not (some templates rewrite earlier turns), an error is raised. White space at
+   the end of an answer is not part of it: ChatML's line end after `<|im_end|>` belongs to the template, and a model should
+   not generate a token for it.
 
-Tools go to the template, which takes one list of them for all conversations of a call: those with the same tools are
-rendered together. A template that leaves out a tool or a call is found out by its name, which the text then lacks.
+Tools are passed to the template, which accepts one list of tools for all conversations of a call. So conversations with the
+same tools are rendered together. If a template omits a tool or a call, its name is missing in the text, which is an error.
 """
 
 import json
@@ -22,15 +22,15 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_jax.data.messages import Message, called_names
 from qlora_jax.data.pieces import CannotRender, Piece, Span
-from qlora_jax.data.records import DataError
 from qlora_jax.data.schemas import Record
+from qlora_jax.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _GENERATION_TAG = re.compile(r"\{%-?\+?\s*generation\s*-?%\}")
 _PROBE = "An answer that no template contains 7351"
-# What a template's own code raises on messages that it was not written for, such as text + nothing.
+# The errors that a template's code raises for messages that it does not support, such as text + None.
 _TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, KeyError, IndexError, AttributeError)
 
 
@@ -41,7 +41,11 @@ def chat_text(
     prompt: bool,
     tools: Sequence[Any] = (),
 ) -> list[str]:
-    """The chat template's text of each conversation, with the header of the coming answer if `prompt`."""
+    """Return the text of each conversation by the chat template; with `prompt`, the header of the next answer is added.
+
+    Raises:
+        DataError: the tokenizer has no chat template.
+    """
     if not conversations:
         return []
     if tokenizer.chat_template is None:
@@ -57,7 +61,11 @@ def chat_text(
 
 
 def render_chats(records: Sequence[Record], indices: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> list[Piece]:
-    """The pieces of `records[index]` for each of `indices`."""
+    """Return the piece of `records[index]` for each index.
+
+    Raises:
+        CannotRender: the chat template does not support a record.
+    """
     by_tools: dict[str, list[int]] = {}
     for index in indices:
         if not records[index].messages:
@@ -73,14 +81,14 @@ def render_chats(records: Sequence[Record], indices: Sequence[int], tokenizer: "
 
 
 def _render_alike(records: Sequence[Record], indices: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> list[Piece]:
-    """The pieces of conversations with the same tools."""
+    """Return the pieces of conversations with the same tools."""
     tools = records[indices[0]].tools
     conversations = [records[index].messages for index in indices]
     find = _tagged_answers if _has_generation_tags(tokenizer) else _answers_by_prefix
     try:
         found = find(conversations, tokenizer, tools)
     except (*_TEMPLATE_ERRORS, CannotRender):
-        # One of them is at fault: find out which, by itself.
+        # One of the conversations causes the error. Render them one by one to find it.
         found = []
         for index, conversation in zip(indices, conversations, strict=True):
             try:
@@ -113,9 +121,9 @@ def _has_generation_tags(tokenizer: Any) -> bool:
 
 
 def _tagged_answers(conversations: Sequence[Sequence[Message]], tokenizer: Any, tools: Sequence[Any] = ()) -> list[Piece]:
-    # The same ranges as `apply_chat_template(return_assistant_tokens_mask=True)`. Its step from characters to
-    # tokens is not used: a range that starts or ends in white space has no token there if the tokenizer trims
-    # offsets, and the mask is then lost, or runs to the end of the sequence.
+    # These are the ranges of `apply_chat_template(return_assistant_tokens_mask=True)`. Its conversion from characters to
+    # tokens is not used: if a range starts or ends in white space and the tokenizer trims offsets, no token is found there,
+    # and the mask is empty or extends to the end of the sequence.
     texts, ranges = cast(
         tuple[list[str], list[list[Span]]],
         render_jinja_template(
@@ -137,7 +145,7 @@ def _tagged_answers(conversations: Sequence[Sequence[Message]], tokenizer: Any, 
 
 
 def _end_of_turn(tokenizer: Any) -> str:
-    """What the template writes after an answer, up to and with a special token; empty if there is none."""
+    """Return the text that the template writes after an answer, up to and including a special token; else an empty text."""
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
     text = chat_text([messages], tokenizer, prompt=False)[0]
     tail = text[text.rindex(_PROBE) + len(_PROBE) :] if _PROBE in text else ""
@@ -148,7 +156,7 @@ def _end_of_turn(tokenizer: Any) -> str:
 
 
 def _answers_by_prefix(conversations: Sequence[Sequence[Message]], tokenizer: Any, tools: Sequence[Any] = ()) -> list[Piece]:
-    # All prefixes of all conversations in two calls.
+    # All prefixes of all conversations are rendered in two calls.
     answers = [
         (row, turn)
         for row, conversation in enumerate(conversations)

@@ -1,8 +1,8 @@
-"""All records → examples, with an account of what was cut, left out and why.
+"""All records → examples, with a report of the records that were truncated or skipped, and why.
 
-Records are taken in chunks: parse, render, one call of the fast tokenizer (which works in parallel),
-finish. A row that cannot be used stops the run and is named by its number; a row that is merely too long or
-teaches nothing is counted.
+Records are processed in chunks: they are parsed, rendered, and tokenized by one call of the fast tokenizer (which works in
+parallel). A row that cannot be used is an error that contains the row's number. A row that is only too long, or that has
+nothing to learn, is counted.
 """
 
 from collections import Counter
@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from qlora_jax.data.format import Example, Limits, encode_rendered
 from qlora_jax.data.pieces import CannotRender
-from qlora_jax.data.records import DataError
-from qlora_jax.data.render import Template, render
+from qlora_jax.data.render import Rendered, Template, render
 from qlora_jax.data.schemas import Record, parse
+from qlora_jax.errors import DataError, OptionError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,23 +31,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the records. Lengths are in tokens; every count of tokens is of the examples kept."""
+    """The numbers of records that were used, truncated and skipped. Token counts are those of the used examples."""
 
     rows: int
-    kept: int
+    kept: int  # records that became examples
     truncated: int
     dropped_long: int
-    without_target: int  # of whatever reason
-    without_answer: int  # of these, rows without a turn of the assistant
+    without_target: int  # records with nothing to learn, for any reason
+    without_answer: int  # the part of these that has no turn of the assistant
     tokens: int
     learned_tokens: int
-    longest_row: int  # before any cut
+    longest_row: int  # in tokens, before truncation
     limits: Limits
     forms: dict[str, int]  # "schema as template" → rows
     templates: dict[Template, int]  # template → rows
 
     def __add__(self, other: "Report") -> "Report":
-        """Of the records of both, read with the same options."""
+        """Return the report of the records of both, which were read with the same options."""
         return Report(
             rows=self.rows + other.rows,
             kept=self.kept + other.kept,
@@ -81,7 +81,7 @@ class Report:
 
 
 class NothingToLearn(DataError):
-    """Records of which none teaches anything; `report` says why."""
+    """No record has anything to learn; `report` contains the reasons."""
 
     def __init__(self, report: Report) -> None:
         super().__init__(f"records: expected at least one row with something to learn, found none: {report}")
@@ -101,13 +101,22 @@ def encode_all(
     first_row: int = 0,
     progress: bool = True,
 ) -> tuple[list[Example], Report]:
-    """Examples of all records that teach something, in order, each of at most `max_length` tokens.
+    """Return (the examples of all records that have something to learn, in order; a report).
 
-    `source_max_length` limits what comes before the first learned token, `target_max_length` the rest.
-    `first_row` is the number of the first record in messages.
+    Args:
+        records: the rows.
+        tokenizer: a fast tokenizer.
+        max_length: the most tokens of an example.
+        template: how conversations are written as text.
+        train_on_source: whether the text before the answers is learned too.
+        on_long: what to do with an example that is too long.
+        source_max_length: the most tokens before the first learned token; None: no limit.
+        target_max_length: the most tokens from the first learned token on; None: no limit.
+        first_row: the number of the first record in error messages.
+        progress: whether to show a progress bar.
 
     Raises:
-        DataError: a row that cannot be used; NothingToLearn where all can and none teaches.
+        DataError: a row cannot be used, or no row has anything to learn (NothingToLearn).
     """
     limits = Limits(max_length, source_max_length, target_max_length)
     if on_long not in get_args(OnLong):
@@ -123,20 +132,16 @@ def encode_all(
             parsed = [_parse(row, rows + index) for index, row in enumerate(chunk)]
             trainable = [record for record in parsed if train_on_source or _has_target(record)]
             without_answer += len(parsed) - len(trainable)
-            try:
-                rendered = render(trainable, tokenizer, template)
-            except CannotRender as error:
-                place = next(index for index, record in enumerate(parsed) if record is trainable[error.index])
-                raise DataError(f"row {rows + place} (counted from 0): {error}") from error
+            rendered = _render(trainable, parsed, rows, tokenizer, template)
             encoded = encode_rendered(rendered, tokenizer, train_on_source=train_on_source, limits=limits)
             forms.update(f"{record.schema} as {form.template}" for record, form in zip(trainable, rendered, strict=True))
             templates.update(form.template for form in rendered)
             for record, result in zip(trainable, encoded, strict=True):
                 longest_row = max(longest_row, result.full_length)
                 if result.long and on_long == "error":
-                    place = next(index for index, other in enumerate(parsed) if other is record)
+                    number = _row_number(record, parsed, rows)
                     raise DataError(
-                        f"row {rows + place} (counted from 0): expected at most {limits}, found {result.full_length}; "
+                        f"row {number} (counted from 0): expected at most {limits}, found {result.full_length}; "
                         "raise the limit, or choose on_long truncate or drop"
                     )
                 if result.long and on_long == "drop":
@@ -180,8 +185,23 @@ def _parse(row: Mapping[str, Any], number: int) -> Record:
         raise DataError(f"row {number} (counted from 0): {error}") from error
 
 
+def _render(
+    records: Sequence[Record], parsed: Sequence[Record], first: int, tokenizer: "PreTrainedTokenizerBase", template: Template
+) -> list[Rendered]:
+    """Render some of the parsed records, whose rows count from `first` in error messages."""
+    try:
+        return render(records, tokenizer, template)
+    except CannotRender as error:
+        number = _row_number(records[error.index], parsed, first)
+        raise DataError(f"row {number} (counted from 0): {error}") from error
+
+
+def _row_number(record: Record, parsed: Sequence[Record], first: int) -> int:
+    return first + next(index for index, other in enumerate(parsed) if other is record)
+
+
 def _has_target(record: Record) -> bool:
-    # A text without turns is a target as a whole.
+    # All of a text without turns is a target.
     no_turns = "text" in record.fields and not record.messages
     return no_turns or any(message["role"] == "assistant" for message in record.messages)
 
@@ -189,13 +209,26 @@ def _has_target(record: Record) -> bool:
 def train_eval_split(
     examples: Sequence[T], *, eval_fraction: float | None = None, eval_count: int | None = None, seed: int = 0
 ) -> tuple[list[T], list[T]]:
-    """(training, held out), both in the order given. Seed and number of examples decide which is where."""
+    """Return (training examples, held-out examples), both in the given order.
+
+    Only the seed and the number of examples determine which ones are held out.
+
+    Args:
+        examples: the examples to split.
+        eval_fraction: the share of held-out examples.
+        eval_count: the number of held-out examples; exactly one of the two is given.
+        seed: seed of the random choice.
+
+    Raises:
+        OptionError: both or none of eval_fraction and eval_count are given.
+        DataError: no example would be held out, or none would remain.
+    """
     if (eval_fraction is None) == (eval_count is None):
-        raise ValueError(f"expected one of eval_fraction and eval_count, found {eval_fraction} and {eval_count}")
+        raise OptionError(f"expected one of eval_fraction and eval_count, found {eval_fraction} and {eval_count}")
     count = eval_count if eval_count is not None else round(len(examples) * (eval_fraction or 0.0))
     if not 0 < count < len(examples):
         asked = f"eval_count {eval_count}" if eval_fraction is None else f"eval_fraction {eval_fraction}"
-        raise ValueError(f"{asked}: expected at least 1 of {len(examples)} examples on both sides, found {count} held out")
+        raise DataError(f"{asked}: expected at least 1 of {len(examples)} examples on both sides, found {count} held out")
     held_out = set(np.random.default_rng(seed).permutation(len(examples))[:count].tolist())
     train = [example for index, example in enumerate(examples) if index not in held_out]
     return train, [examples[index] for index in sorted(held_out)]

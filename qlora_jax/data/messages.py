@@ -1,22 +1,22 @@
-"""Messages as they come in records → messages as a chat template takes them: role, content, perhaps tool calls.
+"""The messages of a record → messages for a chat template: role, content and tool calls.
 
-    OpenAI     {"role": "user", "content": "Hi"}                       as it is
-               {"role": "assistant", "content": null,                  content ""; arguments, a JSON text there,
-                "tool_calls": [{"function": {"name", "arguments"}}]}   become an object, which templates expect
+    OpenAI     {"role": "user", "content": "Hi"}                       unchanged
+               {"role": "assistant", "content": null,                  content becomes ""; arguments, which are JSON text,
+                "tool_calls": [{"function": {"name", "arguments"}}]}   become an object, as templates expect
     ShareGPT   {"from": "human", "value": "Hi"}                        role user; gpt: assistant; observation: tool
                {"from": "function_call", "value": "{\\"name\\": …}"}     an assistant's message with a tool call
 
-Arrow gives every message, call and tool of a file the union of all their keys, null where one has none: nulls are taken
-out again, at every depth. Only those inside an `arguments` text can be told from Arrow's, and stay.
+Arrow gives each message, call and tool of a file the union of all their keys, with null for missing ones. Therefore nulls
+are removed at every depth. Only nulls inside an `arguments` text are known to be in the data, and are not removed.
 """
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_jax.data.records import DataError
+from qlora_jax.errors import DataError
 
-# Messages stay dictionaries: a chat template may read more keys than role and content.
+# Messages are dictionaries, because a chat template may read more keys than role and content.
 Message = dict[str, Any]
 
 ROLE_OF_SPEAKER = {
@@ -35,14 +35,22 @@ ROLE_OF_SPEAKER = {
 
 
 def checked_messages(value: object, column: str) -> tuple[Message, ...]:
-    """The messages of a list in either form; an error names the column and the message."""
+    """Return the messages of a list in either form.
+
+    Raises:
+        DataError: a message is invalid; the error contains the column and the message's index.
+    """
     if not isinstance(value, list | tuple):
         raise DataError(f"column {column!r}: expected a list of messages, found {type(value).__name__} {value!r:.60}")
     return tuple(_checked_message(message, f"column {column!r}, message {index}") for index, message in enumerate(value))
 
 
 def checked_tools(value: object) -> tuple[Any, ...]:
-    """The tools that a conversation may call: a list of JSON schemas, or its JSON text."""
+    """Return the tools that a conversation may call, from a list of JSON schemas or its JSON text.
+
+    Raises:
+        DataError: the value is not a list of objects.
+    """
     tools = _from_json(value, "column 'tools'") if isinstance(value, str) and value.strip() else value or []
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
         raise DataError(f"column 'tools': expected a list of objects, found {type(tools).__name__} {tools!r:.60}")
@@ -56,7 +64,7 @@ def checked_text(value: object, place: str) -> str:
 
 
 def called_names(message: Message) -> list[str]:
-    """The names of the functions that a message calls."""
+    """Return the names of the functions that a message calls."""
     return [call["function"]["name"] for call in message.get("tool_calls", ())]
 
 
@@ -69,7 +77,7 @@ def _checked_message(value: object, place: str) -> Message:
     calls = message.get("tool_calls")
     if calls:
         message["tool_calls"] = _checked_calls(calls, f"{place}, tool_calls")
-        message.setdefault("content", "")  # templates concatenate it
+        message.setdefault("content", "")  # because templates concatenate the content
     else:
         message.pop("tool_calls", None)
     if not {"role", "content"} <= message.keys():

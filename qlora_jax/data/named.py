@@ -1,6 +1,6 @@
-"""The data sets of the QLoRA authors' program, by the names that it gives them.
+"""The data sets of the QLoRA authors' program, by its names.
 
-    name            hub id                              learned, and what comes before it
+    name            hub id                              learned text, and the text before it
     alpaca          tatsu-lab/alpaca                    the output, after Alpaca's prompt
     alpaca-clean    yahma/alpaca-cleaned                the same
     chip2           laion/OIG, unified_chip2.jsonl      what follows `<bot>: `, after what follows `<human>: `
@@ -10,10 +10,12 @@
     longform        akoksal/LongForm                    the output, after the input as it is
     flan            SirNeural/flan_v2                   the targets, after the inputs as they are
 
-Their program announces FLAN v2 and never reads it: the hub id is that of the public copy, of some hundred million rows.
+Their program mentions FLAN v2 but never reads it; the hub id here is that of a public copy with about a hundred million
+rows.
 
-A row becomes one of our schemas whose form under `--template auto` is theirs: `completion` is learned as a whole, and
-`prompt`/`completion` are joined with nothing between. A local file of the same name goes before the table.
+A row is converted to one of our schemas for which `--template auto` gives the same text as their program: all of a
+`completion` is learned, and `prompt` and `completion` are joined without a separator. If a local file has the same name, the
+file is read instead.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qlora_jax.data.messages import checked_text
-from qlora_jax.data.records import DataError
+from qlora_jax.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,16 +34,20 @@ _BOT = "\n<bot>: "
 
 @dataclass(frozen=True)
 class NamedSet:
-    """Where a data set is, and how its rows become ours."""
+    """The hub id of a data set, and the conversion of its rows to our schemas."""
 
     hub: str
     convert: Callable[[Row], dict[str, Any]]
-    options: dict[str, str] = field(default_factory=dict)  # further ones of datasets.load_dataset
+    options: dict[str, str] = field(default_factory=dict)  # more arguments for datasets.load_dataset
     split: str = "train"
 
 
 def convert_named(name: str, records: "Dataset") -> "Dataset":
-    """The rows of a named data set as rows of our schemas; an error names the row."""
+    """Convert the rows of a named data set to rows of our schemas.
+
+    Raises:
+        DataError: a row cannot be converted; the error contains its number.
+    """
 
     def convert(row: Row, index: int) -> dict[str, Any]:
         try:
@@ -49,12 +55,12 @@ def convert_named(name: str, records: "Dataset") -> "Dataset":
         except DataError as error:
             raise DataError(f"{name}, row {index} (counted from 0): {error}") from error
 
-    # Arrow would turn an exception's type into its own only with several processes.
+    # `map` changes the type of an exception only with several processes.
     return records.map(convert, with_indices=True, remove_columns=records.column_names, desc=f"reading {name}")
 
 
 def _columns(**names: str) -> Callable[[Row], dict[str, Any]]:
-    """Their column of each of our columns, as text."""
+    """Return a function that converts a row, given the data set's name of each of our columns."""
 
     def convert(row: Row) -> dict[str, Any]:
         return {ours: checked_text(row.get(theirs), f"column {theirs!r}") for ours, theirs in names.items()}
@@ -67,7 +73,7 @@ def _chip2(row: Row) -> dict[str, Any]:
     question, *answers = text.split(_BOT)
     if not answers:
         raise DataError(f"column 'text': expected {_BOT!r} before the answer, found {text!r:.60}")
-    # As theirs: the first answer, and nothing of the turns after it.
+    # As in the authors' program: only the first answer, without the turns after it.
     return {"prompt": question.replace("<human>: ", ""), "completion": answers[0]}
 
 
@@ -84,7 +90,7 @@ NAMED = {
     "longform": NamedSet("akoksal/LongForm", _columns(prompt="input", completion="output")),
     "flan": NamedSet("SirNeural/flan_v2", _columns(prompt="inputs", completion="targets")),
 }
-# Names that their paper or program mentions and that nothing stands behind.
+# Names that the paper or the program mentions but that have no data set.
 WITHOUT_SOURCE = {
     "unnatural-instructions": "the authors' program announces it and never reads it",
     "vicuna": "its training data were not released",

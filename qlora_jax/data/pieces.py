@@ -1,22 +1,22 @@
-"""Text that is tokenized on its own, with what in it is learned: what rendering hands to tokenizing."""
+"""The result of rendering: pieces of text that are tokenized separately, with the character ranges that are learned."""
 
 from dataclasses import dataclass
 
-from qlora_jax.data.records import DataError
+from qlora_jax.errors import DataError
 
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A text that is tokenized on its own, and the half-open character ranges of it that are learned."""
+    """A text that is tokenized separately, and its half-open character ranges that are learned."""
 
     text: str
     answers: tuple[Span, ...] = ()
 
 
 class CannotRender(DataError):
-    """A record that the template cannot express. `index` counts from the first record given to `render`."""
+    """The template does not support a record. `index` counts from the first record given to `render`."""
 
     def __init__(self, index: int, reason: str):
         super().__init__(reason)

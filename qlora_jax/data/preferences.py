@@ -1,17 +1,18 @@
-"""Preference pairs → a shared prompt, a chosen and a rejected sequence, and batches of both.
+"""Preference pairs → a common prompt, a chosen and a rejected sequence, and batches of both.
 
-    columns                        a pair is
+    columns                        contents of a pair
     prompt, chosen, rejected       a question and two answers (texts); or messages and two lists of messages
     chosen, rejected               two texts `\\n\\nHuman: … \\n\\nAssistant: …` (hh-rlhf); two other texts, without a
                                    prompt; or two lists of messages
 
-The two conversations must be the same up to an answer of the assistant. What comes before it is their prompt; that answer
-and those after it are learned, each with its end. A pair whose answers are equal, or that parts at another place, says
-nothing about answers: an error that names the row. After a cut to `max_length` a pair may be without an answer, or equal:
-it is left out and counted.
+The two conversations must be equal up to an answer of the assistant. The part before it is the prompt; this answer and the
+answers after it are learned, each with its end-of-turn token. A pair with equal answers, or whose first difference is not in
+an answer, is an error that contains the row's number. If truncation to `max_length` removes the answer of a pair or makes
+the two sequences equal, the pair is skipped and counted.
 
-The prompt's tokens are those at the start of both sequences that neither learns. Chats are tokenized in one piece, as for
-training on answers, so where an answer's first letters merge with the prompt's last ones, the prompt ends before them.
+The prompt consists of the tokens at the start of both sequences that are equal and not learned. Chats are tokenized in one
+piece, as in training on answers. If the first characters of an answer and the last ones of the prompt form one token, the
+prompt ends before that token.
 """
 
 import re
@@ -26,9 +27,9 @@ from qlora_jax.data.batch import Batch, batches
 from qlora_jax.data.format import Example, Limits, encode_rendered
 from qlora_jax.data.messages import Message, checked_messages, checked_tools
 from qlora_jax.data.pieces import CannotRender, Piece
-from qlora_jax.data.records import DataError
 from qlora_jax.data.render import Rendered, Template, render
 from qlora_jax.data.schemas import Record
+from qlora_jax.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,7 +41,7 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 @dataclass(frozen=True, eq=False)
 class PreferenceExample:
-    """Both sequences start with the tokens of `prompt`, of which none is learned."""
+    """A tokenized pair; both sequences start with the tokens of `prompt`, none of which is learned."""
 
     prompt: np.ndarray  # int32 [n]
     chosen: Example
@@ -49,12 +50,12 @@ class PreferenceExample:
 
 @dataclass(frozen=True)
 class PreferenceReport:
-    """What became of the pairs."""
+    """The numbers of pairs that were used, truncated and skipped."""
 
     rows: int
-    kept: int
+    kept: int  # pairs that became examples
     truncated: int
-    without_difference: int  # after the cut
+    without_difference: int  # after truncation
     max_length: int
     templates: dict[Template, int]  # template → pairs
 
@@ -82,13 +83,21 @@ def encode_preferences(
     max_length: int,
     template: Template = "auto",
 ) -> tuple[list[PreferenceExample], PreferenceReport]:
-    """The pairs of all records, in order, each sequence of at most `max_length` tokens.
+    """Return (the pairs of all records, in order; a report).
 
-    "auto" is the chat template where the tokenizer has one, else guanaco; two texts without turns are always plain.
+    Args:
+        records: the rows.
+        tokenizer: a fast tokenizer.
+        max_length: the most tokens of a sequence.
+        template: how conversations are written as text; "auto" is the chat template if the tokenizer has one, else guanaco.
+            Two texts without turns are always plain.
+
+    Raises:
+        DataError: a row is not a preference pair, or no pair remains.
     """
     if template == "auto":
         template = "guanaco" if tokenizer.chat_template is None else "chat"
-    rows: Iterable[Any] = records  # a Dataset is one, though it does not say so
+    rows: Iterable[Any] = records  # a Dataset is iterable, but its type does not declare it
     pairs = [_parse(row, index) for index, row in enumerate(rows)]
     with_turns = [index for index, pair in enumerate(pairs) if pair.prompt]
     rendered = {
@@ -128,8 +137,8 @@ def _parse_row(row: Mapping[str, Any]) -> _Pair:
         role = messages[same]["role"] if same < len(messages) else "nothing"
         if role != "assistant":
             raise DataError(
-                f"column {column!r}, message {same}: expected the assistant's answer where chosen and rejected part, "
-                f"found {role}"
+                f"column {column!r}, message {same}: expected the assistant's answer as the first difference of chosen and "
+                f"rejected, found {role}"
             )
     if same == 0 and max(len(chosen), len(rejected)) > 1:
         raise DataError("expected a message before the answers, found none")
@@ -137,11 +146,11 @@ def _parse_row(row: Mapping[str, Any]) -> _Pair:
 
 
 def _conversation(row: Mapping[str, Any], column: str) -> tuple[Message, ...]:
-    """The whole conversation that ends in the answers of a column."""
+    """Return the complete conversation that ends with the answers of a column."""
     prompt, value = row.get("prompt"), row[column]
     if isinstance(prompt, str):
         before = split_dialogue(prompt) if _TURN.match(prompt) else ({"role": "user", "content": prompt},)
-        # `\n\nAssistant:` with nothing behind it asks for the answer.
+        # `\n\nAssistant:` with nothing after it is only the header of the answer.
         before = before[:-1] if before[-1] == {"role": "assistant", "content": ""} else before
     else:
         before = () if prompt is None else checked_messages(prompt, "prompt")
@@ -158,7 +167,7 @@ def _conversation(row: Mapping[str, Any], column: str) -> tuple[Message, ...]:
 
 
 def split_dialogue(text: str) -> tuple[Message, ...]:
-    """The turns of a text in the form of hh-rlhf."""
+    """Return the turns of a text in the form of hh-rlhf."""
     markers = list(_TURN.finditer(text))
     ends = [marker.start() for marker in markers[1:]] + [len(text)]
     return tuple(
@@ -175,7 +184,7 @@ def _plain(answer: Sequence[Message]) -> Rendered:
 def _render(
     pairs: Sequence[_Pair], rows: Sequence[int], tokenizer: "PreTrainedTokenizerBase", template: Template
 ) -> dict[int, tuple[Rendered, Rendered]]:
-    """Row → the two texts. Only the answers after the prompt are learned, not those in it."""
+    """Return the two rendered texts of each row; only the answers after the prompt are learned, not those within it."""
     both = [(pair, answers) for pair in pairs for answers in (pair.chosen, pair.rejected)]
     records = [Record("messages", (*pair.prompt, *answers), {}, pair.tools) for pair, answers in both]
     try:
@@ -183,25 +192,28 @@ def _render(
     except CannotRender as error:
         raise DataError(f"row {rows[error.index // 2]} (counted from 0): {error}") from error
     learned = [
-        _keep_last_answers(text, sum(message["role"] == "assistant" for message in answers))
+        _learn_last_answers(text, sum(message["role"] == "assistant" for message in answers))
         for text, (_, answers) in zip(rendered, both, strict=True)
     ]
     return dict(zip(rows, zip(learned[::2], learned[1::2], strict=True), strict=True))
 
 
-def _keep_last_answers(rendered: Rendered, count: int) -> Rendered:
+def _learn_last_answers(rendered: Rendered, count: int) -> Rendered:
     *before, last = rendered.pieces
     return Rendered((*before, Piece(last.text, last.answers[-count:])), rendered.template, rendered.ends_in_answer)
 
 
 def _with_prompt(chosen: Example, rejected: Example) -> PreferenceExample:
-    most = min(int(np.argmax(example.loss_mask)) for example in (chosen, rejected))
-    differ = np.flatnonzero(chosen.tokens[:most] != rejected.tokens[:most])
-    return PreferenceExample(chosen.tokens[: int(differ[0]) if len(differ) else most], chosen, rejected)
+    not_learned = min(int(np.argmax(example.loss_mask)) for example in (chosen, rejected))
+    differ = np.flatnonzero(chosen.tokens[:not_learned] != rejected.tokens[:not_learned])
+    return PreferenceExample(chosen.tokens[: int(differ[0]) if len(differ) else not_learned], chosen, rejected)
 
 
 class PreferenceBatches:
-    """See `preference_batches`. Both halves shuffle by the same seed and number of examples, so rows stay pairs."""
+    """The iterator of `preference_batches`.
+
+    Chosen and rejected sequences are shuffled with the same seed and number of examples, so rows remain pairs.
+    """
 
     def __init__(self, examples: Sequence[PreferenceExample], **options: Any):
         self._halves = {
@@ -215,8 +227,8 @@ class PreferenceBatches:
     def __next__(self) -> Batch:
         return {
             f"{half}_{name}": batch[name]
-            for half, source in self._halves.items()
-            for batch in (next(source),)
+            for half, iterator in self._halves.items()
+            for batch in (next(iterator),)
             for name in ("inputs", "targets", "loss_mask")
         }
 
@@ -224,12 +236,13 @@ class PreferenceBatches:
         return self._halves["chosen"].batches_in_epoch(epoch)
 
     def get_state(self) -> dict[str, Any]:
-        """A JSON-able state: the place of the next batch."""
-        return {half: source.get_state() for half, source in self._halves.items()}
+        """Return the position of the next batch as values that JSON can hold."""
+        return {half: iterator.get_state() for half, iterator in self._halves.items()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        for half, source in self._halves.items():
-            source.set_state(state[half])
+        """Continue at a saved position."""
+        for half, iterator in self._halves.items():
+            iterator.set_state(state[half])
 
 
 def preference_batches(
@@ -244,8 +257,11 @@ def preference_batches(
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> PreferenceBatches:
-    """Batches of `batch_size` pairs, padded to `length`: `chosen_inputs`, `chosen_targets`, `chosen_loss_mask`, and the
-    same of `rejected`, each [batch_size, length]; row i of one is the pair of row i of the other. Endless if no `epochs`."""
+    """Return an iterator over batches of `batch_size` pairs.
+
+    A batch has `chosen_inputs`, `chosen_targets`, `chosen_loss_mask` and the same for `rejected`, each
+    `[batch_size, length]`. Row i of the chosen and row i of the rejected arrays are a pair. See `batches` for the arguments.
+    """
     return PreferenceBatches(
         examples,
         batch_size=batch_size,

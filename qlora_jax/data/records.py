@@ -1,13 +1,11 @@
-"""Rows from files and from the hub, with every fault of a local file found before any long work starts.
+"""Reading rows from files and from the hub; all errors of a local file are found before any long work starts.
 
-1. Decide what `source` is: a file that exists, a folder that exists, or the name of a data set on the hub.
-2. A local text file is read once, line by line, by the checks below. They know the line number, which the
-   Arrow readers behind `datasets` do not report; so a broken file is answered with a place, and not with a
-   traceback of Arrow.
-3. `datasets.load_dataset` then reads it into a memory-mapped table.
+1. `source` is the path of an existing file, the path of an existing folder, or the id of a data set on the hub.
+2. A local text file is first read line by line by the checks below. They know the line number, which the Arrow readers of
+   `datasets` do not report, so the error of a damaged file contains the line.
+3. Then `datasets.load_dataset` reads the file into a memory-mapped table.
 
-CSV and TSV columns are all read as text: type inference would turn the answers "NA" into nothing and "8.50"
-into 8.5.
+All CSV and TSV columns are read as text, because type inference would change the answer "NA" to null and "8.50" to 8.5.
 """
 
 import csv
@@ -19,22 +17,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_jax.errors import DataError
+
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-# A hub name is `name` or `owner/name`; anything with more slashes is a path that is missing.
+# A hub id is `name` or `owner/name`; a text with more slashes is a path.
 HUB_NAME = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 
 
-class DataError(ValueError):
-    """Training data that cannot be used; the message names the place, what was expected and found."""
-
-
 def load_records(source: str, split: str | None = None) -> "Dataset":
-    """Rows of a local file (JSON lines, JSON, CSV, TSV, Parquet), a folder of such files, or a hub data set.
+    """Return the rows of a local file (JSON lines, JSON, CSV, TSV, Parquet), a folder of such files, or a hub data set.
 
-    `split` is anything that `datasets` understands ("train", "test[:100]", "train[10%:]"); the default is
-    "train", which is also the name of the one split of a local file.
+    Args:
+        source: path of a file or folder, or id of a hub data set.
+        split: a split in the syntax of `datasets`, such as "train", "test[:100]" or "train[10%:]"; None: "train", which is
+            also the name of the only split of a local file.
+
+    Raises:
+        DataError: the file is damaged or of an unknown kind.
+        FileNotFoundError: there is no such file, folder or data set.
+        ConnectionError: the hub cannot be reached.
     """
     path = Path(source).expanduser()
     split = split or "train"
@@ -52,9 +55,10 @@ def load_records(source: str, split: str | None = None) -> "Dataset":
 
 
 def stream_records(source: str, split: str | None = None) -> "IterableDataset":
-    """The rows of a JSON lines or Parquet file or of a hub data set, read while they are used and never all in memory.
+    """Return the rows of a JSON lines or Parquet file or of a hub data set as a stream, which is never completely in memory.
 
-    A file is not checked beforehand, which would be to read it twice: what is wrong with a row shows when it comes.
+    A file is not checked first, because it would have to be read twice. Errors in a row are found when the row is read.
+    See `load_records` for arguments and errors.
     """
     path, split = Path(source).expanduser(), split or "train"
     if path.is_file():
@@ -68,7 +72,7 @@ def stream_records(source: str, split: str | None = None) -> "IterableDataset":
 
 
 def load_hub_records(hub: str, split: str, options: dict[str, str]) -> "Dataset":
-    """Rows of a hub data set; `options` are further ones of `datasets.load_dataset`."""
+    """Return the rows of a hub data set; `options` are more arguments for `datasets.load_dataset`."""
     return _with_rows(_load(hub, split, f"hub data set {hub}", **options), hub, split)
 
 
@@ -92,8 +96,8 @@ def _reader_of(path: Path) -> tuple[str, Callable[[Path], dict[str, Any]]]:
 
 
 def _load(reader: str, split: str, place: str, **options: Any) -> Any:
-    """A Dataset; with `streaming=True` an IterableDataset."""
-    # Importing `datasets` takes about a second, and whoever only batches or serves never needs it.
+    """Return a Dataset, or with `streaming=True` an IterableDataset."""
+    # Importing `datasets` takes about a second, and batching and serving do not need it.
     import datasets
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
@@ -113,11 +117,11 @@ def _load(reader: str, split: str, place: str, **options: Any) -> Any:
     return loaded
 
 
-# The checks. Each returns the extra options that `load_dataset` needs for that file.
+# The checks. Each returns the additional options that `load_dataset` needs for the file.
 
 
 def _decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text without its line end); raises at the first byte that is not UTF-8."""
+    """Yield (line number from 1, text without its line end); raise DataError at the first byte that is not UTF-8."""
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -171,10 +175,10 @@ def _check_json(path: Path) -> dict[str, Any]:
 
 def _check_delimited(separator: str) -> Callable[[Path], dict[str, Any]]:
     def check(path: Path) -> dict[str, Any]:
-        # The limit is one number for the whole process: raise it for this file only.
+        # The limit is a setting of the whole process, so it is changed for this file only.
         limit = csv.field_size_limit(sys.maxsize)
         try:
-            # Line ends are put back: inside quotes they belong to the field.
+            # Line ends are added again, because inside quotes they belong to the field.
             lines = csv.reader((line + "\n" for _, line in _decoded_lines(path)), delimiter=separator, strict=True)
             return _check_table(path, lines, separator)
         except csv.Error as error:

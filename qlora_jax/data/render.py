@@ -1,33 +1,30 @@
-"""Conversations → text, with the character ranges that the assistant wrote.
+"""Conversations → text, with the character ranges of the assistant's answers.
 
     chat      the tokenizer's chat template, one piece
-    guanaco   `### Human: … ### Assistant: …`, one piece; a text that has this form is kept as it is
+    guanaco   `### Human: … ### Assistant: …`, one piece; a text in this form is used unchanged
     alpaca    the prompt of Stanford Alpaca, which ends in `### Response: `, and the answer: two pieces
-    plain     the input and the answer, two pieces with nothing between; a `text` column as it is, all learned
-    auto      text → guanaco, or plain where it has no turns; instructions → alpaca; messages → chat;
-              question/answer and input/output → chat if the tokenizer has a template, else plain;
-              prompt/completion → plain, since whoever writes prompts has given them their form
+    plain     the input and the answer, two pieces without a separator; a `text` column unchanged, all of it learned
+    auto      the template that the record's schema names (`schemas.Schema.template`)
 
-A `completion` is all learned in guanaco (if it holds that form) as in plain: only what is asked later differs.
+All of a `completion` is learned, both in guanaco (if the text has that form) and in plain. The template only determines how
+prompts are written at inference.
 
-Pieces are tokenized apart, so that the tokens of a prompt do not depend on the answer that follows it: they
-are then the same in training and in generation.
+Pieces are tokenized separately, so that the tokens of a prompt do not depend on the answer after it and are the same in
+training and in generation.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 from qlora_jax.data.chat import render_chats
 from qlora_jax.data.messages import Message
 from qlora_jax.data.pieces import CannotRender, Piece
-from qlora_jax.data.records import DataError
-from qlora_jax.data.schemas import TURN_MARKER, Record
+from qlora_jax.data.schemas import SCHEMAS, TURN_MARKER, Record, Template
+from qlora_jax.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Template = Literal["auto", "chat", "guanaco", "alpaca", "plain"]
 
 ALPACA_PROMPT = (
     "Below is an instruction that describes a task. "
@@ -44,7 +41,13 @@ _MARKER_OF_ROLE = {"user": "### Human:", "assistant": "### Assistant:"}
 
 @dataclass(frozen=True)
 class Rendered:
-    """A record as text. `template` is never "auto"; `ends_in_answer`: its end is to be learned."""
+    """A record as text.
+
+    Attributes:
+        pieces: the text.
+        template: the template that was used, never "auto".
+        ends_in_answer: whether the end of the text is learned.
+    """
 
     pieces: tuple[Piece, ...]
     template: Template
@@ -52,38 +55,36 @@ class Rendered:
 
 
 def choose_template(record: Record, template: Template, tokenizer: "PreTrainedTokenizerBase") -> Template:
-    """What "auto" means for this record; any other template is itself."""
+    """Return the template for a record: the given one or, for "auto", the one that suits the record.
+
+    Raises:
+        DataError: an unknown template.
+    """
     if template not in get_args(Template):
         raise DataError(f"template: expected one of {', '.join(get_args(Template))}, found {template!r}")
     if template != "auto":
         return template
-    if record.schema == "text":
-        return "guanaco" if record.messages else "plain"
-    if record.schema == "completion":
-        return "guanaco" if TURN_MARKER.search(record.fields["text"]) else "plain"
-    if record.schema in ("alpaca", "instruction/response"):
-        return "alpaca"
-    if record.schema == "prompt/completion":
-        return "plain"
-    if record.schema in ("messages", "sharegpt") or tokenizer.chat_template is not None:
-        return "chat"
-    return "plain"
+    return SCHEMAS[record.schema].template(record, tokenizer.chat_template is not None)
 
 
 def render(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", template: Template) -> list[Rendered]:
-    """Every record as text. Chat templates are rendered together, which saves most of their cost."""
+    """Return every record as text. Chats are rendered together, which saves most of their cost.
+
+    Raises:
+        CannotRender: the template does not support a record.
+    """
     chosen = [choose_template(record, template, tokenizer) for record in records]
     chats = [index for index, name in enumerate(chosen) if name == "chat"]
     chat_pieces = dict(zip(chats, render_chats(records, chats, tokenizer), strict=True))
     return [
         Rendered((chat_pieces[index],), "chat", record.messages[-1]["role"] == "assistant")
         if name == "chat"
-        else _render_by_itself(index, record, name)
+        else _render_one(index, record, name)
         for index, (record, name) in enumerate(zip(records, chosen, strict=True))
     ]
 
 
-def _render_by_itself(index: int, record: Record, template: str) -> Rendered:
+def _render_one(index: int, record: Record, template: str) -> Rendered:
     try:
         if record.tools or any("tool_calls" in message for message in record.messages):
             raise DataError(f"template {template!r}: expected a conversation without tools, found some; choose chat")
@@ -93,11 +94,12 @@ def _render_by_itself(index: int, record: Record, template: str) -> Rendered:
 
 
 def render_guanaco(record: Record) -> Rendered:
-    if record.schema == "completion" and TURN_MARKER.search(record.fields["text"]):
-        return Rendered((_learned(record.fields["text"]),), "guanaco", True)
+    text = record.fields.get("text")
+    if text is not None and not record.messages and TURN_MARKER.search(text):
+        return Rendered((_learned(text),), "guanaco", True)  # a completion, of which all is learned
     if not record.messages:
         raise DataError("template 'guanaco': expected turns, found none (`### Human:` and `### Assistant:`)")
-    piece = _marked(record.fields["text"]) if record.schema == "text" else join_guanaco(record.messages)
+    piece = join_guanaco(record.messages) if text is None else _marked(text)
     return Rendered((piece,), "guanaco", record.messages[-1]["role"] == "assistant")
 
 
@@ -107,14 +109,14 @@ def _marked(text: str) -> Piece:
     answers = []
     for marker, end in zip(markers, ends, strict=True):
         if marker.group(1) == "Assistant":
-            # White space before the next marker is the marker's; at the end of the text it is the answer's.
+            # White space before the next marker belongs to the marker; at the end of the text it belongs to the answer.
             end = end if end == len(text) else marker.end() + len(text[marker.end() : end].rstrip())
             answers.append((marker.end(), end))
     return Piece(text, tuple(answers))
 
 
 def join_guanaco(messages: Sequence[Message]) -> Piece:
-    """The flat text of a conversation; a system message becomes a preamble on a line of its own."""
+    """Return the text of a conversation; a system message becomes a first line."""
     text, answers = "", []
     for index, message in enumerate(messages):
         role, content = message["role"], message["content"]
@@ -123,7 +125,7 @@ def join_guanaco(messages: Sequence[Message]) -> Piece:
         elif role in _MARKER_OF_ROLE:
             after_system = index == 1 and messages[0]["role"] == "system"
             text += ("" if not text or after_system else " ") + _MARKER_OF_ROLE[role]
-            # By position, not by a search: a message may quote a marker.
+            # The position is counted and not searched, because a message may contain a marker.
             start, text = len(text), f"{text} {content}"
             if role == "assistant":
                 answers.append((start, len(text)))
@@ -136,7 +138,7 @@ def join_guanaco(messages: Sequence[Message]) -> Piece:
 
 
 def render_alpaca(record: Record) -> Rendered:
-    if record.schema in ("alpaca", "instruction/response"):
+    if "instruction" in record.fields:
         instruction, extra, answer = (record.fields.get(name, "") for name in ("instruction", "input", "output"))
     else:
         (instruction, answer), extra = _one_exchange(record, "alpaca"), ""
@@ -149,7 +151,7 @@ def alpaca_prompt(instruction: str, extra: str = "") -> str:
 
 
 def render_plain(record: Record) -> Rendered:
-    if record.schema in ("text", "completion"):
+    if "text" in record.fields:
         return Rendered((_learned(record.fields["text"]),), "plain", True)
     question, answer = _one_exchange(record, "plain")
     return Rendered((Piece(question), _learned(answer)), "plain", True)

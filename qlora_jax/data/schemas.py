@@ -1,5 +1,4 @@
-"""What a record is: its schema is read off its columns, and any schema becomes a conversation where it has
-turns.
+"""The schemas of rows: which columns a row has, the conversation that it becomes, and the template that `auto` takes.
 
     schema                 columns                            becomes
     messages               messages, [tools]                  itself
@@ -9,43 +8,42 @@ turns.
     sharegpt               conversations, [system], [tools]   messages
     instruction/response   instruction, response, [context]   user: instruction and context; assistant: response
     prompt/completion      prompt, completion                 user, assistant
-    text                   text                               those marked `### Human:`, `### Assistant:`; or none
-    completion             completion                         none: learned as a whole, whatever it holds
+    text                   text                               the turns marked `### Human:`, `### Assistant:`; or no turns
+    completion             completion                         no turns: all of the text is learned
 
-The first row of this table whose columns are all there, and not null, wins: a JSON file that mixes schemas
-reaches us with the union of their columns, null where a row has none.
+The first schema of `SCHEMAS` whose columns are all there, and not null, is taken: a JSON file that mixes schemas has the
+union of their columns, with null where a row has none.
+
+A schema is one value (`Schema`) and one line of `SCHEMAS`.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from qlora_jax.data.messages import Message, checked_messages, checked_text, checked_tools
-from qlora_jax.data.records import DataError
+from qlora_jax.errors import DataError
 
-SCHEMAS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "alpaca": ("instruction", "output"),
-    "question/answer": ("question", "answer"),
-    "input/output": ("input", "output"),
-    "sharegpt": ("conversations",),
-    "instruction/response": ("instruction", "response"),
-    "prompt/completion": ("prompt", "completion"),
-    "text": ("text",),
-    "completion": ("completion",),
-}
-# The columns of an instruction: what it asks, more of the question, the answer.
-_INSTRUCTION = {"alpaca": ("input", "output"), "instruction/response": ("context", "response")}
+__all__ = ["SCHEMAS", "TURN_MARKER", "Record", "Schema", "Template", "detect_schema", "parse", "split_turns"]
+
+Row = Mapping[str, Any]
+Template = Literal["auto", "chat", "guanaco", "alpaca", "plain"]
+
 TURN_MARKER = re.compile(r"### (Human|Assistant):")
 _ROLE_OF_MARKER = {"Human": "user", "Assistant": "assistant"}
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row, understood. `messages` is empty for a text without turns; `fields` are text columns.
+    """One row after parsing.
 
-    The fields of both schemas of instructions are those of Alpaca, and those of both schemas of texts are `text`.
+    Attributes:
+        schema: the name of its schema.
+        messages: the conversation; empty for a text without turns.
+        fields: text columns. An instruction has `instruction`, `output` and perhaps `input`, whatever its columns are
+            called; a text has `text`. The templates alpaca, guanaco and plain read these two forms.
+        tools: the tools that the conversation may call.
     """
 
     schema: str
@@ -54,48 +52,57 @@ class Record:
     tools: tuple[Any, ...] = ()
 
 
+@dataclass(frozen=True)
+class Schema:
+    """A form of rows.
+
+    Attributes:
+        name: the name in reports.
+        columns: the columns that a row has to have; others are allowed.
+        parse: a row to its record; raises DataError for values of the wrong kind.
+        template: (record, whether the tokenizer has a chat template) to the template that `auto` stands for.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    parse: Callable[[Row], Record]
+    template: Callable[[Record, bool], Template]
+
+
 def detect_schema(columns: Iterable[str]) -> str:
-    """The name of the schema that has these columns."""
+    """Return the name of the schema that has these columns.
+
+    Raises:
+        DataError: no schema has.
+    """
     found = set(columns)
-    for schema, needed in SCHEMAS.items():
-        if found.issuperset(needed):
-            return schema
+    for name, schema in SCHEMAS.items():
+        if found.issuperset(schema.columns):
+            return name
     if found.issuperset(("chosen", "rejected")):
         raise DataError(
             "preference pairs (chosen, rejected): expected one answer to learn, found two; --objective dpo learns from pairs"
         )
-    known = "; ".join(f"{schema}: {', '.join(needed)}" for schema, needed in SCHEMAS.items())
+    known = "; ".join(f"{name}: {', '.join(schema.columns)}" for name, schema in SCHEMAS.items())
     raise DataError(f"unknown schema: found the columns {sorted(found)}, expected all those of one of: {known}")
 
 
-def parse(row: Mapping[str, Any]) -> Record:
-    """A row of a table, checked and turned into a conversation where it has turns."""
+def parse(row: Row) -> Record:
+    """Return the record of a row of a table.
+
+    Raises:
+        DataError: the row has no known schema, or values of the wrong kind.
+    """
     try:
-        schema = detect_schema(name for name, value in row.items() if value is not None)
+        name = detect_schema(name for name, value in row.items() if value is not None)
     except DataError as error:
         empty = sorted(name for name, value in row.items() if value is None)
         raise DataError(f"{error}{f' (null here: {empty})' if empty else ''}") from None
-    if schema == "messages":
-        return Record(schema, checked_messages(row["messages"], "messages"), {}, checked_tools(row.get("tools")))
-    if schema == "sharegpt":
-        return Record(schema, _sharegpt(row), {}, checked_tools(row.get("tools")))
-    fields = {name: checked_text(row[name], f"column {name!r}") for name in SCHEMAS[schema]}
-    if schema == "text":
-        return Record(schema, split_turns(fields["text"]), fields)
-    if schema == "completion":
-        return Record(schema, (), {"text": fields["completion"]})
-    if schema in _INSTRUCTION:
-        more, answer = _INSTRUCTION[schema]
-        fields = {"instruction": fields["instruction"], "output": fields[answer]}
-        if row.get(more) is not None:
-            fields["input"] = checked_text(row[more], f"column {more!r}")
-        question = "\n\n".join(part for part in (fields["instruction"], fields.get("input", "")) if part)
-        return Record(schema, _exchange(question, fields["output"]), fields)
-    return Record(schema, _exchange(*fields.values()), fields)
+    return SCHEMAS[name].parse(row)
 
 
 def split_turns(text: str) -> tuple[Message, ...]:
-    """The turns of a flat text, none without a marker; what stands before the first one is the system's."""
+    """Return the turns of a flat text, none without a marker; a text before the first marker is the system message."""
     markers = list(TURN_MARKER.finditer(text))
     if not markers:
         return ()
@@ -108,14 +115,91 @@ def split_turns(text: str) -> tuple[Message, ...]:
     return tuple([{"role": "system", "content": preamble}] if preamble else []) + tuple(turns)
 
 
+def _always(template: Template) -> Callable[[Record, bool], Template]:
+    return lambda record, has_chat: template
+
+
+def _chat_or_plain(record: Record, has_chat: bool) -> Template:
+    return "chat" if has_chat else "plain"
+
+
+def _text(row: Row, column: str) -> str:
+    return checked_text(row[column], f"column {column!r}")
+
+
 def _exchange(question: str, answer: str) -> tuple[Message, ...]:
     return ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
 
 
-def _sharegpt(row: Mapping[str, Any]) -> tuple[Message, ...]:
+def _pair(name: str, question: str, answer: str, template: Callable[[Record, bool], Template]) -> Schema:
+    """Return the schema of one question and one answer in columns of these names."""
+
+    def parse(row: Row) -> Record:
+        fields = {column: _text(row, column) for column in (question, answer)}
+        return Record(name, _exchange(*fields.values()), fields)
+
+    return Schema(name, (question, answer), parse, template)
+
+
+def _instruction(name: str, more: str, answer: str) -> Schema:
+    """Return the schema of an instruction with its answer in the column `answer` and, perhaps, more of it in `more`."""
+
+    def parse(row: Row) -> Record:
+        fields = {"instruction": _text(row, "instruction"), "output": _text(row, answer)}
+        if row.get(more) is not None:
+            fields["input"] = _text(row, more)
+        question = "\n\n".join(part for part in (fields["instruction"], fields.get("input", "")) if part)
+        return Record(name, _exchange(question, fields["output"]), fields)
+
+    return Schema(name, ("instruction", answer), parse, _always("alpaca"))
+
+
+def _parse_messages(row: Row) -> Record:
+    return Record("messages", checked_messages(row["messages"], "messages"), {}, checked_tools(row.get("tools")))
+
+
+def _parse_sharegpt(row: Row) -> Record:
     messages = checked_messages(row["conversations"], "conversations")
-    if not row.get("system"):
-        return messages
-    if messages and messages[0]["role"] == "system":
-        raise DataError("column 'system': expected no system message in the conversation beside it, found one")
-    return ({"role": "system", "content": checked_text(row["system"], "column 'system'")}, *messages)
+    if row.get("system"):
+        if messages and messages[0]["role"] == "system":
+            raise DataError("column 'system': expected no system message in the conversation beside it, found one")
+        messages = ({"role": "system", "content": _text(row, "system")}, *messages)
+    return Record("sharegpt", messages, {}, checked_tools(row.get("tools")))
+
+
+def _parse_text(row: Row) -> Record:
+    text = _text(row, "text")
+    return Record("text", split_turns(text), {"text": text})
+
+
+def _parse_completion(row: Row) -> Record:
+    return Record("completion", (), {"text": _text(row, "completion")})
+
+
+def _guanaco_or_plain(record: Record, has_chat: bool) -> Template:
+    return "guanaco" if TURN_MARKER.search(record.fields["text"]) else "plain"
+
+
+MESSAGES = Schema("messages", ("messages",), _parse_messages, _always("chat"))
+ALPACA = _instruction("alpaca", "input", "output")
+QUESTION_ANSWER = _pair("question/answer", "question", "answer", _chat_or_plain)
+INPUT_OUTPUT = _pair("input/output", "input", "output", _chat_or_plain)
+SHAREGPT = Schema("sharegpt", ("conversations",), _parse_sharegpt, _always("chat"))
+INSTRUCTION_RESPONSE = _instruction("instruction/response", "context", "response")
+# Whoever writes prompts has given them their form.
+PROMPT_COMPLETION = _pair("prompt/completion", "prompt", "completion", _always("plain"))
+TEXT = Schema("text", ("text",), _parse_text, _guanaco_or_plain)
+COMPLETION = Schema("completion", ("completion",), _parse_completion, _guanaco_or_plain)
+
+# Every schema by its name, in the order in which they are tried.
+SCHEMAS: dict[str, Schema] = {
+    MESSAGES.name: MESSAGES,
+    ALPACA.name: ALPACA,
+    QUESTION_ANSWER.name: QUESTION_ANSWER,
+    INPUT_OUTPUT.name: INPUT_OUTPUT,
+    SHAREGPT.name: SHAREGPT,
+    INSTRUCTION_RESPONSE.name: INSTRUCTION_RESPONSE,
+    PROMPT_COMPLETION.name: PROMPT_COMPLETION,
+    TEXT.name: TEXT,
+    COMPLETION.name: COMPLETION,
+}

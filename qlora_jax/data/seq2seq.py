@@ -1,14 +1,14 @@
 """Pairs of texts → tokens → batches of fixed shape for an encoder-decoder.
 
     source, target texts     "a b", "p q"
-    sources     a b E . .    E ends a sequence (EOS), padding follows
+    sources     a b E . .    E is the EOS token, . is padding
     source_mask 1 1 1 0 0
-    inputs      S p q . .    the targets shifted right behind the decoder's start S
+    inputs      S p q . .    the targets, shifted right after the decoder's start token S
     targets     p q E . .
     loss_mask   1 1 1 0 0
 
-A text that is too long is cut, and still ends in EOS, as T5's tokenizer does it. Records of all schemas become pairs: the
-last answer is the target, and all that their form writes before it the source.
+A text that is too long is truncated and still ends in EOS, as with T5's tokenizer. Records of all schemas become pairs: the
+last answer is the target, and all text before it is the source.
 """
 
 from collections import Counter
@@ -22,9 +22,9 @@ from qlora_jax.data.batch import Batch, batches
 from qlora_jax.data.corpus import OnLong
 from qlora_jax.data.format import Example
 from qlora_jax.data.pieces import CannotRender
-from qlora_jax.data.records import DataError
 from qlora_jax.data.render import Rendered, Template, render
 from qlora_jax.data.schemas import parse
+from qlora_jax.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Seq2SeqExample:
-    """A tokenized pair, both sides with EOS."""
+    """A tokenized pair; source and target end in EOS."""
 
     source: np.ndarray  # int32 [n]
     target: np.ndarray  # int32 [m]
@@ -47,10 +47,10 @@ def encode_seq2seq(
     max_source_length: int | None = None,
     max_target_length: int | None = None,
 ) -> Seq2SeqExample:
-    """The tokens of one pair; the lengths count EOS.
+    """Tokenize one pair; lengths include EOS.
 
     Raises:
-        DataError: the tokenizer has no EOS, or a length below 1.
+        DataError: the tokenizer has no EOS token, or a length is below 1.
     """
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):
@@ -67,10 +67,10 @@ def encode_seq2seq(
 
 @dataclass(frozen=True)
 class Seq2SeqReport:
-    """What became of the records; lengths in tokens, with EOS, before any cut."""
+    """The numbers of records that were used, truncated and skipped; lengths are in tokens with EOS, before truncation."""
 
     rows: int
-    kept: int
+    kept: int  # records that became examples
     truncated: int
     dropped_long: int
     without_target: int
@@ -100,10 +100,18 @@ def encode_all_seq2seq(
     template: Template = "auto",
     on_long: OnLong = "truncate",
 ) -> tuple[list[Seq2SeqExample], Seq2SeqReport]:
-    """Examples of all records whose target is not empty, in order; the lengths count EOS.
+    """Return (the examples of all records whose target is not empty, in order; a report).
+
+    Args:
+        records: the rows.
+        tokenizer: a tokenizer with an EOS token.
+        max_source_length: the most tokens of a source, including EOS.
+        max_target_length: the most tokens of a target, including EOS.
+        template: how conversations are written as text.
+        on_long: what to do with a pair that is too long.
 
     Raises:
-        DataError: a row that is no pair of texts or, with `on_long` "error", too long, by its number; or no row left.
+        DataError: a row is not a pair of texts, a row is too long and `on_long` is "error", or no row remains.
     """
     if on_long not in get_args(OnLong):
         raise DataError(f"on_long: expected one of {', '.join(get_args(OnLong))}, found {on_long!r}")
@@ -111,7 +119,7 @@ def encode_all_seq2seq(
     examples: list[Seq2SeqExample] = []
     templates: Counter[Template] = Counter()
     rows = truncated = dropped_long = without_target = 0
-    everything: Iterable[Any] = records  # a Dataset is one, though it does not say so
+    everything: Iterable[Any] = records  # a Dataset is iterable, but its type does not declare it
     for rows, row in enumerate(everything, start=1):
         try:
             (rendered,) = render([parse(row)], tokenizer, template)
@@ -122,8 +130,8 @@ def encode_all_seq2seq(
         if not target.strip():
             without_target += 1
             continue
-        whole = encode_seq2seq(source, target, tokenizer)
-        lengths = (len(whole.source), len(whole.target))
+        full = encode_seq2seq(source, target, tokenizer)
+        lengths = (len(full.source), len(full.target))
         longest = (max(longest[0], lengths[0]), max(longest[1], lengths[1]))
         long = lengths[0] > limits[0] or lengths[1] > limits[1]
         if long and on_long == "error":
@@ -135,7 +143,9 @@ def encode_all_seq2seq(
             dropped_long += 1
             continue
         truncated += long
-        examples.append(Seq2SeqExample(_cut(whole.source, limits[0]), _cut(whole.target, limits[1])) if long else whole)
+        if long:
+            full = Seq2SeqExample(_truncated(full.source, limits[0]), _truncated(full.target, limits[1]))
+        examples.append(full)
     report = Seq2SeqReport(rows, len(examples), truncated, dropped_long, without_target, longest, limits, dict(templates))
     if not examples:
         raise DataError(f"records: expected at least one pair of source and target, found none: {report}")
@@ -143,10 +153,10 @@ def encode_all_seq2seq(
 
 
 def split_target(rendered: Rendered) -> tuple[str, str]:
-    """(source, target): the last answer of a record, and all that is written before it.
+    """Return (source, target): all text before the last answer of a record, and that answer.
 
     Raises:
-        DataError: it has no answer, or nothing before it.
+        DataError: the record has no answer, or no text before it.
     """
     with_answers = [index for index, piece in enumerate(rendered.pieces) if piece.answers]
     if not with_answers:
@@ -159,15 +169,16 @@ def split_target(rendered: Rendered) -> tuple[str, str]:
     return source, last.text[start:end]
 
 
-def _cut(tokens: np.ndarray, limit: int) -> np.ndarray:
+def _truncated(tokens: np.ndarray, limit: int) -> np.ndarray:
     return tokens if len(tokens) <= limit else np.append(tokens[: limit - 1], tokens[-1])
 
 
 class Seq2SeqBatches:
-    """See `seq2seq_batches`. Both sides shuffle by the same seed and number of examples, so rows stay pairs.
+    """The iterator of `seq2seq_batches`.
 
-    Rows are those of `batches`, which shifts by one: the targets come from [start, *target], the sources are the inputs of
-    [*source, anything].
+    Sources and targets are shuffled with the same seed and number of examples, so rows remain pairs. The rows are those of
+    `batches`, which shifts tokens by one: targets are made from [start, *target], and sources are the inputs of
+    [*source, any token].
     """
 
     def __init__(self, sources: Sequence[Example], targets: Sequence[Example], lengths: tuple[int, int], **options: Any):
@@ -191,12 +202,13 @@ class Seq2SeqBatches:
         return self._sides["targets"].batches_in_epoch(epoch)
 
     def get_state(self) -> dict[str, Any]:
-        """A JSON-able state: the place of the next batch."""
-        return {side: source.get_state() for side, source in self._sides.items()}
+        """Return the position of the next batch as values that JSON can hold."""
+        return {side: iterator.get_state() for side, iterator in self._sides.items()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        for side, source in self._sides.items():
-            source.set_state(state[side])
+        """Continue at a saved position."""
+        for side, iterator in self._sides.items():
+            iterator.set_state(state[side])
 
 
 def seq2seq_batches(
@@ -211,11 +223,23 @@ def seq2seq_batches(
     seed: int = 0,
     epochs: int | None = None,
 ) -> Seq2SeqBatches:
-    """Batches of all examples, epoch after epoch, each in an order of its own; endless if no `epochs`. The rows left over at
-    the end of an epoch are filled up with padding alone.
+    """Return an iterator over batches of pairs; see the module's docstring for the contents of a batch.
+
+    Each epoch has a different order. The last batch of an epoch is filled with padding rows.
+
+    Args:
+        examples: the tokenized pairs.
+        batch_size: number of rows.
+        source_length: length of the rows of sources, in tokens.
+        target_length: length of the rows of targets, in tokens.
+        pad_id: token id of the padding.
+        decoder_start_id: token id of the decoder's start token.
+        shuffle: whether to shuffle the examples in each epoch.
+        seed: seed of the shuffling.
+        epochs: number of epochs; None: endless.
 
     Raises:
-        DataError: no example, or one that is longer than its row.
+        DataError: no example, or an example that is longer than its row.
     """
     if not examples:
         raise DataError("examples: expected at least one, found none")

@@ -1,6 +1,7 @@
-"""Examples as text that shows what is learned: green what is, grey what is not; «…» around it where there are no colours.
+"""Printing examples with the learned text marked: learned text is green, other text grey; without colours, «…» encloses it.
 
-Text is cut out of the decoded prefixes of a sequence, since many tokenizers decode a token otherwise where it stands alone.
+The text of a range of tokens is computed from decoded prefixes of the sequence, because many tokenizers decode a token
+differently without the tokens before it.
 """
 
 import sys
@@ -20,7 +21,7 @@ _LEARNED, _NOT_LEARNED, _END = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 def show_examples(
     examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", n: int, stream: TextIO = sys.stderr
 ) -> str:
-    """The first `n` examples as text, with colours if `stream`, where it is to be written, is a terminal."""
+    """Return the first `n` examples as text, with colours if `stream`, which the text is written to, is a terminal."""
     coloured = stream.isatty()
     shown = []
     for index, example in enumerate(examples[:n]):
@@ -31,7 +32,7 @@ def show_examples(
 
 
 def _runs(example: Example, tokenizer: "PreTrainedTokenizerBase") -> list[tuple[str, bool]]:
-    """The text of each unbroken run of learned or of other tokens."""
+    """Return (text, whether it is learned) of each maximal run of learned tokens or of other tokens."""
     ends = [*(np.flatnonzero(np.diff(example.loss_mask)) + 1).tolist(), len(example)]
     runs, before = [], ""
     for end in ends:

@@ -1,10 +1,11 @@
-"""What `--data` names → records with one conversation, pair or text a row.
+"""The value of `--data` → records with one conversation, pair or text per row.
 
-1. A file or folder that exists, or a hub data set, is read as it is (records.py).
-2. A name of the QLoRA authors' program that is no file (`oasst1`) is read from its place and in its form (named.py).
+1. An existing file or folder, or a hub data set, is read as it is (records.py).
+2. A data set's name from the QLoRA authors' program (e.g. `oasst1`), if it is no file, is read from the hub and converted
+   (named.py).
 3. Rows that are messages of trees (OASST1's own files) become conversations (trees.py).
 
-Several sources are one corpus. With weights, each makes up its share of it (mixture.py).
+Several sources form one corpus. With weights, each source gets its share of the corpus (mixture.py).
 """
 
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_jax.data.named import NAMED, WITHOUT_SOURCE, convert_named
-from qlora_jax.data.records import DataError, load_hub_records, load_records
+from qlora_jax.data.records import load_hub_records, load_records
 from qlora_jax.data.trees import COLUMNS, read_trees
+from qlora_jax.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of a source, and what is to be said of how they came about; empty for rows as they are."""
+    """The rows of a source, and a note on their conversion, which is empty for rows that were not converted."""
 
     records: "Dataset | list[dict[str, Any]]"
     note: str = ""
 
 
 def open_source(source: str, split: str | None = None) -> Source:
-    """The rows of a file, a folder, a hub data set or one of the names in `NAMED`; see `load_records`."""
+    """Return the rows of a file, a folder, a hub data set or a data set in `NAMED`; see `load_records` for the errors."""
     if not Path(source).expanduser().exists():
         if source in NAMED:
             named = NAMED[source]

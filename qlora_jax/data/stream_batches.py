@@ -1,15 +1,15 @@
-"""Batches of a set that is larger than memory: rows are read, tokenized and packed while training goes on.
+"""Batches of a data set that is larger than memory: rows are read, tokenized and packed during training.
 
-    rows      r0 r1 r2 …                                        an IterableDataset, read from front to end, then again
-    buffer    the next `buffer` rows, as examples               all that is ever held
+    rows      r0 r1 r2 …                                        an IterableDataset, read from start to end, repeatedly
+    buffer    the next `buffer` rows, as examples               only these are in memory
     batches   those of batch.py for these examples: shuffled by (seed, pass, buffer), packed or padded
 
-A buffer is used up before the next is read. So the position is small and exact: where the rows of this buffer begin
-(`IterableDataset.state_dict`, which finds the place without reading what came before, shard by shard) and the number of its
-next batch. Resuming reads and tokenizes one buffer again, and checks that it is the same. A sliding shuffle buffer, as
-`IterableDataset.shuffle` has, would have to be saved whole.
+A buffer is used completely before the next one is read. So the position is small and exact: the start of this buffer's rows
+(`IterableDataset.state_dict`, which finds it again without reading the shards before it) and the number of the next batch.
+Resuming reads and tokenizes one buffer again, and checks that its contents are the same. A sliding shuffle buffer, as in
+`IterableDataset.shuffle`, would have to be saved completely.
 
-What that costs: examples change places within a buffer only, and the last batch of a buffer is filled up with padding rows.
+The disadvantages: examples are shuffled only within a buffer, and the last batch of a buffer is filled with padding rows.
 """
 
 import copy
@@ -22,7 +22,7 @@ import numpy as np
 
 from qlora_jax.data.batch import Batch, BatchIterator, batches
 from qlora_jax.data.format import Example
-from qlora_jax.data.records import DataError
+from qlora_jax.errors import DataError, OptionError
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -31,14 +31,20 @@ Row = dict[str, Any]
 
 
 def read_rows(rows: Iterable[Row], count: int, first: int, source: str) -> list[Row]:
-    """The next rows, at most `count`; `first` is the number of the first one in messages.
+    """Return the next rows, at most `count`.
+
+    Args:
+        rows: an iterator over rows.
+        count: number of rows.
+        first: number of the first row, for error messages.
+        source: name of the data set, for error messages.
 
     Raises:
-        DataError: rows that cannot be read.
+        DataError: the rows cannot be read.
     """
     try:
         return list(islice(rows, count))
-    except Exception as error:  # of the readers of files and of the network beneath `datasets`
+    except Exception as error:  # the readers of files and the network code in `datasets` raise many kinds of errors
         raise DataError(
             f"{source}, in the {count} rows from row {first} on (counted from 0): expected rows that can be read, "
             f"found {type(error).__name__}: {error}"
@@ -46,20 +52,20 @@ def read_rows(rows: Iterable[Row], count: int, first: int, source: str) -> list[
 
 
 class StreamBatches(grain.DatasetIterator[Batch]):
-    """Endless batches of a stream of rows, with a position; see the module's docstring.
+    """An endless iterator over batches of a stream of rows, whose position can be saved; see the module's docstring.
 
     Args:
-        open_rows: makes the stream anew, at its beginning.
-        encode: (rows, number of the first of them) → examples of at most `length` + 1 tokens, perhaps none.
-        buffer: rows that are held at a time.
+        open_rows: opens the stream at its start.
+        encode: maps (rows, number of the first row) to examples of at most `length` + 1 tokens, possibly none.
+        buffer: number of rows in memory at a time.
         batch_size, length, pad_id, packing, seed, group_by_length: as in `batches`.
-        source: its name in messages.
-        first_row: the number of its first row, for `encode` and in messages.
+        source: name of the stream, for error messages.
+        first_row: number of the stream's first row, for `encode` and for error messages.
         pass_ended: called after the last row of each pass.
 
     Raises:
-        ValueError: a buffer of less than one row, or what `batches` raises.
-        DataError: on reading, rows that cannot be read, or a whole pass in which nothing is learned.
+        OptionError: a buffer of less than one row, or other invalid options; see `batches`.
+        DataError: while reading: rows that cannot be read, or a complete pass with nothing to learn.
     """
 
     def __init__(
@@ -80,7 +86,7 @@ class StreamBatches(grain.DatasetIterator[Batch]):
     ) -> None:
         super().__init__()
         if buffer < 1:
-            raise ValueError(f"buffer: expected at least 1 row, found {buffer}")
+            raise OptionError(f"buffer: expected at least 1 row, found {buffer}")
         self._open_rows, self._encode, self._buffer, self._seed = open_rows, encode, buffer, seed
         self._source, self._first_row, self._pass_ended = source, first_row, pass_ended
         self._options: dict[str, Any] = {
@@ -91,15 +97,17 @@ class StreamBatches(grain.DatasetIterator[Batch]):
             "group_by_length": group_by_length,
         }
         self._pass = 0
-        self._row = 0  # of the pass, with which this buffer begins
-        self._read = 0  # rows of this buffer
+        self._row = 0  # number of this buffer's first row within the pass
+        self._read = 0  # number of rows of this buffer
         self._stream = open_rows()
         self._rows: Iterator[Row] | None = None
-        self._start: dict[str, Any] = copy.deepcopy(self._stream.state_dict())  # of the stream, where this buffer begins
+        self._start: dict[str, Any] = copy.deepcopy(
+            self._stream.state_dict()
+        )  # the stream's state at the start of this buffer
         self._current: BatchIterator | None = None
 
     def __next__(self) -> Batch:
-        taught = self._pass  # the last pass that is known to teach something
+        taught = self._pass  # the last pass that is known to have something to learn
         while True:
             if self._current is not None:
                 batch = next(self._current, None)
@@ -113,11 +121,11 @@ class StreamBatches(grain.DatasetIterator[Batch]):
                 )
 
     def batches_in_epoch(self, epoch: int = 0) -> None:
-        """Nobody knows before all rows were read."""
+        """Return None: the number of batches is unknown before all rows are read."""
         return None
 
     def get_state(self) -> dict[str, Any]:
-        """A JSON-able state: the place of the next batch."""
+        """Return the position of the next batch as values that JSON can hold."""
         return {
             "pass": self._pass,
             "row": self._row,
@@ -127,15 +135,21 @@ class StreamBatches(grain.DatasetIterator[Batch]):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
+        """Continue at a saved position.
+
+        Raises:
+            OptionError: the position was saved with another buffer or with other options.
+            DataError: the position was saved with other data.
+        """
         if state["buffer"] != self._buffer:
-            raise ValueError(f"position of the data: expected a buffer of {state['buffer']} rows, found {self._buffer}")
+            raise OptionError(f"position of the data: expected a buffer of {state['buffer']} rows, found {self._buffer}")
         self._pass, self._row, self._read = int(state["pass"]), int(state["row"]), 0
         self._open(state["stream"])
         self._current = None
         if state["batches"] is not None:
             self._fill()
             if self._current is None:
-                raise ValueError("position of the data: expected the data that it was saved with, found nothing there")
+                raise DataError("position of the data: expected the data that it was saved with, found nothing there")
             self._current.set_state(state["batches"])
 
     def _open(self, position: dict[str, Any] | None) -> None:
@@ -145,8 +159,8 @@ class StreamBatches(grain.DatasetIterator[Batch]):
         self._start = copy.deepcopy(self._stream.state_dict() if position is None else position)
 
     def _advance(self) -> None:
-        """To the next buffer, or to the beginning where the stream has ended."""
-        self._current = None  # before the next is read: one buffer at a time
+        """Go to the next buffer, or to the start of the stream if it has ended."""
+        self._current = None  # free this buffer before the next one is read
         if self._read:
             self._row, self._read = self._row + self._read, 0
             self._start = copy.deepcopy(self._stream.state_dict())
@@ -157,7 +171,7 @@ class StreamBatches(grain.DatasetIterator[Batch]):
             self._open(None)
 
     def _fill(self) -> None:
-        """Reads the buffer that begins here; without anything to learn in it there are no batches."""
+        """Read the buffer at this position; if it has nothing to learn, there are no batches."""
         if self._rows is None:
             self._rows = iter(self._stream)
         first = self._first_row + self._row

@@ -1,4 +1,4 @@
-"""OASST1's message trees → conversations, along the reply that people ranked first: how Guanaco's data were made.
+"""OASST1's message trees → conversations, by following the reply that people ranked first, as in Guanaco's data.
 
     message_id  parent_id  role       rank      a (question)
     a           –          prompter   –         ├─ b  rank 1
@@ -7,10 +7,10 @@
     d           c          prompter   –                   └─ e  rank 0
     e           d          assistant  0         the conversation: a c d e
 
-From each root on, the reply with the lowest rank follows; where none is ranked, or several share a rank, the first in
-the file. A deleted message is no reply, and a question at the end without an answer is cut off. A tree of which no answer
-is left, or whose state is another than `ready_for_export`, is left out and counted. What makes no tree (a parent that is
-missing, a loop, an id that comes twice) is an error that names the message.
+A conversation starts at a root and follows the reply with the lowest rank; if no reply has a rank, or several have the same,
+it follows the first one in the file. Deleted messages are ignored, and a question without an answer at the end is removed. A
+tree without an answer, or with a state other than `ready_for_export`, is skipped and counted. Messages that do not form
+trees (a missing parent, a loop, a repeated id) are an error that names the message.
 """
 
 import math
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from qlora_jax.data.messages import checked_text
-from qlora_jax.data.records import DataError
+from qlora_jax.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,7 +31,7 @@ _Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Trees:
-    """The conversations, as records with `messages`, and how many trees gave none."""
+    """The conversations, as records with `messages`, and the numbers of trees without one."""
 
     conversations: list[dict[str, Any]]
     without_answer: int
@@ -48,7 +48,11 @@ class Trees:
 
 
 def read_trees(rows: "Iterable[_Row] | Dataset") -> Trees:
-    """The conversation of each tree, in the order of their roots."""
+    """Return the conversation of each tree, in the order of the roots.
+
+    Raises:
+        DataError: the messages do not form trees, or no tree has an answer.
+    """
     messages: dict[str, _Row] = {}
     for index, row in enumerate(cast(Iterable[_Row], rows)):
         name = checked_text(row["message_id"], f"row {index} (counted from 0), column 'message_id'")
@@ -81,7 +85,7 @@ def _replies(messages: Mapping[str, _Row]) -> dict[str, list[str]]:
     replies: dict[str, list[str]] = {name: [] for name in messages}
     for name, row in messages.items():
         parent = row["parent_id"]
-        if not parent:  # none; in a CSV file an empty text
+        if not parent:  # None, or in a CSV file an empty text
             continue
         if parent not in messages:
             raise DataError(f"message {name}: expected its parent among the messages, found no {parent}")
@@ -103,7 +107,7 @@ def _check_no_loop(messages: Mapping[str, _Row], roots: list[str], replies: Mapp
 
 
 def _best_path(root: str, messages: Mapping[str, _Row], replies: Mapping[str, list[str]]) -> list[str]:
-    """The messages from the root to the last answer on the path; none if the root is no question or has no answer."""
+    """Return the messages from the root to the path's last answer; none if the root is no question or has no answer."""
     if messages[root]["role"] != "prompter" or _is_deleted(messages[root]):
         return []
     path = [root]
@@ -119,7 +123,7 @@ def _is_deleted(row: _Row) -> bool:
 
 
 def _rank(row: _Row) -> float:
-    # A CSV file has ranks as text, and none as an empty one; Arrow has numbers, and none as null or not-a-number.
+    # In a CSV file ranks are text, empty if missing; in Arrow they are numbers, null or NaN if missing.
     rank = row.get("rank")
     try:
         value = math.inf if rank is None or rank == "" else float(rank)

@@ -1,4 +1,4 @@
-"""What a model can do, measured: MMLU, RougeL; intervals of what was measured."""
+"""Evaluation of models: MMLU, RougeL, and confidence intervals of the results."""
 
 from qlora_jax.evaluate.intervals import Interval, mean_interval, paired_difference, share_interval
 from qlora_jax.evaluate.lengths import padded_batches

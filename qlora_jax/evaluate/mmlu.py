@@ -1,20 +1,21 @@
-"""MMLU: which of A, B, C and D a model finds likeliest after "Answer:", as in the QLoRA paper (section 5.2).
+"""MMLU: the letter A, B, C or D that a model finds most likely after "Answer:", as in the QLoRA paper (section 5.2).
 
     prediction = argmax over the four letters of the logits at the last position of the prompt
-    score      = mean over the subjects of the share of right predictions      (subjects differ in size)
+    score      = mean over the subjects of the share of correct predictions      (subjects differ in size)
 
-No letter is generated and no loss computed: one forward pass, and logits of the last position alone.
+No letter is generated and no loss is computed: there is one forward pass, and logits of the last position only.
 
-The tokens of the letters. What follows "Answer:" is " A", and how a tokenizer writes that decides what to compare: one token
-with the space in it, or a space and then the letter. So "Answer: A" to "Answer: D" are encoded as wholes; what they share
-belongs to the prompt, and the four tokens in which they differ are the letters. (The QLoRA authors' program takes the
-token of "A" by itself. With LLaMA's tokenizer that is the same; with byte-level ones, of Llama 3 and many others, it is a
-token that never follows "Answer:".)
+The tokens of the letters. The text after "Answer:" is " A", which a tokenizer encodes either as one token that includes the
+space, or as a space and a letter. So "Answer: A" to "Answer: D" are encoded completely. Their common tokens belong to the
+prompt, and the four tokens that differ are the letters. (The QLoRA authors' program uses the token of "A" alone. With
+LLaMA's tokenizer this is the same; with byte-level tokenizers, as in Llama 3 and many others, this token never follows
+"Answer:".)
 
-Long prompts lose their last examples, as in Hendrycks' program, and never a part of the question. (The QLoRA authors'
-program cuts the end of the prompt off, which is the question.) Questions too long by themselves are left out and counted.
+If a prompt is too long, its last examples are removed, as in Hendrycks' program, but never a part of the question. (The
+QLoRA authors' program truncates the end of the prompt, which is the question.) Questions that are too long without examples
+are skipped and counted.
 
-Shapes. Prompts are padded to few lengths (lengths.py): at most five programs are compiled up to 2,048 tokens.
+Shapes. Prompts are padded to few lengths (lengths.py): at most five programs are compiled for up to 2,048 tokens.
 """
 
 from collections.abc import Sequence
@@ -30,37 +31,38 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from qlora_jax.data.records import DataError
+from qlora_jax.errors import DataError
 from qlora_jax.evaluate.lengths import padded_batches
 from qlora_jax.evaluate.questions import LETTERS, Question
-from qlora_jax.nn import data_mesh, place
+from qlora_jax.nn import data_mesh, put_on_mesh
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 class LanguageModel(Protocol):
-    """What is needed of a model."""
+    """A decoder-only model that MMLU can evaluate."""
 
     def hidden(self, tokens: Array) -> Array:
-        """int32 tokens `[b, t]` to the normed last hidden states `[b, t, features]`, each blind to those after it."""
+        """Return the normalized last hidden states `[b, t, features]` of int32 tokens `[b, t]`, with causal attention."""
         ...
 
     def logits(self, hidden: Array) -> Array:
-        """Hidden states `[b, features]` to logits `[b, vocabulary]`."""
+        """Return the logits `[b, vocabulary]` of hidden states `[b, features]`."""
         ...
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Questions as tokens.
+    """Tokenized questions.
 
     Attributes:
-        tokens: of each prompt, int32.
-        answers: 0 to 3 for each.
-        letters: the tokens of A, B, C and D.
-        shortened: prompts that lost examples to the limit.
-        left_out: questions that were too long without any.
+        tokens: int32 `[t_i]`, the token ids of each prompt.
+        subjects: the subject of each prompt.
+        answers: the correct answer of each prompt, 0 to 3.
+        letters: the token ids of A, B, C and D.
+        shortened: number of prompts from which examples were removed.
+        left_out: number of questions that were skipped because they are too long without examples.
     """
 
     tokens: tuple[np.ndarray, ...]
@@ -79,41 +81,41 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Scores:
-    """Right and all answers by subject."""
+    """The numbers of correct answers and of all answers by subject."""
 
     right: dict[str, int]
     counts: dict[str, int]
 
     @property
     def by_subject(self) -> dict[str, float]:
-        """The share of right answers of each subject."""
+        """The share of correct answers of each subject."""
         return {subject: self.right[subject] / count for subject, count in self.counts.items()}
 
     @property
     def accuracy(self) -> float:
-        """The mean over subjects."""
+        """The mean share of correct answers over the subjects."""
         return float(np.mean(list(self.by_subject.values())))
 
-    def figures(self) -> dict[str, float]:
-        """For a record: `mmlu_accuracy`, and `mmlu_accuracy_<subject>` for each subject."""
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics for a log: `mmlu_accuracy`, and `mmlu_accuracy_<subject>` for each subject."""
         return {"mmlu_accuracy": self.accuracy} | {
             f"mmlu_accuracy_{subject}": accuracy for subject, accuracy in self.by_subject.items()
         }
 
 
 def encode_questions(questions: Sequence[Question], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Prompts:
-    """The prompts as tokens, at most `max_length` each, as the module describes.
+    """Tokenize questions to prompts of at most `max_length` tokens, as the module's docstring describes.
 
     Raises:
-        DataError: the tokenizer has no token of its own for each letter; a prompt that no letter follows; or every question
-            is too long.
+        DataError: the tokenizer has no separate token for each letter, a letter cannot follow a prompt, or every question is
+            too long.
     """
     letters = _letters(tokenizer)
 
     def encode(texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        # With the first letter, which tells what of its token belongs to the prompt; then without it.
+        # A letter is appended to find the tokens of the prompt, and removed below.
         rows = cast(list[list[int]], tokenizer([f"{text} {LETTERS[0]}" for text in texts], verbose=False)["input_ids"])
         rows = [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in rows]
         for text, row in zip(texts, rows, strict=True):
@@ -128,28 +130,30 @@ def encode_questions(questions: Sequence[Question], tokenizer: "PreTrainedTokeni
             shots[index] -= 1
         for index, row in zip(long, encode([questions[i].prompt(shots[i]) for i in long]), strict=True):
             encoded[index] = row
-    kept = [index for index, row in enumerate(encoded) if len(row) <= max_length]
-    if not kept:
+    fitting = [index for index, row in enumerate(encoded) if len(row) <= max_length]
+    if not fitting:
         raise DataError(f"MMLU: expected questions of at most {max_length} tokens, found none; all are longer")
     return Prompts(
-        tokens=tuple(np.asarray(encoded[index], np.int32) for index in kept),
-        subjects=tuple(questions[index].subject for index in kept),
-        answers=tuple(questions[index].answer for index in kept),
+        tokens=tuple(np.asarray(encoded[index], np.int32) for index in fitting),
+        subjects=tuple(questions[index].subject for index in fitting),
+        answers=tuple(questions[index].answer for index in fitting),
         letters=letters,
-        shortened=sum(shots[index] < len(questions[index].examples) for index in kept),
-        left_out=len(encoded) - len(kept),
+        shortened=sum(shots[index] < len(questions[index].examples) for index in fitting),
+        left_out=len(encoded) - len(fitting),
     )
 
 
 def evaluate_mmlu(
     graphdef: nnx.GraphDef[Any], state: Any, prompts: Prompts, *, batch_size: int = 8, progress: bool = False
 ) -> Scores:
-    """Asks a model.
+    """Return the scores of a model.
 
     Args:
         graphdef, state: `nnx.split` of a `LanguageModel`.
-        batch_size: rows at a time. In the context of a mesh (`jax.set_mesh(data_mesh())`) they are spread over its devices,
-            and rounded up to a multiple of them.
+        prompts: the tokenized questions.
+        batch_size: number of rows in a batch. In the context of a mesh (`jax.set_mesh(data_mesh())`) the rows are split over
+            its devices, and their number is rounded up to a multiple of the devices.
+        progress: whether to show a progress bar.
     """
     predictions = letter_logits(graphdef, state, prompts, batch_size=batch_size, progress=progress).argmax(1)
     right: dict[str, int] = {}
@@ -163,14 +167,14 @@ def evaluate_mmlu(
 def letter_logits(
     graphdef: nnx.GraphDef[Any], state: Any, prompts: Prompts, *, batch_size: int = 8, progress: bool = False
 ) -> np.ndarray:
-    """The logits of A, B, C and D after each prompt, float32 `[n, 4]`; the arguments are those of `evaluate_mmlu`."""
+    """Return the logits of A, B, C and D after each prompt, float32 `[n, 4]`; see `evaluate_mmlu` for the arguments."""
     mesh = None if jax.sharding.get_abstract_mesh().empty else data_mesh()
     devices = 1 if mesh is None else mesh.size
     batches = padded_batches(prompts.tokens, -(-batch_size // devices) * devices)
     result = np.zeros((len(prompts.tokens), len(LETTERS)), np.float32)
     letters = np.asarray(prompts.letters, np.int32)
     for indices, tokens, lengths in tqdm(batches, desc="MMLU", unit="batch", leave=False, disable=not progress):
-        placed = place(mesh, (tokens, lengths), P("data"))
+        placed = put_on_mesh(mesh, (tokens, lengths), P("data"))
         result[indices] = np.asarray(_last_logits(graphdef, state, *placed, letters))[: len(indices)]
     return result
 

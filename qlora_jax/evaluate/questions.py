@@ -13,9 +13,9 @@
     …
     Answer:
 
-(Two spaces before the subject, as in their program and in all prompts made with it.) Rows come in two forms:
+(There are two spaces before the subject, as in the authors' program and all prompts made with it.) Rows have two forms:
 
-    subject, input, output                    a whole prompt with its examples, and the letter: the QLoRA authors' files
+    subject, input, output                    a complete prompt with its examples, and the letter: the QLoRA authors' files
     subject, question, choices, answer        cais/mmlu on the hub; answer is 0 to 3 or a letter. In tables the choices may
                                               be four columns A, B, C and D.
 """
@@ -28,11 +28,12 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.data.records import DataError, load_hub_records, load_records
+from qlora_jax.data.records import load_hub_records, load_records
+from qlora_jax.errors import DataError
 
 LETTERS = ("A", "B", "C", "D")
 HUB = "cais/mmlu"
-_HUB_OPTIONS = {"name": "all"}  # its configuration with every subject
+_HUB_OPTIONS = {"name": "all"}  # the configuration with every subject
 _OPENING = "The following are multiple choice questions (with answers) about"
 _AFTER_AN_EXAMPLE = re.compile(r"(?<=\nAnswer: [ABCD])\n\n")
 _COLUMNS = "the columns subject, input, output, or subject, question, choices (or A, B, C, D), answer"
@@ -40,13 +41,13 @@ _COLUMNS = "the columns subject, input, output, or subject, question, choices (o
 
 @dataclass(frozen=True)
 class Question:
-    """A question; its parts make the prompt, with an empty line between them.
+    """A question; its prompt is the concatenation of the parts, separated by empty lines.
 
     Attributes:
-        header: what stands before everything; "" for none.
+        header: text before the examples; empty if there is none.
         examples: solved questions.
-        body: the question itself and its choices, up to and with "Answer:".
-        answer: the place of the right choice, 0 to 3.
+        body: the question itself and its choices, up to and including "Answer:".
+        answer: the index of the correct choice, 0 to 3.
     """
 
     subject: str
@@ -56,18 +57,20 @@ class Question:
     answer: int
 
     def prompt(self, shots: int | None = None) -> str:
-        """The prompt with the first `shots` examples; all of them if None."""
+        """Return the prompt with the first `shots` examples; None: all examples."""
         parts = [*([self.header] if self.header else []), *self.examples[:shots], self.body]
         return "\n\n".join(parts)
 
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions, and which they are of how many.
+    """The questions of a source, or a random sample of them.
 
     Attributes:
-        total: how many the source has.
-        seed: of the sample, where they are fewer.
+        source: path or hub id.
+        questions: the questions that were read.
+        total: number of questions of the source.
+        seed: seed of the sample, if there are fewer questions.
     """
 
     source: str
@@ -92,22 +95,22 @@ def read_questions(
     limit: int | None = None,
     seed: int = 0,
 ) -> QuestionSet:
-    """Reads questions.
+    """Read questions from files or from the hub.
 
     Args:
         source: a file (JSONL, JSON, CSV, TSV, Parquet), a folder of such files, or a hub id, such as cais/mmlu.
-        split: of a hub data set; "validation" if None, as in the QLoRA authors' program.
-        shots: solved examples before each question that comes as question and choices; 5 if None. Whole prompts
-            have theirs: None; or 0, which leaves them out.
-        examples: where the examples are from, in the same forms; the split "dev" of a hub data set if None.
-        limit: a random sample of at most so many questions, in their order. (The first ones would all be of a few
-            subjects: files of MMLU are sorted.)
-        seed: of that sample.
+        split: split of a hub data set; None: "validation", as in the QLoRA authors' program.
+        shots: number of solved examples before each question; None: 5. Rows that are complete prompts contain their
+            examples; for them only None, and 0 to remove the examples, are allowed.
+        examples: source of the examples, in the same forms; None: the split "dev" of a hub data set.
+        limit: the most questions, chosen at random and in their original order. (The first ones would belong to a few
+            subjects, because files of MMLU are sorted.) None: all questions.
+        seed: seed of the random choice.
 
     Raises:
-        DataError: columns of neither form, rows that do not fit them, or too few examples of a subject; the message names
+        DataError: the columns have neither form, rows are invalid, or a subject has too few examples; the message contains
             the file or the row.
-        OSError: what `source` names is not there or cannot be read.
+        OSError: the source does not exist or cannot be read.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit: expected at least 1, found {limit}")
@@ -174,7 +177,7 @@ def _question(row: Mapping[str, Any], place: str) -> Question:
 
 
 def _parts(prompt: str) -> tuple[str, tuple[str, ...], str]:
-    """(header, examples, question) of a whole prompt; one of another make is all question."""
+    """Return (header, examples, question) of a complete prompt; a prompt of another form is all question."""
     prompt, header = prompt.rstrip(), ""
     if prompt.startswith(_OPENING) and "\n\n" in prompt:
         header, prompt = prompt.split("\n\n", 1)
@@ -183,7 +186,7 @@ def _parts(prompt: str) -> tuple[str, tuple[str, ...], str]:
 
 
 def _letter(value: Any, place: str) -> int:
-    """The place of an answer, which is a letter or, as on the hub, a number from 0; tables have it as text."""
+    """Return the index of an answer, which is a letter or, as on the hub, a number from 0; in CSV files it is text."""
     text = str(value).strip()
     if text in LETTERS:
         return LETTERS.index(text)

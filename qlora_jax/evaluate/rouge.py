@@ -1,23 +1,25 @@
-"""RougeL as the QLoRA paper gives it for T5 on Super-NaturalInstructions.
+"""RougeL, the metric of the QLoRA paper for T5 on Super-NaturalInstructions.
 
-The F-measure of the longest common subsequence of words, stemmed, times 100; the mean over all answers. Words and stems are
-those of Google's rouge-score package, which that benchmark's own evaluation uses too.
+The score of an answer is 100 times the F-measure of the longest common subsequence of stemmed words. Google's rouge-score
+package splits and stems the words, as in the benchmark's own evaluation.
 """
 
 from collections.abc import Sequence
 
+from qlora_jax.errors import DataError
+
 
 def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
-    """The mean RougeL, 0 to 100, of answers against one reference each.
+    """Return the mean RougeL, 0 to 100, of answers with one reference each.
 
     Raises:
-        ValueError: no answer, or other numbers of both.
+        DataError: no answers, or different numbers of answers and references.
     """
-    # Only here: the package takes a while to import.
+    # Imported here, because the import of this package is slow.
     from rouge_score.rouge_scorer import RougeScorer
 
     if not answers or len(answers) != len(references):
-        raise ValueError(f"RougeL: expected as many references as answers, found {len(references)} and {len(answers)}")
+        raise DataError(f"RougeL: expected as many references as answers, found {len(references)} and {len(answers)}")
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     scores = [
         scorer.score(target=reference, prediction=answer)["rougeL"].fmeasure

@@ -1,4 +1,4 @@
-"""How far two models are apart: their logits on the same tokens."""
+"""Measures how far two models are apart, by their logits on the same tokens."""
 
 import dataclasses
 import math
@@ -18,12 +18,12 @@ __all__ = ["Drift", "logit_drift", "sample_logits"]
 
 @dataclasses.dataclass(frozen=True)
 class Drift:
-    """How far the logits of two models lie apart over some positions.
+    """How far the logits of two models are apart.
 
     Attributes:
-        max, mean: of the absolute difference.
-        same_token: share of positions at which both prefer the same next token.
-        positions: how many were compared.
+        max, mean: the largest and the mean absolute difference.
+        same_token: the share of positions at which both models give the same token the highest logit.
+        positions: the number of positions that were compared.
     """
 
     max: float
@@ -33,9 +33,11 @@ class Drift:
 
 
 def sample_logits(model: Model, batches: Sequence[Array | np.ndarray]) -> list[np.ndarray]:
-    """float32 logits `[b, t, vocabulary]` of int32 token batches `[b, t]`, on the host, so that the model may
-    be dropped before the one to compare with is loaded. An encoder-decoder reads the first half of each row, and its
-    logits are those of the second."""
+    """Return float32 logits `[b, t, vocabulary]` of int32 token batches `[b, t]`.
+
+    They are on the host, so that the model can be dropped before the second one is loaded. An encoder-decoder reads the
+    first half of each row, and its logits are those of the second half.
+    """
     graph, state = nnx.split(model)
 
     def run_model(state: Any, tokens: Array) -> Array:
@@ -51,7 +53,7 @@ def sample_logits(model: Model, batches: Sequence[Array | np.ndarray]) -> list[n
 
 
 def logit_drift(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> Drift:
-    """The differences between two results of `sample_logits` over the same tokens."""
+    """Return the differences between two results of `sample_logits` on the same tokens."""
     differences = [np.abs(a - b) for a, b in zip(before, after, strict=True)]
     same = [(a.argmax(-1) == b.argmax(-1)).sum() for a, b in zip(before, after, strict=True)]
     positions = sum(math.prod(a.shape[:-1]) for a in before)

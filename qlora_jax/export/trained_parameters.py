@@ -1,13 +1,14 @@
-"""What an adapter trained besides linear layers, as a merged checkpoint takes it: values in place of the base's."""
+"""Parameters that an adapter trained besides linear layers: in a merged checkpoint they replace those of the base."""
 
 import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
-from qlora_jax.adapters.files import PREFIX, Adapter, rows_name
-from qlora_jax.models import ParameterMapping, Trained, tied_head
-from qlora_jax.models.trained import TIED_HEAD
+from qlora_jax.adapters.files import Adapter
+from qlora_jax.adapters.names import PREFIX, rows_name
+from qlora_jax.models import ParameterMapping, TrainableBase, tied_head
+from qlora_jax.models.trainable import TIED_HEAD
 
 __all__ = ["Retrained", "retrained_parameters"]
 
@@ -17,14 +18,15 @@ class Retrained:
     """The values that an adapter gives to parameters, or to rows of them, in place of the checkpoint's.
 
     Attributes:
-        rows: the tokens that the values are for; None: the whole parameter.
+        values: the trained values: a whole parameter, or rows of an embedding.
+        rows: the tokens whose rows they are; None: a whole parameter.
     """
 
     values: np.ndarray
     rows: tuple[int, ...] | None = None
 
     def put(self, tensor: np.ndarray) -> np.ndarray:
-        """The parameter, given the checkpoint's."""
+        """Return the trained parameter, given that of the checkpoint."""
         if self.rows is None:
             return self.values
         tensor = tensor.astype(np.float32)
@@ -33,17 +35,22 @@ class Retrained:
 
 
 def retrained_parameters(
-    adapter: Adapter | None, trained: Trained, keys: Sequence[ParameterMapping]
+    adapter: Adapter | None, trained: TrainableBase, mappings: Sequence[ParameterMapping]
 ) -> dict[str, Retrained]:
-    """What an adapter trained besides linear layers, by the checkpoint's names."""
+    """Return what an adapter trained besides linear layers, by the checkpoint's names.
+
+    Args:
+        trained: of the model with the adapter's method.
+        mappings: the parameter mappings of the model.
+    """
     if adapter is None:
         return {}
-    named = {key.path: key for key in keys}
+    by_path = {mapping.path: mapping for mapping in mappings}
     result: dict[str, Retrained] = {}
-    for key in trained.whole:
-        names = [str(tied_head(keys))] if key.path == TIED_HEAD else named[key.path].names()
-        for name, theirs in zip(names, key.names(), strict=True):
+    for mapping in trained.full:
+        names = [str(tied_head(mappings))] if mapping.path == TIED_HEAD else by_path[mapping.path].names()
+        for name, theirs in zip(names, mapping.names(), strict=True):
             result[name] = Retrained(adapter.tensors[PREFIX + theirs])
-    for key, rows in trained.rows:
-        result[named[key.path].name] = Retrained(adapter.tensors[rows_name(key.modules()[0])], rows)
+    for mapping, rows in trained.rows:
+        result[by_path[mapping.path].name] = Retrained(adapter.tensors[rows_name(mapping.modules()[0])], rows)
     return result

@@ -1,7 +1,8 @@
-"""EVA's start of an adapter (peft/eva.py), from batches of the run's own training data.
+"""Initialises an adapter by EVA (peft/eva.py), from batches of the run's own training data.
 
-The watching model is the loaded one with other adapters: it shares all frozen weights. Batches are those of a step's
-micro-batches, in the run's order, until the directions of every layer stay as they are, but no more than 32.
+A second model records the inputs of each layer. It is the loaded model with other adapters, and shares all frozen weights.
+Its batches have the size of a step's micro-batches and come in the run's order, until the directions of every layer no
+longer change, but no more than 32 batches.
 """
 
 import itertools
@@ -14,10 +15,11 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from qlora_jax.errors import DataError
 from qlora_jax.models import Model, linear_mappings
 from qlora_jax.nn import AdapterConstant, Linear, WeightConstant
-from qlora_jax.peft import DoRALinear, LoRA, LoRALinear
-from qlora_jax.peft.eva import EVA, InputWatch, converged, tokens_seen, unit_directions
+from qlora_jax.peft import LoRA, LowRankAdapter
+from qlora_jax.peft.eva import EVA, InputStatistics, converged, tokens_seen, unit_directions
 from qlora_jax.train import LossFunction
 
 MOST_BATCHES = 32
@@ -35,16 +37,18 @@ def start_from_inputs(
     most: int = MOST_BATCHES,
     progress: bool = True,
 ) -> AnyModel:
-    """The model with the main directions of each adapted layer's inputs as its A.
+    """Return the model whose A matrices are the main directions of their layers' inputs. The model is changed in place.
 
     Args:
-        model: loaded, with `lora`.
-        build: a method of fine-tuning to the same model anew, to be traced without memory.
-        loss: of a batch; tokens on which it does not depend do not count.
-        batches: at most `most` of them are looked at.
+        model: a loaded model, with the method `lora`.
+        build: makes the same model with another method of fine-tuning; it is traced without memory.
+        loss: the loss of a batch; tokens on which it does not depend do not count.
+        batches: at most `most` of them are read.
+        progress: whether to show a progress bar.
 
     Raises:
-        ValueError: fewer tokens than the rank, or a rank above a layer's inputs.
+        DataError: there are fewer tokens than the rank.
+        ValueError: the rank is higher than the number of a layer's inputs.
     """
     graph, watches, _ = nnx.split(nnx.eval_shape(lambda: build(EVA(lora))), nnx.LoRAParam, ...)
     watches = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), watches)
@@ -56,7 +60,7 @@ def start_from_inputs(
             result = loss(nnx.merge(graph, watches, frozen), batch, None)
             return result[0] if isinstance(result, tuple) else result
 
-        return jax.grad(loss_of)(watches)  # the watches' next values: peft/eva.py
+        return jax.grad(loss_of)(watches)  # the next values of the records: see peft/eva.py
 
     for number, batch in enumerate(tqdm(itertools.islice(batches, most), desc="EVA", leave=False, disable=not progress)):
         watches = look(watches, frozen, batch)
@@ -64,12 +68,12 @@ def start_from_inputs(
             break
     ranks = max(lora.rank, *(rank for _, rank in lora.rank_pattern), 0)
     if (seen := tokens_seen(watches)) < ranks:
-        raise ValueError(f"init_lora_weights eva: expected at least {ranks} tokens of training data, found {seen}")
+        raise DataError(f"init_lora_weights eva: expected at least {ranks} tokens of training data, found {seen}")
     found = nnx.merge(graph, watches, frozen)
-    for key in linear_mappings(model.config.parameter_mappings):
-        layer, watch = _at(model, key.path[:-1]), _at(found, key.path[:-1]).adapter
+    for mapping in linear_mappings(model.config.parameter_mappings):
+        layer, watch = _at(model, mapping.path[:-1]), _at(found, mapping.path[:-1]).adapter
         adapter = layer.adapter if isinstance(layer, Linear) else None
-        if isinstance(adapter, LoRALinear | DoRALinear) and isinstance(watch, InputWatch):
+        if isinstance(adapter, LowRankAdapter) and isinstance(watch, InputStatistics):
             a = np.array(jnp.swapaxes(unit_directions(watch.directions[...]), -1, -2))
             for number, rank in enumerate(adapter.spec.ranks):
                 a[number, :, rank:] = 0

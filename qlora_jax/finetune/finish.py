@@ -1,132 +1,136 @@
-"""What a run leaves when training is over: files, figures of the held-out split, and answers before and after."""
+"""The third stage of a run: what was trained is saved, measured and shown."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.adapters.bind import load_adapter
-from qlora_jax.adapters.files import Adapter
-from qlora_jax.adapters.metadata import AdapterMetadata
-from qlora_jax.checkpoint.checkpoint import Checkpoint
-from qlora_jax.checkpoint.tokenizer import save_tokenizer, tokenizer_source
-from qlora_jax.evaluate import Prompts
+from qlora_jax.checkpoint.tokenizer import save_tokenizer
+from qlora_jax.finetune.folder import complete
 from qlora_jax.finetune.objectives.answers import show_answers
-from qlora_jax.finetune.objectives.objective import Objective
-from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.reporting import mmlu
-from qlora_jax.finetune.reporting.card import write_card
-from qlora_jax.finetune.saving import save_tuned
-from qlora_jax.models import DecoderConfig, T5Config
-from qlora_jax.peft import Method
-from qlora_jax.train import TOKENS, Unit, best_evaluation, perplexity, plot_losses, without_adapter
+from qlora_jax.finetune.reporting.card import Card, write_card
+from qlora_jax.finetune.reporting.hub import upload
+from qlora_jax.finetune.saving import save_trained
+from qlora_jax.finetune.training import TrainedRun
+from qlora_jax.models import Model
+from qlora_jax.nn import data_mesh, mesh_context
+from qlora_jax.train import TOKENS, Unit, perplexity, plot_losses, without_adapter
+
+__all__ = ["finish"]
+
+_logger = logging.getLogger(__name__)
 
 
-def finish(
-    options: Options,
-    objective: Objective,
-    graphdef: Any,
-    adapter: Any,
-    frozen: Any,
-    rows: list[dict[str, Any]],
-    *,
-    name: str,
-    checkpoint: Checkpoint,
-    tokenizer: PreTrainedTokenizerFast,
-    config: DecoderConfig | T5Config,
-    method: Method,
-    record: AdapterMetadata,
-    begin: Adapter | None,
-    first: Adapter | None,
-    taken: Mapping[str, np.ndarray],
-    questions: Prompts | None,
-    say: Callable[[str], None],
-    progress: bool,
-) -> Path:
-    """Saves, measures and shows what was trained; returns the folder of the adapter, or of the model.
+def finish(trained: TrainedRun) -> Path:
+    """Save what was trained, with its metrics, and return the folder of the adapter, or of the model.
 
-    Args:
-        graphdef, adapter, frozen: the trained model in parts, as `train.split` gives them.
-        rows: of the log.
-        name: of the base, a folder or a hub id.
-        begin: the adapter that the run began with, or None.
-        first: what answers before training, where that is not the base.
-        taken: what was taken off the base before it was stored (checkpoint/from_weights.py), by name.
-        questions: of MMLU; None for none.
+    Raises:
+        CheckpointError: files that cannot be written.
+        ConnectionError: the adapter was saved, and not uploaded.
     """
-    output = options.run.output
-    plot_losses(rows, output / "loss.png", objective.step.unit)
-    tuned = nnx.merge(graphdef, adapter, frozen)
-    folder = save_tuned(
-        tuned,
-        output,
-        method=method,
-        base=name,
-        checkpoint=checkpoint,
-        tokenizer=tokenizer,
-        tables=None if begin is None else begin.tables,
-        taken=taken,
-        progress=progress,
-    )
-    if options.tuning.method != "full":  # a model says for itself how it is held
-        record.save(folder)
-    if method.token_rows() or options.lora.special_tokens or tokenizer_source(name, options.model.adapter) != name:
-        save_tokenizer(tokenizer, folder)
-    kept = (best_evaluation(rows)[0] if options.run.early_stopping_patience else None) or rows[-1]["step"]
-    what = "model" if options.tuning.method == "full" else "adapter"
-    say(f"Saved the {what} ({_size(folder) / 2**20:.1f} MiB): {folder}")
-    if objective.held_out is not None:
-        before, after = _held_out(rows, best=options.run.early_stopping_patience > 0)
-        if objective.score is not None and not options.run.predict_with_generate:
-            after |= {f"eval_{name}": value for name, value in objective.score(tuned).items()}
-        (output / "eval_results.json").write_text(json.dumps(after, indent=2) + "\n", encoding="utf-8")
-        say(_conclude(before, after, objective.step.unit))
-        rows = [row | after if row["step"] == kept else row for row in rows]
-    write_card(
-        folder,
-        options,
-        config=config,
-        quantization=record.quantization,
-        embedding_storage=options.model.embedding_storage,
-        rows=rows,
-        kept=kept,
-        unit=objective.step.unit,
-        converted_from=record.converted_from,
-        method=method,
-    )
-    if questions is not None:
-        say(mmlu.conclude(rows, kept, partial(mmlu.figures, tuned, questions, options, progress=progress)))
-    if objective.prompts:
-        base = nnx.merge(graphdef, jax.tree.map(jnp.zeros_like, adapter), frozen)
-        if tuned.prompt is not None and first is None:  # virtual tokens of zeros are tokens all the same
-            base = without_adapter(tuned)
-        untrained = base if first is None else load_adapter(base, first)
-        show_answers(untrained, tuned, objective.prompts, objective.answer, tokenizer)
-    elif objective.held_out is not None and options.run.samples:
-        say("No answers are shown: in the held-out examples nothing comes before what is learned.")
+    options = trained.prepared.options
+    with mesh_context(data_mesh()):
+        folder = _save(trained)
+        rows = _measure(trained)
+        _write_card(trained, folder, rows)
+        _say_mmlu(trained, rows)
+        _show_answers(trained)
+    if options.watch.push_to_hub:
+        _logger.info("Uploaded the adapter: %s", upload(folder, options.watch.push_to_hub))
+    complete(options)
     return folder
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
+def _save(trained: TrainedRun) -> Path:
+    """Write the adapter with its metadata, or the model, and return its folder."""
+    run, output = trained.prepared, trained.prepared.options.run.output
+    pretrained, method = run.pretrained, run.method
+    plot_losses(trained.rows, output / "loss.png", run.spec.objective.unit)
+    folder = save_trained(trained)
+    if not method.is_full:  # the config of a model says itself how its weights are stored
+        run.adapter_metadata.save(folder)
+    own_tokenizer = pretrained.adapter is not None and pretrained.adapter.has_tokenizer
+    if method.trainable_tokens() or run.options.lora.special_tokens or own_tokenizer:
+        save_tokenizer(pretrained.tokenizer, folder)
+    size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
+    _logger.info("Saved the %s (%.1f MiB): %s", "model" if method.is_full else "adapter", size, folder)
+    return folder
 
 
-def _held_out(rows: Sequence[dict[str, Any]], *, best: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The held-out figures before training and of the adapter: that of the lowest loss if `best`, else the last."""
+def _measure(trained: TrainedRun) -> list[dict[str, Any]]:
+    """Write eval_results.json, and return the rows of the run with everything that was measured of the saved adapter."""
+    run, rows = trained.prepared, trained.rows
+    options, objective = run.options.run, run.objective
+    if objective.held_out is None:
+        return rows
+    before, after = _held_out_metrics(rows, best=options.early_stopping_patience > 0)
+    if objective.score is not None and not options.predict_with_generate:
+        after |= {f"eval_{name}": value for name, value in objective.score(trained.model).items()}
+    (options.output / "eval_results.json").write_text(json.dumps(after, indent=2) + "\n", encoding="utf-8")
+    _logger.info("%s", _compare(before, after, run.spec.objective.unit))
+    return [row | after if row["step"] == trained.chosen_step else row for row in rows]
+
+
+def _write_card(trained: TrainedRun, folder: Path, rows: list[dict[str, Any]]) -> None:
+    run = trained.prepared
+    card = Card(
+        options=run.options,
+        config=run.pretrained.checkpoint.model_config,
+        method=run.method,
+        metadata=run.adapter_metadata,
+        rows=rows,
+        chosen_step=trained.chosen_step,
+        unit=run.spec.objective.unit,
+    )
+    write_card(folder, card)
+
+
+def _say_mmlu(trained: TrainedRun, rows: list[dict[str, Any]]) -> None:
+    run = trained.prepared
+    questions = run.questions
+    if questions is not None:
+
+        def ask() -> dict[str, float]:
+            return mmlu.measure(trained.model, questions, run.options, progress=run.progress)
+
+        _logger.info("%s", mmlu.describe(rows, trained.chosen_step, ask))
+
+
+def _show_answers(trained: TrainedRun) -> None:
+    """Print the answers to held-out prompts before and after training."""
+    run = trained.prepared
+    if run.objective.prompts:
+        before, objective = _untrained(trained), run.objective
+        show_answers(before, trained.model, objective.prompts, objective.answer, run.pretrained.tokenizer)
+    elif run.objective.held_out is not None and run.options.run.samples:
+        _logger.info("No answers are shown: in the held-out examples nothing comes before what is learned.")
+
+
+def _untrained(trained: TrainedRun) -> Model:
+    """Return the model before training."""
+    if trained.initial_adapter is None and trained.model.prompt is not None:
+        return without_adapter(trained.model)  # virtual tokens of zeros are tokens nevertheless
+    base = nnx.merge(trained.graphdef, jax.tree.map(jnp.zeros_like, trained.adapter), trained.frozen)
+    return base if trained.initial_adapter is None else load_adapter(base, trained.initial_adapter)
+
+
+def _held_out_metrics(rows: Sequence[dict[str, Any]], *, best: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the held-out metrics before training, and those of the adapter: of the lowest loss if `best`, else the last."""
     evaluated = [row for row in rows if "eval_loss" in row]
     after = min(evaluated[1:], key=lambda row: row["eval_loss"]) if best else evaluated[-1]
     before, after = ({k: v for k, v in row.items() if k.startswith(("step", "eval_"))} for row in (evaluated[0], after))
     return before, after
 
 
-def _conclude(before: dict[str, Any], after: dict[str, Any], unit: Unit) -> str:
+def _compare(before: dict[str, Any], after: dict[str, Any], unit: Unit) -> str:
+    """Return the held-out metrics before and after in words."""
     lines = []
     for name in (name for name in after if name.startswith("eval_")):
         start = f"{before[name]:.3f} before, " if name in before else ""

@@ -13,6 +13,7 @@ from typing import Any
 
 from qlora_jax.cli import to_dict
 from qlora_jax.finetune.options.options import Options
+from qlora_jax.renamed_options import replace_old_names
 
 RECORD = "options.json"
 COMPLETED = "completed"  # made by the last act of a run
@@ -99,7 +100,7 @@ def _read(record: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{record}: is damaged ({error}); --overwrite deletes the run") from error
     if not isinstance(values, dict) or not all(isinstance(group, dict) for group in values.values()):
         raise ValueError(f"{record}: expected the options of a run, found other JSON; --overwrite deletes the run")
-    return values
+    return replace_old_names(values)  # an earlier version may have written it
 
 
 def _check_writable(folder: Path) -> None:

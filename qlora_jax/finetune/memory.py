@@ -8,7 +8,8 @@ CPU         compares the quick plan with the machine's free memory, and refuses 
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -20,13 +21,14 @@ from qlora_jax.plan.fit import Choice, cheaper_first, with_host_memory
 from qlora_jax.plan.quick import QuickPlan, quick_plan
 from qlora_jax.train import StepSpec
 
+_logger = logging.getLogger(__name__)
 
-def check_memory(spec: StepSpec[ModelSpec], say: Callable[[str], None]) -> None:
+
+def check_memory(spec: StepSpec[ModelSpec]) -> None:
     """Refuse a run that cannot fit the attached devices or their host. Memory that is unknown is not checked.
 
     Args:
         spec: the step of the run.
-        say: prints a warning where memory is tight.
 
     Raises:
         DoesNotFitError: the run cannot fit; the message says which options would.
@@ -35,7 +37,7 @@ def check_memory(spec: StepSpec[ModelSpec], say: Callable[[str], None]) -> None:
     if host_limit is not None:
         host_limit //= jax.local_device_count()
     if limit is not None:
-        check_against(spec, jax.default_backend(), jax.device_count(), limit, say, host_limit=host_limit)
+        check_against(spec, jax.default_backend(), jax.device_count(), limit, host_limit=host_limit)
 
 
 def check_against(
@@ -43,7 +45,6 @@ def check_against(
     backend: str,
     devices: int,
     limit: int,
-    say: Callable[[str], None],
     *,
     host_limit: int | None = None,
 ) -> None:
@@ -54,7 +55,6 @@ def check_against(
         backend: JAX's name of the devices' platform ("cpu", "gpu" or "tpu").
         devices: the number of devices.
         limit: the bytes of each device.
-        say: prints a warning where memory is tight.
         host_limit: the bytes of host memory for each device, which has its own copy of what is stored there; None: unknown.
             On a CPU host memory is the device's own.
     """
@@ -73,7 +73,7 @@ def check_against(
     plan = plan_of(spec)
     if needed(plan) <= limit and host_holds(plan):
         if not on_cpu and plan.peak > limit * (1 - ERROR):
-            say(f"Memory is tight: about {_gib(plan.peak)} of {_gib(limit)} planned on each device.")
+            _logger.info("Memory is tight: about %s of %s planned on each device.", _gib(plan.peak), _gib(limit))
         return
 
     def fits(plan: QuickPlan) -> bool:  # a proposal must fit for certain: on a CPU with the guess, too

@@ -5,9 +5,9 @@ stands for on a platform, how long a row is, and what trains beside the adapter.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, cast
 
-from qlora_jax.finetune.objectives.registry import objective_for
+from qlora_jax.finetune.objectives import objective_kind
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.models import ModelConfig, ModelSpec
 from qlora_jax.peft import LoRA, Method
@@ -41,7 +41,7 @@ def step_spec(
     if method is None:
         method, config = _method(options, config)
     on_cpu, model = platform == "cpu", options.model
-    objective = objective_for(options, config).step(options)
+    objective = objective_kind(options.objective.objective, config).step(options)
     return StepSpec(
         ModelSpec(
             config,
@@ -88,17 +88,13 @@ def _row_length(options: Options, objective: StepObjective) -> int:
 
 def _method(options: Options, config: ModelConfig) -> tuple[Method, ModelConfig]:
     """Return the method of the options, and the config with an embedding for each new special token, all of which train."""
-    method = options.method()
-    if not isinstance(method, LoRA):
-        return method, config
-    method = dataclasses.replace(
-        method, modules_to_save=options.context.trained(method.modules_to_save, config.parameter_mappings)
-    )
+    method = options.context.with_trained_modules(options.method(), config)
     count, size = len(options.lora.special_tokens), config.vocab_size
     if not count:
         return method, config
-    tokens = (*method.trainable_token_indices, *range(size, size + count))
+    lora = cast(LoRA, method)  # `options.check` allows special tokens with LoRA alone
+    tokens = (*lora.trainable_token_indices, *range(size, size + count))
     return (
-        dataclasses.replace(method, trainable_token_indices=tokens),
+        dataclasses.replace(lora, trainable_token_indices=tokens),
         dataclasses.replace(config, vocab_size=size + count),
     )

@@ -1,9 +1,7 @@
-"""The training of the job: it resumes, evaluates, saves, calls the callbacks, and keeps the best state.
+"""The second stage of a run: the weights are read and the adapter is trained, from the start or from the last checkpoint."""
 
-precompile_run    starts to compile the run's steps, before the weights are loaded
-train_adapter     runs the loop, from the start or from the last checkpoint
-"""
-
+import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -11,16 +9,17 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from qlora_jax.adapters.files import Adapter
 from qlora_jax.finetune.folder import start
-from qlora_jax.finetune.objectives.objective import Batches, Objective
-from qlora_jax.finetune.options.options import Options
-from qlora_jax.finetune.reporting import watch
-from qlora_jax.models import ModelSpec
-from qlora_jax.nn import brought_to_device, data_mesh, place
+from qlora_jax.finetune.initial_model import load_initial_model
+from qlora_jax.finetune.prepare import PreparedRun, rows_of_step
+from qlora_jax.finetune.reporting.callbacks import reporting_callbacks
+from qlora_jax.models import Model
+from qlora_jax.nn import copy_to_device, data_mesh, mesh_context, put_on_mesh
+from qlora_jax.peft import Subtracted
 from qlora_jax.train import (
     Cadence,
     Callback,
@@ -28,7 +27,6 @@ from qlora_jax.train import (
     Precompiled,
     Records,
     Step,
-    StepSpec,
     TrainingData,
     TrainState,
     best_evaluation,
@@ -38,47 +36,87 @@ from qlora_jax.train import (
     mean_metrics,
     plot_losses,
     precompile,
-    train,
+    split,
     unchanged_batch,
 )
+from qlora_jax.train import train as train_loop
 from qlora_jax.train.state_store import StateStore
 
+__all__ = ["TrainedRun", "train"]
+
 Batch = dict[str, np.ndarray]
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TrainingRun:
-    """Everything that training needs and that is known before the weights are loaded.
+class TrainedRun:
+    """What training leaves in memory.
 
     Attributes:
-        options: the options of the run.
-        objective: the data, and how answers and scores are made.
-        spec: the training step.
-        batches: the batches to train on.
-        steps: the number of steps of the whole run.
-        learning_rate: the learning rate by step.
-        watched: what is looked at during the run.
-        say: prints a message.
-        progress: whether to show progress bars.
+        prepared: the run.
+        graphdef, adapter, frozen: the trained model in parts, as `train.split` returns them.
+        rows: the rows of metrics.jsonl.
+        initial_adapter: the adapter before training, where the base alone is another function; None: the base alone.
+        subtracted: what was subtracted from the weights of the base before these were stored; None: nothing.
     """
 
-    options: Options
-    objective: Objective
-    spec: StepSpec[ModelSpec]
-    batches: Batches
-    steps: int
-    learning_rate: optax.Schedule
-    watched: watch.Watched
-    say: Callable[[str], None]
-    progress: bool
+    prepared: PreparedRun
+    graphdef: Any
+    adapter: Any
+    frozen: Any
+    rows: list[dict[str, Any]]
+    initial_adapter: Adapter | None
+    subtracted: Subtracted | None
+
+    @property
+    def model(self) -> Model:
+        """The trained model."""
+        return nnx.merge(self.graphdef, self.adapter, self.frozen)
+
+    @property
+    def chosen_step(self) -> int:
+        """The step whose adapter is saved: that of the lowest held-out loss with early stopping, else the last one."""
+        patience = self.prepared.options.run.early_stopping_patience
+        return (best_evaluation(self.rows)[0] if patience else None) or self.rows[-1]["step"]
 
 
-def precompile_run(run: TrainingRun) -> Precompiled:
-    """Start to compile the steps of a run; no programs where batches have other shapes than the spec says."""
+def train(run: PreparedRun) -> TrainedRun:
+    """Read the weights and train.
+
+    The output folder becomes this run's: with `overwrite` the files of the run before are deleted.
+
+    Raises:
+        CheckpointError: weights that are NaN or infinite.
+        DivergedError: the loss or the gradient is not finite.
+        OSError: files that cannot be written.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the step is done and saved.
+    """
+    with closing(_precompile(run)) as precompiled:
+        model, initial_adapter, subtracted = load_initial_model(run)
+        graphdef, adapter, frozen = split(run.spec.objective.prepare(model))
+        del model
+        _logger.info("%s", _describe(run, adapter, frozen))
+        with mesh_context(data_mesh()):
+            adapter, rows = _train_adapter(run, graphdef, adapter, frozen, precompiled)
+    return TrainedRun(run, graphdef, adapter, frozen, rows, initial_adapter, subtracted)
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A model that was traced already, as `StepSpec.model`."""
+
+    model: Model
+
+    def abstract(self, platform: str | None = None) -> Model:
+        return self.model
+
+
+def _precompile(run: PreparedRun) -> Precompiled:
+    """Start to compile the steps of the run; nothing is compiled where batches have other shapes than the spec says."""
     if run.options.data.streaming or run.options.data.group_by_length:
         return Precompiled()
     return precompile(
-        run.spec,
+        dataclasses.replace(run.spec, model=_Traced(run.pretrained.abstract)),  # pyright: ignore[reportArgumentType]
         run.learning_rate,
         evaluate=run.objective.held_out is not None,
         # A run that resumes trains first.
@@ -87,10 +125,19 @@ def precompile_run(run: TrainingRun) -> Precompiled:
     )
 
 
-def train_adapter(
-    run: TrainingRun, graphdef: Any, adapter: Any, frozen: Any, precompiled: Precompiled
+def _describe(run: PreparedRun, adapter: Any, frozen: Any) -> str:
+    trainable = sum(leaf.size for leaf in jax.tree.leaves(adapter))
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(frozen))
+    return (
+        f"{trainable:,} trainable parameters; frozen weights {weights / 2**20:,.0f} MiB; {run.steps} steps of "
+        f"{rows_of_step(run.options)} × {run.objective.row} on {jax.device_count()} {jax.devices()[0].device_kind}"
+    )
+
+
+def _train_adapter(
+    run: PreparedRun, graphdef: Any, adapter: Any, frozen: Any, precompiled: Precompiled
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """Train from the start or from the last checkpoint.
+    """Run the loop, from the start or from the last checkpoint.
 
     Args:
         run: the run.
@@ -114,7 +161,7 @@ def train_adapter(
         if store.latest_step() is not None:
             state, position = store.restore(state)
             run.batches.set_state(position)
-            run.say(f"Resuming {output} after step {int(state.step)} of {run.steps}.")
+            _logger.info("Resuming %s after step %d of %d.", output, int(state.step), run.steps)
         log = open_files.enter_context(closing(MetricsLog(output / "metrics.jsonl", resume_at=int(state.step))))
         checkpoints = _Checkpoints(store, best, log)
         checkpoints.save_best(int(state.step), state)
@@ -124,7 +171,7 @@ def train_adapter(
             plot_losses(log.rows, output / "loss.png", spec.objective.unit)
 
         cadence = Cadence(run.steps, options.save_every, options.early_stopping_patience)
-        state = train(
+        state = train_loop(
             compile_before_run(step.jit_train(), train_program),
             state,
             frozen,
@@ -132,11 +179,16 @@ def train_adapter(
             cadence=cadence,
             records=Records(log, run.learning_rate, spec.objective.unit, run.progress),
             save=save,
-            callbacks=_callbacks(run, step, compile_before_run(step.jit_eval(), eval_program), log, open_files, state),
+            callbacks=[
+                *_evaluation(run, step, compile_before_run(step.jit_eval(), eval_program)),
+                *reporting_callbacks(
+                    run, lambda state: _model(step, state), log, resume_at=int(state.step), open_files=open_files
+                ),
+            ],
         )
         if best is not None and best.latest_step() is not None:
-            return brought_to_device(_best_adapter(run, best, state, cadence.exhausted(log.rows))), log.rows
-        return brought_to_device(state.adapter), log.rows
+            return copy_to_device(_best_adapter(run, best, state, cadence.exhausted(log.rows))), log.rows
+        return copy_to_device(state.adapter), log.rows
 
 
 @dataclass(frozen=True)
@@ -169,15 +221,15 @@ def _shapes(state: TrainState) -> TrainState:
 
 def _model(step: Step, state: TrainState) -> Any:
     """Return the model with the adapter of a state."""
-    return nnx.merge(step.graphdef, brought_to_device(state.adapter), step.frozen)
+    return nnx.merge(step.graphdef, copy_to_device(state.adapter), step.frozen)
 
 
-def _training_data(run: TrainingRun, step: Step) -> TrainingData:
+def _training_data(run: PreparedRun, step: Step) -> TrainingData:
     """Return the batches of the run, and how they become the input of a step."""
     mesh, make = data_mesh(), run.objective.make_batch
 
     def put(batch: Batch) -> dict[str, jax.Array]:
-        return place(mesh, run.spec.micro_batches(batch), P(None, "data"))
+        return put_on_mesh(mesh, run.spec.micro_batches(batch), P(None, "data"))
 
     def make_batch(state: TrainState, batch: Batch) -> Batch:
         return batch if make is None else make(_model(step, state), batch)
@@ -185,40 +237,35 @@ def _training_data(run: TrainingRun, step: Step) -> TrainingData:
     return TrainingData(run.batches, put, run.objective.count_tokens, unchanged_batch if make is None else make_batch)
 
 
-def _callbacks(
-    run: TrainingRun, step: Step, eval_step: Callable[..., Any], log: MetricsLog, open_files: ExitStack, state: TrainState
-) -> Sequence[Callback]:
-    """Return the callbacks of the loop: the evaluation, if data is held out, and what the options ask for."""
+def _evaluation(run: PreparedRun, step: Step, eval_step: Callable[..., Any]) -> Sequence[Callback]:
+    """Return the callback that evaluates the held-out data; none if nothing is held out."""
     objective, options, mesh = run.objective, run.options.run, data_mesh()
+    held_out = objective.held_out
+    if held_out is None:
+        return ()
 
     def put(batch: Batch) -> dict[str, jax.Array]:
-        return place(mesh, run.spec.select(batch), P("data"))
+        return put_on_mesh(mesh, run.spec.select(batch), P("data"))
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        assert objective.held_out is not None
-        batches = objective.held_out(options.batch_size * jax.device_count())
+        batches = held_out(options.batch_size * jax.device_count())
         metrics = mean_metrics(eval_step, state, step.frozen, batches, put=put, progress=run.progress)
         if options.predict_with_generate and objective.score is not None:
             metrics |= objective.score(_model(step, state))
         return metrics
 
-    callbacks = [evaluation(options.eval_every, evaluate)] if objective.held_out is not None else []
-    return callbacks + watch.opened(
-        run.watched,
-        objective.prompts,
-        objective.answer,
-        lambda state: _model(step, state),
-        log,
-        resume_at=int(state.step),
-        stack=open_files,
-    )
+    return (evaluation(options.eval_every, evaluate),)
 
 
-def _best_adapter(run: TrainingRun, best: StateStore, state: TrainState, stopped: bool) -> Any:
+def _best_adapter(run: PreparedRun, best: StateStore, state: TrainState, stopped: bool) -> Any:
     """Return the adapter with the lowest held-out loss, and say which step it is from."""
     adapter, _ = best.restore(state.adapter)
     if stopped:
-        patience = run.options.run.early_stopping_patience
-        run.say(f"Stopped after step {int(state.step)} of {run.steps}: no lower held-out loss in {patience} evaluations.")
-    run.say(f"The adapter is that of step {cast(int, best.latest_step())}, which has the lowest held-out loss.")
+        _logger.info(
+            "Stopped after step %d of %d: no lower held-out loss in %d evaluations.",
+            int(state.step),
+            run.steps,
+            run.options.run.early_stopping_patience,
+        )
+    _logger.info("The adapter is that of step %d, which has the lowest held-out loss.", cast(int, best.latest_step()))
     return adapter

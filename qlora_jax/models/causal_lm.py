@@ -1,10 +1,11 @@
-"""A decoder-only language model: embedding, stacked layers, norm, head.
+"""A decoder-only language model: embedding, stacked layers, norm, output head.
 
     x = embed(tokens);  for each layer: x = layer(x);  logits = head(norm(x))
 
-The layers are one module whose parameters are stacked along a first axis: made by `jax.vmap` over the constructor, run by
-`jax.lax.scan`, so that a model of 80 layers compiles like one of a single layer. Where layers differ in their attention (a
-window, other positions, none), all kinds are in the program once and each layer takes its own.
+The layers are one module whose parameters are stacked along a first axis: the constructor is mapped with `jax.vmap`, and
+`jax.lax.scan` runs the layers, so that compiling a model of 80 layers takes as long as compiling one layer. If layers differ
+in their attention (window, position embedding), the program contains each kind of attention once, and each layer selects
+its kind.
 """
 
 from functools import partial
@@ -16,32 +17,37 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float, Int
 
+from qlora_jax.errors import OptionError
+from qlora_jax.models.attention_kinds import layer_kinds, of_kind, rotations_of
 from qlora_jax.models.chunks import chunk_count
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import DecoderLayer, make_norm
 from qlora_jax.models.kv_cache import KVCache, empty_cache
+from qlora_jax.models.neftune import neftune_noise
+from qlora_jax.models.origin import Origin
 from qlora_jax.models.parameter_mapping import linear_modules
 from qlora_jax.models.prompts import with_prompt
 from qlora_jax.models.shape import method_for, positions_left
 from qlora_jax.models.stack import Remat, by_layer, rematerialise, stack
-from qlora_jax.models.trained import HEAD, TABLE, attach, trained_parts
+from qlora_jax.models.trainable import EMBEDDING, HEAD, add_deltas, trainable_base
 from qlora_jax.nn import (
     AttentionImplementation,
     Delta,
     Embedding,
     Linear,
-    Table,
+    VocabularyMatrix,
     cached_attention,
     causal_attention,
     checkpoint_name,
-    fetched,
+    fetch_to_device,
     gather,
     shifted_group_attention,
     with_prefix,
 )
 from qlora_jax.nn.parallel import devices_of_context
-from qlora_jax.peft import Method, Prompt, PromptMethod
+from qlora_jax.peft import Method
 from qlora_jax.quant import EmbeddingStorage, Quantization
 
 
@@ -49,12 +55,16 @@ class CausalLM(nnx.Module):
     """A decoder-only language model.
 
     Attributes:
-        trained: what an adapter trains besides the adapters.
-        prompt: virtual tokens, or keys and values of such, before every row; None: none.
-        head_delta: the change of a head that is the token table otherwise, or None.
+        quantization, embedding_storage: how the model was asked to store its linear layers, and its embedding and head.
+        method: the method of fine-tuning that the model was made with, as `method_for` completed it; None: none.
+        origin: the checkpoint of the model, and what loading changed; None for a model with random weights.
+        trained: the parameters of the base that train in addition to the adapters of linear layers.
+        prompt: the virtual tokens, or their keys and values, that come before every row; None: no virtual tokens.
+        head_delta: the trainable difference of an output head that is otherwise tied to the embedding, or None.
         attention: kernel of the causal attention.
-        remat: what the backward pass of training recomputes: "full" keeps only the inputs of the layers, "offload" keeps
-            them in host memory, "dots" keeps the results of all products, "none" keeps everything.
+        remat: which residuals the backward pass of training saves, and which it recomputes: "full" saves only the inputs of
+            the layers, "offload" saves them in host memory, "dots" saves the results of all products, "none" saves
+            everything.
     """
 
     def __init__(
@@ -69,19 +79,24 @@ class CausalLM(nnx.Module):
         remat: Remat = "full",
         rngs: nnx.Rngs,
     ) -> None:
-        """A model with random weights; `nnx.eval_shape` of it costs no memory.
+        """Create a model with random weights; under `nnx.eval_shape` this needs no memory.
 
         Args:
-            quantization: storage of the linear layers; None keeps them dense.
-            embedding_storage: storage of the token table and the output head.
-            method: of fine-tuning, with its adapters; None for none.
+            config: the sizes and options of the model.
+            quantization: storage of the linear layers; None: dense.
+            embedding_storage: storage of the embedding and the output head.
+            method: the method of fine-tuning, which defines the adapters; None: no adapters.
             dtype: dtype of activations and of dense weights.
+            attention: kernel of the causal attention.
+            remat: which residuals are saved; see the attribute.
+            rngs: random number generators; the stream `params` is used.
 
         Raises:
-            ValueError: a target or a pattern of the adapter matches nothing; or it trains all of a table that is packed.
+            OptionError: a target or a pattern of the method matches nothing, or an embedding trains in full but is
+                quantised.
         """
         method = method_for(method, config)
-        self.trained = trained = trained_parts(method, config.parameter_mappings, vocabulary=config.vocab_size)
+        self.trainable = trainable = trainable_base(method, config.parameter_mappings, vocabulary=config.vocab_size)
         adapters = {} if method is None else method.targets(linear_modules(config.parameter_mappings))
 
         def make_layer(layer_rngs: nnx.Rngs, layer: Array) -> DecoderLayer:
@@ -100,7 +115,7 @@ class CausalLM(nnx.Module):
             return DecoderLayer(config, linear, dtype)
 
         self.layers = stack(make_layer, config.num_hidden_layers, rngs)
-        rows = trained.rows_of(TABLE)
+        rows = trainable.rows_of(EMBEDDING)
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, rows=rows, storage=embedding_storage, dtype=dtype, rngs=rngs
         )
@@ -108,67 +123,72 @@ class CausalLM(nnx.Module):
         if config.tie_word_embeddings:
             self.lm_head = None
         else:
-            rows = trained.rows_of(HEAD)
+            rows = trainable.rows_of(HEAD)
             self.lm_head = Embedding(
                 config.vocab_size, config.hidden_size, rows=rows, storage=embedding_storage, dtype=dtype, rngs=rngs
             )
         self.head_delta: Delta | None = None
-        self.prompt = Prompt(method, rngs) if isinstance(method, PromptMethod) else None
-        attach(self, trained)
+        self.prompt = None if method is None else method.make_prompt(rngs)
+        add_deltas(self, trainable)
         self.config = config
+        self.quantization = quantization
+        self.embedding_storage: EmbeddingStorage = embedding_storage
+        self.method = method
+        self.origin: Origin | None = None
         self.attention: AttentionImplementation = attention
         self.remat: Remat = remat
 
     def __call__(
         self,
-        tokens: Array,
+        tokens: Int[Array, "b t"],
         *,
-        positions: Array | None = None,
-        segment_ids: Array | None = None,
+        positions: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
         key: Array | None = None,
-    ) -> Array:
-        """int32 tokens `[b, t]` to logits `[b, t, vocabulary]`; the other arguments are those of `hidden`."""
+    ) -> Float[Array, "b t v"]:
+        """Return the logits `[b, t, vocabulary]` of int32 tokens `[b, t]`; see `hidden` for the other arguments."""
         return self.logits(self.hidden(tokens, positions=positions, segment_ids=segment_ids, key=key))
 
     def hidden(
         self,
-        tokens: Array,
+        tokens: Int[Array, "b t"],
         *,
-        positions: Array | None = None,
-        segment_ids: Array | None = None,
+        positions: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
         key: Array | None = None,
         neftune_alpha: float = 0.0,
         attention_groups: int = 1,
-    ) -> Array:
-        """int32 tokens `[b, t]` to the normed last hidden states `[b, t, hidden_size]`.
+    ) -> Float[Array, "b t d"]:
+        """Return the normalized last hidden states, `[b, t, hidden_size]`.
 
         Args:
-            positions: int32 `[b, t]`; 0, 1, 2 … if None.
-            segment_ids: int32 `[b, t]`, for packed documents: 0 is padding, tokens see their own segment alone.
-            key: random key that turns dropout and the noise of NEFTune on.
-            neftune_alpha: strength of that noise on the embeddings; 0 for none.
-            attention_groups: of LongLoRA's attention (`nn.shifted`); 1: each token sees all before it.
+            tokens: int32 `[b, t]`.
+            positions: int32 `[b, t]`; None: 0, 1, 2 ….
+            segment_ids: int32 `[b, t]`, for packed documents: 0 is padding, and tokens attend only to their own segment.
+            key: random key; if given, dropout and the noise of NEFTune are applied.
+            neftune_alpha: strength of NEFTune's noise on the embeddings; 0: no noise.
+            attention_groups: number of groups of LongLoRA's attention (`nn.shifted`); 1: tokens attend to all earlier ones.
 
         Raises:
-            ValueError: packed documents beside virtual tokens in a model that sees a window of the tokens; or virtual tokens
-                beside attention groups.
+            OptionError: virtual tokens together with attention groups, or together with packed documents in a model whose
+                attention has a window.
         """
         if self.prompt is not None and attention_groups > 1:
-            raise ValueError(f"attention_groups: expected 1 with virtual tokens, found {attention_groups}")
+            raise OptionError(f"attention_groups: expected 1 with virtual tokens, found {attention_groups}")
         positions = self._positions(tokens) if positions is None else positions
         x = self._embed(tokens)
         if key is not None and neftune_alpha > 0:
-            # split(key, n)[i] is fold_in(key, i): the number after the last layer's draws from a key of its own.
+            # split(key, n)[i] equals fold_in(key, i), so fold_in(key, n) differs from the keys of all layers.
             noise_key = jax.random.fold_in(key, self.config.num_hidden_layers)
-            x = x + self.config.embedding_scale * _neftune_noise(x, segment_ids, neftune_alpha, noise_key).astype(x.dtype)
+            x = x + self.config.embedding_scale * neftune_noise(x, segment_ids, neftune_alpha, noise_key).astype(x.dtype)
         prompt = with_prompt(self.prompt, self.config, x, positions, segment_ids, key)
-        rotations = self._rotations(prompt.positions)
+        rotations = rotations_of(self.config, prompt.positions)
         graph, layers = nnx.split(self.layers)
         chunks = chunk_count(prompt.x.shape[0] * prompt.x.shape[1] // devices_of_context(), self.remat)
 
         def run_layer(x: Array, inputs: tuple[Any, Array | None, Array | None, Any]) -> tuple[Array, None]:
             state, layer_key, kind, prefix = inputs
-            state = gather(state) if chunks == 1 else fetched(gather(state))
+            state = gather(state) if chunks == 1 else fetch_to_device(gather(state))
 
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
                 length = q.shape[1]
@@ -177,44 +197,48 @@ class CausalLM(nnx.Module):
                 return attended[:, -length:], None
 
             x, _ = nnx.merge(graph, state)(
-                checkpoint_name(x, "residual"), *_of_kind(rotations, kind), attend, layer_key, chunks
+                checkpoint_name(x, "residual"), *of_kind(rotations, kind), attend, layer_key, chunks
             )
             return x, None
 
         keys = None if key is None else jax.random.split(key, self.config.num_hidden_layers)
-        inputs = (layers, keys, self._layer_kinds(), prompt.prefix)
+        inputs = (layers, keys, layer_kinds(self.config), prompt.prefix)
         x, _ = jax.lax.scan(rematerialise(run_layer, self.remat), prompt.x, inputs)
         return self.norm(x[:, -tokens.shape[1] :])
 
-    def decode(self, tokens: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
-        """New tokens after those of the cache.
+    def decode(
+        self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"], cache: KVCache
+    ) -> tuple[Float[Array, "b v"], KVCache]:
+        """Process new tokens after those in the cache.
 
         Args:
-            tokens: int32 `[b, t]`, a whole left-padded prompt or one token a row.
-            positions: int32 `[b, t]`; negative ones mark padding.
+            tokens: int32 `[b, t]`, a complete left-padded prompt or one token per row.
+            positions: int32 `[b, t]`; negative positions mark padding.
+            cache: the keys and values of the tokens so far.
 
         Returns:
-            (logits of the last token `[b, vocabulary]`, the cache with the new tokens in it).
+            (logits of the last token `[b, vocabulary]`, the cache including the new tokens).
         """
         virtual = 0 if self.prompt is None else self.prompt.virtual_tokens
         x, cache = self._extended(self._embed(tokens), jnp.where(positions < 0, positions, positions + virtual), cache)
         return self.logits(self.norm(x[:, -1])), cache
 
     def _extended(self, x: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
-        """Embedded tokens `[b, t, hidden_size]` to what the last layer makes of them, and the cache with them."""
+        """Return the last layer's output `[b, t, hidden_size]` for embedded tokens x, and the cache including them."""
         config, count = self.config, x.shape[1]
-        rotations = self._rotations(jnp.maximum(positions, 0))
+        rotations = rotations_of(self.config, jnp.maximum(positions, 0))
         filled = jax.lax.dynamic_update_slice(cache.filled, positions >= 0, (0, cache.length))
         slots, own = jnp.arange(cache.filled.shape[1]), cache.length + jnp.arange(count)[:, None]
         mask = filled[:, None, :] & (slots <= own)[None]
-        # Prompts are padded on the left: slots lie as far apart as positions do, but for virtual tokens before the padding.
-        places = slots[None]
+        # Prompts are padded on the left, so distances between slots equal distances between positions, except for virtual
+        # tokens, whose slots are before the padding.
+        shifted = slots[None]
         if self.prompt is not None:
             padding = cache.length + count - 1 - positions[:, -1:]
-            places = jnp.where(places < self.prompt.virtual_tokens, places + padding, places)
-        places = places[:, None, :]
+            shifted = jnp.where(shifted < self.prompt.virtual_tokens, shifted + padding, shifted)
+        shifted = shifted[:, None, :]
         masks = jnp.stack(
-            [mask if kind.window is None else mask & (places > own[None] - kind.window) for kind in config.kinds]
+            [mask if kind.window is None else mask & (shifted > own[None] - kind.window) for kind in config.kinds]
         )
         graph, layers = nnx.split(self.layers)
         scanned, layer_of = by_layer(layers)
@@ -228,21 +252,21 @@ class CausalLM(nnx.Module):
                 k, v = (x.swapaxes(1, 2)[None].astype(past_keys.dtype) for x in (k, v))
                 keys = jax.lax.dynamic_update_slice(past_keys, k, start)
                 values = jax.lax.dynamic_update_slice(past_values, v, start)
-                seen = masks[0 if kind is None else kind]
+                mask = masks[0 if kind is None else kind]
                 attended = cached_attention(
-                    q, keys[layer], values[layer], seen, scale=config.score_scale, cap=config.score_cap
+                    q, keys[layer], values[layer], mask, scale=config.score_scale, cap=config.score_cap
                 )
                 return attended, (keys, values)
 
-            x, (keys, values) = nnx.merge(graph, layer_of(state, layer))(x, *_of_kind(rotations, kind), attend, None)
+            x, (keys, values) = nnx.merge(graph, layer_of(state, layer))(x, *of_kind(rotations, kind), attend, None)
             return (x, keys, values), None
 
-        inputs = (scanned, jnp.arange(config.num_hidden_layers), self._layer_kinds())
+        inputs = (scanned, jnp.arange(config.num_hidden_layers), layer_kinds(self.config))
         (x, keys, values), _ = jax.lax.scan(run_layer, (x, cache.keys, cache.values), inputs)
         return x, KVCache(keys, values, filled, cache.length + count)
 
     def init_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """A cache for `capacity` tokens a row, with nothing in it but virtual tokens."""
+        """Return a cache for `capacity` tokens per row that contains only the virtual tokens, if there are any."""
         config, dtype = self.config, self.embed_tokens.weight.dtype
         if self.prompt is None:
             return empty_cache(config, dtype, batch_size, capacity)
@@ -251,7 +275,7 @@ class CausalLM(nnx.Module):
         if self.prompt.is_prefix:
             prefix = self.prompt.keys_and_values(config.num_hidden_layers, config.num_key_value_heads)
             keys, values = (x.swapaxes(1, 2)[:, None] for x in prefix)
-        else:  # what later tokens see of the first ones does not depend on the later ones
+        else:  # attention is causal, so the keys and values of virtual tokens do not depend on later tokens
             positions = jnp.arange(n, dtype=jnp.int32)[None]
             _, one = self._extended(self.prompt.embeddings(1, dtype), positions, empty_cache(config, dtype, 1, n))
             keys, values = one.keys, one.values
@@ -262,52 +286,39 @@ class CausalLM(nnx.Module):
             jnp.asarray(n, jnp.int32),
         )
 
-    def logits(self, hidden: Array) -> Array:
-        """Normed hidden states `[..., hidden_size]` to logits `[..., vocabulary]`."""
+    def logits(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
+        """Return the logits `[..., vocabulary]` of normalized hidden states `[..., hidden_size]`."""
         logits, cap = self.head.logits(hidden), self.logit_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     @property
     def logit_cap(self) -> float | None:
-        """Logits are cap * tanh(products / cap); None: they are the products."""
+        """The cap of the logits, which become cap * tanh(logits / cap); None: no cap."""
         return self.config.logit_cap
 
     @property
-    def head(self) -> Table:
-        """The output head's table `[vocabulary, hidden_size]`."""
+    def head(self) -> VocabularyMatrix:
+        """The output head, `[vocabulary, hidden_size]`."""
         if self.lm_head is not None:
-            return self.lm_head.table
-        table = self.embed_tokens.table
-        if table.rows is not None or self.trained.tied:
-            return table
-        return Table(table.weight, None if self.head_delta is None else self.head_delta[...])
+            return self.lm_head.matrix
+        embedding = self.embed_tokens.matrix
+        if embedding.rows is not None or self.trainable.tied:
+            return embedding
+        return VocabularyMatrix(embedding.weight, None if self.head_delta is None else self.head_delta[...])
 
     def _embed(self, tokens: Array) -> Array:
         x = self.embed_tokens(tokens)
         return x if self.config.embedding_scale == 1 else x * jnp.asarray(self.config.embedding_scale, x.dtype)
 
-    def _layer_kinds(self) -> Array | None:
-        """int32 `[layers]`: each layer's kind of attention; None where there is but one."""
-        return None if len(self.config.kinds) == 1 else jnp.asarray(np.asarray(self.config.layer_kinds, np.int32))
-
-    def _rotations(self, positions: Array) -> tuple[Array, Array]:
-        """float32 (cosine, sine) `[kinds, b, t, r / 2]`; without positions, the rotation by nothing."""
-        ropes = [kind.rope for kind in self.config.kinds]
-        some = next(rope for rope in ropes if rope is not None)
-        shape = (*positions.shape, some.head_dim // 2)
-        rotations = [(jnp.ones(shape), jnp.zeros(shape)) if rope is None else rope(positions) for rope in ropes]
-        cosines, sines = zip(*rotations, strict=True)
-        return jnp.stack(cosines), jnp.stack(sines)
-
     @property
     def max_positions(self) -> int | None:
-        """The most tokens of a row that the positions are made for, beside virtual ones; None: any number."""
+        """The largest number of tokens in a row, without virtual ones, that the positions allow; None: no limit."""
         return positions_left(self.config, None if self.prompt is None else self.prompt.method)
 
     def _attend(
         self, q: Array, k: Array, v: Array, kind: Array | None, segment_ids: Array | None, shared: int, groups: int
     ) -> Array:
-        """Attention of one kind; which one is known when the program runs, the kinds when it is compiled."""
+        """Compute attention of one kind; the index `kind` is known at run time, the list of kinds at compile time."""
         windows = list(dict.fromkeys(kind.window for kind in self.config.kinds))
 
         attend = partial(
@@ -325,19 +336,3 @@ class CausalLM(nnx.Module):
     @staticmethod
     def _positions(tokens: Array) -> Array:
         return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-
-
-def _neftune_noise(x: Array, segment_ids: Array | None, alpha: float, key: Array) -> Array:
-    """NEFTune (Jain et al. 2023): uniform in ±alpha / sqrt(L d), for rows of L tokens of d features.
-
-    L counts what is no padding where `segment_ids` tell it, else it is the row's length, as in TRL.
-    """
-    _, length, features = x.shape
-    tokens = jnp.full((1,), length) if segment_ids is None else jnp.maximum((segment_ids > 0).sum(1), 1)
-    bound = alpha / jnp.sqrt(tokens.astype(jnp.float32) * features)
-    return bound[:, None, None] * jax.random.uniform(key, x.shape, jnp.float32, -1.0, 1.0)
-
-
-def _of_kind(rotations: tuple[Array, Array], kind: Array | None) -> tuple[Array, Array]:
-    cosine, sine = rotations
-    return (cosine[0], sine[0]) if kind is None else (cosine[kind], sine[kind])

@@ -1,16 +1,17 @@
-"""The feed-forward of many tokens, a chunk of them after another.
+"""The feed-forward network applied to one chunk of the tokens after another, which limits the memory of long sequences.
 
-    forward     for each chunk:  y = f(x)                  nothing is kept: x is there anyway
-    backward    for each chunk:  f(x) once more, and back  of one chunk alone do the inner activations live
+    forward     for each chunk:  y = f(x)                          no residual is saved, because x is available anyway
+    backward    for each chunk:  recompute f(x), then its gradient      inner activations of one chunk only are in memory
 
-What a feed-forward makes between its input and its output is several times as wide as these, and the backward pass holds
-several of it at once: from some length on that, and not what the layers keep, decides how much memory a step takes.
+The activations inside a feed-forward network are several times as wide as its input, and the backward pass holds several of
+them at once. From some sequence length on, these activations determine how much memory a step needs, and not the saved
+residuals of the layers.
 
-The loop stands within a layer that is recomputed as a whole. What the layer recomputes for the backward pass is x, and not
-y, which nobody reads: so f runs forward twice in all, as it does without chunks, and no product is added. That holds for
-everything from the norm before to the norm behind and the sum with x, if all of it is in f.
+The loop is inside a layer that is recomputed as a whole in the backward pass. This recomputes x but not y, which the
+backward pass does not read. So f runs forward twice in total, as without chunks, and no product is added. This holds if f
+contains everything from the norm before the network to the norm after it and the sum with x.
 
-Each chunk dequantises the matrices anew, which is why chunks are large.
+Each chunk dequantises the matrices again, so chunks are large.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,33 +24,34 @@ from jax.sharding import PartitionSpec as P
 from qlora_jax.models.stack import Remat
 from qlora_jax.nn.parallel import AXIS, devices_of_context
 
-CHUNK = 8192  # tokens of each device, up to which a feed-forward runs at once
-_TILE = 128  # of tokens: the length of a chunk is a multiple of it
+CHUNK = 8192  # the most tokens of a device in one chunk
+_TILE = 128  # the number of tokens in a chunk is a multiple of this
 
 Keys = Sequence[Array | None]
 
 
 def chunk_count(tokens: int, remat: Remat) -> int:
-    """How many chunks the feed-forward takes so many tokens of each device in; one where the backward pass keeps all of what
-    is made inside anyway."""
+    """Return the number of chunks for so many tokens of each device; 1 if `remat` saves the inner activations anyway."""
     return -(-tokens // CHUNK) if remat in ("full", "offload") else 1
 
 
 def over_chunks(function: Callable[[Array, Keys], Array], x: Array, keys: Keys, count: int) -> Array:
-    """function(x, keys) for a function of each token by itself, in so many chunks of equal length.
+    """Return function(x, keys), computed in `count` chunks of equal length.
 
     Args:
-        function: of `[n, features]` or `[b, t, features]`, and random keys; what it closes over lies on the device.
-        x: `[b, t, features]`, its rows spread over the devices of the context.
-        keys: random keys, of which each chunk has its own.
+        function: acts on each token independently; it takes `[n, features]` or `[b, t, features]`, and random keys. Arrays
+            that it closes over must be in device memory.
+        x: `[b, t, features]`, its rows split over the devices of the context.
+        keys: random keys; each chunk gets different ones that are derived from them.
+        count: number of chunks.
 
     Returns:
-        What the function returns, in the shape of x.
+        The function's result, in the shape of x.
     """
     if count == 1:
         return function(x, keys)
     devices, features = devices_of_context(), x.shape[-1]
-    tokens = x.reshape(devices, -1, features)  # each device's own: cutting them moves nothing from one to another
+    tokens = x.reshape(devices, -1, features)  # by device, so that splitting into chunks needs no communication
     own = tokens.shape[1]
     length = -(-own // (count * _TILE)) * _TILE
     padded = jnp.pad(tokens, ((0, 0), (0, count * length - own), (0, 0)))
@@ -64,7 +66,7 @@ def over_chunks(function: Callable[[Array, Keys], Array], x: Array, keys: Keys, 
 
 
 def _spread(x: Array, axis: int) -> Array:
-    """x with an axis over the devices of the context."""
+    """Constrain an axis of x to be split over the devices of the context."""
     if devices_of_context() == 1:
         return x
     return jax.lax.with_sharding_constraint(x, P(*[None] * axis, AXIS))

@@ -1,14 +1,15 @@
-"""What shapes a decoder, and how it is read from Hugging Face's config.json.
+"""The configuration of a decoder-only model, and reading it from Hugging Face's config.json.
 
-Every decoder here is one module (models/decoder.py) whose layers may differ in a few ways; a family is a function that reads
-its config.json into a `DecoderConfig`, and a table of keys. Fields that a config.json leaves out have the family's defaults:
-transformers writes only what differs from its own.
+Every decoder here is one module (models/decoder.py) with a few options. A family is a function that converts its config.json
+to a `DecoderConfig`, including the parameter mappings. Missing fields have the family's defaults, because transformers
+writes only fields that differ from its defaults.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from qlora_jax.errors import CheckpointError
 from qlora_jax.models.parameter_mapping import ParameterMapping
 from qlora_jax.nn import Activation, RotaryEmbedding
 
@@ -26,11 +27,11 @@ ACTIVATIONS: dict[str, Activation] = {  # by transformers' names
 
 @dataclasses.dataclass(frozen=True)
 class AttentionKind:
-    """What may differ between the attention of one layer and another.
+    """The properties of attention that may differ between layers.
 
     Attributes:
-        rope: positions of queries and keys; None: none at all (NoPE).
-        window: how many tokens a token sees, itself included; None: all before it.
+        rope: rotary position embedding of queries and keys; None: no position embedding (NoPE).
+        window: number of tokens that a token attends to, including itself; None: all earlier tokens.
     """
 
     rope: RotaryEmbedding | None
@@ -39,22 +40,24 @@ class AttentionKind:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """What shapes a decoder-only language model.
+    """The sizes and options of a decoder-only language model.
+
+    Fields that are not described here have the meaning of the same field of Hugging Face's config.json.
 
     Attributes:
         family: the model_type of config.json.
-        keys: how a checkpoint calls the parameters.
+        parameter_mappings: names of the parameters in checkpoints.
         kinds: the kinds of attention that occur.
-        layer_kinds: for each layer, its place in `kinds`.
+        layer_kinds: for each layer, the index of its kind in `kinds`.
         norm: "rms", "rms+1" (the weight is an offset from 1) or "layer" (with mean and bias).
-        fused: whether queries, keys and values come from one matrix: "no"; "blocks": one after the other, as gate and up of
-            the feed-forward do; "heads": interleaved by head.
-        query_key_norm: whether queries and keys are normed by head before the rotation.
+        fused: whether one matrix computes queries, keys and values: "no"; "blocks": yes, one after the other, and another
+            computes gate and up of the feed-forward; "heads": yes, interleaved by head.
+        query_key_norm: whether queries and keys are normalized per head before the rotation.
         score_scale: factor on q·k; None: head_dim ** -0.5.
-        score_cap, logit_cap: x becomes cap * tanh(x / cap); None: no cap.
-        gated: whether the feed-forward has a gate.
+        score_cap, logit_cap: scores or logits x become cap * tanh(x / cap); None: no cap.
+        glu: whether the feed-forward is a gated linear unit.
         parallel: whether attention and feed-forward both read the layer's input.
-        post_norms: whether the results of attention and feed-forward are normed before they are added.
+        post_norms: whether the results of attention and feed-forward are normalized before they are added.
         embedding_scale: factor on the embeddings.
     """
 
@@ -82,19 +85,26 @@ class DecoderConfig:
     score_scale: float | None = None
     score_cap: float | None = None
     logit_cap: float | None = None
-    gated: bool = True
+    glu: bool = True
     parallel: bool = False
     post_norms: bool = False
     embedding_scale: float = 1.0
 
     @property
     def endless(self) -> bool:
-        """Whether the positions are made for sequences of any length."""
+        """Whether the positions allow sequences of any length."""
         return any(kind.rope is not None and dict(kind.rope.scaling).get("rope_type") == "dynamic" for kind in self.kinds)
 
 
 class Fields:
-    """The fields of a config.json; what is wrong with them is collected."""
+    """Reader of the fields of a config.json that collects all problems.
+
+    Attributes:
+        model: name of the model for messages.
+        problems: messages about the invalid fields found so far.
+        family: the model_type.
+        values: the fields, with defaults for missing ones.
+    """
 
     def __init__(self, model: str, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         self.model, self.problems = model, []
@@ -103,36 +113,37 @@ class Fields:
         self.values: dict[str, Any] = {**defaults, **given}
 
     def __getitem__(self, name: str) -> Any:
-        """A field that has to be there."""
+        """Return a required field; if it is missing, record a problem and return 1."""
         value = self.values.get(name)
         if value is None and f"{name} is missing" not in self.problems:
             self.problems.append(f"{name} is missing")
         return 1 if value is None else value
 
     def get(self, name: str, default: Any = None) -> Any:
+        """Return an optional field."""
         return self.values.get(name, default)
 
     def expect(self, name: str, supported: Any) -> None:
-        """The field, if it is there, has the one value that is supported."""
+        """Record a problem if the field is present and its value is not the only supported one."""
         if (value := self.values.get(name, supported)) != supported:
             self.problems.append(f"{name}: expected {supported!r}, found {value!r}")
 
     def check(self) -> None:
-        """Raises ValueError with all that was found wrong."""
+        """Raise CheckpointError with all problems, if there are any."""
         if self.problems:
-            raise ValueError(f"config.json of a {self.model} model: {'; '.join(self.problems)}")
+            raise CheckpointError(f"config.json of a {self.model} model: {'; '.join(self.problems)}")
 
     def activation(self, name: str) -> Activation:
-        """The activation that a field names."""
+        """Return the activation that a field names."""
         value = self[name]
         if value not in ACTIVATIONS:
             self.problems.append(f"{name}: expected one of {', '.join(ACTIVATIONS)}, found {value!r}")
         return ACTIVATIONS.get(value, "silu")
 
     def rope(self, head_dim: int, *, of: str | None = None) -> RotaryEmbedding:
-        """The positions of the layers of one type (`of`), where the file tells types apart.
+        """Return the rotary position embedding, or that of one type of layers (`of`) if the file distinguishes types.
 
-        transformers 5 keeps theta and scaling together in rope_parameters; older files keep them apart.
+        transformers 5 stores theta and scaling together in rope_parameters; older files store them in separate fields.
         """
         scaling = dict(self.get("rope_parameters") or self.get("rope_scaling") or {})
         if of is not None and of in scaling:
@@ -148,7 +159,7 @@ class Fields:
             return RotaryEmbedding.from_config(2, theta, 1, None)
 
     def sizes(self) -> dict[str, Any]:
-        """The fields of `DecoderConfig` that all families read alike."""
+        """Return the fields of `DecoderConfig` that have the same names in all families."""
         heads, hidden = self["num_attention_heads"], self["hidden_size"]
         kv_heads = self.get("num_key_value_heads", heads)
         if heads % kv_heads:
@@ -166,7 +177,7 @@ class Fields:
         }
 
     def layer_types(self, default: Sequence[str]) -> Sequence[str]:
-        """The type of each layer: "full_attention" or "sliding_attention"."""
+        """Return the type of each layer: "full_attention" or "sliding_attention"."""
         types = self.get("layer_types", default)
         wrong = sorted({str(kind) for kind in types} - {"full_attention", "sliding_attention"})
         if wrong:
@@ -177,6 +188,6 @@ class Fields:
 
 
 def kinds_of(layers: Sequence[AttentionKind]) -> dict[str, Any]:
-    """The fields `kinds` and `layer_kinds` from the attention of each layer."""
+    """Return the fields `kinds` and `layer_kinds` of `DecoderConfig` for a list with the attention of each layer."""
     kinds = tuple(dict.fromkeys(layers))
     return {"kinds": kinds, "layer_kinds": tuple(kinds.index(layer) for layer in layers)}

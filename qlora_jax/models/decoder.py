@@ -1,12 +1,12 @@
-"""The layer of a decoder-only language model, in all the ways that families differ.
+"""The layer of a decoder-only language model, with options for the differences between families.
 
     Llama and most:   x = x + attention(norm(x));  x = x + feed_forward(norm(x))
     Gemma 2 and 3:    x = x + norm(attention(norm(x)));  x = x + norm(feed_forward(norm(x)))
     GPT-NeoX:         x = x + attention(norm(x)) + feed_forward(norm'(x))
 
-Attention is grouped-query with rotary positions (or none), feed-forward is down(f(gate(x)) * up(x)) or down(f(up(x))). The
-names of linear layers are those of Llama, whatever the file calls them: the key tables translate. All that is of each token
-by itself after attention can run over chunks of the tokens (`chunks`).
+Attention is grouped-query attention with rotary positions (or none). The feed-forward is down(f(gate(x)) * up(x)) or
+down(f(up(x))). The linear layers have Llama's names; the parameter mappings translate the names of other families'
+checkpoints. The computations after attention, which act on each token independently, can run in chunks (`chunks`).
 """
 
 from collections.abc import Callable
@@ -20,27 +20,27 @@ from jax.typing import DTypeLike
 
 from qlora_jax.models.chunks import Keys, over_chunks
 from qlora_jax.models.config import DecoderConfig, Fused
-from qlora_jax.nn import Activation, LayerNorm, Linear, RMSNorm, activate, gated, rotate
+from qlora_jax.nn import Activation, LayerNorm, Linear, RMSNorm, activate, glu, rotate
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
-_MOST_LINEAR = 7  # linear layers of a layer, each with a random key of its own
+_MOST_LINEAR = 7  # the most linear layers in a decoder layer; each gets its own random key
 
 
 class MakeLinear(Protocol):
-    """Makes a linear layer by its name within the layer, with the storage and the adapter that the model wants."""
+    """A function that creates a linear layer by its name within the decoder layer, with the model's storage and adapter."""
 
     def __call__(self, name: str, inputs: int, outputs: int, *, use_bias: bool) -> Linear: ...
 
 
 def make_norm(config: DecoderConfig, features: int, dtype: DTypeLike) -> RMSNorm | LayerNorm:
-    """A norm of the family's kind."""
+    """Return a norm of the family's kind."""
     if config.norm == "layer":
         return LayerNorm(features, eps=config.norm_eps, dtype=dtype)
     return RMSNorm(features, eps=config.norm_eps, offset=config.norm == "rms+1", dtype=dtype)
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention with rotary positions."""
+    """Grouped-query self-attention with rotary position embedding."""
 
     def __init__(self, config: DecoderConfig, linear: MakeLinear, dtype: DTypeLike) -> None:
         self.heads, self.kv_heads, self.head_dim = (
@@ -86,16 +86,16 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """down(f(gate(x)) * up(x)), or down(f(up(x))) without a gate."""
+    """The feed-forward network: down(f(gate(x)) * up(x)), or down(f(up(x))) without a gate."""
 
     def __init__(self, config: DecoderConfig, linear: MakeLinear) -> None:
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.activation: Activation = config.activation
-        self.gated, self.fused = config.gated, config.gated and config.fused == "blocks"
+        self.glu, self.fused = config.glu, config.glu and config.fused == "blocks"
         if self.fused:
             self.gate_up_proj = linear("mlp.gate_up_proj", hidden, 2 * inner, use_bias=bias)
         else:
-            if self.gated:
+            if self.glu:
                 self.gate_proj = linear("mlp.gate_proj", hidden, inner, use_bias=bias)
             self.up_proj = linear("mlp.up_proj", hidden, inner, use_bias=bias)
         self.down_proj = linear("mlp.down_proj", inner, hidden, use_bias=bias)
@@ -103,16 +103,16 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Array, keys: Keys) -> Array:
         if self.fused:
             gate, up = jnp.split(self.gate_up_proj(x, key=keys[0]), 2, axis=-1)
-            inner = gated(self.activation, gate, up)
-        elif self.gated:
-            inner = gated(self.activation, self.gate_proj(x, key=keys[0]), self.up_proj(x, key=keys[1]))
+            inner = glu(self.activation, gate, up)
+        elif self.glu:
+            inner = glu(self.activation, self.gate_proj(x, key=keys[0]), self.up_proj(x, key=keys[1]))
         else:
             inner = activate(self.activation, self.up_proj(x, key=keys[1]))
         return self.down_proj(inner, key=keys[2])
 
 
 class DecoderLayer(nnx.Module):
-    """One layer; in the model its parameters carry a leading layer axis."""
+    """One decoder layer; in the model its parameters have a leading layer axis."""
 
     def __init__(self, config: DecoderConfig, linear: MakeLinear, dtype: DTypeLike) -> None:
         def norm() -> RMSNorm | LayerNorm:
@@ -129,7 +129,15 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x: Array, cosine: Array, sine: Array, attend: Attend, key: Array | None, chunks: int = 1
     ) -> tuple[Array, Any]:
-        """The layer's result, and what `attend` returns besides; the feed-forward runs over so many chunks of the tokens."""
+        """Return the layer's output `[b, t, hidden_size]` and the second result of `attend`.
+
+        Args:
+            x: `[b, t, hidden_size]`.
+            cosine, sine: rotations of the positions, `[b, t, r / 2]`.
+            attend: maps rotated queries, rotated keys and values to the attention's result and a second value.
+            key: random key of the adapters' dropout, or None.
+            chunks: number of chunks of tokens in which the feed-forward runs.
+        """
         keys: Keys = [None] * _MOST_LINEAR if key is None else list(jax.random.split(key, _MOST_LINEAR))
         attended, cache = self.self_attn(self.input_layernorm(x), cosine, sine, attend, keys[:4])
         if self.parallel:
@@ -139,7 +147,7 @@ class DecoderLayer(nnx.Module):
         return over_chunks(self._add_feed_forward, x + attended, keys[4:], chunks), cache
 
     def _add_feed_forward(self, x: Array, keys: Keys) -> Array:
-        """x with what the feed-forward makes of it; of each token by itself."""
+        """Return x plus the feed-forward of x, which acts on each token independently."""
         if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
             return x + self.mlp(self.post_attention_layernorm(x), keys)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), keys))

@@ -30,12 +30,12 @@ ModelConfig = DecoderConfig | T5Config
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What the loader needs to know about a family.
+    """A family of models.
 
     Attributes:
-        config: parses Hugging Face's config.json.
+        config: function that parses Hugging Face's config.json.
         ignored: regular expressions of tensors that old checkpoints contain and the model does not need.
-        model: the class of the model, which takes what `config` returns and the arguments of `CausalLM`.
+        model: the class of the model; it takes the result of `config` and the arguments of `CausalLM`.
         linear: regular expression of the full names of the linear modules.
         tied: (name of a tensor, name of the tensor that it equals) where config.json ties the two and the file may hold
             only the second.

@@ -1,7 +1,8 @@
 """Gemma 1, 2 and 3 (text): embeddings scaled by sqrt(hidden), norms whose weight is an offset from 1, GELU.
 
-Gemma 2 norms the results of attention and feed-forward, caps scores and logits, and gives every other layer a window.
-Gemma 3 norms queries and keys instead of capping, and gives five of six layers a window and positions of their own.
+Gemma 2 normalizes the results of attention and feed-forward, caps scores and logits, and every other layer has an attention
+window. Gemma 3 normalizes queries and keys instead of capping scores, and five of six layers have a window and a different
+position embedding.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ _DEFAULTS = {
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
 }
-# The files of Gemma 3 leave out what equals the defaults of transformers.
+# The config.json of Gemma 3 omits fields that equal the defaults of transformers.
 _DEFAULTS_3 = {
     "vocab_size": 262208,
     "hidden_size": 2304,
@@ -40,9 +41,9 @@ _DEFAULTS_3 = {
 
 
 def gemma_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """Reads the config.json of a Gemma 1; see `llama_config` for what it raises.
+    """Return the configuration in the config.json of a Gemma 1; raises the errors of `llama_config`.
 
-    The first files say `hidden_act: gelu` and mean the approximation by tanh.
+    The first files contain `hidden_act: gelu` but mean the approximation by tanh.
     """
     fields = Fields("Gemma", config, _DEFAULTS)
     rope = fields.rope(fields["head_dim"])
@@ -50,9 +51,9 @@ def gemma_config(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def gemma2_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """Reads the config.json of a Gemma 2; see `llama_config` for what it raises."""
+    """Return the configuration in the config.json of a Gemma 2; raises the errors of `llama_config`."""
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-    given = {name: config.get(name, cap) for name, cap in caps.items()}  # null means none
+    given = {name: config.get(name, cap) for name, cap in caps.items()}  # null means no cap
     fields = Fields("Gemma 2", config, _DEFAULTS)
     rope = fields.rope(fields["head_dim"])
     count = fields["num_hidden_layers"]
@@ -68,22 +69,24 @@ def gemma2_config(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def gemma3_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """Reads the config.json of a Gemma 3 for text; see `llama_config` for what it raises."""
+    """Return the configuration in the config.json of a Gemma 3 text model; raises the errors of `llama_config`."""
     fields = Fields("Gemma 3", config, _DEFAULTS | _DEFAULTS_3)
     fields.expect("use_bidirectional_attention", False)
     count, pattern = fields["num_hidden_layers"], fields["sliding_window_pattern"]
     types = fields.layer_types(
         ["sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(count)]
     )
-    far = AttentionKind(fields.rope(fields["head_dim"], of="full_attention"))
+    full = AttentionKind(fields.rope(fields["head_dim"], of="full_attention"))
     if "sliding_attention" in (fields.get("rope_parameters") or {}):
-        near_rope = fields.rope(fields["head_dim"], of="sliding_attention")
-    else:  # older files: their scaling is for the far layers alone
+        sliding_rope = fields.rope(fields["head_dim"], of="sliding_attention")
+    else:  # in older files the scaling applies only to the layers without a window
         base, longest = fields["rope_local_base_freq"], fields["max_position_embeddings"]
-        near_rope = RotaryEmbedding.from_config(fields["head_dim"], base, longest, None)
-    near = AttentionKind(near_rope, fields["sliding_window"])
+        sliding_rope = RotaryEmbedding.from_config(fields["head_dim"], base, longest, None)
+    sliding = AttentionKind(sliding_rope, fields["sliding_window"])
     return dataclasses.replace(
-        _config(fields, [near if kind == "sliding_attention" else far for kind in types], (*_POST_NORMS, *_QUERY_KEY_NORMS)),
+        _config(
+            fields, [sliding if kind == "sliding_attention" else full for kind in types], (*_POST_NORMS, *_QUERY_KEY_NORMS)
+        ),
         score_scale=fields["query_pre_attn_scalar"] ** -0.5,
         score_cap=fields.get("attn_logit_softcapping"),
         logit_cap=fields.get("final_logit_softcapping"),
@@ -93,7 +96,7 @@ def gemma3_config(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _config(fields: Fields, layers: list[AttentionKind], norms: tuple[str, ...]) -> DecoderConfig:
-    """The config with what all versions share."""
+    """Return the configuration with the options that all versions have in common."""
     fields.expect("hidden_activation", "gelu_pytorch_tanh")
     bias = fields.get("attention_bias", False)
     result = llama_like(fields, layers, norms=norms, activation="hidden_activation", qkv_bias=bias, o_bias=bias)

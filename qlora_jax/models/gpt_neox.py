@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: LayerNorms, biases, rotation of a part of each head, attention and feed-forward side by side.
+"""GPT-NeoX and Pythia: LayerNorms, biases, rotation of a part of each head, attention and feed-forward in parallel.
 
 x = x + dense(attention(rope(q), rope(k), v)) + dense_4h_to_h(gelu(dense_h_to_4h(norm'(x))))      q, k, v of norm(x)
 """
@@ -21,7 +21,7 @@ IGNORED = (r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv
 
 
 def gpt_neox_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """Reads the config.json of a GPT-NeoX; see `llama_config` for what it raises."""
+    """Return the configuration in the config.json of a GPT-NeoX; raises the errors of `llama_config`."""
     defaults = {
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-5,
@@ -54,7 +54,7 @@ def gpt_neox_config(config: Mapping[str, Any]) -> DecoderConfig:
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=True,
-        gated=False,
+        glu=False,
         parallel=fields["use_parallel_residual"],
     )
     fields.check()

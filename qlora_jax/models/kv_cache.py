@@ -1,4 +1,4 @@
-"""What a decoder reads of past tokens while it generates."""
+"""The cache of keys and values of past tokens, for decoding."""
 
 import dataclasses
 
@@ -16,10 +16,10 @@ class KVCache:
     """Keys and values of past tokens, for decoding.
 
     Attributes:
-        keys, values: `[layers, b, kv_heads, capacity, head_dim]`: as attention multiplies with them, since a compiler that
-            wants another order copies all of them in every step.
-        filled: bool `[b, capacity]`, true where a real token lies.
-        length: int32 scalar, the slots used so far, by all rows alike (prompts are padded on the left).
+        keys, values: `[layers, b, kv_heads, capacity, head_dim]`. Attention multiplies with them in this order; with another
+            order, a compiler may copy all of them in every step.
+        filled: bool `[b, capacity]`, true for slots that contain a token and not padding.
+        length: int32 scalar, the number of slots used so far, equal for all rows (prompts are padded on the left).
     """
 
     keys: Array
@@ -29,9 +29,9 @@ class KVCache:
 
 
 def empty_cache(config: DecoderConfig, dtype: DTypeLike, batch_size: int, capacity: int) -> KVCache:
-    """Room for `capacity` tokens a row."""
+    """Return an empty cache for `capacity` tokens per row."""
     shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
-    return KVCache(  # two buffers, not one twice: a buffer can be donated only once
+    return KVCache(  # two different buffers, because a buffer can be donated only once
         jnp.zeros(shape, dtype),
         jnp.zeros(shape, dtype),
         jnp.zeros((batch_size, capacity), bool),

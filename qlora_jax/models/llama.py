@@ -1,4 +1,4 @@
-"""Llama 1 to 3, and those of other names that are the same: SmolLM 1 and 2, Yi, TinyLlama.
+"""Llama 1 to 3, and models with the same architecture: SmolLM 1 and 2, Yi, TinyLlama.
 
 x = x + o(attention(rope(q(n1)), rope(k(n1)), v(n1)))        n1 = norm(x)
 x = x + down(silu(gate(n2)) * up(n2))                        n2 = norm(x)
@@ -18,10 +18,10 @@ IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 
 def llama_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """Reads the config.json of a Llama.
+    """Return the configuration in the config.json of a Llama.
 
     Raises:
-        ValueError: fields that are missing or not supported, all in one message.
+        CheckpointError: fields are missing or have unsupported values; the message lists all of them.
     """
     fields = Fields("Llama", config, {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048})
     sizes, bias = fields.sizes(), fields.get("attention_bias", False)
@@ -40,15 +40,20 @@ def llama_like(
     o_bias: bool = False,
     mlp_bias: bool = False,
 ) -> DecoderConfig:
-    """The config of a model that names its parts as Llama does.
+    """Return the configuration of a model whose modules have Llama's names.
 
     Args:
+        fields: the fields of the config.json.
         layers: the attention of each layer.
-        linear, norms: names of the modules of a layer.
-        activation: the field that names the activation.
+        linear: names of the linear layers in a decoder layer.
+        norms: names of the norms in a decoder layer.
+        activation: name of the field that contains the activation.
+        qkv_bias: whether queries, keys and values have a bias.
+        o_bias: whether the attention's output projection has a bias.
+        mlp_bias: whether the feed-forward's linear layers have biases.
 
     Raises:
-        ValueError: all that was wrong with the fields.
+        CheckpointError: fields are missing or have unsupported values; the message lists all of them.
     """
     sizes = fields.sizes()
     biased = (*(ATTENTION[:3] if qkv_bias else ()), *(ATTENTION[3:] if o_bias else ()), *(FEED_FORWARD if mlp_bias else ()))

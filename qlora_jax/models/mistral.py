@@ -1,4 +1,4 @@
-"""Mistral: Llama with a window on the attention of all layers, in its first version."""
+"""Mistral: Llama; in the first version, the attention of all layers has a window."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +8,9 @@ from qlora_jax.models.llama import llama_like
 
 
 def mistral_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """Reads the config.json of a Mistral; see `llama_config` for what it raises.
+    """Return the configuration in the config.json of a Mistral; raises the errors of `llama_config`.
 
-    In files that leave `sliding_window` out the window is 4096; one without a window says null.
+    If `sliding_window` is missing, the window is 4096; if it is null, there is no window.
     """
     fields = Fields("Mistral", config, {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 131072})
     kind = AttentionKind(fields.rope(fields.sizes()["head_dim"]), config.get("sliding_window", 4096))

@@ -1,8 +1,9 @@
-"""How a model's parameters are named in a Hugging Face checkpoint: one declarative table a family.
+"""The names of a model's parameters in a Hugging Face checkpoint: one declarative list of mappings for each family.
 
-A row pairs the name of a tensor with the path of a parameter in our module tree. `{layer}` in the name stands for the index
-of a layer; the parameter then stacks that tensor of all layers along its first axis. Hugging Face stores the matrix of a
-linear layer as `[out, in]`, we hold it as `[in, out]`: `linear` says so, and marks what is quantised and can carry LoRA.
+A mapping pairs the name of a tensor with the path of a parameter in our module tree. `{layer}` in the name stands for the
+index of a layer; the parameter then stacks this tensor of all layers along its first axis. Hugging Face stores the matrix of
+a linear layer as `[out, in]`, and the module tree holds it as `[in, out]`. `linear` marks these matrices, which are
+transposed, can be quantised and can have an adapter.
 """
 
 import dataclasses
@@ -11,13 +12,13 @@ from collections.abc import Iterator, Sequence
 
 @dataclasses.dataclass(frozen=True)
 class ParameterMapping:
-    """One row of the table.
+    """The correspondence of a parameter to one tensor of a checkpoint, or to the same tensor of every layer.
 
     Attributes:
-        name: Hugging Face's tensor name, with `{layer}` for stacked ones.
+        name: Hugging Face's name of the tensor, with `{layer}` if the parameter is stacked.
         path: attribute names from the model to the parameter.
-        layers: how many layers are stacked; 0: a tensor by itself.
-        linear: whether it is the matrix of a linear layer.
+        layers: number of stacked layers; 0: the parameter is a single tensor.
+        linear: whether the parameter is the matrix of a linear layer.
     """
 
     name: str
@@ -30,33 +31,34 @@ class ParameterMapping:
         return self.layers > 0
 
     def names(self) -> list[str]:
-        """The tensor names that this row stands for, by layer."""
+        """Return the names of the tensors, by layer."""
         return [self.name.format(layer=layer) for layer in range(self.layers)] if self.stacked else [self.name]
 
     def modules(self) -> list[str]:
-        """The names of the modules that hold these tensors, as PEFT's targets see them."""
+        """Return the full names of the modules that contain these tensors, by layer; PEFT's targets match these names."""
         return [name.rsplit(".", 1)[0] for name in self.names()]
 
 
-def linear_modules(keys: Sequence[ParameterMapping]) -> dict[str, list[str]]:
-    """For each stacked linear layer, by its path in dots: the full names of the modules that it stacks."""
-    return {".".join(key.path[:-1]): key.modules() for key in linear_mappings(keys)}
+def linear_modules(mappings: Sequence[ParameterMapping]) -> dict[str, list[str]]:
+    """Return, for the dotted path of each stacked linear layer, the full names of the modules that it stacks."""
+    return {".".join(mapping.path[:-1]): mapping.modules() for mapping in linear_mappings(mappings)}
 
 
-def linear_mappings(keys: Sequence[ParameterMapping]) -> Iterator[ParameterMapping]:
-    """The rows of linear matrices."""
-    return (key for key in keys if key.linear)
+def linear_mappings(mappings: Sequence[ParameterMapping]) -> Iterator[ParameterMapping]:
+    """Return the mappings of the matrices of linear layers."""
+    return (mapping for mapping in mappings if mapping.linear)
 
 
 def layer_mappings(
     prefix: str, layers: int, names: Sequence[tuple[str, str]], *, linear: bool, biased: Sequence[str] = ()
 ) -> Iterator[ParameterMapping]:
-    """Rows of stacked modules.
+    """Yield the mappings of stacked modules.
 
     Args:
-        prefix: Hugging Face's name of the layers, e.g. "model.layers".
-        names: (Hugging Face's name of a module within a layer, ours).
-        linear: whether they are linear layers.
+        prefix: Hugging Face's name of the list of layers, e.g. "model.layers".
+        layers: number of layers.
+        names: pairs (Hugging Face's name of a module within a layer, our name).
+        linear: whether the modules are linear layers.
         biased: our names of the modules that have a bias.
     """
     for theirs, ours in names:

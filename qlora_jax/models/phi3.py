@@ -1,4 +1,4 @@
-"""Phi-3, 3.5 and 4: Llama with queries, keys and values from one matrix, gate and up from another; LongRoPE."""
+"""Phi-3, 3.5 and 4: Llama with one matrix for queries, keys and values, one for gate and up, and LongRoPE."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ _LINEAR = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.do
 
 
 def phi3_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """Reads the config.json of a Phi-3; see `llama_config` for what it raises."""
+    """Return the configuration in the config.json of a Phi-3; raises the errors of `llama_config`."""
     defaults = {
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,

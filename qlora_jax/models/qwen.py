@@ -17,13 +17,13 @@ _DEFAULTS = {
 
 
 def qwen2_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """Reads the config.json of a Qwen 2 or 2.5; see `llama_config` for what it raises."""
+    """Return the configuration in the config.json of a Qwen 2 or 2.5; raises the errors of `llama_config`."""
     fields = Fields("Qwen2", config, _DEFAULTS)
     return llama_like(fields, _layers(fields), qkv_bias=True)
 
 
 def qwen3_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """Reads the config.json of a dense Qwen 3; see `llama_config` for what it raises."""
+    """Return the configuration in the config.json of a dense Qwen 3; raises the errors of `llama_config`."""
     fields = Fields("Qwen3", config, _DEFAULTS | {"head_dim": 128})
     bias = fields.get("attention_bias", False)
     norms = (*NORMS, "self_attn.q_norm", "self_attn.k_norm")
@@ -32,7 +32,7 @@ def qwen3_config(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _layers(fields: Fields) -> list[AttentionKind]:
-    """The attention of each layer: windows, where a file asks for them, lie on the layers from `max_window_layers` on."""
+    """Return the attention of each layer; if the file enables windows, layers from `max_window_layers` on have one."""
     rope = fields.rope(fields.sizes()["head_dim"])
     window = fields["sliding_window"] if fields.get("use_sliding_window", False) else None
     first = fields["max_window_layers"] if window else fields["num_hidden_layers"]

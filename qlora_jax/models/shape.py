@@ -1,12 +1,12 @@
-"""What methods of fine-tuning have to know of a model."""
+"""The sizes of a model that methods of fine-tuning need."""
 
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.t5_config import T5Config
-from qlora_jax.peft import Method, ModelShape, OfModel, PromptMethod
+from qlora_jax.peft import Method, ModelShape
 
 
 def shape_of(config: DecoderConfig | T5Config) -> ModelShape:
-    """The shape of a model with that configuration."""
+    """Return the sizes of a model with this configuration."""
     decoder = isinstance(config, DecoderConfig)
     return ModelShape(
         family=config.family,
@@ -20,16 +20,16 @@ def shape_of(config: DecoderConfig | T5Config) -> ModelShape:
 
 
 def method_for(method: Method | None, config: DecoderConfig | T5Config) -> Method | None:
-    """The method with all that it leaves to the model chosen.
+    """Return the method with the fields filled in that depend on the model.
 
     Raises:
-        ValueError: it does not go with the model.
+        OptionError: the method does not fit the model.
     """
-    return method.for_model(shape_of(config)) if isinstance(method, OfModel) else method
+    return None if method is None else method.for_model(shape_of(config))
 
 
-def positions_left(config: DecoderConfig | T5Config, method: object) -> int | None:
-    """The most tokens of a row that a model's positions are made for, beside the method's virtual ones; None: any number."""
+def positions_left(config: DecoderConfig | T5Config, method: Method | None) -> int | None:
+    """Return the most tokens in a row, without the method's virtual tokens, that the positions allow; None: no limit."""
     if not isinstance(config, DecoderConfig) or config.endless:
         return None
-    return config.max_position_embeddings - (method.virtual_tokens if isinstance(method, PromptMethod) else 0)
+    return config.max_position_embeddings - (0 if method is None else method.virtual_tokens)

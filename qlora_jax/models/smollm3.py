@@ -1,4 +1,4 @@
-"""SmolLM3: Llama in which every fourth layer has no positions (NoPE)."""
+"""SmolLM3: Llama in which every fourth layer has no position embedding (NoPE)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from qlora_jax.models.llama import llama_like
 
 
 def smollm3_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """Reads the config.json of a SmolLM3; see `llama_config` for what it raises."""
+    """Return the configuration in the config.json of a SmolLM3; raises the errors of `llama_config`."""
     defaults = {
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,

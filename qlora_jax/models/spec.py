@@ -25,11 +25,11 @@ class ModelSpec:
 
     Attributes:
         config: the parsed config.json.
-        quantization: storage of the linear layers; None stores them dense.
-        embedding_storage: storage of the token embedding and the output head.
-        method: the method of fine-tuning; None for a model without an adapter.
-        dtype: of activations and dense weights.
-        remat: what the backward pass recomputes.
+        quantization: storage of the linear layers; None: dense.
+        embedding_storage: storage of the embedding and the output head.
+        method: the method of fine-tuning; None: a model without an adapter.
+        dtype: dtype of activations and dense weights.
+        remat: which residuals the backward pass saves; see `CausalLM`.
     """
 
     config: ModelConfig
@@ -46,7 +46,7 @@ class ModelSpec:
             attention: the attention kernel; that of the default platform if None.
 
         Raises:
-            ValueError: the method does not fit the model.
+            OptionError: the method does not fit the model.
         """
         return FAMILIES[self.config.family].model(
             self.config,
@@ -66,6 +66,6 @@ class ModelSpec:
             platform: the platform whose attention kernel the model takes ("cpu", "gpu" or "tpu"); the default one if None.
 
         Raises:
-            ValueError: the method does not fit the model.
+            OptionError: the method does not fit the model.
         """
         return nnx.eval_shape(lambda: self.build(nnx.Rngs(0), default_implementation(platform)))

@@ -1,7 +1,7 @@
-"""Layers as one module whose parameters are stacked along a first axis.
+"""The layers of a model as one module whose parameters are stacked along a first axis.
 
-They are made by `jax.vmap` over the constructor and run by `jax.lax.scan`, so that a model of 80 layers compiles like one of
-a single layer.
+The constructor is mapped with `jax.vmap`, and `jax.lax.scan` runs the layers, so that compiling a model of 80 layers takes
+as long as compiling one layer.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,20 @@ from jax import Array
 
 from qlora_jax.nn import gather
 from qlora_jax.nn.parallel import devices_of_context
-from qlora_jax.quant import keep_stacked
+from qlora_jax.quant import index_in_stack
 
 Remat = Literal["none", "dots", "full", "offload"]
 Layer = TypeVar("Layer", bound=nnx.Module)
 
 
 def stack(make_layer: Callable[[nnx.Rngs, Array], Layer], layers: int, rngs: nnx.Rngs) -> Layer:
-    """A module that holds `layers` layers, each made with random keys of its own and its number, int32 scalar."""
+    """Return a module that holds `layers` layers.
+
+    Args:
+        make_layer: creates a layer from random number generators and its index, int32 scalar.
+        layers: number of layers.
+        rngs: random number generators; the stream `params` is split over the layers.
+    """
     graph: Any = None
 
     def make(key: Array, layer: Array) -> Any:
@@ -34,10 +40,10 @@ def stack(make_layer: Callable[[nnx.Rngs, Array], Layer], layers: int, rngs: nnx
 
 
 def rematerialise(run_layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    """The body of a scan over layers whose backward pass recomputes what `remat` says.
+    """Wrap the body of a scan over layers in `jax.checkpoint` with a policy for the residuals that are saved.
 
-    "full" keeps only the inputs of the layers, "offload" keeps them in host memory (under the name "residual"), "dots" keeps
-    the results of all products, "none" keeps everything. The layer names its inputs "residual".
+    "full" saves only the inputs of the layers, "offload" saves them in host memory, "dots" also saves the results of all
+    products, "none" saves everything. The body must name the inputs "residual".
     """
     match remat:
         case "none":
@@ -59,11 +65,11 @@ def rematerialise(run_layer: Callable[..., Any], remat: Remat) -> Callable[..., 
 
 
 def by_layer(layers: Any) -> tuple[Any, Callable[[Any, Array], Any]]:
-    """For decoding: what of the stacked `layers` to scan over, and a layer from its share and its number.
+    """Return, for decoding, the part of stacked `layers` to scan over, and a function (its slice, index) -> layer's state.
 
-    On one device matrices in 4 bits stay in their stacks, where kernels read them without a copy; on several, a layer's
-    leaves are cut out and gathered.
+    On one device, 4-bit matrices remain in their stacks, because kernels can read one layer of a stack without a copy. On
+    several devices, a layer's leaves are sliced and gathered.
     """
     if devices_of_context() > 1:
         return layers, lambda state, _: gather(state)
-    return keep_stacked(layers)
+    return index_in_stack(layers)

@@ -3,11 +3,11 @@
     encoder   x = embed(sources);    for each layer: x = x + attention(norm(x)); x = x + feed_forward(norm(x))
     decoder   y = embed(inputs);     for each layer: y = y + attention(norm(y)); y = y + attention(norm(y), norm(x));
                                                      y = y + feed_forward(norm(y))
-    logits    head(norm(y)), or shared(norm(y) * hidden_size ** -0.5) where the token table is the head too
+    logits    head(norm(y)), or shared(norm(y) * hidden_size ** -0.5) if the output head is tied to the embedding
 
-Scores are not scaled. Where a token stands is known only from a bias on the scores of self-attention, by its distance from
-the other: one table for each stack, shared by its layers. Nothing limits the length. T5's own dropout is left out: what
-trains is an adapter, which has its own.
+Scores are not scaled. The only position information is a bias on the scores of self-attention, which depends on the distance
+of the tokens; the layers of a stack share it. The length is not limited. T5's own dropout is omitted, because only an
+adapter trains, which has its own dropout.
 """
 
 import dataclasses
@@ -18,24 +18,26 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float, Int, Shaped
 
+from qlora_jax.models.origin import Origin
 from qlora_jax.models.parameter_mapping import linear_modules
 from qlora_jax.models.shape import method_for
 from qlora_jax.models.stack import Remat, by_layer, rematerialise
 from qlora_jax.models.t5_config import T5Config
 from qlora_jax.models.t5_layers import T5Layer, T5Stack, random_keys
-from qlora_jax.models.trained import attach, trained_parts
+from qlora_jax.models.trainable import add_deltas, trainable_base
 from qlora_jax.nn import (
     AttentionImplementation,
     Embedding,
     Linear,
-    Table,
+    VocabularyMatrix,
     biased_attention,
     checkpoint_name,
     gather,
     with_prefix,
 )
-from qlora_jax.peft import Method, Prompt, PromptMethod
+from qlora_jax.peft import Method
 from qlora_jax.peft.prompt import cross_order
 from qlora_jax.quant import EmbeddingStorage, Quantization
 
@@ -43,13 +45,13 @@ from qlora_jax.quant import EmbeddingStorage, Quantization
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Seq2SeqCache:
-    """What decoding one token after the other reads.
+    """The keys and values that decoding reads.
 
     Attributes:
-        keys, values: of past targets, `[layers, b, capacity, heads, head_dim]`.
-        source_keys, source_values: of the encoded sources, `[layers, b, s, heads, head_dim]`.
-        source_mask: bool `[b, s]`, true where a real token lies.
-        length: int32 scalar, targets so far.
+        keys, values: those of past targets, `[layers, b, capacity, heads, head_dim]`.
+        source_keys, source_values: those of the encoded sources, `[layers, b, s, heads, head_dim]`.
+        source_mask: bool `[b, s]`, false for padding.
+        length: int32 scalar, the number of targets so far.
     """
 
     keys: Array
@@ -61,12 +63,15 @@ class Seq2SeqCache:
 
 
 class T5(nnx.Module):
-    """An encoder-decoder.
+    """An encoder-decoder of the T5 family.
 
     Attributes:
-        trained: what an adapter trains besides the adapters.
-        prompt: virtual tokens before the sources, or keys and values before those of the decoder; None: none.
-        remat: what the backward pass of training recomputes, as for `CausalLM`.
+        quantization, embedding_storage: how the model was asked to store its linear layers, and its embedding and head.
+        method: the method of fine-tuning that the model was made with, as `method_for` completed it; None: none.
+        origin: the checkpoint of the model, and what loading changed; None for a model with random weights.
+        trained: the parameters of the base that train in addition to the adapters of linear layers.
+        prompt: the virtual tokens before the sources, or their keys and values in the decoder; None: no virtual tokens.
+        remat: which residuals the backward pass of training saves; see `CausalLM`.
     """
 
     def __init__(
@@ -81,20 +86,26 @@ class T5(nnx.Module):
         remat: Remat = "full",
         rngs: nnx.Rngs,
     ) -> None:
-        """A model with random weights; `nnx.eval_shape` of it costs no memory.
+        """Create a model with random weights; under `nnx.eval_shape` this needs no memory.
 
         Args:
-            quantization: storage of the linear layers; None keeps them dense.
-            embedding_storage: storage of the token table and the output head.
-            method: of fine-tuning, with its adapters; None for none.
+            config: the sizes and options of the model.
+            quantization: storage of the linear layers; None: dense.
+            embedding_storage: storage of the embedding and the output head.
+            method: the method of fine-tuning, which defines the adapters; None: no adapters.
             dtype: dtype of activations and of dense weights.
-            attention: of no effect: scores with a bias are XLA's on every platform.
+            attention: has no effect, because XLA computes attention with a bias on every platform.
+            remat: which residuals are saved; see `CausalLM`.
+            rngs: random number generators; the stream `params` is used.
 
         Raises:
-            ValueError: a target or a pattern of the adapter matches nothing; or it trains all of a table that is packed.
+            OptionError: a target or a pattern of the method matches nothing, or an embedding trains in full but is
+                quantised.
         """
         method = method_for(method, config)
-        self.trained = trained = trained_parts(method, config.parameter_mappings, vocabulary=config.vocab_size, tables=False)
+        self.trainable = trainable = trainable_base(
+            method, config.parameter_mappings, vocabulary=config.vocab_size, embeddings=False
+        )
         adapters = {} if method is None else method.targets(linear_modules(config.parameter_mappings))
 
         def make_stack(side: str, layers: int, *, cross: bool) -> T5Stack:
@@ -124,26 +135,38 @@ class T5(nnx.Module):
             self.lm_head = Embedding(
                 config.vocab_size, config.hidden_size, storage=embedding_storage, dtype=dtype, rngs=rngs
             )
-        attach(self, trained)
-        self.prompt = Prompt(method, rngs) if isinstance(method, PromptMethod) else None
+        add_deltas(self, trainable)
+        self.prompt = None if method is None else method.make_prompt(rngs)
         self.config = config
+        self.quantization = quantization
+        self.embedding_storage: EmbeddingStorage = embedding_storage
+        self.method = method
+        self.origin: Origin | None = None
         self.attention: AttentionImplementation = attention
         self.remat: Remat = remat
 
     def __call__(
-        self, sources: Array, inputs: Array, *, source_mask: Array | None = None, key: Array | None = None
-    ) -> Array:
-        """int32 sources `[b, s]` and inputs of the decoder `[b, t]` to logits `[b, t, vocabulary]`."""
+        self,
+        sources: Int[Array, "b s"],
+        inputs: Int[Array, "b t"],
+        *,
+        source_mask: Shaped[Array, "b s"] | None = None,
+        key: Array | None = None,
+    ) -> Float[Array, "b t v"]:
+        """Return the logits `[b, t, vocabulary]` for int32 sources `[b, s]` and inputs of the decoder `[b, t]`."""
         keys = (None, None) if key is None else jax.random.split(key)
         encoded = self.encode(sources, source_mask, key=keys[0])
         return self.logits(self.hidden(inputs, encoded, source_mask, key=keys[1]))
 
-    def encode(self, sources: Array, source_mask: Array | None = None, *, key: Array | None = None) -> Array:
-        """int32 sources `[b, s]` to hidden states `[b, s, hidden_size]`, of n virtual tokens before them too if there are.
+    def encode(
+        self, sources: Int[Array, "b s"], source_mask: Shaped[Array, "b s"] | None = None, *, key: Array | None = None
+    ) -> Float[Array, "b n d"]:
+        """Return the hidden states of the sources, `[b, s, hidden_size]`, or `[b, n + s, hidden_size]` with virtual tokens.
 
         Args:
-            source_mask: `[b, s]`, not 0 where a real token lies; None: everywhere.
-            key: random key that turns the adapter's dropout on.
+            sources: int32 `[b, s]`.
+            source_mask: `[b, s]`, 0 for padding; None: no padding.
+            key: random key; if given, the adapter's dropout is applied.
         """
         embedded = self.shared(sources)
         if self.prompt is not None and not self.prompt.is_prefix:
@@ -165,19 +188,27 @@ class T5(nnx.Module):
         x, _ = jax.lax.scan(rematerialise(run_layer, self.remat), embedded, (layers, keys))
         return self.encoder.norm(x)
 
-    def hidden(self, inputs: Array, encoded: Array, source_mask: Array | None = None, *, key: Array | None = None) -> Array:
-        """int32 inputs of the decoder `[b, t]` to its last hidden states `[b, t, hidden_size]`, ready for the head.
-
-        Padding belongs at the end of a row, where no other token sees it.
+    def hidden(
+        self,
+        inputs: Int[Array, "b t"],
+        encoded: Float[Array, "b n d"],
+        source_mask: Shaped[Array, "b s"] | None = None,
+        *,
+        key: Array | None = None,
+    ) -> Float[Array, "b t d"]:
+        """Return the decoder's last hidden states `[b, t, hidden_size]`, scaled for the output head.
 
         Args:
-            encoded: what `encode` returned for the sources; source_mask: the mask that it got.
-            key: random key that turns the adapter's dropout on.
+            inputs: int32 `[b, t]`, the inputs of the decoder. Padding must be at the end, where no other token attends to
+                it.
+            encoded: the result of `encode` for the sources.
+            source_mask: the mask that `encode` got.
+            key: random key; if given, the adapter's dropout is applied.
         """
         prefix, n = self._prefix(key), 0 if self.prompt is None or not self.prompt.is_prefix else self.prompt.virtual_tokens
-        positions, places = n + jnp.arange(inputs.shape[1]), jnp.arange(n + inputs.shape[1])
-        bias = self.decoder.bias(positions, places, bidirectional=False)
-        causal, mask = (places[None, :] <= positions[:, None])[None], _mask(encoded, source_mask)
+        queries, key_positions = n + jnp.arange(inputs.shape[1]), jnp.arange(n + inputs.shape[1])
+        bias = self.decoder.bias(queries, key_positions, bidirectional=False)
+        causal, mask = (key_positions[None, :] <= queries[:, None])[None], _mask(encoded, source_mask)
         graph, layers = nnx.split(self.decoder.layers)
 
         def run_layer(x: Array, inputs: tuple[Any, Array | None, Any]) -> tuple[Array, None]:
@@ -197,10 +228,18 @@ class T5(nnx.Module):
 
         keys = None if key is None else jax.random.split(key, self.config.num_decoder_layers)
         x, _ = jax.lax.scan(rematerialise(run_layer, self.remat), self.shared(inputs), (layers, keys, prefix))
-        return self._ready(self.decoder.norm(x))
+        return self._scale_for_head(self.decoder.norm(x))
 
-    def init_cache(self, encoded: Array, source_mask: Array | None, capacity: int) -> Seq2SeqCache:
-        """The cache before the first target, with room for `capacity` of them a row, and what virtual tokens put there."""
+    def init_cache(
+        self, encoded: Float[Array, "b n d"], source_mask: Shaped[Array, "b s"] | None, capacity: int
+    ) -> Seq2SeqCache:
+        """Return a cache for `capacity` targets per row that contains only the virtual tokens, if there are any.
+
+        Args:
+            encoded: the result of `encode` for the sources.
+            source_mask: the mask that `encode` got.
+            capacity: number of targets.
+        """
         config, (batch, length), prefix = self.config, encoded.shape[:2], self._prefix(None)
         graph, layers = nnx.split(self.decoder.layers)
 
@@ -210,7 +249,7 @@ class T5(nnx.Module):
         _, (source_keys, source_values) = jax.lax.scan(run_layer, None, layers)
         n = 0 if prefix is None else prefix[0].shape[1]
         shape = (config.num_decoder_layers, batch, n + capacity, config.num_heads, config.head_dim)
-        # Two buffers, not one twice: a buffer can be donated only once.
+        # Two different buffers, because a buffer can be donated only once.
         keys, values = jnp.zeros(shape, encoded.dtype), jnp.zeros(shape, encoded.dtype)
         if prefix is not None:
             keys, values = (
@@ -219,11 +258,11 @@ class T5(nnx.Module):
         mask = jnp.broadcast_to(_mask(encoded, source_mask)[:, 0], (batch, length))
         return Seq2SeqCache(keys, values, source_keys, source_values, mask, jnp.asarray(n, jnp.int32))
 
-    def decode(self, tokens: Array, cache: Seq2SeqCache) -> tuple[Array, Seq2SeqCache]:
-        """The decoder's next input, int32 `[b]`, to (logits `[b, vocabulary]`, the cache with it)."""
+    def decode(self, tokens: Int[Array, " b"], cache: Seq2SeqCache) -> tuple[Float[Array, "b v"], Seq2SeqCache]:
+        """Process the decoder's next input, int32 `[b]`; return (logits `[b, vocabulary]`, the cache including it)."""
         length, slots = cache.length, jnp.arange(cache.keys.shape[2])
         bias = self.decoder.bias(length[None], slots, bidirectional=False)
-        seen, source_mask = (slots <= length)[None, None], cache.source_mask[:, None]
+        mask, source_mask = (slots <= length)[None, None], cache.source_mask[:, None]
         graph, layers = nnx.split(self.decoder.layers)
         scanned, layer_of = by_layer(layers)
 
@@ -235,7 +274,7 @@ class T5(nnx.Module):
                 start = (layer, 0, length, 0, 0)
                 keys = jax.lax.dynamic_update_slice(past_keys, k[None].astype(past_keys.dtype), start)
                 values = jax.lax.dynamic_update_slice(past_values, v[None].astype(past_values.dtype), start)
-                return biased_attention(q, keys[layer], values[layer], seen, bias, scale=1.0), (keys, values)
+                return biased_attention(q, keys[layer], values[layer], mask, bias, scale=1.0), (keys, values)
 
             def attend_sources(q: Array) -> Array:
                 return biased_attention(q, source_keys, source_values, source_mask, None, scale=1.0)
@@ -247,25 +286,25 @@ class T5(nnx.Module):
         start = (self.shared(tokens)[:, None], cache.keys, cache.values)
         inputs = (scanned, jnp.arange(self.config.num_decoder_layers), cache.source_keys, cache.source_values)
         (x, keys, values), _ = jax.lax.scan(run_layer, start, inputs)
-        logits = self.logits(self._ready(self.decoder.norm(x[:, -1])))
+        logits = self.logits(self._scale_for_head(self.decoder.norm(x[:, -1])))
         return logits, dataclasses.replace(cache, keys=keys, values=values, length=length + 1)
 
-    def logits(self, hidden: Array) -> Array:
-        """What `hidden` returned, `[..., hidden_size]`, to logits `[..., vocabulary]`."""
+    def logits(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
+        """Return the logits `[..., vocabulary]` of hidden states `[..., hidden_size]` that `hidden` returned."""
         return self._head().logits(hidden)
 
     @property
     def logit_cap(self) -> None:
-        """Logits are the products with the head, uncapped."""
+        """The cap of the logits; T5 has none."""
         return None
 
     @property
-    def head(self) -> Table:
-        """The output head's table `[vocabulary, hidden_size]`."""
-        return self._head().table
+    def head(self) -> VocabularyMatrix:
+        """The output head, `[vocabulary, hidden_size]`."""
+        return self._head().matrix
 
     def _prefix(self, key: Array | None) -> tuple[Array, Array] | None:
-        """Keys and values `[decoder layers, n, heads, head_dim]` before those of the decoder's self-attention, or None."""
+        """Return the prefix keys and values of the decoder, `[decoder layers, n, heads, head_dim]` each, or None."""
         if self.prompt is None or not self.prompt.is_prefix:
             return None
         config = self.config
@@ -276,13 +315,13 @@ class T5(nnx.Module):
     def _head(self) -> Embedding:
         return self.shared if self.lm_head is None else self.lm_head
 
-    def _ready(self, x: Array) -> Array:
-        """The token table is made for embeddings of unit variance: as a head it gets smaller inputs."""
+    def _scale_for_head(self, x: Array) -> Array:
+        """Scale x if the head is tied: an embedding of unit variance needs smaller inputs when it is used as output head."""
         return x * self.config.hidden_size**-0.5 if self.lm_head is None else x
 
 
 def _mask(rows: Array, mask: Array | None) -> Array:
-    """bool `[b or 1, 1, s]`: what every query may see of rows `[b, s, …]`; virtual tokens, which the mask lacks, too."""
+    """Return the mask of rows `[b, s, …]` for all queries, bool `[b or 1, 1, s]`; virtual tokens are added as visible."""
     if mask is None:
         return jnp.ones((1, 1, rows.shape[1]), bool)
     virtual = rows.shape[1] - mask.shape[1]

@@ -1,10 +1,11 @@
-"""What shapes a T5, and how it is read from Hugging Face's config.json.
+"""The configuration of a T5, and reading it from Hugging Face's config.json.
 
-    v1.0             feed_forward_proj "relu", one table for tokens and head, outputs scaled by hidden_size ** -0.5
-    v1.1, Flan-T5    feed_forward_proj "gated-gelu", a head of its own, nothing scaled
+    v1.0             feed_forward_proj "relu"; the output head is tied to the embedding, inputs are scaled by 1/sqrt(d_model)
+    v1.1, Flan-T5    feed_forward_proj "gated-gelu"; a separate output head; no scaling
 
-transformers up to 4 tells the two apart by tie_word_embeddings; 5 writes that as true always, and scale_decoder_outputs
-beside it. A v1.1 that version 5 made anew has one table for both, and a file with that alone.
+transformers up to version 4 distinguishes the two by tie_word_embeddings. Version 5 always writes true for it, and
+distinguishes them by scale_decoder_outputs. A v1.1 model that version 5 created has equal weights in embedding and head, and
+its file contains them once.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from qlora_jax.models.config import ACTIVATIONS, Fields
 from qlora_jax.models.parameter_mapping import ParameterMapping
 from qlora_jax.nn import Activation
 
-# Copies of the token table, and a table that no version of T5 reads.
+# Copies of the embedding, and a relative position bias that no version of T5 reads.
 IGNORED = (
     r"(encoder|decoder)\.embed_tokens\.weight",
     r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
@@ -24,17 +25,17 @@ IGNORED = (
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """What shapes an encoder-decoder of the T5 family.
+    """The sizes and options of an encoder-decoder of the T5 family.
 
     Attributes:
         family: the model_type of config.json.
-        keys: how a checkpoint calls the parameters.
-        num_layers, num_decoder_layers: of the encoder and of the decoder.
-        relative_buckets: rows of each stack's table of relative positions.
-        relative_max_distance: from here on all distances share a bucket.
-        gated: whether the feed-forward has a gate.
-        tie_word_embeddings: whether the token table is the head too; the decoder's outputs are then scaled.
-        decoder_start_token_id: what the decoder reads first.
+        parameter_mappings: names of the parameters in checkpoints.
+        num_layers, num_decoder_layers: numbers of layers of the encoder and of the decoder.
+        relative_buckets: number of buckets of the relative position bias.
+        relative_max_distance: all distances from here on share a bucket.
+        glu: whether the feed-forward is a gated linear unit.
+        tie_word_embeddings: whether the output head is tied to the embedding; the decoder's outputs are then scaled.
+        decoder_start_token_id: the token that the decoder's input starts with.
     """
 
     family: str
@@ -50,16 +51,16 @@ class T5Config:
     relative_max_distance: int
     norm_eps: float
     activation: Activation
-    gated: bool
+    glu: bool
     tie_word_embeddings: bool
     decoder_start_token_id: int
 
 
 def t5_config(config: Mapping[str, Any]) -> T5Config:
-    """Reads the config.json of a T5.
+    """Return the configuration in the config.json of a T5.
 
     Raises:
-        ValueError: fields that are missing or not supported, all in one message.
+        CheckpointError: fields are missing or have unsupported values; the message lists all of them.
     """
     defaults = {
         "feed_forward_proj": "relu",
@@ -73,7 +74,7 @@ def t5_config(config: Mapping[str, Any]) -> T5Config:
     layers = fields["num_layers"]
     decoder_layers = fields.get("num_decoder_layers", layers)
     tied = fields.get("scale_decoder_outputs", fields["tie_word_embeddings"])
-    activation, gated = _feed_forward(fields)
+    activation, glu = _feed_forward(fields)
     buckets, max_distance = fields["relative_attention_num_buckets"], fields["relative_attention_max_distance"]
     if buckets < 4:
         fields.problems.append(f"relative_attention_num_buckets: expected at least 4, found {buckets}")
@@ -83,7 +84,7 @@ def t5_config(config: Mapping[str, Any]) -> T5Config:
         )
     result = T5Config(
         family=fields.family,
-        parameter_mappings=t5_mappings(layers, decoder_layers, gated=gated, tied=tied),
+        parameter_mappings=t5_mappings(layers, decoder_layers, glu=glu, tied=tied),
         vocab_size=fields["vocab_size"],
         hidden_size=fields["d_model"],
         intermediate_size=fields["d_ff"],
@@ -95,7 +96,7 @@ def t5_config(config: Mapping[str, Any]) -> T5Config:
         relative_max_distance=max_distance,
         norm_eps=fields["layer_norm_epsilon"],
         activation=activation,
-        gated=gated,
+        glu=glu,
         tie_word_embeddings=tied,
         decoder_start_token_id=fields.get("decoder_start_token_id", fields["pad_token_id"]),
     )
@@ -103,18 +104,18 @@ def t5_config(config: Mapping[str, Any]) -> T5Config:
     return result
 
 
-def t5_mappings(layers: int, decoder_layers: int, *, gated: bool, tied: bool) -> tuple[ParameterMapping, ...]:
-    """The key table; `tied`: without a head of its own."""
+def t5_mappings(layers: int, decoder_layers: int, *, glu: bool, tied: bool) -> tuple[ParameterMapping, ...]:
+    """Return the parameter mappings; with `tied` there is no separate output head."""
     return (
         ParameterMapping("shared.weight", ("shared", "weight")),
         *(() if tied else (ParameterMapping("lm_head.weight", ("lm_head", "weight")),)),
-        *_stack_mappings("encoder", layers, cross=False, gated=gated),
-        *_stack_mappings("decoder", decoder_layers, cross=True, gated=gated),
+        *_stack_mappings("encoder", layers, cross=False, glu=glu),
+        *_stack_mappings("decoder", decoder_layers, cross=True, glu=glu),
     )
 
 
-def _stack_mappings(stack: str, layers: int, *, cross: bool, gated: bool) -> Iterator[ParameterMapping]:
-    inner = (("wi_0", "gate"), ("wi_1", "up")) if gated else (("wi", "up"),)
+def _stack_mappings(stack: str, layers: int, *, cross: bool, glu: bool) -> Iterator[ParameterMapping]:
+    inner = (("wi_0", "gate"), ("wi_1", "up")) if glu else (("wi", "up"),)
     projections = tuple((name, name) for name in "qkvo")
     parts = [("SelfAttention", "self_attention", projections)]
     if cross:
@@ -132,10 +133,10 @@ def _stack_mappings(stack: str, layers: int, *, cross: bool, gated: bool) -> Ite
 
 
 def _feed_forward(fields: Fields) -> tuple[Activation, bool]:
-    """(the activation, whether there is a gate) that feed_forward_proj names."""
+    """Return (the activation, whether there is a gate) from the field feed_forward_proj."""
     value = fields["feed_forward_proj"]
     gate, _, name = value.rpartition("-")
-    if value == "gated-gelu":  # as T5 v1.1 was trained, whatever the name says
+    if value == "gated-gelu":  # T5 v1.1 was trained with the approximation by tanh, in spite of the name
         name = "gelu_new"
     if gate not in ("", "gated") or name not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)

@@ -1,4 +1,4 @@
-"""The layers of T5: attention without a scale, a feed-forward with or without a gate, and the stacks of them."""
+"""The layers of T5 (attention with unscaled scores, a feed-forward with or without a gate), and its two stacks of layers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,14 +12,14 @@ from jax.typing import DTypeLike
 from qlora_jax.models.decoder import Attend, Keys, MakeLinear
 from qlora_jax.models.stack import stack
 from qlora_jax.models.t5_config import T5Config
-from qlora_jax.nn import Activation, Embedding, RMSNorm, activate, gated, relative_position_bias
+from qlora_jax.nn import Activation, Embedding, RMSNorm, activate, glu, relative_position_bias
 
-_MOST_LINEAR = 11  # linear layers of a decoder's layer, each with a random key of its own
-_CROSS = slice(4, 8)  # those of cross-attention among them
+_MOST_LINEAR = 11  # linear layers in a layer of the decoder; each gets its own random key
+_CROSS = slice(4, 8)  # the indices of the linear layers of cross-attention
 
 
 class T5Attention(nnx.Module):
-    """Attention of one sequence to itself or to another."""
+    """The linear layers of self-attention or cross-attention."""
 
     def __init__(self, config: T5Config, linear: MakeLinear, name: str) -> None:
         hidden, inner = config.hidden_size, config.num_heads * config.head_dim
@@ -30,13 +30,15 @@ class T5Attention(nnx.Module):
         self.o = linear(f"{name}.o", inner, hidden, use_bias=False)
 
     def queries(self, x: Array, keys: Keys) -> Array:
-        """`[b, t, hidden]` to `[b, t, heads, head_dim]`; `keys` are the random keys of q, k, v and o."""
+        """Return the queries `[b, t, heads, head_dim]` of x `[b, t, hidden]`; `keys` are random keys for q, k, v and o."""
         return self._heads(self.q(x, key=keys[0]))
 
     def keys_and_values(self, x: Array, keys: Keys) -> tuple[Array, Array]:
+        """Return the keys and values, each `[b, s, heads, head_dim]`, of x `[b, s, hidden]`."""
         return self._heads(self.k(x, key=keys[1])), self._heads(self.v(x, key=keys[2]))
 
     def output(self, attended: Array, keys: Keys) -> Array:
+        """Return the output projection `[b, t, hidden]` of the attention's result `[b, t, heads, head_dim]`."""
         return self.o(attended.reshape(*attended.shape[:2], -1), key=keys[3])
 
     def _heads(self, x: Array) -> Array:
@@ -44,12 +46,12 @@ class T5Attention(nnx.Module):
 
 
 class T5FeedForward(nnx.Module):
-    """down(f(gate(x)) * up(x)), or down(f(up(x))) without a gate."""
+    """The feed-forward network: down(f(gate(x)) * up(x)), or down(f(up(x))) without a gate."""
 
     def __init__(self, config: T5Config, linear: MakeLinear) -> None:
         hidden, inner = config.hidden_size, config.intermediate_size
         self.activation: Activation = config.activation
-        self.gate = linear("feed_forward.gate", hidden, inner, use_bias=False) if config.gated else None
+        self.gate = linear("feed_forward.gate", hidden, inner, use_bias=False) if config.glu else None
         self.up = linear("feed_forward.up", hidden, inner, use_bias=False)
         self.down = linear("feed_forward.down", inner, hidden, use_bias=False)
 
@@ -57,11 +59,11 @@ class T5FeedForward(nnx.Module):
         up = self.up(x, key=keys[0])
         if self.gate is None:
             return self.down(activate(self.activation, up), key=keys[2])
-        return self.down(gated(self.activation, self.gate(x, key=keys[1]), up), key=keys[2])
+        return self.down(glu(self.activation, self.gate(x, key=keys[1]), up), key=keys[2])
 
 
 class T5Layer(nnx.Module):
-    """One layer of a stack; in the model its parameters carry a leading layer axis."""
+    """One layer of a stack; in the model its parameters have a leading layer axis."""
 
     def __init__(self, config: T5Config, linear: MakeLinear, dtype: DTypeLike, *, cross: bool) -> None:
         def norm() -> RMSNorm:
@@ -75,11 +77,13 @@ class T5Layer(nnx.Module):
     def __call__(
         self, x: Array, attend: Attend, attend_sources: Callable[[Array], Array] | None, keys: Keys
     ) -> tuple[Array, Any]:
-        """The layer's result, and what `attend` returns besides.
+        """Return the layer's output `[b, t, hidden_size]` and the second result of `attend`.
 
         Args:
-            attend: queries, keys and values of the sequence itself to what is attended.
-            attend_sources: queries to what is attended of the sources; None in an encoder.
+            x: `[b, t, hidden_size]`.
+            attend: maps queries, keys and values of the sequence to the result of self-attention and a second value.
+            attend_sources: maps queries to the result of cross-attention to the sources; None in the encoder.
+            keys: random keys of the linear layers.
         """
         attention, normed = self.self_attention, self.self_attention_norm(x)
         attended, cache = attend(attention.queries(normed, keys), *attention.keys_and_values(normed, keys))
@@ -91,14 +95,14 @@ class T5Layer(nnx.Module):
         return x + self.feed_forward(self.feed_forward_norm(x), keys[_CROSS.stop :]), cache
 
     def keys_and_values_of(self, encoded: Array, keys: Keys) -> tuple[Array, Array]:
-        """Those of the sources, `[b, s, heads, head_dim]`."""
+        """Return the keys and values of cross-attention, `[b, s, heads, head_dim]`, for encoded sources."""
         if self.cross_attention is None:
             raise ValueError("expected a layer of the decoder, found one of the encoder")
         return self.cross_attention.keys_and_values(encoded, keys[_CROSS])
 
 
 class T5Stack(nnx.Module):
-    """The layers of the encoder or of the decoder with what they share."""
+    """The layers of the encoder or of the decoder, the relative position bias that they share, and the final norm."""
 
     def __init__(
         self,
@@ -114,11 +118,11 @@ class T5Stack(nnx.Module):
         self.max_distance = config.relative_max_distance
 
     def bias(self, queries: Array, keys: Array, *, bidirectional: bool) -> Array:
-        """float32 `[heads, t, s]` for the positions of queries `[t]` and keys `[s]`."""
-        table = self.relative_attention_bias(jnp.arange(self.relative_attention_bias.table.shape[0]))
-        return relative_position_bias(table, queries, keys, bidirectional=bidirectional, max_distance=self.max_distance)
+        """Return the bias of the scores, float32 `[heads, t, s]`, for the positions of queries `[t]` and keys `[s]`."""
+        buckets = self.relative_attention_bias(jnp.arange(self.relative_attention_bias.matrix.shape[0]))
+        return relative_position_bias(buckets, queries, keys, bidirectional=bidirectional, max_distance=self.max_distance)
 
 
 def random_keys(key: Array | None) -> Keys:
-    """A random key for each linear layer of a layer, or none for any."""
+    """Return a random key for each linear layer of a layer, or a list of None without a key."""
     return [None] * _MOST_LINEAR if key is None else list(jax.random.split(key, _MOST_LINEAR))

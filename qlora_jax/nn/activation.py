@@ -1,4 +1,4 @@
-"""The functions of feed-forward layers."""
+"""The activation functions of feed-forward layers, and the gated linear unit (GLU, Shazeer 2020)."""
 
 from functools import partial
 from typing import Any, Literal
@@ -6,12 +6,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
-def activate(name: Activation, x: Array) -> Array:
-    """silu; gelu: x Φ(x) exactly; gelu_tanh: its approximation by tanh; relu."""
+def activate(name: Activation, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Apply an activation: silu, gelu (x Φ(x) exactly), gelu_tanh (its approximation by tanh) or relu."""
     match name:
         case "silu":
             return jax.nn.silu(x)
@@ -23,32 +24,37 @@ def activate(name: Activation, x: Array) -> Array:
             return jax.nn.relu(x)
 
 
-def gated(name: Activation, gate: Array, up: Array) -> Array:
-    """activate(gate) * up, computed in float32 and rounded once, to the dtype of gate.
+def glu(name: Activation, gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Return the gated linear unit activate(gate) * up, computed in float32 and rounded once, to the dtype of gate.
 
-    The backward pass keeps gate and up alone, and nothing in float32.
+    The saved residuals of the backward pass are gate and up; no float32 array is saved.
+
+    Args:
+        name: the activation.
+        gate: `[..., inner]`.
+        up: `[..., inner]`.
     """
-    result: Any = _gated(name, gate, up)
+    result: Any = _glu(name, gate, up)
     return result
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gated(name: Activation, gate: Array, up: Array) -> Array:
-    return _exactly(name, gate, up).astype(gate.dtype)
+def _glu(name: Activation, gate: Array, up: Array) -> Array:
+    return _glu_float32(name, gate, up).astype(gate.dtype)
 
 
-def _exactly(name: Activation, gate: Array, up: Array) -> Array:
+def _glu_float32(name: Activation, gate: Array, up: Array) -> Array:
     return activate(name, gate.astype(jnp.float32)) * up.astype(jnp.float32)
 
 
 def _forward(name: Activation, gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
-    result: Any = _gated(name, gate, up)
+    result: Any = _glu(name, gate, up)
     return result, (gate, up)
 
 
-def _backward(name: Activation, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    _, pull = jax.vjp(partial(_exactly, name), *kept)
-    return pull(gradient.astype(jnp.float32))
+def _backward(name: Activation, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    _, vjp = jax.vjp(partial(_glu_float32, name), *residuals)
+    return vjp(gradient.astype(jnp.float32))
 
 
-_gated.defvjp(_forward, _backward)
+_glu.defvjp(_forward, _backward)

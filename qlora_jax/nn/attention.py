@@ -1,9 +1,9 @@
-"""Scaled dot-product attention with grouped key-value heads, by the kernel that the platform has.
+"""Scaled dot-product attention with grouped key-value heads, by the fastest kernel of the platform.
 
-cudnn    NVIDIA GPUs: cuDNN's flash attention; a segment mask becomes a bias there, a plain causal mask costs nothing
+cudnn    NVIDIA GPUs: cuDNN's flash attention; a segment mask becomes a bias, a plain causal mask costs nothing
 splash   TPU: JAX's Pallas kernel with causal, window and segment masks
-xla      everywhere; also where the others do not apply (float32 or capped scores on GPU, short sequences on TPU, decoding
-         with a cache, scores with a bias)
+xla      every platform; also used where the other kernels do not apply (float32 or capped scores on GPU, short sequences
+         on TPU, decoding with a cache, scores with a bias)
 """
 
 from functools import partial
@@ -12,21 +12,22 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Float32, Int
 
-from qlora_jax.nn.parallel import by_rows
+from qlora_jax.nn.parallel import shard_rows
 from qlora_jax.nn.residuals import checkpoint_name
 from qlora_jax.quant.dense_matmul import einsum
 
 AttentionImplementation = Literal["xla", "cudnn", "splash"]
 _SPLASH_BLOCK = 512
-# Of XLA's causal attention: queries of a block at least, whose scores a CPU's caches hold, and how many blocks at most, each
-# of which is a part of the program.
+# XLA's causal attention: a block has at least 128 queries, whose scores fit into a CPU's caches; there are at most 8 blocks,
+# because each block adds to the size of the program.
 _BLOCK, _MOST_BLOCKS = 128, 8
-_MULTIPLE = {"xla": 1, "cudnn": 64, "splash": 128}  # of the lengths that a kernel is at home with
+_MULTIPLE = {"xla": 1, "cudnn": 64, "splash": 128}  # lengths that are multiples of this suit the kernel
 
 
 def default_implementation(platform: str | None = None) -> AttentionImplementation:
-    """The fastest kernel of a platform ("cpu", "gpu" or "tpu"; that of JAX's default backend if None)."""
+    """Return the fastest implementation for a platform: "cpu", "gpu", "tpu", or None for JAX's default backend."""
     match platform or jax.default_backend():
         case "gpu" | "cuda":
             return "cudnn"
@@ -37,27 +38,30 @@ def default_implementation(platform: str | None = None) -> AttentionImplementati
 
 
 def causal_attention(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Float[Array, "b t heads d"],
+    k: Float[Array, "b t kv_heads d"],
+    v: Float[Array, "b t kv_heads d"],
     *,
-    segment_ids: Array | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
     window: int | None = None,
     scale: float | None = None,
     cap: float | None = None,
     shared: int = 0,
     implementation: AttentionImplementation = "xla",
-) -> Array:
-    """Causal self-attention within segments.
+) -> Float[Array, "b t heads d"]:
+    """Compute causal self-attention within segments.
 
     Args:
-        q: `[b, t, heads, d]`; k, v: `[b, t, kv_heads, d]` with heads a multiple of kv_heads.
-        segment_ids: int32 `[b, t]`; tokens see only tokens of their own segment. None: one segment a row (padding on the
-            right needs no mask: no earlier token sees it).
-        window: how many tokens a token sees, itself included; None: all before it.
+        q: `[b, t, heads, d]`, heads a multiple of kv_heads.
+        k: `[b, t, kv_heads, d]`.
+        v: `[b, t, kv_heads, d]`.
+        segment_ids: int32 `[b, t]`; a token attends only to tokens of its own segment. None: each row is one segment
+            (padding on the right needs no mask, because no earlier token attends to it).
+        window: number of tokens that a token attends to, including itself; None: all earlier tokens.
         scale: factor on the scores q·k; None: d ** -0.5.
-        cap: scores become cap * tanh(score / cap); None: no cap (Gemma 2's soft-capping).
-        shared: how many tokens at the start of a row all of its segments see (virtual ones).
+        cap: scores become cap * tanh(score / cap) (Gemma 2's soft-capping); None: no cap.
+        shared: number of tokens at the start of a row that all of its segments attend to (virtual tokens).
+        implementation: the kernel to use where it applies.
 
     Returns:
         `[b, t, heads, d]` in the dtype of q.
@@ -65,11 +69,10 @@ def causal_attention(
     length = q.shape[1]
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     window = None if window is None or window >= length else window
-    if shared and segment_ids is not None and implementation == "splash":  # which has no such masks
+    if shared and segment_ids is not None and implementation == "splash":  # splash has no such masks
         implementation = "xla"
-    if shared and (
-        more := -length % _MULTIPLE[implementation]
-    ):  # virtual tokens make odd lengths; no token sees what follows
+    # Virtual tokens make odd lengths. Padding at the end is allowed, because no token attends to later ones.
+    if shared and (more := -length % _MULTIPLE[implementation]):
         q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (q, k, v))
         segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, more)))
         arguments = {"window": window, "scale": scale, "cap": cap, "shared": shared, "implementation": implementation}
@@ -87,7 +90,7 @@ def causal_attention(
 
 
 def block_of_queries(length: int) -> int:
-    """How many queries of so many tokens XLA's causal attention takes at a time."""
+    """Return the number of queries in a block of XLA's causal attention for sequences of this length."""
     return max(_BLOCK, -(-length // (_MOST_BLOCKS * _BLOCK)) * _BLOCK)
 
 
@@ -101,10 +104,10 @@ def _in_blocks(
     cap: float | None,
     shared: int,
 ) -> Array:
-    """XLA's causal attention, some queries at a time against the keys that any of them may see.
+    """Compute causal attention with XLA, block by block of queries, each against the keys that its queries may attend to.
 
-    Of n blocks that leaves (n + 1) / 2n of the products, and the scores of one block, not of all tokens, in memory. The
-    gradients of keys and values are summed over blocks in float32.
+    With n blocks, only (n + 1) / 2n of the products are computed, and only the scores of one block are in memory. The
+    gradients of keys and values are summed over the blocks in float32.
     """
     length, block, parts = q.shape[1], block_of_queries(q.shape[1]), []
     if length > block:
@@ -121,18 +124,29 @@ def _in_blocks(
 
 
 def _same_segment(segment_ids: Array, shared: int, queries: slice, keys: slice) -> Array:
-    """bool `[b, queries, keys]`: which keys are of a query's own segment, or among the first ones that all of them see."""
+    """Return bool `[b, queries, keys]`: whether a key is of the query's segment or one of the `shared` first tokens."""
     own, others = segment_ids[:, queries, None], segment_ids[:, None, keys]
     same = own == others
     same = same | (jnp.arange(segment_ids.shape[1])[keys] < shared) if shared else same
     return same & (others > 0)
 
 
-def with_prefix(q: Array, k: Array, v: Array, prefix: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-    """What `causal_attention` takes where all tokens see n more keys and values, `[n, kv_heads, d]`, which come first.
+def with_prefix(
+    q: Float[Array, "b t heads d"],
+    k: Float[Array, "b t kv_heads d"],
+    v: Float[Array, "b t kv_heads d"],
+    prefix: tuple[Float[Array, "n kv_heads d"], Float[Array, "n kv_heads d"]],
+) -> tuple[Float[Array, "b n+t heads d"], Float[Array, "b n+t kv_heads d"], Float[Array, "b n+t kv_heads d"]]:
+    """Return (q, k, v) for `causal_attention` with n more keys and values before the others, which all tokens attend to.
 
-    It is as exact as simple: n queries of zeros stand before the others, whose results are the last t of those of
-    n + t. So the mask stays the causal one, which every kernel has.
+    n queries of zeros are added as well, so that the mask remains the causal one, which every kernel has. The wanted results
+    are the last t of the n + t results.
+
+    Args:
+        q: `[b, t, heads, d]`.
+        k: `[b, t, kv_heads, d]`.
+        v: `[b, t, kv_heads, d]`.
+        prefix: (keys, values), each `[n, kv_heads, d]`.
     """
     keys, values = (jnp.broadcast_to(x.astype(k.dtype), (k.shape[0], *x.shape)) for x in prefix)
     queries = jnp.zeros((q.shape[0], keys.shape[1], *q.shape[2:]), q.dtype)
@@ -140,21 +154,47 @@ def with_prefix(q: Array, k: Array, v: Array, prefix: tuple[Array, Array]) -> tu
     return q, k, v
 
 
-def biased_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | None, *, scale: float) -> Array:
-    """Attention with a bias on the scores, by XLA.
+def biased_attention(
+    q: Float[Array, "b t heads d"],
+    k: Float[Array, "b s kv_heads d"],
+    v: Float[Array, "b s kv_heads d"],
+    mask: Bool[Array, "#b #t s"],
+    bias: Float32[Array, "heads t s"] | None,
+    *,
+    scale: float,
+) -> Float[Array, "b t heads d"]:
+    """Compute attention with a bias on the scores, by XLA; the result is `[b, t, heads, d]`.
 
     Args:
-        q: `[b, t, heads, d]`; k, v: `[b, s, kv_heads, d]`.
-        mask: bool `[b or 1, t or 1, s]`, true where a query may look.
-        bias: float32 `[heads, t, s]`, added to the scaled scores; a constant to differentiation. None: none.
+        q: `[b, t, heads, d]`.
+        k: `[b, s, kv_heads, d]`.
+        v: `[b, s, kv_heads, d]`.
+        mask: bool `[b or 1, t or 1, s]`, true where a query may attend to a key.
+        bias: float32 `[heads, t, s]`, added to the scaled scores; it gets no gradient. None: no bias.
+        scale: factor on the scores q·k.
     """
     return _grouped(q, _heads_first(k, v), mask, bias, scale, None)
 
 
 def cached_attention(
-    q: Array, k: Array, v: Array, mask: Array, *, scale: float | None = None, cap: float | None = None
-) -> Array:
-    """Attention of new tokens to a cache: q `[b, t, heads, d]`, k, v `[b, kv_heads, s, d]`, mask bool `[b, t, s]`."""
+    q: Float[Array, "b t heads d"],
+    k: Float[Array, "b kv_heads s d"],
+    v: Float[Array, "b kv_heads s d"],
+    mask: Bool[Array, "b t s"],
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
+) -> Float[Array, "b t heads d"]:
+    """Compute the attention of new tokens to cached keys and values, by XLA; the result is `[b, t, heads, d]`.
+
+    Args:
+        q: `[b, t, heads, d]`.
+        k: `[b, kv_heads, s, d]`.
+        v: `[b, kv_heads, s, d]`.
+        mask: bool `[b, t, s]`, true where a query may attend to a key.
+        scale: factor on the scores q·k; None: d ** -0.5.
+        cap: scores become cap * tanh(score / cap); None: no cap.
+    """
     return _grouped(q, (k, v), mask, None, float(q.shape[-1] ** -0.5 if scale is None else scale), cap)
 
 
@@ -163,11 +203,11 @@ def _heads_first(k: Array, v: Array) -> tuple[Array, Array]:
 
 
 def _grouped(q: Array, kv: tuple[Array, Array], mask: Array, bias: Array | None, scale: float, cap: float | None) -> Array:
-    """XLA's attention with the query heads that share a key head laid end to end.
+    """Compute attention with XLA, with the queries of all heads that share a key head in one matrix.
 
     q `[b, t, heads, d]`, kv `[b, kv_heads, s, d]`, mask bool `[b or 1, t or 1, s]`, bias `[heads, t, s]` or None.
 
-    So all products are plain batched ones, which XLA's CPU backend runs three times faster than those of the
+    All products are then plain batched ones, which XLA's CPU backend runs three times faster than those of the
     `[b, t, heads, d]` layout of `jax.nn.dot_product_attention`.
     """
     (b, t, heads, d), (kv_heads, s) = q.shape, kv[0].shape[1:3]
@@ -185,13 +225,15 @@ def _grouped(q: Array, kv: tuple[Array, Array], mask: Array, bias: Array | None,
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _attend(q: Array, k: Array, v: Array, mask: Array, bias: Array | None, scale: float, cap: float | None) -> Array:
-    """softmax(scale q kᵀ + bias) v for q `[n, t, d]`, k and v `[n, s, d]`, mask bool `[n or 1, t or 1, s]`.
+    """Return softmax(scale q kᵀ + bias) v for q `[n, t, d]`, k and v `[n, s, d]`, mask bool `[n or 1, t or 1, s]`.
 
-    `cap` caps the scores before the bias; the bias `[m, t, s]` repeats along n, and no gradient of it is formed. All is in
-    the dtype of q but for the gradients of k and v, which are in theirs: float32 where a caller sums several.
+    `cap` is applied to the scores before the bias. The bias `[m, t, s]` is repeated along n and gets no gradient. The
+    products are computed in the dtype of q; the gradients of k and v have the dtypes of k and v, which are float32 if the
+    caller sums several of them.
 
-    The backward pass is FlashAttention's (Dao et al. 2022, section B.2): from the logarithm of the softmax's normalizer it
-    makes the weights again without a reduction, and the reduction of their gradient is a sum over d, not over s.
+    The backward pass is that of FlashAttention (Dao et al. 2022, section B.2): it recomputes the attention weights from the
+    logarithm of the softmax's normalizer without a reduction, and the reduction in their gradient is a sum over d, not over
+    s.
     """
     return _attend_forward(q, k, v, mask, bias, scale, cap)[0]
 
@@ -202,7 +244,7 @@ def _scores(q: Array, k: Array, scale: float, cap: float | None) -> Array:
 
 
 def _masked(scores: Array, mask: Array, bias: Array | None) -> Array:
-    if bias is not None:  # added in place of being repeated, so that no batch of it is ever stored
+    if bias is not None:  # broadcast in the addition, so that the repeated bias is never stored
         scores = (scores.reshape(-1, *bias.shape) + bias).reshape(scores.shape)
     return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
 
@@ -210,7 +252,7 @@ def _masked(scores: Array, mask: Array, bias: Array | None) -> Array:
 def _attend_forward(
     q: Array, k: Array, v: Array, mask: Array, bias: Array | None, scale: float, cap: float | None
 ) -> tuple[Array, Any]:
-    of_keys = k[:0]  # whose dtype the gradient takes; the keys themselves are kept in the dtype of q
+    like_k = k[:0]  # an empty array with the dtype of the gradients of k and v; k and v are saved in the dtype of q
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     scores = _masked(_scores(q, k, scale, cap), mask, bias)
     highest = jnp.max(scores, axis=-1, keepdims=True)
@@ -218,21 +260,23 @@ def _attend_forward(
     normalizer = jnp.sum(weights, axis=-1, keepdims=True)
     out = einsum("nts,nsd->ntd", weights.astype(v.dtype), v) / normalizer.astype(v.dtype)
     out = checkpoint_name(out, "attention")
-    return out, (q, k, v, of_keys, mask, bias, out, checkpoint_name(highest + jnp.log(normalizer), "attention"))
+    return out, (q, k, v, like_k, mask, bias, out, checkpoint_name(highest + jnp.log(normalizer), "attention"))
 
 
-def _attend_backward(scale: float, cap: float | None, saved: Any, gradient: Array) -> tuple[Array, Array, Array, None, None]:
-    q, k, v, of_keys, mask, bias, out, log_normalizer = saved
+def _attend_backward(
+    scale: float, cap: float | None, residuals: Any, gradient: Array
+) -> tuple[Array, Array, Array, None, None]:
+    q, k, v, like_k, mask, bias, out, log_normalizer = residuals
     scores = _scores(q, k, scale, cap)
     weights = jnp.exp(_masked(scores, mask, bias) - log_normalizer)
-    dv = einsum("nts,ntd->nsd", weights.astype(v.dtype), gradient, of_keys.dtype)
+    dv = einsum("nts,ntd->nsd", weights.astype(v.dtype), gradient, like_k.dtype)
     dweights = einsum("ntd,nsd->nts", gradient, v, jnp.float32)
     delta = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     dscores = weights * (dweights - delta) * scale
     if cap is not None:  # tanh' = 1 - tanh²
         dscores = dscores * (1 - (scores / cap) ** 2)
     dscores = dscores.astype(q.dtype)
-    dk = einsum("nts,ntd->nsd", dscores, q, of_keys.dtype)
+    dk = einsum("nts,ntd->nsd", dscores, q, like_k.dtype)
     return einsum("nts,nsd->ntd", dscores, k), dk, dv, None, None
 
 
@@ -250,8 +294,8 @@ def _splash(
     while length % block:
         block -= 128
     shape = (length, length)
-    seen = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
-    mask = masks.MultiHeadMask([seen] * heads)
+    one_head = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
+    mask = masks.MultiHeadMask([one_head] * heads)
     sizes = kernel.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -265,4 +309,4 @@ def _splash(
     attend = kernel.make_splash_mha(mask=mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, attn_logits_soft_cap=cap)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v))
     segments = None if segment_ids is None else kernel.SegmentIds(segment_ids, segment_ids)
-    return jnp.swapaxes(by_rows(jax.vmap(attend))(q, k, v, segments), 1, 2)
+    return jnp.swapaxes(shard_rows(jax.vmap(attend))(q, k, v, segments), 1, 2)

@@ -1,9 +1,10 @@
-"""The token table, which also serves as the output head: one row of `features` numbers a token.
+"""The vocabulary matrix, `[vocabulary, features]` with one row for each token: the input embedding and the output head.
 
-table' = table + delta          delta, if any: of all rows, or of a few
+    used matrix = weight + delta          delta: the trainable difference of all rows, of some rows, or absent
 
-The table is dense, or in 8 or 4 bits (`quant.rows`): then only the rows that are looked up become dense, and as a head a
-slice of it at a time. On it, a few rows can train, but not all: their float32 change would be many times the table.
+The weight is dense, or quantised to 8 or 4 bits (`quant.embedding`). A quantised weight is dequantised only in the rows that
+are looked up; as output head, slice by slice. Some rows of a quantised weight can train, but not all rows, because the
+float32 difference would take many times the memory of the weight.
 """
 
 import dataclasses
@@ -14,8 +15,10 @@ from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
+from jaxtyping import Float, Int
 
-from qlora_jax.nn.delta import Delta, changed
+from qlora_jax.errors import OptionError
+from qlora_jax.nn.delta import Delta, add_delta
 from qlora_jax.quant import (
     EmbeddingStorage,
     PackedEmbedding,
@@ -32,13 +35,13 @@ from qlora_jax.quant.dense_matmul import einsum
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Table:
-    """A frozen table and what training adds to it.
+class VocabularyMatrix:
+    """The value of an embedding or output head: a frozen matrix plus a trainable difference.
 
     Attributes:
-        weight: `[vocabulary, features]`, or the same packed.
-        delta: float32, added to the rows; None for nothing.
-        rows: which ones it is added to, all different; None: to all, which the weight is dense for.
+        weight: `[vocabulary, features]`, dense or quantised.
+        delta: float32 difference, `[vocabulary, features]` or one row for each of `rows`; None: no row trains.
+        rows: indices of the rows that delta is added to, all different; None: all rows, which requires a dense weight.
     """
 
     weight: Array | PackedEmbedding
@@ -50,8 +53,8 @@ class Table:
         """(vocabulary, features)."""
         return embedding_shape(self.weight)
 
-    def __call__(self, tokens: Array) -> Array:
-        """int32 `[...]` to rows `[..., features]` in the dtype of the table."""
+    def __call__(self, tokens: Int[Array, "*tokens"]) -> Float[Array, "*tokens d"]:
+        """Look token ids up: int32 `[...]` to `[..., features]` in the dtype of the weight."""
         found = embedding_lookup(self.weight, tokens)
         if self.delta is None:
             return found
@@ -62,59 +65,70 @@ class Table:
             change = jnp.einsum("...r,rd->...d", hit.astype(jnp.float32), self.delta)
         return (found.astype(jnp.float32) + change).astype(found.dtype)
 
-    def logits(self, hidden: Array, dtype: DTypeLike | None = None) -> Array:
-        """`[..., features]` to `[..., vocabulary]` in `dtype`, that of hidden if None: the table as output head."""
+    def logits(self, hidden: Float[Array, "*rows d"], dtype: DTypeLike | None = None) -> Float[Array, "*rows v"]:
+        """Return hidden `[..., features]` times the transposed matrix, `[..., vocabulary]`: the output head.
+
+        Args:
+            hidden: `[..., features]`.
+            dtype: dtype of the result; None: that of hidden.
+        """
         dtype = hidden.dtype if dtype is None else dtype
-        folded = self.folded()
+        matrix = self.with_delta()
         flat = hidden.reshape(-1, hidden.shape[-1])
-        if isinstance(folded.weight, PackedEmbedding):
-            logits = embedding_matmul(flat, folded.weight, dtype)
+        if isinstance(matrix.weight, PackedEmbedding):
+            logits = embedding_matmul(flat, matrix.weight, dtype)
         else:
-            logits = einsum("nd,vd->nv", flat, folded.weight.astype(hidden.dtype), dtype)
+            logits = einsum("nd,vd->nv", flat, matrix.weight.astype(hidden.dtype), dtype)
         logits = logits.reshape(*hidden.shape[:-1], -1)
-        if folded.delta is None:
+        if matrix.delta is None:
             return logits
-        change = jnp.einsum("...d,rd->...r", hidden, folded.delta.astype(hidden.dtype), preferred_element_type=dtype)
+        change = jnp.einsum("...d,rd->...r", hidden, matrix.delta.astype(hidden.dtype), preferred_element_type=dtype)
         return logits.at[..., jnp.asarray(self.rows)].add(change)
 
-    def sums(self, share: Array, dtype: DTypeLike | None = None) -> Array:
-        """share `[n, vocabulary]` times the table, `[n, features]` in `dtype`, that of share if None."""
+    def weighted_sums(self, share: Float[Array, "n v"], dtype: DTypeLike | None = None) -> Float[Array, "n d"]:
+        """Return share `[n, vocabulary]` times the matrix, `[n, features]`: weighted sums of its rows.
+
+        Args:
+            share: `[n, vocabulary]`, the weights.
+            dtype: dtype of the result; None: that of share.
+        """
         dtype = share.dtype if dtype is None else dtype
-        folded = self.folded()
-        if isinstance(folded.weight, PackedEmbedding):
-            sums = embedding_rows_sum(share, folded.weight, dtype)
+        matrix = self.with_delta()
+        if isinstance(matrix.weight, PackedEmbedding):
+            sums = embedding_rows_sum(share, matrix.weight, dtype)
         else:
-            sums = einsum("nv,vd->nd", share, folded.weight.astype(share.dtype), dtype)
-        if folded.delta is None:
+            sums = einsum("nv,vd->nd", share, matrix.weight.astype(share.dtype), dtype)
+        if matrix.delta is None:
             return sums
         of_rows = share[:, jnp.asarray(self.rows)]
-        return sums + jnp.einsum("nr,rd->nd", of_rows, folded.delta.astype(share.dtype), preferred_element_type=dtype)
+        return sums + jnp.einsum("nr,rd->nd", of_rows, matrix.delta.astype(share.dtype), preferred_element_type=dtype)
 
-    def folded(self) -> "Table":
-        """The same table, with a change of all rows added up; one of a few rows stays apart, as that costs no copy.
+    def with_delta(self) -> "VocabularyMatrix":
+        """Return the matrix with a delta of all rows added to its weight; a delta of some rows remains, which saves a copy.
 
         Raises:
-            ValueError: a change of all rows of a table that is packed.
+            OptionError: all rows train but the weight is quantised.
         """
         if self.delta is None or self.rows is not None:
             return self
         if isinstance(self.weight, PackedEmbedding):
-            raise ValueError(f"table: expected a dense one where all rows change, found {type(self.weight).__name__}")
-        return Table(changed(self.weight, self.delta))
+            found = type(self.weight).__name__
+            raise OptionError(f"embedding: expected a dense one if all its rows train, found {found}")
+        return VocabularyMatrix(add_delta(self.weight, self.delta))
 
-    def by_rows(self, axis: str) -> tuple["Table", P]:
-        """The table in a form that a mesh's axis can spread by rows, and how its leaves are spread so."""
+    def split_rows(self, axis: str) -> tuple["VocabularyMatrix", P]:
+        """Return the matrix in a form whose rows can be split over a mesh axis, and the partition spec of its leaves."""
         weight = with_single_scales(self.weight)
         return dataclasses.replace(self, weight=weight), P(None, axis) if isinstance(weight, QuantizedTensor) else P(axis)
 
 
 class Embedding(nnx.Module):
-    """A frozen table `[vocabulary, features]`.
+    """An embedding `[vocabulary, features]` with a frozen weight.
 
     Attributes:
-        weight: `nnx.Param` holding an array, or a packed table.
-        weight_delta: float32 `Delta`, `[vocabulary, features]` or one row for each of `rows`; None: nothing of it trains.
-        rows: the tokens whose rows train; None: all or none.
+        weight: `nnx.Param` holding a dense array or a quantised matrix.
+        weight_delta: float32 `Delta`, `[vocabulary, features]` or one row for each of `rows`; None: no row trains.
+        rows: the token ids whose rows train; None: all or none.
     """
 
     def __init__(
@@ -127,25 +141,34 @@ class Embedding(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        """A table of random numbers; `storage` and `dtype` are those of its rows.
+        """Create an embedding with random weights.
+
+        Args:
+            vocabulary: number of tokens.
+            features: features of an embedding.
+            rows: token ids whose rows train; None: none.
+            storage: how the weight is stored: "none" (dense), "int8" or "nf4".
+            dtype: dtype of a dense weight, and of the looked-up rows of a quantised one.
+            rngs: random number generators; the stream `params` is used.
 
         Raises:
-            ValueError: a storage that there is not, or not for so many features.
+            OptionError: an unknown storage, or a number of features that the storage does not support.
         """
-        table = jax.random.normal(rngs.params(), (vocabulary, features), dtype) * 0.02
-        self.weight = nnx.Param(quantize_embedding(table, storage))
+        weight = jax.random.normal(rngs.params(), (vocabulary, features), dtype) * 0.02
+        self.weight = nnx.Param(quantize_embedding(weight, storage))
         self.weight_delta = None if rows is None else Delta(jnp.zeros((len(rows), features), jnp.float32))
         self.rows = rows
 
     @property
-    def table(self) -> Table:
+    def matrix(self) -> VocabularyMatrix:
+        """The weight with its trainable difference."""
         delta = None if self.weight_delta is None else self.weight_delta[...]
-        return Table(self.weight.get_value(), delta, None if delta is None else self.rows)
+        return VocabularyMatrix(self.weight.get_value(), delta, None if delta is None else self.rows)
 
-    def __call__(self, tokens: Array) -> Array:
-        """int32 `[...]` to `[..., features]` in the dtype of the table."""
-        return self.table(tokens)
+    def __call__(self, tokens: Int[Array, "*tokens"]) -> Float[Array, "*tokens d"]:
+        """Look token ids up: int32 `[...]` to `[..., features]` in the dtype of the weight."""
+        return self.matrix(tokens)
 
-    def logits(self, hidden: Array) -> Array:
-        """`[..., features]` to `[..., vocabulary]`: the table as output head."""
-        return self.table.logits(hidden)
+    def logits(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
+        """Return the logits `[..., vocabulary]` of hidden `[..., features]`, with the embedding as output head."""
+        return self.matrix.logits(hidden)

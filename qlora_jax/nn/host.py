@@ -1,14 +1,14 @@
-"""Arrays that stay in host memory, come to the device where they are read, and whose gradients go back.
+"""Arrays in host memory that are copied to the device where they are read, and whose gradients are copied back.
 
-    forward    a copy on the device                       inside the scan over layers: of one layer
-    backward   the copy again; its gradient to the host   as soon as it is made
+    forward    copy to the device                                inside the scan over layers: one layer at a time
+    backward   copy again; copy the gradient to the host         as soon as the gradient is computed
 
-A stack of layers in host memory is cut by `jax.lax.scan` like any other, so that the device never holds more of it, or of
-its gradient, than the layer at hand.
+`jax.lax.scan` slices a stack of layers in host memory like any other array. So the device never holds more of the stack, or
+of its gradient, than one layer.
 
-JAX knows where an array of a traced function lies only if the function itself put it there, and the gradient of a function
-has the type of its argument. So the gradient is taken with respect to a stand-in, which is the array put to the host by
-name: its value is never read, and the compiler drops it.
+In a traced function, JAX knows an array's memory space only if the function itself moved the array, and a gradient has the
+type of the argument. Therefore the gradient is taken with respect to a second array, which the function moves to the host
+explicitly. The value of this second array is never read, and the compiler removes it.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from jax import Array, memory
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HostArray:
-    """An array in host memory, as the value of an `nnx.Variable`: `variable[...]` is its copy on the device.
+    """An array in host memory, as the value of an `nnx.Variable`: `variable[...]` returns a copy on the device.
 
     Attributes:
-        array: what is read; a constant to differentiation.
-        stand_in: what differentiation is with respect to: the array put to the host by name, never read.
+        array: the array that is read; a constant in the gradient.
+        stand_in: the array that the gradient is taken with respect to, explicitly moved to the host and never read.
     """
 
     array: Array
@@ -38,18 +38,20 @@ class HostArray:
 
 
 def to_host(tree: Any) -> Any:
-    """The leaves in host memory, in a traced function."""
+    """Return the tree with its leaves in host memory; for use in a traced function."""
     return jax.tree.map(lambda leaf: jax.device_put(leaf, memory.Space.Host), tree)
 
 
 def to_device(tree: Any) -> Any:
-    """The leaves in device memory, in a traced function; those that are there already are not copied."""
+    """Return the tree with its leaves in device memory, copied only if needed; for use in a traced function."""
     return jax.tree.map(lambda leaf: jax.device_put(leaf, memory.Space.Device), tree)
 
 
-def fetched(tree: Any) -> Any:
-    """The tree with copies on the device in place of `HostArray`s, in a traced function: for what reads them in a loop, so
-    that each comes to the device, and its gradient goes back, once."""
+def fetch_to_device(tree: Any) -> Any:
+    """Return the tree with each `HostArray` replaced by a copy on the device; for use in a traced function.
+
+    If a loop reads the arrays, this copies each of them, and its gradient, once instead of in every iteration.
+    """
 
     def fetch(leaf: Any) -> Any:
         return leaf[...] if isinstance(leaf, HostArray) else leaf
@@ -57,8 +59,8 @@ def fetched(tree: Any) -> Any:
     return jax.tree.map(fetch, tree, is_leaf=lambda leaf: isinstance(leaf, HostArray))
 
 
-def brought_to_device(tree: Any) -> Any:
-    """Copies on the device of leaves that lie in host memory; to be called outside of a traced function."""
+def copy_to_device(tree: Any) -> Any:
+    """Return the tree with leaves in host memory replaced by copies on the device; for use outside of traced functions."""
 
     def bring(leaf: Array) -> Array:
         kind = leaf.sharding.memory_kind

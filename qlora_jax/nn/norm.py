@@ -1,18 +1,19 @@
-"""Layer norms, computed in float32: root mean square (Zhang & Sennrich 2019), and with mean and bias (Ba et al. 2016)."""
+"""Normalization layers, computed in float32: RMSNorm (Zhang & Sennrich 2019) and LayerNorm (Ba et al. 2016)."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from qlora_jax.nn.delta import Delta, value_of
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x²) + eps) * weight over the last axis; the result has the dtype of x.
+    """RMSNorm: x / sqrt(mean(x²) + eps) * weight over the last axis; the result has the dtype of x.
 
-    With `offset` the factor is 1 + weight, and applied before the result is rounded to the dtype of x (Gemma).
+    With `offset` the factor is 1 + weight, and it is applied before the result is rounded to the dtype of x (Gemma).
     """
 
     def __init__(self, features: int, *, eps: float, offset: bool = False, dtype: DTypeLike = jnp.float32) -> None:
@@ -20,7 +21,7 @@ class RMSNorm(nnx.Module):
         self.weight_delta: Delta | None = None
         self.eps, self.offset = eps, offset
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
         exact = x.astype(jnp.float32)
         exact = exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + self.eps)
         weight = value_of(self.weight, self.weight_delta)
@@ -30,7 +31,7 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last axis; the result has the dtype of x."""
+    """LayerNorm: (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last axis; the result has the dtype of x."""
 
     def __init__(self, features: int, *, eps: float, dtype: DTypeLike = jnp.float32) -> None:
         self.weight = nnx.Param(jnp.ones((features,), dtype))
@@ -39,7 +40,7 @@ class LayerNorm(nnx.Module):
         self.bias_delta: Delta | None = None
         self.eps = eps
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
         exact = x.astype(jnp.float32)
         exact = exact - jnp.mean(exact, axis=-1, keepdims=True)
         exact = exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + self.eps)

@@ -1,7 +1,7 @@
-"""Values that a recomputing backward pass may keep, by the names that the policies of `models.stack` choose from.
+"""Names for values that `jax.checkpoint` may save as residuals; the policies in `models.stack` select them by name.
 
-A value in bfloat16 is named as the integers of its bits (`quant.bitcast`): XLA's CPU backend would stack those of all layers
-as float32. Integers have no gradient, so a rule of its own passes that on.
+A bfloat16 value is bitcast to integers before it is named (`quant.bitcast`), because XLA's CPU backend would stack the saved
+residuals of all layers in float32. Integers have no gradient, so a custom differentiation rule passes the gradient through.
 """
 
 from functools import partial
@@ -9,12 +9,13 @@ from typing import Any
 
 import jax
 from jax import Array, ad_checkpoint
+from jaxtyping import Shaped
 
 from qlora_jax.quant.bitcast import via_bitcast
 
 
-def checkpoint_name(x: Array, name: str) -> Array:
-    """x itself, which a policy of `jax.checkpoint` may keep by that name."""
+def checkpoint_name(x: Shaped[Array, "*shape"], name: str) -> Shaped[Array, "*shape"]:
+    """Return x, which a policy of `jax.checkpoint` may save as a residual by this name."""
     named: Any = _named(x, name)
     return named
 

@@ -1,14 +1,15 @@
-"""Rotary position embedding (Su et al. 2021) and the scalings of it that Llama checkpoints use.
+"""Rotary position embedding (Su et al. 2021) and the scalings of it that checkpoints use.
 
-Pair i of a head turns by the angle position * f_i, with f_i = theta^(-2i/d). Pairs are (i, i + d/2), as Hugging Face stores
-query and key weights. The scalings change the frequencies f, and some multiply cosine and sine by a factor:
+Pair i of a head's features is rotated by the angle position * f_i, with f_i = theta^(-2i/d). The pairs are (i, i + d/2), as
+Hugging Face stores query and key weights. A scaling changes the frequencies f, and some scalings also multiply cosine and
+sine by an attention factor:
 
-    default    nothing
-    linear     f / factor                                             (position interpolation, Chen et al. 2023)
-    dynamic    theta grows once a sequence is longer than the model's context            (NTK-aware, by length)
-    yarn       f / factor for slow pairs, f for fast ones, a ramp between        (Peng et al. 2023) · attention factor
-    longrope   f / a factor for each pair, of two lists by the sequence length   (Ding et al. 2024) · attention factor
-    llama3     f / factor for wavelengths above a limit, smoothly     (Llama 3.1)
+    default    no change
+    linear     f / factor                                                        (position interpolation, Chen et al. 2023)
+    dynamic    theta increases when a sequence is longer than the model's context     (NTK-aware scaling by length)
+    yarn       f / factor for low frequencies, f for high ones, a ramp between   (Peng et al. 2023), attention factor
+    longrope   f / a factor for each pair; the length selects one of two lists   (Ding et al. 2024), attention factor
+    llama3     f / factor for wavelengths above a limit, with a smooth transition     (Llama 3.1)
 """
 
 import dataclasses
@@ -19,8 +20,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Float32, Int
 
-_REQUIRED = {
+from qlora_jax.errors import CheckpointError, UnsupportedError
+
+_REQUIRED = {  # fields that each scaling needs
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -32,16 +36,17 @@ _REQUIRED = {
 
 @dataclasses.dataclass(frozen=True)
 class RotaryEmbedding:
-    """A position embedding of one model.
+    """The rotary position embedding of a model.
 
     Attributes:
-        head_dim: d, even.
-        theta: the base wavelength.
-        max_position_embeddings: the context that the checkpoint states.
-        scaling: the scaling's own fields, `rope_type` among them, as in Hugging Face's config.json, sorted.
+        head_dim: d, the number of rotated features of a head; even.
+        theta: base of the wavelengths.
+        max_position_embeddings: length of the context, in tokens, from the checkpoint's config.
+        scaling: (name, value) of the scaling's fields, including `rope_type`, as in Hugging Face's config.json, sorted.
 
     Raises:
-        ValueError: unknown scaling type, or a field that it needs is missing.
+        UnsupportedError: an unknown scaling type.
+        CheckpointError: a field that the scaling needs is missing.
     """
 
     head_dim: int
@@ -53,12 +58,13 @@ class RotaryEmbedding:
     def from_config(
         cls, head_dim: int, theta: float, max_position_embeddings: int, scaling: Mapping[str, Any] | None
     ) -> "RotaryEmbedding":
+        """Return the embedding that the fields of a config.json describe; `scaling` is its `rope_scaling`."""
         fields = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in (scaling or {}).items()
             if value is not None
         }
-        older = fields.pop("type", "default")  # the name of the same field in older files
+        older = fields.pop("type", "default")  # the name of `rope_type` in older files
         fields.setdefault("rope_type", older)
         return cls(head_dim, theta, max_position_embeddings, tuple(sorted(fields.items())))
 
@@ -66,19 +72,19 @@ class RotaryEmbedding:
         fields = dict(self.scaling)
         kind = fields.get("rope_type", "default")
         if kind not in _REQUIRED:
-            raise ValueError(f"rope_type {kind!r} is not supported; expected one of {', '.join(_REQUIRED)}")
+            raise UnsupportedError(f"rope_type {kind!r} is not supported; expected one of {', '.join(_REQUIRED)}")
         missing = [name for name in _REQUIRED[kind] if name not in fields]
         if missing:
-            raise ValueError(f"rope_type {kind!r} needs the fields {', '.join(missing)}; found {sorted(fields)}")
+            raise CheckpointError(f"rope_type {kind!r} needs the fields {', '.join(missing)}; found {sorted(fields)}")
 
-    def __call__(self, positions: Array) -> tuple[Array, Array]:
-        """Positions int32 `[b, t]` to float32 (cosine, sine), each `[b, t, head_dim / 2]`."""
+    def __call__(self, positions: Int[Array, "b t"]) -> tuple[Float32[Array, "b t r"], Float32[Array, "b t r"]]:
+        """Return float32 (cosine, sine), each `[b, t, head_dim / 2]`, of positions int32 `[b, t]`."""
         frequencies, factor = self._frequencies(positions)
         angles = positions[..., None].astype(jnp.float32) * frequencies
         return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
     def _frequencies(self, positions: Array) -> tuple[Array, float]:
-        """(float32 frequencies `[head_dim / 2]`, factor on cosine and sine)."""
+        """Return (float32 frequencies `[head_dim / 2]`, factor on cosine and sine)."""
         fields = dict(self.scaling)
         kind = fields.get("rope_type", "default")
         exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
@@ -106,7 +112,7 @@ class RotaryEmbedding:
                 return jnp.asarray(plain) / jnp.where(is_long, long, short), fields.get("attention_factor", default)
 
     def _yarn(self, plain: np.ndarray, fields: Mapping[str, Any], original: int) -> np.ndarray:
-        def pair_of(rotations: float) -> float:  # the pair that turns that often within the original context
+        def pair_of(rotations: float) -> float:  # the pair that makes this many rotations within the original context
             return self.head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
 
         low, high = pair_of(fields.get("beta_fast", 32)), pair_of(fields.get("beta_slow", 1))
@@ -139,13 +145,21 @@ def _llama3(plain: np.ndarray, fields: Mapping[str, Any]) -> np.ndarray:
     return np.where(slow, plain / factor, np.where(fast, plain, between)).astype(np.float32)
 
 
-def rotate(x: Array, cosine: Array, sine: Array) -> Array:
-    """Turns the pairs (i, i + r/2) of the first r features of x `[b, t, heads, d]`; cosine and sine `[b, t, r/2]`, r <= d.
+def rotate(
+    x: Float[Array, "b t heads d"], cosine: Float32[Array, "b t r"], sine: Float32[Array, "b t r"]
+) -> Float[Array, "b t heads d"]:
+    """Rotate the pairs (i, i + r/2) of the first r features of each head, in float32; r <= d.
 
-    The result has the dtype of x; the computation runs in float32.
+    Args:
+        x: `[b, t, heads, d]`.
+        cosine: float32 `[b, t, r/2]`, cosines of the angles.
+        sine: float32 `[b, t, r/2]`, sines of the angles.
+
+    Returns:
+        `[b, t, heads, d]` in the dtype of x.
     """
     half = cosine.shape[-1]
     cosine, sine = cosine[:, :, None, :], sine[:, :, None, :]
     first, second, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
-    turned = [first * cosine - second * sine, second * cosine + first * sine]
-    return jnp.concatenate([*turned, rest], axis=-1).astype(x.dtype)
+    rotated = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate([*rotated, rest], axis=-1).astype(x.dtype)

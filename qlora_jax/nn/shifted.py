@@ -1,78 +1,82 @@
-"""Shifted sparse attention, S²-Attn (LongLoRA, Chen et al. 2023): cheap attention to train a model on long sequences with.
+"""Shifted sparse attention, S²-Attn (LongLoRA, Chen et al. 2023): a cheaper attention for training on long sequences.
 
     tokens            | 0 ......... | G ......... | 2G ........ | 3G ........ |       groups of G tokens
-    half of the heads | group 0     | group 1     | group 2     | group 3     |       see their own group alone
-    the other half    | a    | group 0'    | group 1'    | group 2'    | b    |       the same, groups half a group later
+    half of the heads | group 0     | group 1     | group 2     | group 3     |       attend within these groups
+    the other half    | a    | group 0'    | group 1'    | group 2'    | b    |       attend within groups shifted by G / 2
 
-Each token sees what comes before it in its group; what crosses a border of one half of the heads lies within a group of the
-other. The authors roll the sequence by half a group, so that its two ends, a and b, share a group and a mask has to keep one
-from the other. Here both ends are groups of half the length: nothing wraps that could leak, and no product is made for a
-mask to throw away.
+Each token attends to the earlier tokens of its group. Tokens on both sides of a border of one half of the heads belong to
+one group of the other half. The authors roll the sequence by half a group, so that its two ends, a and b, share a group and
+have to be separated by a mask. Here each end is a group of length G / 2, so no mask is needed and no product is wasted.
 
-Groups are rows of a batch to the kernels of `attention`, so that flash attention works as it does without groups. The cost
-is that of length x G scores in place of length x length, and less by the ends. Positions stay those of the sequence: the
-rotation comes before. The model that was so trained sees all tokens at inference.
+The groups are passed to the kernels of `attention` as rows of the batch, so that flash attention works as usual. The cost is
+that of length x G scores instead of length x length. Positions are those of the whole sequence, because rotary
+embeddings are applied before. At inference, a model trained in this way attends to all tokens.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Int
 
+from qlora_jax.errors import OptionError
 from qlora_jax.nn.attention import AttentionImplementation, causal_attention
 
 Parts = tuple[Array, Array, Array, Array | None]  # queries, keys, values, segments
 
 
 def shifted_group_attention(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Float[Array, "b t heads d"],
+    k: Float[Array, "b t kv_heads d"],
+    v: Float[Array, "b t kv_heads d"],
     groups: int,
     *,
-    segment_ids: Array | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
     window: int | None = None,
     scale: float | None = None,
     cap: float | None = None,
     implementation: AttentionImplementation = "xla",
-) -> Array:
-    """Causal attention within groups; the arguments are those of `causal_attention` but for one.
+) -> Float[Array, "b t heads d"]:
+    """Compute causal attention within groups; see `causal_attention` for the other arguments.
 
     Args:
-        groups: how many groups the sequence makes. Where it is no multiple of twice that, the last group is shorter.
+        q: `[b, t, heads, d]`.
+        k: `[b, t, kv_heads, d]`.
+        v: `[b, t, kv_heads, d]`.
+        groups: number of groups in the sequence. If t is not a multiple of 2 groups, the last group is shorter.
 
     Returns:
         `[b, t, heads, d]` in the dtype of q.
 
     Raises:
-        ValueError: less than two groups, or one head only, which cannot be two halves.
+        OptionError: fewer than two groups, or only one head, which cannot be halved.
     """
     length, heads = q.shape[1:3]
     if groups < 2 or heads < 2:
-        raise ValueError(f"groups, heads: expected at least 2 of each, found {groups} and {heads}")
+        raise OptionError(f"groups, heads: expected at least 2 of each, found {groups} and {heads}")
     half, shared = heads // 2, heads // k.shape[2]
-    if half % shared:  # the halves meet within the query heads of one key head
+    if half % shared:  # the query heads of one key head belong to both halves
         k, v = (jnp.repeat(x, shared, axis=2) for x in (k, v))
         shared = 1
     end = -(-length // (2 * groups))  # half a group
     size, total = 2 * end, 2 * end * groups
-    padded = ((0, 0), (0, total - length))  # behind all tokens, which do not see it
+    padded = ((0, 0), (0, total - length))  # after all tokens, so that no token attends to it
     q, k, v = (jnp.pad(x, (*padded, (0, 0), (0, 0))) for x in (q, k, v))
     segments = None if segment_ids is None else jnp.pad(segment_ids, padded)
 
     def attend(parts: Parts, size: int) -> Array:
-        """Attention within groups of that size, which lie one after another."""
+        """Compute attention within consecutive groups of this size."""
         q, k, v, segments = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[2:]), parts)
         out = causal_attention(
             q, k, v, segment_ids=segments, window=window, scale=scale, cap=cap, implementation=implementation
         )
         return out.reshape(parts[0].shape)
 
-    def cut(parts: Parts, *places: tuple[int, int]) -> Parts:
-        return jax.tree.map(lambda x: jnp.concatenate([x[:, start:stop] for start, stop in places], axis=1), parts)
+    def select(parts: Parts, *ranges: tuple[int, int]) -> Parts:
+        return jax.tree.map(lambda x: jnp.concatenate([x[:, start:stop] for start, stop in ranges], axis=1), parts)
 
-    near = (q[:, :, :half], k[:, :, : half // shared], v[:, :, : half // shared], segments)
-    late = (q[:, :, half:], k[:, :, half // shared :], v[:, :, half // shared :], segments)
-    ends = attend(cut(late, (0, end), (total - end, total)), end)
-    inner = attend(cut(late, (end, total - end)), size)
+    first = (q[:, :, :half], k[:, :, : half // shared], v[:, :, : half // shared], segments)
+    second = (q[:, :, half:], k[:, :, half // shared :], v[:, :, half // shared :], segments)
+    ends = attend(select(second, (0, end), (total - end, total)), end)
+    inner = attend(select(second, (end, total - end)), size)
     shifted = jnp.concatenate([ends[:, :end], inner, ends[:, end:]], axis=1)
-    return jnp.concatenate([attend(near, size), shifted], axis=2)[:, :length]
+    return jnp.concatenate([attend(first, size), shifted], axis=2)[:, :length]

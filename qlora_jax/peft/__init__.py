@@ -1,26 +1,35 @@
-"""Methods of parameter-efficient fine-tuning, one file each, on the layers of `nn`."""
+"""Methods of parameter-efficient fine-tuning, one file each, on the layers of `nn`; `method.py` is their interface."""
 
 from qlora_jax.peft.dora import DoRALinear, DoRASpec
 from qlora_jax.peft.full import FullFineTuning
 from qlora_jax.peft.ia3 import IA3, IA3Linear
 from qlora_jax.peft.initialization import reads_weights
 from qlora_jax.peft.lora import LoRA
-from qlora_jax.peft.lora_linear import LoRALinear, LoRASpec, lora_update
-from qlora_jax.peft.method import AdapterModule, FieldErrors, FilePart, Method, ModelShape, OfModel, ScalesBias
+from qlora_jax.peft.lora_linear import LoRALinear, LoRASpec, LowRankAdapter, lora_update
+from qlora_jax.peft.method import AdapterModule, FieldErrors, FilePart, Method, ModelShape
+from qlora_jax.peft.option import Option, by_name, option_problems
 from qlora_jax.peft.p_tuning import PTuning
 from qlora_jax.peft.prefix_tuning import PrefixTuning
 from qlora_jax.peft.prompt import Prompt, PromptMethod, PromptShape
 from qlora_jax.peft.prompt_tuning import PromptTuning
+from qlora_jax.peft.subtracted import Subtracted
 from qlora_jax.peft.targets import ALL_LINEAR, module_matches
 
-# By PEFT's names. A new method is a file and a line here.
+# Every method by its name on the command line. A new method is one file of this package and one line here.
 METHODS: dict[str, type[Method]] = {
-    "LORA": LoRA,
-    "IA3": IA3,
-    "PROMPT_TUNING": PromptTuning,
-    "P_TUNING": PTuning,
-    "PREFIX_TUNING": PrefixTuning,
+    LoRA.name: LoRA,
+    FullFineTuning.name: FullFineTuning,
+    IA3.name: IA3,
+    PromptTuning.name: PromptTuning,
+    PTuning.name: PTuning,
+    PrefixTuning.name: PrefixTuning,
 }
+
+
+def peft_methods() -> dict[str, type[Method]]:
+    """Return the methods that PEFT's files can hold, by PEFT's names."""
+    return {method.peft_type: method for method in METHODS.values() if not method.is_full}
+
 
 __all__ = [
     "ALL_LINEAR",
@@ -36,17 +45,21 @@ __all__ = [
     "LoRA",
     "LoRALinear",
     "LoRASpec",
+    "LowRankAdapter",
     "Method",
     "ModelShape",
-    "OfModel",
+    "Option",
     "PTuning",
     "PrefixTuning",
     "Prompt",
     "PromptMethod",
     "PromptShape",
     "PromptTuning",
-    "ScalesBias",
+    "Subtracted",
+    "by_name",
     "lora_update",
     "module_matches",
+    "option_problems",
+    "peft_methods",
     "reads_weights",
 ]

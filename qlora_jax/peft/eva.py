@@ -1,18 +1,19 @@
-"""EVA (Paischer et al. 2024): A starts as the main directions of the layer's inputs on the training data, B at zero.
+"""EVA (Paischer et al. 2024): A is initialized with the principal directions of the layer's inputs on the training data, B
+with zeros.
 
-    X                              inputs [tokens, in] of a linear layer, less their mean
+    X                              inputs [tokens, in] of a linear layer, minus their mean
     X = U S V'                     A = V_r [in, r]: the r directions of the largest variance
 
-The inputs of all layers of a batch would not fit, so the singular vectors are kept up to date batch by batch (Ross et al.
-2008, as in incremental principal components), with the mean m and the number n of tokens so far:
+The inputs of all layers do not fit into memory, so the singular vectors are updated batch by batch (incremental principal
+component analysis, Ross et al. 2008), together with the mean m and the number n of tokens so far:
 
-    M = [ sqrt(S) V' as it stands;   X_b - mean_b;   sqrt(n n_b / (n + n_b)) (m - mean_b) ]
-    S V' = the r largest of M, by subspace iteration        (PEFT computes them by torch.svd_lowrank)
+    M = [ S V' so far;   X_b - mean_b;   sqrt(n n_b / (n + n_b)) (m - mean_b) ]
+    S V' = those of the r largest singular values of M, by subspace iteration     (PEFT uses torch.svd_lowrank)
 
-`InputWatch` is an adapter that changes nothing of what its layer computes. What it holds of the above is a variable like one
-that trains, and its "gradient" is its next value: the backward pass, which sees x, hands it out. So the model's own scan
-over layers collects the statistics of all layers, each where it is, and none of it knows. Tokens on which the loss does not
-depend (padding) have a gradient of zero, and do not count.
+`InputStatistics` is an adapter that does not change its layer's result. Its statistics are stored in trainable variables,
+whose "gradients" are defined as the updated statistics: the backward pass, which reads x, computes them. In this way the
+model's scan over layers collects the statistics of every layer without any change to the model. Tokens that the loss does
+not depend on (padding) have a gradient of zero and do not count.
 """
 
 import dataclasses
@@ -24,55 +25,53 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from qlora_jax.errors import OptionError
 from qlora_jax.nn import Linear
 from qlora_jax.peft.lora import LoRA
-from qlora_jax.peft.method import TokenRows
+from qlora_jax.peft.method import Method
 
-_MORE = 8  # directions beyond r that the subspace iteration carries
+_OVERSAMPLING = 8  # directions in addition to r in the subspace iteration
 _ITERATIONS = 3
-_CONVERGED = 0.99  # cosine between the same direction before and after a batch
+_CONVERGED = 0.99  # least cosine between a direction before a batch and the same direction after it
 
 
 @dataclasses.dataclass(frozen=True)
-class EVA:
-    """Watches the inputs of the layers that a LoRA adapts; what `models` take for a method of fine-tuning."""
+class EVA(Method):
+    """The collection of input statistics of the layers that a LoRA adapts; models take it in place of a method."""
 
     lora: LoRA
 
-    @property
-    def modules_to_save(self) -> tuple[str, ...]:
-        return ()
-
-    def token_rows(self) -> TokenRows:
-        return ()
-
-    def targets(self, layers: Mapping[str, Sequence[str]]) -> "dict[str, Watching]":
+    def targets(self, layers: Mapping[str, Sequence[str]]) -> "dict[str, InputStatisticsSpec]":
         """See `method.Method`."""
-        ranks = {key: [self.lora.rank_of(name) for name in layers[key]] for key in self.lora.targets(layers)}
-        return {key: Watching(max(of_layers)) for key, of_layers in ranks.items()}
+        ranks = {path: [self.lora.rank_of(name) for name in layers[path]] for path in self.lora.targets(layers)}
+        return {path: InputStatisticsSpec(max(of_layers)) for path, of_layers in ranks.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Watching:
-    """Makes the watch of a layer, for so many directions."""
+class InputStatisticsSpec:
+    """The input statistics of a linear layer.
+
+    Attributes:
+        rank: number of directions.
+    """
 
     rank: int
 
-    def make(self, in_features: int, out_features: int, *, layer: int | Array = 0, rngs: nnx.Rngs) -> "InputWatch":
-        """The watch of one layer."""
+    def make(self, in_features: int, out_features: int, *, layer: int | Array = 0, rngs: nnx.Rngs) -> "InputStatistics":
+        """Return new, empty statistics for one layer."""
         if self.rank > in_features:
-            raise ValueError(f"init_lora_weights eva: expected a rank of at most {in_features}, found {self.rank}")
-        return InputWatch(in_features, self.rank)
+            raise OptionError(f"init_lora_weights eva: expected a rank of at most {in_features}, found {self.rank}")
+        return InputStatistics(in_features, self.rank)
 
 
-class InputWatch(nnx.Module):
-    """The watch of a layer.
+class InputStatistics(nnx.Module):
+    """The statistics of the inputs of one linear layer.
 
     Attributes:
         directions: float32 `[r, in]`, S V'.
-        mean: float32 `[in]`.
-        count: float32 scalar, tokens so far.
-        least_cosine: float32 scalar, the least cosine between a direction before the last batch and after it.
+        mean: float32 `[in]`, the mean of the inputs.
+        count: float32 scalar, the number of tokens so far.
+        least_cosine: float32 scalar, the least cosine between a direction before the last batch and the same after it.
     """
 
     def __init__(self, in_features: int, rank: int) -> None:
@@ -82,60 +81,62 @@ class InputWatch(nnx.Module):
         self.least_cosine = nnx.LoRAParam(jnp.zeros((), jnp.float32))
 
     def __call__(self, x: Array, linear: Linear, key: Array | None) -> Array:
-        kept = (self.directions[...], self.mean[...], self.count[...], self.least_cosine[...])
-        watched: Any = _watched(linear.base(x), x, kept)
-        return watched
+        statistics = (self.directions[...], self.mean[...], self.count[...], self.least_cosine[...])
+        y: Any = _with_statistics(linear.base(x), x, statistics)
+        return y
 
 
-def converged(watches: Any) -> bool:
-    """Whether the last batch has left the directions of all layers as they were."""
-    return all(bool((leaf > _CONVERGED).all()) for leaf in _named(watches, "least_cosine"))
+def converged(statistics: Any) -> bool:
+    """Return whether the last batch has changed no direction of any layer by more than the tolerance."""
+    return all(bool((leaf > _CONVERGED).all()) for leaf in _named(statistics, "least_cosine"))
 
 
-def tokens_seen(watches: Any) -> int:
-    """Of the layer that has seen fewest."""
-    return int(min(leaf.min() for leaf in _named(watches, "count")))
+def tokens_seen(statistics: Any) -> int:
+    """Return the number of tokens that the statistics contain, of the layer with the fewest."""
+    return int(min(leaf.min() for leaf in _named(statistics, "count")))
 
 
 def unit_directions(directions: Array) -> Array:
-    """Directions `[..., r, in]` of length 1; zeros stay zeros."""
+    """Return the directions `[..., r, in]`, scaled to norm 1; directions of zeros remain zero."""
     length = jnp.linalg.norm(directions, axis=-1, keepdims=True)
     return directions / jnp.where(length > 0, length, 1)
 
 
-def _named(watches: Any, name: str) -> list[Array]:
-    leaves = jax.tree_util.tree_leaves_with_path(watches)
+def _named(statistics: Any, name: str) -> list[Array]:
+    leaves = jax.tree_util.tree_leaves_with_path(statistics)
     return [leaf for path, leaf in leaves if name in jax.tree_util.keystr(path, simple=True, separator=".").split(".")]
 
 
 @jax.custom_vjp
-def _watched(y: Array, x: Array, kept: tuple[Array, ...]) -> Array:
+def _with_statistics(y: Array, x: Array, statistics: tuple[Array, ...]) -> Array:
+    """Return y. The gradient with respect to `statistics` is defined as the statistics updated with x."""
     return y
 
 
-def _forward(y: Array, x: Array, kept: tuple[Array, ...]) -> tuple[Array, Any]:
-    return y, (x, kept)
+def _forward(y: Array, x: Array, statistics: tuple[Array, ...]) -> tuple[Array, Any]:
+    return y, (x, statistics)
 
 
-def _backward(saved: Any, dy: Array) -> tuple[Array, Array, tuple[Array, ...]]:
-    x, kept = saved
-    counts = (dy != 0).any(-1).reshape(-1)
-    updated = update(kept, x.reshape(-1, x.shape[-1]).astype(jnp.float32), counts)
+def _backward(residuals: Any, dy: Array) -> tuple[Array, Array, tuple[Array, ...]]:
+    x, statistics = residuals
+    mask = (dy != 0).any(-1).reshape(-1)
+    updated = update_statistics(statistics, x.reshape(-1, x.shape[-1]).astype(jnp.float32), mask)
     return dy, jnp.zeros_like(x), updated
 
 
-_watched.defvjp(_forward, _backward)
+_with_statistics.defvjp(_forward, _backward)
 
 
-def update(kept: tuple[Array, ...], x: Array, counts: Array) -> tuple[Array, Array, Array, Array]:
-    """(directions, mean, count, least cosine) with one batch more.
+def update_statistics(statistics: tuple[Array, ...], x: Array, mask: Array) -> tuple[Array, Array, Array, Array]:
+    """Return (directions, mean, count, least cosine) updated with one batch.
 
     Args:
-        kept: the same before it.
-        x: float32 `[tokens, in]`; counts: bool `[tokens]`.
+        statistics: (directions, mean, count, least cosine) before the batch.
+        x: float32 `[tokens, in]`, the inputs.
+        mask: bool `[tokens]`, the tokens that count.
     """
-    directions, mean, count, _ = kept
-    weight = counts.astype(jnp.float32)[:, None]
+    directions, mean, count, _ = statistics
+    weight = mask.astype(jnp.float32)[:, None]
     new = weight.sum()
     mean_of_batch = (weight * x).sum(0) / jnp.maximum(new, 1)
     centred = weight * (x - mean_of_batch[None, :])
@@ -148,8 +149,8 @@ def update(kept: tuple[Array, ...], x: Array, counts: Array) -> tuple[Array, Arr
 
 
 def _largest(rows: Array, rank: int) -> Array:
-    """S V' `[rank, in]` of the largest singular values of rows `[n, in]`, each direction with its largest entry positive."""
-    width = min(rank + _MORE, *rows.shape)
+    """Return S V' `[rank, in]` of the largest singular values of `[n, in]`; each direction's largest entry is positive."""
+    width = min(rank + _OVERSAMPLING, *rows.shape)
     q = jax.random.normal(jax.random.key(0), (rows.shape[1], width))
     for _ in range(_ITERATIONS):
         q, _ = jnp.linalg.qr(rows.T @ jnp.linalg.qr(rows @ q)[0])

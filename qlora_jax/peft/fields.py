@@ -1,8 +1,8 @@
-"""The fields of PEFT's adapter_config.json, read with all problems in one error.
+"""Reading the fields of PEFT's adapter_config.json; all problems are reported in one error.
 
-A field that would change the mathematics in a way that is not supported here is an error. Of fields that a method does not
-know, those that are switched on are suspected: true, or an object or list with something in it; numbers and strings are
-settings of some switch that is off.
+A field that would change the mathematics in an unsupported way is an error. A field that the method does not know is an
+error if it looks switched on: its value is true, or a non-empty object or list. Unknown numbers and strings are accepted,
+because they only configure a feature that is switched off.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 from qlora_jax.peft.method import FieldErrors
 
-# Of every method: records, and settings of PEFT itself.
+# Fields of every method that do not change the mathematics: descriptions of the run, and settings of PEFT itself.
 _INERT = frozenset(
     (
         "auto_mapping",
@@ -26,10 +26,10 @@ _INERT = frozenset(
 
 
 class Fields:
-    """Reads the fields of one configuration.
+    """Reader of the fields of one configuration.
 
     Attributes:
-        problems: what was wrong so far.
+        problems: messages about the invalid fields found so far.
     """
 
     def __init__(
@@ -40,11 +40,13 @@ class Fields:
         inert: frozenset[str] = frozenset(),
         expected: Mapping[str, tuple[object, ...]] | None = None,
     ) -> None:
-        """
+        """Check the fields that the method will not read.
+
         Args:
-            read: names of the fields that the method asks for.
-            inert: names of fields of no consequence for it.
-            expected: the values of fields that are supported at these alone.
+            config: the parsed adapter_config.json.
+            read: names of the fields that the method reads with `get`.
+            inert: names of the fields that do not change the method's mathematics.
+            expected: for each field that is not read, the only supported values.
         """
         self._config = config
         known, expected = read | inert | _INERT, expected or {}
@@ -55,7 +57,7 @@ class Fields:
         ]
 
     def get(self, name: str, fits: Callable[[Any], bool], expected: str, default: Any = None) -> Any:
-        """A field's value, or the default where it is missing or null."""
+        """Return a field's value, or `default` if it is missing or null; record a problem unless `fits(value)`."""
         value = self._config.get(name)
         value = default if value is None else value
         if not fits(value):
@@ -63,7 +65,7 @@ class Fields:
         return value
 
     def check(self) -> None:
-        """Raises FieldErrors where something was wrong."""
+        """Raise FieldErrors if any problem was found."""
         if self.problems:
             raise FieldErrors(self.problems)
 
@@ -75,12 +77,12 @@ def _is_fine(value: object, expected: tuple[object, ...] | None) -> bool:
 
 
 def as_names(value: str | list[str]) -> str | tuple[str, ...]:
-    """Names, or a regular expression, as methods hold them."""
+    """Return a JSON list of names as a tuple, and a regular expression unchanged."""
     return value if isinstance(value, str) else tuple(value)
 
 
 def as_list(value: str | tuple[str, ...]) -> str | list[str] | None:
-    """The same as PEFT writes them."""
+    """Return names as PEFT writes them to JSON: a list, None instead of an empty list, or one regular expression."""
     return value if isinstance(value, str) else list(value) or None
 
 
@@ -100,9 +102,9 @@ def is_names(value: Any) -> bool:
     return isinstance(value, str) or is_list(value, lambda name: isinstance(name, str))
 
 
-def is_table(value: Any, fits: Callable[[Any], bool]) -> bool:
+def is_mapping(value: Any, fits: Callable[[Any], bool]) -> bool:
     return isinstance(value, dict) and all(map(fits, value.values()))
 
 
-def is_rows(value: Any) -> bool:
-    return is_list(value, is_whole) or is_table(value, lambda tokens: is_list(tokens, is_whole))
+def is_token_indices(value: Any) -> bool:
+    return is_list(value, is_whole) or is_mapping(value, lambda tokens: is_list(tokens, is_whole))

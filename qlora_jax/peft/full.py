@@ -1,49 +1,46 @@
-"""Full fine-tuning, to compare with: every parameter of a decoder trains.
+"""Full fine-tuning, as a baseline: every parameter of a decoder trains.
 
-    y = x (W + D) (+ bias + d)        D, d float32, zero at first; so for token tables, heads and norms (`nn.delta`)
+    y = x (W + D) (+ bias + d)        D, d float32, initialized with zeros; embeddings, output heads and norms: `nn.delta`
 
-What trains is the change of each parameter, as for what LoRA's modules_to_save name: an adapter of zeros is the base model,
-and a change too small for bfloat16 is not lost on a bfloat16 weight. A parameter takes 4 bytes for its change, and what the
-optimizer keeps of it, beside the base's 2 or 4. A tied head stays the token table. The base has to be dense: there is no
-sense in rounding to 4 bits what trains.
+The trainable parameters are the changes of the base's parameters, as for LoRA's modules_to_save. So an adapter of zeros is
+the base model, and a change too small for bfloat16 is not lost in a bfloat16 weight. Each parameter takes 4 bytes for its
+change, plus the optimizer's state, in addition to the 2 or 4 bytes of the base. A tied output head remains tied to the
+embedding. The base has to be dense, because weights that train must not be rounded to 4 bits.
 """
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
 
-from qlora_jax.nn import Delta, Linear, changed
-from qlora_jax.peft.method import FieldErrors, FilePart, TokenRows
+from qlora_jax.errors import OptionError, UnsupportedError
+from qlora_jax.nn import Delta, Linear, add_delta
+from qlora_jax.peft.method import FieldErrors, FilePart, Method
 from qlora_jax.quant import QuantizedTensor, matmul
 
 
 @dataclasses.dataclass(frozen=True)
-class FullFineTuning:
-    """Trains all parameters. PEFT has no files for it: what is saved is a model, not an adapter."""
+class FullFineTuning(Method):
+    """Training of all parameters. PEFT has no adapter files for it, so a model is saved instead of an adapter."""
 
-    @property
-    def peft_type(self) -> str:
-        return "FULL"
-
-    @property
-    def modules_to_save(self) -> tuple[str, ...]:
-        return ()
+    name: ClassVar = "full"
+    title: ClassVar = "All parameters"
+    summary: ClassVar = "all parameters of a decoder with dense weights (data-type none), saved as a model"
+    peft_type: ClassVar = "FULL"
+    learning_rate_factor: ClassVar = 0.1  # Schulman et al. 2025, "LoRA Without Regret"
+    is_full: ClassVar = True
 
     @property
     def suffixes(self) -> tuple[str, ...]:
         return ("weight",)
 
-    def token_rows(self) -> TokenRows:
-        return ()
-
-    def targets(self, layers: Mapping[str, Sequence[str]]) -> "dict[str, WholeWeight]":
+    def targets(self, layers: Mapping[str, Sequence[str]]) -> "dict[str, FullLinearSpec]":
         """See `Method`."""
-        return {key: WholeWeight(len(modules)) for key, modules in layers.items()}
+        return {path: FullLinearSpec(len(modules)) for path, modules in layers.items()}
 
     def shape_error(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
         """See `Method`."""
@@ -54,32 +51,36 @@ class FullFineTuning:
         return tensors["weight"]
 
     def to_peft(self, modules: Sequence[str]) -> dict[str, Any]:
-        """Raises ValueError: there are no such files."""
-        raise ValueError("full fine-tuning: expected a model to be saved, found an adapter: PEFT has no files for it")
+        """Raise UnsupportedError: PEFT has no adapter files for full fine-tuning."""
+        raise UnsupportedError("full fine-tuning: expected a model to be saved, found an adapter: PEFT has no files for it")
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> "FullFineTuning":
-        """Raises FieldErrors: there are no such files."""
-        raise FieldErrors(["peft_type: there are no adapters of full fine-tuning"])
+        """Raise FieldErrors: PEFT has no adapter files for full fine-tuning."""
+        raise FieldErrors(["peft_type: expected a method of PEFT, found full fine-tuning, which has no adapter files"])
 
 
 @dataclasses.dataclass(frozen=True)
-class WholeWeight:
-    """Makes the change of a matrix, or of each of a stack of `layers`."""
+class FullLinearSpec:
+    """The trainable change of a linear layer's matrix, or of the matrices of a stack.
+
+    Attributes:
+        layers: number of layers in the stack.
+    """
 
     layers: int = 1
 
-    def make(self, in_features: int, out_features: int, *, layer: int | Array = 0, rngs: nnx.Rngs) -> "WholeLinear":
-        """The change of one matrix."""
-        return WholeLinear(in_features, out_features, self.layers)
+    def make(self, in_features: int, out_features: int, *, layer: int | Array = 0, rngs: nnx.Rngs) -> "FullLinear":
+        """Return a change of zeros for one layer."""
+        return FullLinear(in_features, out_features, self.layers)
 
 
-class WholeLinear(nnx.Module):
-    """The change of a linear layer's matrix.
+class FullLinear(nnx.Module):
+    """The trainable change of one linear layer's matrix.
 
     Attributes:
-        delta: float32 `[in, out]`.
-        layers: of the stack.
+        delta: float32 `Delta` `[in, out]`.
+        layers: number of layers in the stack.
     """
 
     def __init__(self, in_features: int, out_features: int, layers: int) -> None:
@@ -88,10 +89,10 @@ class WholeLinear(nnx.Module):
 
     def __call__(self, x: Array, linear: Linear, key: Array | None) -> Array:
         weight = linear.weight.get_value()
-        if not isinstance(weight, Array):  # what is packed, or lies in a packed stack
+        if not isinstance(weight, Array):  # a 4-bit matrix, or a layer of a stack of 4-bit matrices
             found = "4-bit ones" if isinstance(weight, QuantizedTensor) else type(weight).__name__
-            raise ValueError(f"full fine-tuning: expected dense linear layers (data_type none), found {found}")
-        return linear.with_bias(matmul(x, changed(weight, self.delta[...])))
+            raise OptionError(f"full fine-tuning: expected dense linear layers (data_type none), found {found}")
+        return linear.with_bias(matmul(x, add_delta(weight, self.delta[...])))
 
     def file_parts(self) -> Iterator[FilePart]:
         """See `method.AdapterModule`."""

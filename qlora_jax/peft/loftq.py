@@ -1,34 +1,37 @@
-"""LoftQ (Li et al. 2023): base and adapter together come close to the original weight, by turns.
+"""LoftQ (Li et al. 2023): an initialization in which base and adapter together approximate the original weight.
 
     R = W
-    repeat   Q = 4 bits of R              as the base is stored, double quantisation included
-             s A B = rank r of (W - Q)    by singular values (pissa.py)
+    repeat   Q = quantised R                          as the base is stored, including double quantisation
+             s A B = best rank-r approximation of (W - Q)        by singular values (pissa.py)
              R = W - s A B
 
-The base is the last Q, which is 4 bits of the R before it: W itself with one turn, when the base is a plain quantised one.
-PEFT's version leaves s out, so that its start is right for alpha = r alone.
+The base is the last Q. With one step it is the quantised W, that is, the usual quantised base. PEFT's version omits s, so
+that its initialization is correct only for alpha = r.
 """
 
 from collections.abc import Callable
 
 from jax import Array
 
-from qlora_jax.peft.pissa import principal, without
+from qlora_jax.peft.pissa import best_update, subtract_update
 
 
 def loftq(
-    w: Array, scaling: float, *, rank: int, turns: int, rounded: Callable[[Array], Array]
+    w: Array, scaling: float, *, rank: int, iterations: int, rounded: Callable[[Array], Array]
 ) -> tuple[tuple[Array, Array] | None, tuple[Array, Array]]:
-    """(A and B that are taken off w before it is stored, None for nothing; A and B that training starts from).
+    """Return two pairs (A, B): the one to subtract from w before w is quantised (or None), and the initialization.
 
     Args:
-        w: float32 `[in, out]`.
-        rounded: a float32 matrix as its 4 bits stand for it.
+        w: float32 `[in, out]`, the original weight.
+        scaling: s.
+        rank: r.
+        iterations: number of alternating steps, at least 1.
+        rounded: function that quantises a float32 matrix and returns it dequantised.
     """
-    taken, rest = None, w
-    for turn in range(turns):
-        a, b = principal(w - rounded(rest), scaling, rank=rank)
-        if turn + 1 == turns:
+    subtracted, rest = None, w
+    for iteration in range(iterations):
+        a, b = best_update(w - rounded(rest), scaling, rank=rank)
+        if iteration + 1 == iterations:
             break
-        taken, rest = (a, b), without(w, a, b, scaling)
-    return taken, (a, b)  # pyright: ignore[reportPossiblyUnboundVariable]
+        subtracted, rest = (a, b), subtract_update(w, a, b, scaling)
+    return subtracted, (a, b)  # pyright: ignore[reportPossiblyUnboundVariable]

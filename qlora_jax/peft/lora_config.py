@@ -1,15 +1,26 @@
-"""PEFT's LoraConfig to and from the fields of `LoRA`."""
+"""The conversion between the fields of PEFT's LoraConfig and those of `LoRA`."""
 
+import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qlora_jax.peft.fields import Fields, as_list, as_names, is_list, is_names, is_number, is_rows, is_table, is_whole
+from qlora_jax.peft.fields import (
+    Fields,
+    as_list,
+    as_names,
+    is_list,
+    is_mapping,
+    is_names,
+    is_number,
+    is_token_indices,
+    is_whole,
+)
 from qlora_jax.peft.initialization import reads_weights
 from qlora_jax.peft.targets import ALL_LINEAR
 
-# PEFT's fields whose value is of no consequence here: records, training-time settings, and settings of
-# switches that are off.
+# Fields of PEFT that do not change the mathematics: descriptions of the run, settings that act only at initialization, and
+# settings of features that are switched off.
 _INERT = frozenset(
     (
         "auto_mapping",
@@ -29,84 +40,110 @@ _INERT = frozenset(
         "velora_config",
     )
 )
-# Fields with a meaning here, and those that are supported at one value only.
-_READ = frozenset(
-    (
-        "alpha_pattern",
-        "ensure_weight_tying",
-        "exclude_modules",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "lora_dropout",
-        "modules_to_save",
-        "peft_type",
-        "r",
-        "rank_pattern",
-        "target_modules",
-        "trainable_token_indices",
-        "use_dora",
-        "use_rslora",
-    )
-)
+# Fields that are supported at these values only.
 _EXPECTED: dict[str, tuple[object, ...]] = {
     "bias": ("none", None),
 }
 
 
-# Of an adapter that was trained, those that leave the base as it was, and one whose base can be made anew from the original.
-_STARTS_OF_FILES = (True, False, None, "gaussian", "orthogonal", "eva", "pissa")
+# The initializations of saved adapters that can be loaded: those that leave the base weights unchanged, and pissa, whose
+# changed base can be computed again from the original weights.
+_LOADABLE_INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "pissa")
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    """A field of PEFT's LoraConfig that `LoRA` has too.
+
+    Attributes:
+        name: the field of `LoRA`.
+        fits: whether a value is of the right kind.
+        expected: the right kind in words.
+        default: PEFT's value where the file has none.
+        read: PEFT's value to that of `LoRA`.
+    """
+
+    name: str
+    fits: Callable[[Any], bool]
+    expected: str
+    default: Any = None
+    read: Callable[[Any], Any] = _same
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _targets(value: str | list[str]) -> str | tuple[str, ...]:
+    return ALL_LINEAR if isinstance(value, str) and value.lower() == ALL_LINEAR else as_names(value)
+
+
+def _items(value: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(value.items())
+
+
+def _tokens(value: list[int] | dict[str, list[int]]) -> tuple[Any, ...]:
+    return tuple((name, tuple(rows)) for name, rows in value.items()) if isinstance(value, dict) else tuple(value)
+
+
+_NAMES = "names or one regular expression"
+_FIELDS: dict[str, _Field] = {
+    "r": _Field("rank", is_whole, "a whole number"),
+    "lora_alpha": _Field("alpha", is_number, "a number"),
+    "lora_dropout": _Field("dropout", is_number, "a number", 0.0),
+    "target_modules": _Field("target_modules", is_names, _NAMES, None, _targets),
+    "exclude_modules": _Field("exclude_modules", is_names, _NAMES, [], as_names),
+    "layers_to_transform": _Field(
+        "layers_to_transform",
+        lambda x: is_whole(x) or is_list(x, is_whole),
+        "numbers of layers",
+        [],
+        lambda x: (x,) if isinstance(x, int) else tuple(x),
+    ),
+    "layers_pattern": _Field(
+        "layers_pattern", is_names, "names of lists of layers", [], lambda x: (x,) if isinstance(x, str) else tuple(x)
+    ),
+    "rank_pattern": _Field("rank_pattern", lambda x: is_mapping(x, is_whole), "whole numbers by pattern", {}, _items),
+    "alpha_pattern": _Field("alpha_pattern", lambda x: is_mapping(x, is_number), "numbers by pattern", {}, _items),
+    "modules_to_save": _Field(
+        "modules_to_save", lambda x: is_list(x, lambda name: isinstance(name, str)), "names of modules", [], tuple
+    ),
+    "trainable_token_indices": _Field(
+        "trainable_token_indices", is_token_indices, "token ids, or token ids by name of an embedding", [], _tokens
+    ),
+    "use_rslora": _Field("use_rslora", _is_flag, "true or false", False),
+    "use_dora": _Field("use_dora", _is_flag, "true or false", False),
+}
+_READ = frozenset((*_FIELDS, "init_lora_weights", "ensure_weight_tying", "peft_type"))
 
 
 def read_lora(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `LoRA` that the fields describe; raises FieldErrors for those of another kind."""
+    """Return the arguments of `LoRA` that the fields describe.
+
+    Raises:
+        FieldErrors: fields with no meaning here, or values of another kind.
+    """
     fields = Fields(config, read=_READ, inert=_INERT, expected=_EXPECTED)
-    names = "names or one regular expression"
-    rank = fields.get("r", is_whole, "a whole number")
-    alpha = fields.get("lora_alpha", is_number, "a number")
-    dropout = fields.get("lora_dropout", is_number, "a number", 0.0)
-    targets = fields.get("target_modules", is_names, names)
-    excluded = fields.get("exclude_modules", is_names, names, [])
-    layers = fields.get("layers_to_transform", lambda x: is_whole(x) or is_list(x, is_whole), "numbers of layers", [])
-    lists = fields.get("layers_pattern", is_names, "names of lists of layers", [])
-    ranks = fields.get("rank_pattern", lambda x: is_table(x, is_whole), "whole numbers by pattern", {})
-    alphas = fields.get("alpha_pattern", lambda x: is_table(x, is_number), "numbers by pattern", {})
-    saved = fields.get("modules_to_save", lambda x: is_list(x, lambda name: isinstance(name, str)), "names of modules", [])
-    tokens = fields.get("trainable_token_indices", is_rows, "tokens, or tokens by table", [])
-    if saved and config.get("ensure_weight_tying"):
+    found = {name: fields.get(name, field.fits, field.expected, field.default) for name, field in _FIELDS.items()}
+    if found["modules_to_save"] and config.get("ensure_weight_tying"):
         fields.problems.append("ensure_weight_tying = true beside modules_to_save is not supported")
-    rslora, dora = (
-        fields.get(name, lambda x: isinstance(x, bool), "true or false", False) for name in ("use_rslora", "use_dora")
-    )
-    start = config.get("init_lora_weights")
-    if start not in _STARTS_OF_FILES:
-        fields.problems.append(f"init_lora_weights = {json.dumps(start)} is not supported: it names a base that was changed")
+    initialization = config.get("init_lora_weights")
+    if initialization not in _LOADABLE_INITIALIZATIONS:
+        fields.problems.append(
+            f"init_lora_weights = {json.dumps(initialization)} is not supported: it changed the weights of the base"
+        )
     fields.check()
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        targets = ALL_LINEAR
-    return {
-        "rank": rank,
-        "alpha": alpha,
-        "dropout": dropout,
-        "target_modules": as_names(targets),
-        "use_rslora": rslora,
-        "use_dora": dora,
-        "init_lora_weights": start or True,
-        "exclude_modules": as_names(excluded),
-        "layers_to_transform": (layers,) if isinstance(layers, int) else tuple(layers),
-        # Without numbers of layers it has no meaning, and older versions of PEFT wrote it all the same.
-        "layers_pattern": () if layers == [] else (lists,) if isinstance(lists, str) else tuple(lists),
-        "rank_pattern": tuple(ranks.items()),
-        "alpha_pattern": tuple(alphas.items()),
-        "modules_to_save": tuple(saved),
-        "trainable_token_indices": tuple(
-            ((name, tuple(rows)) for name, rows in tokens.items()) if isinstance(tokens, dict) else tokens
-        ),
-    }
+    if found["layers_to_transform"] == []:  # older versions of PEFT wrote the pattern all the same, with no meaning
+        found["layers_pattern"] = []
+    values = {field.name: field.read(found[name]) for name, field in _FIELDS.items()}
+    return values | {"init_lora_weights": initialization or True}
 
 
-# EVA as it is computed here: ranks are not redistributed (rho 1), and all real tokens count.
+# The settings of EVA that eva.py implements: ranks are not redistributed (rho 1), and every token except padding counts.
 _EVA = {
     "adjust_scaling_factors": True,
     "label_mask_value": -100,
@@ -118,22 +155,22 @@ _EVA = {
 
 
 def write_lora(lora: Any, modules: Sequence[str]) -> dict[str, Any]:
-    """What PEFT writes for a `LoRA` in these modules.
+    """Return the fields that PEFT writes for a `LoRA` in these modules.
 
-    Fields that only newer versions of PEFT know are left to their defaults.
+    Fields that only newer versions of PEFT know are omitted, so that they have their default values.
     """
     if lora.target_modules == ALL_LINEAR:
         targets: str | list[str] | None = sorted({name.rsplit(".", 1)[-1] for name in modules})
     else:
         targets = lora.target_modules if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
-    # The patterns stay in their order, by which they are tried.
+    # The patterns keep their order, because the first that matches applies.
     return {
         "alpha_pattern": {name: _number(alpha) for name, alpha in lora.alpha_pattern},
         "bias": "none",
         **({"eva_config": _EVA} if lora.init_lora_weights == "eva" else {}),
         "exclude_modules": as_list(lora.exclude_modules),
         "fan_in_fan_out": False,
-        # The others change the base, and files hold what fits the original (checkpoint/from_weights.py).
+        # pissa and loftq change the base, but saved files fit the original weights (adapters/weight_init.py).
         "init_lora_weights": True if reads_weights(lora.init_lora_weights) else lora.init_lora_weights,
         "layer_replication": None,
         "layers_pattern": as_list(lora.layers_pattern),
@@ -148,7 +185,7 @@ def write_lora(lora: Any, modules: Sequence[str]) -> dict[str, Any]:
         "r": lora.rank,
         "rank_pattern": dict(lora.rank_pattern),
         "target_modules": targets,
-        "trainable_token_indices": _token_rows(lora),
+        "trainable_token_indices": _trainable_tokens(lora),
         "use_dora": lora.use_dora,
         "use_rslora": lora.use_rslora,
     }
@@ -158,8 +195,8 @@ def _number(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
 
-def _token_rows(lora: Any) -> list[int] | dict[str, list[int]] | None:
-    rows = lora.token_rows()
+def _trainable_tokens(lora: Any) -> list[int] | dict[str, list[int]] | None:
+    rows = lora.trainable_tokens()
     if rows and rows[0][0] is None:
         return list(rows[0][1])
     return {str(table): list(tokens) for table, tokens in rows} or None

@@ -1,37 +1,44 @@
-"""P-tuning (Liu et al. 2021): an encoder makes the embeddings of n virtual tokens from a table of as many.
+"""P-tuning (Liu et al. 2021): an encoder computes the embeddings e of n virtual tokens from n trainable vectors t.
 
-    MLP     e = W3 relu(W2 relu(W1 t + b1) + b2) + b3                       hidden, hidden, hidden_size of the model
-    LSTM    e = W2 relu(W1 [forward(t); backward(t)] + b1) + b2             a bidirectional LSTM along the virtual tokens
+    MLP     e = W3 relu(W2 relu(W1 t + b1) + b2) + b3               features: hidden, hidden, the model's hidden_size
+    LSTM    e = W2 relu(W1 [forward(t); backward(t)] + b1) + b2     a bidirectional LSTM along the virtual tokens
 
-The LSTM is torch's: gates i, f, g, o in turn, two biases, dropout between its layers while training.
+The LSTM follows torch's: gates in the order i, f, g, o, two biases, and dropout between its layers while training.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
 
+from qlora_jax.errors import OptionError
 from qlora_jax.peft.fields import Fields, is_number, is_whole
-from qlora_jax.peft.method import ModelShape, TokenRows
+from qlora_jax.peft.method import Method, ModelShape
+from qlora_jax.peft.option import Option
 from qlora_jax.peft.prompt import (
     COMMON_FIELDS,
+    DEFAULT_VIRTUAL_TOKENS,
     EMBEDDING,
     EMBEDDINGS,
+    ENCODER_HIDDEN_SIZE,
     UNKNOWN,
+    VIRTUAL_TOKENS,
+    Prompt,
     PromptShape,
     check_prompt,
     dense,
-    misfit_of,
-    no_merging,
-    normal,
+    init_dense,
+    init_normal,
+    init_uniform,
+    merging_error,
     prompt_shape,
+    prompt_shape_error,
     read_prompt,
-    through,
-    uniform,
     write_prompt,
 )
 
@@ -45,23 +52,35 @@ _READ = COMMON_FIELDS | {
 
 
 @dataclasses.dataclass(frozen=True)
-class PTuning:
-    """The virtual tokens, in the terms of PEFT's PromptEncoderConfig.
+class PTuning(Method):
+    """P-tuning, with the fields of PEFT's PromptEncoderConfig.
 
     Attributes:
-        virtual_tokens: n.
+        virtual_tokens: n, the number of virtual tokens.
         encoder: MLP or LSTM.
-        hidden_size: of the encoder; None: the model's.
-        layers: of the LSTM.
-        dropout: between the layers of the LSTM.
+        hidden_size: features of the encoder; None: the model's hidden_size.
+        layers: number of layers of the LSTM.
+        dropout: rate of dropout between the layers of the LSTM.
         encoded: whether there is an encoder; without one the embeddings themselves train.
-        shape: what the model has to be like.
+        shape: the sizes that the model must have.
 
     Raises:
-        ValueError: no virtual token, or sizes that make no encoder.
+        OptionError: no virtual token, or an encoder of an unknown kind or with invalid sizes.
     """
 
-    virtual_tokens: int = 20
+    name: ClassVar = "p-tuning"
+    title: ClassVar = "Virtual tokens (P-tuning)"
+    summary: ClassVar = "virtual tokens that an encoder makes"
+    peft_type: ClassVar = "P_TUNING"
+    options: ClassVar = (
+        VIRTUAL_TOKENS,
+        Option("prompt_encoder", Literal["mlp", "lstm"], "mlp", "The encoder that makes the virtual tokens of p-tuning."),
+        Option("encoder_layers", int, 2, "Layers of the LSTM of p-tuning."),
+        Option("encoder_dropout", float, 0.0, "Share of the values dropped between the layers of the LSTM while training."),
+        ENCODER_HIDDEN_SIZE,
+    )
+
+    virtual_tokens: int = DEFAULT_VIRTUAL_TOKENS
     encoder: Encoder = "MLP"
     hidden_size: int | None = None
     layers: int = 2
@@ -72,62 +91,69 @@ class PTuning:
     def __post_init__(self) -> None:
         check_prompt("PTuning", self.virtual_tokens)
         if self.encoder not in get_args(Encoder):
-            raise ValueError(f"PTuning encoder: expected one of {', '.join(get_args(Encoder))}, found {self.encoder!r}")
+            raise OptionError(f"PTuning encoder: expected one of {', '.join(get_args(Encoder))}, found {self.encoder!r}")
         if self.layers < 1 or (self.hidden_size is not None and self.hidden_size < 1):
-            raise ValueError(f"PTuning layers, hidden_size: expected at least 1, found {self.layers}, {self.hidden_size}")
+            raise OptionError(f"PTuning layers, hidden_size: expected at least 1, found {self.layers}, {self.hidden_size}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"PTuning dropout: expected 0 <= dropout < 1, found {self.dropout}")
+            raise OptionError(f"PTuning dropout: expected 0 <= dropout < 1, found {self.dropout}")
+
+    @classmethod
+    def from_options(cls, values: Mapping[str, Any]) -> "PTuning":
+        """See `Method`."""
+        encoder, layers, dropout = (values[name] for name in ("prompt_encoder", "encoder_layers", "encoder_dropout"))
+        problems = [
+            f"{option.name}: expected prompt_encoder lstm beside it, found {encoder}"
+            for option in cls.options
+            if option.name in ("encoder_layers", "encoder_dropout") and option.is_given(values) and encoder != "lstm"
+        ]
+        if problems:
+            raise OptionError("; ".join(problems))
+        count, hidden_size = values["virtual_tokens"] or DEFAULT_VIRTUAL_TOKENS, values["encoder_hidden_size"]
+        return cls(count, "LSTM" if encoder == "lstm" else "MLP", hidden_size, layers, dropout)
+
+    @property
+    def default_learning_rate(self) -> float:
+        """The learning rate of PEFT's examples, and a tenth of it where an encoder trains."""
+        return 1e-3 if self.encoded else 1e-2
 
     @property
     def rows(self) -> int:
-        """Rows of the values in files."""
+        """Number of rows of the embeddings in the adapter file."""
         return self.virtual_tokens * (self.shape.submodules or 1)
-
-    @property
-    def is_prefix(self) -> bool:
-        return False
-
-    @property
-    def peft_type(self) -> str:
-        return "P_TUNING"
-
-    @property
-    def modules_to_save(self) -> tuple[str, ...]:
-        return ()
 
     @property
     def suffixes(self) -> tuple[str, ...]:
         return (EMBEDDINGS,)
 
-    def token_rows(self) -> TokenRows:
-        """See `Method`."""
-        return ()
-
     def targets(self, layers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-        """Of linear layers, none has an adapter."""
+        """Return nothing: no linear layer gets an adapter."""
         return {}
 
     def for_model(self, shape: ModelShape) -> "PTuning":
-        """See `OfModel`."""
+        """See `Method`."""
         found = prompt_shape("PTuning", self.shape, shape, is_prefix=False)
         return dataclasses.replace(self, shape=found, hidden_size=self.hidden_size or found.token_dim)
+
+    def make_prompt(self, rngs: nnx.Rngs) -> Prompt:
+        """See `Method`."""
+        return Prompt(self, rngs)
 
     def parameters(self, key: Array) -> dict[str, Array]:
         """See `PromptMethod`."""
         features, hidden = self.shape.token_dim or 0, self.hidden_size or 0
         first, *keys = jax.random.split(key, 4)
-        table = {EMBEDDING: normal(first, self.rows, features)}
+        parameters = {EMBEDDING: init_normal(first, self.rows, features)}
         if not self.encoded:
-            return table
+            return parameters
         if self.encoder == "MLP":
             sizes = (features, hidden, hidden, features)
             names = ("mlp_head.0", "mlp_head.2", "mlp_head.4")
         else:
             sizes, names = (2 * hidden, 2 * hidden, features), ("mlp_head.0", "mlp_head.2")
-            table |= self._fresh_lstm(keys.pop(), features, hidden)
+            parameters |= self._init_lstm(keys.pop(), features, hidden)
         for key, name, inputs, outputs in zip(keys, names, sizes, sizes[1:], strict=False):
-            table |= dense(key, name, inputs, outputs)
-        return table
+            parameters |= init_dense(key, name, inputs, outputs)
+        return parameters
 
     def encode(self, parameters: Mapping[str, Array], key: Array | None = None) -> Array:
         """See `PromptMethod`."""
@@ -136,11 +162,11 @@ class PTuning:
             return x
         if self.encoder == "LSTM":
             x = self._run_lstm(x, parameters, key)
-            return through(jax.nn.relu(through(x, parameters, "mlp_head.0")), parameters, "mlp_head.2")
-        x = jax.nn.relu(through(x, parameters, "mlp_head.0"))
-        return through(jax.nn.relu(through(x, parameters, "mlp_head.2")), parameters, "mlp_head.4")
+            return dense(jax.nn.relu(dense(x, parameters, "mlp_head.0")), parameters, "mlp_head.2")
+        x = jax.nn.relu(dense(x, parameters, "mlp_head.0"))
+        return dense(jax.nn.relu(dense(x, parameters, "mlp_head.2")), parameters, "mlp_head.4")
 
-    def _fresh_lstm(self, key: Array, features: int, hidden: int) -> dict[str, Array]:
+    def _init_lstm(self, key: Array, features: int, hidden: int) -> dict[str, Array]:
         shapes: dict[str, tuple[int, ...]] = {}
         for layer in range(self.layers):
             inputs = features if layer == 0 else 2 * hidden
@@ -148,13 +174,13 @@ class PTuning:
                 shapes |= {f"lstm_head.weight_ih_{end}": (4 * hidden, inputs)}
                 shapes |= {f"lstm_head.weight_hh_{end}": (4 * hidden, hidden)}
                 shapes |= {f"lstm_head.bias_ih_{end}": (4 * hidden,), f"lstm_head.bias_hh_{end}": (4 * hidden,)}
-        return uniform(key, hidden, shapes)
+        return init_uniform(key, hidden, shapes)
 
     def _run_lstm(self, x: Array, parameters: Mapping[str, Array], key: Array | None) -> Array:
         for layer in range(self.layers):
             if layer and key is not None and self.dropout > 0:
-                keep = jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - self.dropout, x.shape)
-                x = jnp.where(keep, x / (1 - self.dropout), 0)
+                mask = jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - self.dropout, x.shape)
+                x = jnp.where(mask, x / (1 - self.dropout), 0)
             sides = [_lstm(x, parameters, f"l{layer}"), _lstm(x[::-1], parameters, f"l{layer}_reverse")[::-1]]
             x = jnp.concatenate(sides, axis=-1)
         return x
@@ -165,11 +191,11 @@ class PTuning:
 
     def shape_error(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
         """See `Method`."""
-        return misfit_of(shape, self.rows, self.shape.token_dim)
+        return prompt_shape_error(shape, self.rows, self.shape.token_dim)
 
     def merged(self, weight: np.ndarray, module: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Raises ValueError."""
-        raise no_merging("PTuning")
+        """Raise UnsupportedError: virtual tokens cannot be merged into weights."""
+        raise merging_error("PTuning")
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> "PTuning":
@@ -194,7 +220,7 @@ class PTuning:
 
 
 def _lstm(x: Array, parameters: Mapping[str, Array], end: str) -> Array:
-    """One direction of one layer: `[t, inputs]` to `[t, hidden]`."""
+    """Return the outputs `[n, hidden]` of one direction of one layer, e.g. "l0_reverse", for inputs `[n, inputs]`."""
     of_input, of_state = parameters[f"lstm_head.weight_ih_{end}"], parameters[f"lstm_head.weight_hh_{end}"]
     bias = parameters[f"lstm_head.bias_ih_{end}"] + parameters[f"lstm_head.bias_hh_{end}"]
 

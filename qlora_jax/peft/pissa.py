@@ -1,11 +1,12 @@
-"""PiSSA (Meng et al. 2024): the adapter starts as the main part of the weight, the base keeps the rest.
+"""PiSSA (Meng et al. 2024): the adapter is initialized with the principal part of the weight, which the base then lacks.
 
-    W = U S V'                                        [in, out], singular values from large to small
+    W = U S V'                                        [in, out], singular values in descending order
     A = U_r sqrt(S_r / s)    B = sqrt(S_r / s) V_r'   s A B is the best approximation of W by rank r
-    base = 4 bits of (W - s A B)
+    base = quantised (W - s A B)
 
-The rest has smaller values than W, so 4 bits lose less of it. Exact singular values take memory for some more matrices like
-W; `iterations` finds r + 8 of them by subspace iteration (Halko et al. 2011), within a few products with W.
+W - s A B has smaller values than W, so its quantisation error is smaller. The exact singular value decomposition needs the
+memory of several more matrices of the size of W. With `iterations`, subspace iteration (Halko et al. 2011) finds r + 8
+singular values in a few products with W.
 """
 
 from functools import partial
@@ -14,18 +15,26 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-_MORE = 8  # vectors beyond r that a subspace iteration carries
+from qlora_jax.errors import OptionError
+
+_OVERSAMPLING = 8  # vectors in addition to r in the subspace iteration
 
 
 @partial(jax.jit, static_argnames=("rank", "iterations"))
-def principal(w: Array, scaling: float, *, rank: int, iterations: int | None = None) -> tuple[Array, Array]:
-    """Float32 A `[in, r]` and B `[r, out]` with scaling A B the best approximation of w `[in, out]` of that rank.
+def best_update(w: Array, scaling: float, *, rank: int, iterations: int | None = None) -> tuple[Array, Array]:
+    """Return float32 A `[in, r]` and B `[r, out]` such that scaling A B is the best approximation of w by rank r.
+
+    Args:
+        w: `[in, out]`, of any float dtype.
+        scaling: the factor s.
+        rank: r.
+        iterations: number of subspace iterations; None: exact singular value decomposition.
 
     Raises:
-        ValueError: w has no such rank.
+        OptionError: the rank is larger than a side of w.
     """
     if rank > min(w.shape):
-        raise ValueError(f"expected a rank of at most {min(w.shape)} for singular values of {w.shape}, found {rank}")
+        raise OptionError(f"expected a rank of at most {min(w.shape)} for singular values of {w.shape}, found {rank}")
     w = w.astype(jnp.float32)
     u, s, vt = jnp.linalg.svd(w, full_matrices=False) if iterations is None else _approximate(w, rank, iterations)
     root = jnp.sqrt(s[:rank] / scaling)
@@ -33,14 +42,14 @@ def principal(w: Array, scaling: float, *, rank: int, iterations: int | None = N
 
 
 @jax.jit
-def without(w: Array, a: Array, b: Array, scaling: float) -> Array:
-    """Float32 w - scaling a b, `[in, out]`. Loading a trained adapter repeats it, to the bit."""
+def subtract_update(w: Array, a: Array, b: Array, scaling: float) -> Array:
+    """Return w - scaling a b, float32 `[in, out]`. Loading a trained adapter computes the same bits again."""
     return w.astype(jnp.float32) - scaling * jnp.matmul(a, b, precision="highest")
 
 
 def _approximate(w: Array, rank: int, iterations: int) -> tuple[Array, Array, Array]:
-    # The same draws for every matrix of a shape: what comes of it is the matrix's, not theirs.
-    q = jax.random.normal(jax.random.key(0), (w.shape[1], min(rank + _MORE, *w.shape)))
+    # The same random start for every matrix of a shape is fine: the result depends on the matrix.
+    q = jax.random.normal(jax.random.key(0), (w.shape[1], min(rank + _OVERSAMPLING, *w.shape)))
     for _ in range(iterations + 1):
         q, _ = jnp.linalg.qr(w @ q)
         q, _ = jnp.linalg.qr(w.T @ q)

@@ -1,36 +1,43 @@
-"""Prefix tuning (Li and Liang 2021): n keys and values, trained, before those of every layer.
+"""Prefix tuning (Li and Liang 2021): n trainable keys and values are put before those of the tokens in every layer.
 
-    values = P                                                P [n, layers * 2 * features]
-    values = W2 tanh(W1 e + b1) + b2                          e [n, features], the reparameterisation of the paper
+    keys and values = P                                       P [n, layers * 2 * features]
+    keys and values = W2 tanh(W1 e + b1) + b2                 e [n, features], the reparameterisation of the paper
 
-They are not rotated by their positions; those of the tokens count from n on, as in PEFT.
+Rotary position embeddings are not applied to these keys. The positions of the tokens count from n on, as in PEFT.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
 
+from qlora_jax.errors import OptionError
 from qlora_jax.peft.fields import Fields, is_whole
-from qlora_jax.peft.method import ModelShape, TokenRows
+from qlora_jax.peft.method import Method, ModelShape
+from qlora_jax.peft.option import Option
 from qlora_jax.peft.prompt import (
     COMMON_FIELDS,
+    DEFAULT_VIRTUAL_TOKENS,
     EMBEDDING,
     EMBEDDINGS,
+    ENCODER_HIDDEN_SIZE,
     UNKNOWN,
+    VIRTUAL_TOKENS,
+    Prompt,
     PromptShape,
     check_prompt,
     dense,
-    misfit_of,
-    no_merging,
-    normal,
+    init_dense,
+    init_normal,
+    merging_error,
     prompt_shape,
+    prompt_shape_error,
     read_prompt,
-    through,
     write_prompt,
 )
 
@@ -38,22 +45,33 @@ _READ = COMMON_FIELDS | {"encoder_hidden_size", "prefix_projection", "init_weigh
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefixTuning:
-    """The keys and values, in the terms of PEFT's PrefixTuningConfig.
+class PrefixTuning(Method):
+    """Prefix tuning, with the fields of PEFT's PrefixTuningConfig.
 
     Attributes:
-        virtual_tokens: n.
-        projection: whether an MLP makes them.
-        hidden_size: of that MLP; None: the features of all keys of a layer.
-        zero: whether they start at zero instead of at random.
-        encoded: whether there is that MLP; without it the values themselves train.
-        shape: what the model has to be like.
+        virtual_tokens: n, the number of keys and values in each layer.
+        projection: whether an MLP computes the keys and values (the paper's reparameterisation).
+        hidden_size: features of that MLP; None: the features of all keys of a layer.
+        zero: whether the keys and values are initialized with zeros instead of random values.
+        encoded: whether the MLP of `projection` is still present; without it the keys and values themselves train.
+        shape: the sizes that the model must have.
 
     Raises:
-        ValueError: no virtual token, or no features in the MLP.
+        OptionError: no virtual token, or no features in the MLP.
     """
 
-    virtual_tokens: int = 20
+    name: ClassVar = "prefix-tuning"
+    title: ClassVar = "Keys and values (prefix tuning)"
+    summary: ClassVar = "keys and values of virtual tokens in every layer"
+    peft_type: ClassVar = "PREFIX_TUNING"
+    is_prefix: ClassVar = True
+    options: ClassVar = (
+        VIRTUAL_TOKENS,
+        Option("prefix_projection", bool, False, "Let an MLP make the keys and values of prefix-tuning."),
+        ENCODER_HIDDEN_SIZE,
+    )
+
+    virtual_tokens: int = DEFAULT_VIRTUAL_TOKENS
     projection: bool = False
     hidden_size: int | None = None
     zero: bool = False
@@ -63,62 +81,63 @@ class PrefixTuning:
     def __post_init__(self) -> None:
         check_prompt("PrefixTuning", self.virtual_tokens)
         if self.hidden_size is not None and self.hidden_size < 1:
-            raise ValueError(f"PrefixTuning hidden_size: expected at least 1, found {self.hidden_size}")
+            raise OptionError(f"PrefixTuning hidden_size: expected at least 1, found {self.hidden_size}")
+
+    @classmethod
+    def from_options(cls, values: Mapping[str, Any]) -> "PrefixTuning":
+        """See `Method`."""
+        projection, hidden_size = values["prefix_projection"], values["encoder_hidden_size"]
+        if hidden_size is not None and not projection:
+            raise OptionError("encoder_hidden_size: expected prefix_projection beside it, found none")
+        return cls(values["virtual_tokens"] or DEFAULT_VIRTUAL_TOKENS, projection, hidden_size)
+
+    @property
+    def default_learning_rate(self) -> float:
+        """The learning rate of PEFT's examples, and a tenth of it where an MLP trains."""
+        return 1e-3 if self.projection and self.encoded else 1e-2
 
     @property
     def features(self) -> int | None:
-        """Of all layers' keys and values."""
+        """Number of features of the keys and values of all layers together, or None if the model is unknown."""
         shape = self.shape
         return None if shape.layers is None or shape.token_dim is None else 2 * shape.layers * shape.token_dim
-
-    @property
-    def is_prefix(self) -> bool:
-        return True
-
-    @property
-    def peft_type(self) -> str:
-        return "PREFIX_TUNING"
-
-    @property
-    def modules_to_save(self) -> tuple[str, ...]:
-        return ()
 
     @property
     def suffixes(self) -> tuple[str, ...]:
         return (EMBEDDINGS,)
 
-    def token_rows(self) -> TokenRows:
-        """See `Method`."""
-        return ()
-
     def targets(self, layers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-        """Of linear layers, none has an adapter."""
+        """Return nothing: no linear layer gets an adapter."""
         return {}
 
     def for_model(self, shape: ModelShape) -> "PrefixTuning":
-        """See `OfModel`."""
+        """See `Method`."""
         found = prompt_shape("PrefixTuning", self.shape, shape, is_prefix=True)
         return dataclasses.replace(self, shape=found, hidden_size=self.hidden_size or found.token_dim)
+
+    def make_prompt(self, rngs: nnx.Rngs) -> Prompt:
+        """See `Method`."""
+        return Prompt(self, rngs)
 
     def parameters(self, key: Array) -> dict[str, Array]:
         """See `PromptMethod`."""
         n, features, all_features = self.virtual_tokens, self.shape.token_dim or 0, self.features or 0
         first, second, third = jax.random.split(key, 3)
         if not (self.projection and self.encoded):
-            table = normal(first, n, all_features)
-            return {EMBEDDING: jnp.zeros_like(table) if self.zero else table}
+            values = init_normal(first, n, all_features)
+            return {EMBEDDING: jnp.zeros_like(values) if self.zero else values}
         hidden = self.hidden_size or 0
-        last = dense(third, "transform.2", hidden, all_features)
+        last = init_dense(third, "transform.2", hidden, all_features)
         if self.zero:
             last = jax.tree.map(jnp.zeros_like, last)
-        return {EMBEDDING: normal(first, n, features), **dense(second, "transform.0", features, hidden), **last}
+        return {EMBEDDING: init_normal(first, n, features), **init_dense(second, "transform.0", features, hidden), **last}
 
     def encode(self, parameters: Mapping[str, Array], key: Array | None = None) -> Array:
         """See `PromptMethod`."""
         x = parameters[EMBEDDING]
         if not (self.projection and self.encoded):
             return x
-        return through(jnp.tanh(through(x, parameters, "transform.0")), parameters, "transform.2")
+        return dense(jnp.tanh(dense(x, parameters, "transform.0")), parameters, "transform.2")
 
     def projected(self) -> "PrefixTuning":
         """See `PromptMethod`."""
@@ -126,11 +145,11 @@ class PrefixTuning:
 
     def shape_error(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
         """See `Method`."""
-        return misfit_of(shape, self.virtual_tokens, self.features)
+        return prompt_shape_error(shape, self.virtual_tokens, self.features)
 
     def merged(self, weight: np.ndarray, module: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Raises ValueError."""
-        raise no_merging("PrefixTuning")
+        """Raise UnsupportedError: virtual tokens cannot be merged into weights."""
+        raise merging_error("PrefixTuning")
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> "PrefixTuning":
@@ -138,10 +157,10 @@ class PrefixTuning:
         fields = Fields(config, read=_READ)
         projection = fields.get("prefix_projection", lambda x: isinstance(x, bool), "true or false", False)
         hidden = fields.get("encoder_hidden_size", lambda x: x is None or is_whole(x), "a whole number")
-        start = fields.get("init_weights", lambda x: x in (None, "zero"), "zero or nothing")
+        initialization = fields.get("init_weights", lambda x: x in (None, "zero"), "zero or nothing")
         common = read_prompt(fields)
         fields.check()
-        return cls(projection=projection, hidden_size=hidden, zero=start == "zero", **common)
+        return cls(projection=projection, hidden_size=hidden, zero=initialization == "zero", **common)
 
     def to_peft(self, modules: Sequence[str]) -> dict[str, Any]:
         """See `Method`."""

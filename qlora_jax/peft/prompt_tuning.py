@@ -1,54 +1,77 @@
-"""Prompt tuning (Lester et al. 2021): n embeddings, trained, before those of the tokens.
+"""Prompt tuning (Lester et al. 2021): n trainable embeddings are put before the embedded tokens.
 
-They start from a normal distribution, from rows of the token table drawn at random, or from those of the tokens of a text.
-The last two need the table, which is not there yet when a model is made: `initial_tokens` says which rows,
-`models.prompts.start_from_tokens` puts them in.
+They are initialized from a normal distribution, with rows of the input embedding drawn at random, or with the embeddings of
+the tokens of a text. The last two need the input embedding, which has no values yet when a model is constructed:
+`initial_tokens` returns the token ids, and `models.prompts.initialize_from_tokens` copies their rows.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
+from flax import nnx
 from jax import Array
 
+from qlora_jax.errors import OptionError
 from qlora_jax.peft.fields import Fields
-from qlora_jax.peft.method import ModelShape, TokenRows
+from qlora_jax.peft.method import Method, ModelShape
+from qlora_jax.peft.option import Option
 from qlora_jax.peft.prompt import (
     COMMON_FIELDS,
+    DEFAULT_VIRTUAL_TOKENS,
     EMBEDDING,
     EMBEDDINGS,
     UNKNOWN,
+    VIRTUAL_TOKENS,
+    Prompt,
     PromptShape,
     check_prompt,
-    misfit_of,
-    no_merging,
-    normal,
+    init_normal,
+    merging_error,
     prompt_shape,
+    prompt_shape_error,
     read_prompt,
     write_prompt,
 )
 
 PromptInit = Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"]
+_INITS: dict[str, PromptInit] = {"random": "RANDOM", "vocabulary": "SAMPLE_VOCAB", "text": "TEXT"}  # by flags
 _READ = COMMON_FIELDS | {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"}
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptTuning:
-    """The virtual tokens, in the terms of PEFT's PromptTuningConfig.
+class PromptTuning(Method):
+    """Prompt tuning, with the fields of PEFT's PromptTuningConfig.
 
     Attributes:
-        virtual_tokens: n.
-        init: what they start from: RANDOM, SAMPLE_VOCAB or TEXT.
-        init_text: the text of TEXT.
-        tokenizer: path or hub id of the tokenizer of that text, for PEFT.
-        shape: what the model has to be like.
+        virtual_tokens: n, the number of virtual tokens.
+        init: the initialization: RANDOM, SAMPLE_VOCAB (random rows of the input embedding) or TEXT.
+        init_text: the text whose tokens initialize the embeddings, with TEXT.
+        tokenizer: path or hub id of the tokenizer of that text; only PEFT reads it.
+        shape: the sizes that the model must have.
 
     Raises:
-        ValueError: no virtual token, an unknown start, or a text without TEXT or the other way round.
+        OptionError: no virtual token, an unknown initialization, a text without TEXT, or TEXT without a text.
     """
 
-    virtual_tokens: int = 20
+    name: ClassVar = "prompt-tuning"
+    title: ClassVar = "Virtual tokens (prompt tuning)"
+    summary: ClassVar = "virtual tokens before those of the text"
+    peft_type: ClassVar = "PROMPT_TUNING"
+    options: ClassVar = (
+        VIRTUAL_TOKENS,
+        Option(
+            "prompt_init",
+            Literal["random", "vocabulary", "text"],
+            "random",
+            "Initial values of the virtual tokens of prompt-tuning: a normal distribution, embeddings of random tokens, or "
+            "the embeddings of a text.",
+        ),
+        Option("prompt_init_text", str | None, None, "The text of prompt-init text."),
+    )
+
+    virtual_tokens: int = DEFAULT_VIRTUAL_TOKENS
     init: PromptInit = "RANDOM"
     init_text: str | None = None
     tokenizer: str | None = None
@@ -57,64 +80,68 @@ class PromptTuning:
     def __post_init__(self) -> None:
         check_prompt("PromptTuning", self.virtual_tokens)
         if self.init not in get_args(PromptInit):
-            raise ValueError(f"PromptTuning init: expected one of {', '.join(get_args(PromptInit))}, found {self.init!r}")
+            raise OptionError(f"PromptTuning init: expected one of {', '.join(get_args(PromptInit))}, found {self.init!r}")
         if (self.init == "TEXT") != (self.init_text is not None):
-            raise ValueError(f"PromptTuning init_text: expected one with init TEXT alone, found {self.init_text!r}")
+            raise OptionError(f"PromptTuning init_text: expected one with init TEXT alone, found {self.init_text!r}")
+
+    @classmethod
+    def from_options(cls, values: Mapping[str, Any]) -> "PromptTuning":
+        """See `Method`."""
+        count = values["virtual_tokens"] or DEFAULT_VIRTUAL_TOKENS
+        return cls(count, _INITS[values["prompt_init"]], values["prompt_init_text"])
+
+    @property
+    def default_learning_rate(self) -> float:
+        """The learning rate of PEFT's examples."""
+        return 3e-2
+
+    def with_tokenizer(self, name: str) -> "PromptTuning":
+        """See `Method`."""
+        return dataclasses.replace(self, tokenizer=name) if self.init == "TEXT" else self
 
     def initial_tokens(self, text: Sequence[int], vocabulary: int, seed: int) -> np.ndarray | None:
-        """The tokens whose embeddings are the start, int32 `[rows]`; None for a random start.
+        """Return the token ids whose embeddings are the initial values, int32 `[rows]`; None if these are random.
 
         Args:
-            text: the tokens of `init_text`, which are cut off or repeated.
-            vocabulary: rows of the token table to draw from.
+            text: the token ids of `init_text`, which are truncated or repeated to n.
+            vocabulary: number of rows of the input embedding to draw from.
+            seed: seed of the draw.
 
         Raises:
-            ValueError: a text without tokens.
+            OptionError: a text without tokens.
         """
         if self.init == "RANDOM":
             return None
         if self.init == "SAMPLE_VOCAB":
             return np.random.default_rng(seed).integers(0, vocabulary, self.rows, np.int32)
         if not len(text):
-            raise ValueError("PromptTuning init_text: expected a text with at least one token, found none")
+            raise OptionError("PromptTuning init_text: expected a text with at least one token, found none")
         return np.resize(np.asarray(text, np.int32), self.rows)
 
     @property
     def rows(self) -> int:
-        """Rows of the values in files."""
+        """Number of rows of the embeddings in the adapter file."""
         return self.virtual_tokens * (self.shape.submodules or 1)
-
-    @property
-    def is_prefix(self) -> bool:
-        return False
-
-    @property
-    def peft_type(self) -> str:
-        return "PROMPT_TUNING"
-
-    @property
-    def modules_to_save(self) -> tuple[str, ...]:
-        return ()
 
     @property
     def suffixes(self) -> tuple[str, ...]:
         return (EMBEDDINGS,)
 
-    def token_rows(self) -> TokenRows:
-        """See `Method`."""
-        return ()
-
     def targets(self, layers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-        """Of linear layers, none has an adapter."""
+        """Return nothing: no linear layer gets an adapter."""
         return {}
 
     def for_model(self, shape: ModelShape) -> "PromptTuning":
-        """See `OfModel`."""
+        """See `Method`."""
         return dataclasses.replace(self, shape=prompt_shape("PromptTuning", self.shape, shape, is_prefix=False))
+
+    def make_prompt(self, rngs: nnx.Rngs) -> Prompt:
+        """See `Method`."""
+        return Prompt(self, rngs)
 
     def parameters(self, key: Array) -> dict[str, Array]:
         """See `PromptMethod`."""
-        return {EMBEDDING: normal(key, self.rows, self.shape.token_dim or 0)}
+        return {EMBEDDING: init_normal(key, self.rows, self.shape.token_dim or 0)}
 
     def encode(self, parameters: Mapping[str, Array], key: Array | None = None) -> Array:
         """See `PromptMethod`."""
@@ -126,17 +153,17 @@ class PromptTuning:
 
     def shape_error(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
         """See `Method`."""
-        return misfit_of(shape, self.rows, self.shape.token_dim)
+        return prompt_shape_error(shape, self.rows, self.shape.token_dim)
 
     def merged(self, weight: np.ndarray, module: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Raises ValueError."""
-        raise no_merging("PromptTuning")
+        """Raise UnsupportedError: virtual tokens cannot be merged into weights."""
+        raise merging_error("PromptTuning")
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> "PromptTuning":
         """See `Method`."""
         fields = Fields(config, read=_READ, inert=frozenset(("tokenizer_kwargs",)))
-        init = fields.get("prompt_tuning_init", lambda x: x in get_args(PromptInit), "a known start", "RANDOM")
+        init = fields.get("prompt_tuning_init", lambda x: x in get_args(PromptInit), "a known initialization", "RANDOM")
         text = fields.get("prompt_tuning_init_text", lambda x: x is None or isinstance(x, str), "a text")
         tokenizer = fields.get("tokenizer_name_or_path", lambda x: x is None or isinstance(x, str), "a path")
         common = read_prompt(fields)

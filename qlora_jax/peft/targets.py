@@ -1,24 +1,27 @@
-"""Which modules of a model an adapter's description selects, by PEFT's rules (`check_target_module_exists` and
-`get_pattern_key` of PEFT 0.21).
+"""The selection of the modules that get an adapter, by PEFT's rules (`check_target_module_exists` and `get_pattern_key` of
+PEFT 0.21).
 
-    target_modules        a list holds exact names or their last parts; a string is a regular expression that has to match
-                          the whole name; "all-linear" means every linear layer but the output head
-    exclude_modules       the same two forms, and wins
-    layers_to_transform   of the names that a list's last parts select, those whose first number is one of these
-    rank_pattern, …       the first regular expression that matches the name's end, from a dot on
+    target_modules        a list holds full names or their last parts; a string is a regular expression that has to match
+                          the full name; "all-linear" selects every linear layer except the output head
+    exclude_modules       the same two forms; an excluded module gets no adapter even if it is a target
+    layers_to_transform   restricts the modules that a list's last parts select to those whose layer number is listed
+    rank_pattern, …       the first regular expression that matches the end of the name, from a dot on, applies
 
-PEFT ignores what selects nothing. Here that is an error: a misspelt name must not leave a layer untrained in silence.
+PEFT ignores an entry that selects nothing. Here it is an error, because a misspelt name would silently leave a layer
+untrained.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from qlora_jax.errors import OptionError
+
 ALL_LINEAR = "all-linear"
 
 
 class Targets(Protocol):
-    """What selects linear modules, by PEFT's names; `lora.LoRA` says what each means."""
+    """The fields of a method that select linear modules, by PEFT's names; `lora.LoRA` describes each of them."""
 
     @property
     def target_modules(self) -> str | tuple[str, ...]: ...
@@ -31,12 +34,12 @@ class Targets(Protocol):
 
 
 def name_matches(names: Sequence[str], module: str) -> bool:
-    """Whether a list of names holds the full name of the module or last parts of it."""
+    """Return whether a list of names holds the module's full name or last parts of it."""
     return any(module == name or module.endswith("." + name) for name in names)
 
 
 def module_matches(targets: Targets, module: str) -> bool:
-    """Whether the linear module of that full name, e.g. "model.layers.0.self_attn.q_proj", gets an adapter."""
+    """Return whether the linear module with this full name, e.g. "model.layers.0.self_attn.q_proj", gets an adapter."""
     excluded = targets.exclude_modules
     if re.fullmatch(excluded, module) if isinstance(excluded, str) else name_matches(excluded, module):
         return False
@@ -49,13 +52,14 @@ def module_matches(targets: Targets, module: str) -> bool:
 
 
 def choose(targets: Targets, layers: Mapping[str, Sequence[str]]) -> set[str]:
-    """The full names of the modules that get an adapter.
+    """Return the full names of the modules that get an adapter.
 
     Args:
+        targets: the selecting fields of a method.
         layers: for each stacked linear layer, the full names of the modules that it stacks.
 
     Raises:
-        ValueError: a name, pattern or number of a layer that has no effect.
+        OptionError: a name, a pattern or a layer number selects nothing.
     """
     names, kind = [name for stacked in layers.values() for name in stacked], type(targets).__name__
     chosen = {name for name in names if module_matches(targets, name)}
@@ -65,28 +69,28 @@ def choose(targets: Targets, layers: Mapping[str, Sequence[str]]) -> set[str]:
             return
         for entry in [entries] if isinstance(entries, str) else entries:
             if not any(re.fullmatch(entry, n) if isinstance(entries, str) else name_matches([entry], n) for n in names):
-                raise ValueError(f"{kind} {field} {entry!r} matches no linear layer; {known_names(layers)}")
+                raise OptionError(f"{kind} {field} {entry!r} matches no linear layer; {known_names(layers)}")
 
     check("target", targets.target_modules)
     check("exclude_modules", targets.exclude_modules)
     numbers = {_layer_number(targets, name) for name in chosen}
     if absent := sorted(set(targets.layers_to_transform) - numbers):
-        raise ValueError(f"{kind} layers_to_transform: no linear layer among the targets is in layer {absent[0]}")
+        raise OptionError(f"{kind} layers_to_transform: no linear layer among the targets is in layer {absent[0]}")
     if not chosen:
-        raise ValueError(
+        raise OptionError(
             f"{kind} exclude_modules {targets.exclude_modules!r}: nothing is left of {targets.target_modules!r}"
         )
     return chosen
 
 
 def known_names(layers: Mapping[str, Sequence[str]]) -> str:
-    """What linear modules there are, for messages."""
+    """Return a list of the linear modules that the model has, for error messages."""
     names = {name.rsplit(".", 1)[-1] for stacked in layers.values() for name in stacked}
     return "their names end in: " + ", ".join(sorted(names))
 
 
 def pattern_matches(pattern: str, module: str) -> bool:
-    """Whether PEFT's rules apply an entry of rank_pattern or alpha_pattern to the module of that full name."""
+    """Return whether an entry of rank_pattern or alpha_pattern applies to the module with this full name."""
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
@@ -95,7 +99,7 @@ def _is_transformed(targets: Targets, module: str) -> bool:
 
 
 def _layer_number(targets: Targets, module: str) -> int | None:
-    """The first number in the name of a module that follows the name of a list of layers."""
+    """Return the layer number in a module's name: the first number after the name of a list of layers, or None."""
     for pattern in targets.layers_pattern:
         if match := re.match(rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\.", module):
             return int(match["number"])

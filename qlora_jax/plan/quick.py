@@ -23,7 +23,6 @@ from qlora_jax.models import DecoderConfig, ModelSpec
 from qlora_jax.models.chunks import chunk_count
 from qlora_jax.nn import split_axis
 from qlora_jax.nn.attention import block_of_queries
-from qlora_jax.peft import LoRA, PromptMethod
 from qlora_jax.plan.factors import FACTORS
 from qlora_jax.plan.tree_bytes import tree_bytes
 from qlora_jax.quant import PackedEmbedding
@@ -154,10 +153,9 @@ def residual_bytes(spec: StepSpec[ModelSpec]) -> tuple[int, int]:
         return 0, stream
     # q, k, v, the attention's output twice (out and o), gate and up; down ends the layer, and its result is not needed again
     products = tokens * (2 * heads + 2 * kv + hidden + 2 * inner) * size
-    lora = tokens * 7 * (spec.model.method.rank if isinstance(spec.model.method, LoRA) else 0) * size
-    if (
-        isinstance(spec.model.method, LoRA) and spec.model.method.use_dora
-    ):  # each linear layer's result before its columns are scaled
+    method = spec.model.method
+    lora = 0 if method is None else tokens * 7 * method.rank * size
+    if method is not None and method.use_dora:  # each linear layer's result before its columns are scaled
         lora += tokens * (heads + 2 * kv + 2 * hidden + 2 * inner) * size
     saved = stream + layers * (products + lora)
     if spec.model.remat == "dots":
@@ -221,13 +219,13 @@ def features(spec: StepSpec[ModelSpec], platform: str, devices: int, adapter: in
 def _keys(spec: StepSpec[ModelSpec]) -> int:
     """Return the keys of a sequence, including those of virtual tokens."""
     method = spec.model.method
-    return spec.batch.longest + (method.virtual_tokens if isinstance(method, PromptMethod) else 0)
+    return spec.batch.longest + (0 if method is None else method.virtual_tokens)
 
 
 def _positions(spec: StepSpec[ModelSpec]) -> int:
     """Return the tokens that a device's pass through the layers takes, including virtual tokens that have an embedding."""
     method = spec.model.method
-    embedded = isinstance(method, PromptMethod) and not method.is_prefix
+    embedded = method is not None and method.virtual_tokens > 0 and not method.is_prefix
     return spec.sequences * (_keys(spec) if embedded else spec.batch.longest)
 
 

@@ -1,5 +1,5 @@
-"""4-bit data types: codebooks, the packed tensor, and its product with activations; token tables in 8 or 4 bits;
-arrays in 8 bits, block by block."""
+"""Quantised arrays: 4-bit matrices and their products with activations, embeddings in 8 or 4 bits, and block-wise 8-bit
+arrays."""
 
 from qlora_jax.quant.blocks import from_blocks, to_blocks
 from qlora_jax.quant.codebooks import BLOCK_SIZES, DATA_TYPES, SCALE_BLOCK_SIZE, DataType, code_bits, codebook, dynamic_map
@@ -20,7 +20,7 @@ from qlora_jax.quant.embedding import (
 )
 from qlora_jax.quant.matmul import matmul, with_implementation
 from qlora_jax.quant.spec import Quantization
-from qlora_jax.quant.stacked import StackedTensor, keep_stacked
+from qlora_jax.quant.stacked import StackedTensor, index_in_stack
 from qlora_jax.quant.tensor import Implementation, QuantizedTensor, dequantize, quantize, with_double_quantization
 
 __all__ = [
@@ -48,7 +48,7 @@ __all__ = [
     "embedding_shape",
     "empty_embedding",
     "from_blocks",
-    "keep_stacked",
+    "index_in_stack",
     "matmul",
     "quantize",
     "quantize_blockwise",

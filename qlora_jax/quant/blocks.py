@@ -1,9 +1,9 @@
-"""The order in which bitsandbytes stores a quantised matrix, and the way from it to ours and back, bit for bit.
+"""The conversion between bitsandbytes' layout of a quantised matrix and the layout in tensor.py, bit for bit.
 
-    codes    one after the other, row-major over [out, in]; two to a byte, the first in the high nibble
-    scales   one a block, in the order of the blocks; `scale_absmax` one each 256 of them
+    codes    row-major over [out, in], two codes in a byte, the first in the high nibble
+    scales   one for each block, in the order of the blocks; `scale_absmax` has one for each 256 of them
 
-Ours differs only in where a code and a scale lie (tensor.py): no value is touched on the way.
+The layouts differ only in the order of codes and scales, so the conversion changes no value.
 """
 
 from functools import partial
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float32, UInt8
 
 from qlora_jax.quant.codebooks import DataType
 from qlora_jax.quant.tensor import QuantizedTensor, pack, unpack
@@ -19,24 +20,27 @@ from qlora_jax.quant.tensor import QuantizedTensor, pack, unpack
 
 @partial(jax.jit, static_argnames=("shape", "data_type", "block_size", "dtype"))
 def from_blocks(
-    packed: Array,
-    scales: Array,
-    scale_absmax: Array | None,
-    scale_offset: Array | None,
+    packed: UInt8[Array, " bytes"],
+    scales: UInt8[Array, " blocks"] | Float32[Array, " blocks"],
+    scale_absmax: Float32[Array, " groups"] | None,
+    scale_offset: Float32[Array, ""] | None,
     *,
     shape: tuple[int, int],
     data_type: DataType,
     block_size: int,
     dtype: DTypeLike,
 ) -> QuantizedTensor:
-    """A matrix as bitsandbytes stores it, in our layout.
+    """Return a matrix that bitsandbytes stores in the layout of `QuantizedTensor`.
 
     Args:
-        packed: uint8 `[(in * out + 1) // 2]`.
-        scales: `[blocks]`, uint8 under double quantisation, else float32.
-        scale_absmax, scale_offset: float32 `[ceil(blocks / 256)]` and `[]` under double quantisation, else None.
+        packed: uint8 `[(in * out + 1) // 2]`, the codes.
+        scales: `[blocks]`, uint8 with double quantisation, else float32.
+        scale_absmax: float32 `[ceil(blocks / 256)]` with double quantisation, else None.
+        scale_offset: float32 scalar with double quantisation, else None.
         shape: (in, out).
-        dtype: what `dequantize` returns by default.
+        data_type: the data type of the codes.
+        block_size: number of values that share a scale.
+        dtype: dtype that `dequantize` returns by default.
     """
     rows, columns = shape
     codes = jnp.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[: rows * columns]
@@ -55,8 +59,10 @@ def from_blocks(
 
 
 @jax.jit
-def to_blocks(q: QuantizedTensor) -> tuple[Array, Array]:
-    """(packed, scales) of one matrix as bitsandbytes stores it; `scale_absmax` and `scale_offset` are the same there."""
+def to_blocks(
+    q: QuantizedTensor,
+) -> tuple[UInt8[Array, " bytes"], UInt8[Array, " blocks"] | Float32[Array, " blocks"]]:
+    """Return (packed, scales) of one matrix in bitsandbytes' layout; `scale_absmax` and `scale_offset` do not change."""
     rows, columns = q.shape
     codes = unpack(q)
     codes = (codes.T if q.flat_shape is None else codes).reshape(-1)[: rows * columns]

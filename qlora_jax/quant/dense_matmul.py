@@ -1,14 +1,15 @@
-"""Products of two arrays of activations, in the form that each platform is fast at; sums are in float32 everywhere.
+"""Products of two dense arrays, in a form that is fast on each platform; sums are in float32 everywhere.
 
-A GPU and a TPU take any form. XLA's CPU backend is at the speed of the machine only
+GPUs and TPUs are fast with any form. XLA's CPU backend reaches the speed of the machine only under these conditions:
 
-    for operands in bfloat16, where the result is asked for in float32 (else it multiplies in float32: half the speed)
-    where there is more than one row of them (else it converts all of the second operand first: 25 times slower)
-    where the axis that is summed over is the last of the first operand (else up to five times slower)
+    - with bfloat16 operands, the result must be float32 (else XLA multiplies in float32, at half the speed)
+    - with bfloat16 operands, there must be more than one row (else XLA converts the whole second operand: 25 times slower)
+    - the summed axis must be the last axis of the first operand (else up to five times slower)
 
-so there the result is rounded afterwards, one row gets a second one of zeros, and a first operand that lies otherwise is
-turned first: the smaller of the two. In bfloat16 it gets one more row of zeros, too: XLA takes a turned operand back into
-the product, barrier or not, finds no such product in bfloat16, and converts both operands to float32.
+Therefore, on a CPU the product is computed in float32 and rounded afterwards; a single row is padded with a row of zeros;
+and if the summed axis of the first operand is not its last, the smaller of the two operands is made the first one and
+transposed. In bfloat16, a transposed operand is also padded with a row of zeros. Otherwise XLA fuses the transposition into
+the product (in spite of an optimization barrier), has no such product in bfloat16, and converts both operands to float32.
 """
 
 from functools import partial
@@ -21,10 +22,16 @@ from jax.typing import DTypeLike
 
 
 def einsum(equation: str, a: Array, b: Array, dtype: DTypeLike | None = None) -> Array:
-    """`jnp.einsum` of two matrices, or of two stacks of them, in `dtype` (that of a if None).
+    """Return `jnp.einsum` of two matrices, or of two stacks of matrices.
 
-    Every axis is in two of the three arrays, or in all. Only reverse mode differentiates it: of a choice among platforms,
-    JAX itself would keep what each of them needs.
+    Only reverse-mode differentiation is supported. The differentiation rule is a custom one because JAX's own rule for a
+    choice among platforms would save the residuals of every platform.
+
+    Args:
+        equation: e.g. "nk,km->nm"; every axis must be in two or in all of the three arrays.
+        a: the first operand.
+        b: the second operand.
+        dtype: dtype of the result; None: that of a.
     """
     result: Any = _einsum(equation, a, b, jnp.dtype(a.dtype if dtype is None else dtype))
     return result
@@ -40,44 +47,52 @@ def _einsum_forward(equation: str, a: Array, b: Array, dtype: Any) -> tuple[Arra
     return _einsum(equation, a, b, dtype), (a, b)
 
 
-def _einsum_backward(equation: str, _: Any, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    a, b = kept
-    operands, _, of_result = equation.partition("->")
-    of_a, _, of_b = operands.partition(",")
+def _einsum_backward(equation: str, _: Any, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    a, b = residuals
+    axes_a, axes_b, axes_result = _axes(equation)
     gradient = gradient.astype(a.dtype)
-    of_a_gradient = einsum(f"{of_result},{of_b}->{of_a}", gradient, b, a.dtype)
-    return of_a_gradient, einsum(f"{of_result},{of_a}->{of_b}", gradient, a, b.dtype)
+    da = einsum(f"{axes_result},{axes_b}->{axes_a}", gradient, b, a.dtype)
+    return da, einsum(f"{axes_result},{axes_a}->{axes_b}", gradient, a, b.dtype)
 
 
 _einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
+def _axes(equation: str) -> tuple[str, str, str]:
+    """Return the axes of a, of b and of the result."""
+    operands, _, axes_result = equation.partition("->")
+    axes_a, _, axes_b = operands.partition(",")
+    return axes_a, axes_b, axes_result
+
+
 def _on_cpu(equation: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
-    operands, _, of_result = equation.partition("->")
-    of_a, _, of_b = operands.partition(",")
-    summed = next(axis for axis in of_a if axis in of_b and axis not in of_result)
-    if of_a[-1] == summed:
-        one_row = a.shape[-2] == 1 and a.dtype == jnp.bfloat16 and of_a[-2] == of_result[-2]
+    """Return the einsum in the form that XLA's CPU backend is fast at; see the module's docstring."""
+    axes_a, axes_b, axes_result = _axes(equation)
+    summed = next(axis for axis in axes_a if axis in axes_b and axis not in axes_result)
+    if axes_a[-1] == summed:
+        one_row = a.shape[-2] == 1 and a.dtype == jnp.bfloat16 and axes_a[-2] == axes_result[-2]
         if one_row:
             a = jnp.concatenate([a, jnp.zeros_like(a)], axis=-2)
         result = jnp.einsum(equation, a, b, preferred_element_type=jnp.float32).astype(dtype)
         return result[..., :1, :] if one_row else result
     if a.size > b.size:
-        turned = f"{of_b},{of_a}->{of_result[:-2]}{of_result[-1]}{of_result[-2]}"
-        return jax.lax.optimization_barrier(_on_cpu(turned, b, a, dtype)).swapaxes(-1, -2)
-    turned = f"{of_a[:-2]}{of_a[-1]}{of_a[-2]},{of_b}->{of_result}"
+        transposed = f"{axes_b},{axes_a}->{axes_result[:-2]}{axes_result[-1]}{axes_result[-2]}"
+        return jax.lax.optimization_barrier(_on_cpu(transposed, b, a, dtype)).swapaxes(-1, -2)
+    transposed = f"{axes_a[:-2]}{axes_a[-1]}{axes_a[-2]},{axes_b}->{axes_result}"
     a = a.swapaxes(-1, -2)
     if a.dtype != jnp.bfloat16:
-        return _on_cpu(turned, jax.lax.optimization_barrier(a), b, dtype)
+        return _on_cpu(transposed, jax.lax.optimization_barrier(a), b, dtype)
     a = jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, 1), (0, 0)])
-    own = of_result.index(of_a[-1])
-    return jax.lax.slice_in_dim(_on_cpu(turned, a, b, dtype), 0, -1, axis=own - len(of_result))
+    padded = axes_result.index(axes_a[-1])
+    return jax.lax.slice_in_dim(_on_cpu(transposed, a, b, dtype), 0, -1, axis=padded - len(axes_result))
 
 
 @jax.custom_vjp
 def dense_matmul(x: Array, w: Array) -> Array:
-    """x `[n, k]` times a dense w `[k, m]` of any dtype, computed and returned in the dtype of x; the gradient of w is summed
-    and returned in the dtype of w."""
+    """Return x `[n, k]` times a dense w `[k, m]`, computed in the dtype of x: `[n, m]`.
+
+    The gradient of w is summed and returned in the dtype of w.
+    """
     return einsum("nk,km->nm", x, w.astype(x.dtype))
 
 
@@ -85,8 +100,8 @@ def _forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
     return dense_matmul(x, w), (x, w)
 
 
-def _backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, w = kept
+def _backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, w = residuals
     return einsum("nm,km->nk", dy, w.astype(dy.dtype)), einsum("nk,nm->km", x, dy, w.dtype)
 
 

@@ -1,21 +1,21 @@
-"""The one place where activations meet frozen weights.
+"""The product of activations with frozen weights; all products of the package with frozen matrices are computed here.
 
     forward   y  = x @ dequantize(w)
-    backward  dx = dy @ dequantize(w)^T        w itself is frozen and gets no gradient
+    backward  dx = dy @ dequantize(w)^T        w is frozen and gets no gradient
 
-Left to autodiff, the product would save the dense weight for the backward pass; the rule below saves the packed bytes, which
+JAX's own differentiation rule would save the dense weight as a residual. The custom rule here saves the packed bytes, which
 are in memory anyway, and dequantises them again.
 
-Two implementations of a 4-bit product:
+There are two implementations of a product with a 4-bit matrix:
 
-    xla      dequantises into a temporary and multiplies; everywhere
-    pallas   a kernel that reads packed bytes only (`kernels`); on TPUs and NVIDIA GPUs
+    xla      dequantises the matrix into a temporary array and multiplies; on every platform
+    pallas   a kernel that reads only packed bytes (`kernels`); on TPUs and NVIDIA GPUs
 
-"auto" takes the kernel for at most 64 rows of x (decoding, where the weights' bytes are the time), on a platform and for a
-matrix that it exists for, on one device; XLA otherwise, and for every gradient. "pallas" takes the kernel for all of it but
-the gradient on GPUs, that of TPU in interpret mode where there is no such chip, and refuses what it does not support. It is
-a property of the weight (`QuantizedTensor.implementation`), so that a model's layers need not know:
-`with_implementation(model state, "xla")`.
+"auto" uses the kernel if x has at most 64 rows (in decoding, reading the weights takes most of the time), there is a kernel
+for the platform and the matrix, and there is only one device; otherwise, and for every gradient, it uses XLA. "pallas"
+always uses the kernel, except for the gradient on GPUs. On platforms without a kernel it runs the TPU kernel in interpret
+mode, and it raises an error for matrices that the kernel does not support. The implementation is a property of the weight
+(`QuantizedTensor.implementation`), so layers need no option for it; `with_implementation(model state, "xla")` changes it.
 """
 
 import dataclasses
@@ -24,26 +24,35 @@ from typing import Any
 
 import jax
 from jax import Array
+from jaxtyping import Float
 
+from qlora_jax.errors import UnsupportedError
 from qlora_jax.quant import kernels, tiles
 from qlora_jax.quant.dense_matmul import dense_matmul, einsum
 from qlora_jax.quant.stacked import StackedTensor
 from qlora_jax.quant.tensor import Implementation, QuantizedTensor, dequantize
 
-FEW_ROWS = 64  # of x, up to which "auto" prefers the kernel
+FEW_ROWS = 64  # the most rows of x for which "auto" prefers the kernel
 
 
-def matmul(x: Array, w: Array | QuantizedTensor | StackedTensor, *, implementation: Implementation | None = None) -> Array:
-    """`x @ w` for x `[..., in]` and a frozen or dense w `[in, out]`, in the dtype of x.
+def matmul(
+    x: Float[Array, "*rows k"],
+    w: Float[Array, "k n"] | QuantizedTensor | StackedTensor,
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*rows n"]:
+    """Return x @ w, `[..., out]` in the dtype of x.
 
-    A dense `w` is an ordinary operand (its gradient flows if someone asks for it); one in 4 bits is a constant to
-    differentiation.
+    A dense w can be differentiated; a 4-bit w gets no gradient.
 
     Args:
-        implementation: "auto", "xla" or "pallas", as the module describes; that of `w` if None.
+        x: `[..., in]`.
+        w: `[in, out]`, dense or 4-bit.
+        implementation: "auto", "xla" or "pallas" (see the module's docstring); None: that of w.
 
     Raises:
-        ValueError: the last axis of x is not the first of w; or "pallas" does not support this product.
+        ValueError: the last axis of x and the first axis of w differ.
+        UnsupportedError: "pallas" does not support this product.
     """
     if x.shape[-1] != w.shape[0] or w.ndim != 2:
         raise ValueError(f"cannot multiply x {x.shape} by w {w.shape}: expected x [..., in] and w [in, out]")
@@ -57,16 +66,16 @@ def matmul(x: Array, w: Array | QuantizedTensor | StackedTensor, *, implementati
 
 
 def _chosen(x: Array, w: QuantizedTensor, wanted: Implementation) -> Implementation:
-    """What to do with the rows x: "auto" stays only where the kernel is to be taken by the platform."""
-    if wanted == "pallas" and (problem := kernels.problem(w, x.dtype)) is not None:
-        raise ValueError(f"implementation 'pallas': no kernel takes {problem}; 'auto' falls back to XLA")
+    """Return the implementation to use; "auto" is returned only if the kernel of the platform may be used."""
+    if wanted == "pallas" and (reason := kernels.unsupported_reason(w, x.dtype)) is not None:
+        raise UnsupportedError(f"implementation 'pallas': no kernel takes {reason}; 'auto' falls back to XLA")
     if wanted == "auto" and (x.shape[0] > FEW_ROWS or not kernels.exists(w, x.dtype) or not kernels.on_one_device()):
         return "xla"
     return wanted
 
 
 def with_implementation(tree: Any, implementation: Implementation) -> Any:
-    """A tree (a model's state, say) whose 4-bit matrices ask for `implementation`."""
+    """Return a tree, e.g. a model's state, with the implementation of its 4-bit matrices changed."""
 
     def change(leaf: Any) -> Any:
         return dataclasses.replace(leaf, implementation=implementation) if isinstance(leaf, QuantizedTensor) else leaf
@@ -75,25 +84,26 @@ def with_implementation(tree: Any, implementation: Implementation) -> Any:
 
 
 def _xla(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
-    x, matrix = _in_turn(x, w)
+    x, matrix = _ordered(x, w)
 
-    def whole(x: Array, w: QuantizedTensor) -> Array:
+    def dense(x: Array, w: QuantizedTensor) -> Array:
         return einsum("nk,km->nm", x, dequantize(w, x.dtype))
 
     if x.shape[0] > FEW_ROWS or matrix.flat_shape is not None:
-        return whole(x, matrix)
-    return jax.lax.platform_dependent(x, matrix, cpu=tiles.matmul, default=whole)
+        return dense(x, matrix)
+    return jax.lax.platform_dependent(x, matrix, cpu=tiles.matmul, default=dense)
 
 
 def _xla_transposed(dy: Array, w: QuantizedTensor | StackedTensor) -> Array:
-    dy, matrix = _in_turn(dy, w)
+    dy, matrix = _ordered(dy, w)
     return einsum("nm,km->nk", dy, dequantize(matrix, dy.dtype))
 
 
-def _in_turn(x: Array, w: QuantizedTensor | StackedTensor) -> tuple[Array, QuantizedTensor]:
-    """(x, the matrix), which cannot be dequantised before x is there: else XLA holds several dense matrices at once.
+def _ordered(x: Array, w: QuantizedTensor | StackedTensor) -> tuple[Array, QuantizedTensor]:
+    """Return (x, the matrix) such that the matrix cannot be dequantised before x is computed.
 
-    The packed bytes of the layer are copied for that, a quarter of what the dense matrix takes.
+    Without this barrier XLA may hold several dense matrices in memory at once. The barrier costs a copy of the layer's
+    packed bytes, which is a quarter of the dense matrix's size.
     """
     if isinstance(w, StackedTensor):
         x, index = jax.lax.optimization_barrier((x, w.index))

@@ -1,16 +1,22 @@
-"""How frozen matrices are to be stored: the one place of the defaults of quantisation."""
+"""The storage of frozen matrices; the defaults of quantisation are defined only here."""
 
 import dataclasses
 
+from qlora_jax.errors import OptionError
 from qlora_jax.quant.codebooks import BLOCK_SIZES, DATA_TYPES, DataType
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """Storage of frozen linear weights (QLoRA's defaults: NF4, blocks of 64, double quantisation).
+    """The storage of frozen linear weights; the defaults are QLoRA's: NF4, blocks of 64, double quantisation.
+
+    Attributes:
+        data_type: one of `DATA_TYPES`.
+        block_size: number of values that share a scale, one of `BLOCK_SIZES`.
+        double_quantization: whether the scales are quantised to 8 bits.
 
     Raises:
-        ValueError: unknown data type or block size.
+        OptionError: an unknown data type or block size.
     """
 
     data_type: DataType = "nf4"
@@ -19,7 +25,7 @@ class Quantization:
 
     def __post_init__(self) -> None:
         if self.data_type not in DATA_TYPES:
-            raise ValueError(f"unknown data type {self.data_type!r}; expected one of {', '.join(DATA_TYPES)}")
+            raise OptionError(f"unknown data type {self.data_type!r}; expected one of {', '.join(DATA_TYPES)}")
         if self.block_size not in BLOCK_SIZES:
             sizes = ", ".join(map(str, BLOCK_SIZES))
-            raise ValueError(f"unknown block size {self.block_size}; expected one of {sizes}")
+            raise OptionError(f"unknown block size {self.block_size}; expected one of {sizes}")

@@ -1,8 +1,8 @@
-"""One matrix of a stack, named by its number and not cut out.
+"""One matrix of a stack, represented by the stack and the index of the matrix.
 
-A scan over layers cuts each layer's leaves out of their stacks. For XLA's own operations the cut is fused away; for a kernel
-it is a copy of the packed bytes (read, written, read again). Where a scan carries the number of the layer instead, a kernel
-reads the matrix where it lies.
+A scan over layers slices each layer's leaves out of their stacks. XLA fuses such a slice into its own operations, but before
+a kernel the slice is a copy of the packed bytes (read, write, read again). If a scan provides the index of the layer
+instead, a kernel can read the matrix directly from the stack.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from qlora_jax.quant.tensor import QuantizedTensor
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StackedTensor:
-    """Matrix `index` of a stack.
+    """The matrix with a given index in a stack.
 
     Attributes:
         stack: `[layers, in, out]`.
@@ -37,22 +37,22 @@ class StackedTensor:
         return self.stack.ndim - 1
 
     def matrix(self) -> QuantizedTensor:
-        """The matrix, cut out of the stack."""
+        """Return the matrix, sliced out of the stack."""
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, self.index, keepdims=False), self.stack)
 
 
-def keep_stacked(layers: Any) -> tuple[Any, Callable[[Any, Array], Any]]:
-    """What of stacked layers is to be scanned over, and how a layer is made of its share and its number.
+def index_in_stack(layers: Any) -> tuple[Any, Callable[[Any, Array], Any]]:
+    """Return (scanned, layer_of) for a scan over stacked layers that does not slice their 4-bit matrices.
 
-    `jax.lax.scan` runs over the first result; in its body, the second gives a tree like a layer of `layers`, in which each
-    matrix in 4 bits is a `StackedTensor`.
+    `jax.lax.scan` runs over `scanned`. In its body, layer_of(slice of scanned, index of the layer) returns a tree like one
+    layer, in which each 4-bit matrix is a `StackedTensor`.
     """
     leaves, tree = jax.tree.flatten(layers, is_leaf=_is_packed)
     scanned = [None if _is_packed(leaf) else leaf for leaf in leaves]
 
     def layer_of(parts: Any, index: Array) -> Any:
-        whole = zip(leaves, parts, strict=True)
-        return tree.unflatten([StackedTensor(leaf, index) if _is_packed(leaf) else part for leaf, part in whole])
+        pairs = zip(leaves, parts, strict=True)
+        return tree.unflatten([StackedTensor(leaf, index) if _is_packed(leaf) else part for leaf, part in pairs])
 
     return scanned, layer_of
 

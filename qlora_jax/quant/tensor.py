@@ -1,24 +1,26 @@
-"""QuantizedTensor: a matrix in 4 bits, and the way into and out of it.
+"""QuantizedTensor: a 4-bit matrix, with functions to quantise and dequantise it.
 
-The logical matrix is `[in, out]`, as `x @ w` wants it. Its values are grouped into blocks of `block_size` that run along
-`in`, row-major over the `[out, in]` transpose: the grouping of bitsandbytes, so that codes are equal bit for bit.
+The logical matrix is `[in, out]`, as in `x @ w`. Its values are grouped into blocks of `block_size` along `in`, in the
+row-major order of the transposed matrix `[out, in]`. This is the grouping of bitsandbytes, so the codes are equal bit for
+bit.
 
-    scaled  = x * (1 / absmax of its block)                 float32; the reciprocal, not a division
-    code    = index of the nearest value of the codebook    borders are midpoints; a tie goes to the lower value
-    x'      = codebook[code] * absmax                       float32, cast last
+    scaled  = x * (1 / absmax of its block)                 float32; multiplication by the reciprocal, no division
+    code    = index of the nearest value of the codebook    borders are midpoints; ties are rounded to the lower value
+    x'      = codebook[code] * absmax                       float32, cast at the end
 
-Double quantisation (QLoRA, section 3) stores the block maxima in 8 bits: their mean is subtracted, and blocks of 256 of the
-rest are written as codes of the signed dynamic map times one float32 absmax: 4.127 bits a value in all at block size 64.
+Double quantisation (QLoRA, section 3) stores the block maxima in 8 bits. Their mean is subtracted, and each 256 of the
+differences are stored as codes of the signed dynamic map and one float32 absmax. At block size 64 this gives 4.127 bits per
+value in total.
 
-Two layouts hold the codes, two to a byte:
+There are two layouts of the codes, each with two codes in a byte:
 
-    columns   in % block_size == 0. codes uint8 [in/2, out]: row j holds row j of the matrix in the high nibble and row
-              j + in/2 in the low one, so that both halves unpack without shuffling lanes, as the kernels read them
-              (docs/layouts.md compares others). scales [in/block_size, out].
-    flat      any other size, where blocks run across columns. codes uint8 [blocks, block_size/2]: the first half of a block
-              is in the high nibbles, the second in the low ones. scales [blocks].
+    columns   if in % block_size == 0. codes uint8 [in/2, out]: row j holds row j of the matrix in the high nibble and row
+              j + in/2 in the low one, so that kernels unpack both halves without moving values between lanes
+              (docs/notes/layouts.md compares other layouts). scales [in/block_size, out].
+    flat      otherwise; blocks then extend over several columns. codes uint8 [blocks, block_size/2]: the first half of a
+              block is in the high nibbles, the second in the low ones. scales [blocks].
 
-Leading axes, if any, stack whole matrices: the same class works under vmap, scan, eval_shape and sharding.
+Leading axes, if any, stack matrices: the same class works under vmap, scan, eval_shape and sharding.
 """
 
 import dataclasses
@@ -30,13 +32,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
+from qlora_jax.errors import OptionError
 from qlora_jax.quant.codebooks import BLOCK_SIZES, DATA_TYPES, SCALE_BLOCK_SIZE, DataType, borders, codebook, dynamic_map
 from qlora_jax.quant.dynamic import lookup_dynamic
 
 Implementation = Literal["auto", "xla", "pallas"]
-_RUN = 2048  # values that are summed in a row
-_CHUNK = 2**20  # values quantised at a time: bounds the float32 temporaries while a large matrix is quantised
+_RUN = 2048  # number of values in the first level of a sum
+_CHUNK = 2**20  # number of values quantised at a time, which limits the float32 temporaries of a large matrix
 
 
 @partial(
@@ -46,18 +50,18 @@ _CHUNK = 2**20  # values quantised at a time: bounds the float32 temporaries whi
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedTensor:
-    """A frozen `[..., in, out]` matrix in slots of 4 bits a value.
+    """A frozen matrix `[..., in, out]` with 4 bits per value, or a stack of such matrices.
 
     Attributes:
-        codes: uint8, two codes a byte, in the layout that the module describes.
-        scales: one per block: uint8 codes of the dynamic map under double quantisation, else float32 absmax.
-        scale_absmax: float32 `[..., ceil(blocks / 256)]` under double quantisation, in the order of the blocks; else None.
+        codes: uint8, two codes in a byte, in one of the layouts that the module's docstring describes.
+        scales: one for each block: uint8 codes of the dynamic map with double quantisation, else float32 absmax.
+        scale_absmax: float32 `[..., ceil(blocks / 256)]` with double quantisation, in the order of the blocks; else None.
         scale_offset: float32 `[...]`, the mean that was subtracted from the scales; None without double quantisation.
         data_type: one of `DATA_TYPES`.
-        block_size: values that share a scale.
-        dtype: what `dequantize` returns by default.
+        block_size: number of values that share a scale.
+        dtype: dtype that `dequantize` returns by default.
         flat_shape: (in, out) in the flat layout; None in the column layout, where the shape follows from `codes`.
-        implementation: how `matmul` multiplies with it, unless told otherwise: by XLA, by a kernel, or as it sees fit.
+        implementation: the default implementation of `matmul` with this matrix: "xla", "pallas" or "auto".
     """
 
     codes: Array
@@ -72,6 +76,7 @@ class QuantizedTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the logical matrix, `[..., in, out]`."""
         *stack, rows, columns = self.codes.shape
         return (*stack, *(self.flat_shape or (2 * rows, columns)))
 
@@ -85,7 +90,7 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory, all leaves counted."""
+        """The number of bytes in memory, of all leaves together."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     @property
@@ -95,34 +100,38 @@ class QuantizedTensor:
 
 @partial(jax.jit, static_argnames=("data_type", "block_size", "double_quantization", "dtype"))
 def quantize(
-    w: Array,
+    w: Float[Array, "*layers k n"],
     data_type: DataType = "nf4",
     block_size: int = 64,
     double_quantization: bool = True,
     dtype: DTypeLike | None = None,
 ) -> QuantizedTensor:
-    """Quantise a `[..., in, out]` matrix of floats.
+    """Quantise a matrix of floats, or a stack of matrices.
 
-    Codes equal those of bitsandbytes' CPU path bit for bit, the 8-bit scales included (its CUDA path searches the 8-bit map
-    on unrounded values, so that about two scales in a thousand differ there by one step).
+    Codes and 8-bit scales equal those of bitsandbytes' CPU path bit for bit. (Its CUDA path searches the 8-bit map with
+    unrounded values, so that about two scales in a thousand differ by one step.)
 
     Args:
-        w: float16, bfloat16 or float32.
-        dtype: dtype that `dequantize` returns by default; that of `w` if None.
+        w: `[..., in, out]`, float16, bfloat16 or float32.
+        data_type: one of `DATA_TYPES`.
+        block_size: number of values that share a scale, one of `BLOCK_SIZES`.
+        double_quantization: whether to quantise the scales to 8 bits.
+        dtype: dtype that `dequantize` returns by default; None: that of w.
 
     Raises:
-        ValueError: unknown data type or block size, or fewer than two axes.
+        OptionError: an unknown data type or block size.
+        ValueError: fewer than two axes.
     """
     if data_type not in DATA_TYPES:
-        raise ValueError(f"unknown data type {data_type!r}; expected one of {', '.join(DATA_TYPES)}")
+        raise OptionError(f"unknown data type {data_type!r}; expected one of {', '.join(DATA_TYPES)}")
     if block_size not in BLOCK_SIZES:
-        raise ValueError(f"unknown block size {block_size}; expected one of {', '.join(map(str, BLOCK_SIZES))}")
+        raise OptionError(f"unknown block size {block_size}; expected one of {', '.join(map(str, BLOCK_SIZES))}")
     if w.ndim < 2:
         raise ValueError(f"expected a matrix [..., in, out], found shape {w.shape}")
     quantize_matrix = partial(_quantize_matrix, data_type=data_type, block_size=block_size)
     quantize_scales = _quantize_scales
     stack = w.shape[:-2]
-    for _ in stack:  # not at all for one matrix: a batch of one costs XLA's CPU backend a transposed copy of it
+    for _ in stack:  # no vmap for a single matrix: for a batch of one, XLA's CPU backend would make a transposed copy
         quantize_matrix, quantize_scales = jax.vmap(quantize_matrix), jax.vmap(quantize_scales)
     packed, absmax = quantize_matrix(w)
     if double_quantization:
@@ -131,7 +140,7 @@ def quantize(
         scales, scale_absmax, scale_offset = absmax, None, None
     rows, columns = w.shape[-2:]
     flat = _is_flat(rows, block_size)
-    if not flat:  # from the order of the blocks to the place of each block in the matrix
+    if not flat:  # from the order of the blocks to [in/block_size, out]
         scales = jnp.swapaxes(scales.reshape(*stack, columns, rows // block_size), -1, -2)
     return QuantizedTensor(
         codes=packed,
@@ -146,7 +155,7 @@ def quantize(
 
 
 def with_double_quantization(q: QuantizedTensor) -> QuantizedTensor:
-    """A matrix in the column layout whose float32 scales are quantised as `quantize` does it; others as they are."""
+    """Return the matrix with its float32 scales quantised as in `quantize`; in the flat layout, return it unchanged."""
     if q.double_quantized or q.flat_shape is not None:
         return q
     scales, scale_absmax, scale_offset = _quantize_scales(q.scales.T.reshape(-1))
@@ -154,8 +163,8 @@ def with_double_quantization(q: QuantizedTensor) -> QuantizedTensor:
     return dataclasses.replace(q, scales=scales, scale_absmax=scale_absmax, scale_offset=scale_offset)
 
 
-def dequantize(q: QuantizedTensor, dtype: DTypeLike | None = None) -> Array:
-    """The float matrix `[..., in, out]` that `q` stands for, in `dtype` (that of `q` if None)."""
+def dequantize(q: QuantizedTensor, dtype: DTypeLike | None = None) -> Float[Array, "*layers k n"]:
+    """Return the dense matrix `[..., in, out]` that `q` represents, in `dtype`; None: the dtype of `q`."""
     stack = q.codes.shape[:-2]
     one = partial(_dequantize_matrix, dtype=jnp.dtype(q.dtype if dtype is None else dtype))
     for _ in stack:
@@ -164,7 +173,7 @@ def dequantize(q: QuantizedTensor, dtype: DTypeLike | None = None) -> Array:
 
 
 def block_scales(q: QuantizedTensor) -> Array:
-    """The float32 absmax of every block of one matrix, `[in/block_size, out]` or, in the flat layout, `[blocks]`."""
+    """Return the float32 absmax of each block of one matrix, `[in/block_size, out]` or, in the flat layout, `[blocks]`."""
     if q.scale_absmax is None or q.scale_offset is None:
         return q.scales
     values = lookup_dynamic(q.scales)
@@ -178,7 +187,7 @@ def block_scales(q: QuantizedTensor) -> Array:
 
 
 def pack(codes: Array, block_size: int) -> Array:
-    """Codes `[in, out]`, one a byte, to two a byte in the layout that their size calls for."""
+    """Pack codes uint8 `[in, out]`, one in each byte, two in a byte, in the layout for their size."""
     rows = codes.shape[0]
     if _is_flat(rows, block_size):
         codes = jnp.pad(codes.T.reshape(-1), (0, -codes.size % block_size)).reshape(-1, block_size)
@@ -189,7 +198,7 @@ def pack(codes: Array, block_size: int) -> Array:
 
 
 def unpack(q: QuantizedTensor) -> Array:
-    """The codes of one matrix, one a byte: `[in, out]`, or `[blocks, block_size]` in the flat layout."""
+    """Return the codes of one matrix, one in each byte: `[in, out]`, or `[blocks, block_size]` in the flat layout."""
     high, low = q.codes >> 4, q.codes & 15
     return jnp.concatenate([high, low], axis=0 if q.flat_shape is None else 1)
 
@@ -199,7 +208,7 @@ def _is_flat(rows: int, block_size: int) -> bool:
 
 
 def _quantize_matrix(w: Array, data_type: DataType, block_size: int) -> tuple[Array, Array]:
-    """One matrix `[in, out]` to (packed codes, float32 absmax by block in the order of the blocks)."""
+    """Quantise one matrix `[in, out]` to (packed codes, float32 absmax in the order of the blocks)."""
     rows, columns = w.shape
     flat = w.T.reshape(-1)
     blocks = -(-flat.size // block_size)
@@ -209,7 +218,7 @@ def _quantize_matrix(w: Array, data_type: DataType, block_size: int) -> tuple[Ar
     edges, code_of = borders(data_type)
     sorted_by_value = np.array_equal(code_of, np.arange(code_of.size))
 
-    # Over bfloat16 numbers XLA's CPU backend converts the whole matrix to float32 ahead of the loop; over bits it cannot.
+    # If the loop reads bfloat16, XLA's CPU backend converts the whole matrix to float32 before it; integers prevent that.
     as_bits = w.dtype == jnp.bfloat16
     if as_bits:
         padded = jax.lax.bitcast_convert_type(padded, jnp.uint16)
@@ -223,7 +232,7 @@ def _quantize_matrix(w: Array, data_type: DataType, block_size: int) -> tuple[Ar
 
     codes, absmax = jax.lax.map(quantize_chunk, padded.reshape(-1, chunk, block_size))
     codes, absmax = codes.reshape(-1)[: flat.size], absmax.reshape(-1)[:blocks]
-    if remainder:  # in the last, partial block bitsandbytes does divide
+    if remainder:  # for the last, incomplete block bitsandbytes divides instead of multiplying by the reciprocal
         tail = flat[-remainder:].astype(jnp.float32) / jnp.where(absmax[-1] == 0, 1.0, absmax[-1])
         above = jnp.searchsorted(jnp.asarray(edges), tail, side="left")
         codes = codes.at[-remainder:].set(jnp.asarray(code_of)[above])
@@ -231,10 +240,10 @@ def _quantize_matrix(w: Array, data_type: DataType, block_size: int) -> tuple[Ar
 
 
 def _quantize_scales(absmax: Array) -> tuple[Array, Array, Array]:
-    """Float32 scales `[blocks]` to (uint8 codes `[blocks]`, float32 absmax of each 256, float32 offset).
+    """Quantise float32 scales `[blocks]` to (uint8 codes `[blocks]`, float32 absmax of each 256, float32 offset).
 
-    bitsandbytes' CPU path looks the scaled value up in a table of 65536 bins over [-1, 1]; so do we, by rounding to a bin
-    first, to be equal to it: the bin moves a scale by at most 1.6e-5 of its block's absmax.
+    bitsandbytes' CPU path looks the scaled value up in a table of 65536 bins over [-1, 1]. To get equal codes, the value is
+    rounded to a bin here as well, which changes a scale by at most 1.6e-5 of its block's absmax.
     """
     offset = _mean(absmax)
     centred = absmax - offset
@@ -251,9 +260,9 @@ def _quantize_scales(absmax: Array) -> tuple[Array, Array, Array]:
 
 
 def _mean(values: Array) -> Array:
-    """The mean of float32 `[n]` values from their correctly rounded sum, added up as pairs of (sum, rounding error).
+    """Return the mean of float32 `[n]` values, from a sum of pairs (sum, rounding error), which is correctly rounded.
 
-    In two levels: in one run of millions the errors themselves would lose bits.
+    There are two levels of sums, because in a single sum of millions of values the errors themselves would lose bits.
     """
 
     def two_sum(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -270,7 +279,7 @@ def _mean(values: Array) -> Array:
 
 
 def _divide(x: Array, divisor: float) -> Array:
-    """x / divisor, rounded once: behind the barrier XLA cannot turn it into a product with 1 / divisor."""
+    """Return x / divisor, rounded once; the barrier prevents XLA from multiplying by 1 / divisor instead."""
     return x / jax.lax.optimization_barrier(jnp.float32(divisor))
 
 
@@ -281,7 +290,7 @@ def _dequantize_matrix(q: QuantizedTensor, dtype: Any) -> Array:
             return _times_scales(_lookup(unpack(q), q.data_type), block_scales(q))
 
         def in_vectors(q: QuantizedTensor) -> Array:
-            # Behind the barrier scales are made once a block, not once a value.
+            # The barrier makes XLA compute a scale once for each block and not once for each value.
             return dequantize_in_vectors(q.codes, jax.lax.optimization_barrier(block_scales(q)), q.data_type)
 
         return jax.lax.platform_dependent(q, cpu=in_vectors, default=halves).astype(dtype)
@@ -293,9 +302,10 @@ def _dequantize_matrix(q: QuantizedTensor, dtype: Any) -> Array:
 
 
 def dequantize_in_vectors(codes: Array, scales: Array, data_type: DataType) -> Array:
-    """Packed codes `[in/2, columns]` and float32 scales `[blocks, columns]` to float32 values `[in, columns]`.
+    """Return float32 values `[in, columns]` of packed codes `[in/2, columns]` and float32 scales `[blocks, columns]`.
 
-    In the form of which XLA's CPU backend makes vector instructions: no branch between the halves, 32 bits throughout.
+    XLA's CPU backend compiles this form to vector instructions: it has no branch between the halves and uses only 32-bit
+    numbers.
     """
     shifts = jnp.asarray([4, 0], jnp.int32)[:, None, None]
     halves = (codes.astype(jnp.int32) >> shifts) & 15
@@ -303,23 +313,24 @@ def dequantize_in_vectors(codes: Array, scales: Array, data_type: DataType) -> A
 
 
 def _times_scales(values: Array, scales: Array) -> Array:
-    """Values `[in, columns]` times the scales of their blocks, `[blocks, columns]`."""
+    """Return values `[in, columns]` times the scales of their blocks, `[blocks, columns]`."""
     rows, columns = values.shape
     return (values.reshape(scales.shape[0], -1, columns) * scales[:, None, :]).reshape(rows, columns)
 
 
-@partial(jax.jit, static_argnames="data_type")  # so that in a program it is traced once for each shape
+@partial(jax.jit, static_argnames="data_type")  # jitted so that a program traces it only once for each shape
 def _lookup(codes: Array, data_type: DataType) -> Array:
-    """Codes to float32 values: a gather from the table on GPU, a tree of selects where that is fewer instructions."""
-    table = codebook(data_type)
+    """Return the float32 values of codes: by a gather on GPU, by a tree of selects on CPU and TPU, where it is faster."""
+    values = codebook(data_type)
 
     def gather(codes: Array) -> Array:
-        return jnp.take(jnp.asarray(table), codes.astype(jnp.int32), mode="clip")
+        return jnp.take(jnp.asarray(values), codes.astype(jnp.int32), mode="clip")
 
     def select(codes: Array) -> Array:
-        # Leaves are anchored to the data: constants would be broadcast and hoisted out of a differentiated scan.
+        # The leaves are computed from the data, because JAX would broadcast constants and hoist them out of a
+        # differentiated scan.
         zero = (codes & 0).astype(jnp.float32)
-        leaves = [zero + value for value in table]
+        leaves = [zero + value for value in values]
         for bit in range(4):
             is_set = ((codes >> bit) & 1) == 1
             leaves = [jnp.where(is_set, odd, even) for even, odd in zip(leaves[::2], leaves[1::2], strict=True)]

@@ -1,4 +1,4 @@
-"""Answers from a model: sampling, batched generation with a cache, text as it arrives."""
+"""Generation: sampling, batched generation with a key-value cache, and streaming of text."""
 
 from qlora_jax.serve.generate import Decoder, TextStream, generate, stream_text
 from qlora_jax.serve.sampling import Sampling, sample, warp

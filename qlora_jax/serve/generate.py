@@ -1,20 +1,19 @@
-"""Batched generation with a cache, and text as it arrives.
+"""Batched generation with a key-value cache, and streaming of text.
 
-    prompts   a b c d e    padded on the left to a multiple of 64, so that every row ends in the same slot:
-              _ _ _ f g    one forward pass gives all rows their first logits, one slot a step serves them all
-    prefill   state, padded prompts                 -> logits of the last token, cache
-    step      state, token a row, position, cache   -> logits, cache; the cache is donated: no step copies it
-    choose    logits, key of the seed and the step  -> token a row
+    prompts   a b c d e    padded on the left to a multiple of 64, so that all rows end in the same slot: one forward
+              _ _ _ f g    pass computes the first logits of all rows, and each step fills one slot of all rows
+    prefill   state, padded prompts                     -> logits of the last token, cache
+    step      state, one token per row, position, cache -> logits, cache; the cache is donated, so no step copies it
+    choose    logits, key of the seed and the step      -> one token per row
 
-Padding has negative positions; the model masks it out, and counts each row's own positions from 0.
+Padding has negative positions. The model masks it, and the positions of each row's tokens count from 0.
 
-What is compiled, and when. Prefill, step and choose are jitted once, at the level of this module. The model
-comes as `nnx.split` gives it: the graph is static and compared by value, the state is an argument like any
-other, so that weights are never baked into a program, and neither a second call nor another adapter of the
-same shape compiles anything. What does: a new batch size, a new multiple of 64 of the longest prompt
-(prefill) or of it and its answer (both). The settings of the sampling are compiled by themselves, without
-the model.
-`nnx.jit` is not used, since it would take the model apart and put it together at every token.
+Compilation. Prefill, step and choose are jitted once, at the level of this module. The model is given as `nnx.split`
+returns it: the graph is a static argument that is compared by value, and the state is an ordinary argument. So weights are
+never constants of a program, and neither a second call nor another adapter of the same shape compiles anything. A new
+program is compiled for a new batch size and for a new multiple of 64 of the longest prompt (prefill) or of the prompt and
+its answer (both). The sampling is compiled separately, without the model. `nnx.jit` is not used, because it would split
+and merge the model at every token.
 """
 
 import contextlib
@@ -28,6 +27,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from qlora_jax.errors import OptionError
 from qlora_jax.serve.sampling import Sampling, sample
 
 if TYPE_CHECKING:
@@ -35,21 +35,23 @@ if TYPE_CHECKING:
 
 GREEDY = Sampling()
 _BUCKET = 64
-_UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are no whole character
+_UNFINISHED = "\ufffd"  # the character that a decoder writes for an incomplete sequence of bytes
 
 
 class Decoder(Protocol):
-    """What `generate` needs of a model; the cache is a pytree of the model's own."""
+    """A model that `generate` can use; the cache is any pytree."""
 
     def init_cache(self, batch_size: int, capacity: int) -> Any:
-        """An empty cache for `capacity` tokens a row."""
+        """Return an empty cache for `capacity` tokens per row."""
         ...
 
     def decode(self, tokens: Array, positions: Array, cache: Any) -> tuple[Array, Any]:
-        """int32 tokens and positions `[b, t]` to (logits of the last token `[b, v]`, the grown cache).
+        """Process new tokens; return (logits of the last token `[b, v]`, the cache including the new tokens).
 
         Args:
-            positions: negative where there is padding.
+            tokens: int32 `[b, t]`.
+            positions: int32 `[b, t]`, negative for padding.
+            cache: the cache of the tokens so far.
         """
         ...
 
@@ -66,21 +68,22 @@ def generate(
     max_positions: int | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """The answers to a batch of prompts, in their order.
+    """Return the answers to a batch of prompts as lists of token ids, in the order of the prompts.
 
     Args:
         graphdef, state: `nnx.split` of a `Decoder`.
-        prompts: token ids, each prompt with at least one.
-        max_new_tokens: the most tokens of one answer.
-        eos_ids: tokens that end an answer. They are not part of it: it has fewer tokens than `max_new_tokens`
-            if, and only if, one of them ended it.
+        prompts: token ids; each prompt has at least one.
+        max_new_tokens: the most tokens of an answer.
+        eos_ids: tokens that end an answer and are not part of it. An answer has fewer than `max_new_tokens` tokens if and
+            only if one of them ended it.
+        sampling: how the next token is chosen.
         seed: the same prompts, sampling and seed give the same answers.
-        max_positions: the most tokens that prompt and answer may have together; None for no limit.
+        max_positions: the most tokens of a prompt and its answer together; None: no limit.
         on_token: called with (row, token) for each token of an answer as soon as it is known.
 
     Raises:
-        ValueError: before any computation: no prompts, an empty one, max_new_tokens < 1, or more tokens than
-            max_positions.
+        OptionError: no prompts, an empty prompt, max_new_tokens < 1, or more tokens than max_positions; it is raised before
+            any computation.
     """
     _check(prompts, max_new_tokens, max_positions)
     padded = round_up(max(map(len, prompts)))
@@ -110,11 +113,12 @@ def collect_answers(
     eos_ids: Collection[int],
     on_token: Callable[[int, int], None] | None,
 ) -> list[list[int]]:
-    """The answers of all rows, until the last of them ends.
+    """Return the answers of all rows; stop when the last row has ended.
 
     Args:
-        token: the first token of each row, int32 `[b]`.
-        advance: a token a row and its place in the answer to the next token a row, without waiting for either.
+        token: int32 `[b]`, the first token of each row.
+        advance: maps (one token per row, its index in the answer) to the next token per row, without waiting for the device.
+        max_new_tokens, eos_ids, on_token: as for `generate`.
     """
     ends, rows = frozenset(eos_ids), token.shape[0]
     answers: list[list[int]] = [[] for _ in range(rows)]
@@ -122,8 +126,8 @@ def collect_answers(
     for step in range(max_new_tokens):
         current = token
         if step + 1 < max_new_tokens:
-            # Queued before `current` is read, so that the device works while the host looks at the tokens;
-            # the price is one step too many where an EOS ends the batch.
+            # This is queued before `current` is read, so that the device works while the host processes the tokens. It
+            # costs one unnecessary step if an EOS ends the batch.
             token = advance(token, step)
         for row, value in enumerate(np.asarray(current).tolist()):
             running[row] = running[row] and value not in ends
@@ -137,44 +141,44 @@ def collect_answers(
 
 
 class TextStream:
-    """The text of tokens as they come, in whole characters.
+    """A converter of a stream of tokens to pieces of text, each of complete characters.
 
-    A character may be spread over several tokens, and how a token is written may depend on the one before it
-    (some tokenizers drop a space at the very beginning). So the tokens since the last piece are decoded
-    together with those of the piece before, whose text is then cut off; a text that ends within a character
-    waits for more. The pieces joined are the text of all tokens decoded at once.
+    A character may consist of several tokens, and the text of a token may depend on the token before it (some tokenizers
+    remove a space at the beginning). So the tokens since the last piece are decoded together with those of the piece before,
+    whose text is then removed. A text that ends within a character is held back until more tokens arrive. The concatenated
+    pieces equal the text of all tokens decoded at once.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", context: Sequence[int] = ()) -> None:
-        """A stream that nothing has come from.
+        """Create a stream without tokens.
 
         Args:
-            context: tokens that came before and are not to be written, such as the prompt of a text that the
-                answer continues.
+            tokenizer: decodes the tokens.
+            context: tokens before the stream that are not written, such as a prompt that the answer continues.
         """
         self._tokenizer = tokenizer
         self._written, self._written_text = list(context), self._decode(context)
         self._waiting: list[int] = []
 
     def push(self, token: int) -> str:
-        """The text that the next token completes, often empty."""
+        """Add a token; return the text that it completes, which is often empty."""
         self._waiting.append(token)
         text = self._decode(self._written + self._waiting)
         return "" if text.endswith(_UNFINISHED) else self._take(text)
 
     def finish(self) -> str:
-        """The text that waits for tokens which will not come."""
+        """Return the text that was held back, after the last token."""
         return self._take(self._decode(self._written + self._waiting))
 
     def _take(self, text: str) -> str:
         piece = text[len(self._written_text) :]
-        if piece:  # else tokens without text (special ones): what they follow must stay in view
+        if piece:  # tokens without text (special ones) must be decoded together with the tokens before them
             self._written, self._waiting = self._waiting, []
             self._written_text = self._decode(self._written)
         return piece
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        # Cleaning up would change text that has been written: "is n't" becomes "isn't" once the t is there.
+        # Cleaning up could change text that was already written: "is n't" becomes "isn't" when the t arrives.
         text = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return cast(str, text)
 
@@ -187,13 +191,14 @@ def stream_text(
     context: Sequence[int] = (),
     row: int = 0,
 ) -> Iterator[Callable[[int, int], None]]:
-    """`with stream_text(tokenizer, write) as on_token: generate(…, on_token=on_token)` writes one answer.
+    """Write one answer as it is generated: `with stream_text(tokenizer, write) as on_token: generate(…, on_token=on_token)`.
 
     Args:
-        write: gets each piece of text, in whole characters; what waits at the end is written when the block
-            is left, also by an exception.
+        tokenizer: decodes the tokens.
+        write: called with each piece of text, which consists of complete characters. Text that was held back is written
+            when the block is left, also by an exception.
         context: as in `TextStream`.
-        row: the row of the batch whose answer it is.
+        row: the row of the batch whose answer is written.
     """
     stream = TextStream(tokenizer, context)
 
@@ -216,14 +221,14 @@ def _prefill(graphdef: Any, state: Any, tokens: Array, positions: Array, *, capa
 
 @partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
 def decode_step(graphdef: Any, state: Any, token: Array, positions: Array, cache: Any) -> tuple[Array, Any]:
-    """A token a row `[b]`, its position `[b, 1]` and the cache to (logits `[b, vocabulary]`, the grown cache)."""
+    """Process one token per row `[b]` at positions `[b, 1]`; return (logits `[b, vocabulary]`, the cache including it)."""
     model: Decoder = nnx.merge(graphdef, state)
     return model.decode(token[:, None], positions, cache)
 
 
 @partial(jax.jit, static_argnames="sampling")
 def choose(logits: Array, key: Array, step: Array | int, *, sampling: Sampling) -> Array:
-    """The next token a row, int32 `[b]`: a draw of its own for each step."""
+    """Return the next token of each row, int32 `[b]`; each step draws with a different random key."""
     return sample(logits, jax.random.fold_in(key, jnp.asarray(step)), sampling)
 
 
@@ -242,9 +247,9 @@ def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_positions:
             if len(prompt) + max_new_tokens > max_positions
         ]
     if problems:
-        raise ValueError(f"generate: {'; '.join(problems)}")
+        raise OptionError(f"generate: {'; '.join(problems)}")
 
 
 def round_up(count: int) -> int:
-    """To the next multiple of 64, so that few shapes are compiled."""
+    """Return the next multiple of 64, so that few shapes are compiled."""
     return -(-count // _BUCKET) * _BUCKET

@@ -1,12 +1,13 @@
-"""Batched generation by an encoder-decoder.
+"""Batched generation with an encoder-decoder.
 
     sources   a b c d e     padded on the right to a multiple of 64 and masked
               f g _ _ _
-    begin     state, sources, mask     -> cache: keys and values of the encoded sources, room for the answers
-    step      state, token a row, cache -> logits, cache; the first token is the decoder's start, the cache is donated
+    begin     state, sources, mask           -> cache: keys and values of the encoded sources, and space for the answers
+    step      state, one token per row, cache -> logits, cache; the first token is the decoder's start token, the cache is
+                                                donated
 
-What is compiled, and when, is as in serve/generate.py: a new batch size, a new multiple of 64 of the longest source or of
-the answers' limit.
+Programs are compiled as described in serve/generate.py: for a new batch size, and for a new multiple of 64 of the longest
+source or of the limit of the answers.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -19,23 +20,24 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from qlora_jax.errors import OptionError
 from qlora_jax.serve.generate import GREEDY, choose, collect_answers, round_up
 from qlora_jax.serve.sampling import Sampling
 
 
 class Seq2SeqModel(Protocol):
-    """What `generate_seq2seq` needs of a model; the cache is a pytree of the model's own."""
+    """A model that `generate_seq2seq` can use; the cache is any pytree."""
 
     def encode(self, sources: Array, source_mask: Array) -> Array:
-        """int32 sources `[b, s]` and bool mask `[b, s]` to hidden states `[b, s, d]`."""
+        """Return the hidden states `[b, s, d]` of int32 sources `[b, s]` with a bool mask `[b, s]`."""
         ...
 
     def init_cache(self, encoded: Array, source_mask: Array, capacity: int) -> Any:
-        """The cache before the first target, with room for `capacity` of them a row."""
+        """Return a cache for `capacity` targets per row."""
         ...
 
     def decode(self, tokens: Array, cache: Any) -> tuple[Array, Any]:
-        """int32 tokens `[b]` to (logits `[b, v]`, the grown cache)."""
+        """Process one target per row, int32 `[b]`; return (logits `[b, v]`, the cache including it)."""
         ...
 
 
@@ -51,17 +53,17 @@ def generate_seq2seq(
     seed: int = 0,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """The answers to a batch of sources, in their order.
+    """Return the answers to a batch of sources as lists of token ids, in the order of the sources.
 
     Args:
         graphdef, state: `nnx.split` of a `Seq2SeqModel`.
-        sources: token ids, each source with at least one.
+        sources: token ids; each source has at least one.
         eos_ids: tokens that end an answer and are not part of it.
-        decoder_start_id: what the decoder reads first, and no part of the answer.
+        decoder_start_id: the first token that the decoder reads, which is not part of the answer.
         max_new_tokens, sampling, seed, on_token: as for `generate`.
 
     Raises:
-        ValueError: before any computation: no sources, an empty one, or max_new_tokens < 1.
+        OptionError: no sources, an empty source, or max_new_tokens < 1; it is raised before any computation.
     """
     problems = [f"source {row}: expected at least one token, found none" for row, source in enumerate(sources) if not source]
     if not sources:
@@ -69,7 +71,7 @@ def generate_seq2seq(
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
     if problems:
-        raise ValueError(f"generate_seq2seq: {'; '.join(problems)}")
+        raise OptionError(f"generate_seq2seq: {'; '.join(problems)}")
 
     rows, length = len(sources), round_up(max(map(len, sources)))
     tokens, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)

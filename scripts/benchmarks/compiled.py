@@ -1,18 +1,18 @@
-"""Compiled steps on devices that need not be there: memory, operations and bytes of ours and of Qwix' (peers/*_compile.py).
+"""Compile steps for devices that need not be attached: memory, operations and bytes of qlora_jax and of Qwix.
 
     peak       arguments + temporaries + outputs - outputs in donated arguments, by XLA's buffer assignment
-    TFLOP      of matrix products, counted in the traced program, with what the backward pass recomputes
-    GB         of device memory that one run reads and writes at least, counted in the compiled program
+    TFLOP      of matrix products, counted in the traced program, including those that the backward pass recomputes
+    GB         least number of bytes of device memory that one run reads and writes, counted in the compiled program
 
-Both sides are counted by the same functions, for the same model, batch, rank and dtype (bfloat16), layers recomputed in the
-backward pass on both. GEMMs are not autotuned.
+The workers are peers/*_compile.py. Both programs are counted by the same functions, for the same model, batch, rank and
+dtype (bfloat16), with layers recomputed in the backward pass. GEMMs are not autotuned.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from scripts.benchmarks.page import Section, skipped_said, versions_said
+from scripts.benchmarks.page import Section, skipped_sentences, versions_sentence
 from scripts.benchmarks.workers import OURS, Found, Run, command
 
 Step = Literal["train", "decode"]
@@ -29,7 +29,10 @@ def runs_of(
     length: int,
     rank: int,
 ) -> list[Run]:
-    """Each step of each model on each device; decoding a row, of a cache as long as `length`. Qwix' training step only."""
+    """Return a run for each step of each model on each device.
+
+    The decode step has one row and a cache of `length` tokens. Of Qwix, only the training step is compiled.
+    """
     runs = []
     for device in devices:
         for model in models:
@@ -45,15 +48,15 @@ def runs_of(
     return runs
 
 
-def said(result: dict[str, Any]) -> str:
-    """One run in a few words."""
+def progress_text(result: dict[str, Any]) -> str:
+    """Return a short text about one run, for the progress messages."""
     if result["peak"] is None:
         return "does not fit"
     return f"{result['peak'] / GIB:.2f} GiB, compiled in {result['compile_seconds']:.0f} s"
 
 
 def section(found: Found, method: dict[str, Any]) -> Section:
-    """The table; rows of the same work beside each other."""
+    """Return the table, in which rows of the same work are neighbours."""
     rows = []
     for name in sorted(found.runs, key=lambda name: (*name.split()[:0:-1], name)):
         side, step, model, device = name.split()
@@ -68,13 +71,14 @@ def section(found: Found, method: dict[str, Any]) -> Section:
         counts = (f"{result['flops'] / 1e12:.3f}", f"{result['traffic'] / 1e9:.1f}", f"{result['compile_seconds']:.0f}")
         rows.append((*head, *(f"{size:.2f}" for size in sizes), *counts))
     return Section(
-        "Compiled without the device",
+        "Steps compiled for devices that are not attached",
         (
-            f"NF4 (ours with double quantisation, Qwix without), LoRA r {method['rank']} on all linear layers, bfloat16, "
-            "float32 adapter and AdamW, layers recomputed in the backward pass; on each device.",
-            versions_said(found),
+            f"NF4 (ours with double quantisation, Qwix without), LoRA of rank {method['rank']} on all linear layers, "
+            "bfloat16, float32 adapter and AdamW, layers recomputed in the backward pass. All figures are for each "
+            "device.",
+            versions_sentence(found),
         ),
         ("device and model", "step", "tokens", "side", "peak GiB", "frozen", "temporaries", "TFLOP", "GB", "compiled in s"),
         tuple(rows),
-        skipped_said(found.skipped),
+        skipped_sentences(found.skipped),
     )

@@ -1,14 +1,15 @@
-"""Decoding: the same prompt, greedily continued by the same number of tokens, by each variant of each side in turns.
+"""Measure decoding: every variant continues the same prompt greedily by the same number of tokens.
 
     tokens/s   rows of the batch / time of a token after the first: median over the answers of all rounds
-    prefill    median time until the first token is known, of an answer for which everything is compiled
+    prefill    median time until the first token is known, when everything is compiled
     peak       largest peak resident memory of a process
     start      median time from the start of the program to its first token: imports, loading, quantising, compiling
-    same       tokens at the start of the answer that equal those of transformers with the same storage and dtype
+    same       number of tokens at the start of the answer that equal those of transformers with the same storage and dtype
 
-Greedy tokens agree where both compute the same, up to roundings where two tokens are nearly as likely. bitsandbytes runs
-with what its wheel has: kernels that it would fetch from the hub are not there. On a CPU with AVX512-BF16, bitsandbytes 0.50
-multiplies a row by a 4-bit matrix in bfloat16 whatever the compute dtype is: its tokens in float32 need not be ours.
+Greedy tokens agree if both programs compute the same, except where rounding decides between two tokens of almost equal
+probability. bitsandbytes uses the kernels of its wheel; it cannot download others from the hub. On a CPU with AVX512-BF16,
+bitsandbytes 0.50 multiplies a row by a 4-bit matrix in bfloat16 whatever the compute dtype is, so that its tokens in float32
+may differ from those of qlora_jax.
 """
 
 import statistics
@@ -16,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmarks.page import Section, machine_said, skipped_said, versions_said
-from scripts.benchmarks.training import disturbed_said
+from scripts.benchmarks.page import Section, machine_sentence, skipped_sentences, versions_sentence
+from scripts.benchmarks.training import disturbed_sentences
 from scripts.benchmarks.workers import MEBIBYTE, OURS, Found, Platform, Run, command, cores, disturbed, peaks
 
 TEXT = """The harbour was quiet in the early morning. Two boats had come in during the night, and their crews were asleep
@@ -27,7 +28,7 @@ towards the warehouse, whose door stood open by the width of a hand, and then at
 
 
 def prompt_of(tokenizer: Any, length: int) -> list[int]:
-    """So many tokens of a text, which is repeated where it is too short."""
+    """Return `length` tokens of a text, which is repeated if it is too short."""
     tokens = list(tokenizer(TEXT.replace("\n", " "), add_special_tokens=False)["input_ids"])
     return (tokens * -(-length // len(tokens)))[:length]
 
@@ -42,7 +43,7 @@ def runs_of(
     new_tokens: int,
     answers: int,
 ) -> list[Run]:
-    """The runs of one round: for each side its variants, such as nf4-float32."""
+    """Return the runs of one round: the variants of each program, such as nf4-float32."""
     scripts = {OURS: "qlora_jax_decode.py", "hf": "hf_decode.py"}
     words = "[" + ",".join(map(str, prompt)) + "]"
     runs = []
@@ -55,8 +56,8 @@ def runs_of(
     return runs
 
 
-def said(result: dict[str, Any]) -> str:
-    """One run in a few words."""
+def progress_text(result: dict[str, Any]) -> str:
+    """Return a short text about one run, for the progress messages."""
     return (
         f"{statistics.median(result['token_seconds']) * 1e3:.1f} ms a token, "
         f"{statistics.median(result['token_cpu_seconds']) * 1e3:.1f} ms of CPU, {result['start_seconds']:.0f} s to start"
@@ -64,7 +65,7 @@ def said(result: dict[str, Any]) -> str:
 
 
 def summary(runs: Sequence[dict[str, Any]], rows: int, platform: Platform) -> dict[str, Any]:
-    """The figures of one variant over its rounds."""
+    """Return the metrics of one variant over its rounds."""
     seconds: list[float] = [second for found in runs for second in found["token_seconds"]]
     cpu: float = statistics.median(second for found in runs for second in found["token_cpu_seconds"])
     median = statistics.median(seconds)
@@ -74,7 +75,7 @@ def summary(runs: Sequence[dict[str, Any]], rows: int, platform: Platform) -> di
         "token_seconds_range": [min(seconds), max(seconds)],
         "token_cpu_seconds": cpu,
         "busy": cpu / (median * cores()),
-        # A token alone need not keep all cores busy: only the spread of the answers tells of neighbours.
+        # One token need not use all cores: only the spread of the answers shows other processes.
         "disturbed": disturbed(seconds, 1.0, platform),
         "prefill_seconds": statistics.median(second for found in runs for second in found["prefill_seconds"]),
         **peaks(runs),
@@ -85,7 +86,7 @@ def summary(runs: Sequence[dict[str, Any]], rows: int, platform: Platform) -> di
 
 
 def agreement(results: dict[str, dict[str, Any]]) -> dict[str, int]:
-    """Of each variant of ours: how many tokens of its answer, from the first, equal those of its counterpart in hf."""
+    """Return, for each variant of qlora_jax, how many of its first tokens equal those of transformers."""
     found = {}
     for name, row in results.items():
         other = results.get(name.replace(OURS, "hf", 1))
@@ -96,7 +97,7 @@ def agreement(results: dict[str, dict[str, Any]]) -> dict[str, int]:
 
 
 def section(found: Found, results: dict[str, dict[str, Any]], method: dict[str, Any], device: dict[str, Any]) -> Section:
-    """The table."""
+    """Return the section with the table of results."""
     on_device = any(row["peak_device_bytes"] for row in results.values())
     columns = ("", "tokens/s", "ms a token", "min", "max", "CPU ms", "busy", "prefill ms", "peak MiB", "load s", "start s")
     columns += (*(["device MiB"] * on_device), "same tokens")
@@ -122,20 +123,26 @@ def section(found: Found, results: dict[str, dict[str, Any]], method: dict[str, 
     return Section(
         "Decoding",
         (
-            f"{method['model']}; {method['batch_size']} x {method['prompt_tokens']} tokens of English, continued "
-            f"greedily by {total}; medians of {method['rounds']} rounds x {method['answers']} answers, in turns, after "
-            "one of warm-up; one process a run. nf4 has double quantisation.",
-            machine_said(found, device),
-            versions_said(found),
+            f"{method['model']}: {method['batch_size']} x {method['prompt_tokens']} tokens of English text are continued "
+            f"by {total} tokens, greedily. Figures are medians of {method['rounds']} rounds x {method['answers']} "
+            "answers after one answer of warm-up. Each run is a process of its own, and the variants take turns. nf4 "
+            "has double quantisation.",
+            machine_sentence(found, device),
+            versions_sentence(found),
         ),
         columns,
         tuple(rows),
-        (*agreement_said(same, total), *compared(results), *disturbed_said(results), *skipped_said(found.skipped)),
+        (
+            *agreement_sentences(same, total),
+            *compared(results),
+            *disturbed_sentences(results),
+            *skipped_sentences(found.skipped),
+        ),
     )
 
 
-def agreement_said(same: dict[str, int], total: int) -> tuple[str, ...]:
-    """Whether the greedy tokens of both sides agree."""
+def agreement_sentences(same: dict[str, int], total: int) -> tuple[str, ...]:
+    """Return sentences that say whether the greedy tokens of both programs agree."""
     return tuple(
         f"Greedy tokens of {name} {'agree' if count == total else f'do NOT agree (from token {count + 1} on)'} with "
         f"those of {name.replace(OURS, 'hf', 1)}."
@@ -144,10 +151,10 @@ def agreement_said(same: dict[str, int], total: int) -> tuple[str, ...]:
 
 
 def compared(results: dict[str, dict[str, Any]]) -> tuple[str, ...]:
-    """Sentences that put ours beside the peers, for the same compute dtype."""
+    """Return sentences that compare qlora_jax with the peers, for the same compute dtype."""
     return tuple(
         f"{name} against {peer}: {row['tokens_per_second'] / other['tokens_per_second']:.2f} times the tokens/s "
-        f"({other['token_cpu_seconds'] / row['token_cpu_seconds']:.2f} by CPU seconds), "
+        f"({other['token_cpu_seconds'] / row['token_cpu_seconds']:.2f} by CPU time), "
         f"{row['peak_resident_bytes'] / other['peak_resident_bytes']:.2f} of the memory, "
         f"{row['start_seconds'] / other['start_seconds']:.2f} of the time to start."
         for name, row in results.items()

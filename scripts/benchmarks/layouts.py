@@ -1,60 +1,59 @@
-"""Which codes share a byte: `x @ dequantize(w)` compiled for each layout of them, ahead of time, no TPU or GPU needed.
+"""Compare layouts of 4-bit codes: compile `x @ dequantize(w)` for each layout. No TPU or GPU is needed.
 
-    python scripts/layouts.py --device v5e v5p v6e h100
-    python scripts/layouts.py --device v5e --shape 8192 28672 --rows 8
+    python scripts/benchmarks/layouts.py --device v5e v5p v6e h100
+    python scripts/benchmarks/layouts.py --device v5e --shape 8192 28672 --rows 8
 
-A layout is a pair of functions, codes `[in, out]` to what is stored and back; looking a code up and the scales are the
-package's, so that nothing else differs. The values v are multiplied with x in two forms:
+A layout says which codes share a byte. It is a pair of functions, from codes `[in, out]` to the stored array and back. The
+lookup of codes and the scales are those of the package, so that nothing else differs. The values v are multiplied with x in
+two forms:
 
-    matrix    x [rows, in] @ v [in, out]                                what the package does
-    blocks    x [rows, blocks, 64] by v [blocks, 64, out], summed over both axes; values are never away from their scale
+    matrix    x [rows, in] @ v [in, out]                                as in the package
+    blocks    x [rows, blocks, 64] by v [blocks, 64, out], summed over both axes; values stay beside their scale
 
-Of each compiled program, from its text (qlora_jax/plan/hlo.py):
+For each compiled program, the table has these columns, read from its text (qlora_jax/plan/hlo.py):
 
-    moved         MB that it reads and writes in the device's memory; a TPU's on-chip memory is not counted
-    kcycles       what the TPU compiler itself expects the entry's instructions to take, in thousands; no measurement
-    temporaries   MB, by the compiler's own memory analysis, on-chip memory included
-    steps         instructions of the entry that do something; on a GPU its kernels, so far as XLA's text tells
-    arithmetic    elements a weight that instructions beside the product make by arithmetic, selects, casts and gathers
-    shuffles      elements a weight that concatenate, transpose, copy, pad and slice make
+    moved         MB that it reads and writes in the memory of the device, without the on-chip memory of a TPU
+    kcycles       the TPU compiler's own estimate for the instructions of the entry, in thousands; not a measurement
+    temporaries   MB, by the compiler's own memory analysis, including on-chip memory
+    steps         instructions of the entry that do work; on a GPU these are kernels, as far as XLA's text shows
+    arithmetic    elements per weight made by arithmetic, selects, casts and gathers outside the product
+    shuffles      elements per weight made by concatenate, transpose, copy, pad and slice
 
-"equal" says that on the CPU a layout gives the codes and the matrix back bit for bit as the package's own does, and so the
-product, which in blocks is summed in another order (to a bfloat16's rounding). The last line is JSON.
+"equal" says that, on the CPU, the layout returns the codes and the matrix of the package bit for bit, and therefore the
+product; in the form "blocks" the product is summed in another order and equal up to the rounding of bfloat16. The last line
+is JSON.
 """
 
 import dataclasses
 import json
 import math
-import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax import Array
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from qlora_jax import cli
+from qlora_jax.errors import OptionError
 from qlora_jax.plan import DEVICES, Machine, machine_mesh, machine_named
 from qlora_jax.plan.compile import COMPILER_OPTIONS, place, versions
 from qlora_jax.plan.hlo import Program, parse_program
 from qlora_jax.plan.topology import context
+from qlora_jax.platforms import use_compilers_only
 from qlora_jax.quant import QuantizedTensor, dequantize, matmul, quantize
 from qlora_jax.quant.dense_matmul import einsum
 from qlora_jax.quant.tensor import _lookup, _times_scales, block_scales, unpack
 
 Form = Literal["matrix", "blocks"]
 BLOCK, SHARDS = 64, 4
-UNIT = 8 * BLOCK  # rows that every layout takes: eighths and shards of whole blocks
+UNIT = 8 * BLOCK  # a number of rows that every layout accepts: eighths and shards are whole blocks
 KERNEL = "the kernel, on row halves"
 _FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy-done", "slice-done", "async-done"}
 _SHUFFLES = {"concatenate", "transpose", "copy", "pad", "slice", "dynamic-slice", "dynamic-update-slice", "reverse"}
@@ -64,22 +63,22 @@ _NO_WORK = {*_FREE, "reshape", "broadcast", "iota", "copy-start", "slice-start",
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What each layout of 4-bit codes costs on a TPU or a GPU."""
+    """Costs of layouts of 4-bit codes on a TPU or a GPU."""
 
     device: tuple[str, ...] = ("v5e", "v5p", "v6e", "h100")
-    """What to compile for (see qlora_jax/plan/devices.py), one of each."""
+    """Devices to compile for (see qlora_jax/plan/devices.py), each of them one device."""
     shape: tuple[int, int] = (4096, 14336)
-    """[in, out] of the matrix; in a multiple of 512."""
+    """[in, out] of the matrix; `in` must be a multiple of 512."""
     rows: tuple[int, ...] = (8, 2048)
-    """Rows of x."""
+    """Numbers of rows of x."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """`pack` takes uint8 codes `[in, out]`, `unpack` gives them back.
+    """A pair of functions: `pack` stores uint8 codes `[in, out]`, and `unpack` returns them.
 
     Attributes:
-        of_blocks: no byte has two rows of a block, so that `unpack` takes blocks for rows: stored `[..., 64, out]`.
+        of_blocks: whether no byte has two rows of a block, so that `unpack` also works on stored `[..., 64, out]`.
     """
 
     name: str
@@ -88,7 +87,7 @@ class Layout:
     of_blocks: bool = True
 
     def unpack_blocks(self, stored: Array) -> Array:
-        """The codes `[in/64, 64, out]`."""
+        """Return the codes `[in/64, 64, out]`."""
         if self.of_blocks:
             return self.unpack(stored.reshape(-1, BLOCK, stored.shape[1]))
         codes = self.unpack(stored)
@@ -97,7 +96,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """One compiled product; the figures are None where the compiler refuses, with its reason."""
+    """One compiled product; its metrics are None if the compiler refuses it, for `unsupported_reason`."""
 
     device: str
     rows: int
@@ -111,11 +110,14 @@ class Cost:
     arithmetic: float | None = None
     shuffles: float | None = None
     compile_seconds: float = 0.0
-    problem: str | None = None
+    unsupported_reason: str | None = None
 
 
 def _halves(name: str, runs: Callable[[int], int], of_columns: bool = False, of_blocks: bool = True) -> Layout:
-    """`runs(n)` runs of the n rows, or columns, each split: its first half in high nibbles, its second in low ones."""
+    """Return a layout that divides n rows or columns into `runs(n)` runs; the halves of each run share bytes.
+
+    The first half of a run is in the high nibbles, the second half in the low ones.
+    """
 
     def in_runs(array: Array, nibbles: int) -> tuple[Array, int]:
         axis = array.ndim - 1 if of_columns else 0
@@ -146,7 +148,7 @@ def _neighbours_unpack(packed: Array) -> Array:
 
 
 def _words_pack(codes: Array) -> Array:
-    """Row j + i·in/8 in nibble i of a 32-bit word: the width of a TPU's lanes."""
+    """Store row j + i·in/8 in nibble i of a 32-bit word, which is the width of the lanes of a TPU."""
     parts = codes.astype(jnp.uint32).reshape(8, -1, codes.shape[1])
     return jnp.sum(parts << (4 * jnp.arange(8, dtype=jnp.uint32))[:, None, None], axis=0, dtype=jnp.uint32)
 
@@ -167,12 +169,12 @@ LAYOUTS = (
 
 
 def dense(layout: Layout, stored: Array, w: QuantizedTensor, dtype: Any) -> Array:
-    """The matrix whose codes are `stored`; of w only scales and data type are used."""
+    """Return the matrix whose codes are `stored`; only the scales and the data type of w are used."""
     return _times_scales(_lookup(layout.unpack(stored), w.data_type), block_scales(w)).astype(dtype)
 
 
 def multiply(layout: Layout, form: Form, x: Array, stored: Array, w: QuantizedTensor) -> Array:
-    """x `[rows, in]` times that matrix."""
+    """Return x `[rows, in]` times that matrix."""
     if form == "matrix":
         return einsum("nk,km->nm", x, dense(layout, stored, w, x.dtype))
     values = _lookup(layout.unpack_blocks(stored), w.data_type) * block_scales(w)[:, None, :]
@@ -180,19 +182,21 @@ def multiply(layout: Layout, form: Form, x: Array, stored: Array, w: QuantizedTe
     return jnp.einsum("nbk,bkm->nm", blocks, values.astype(x.dtype), preferred_element_type=x.dtype)
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, description=__doc__)
-    try:
-        if arguments.shape[0] % UNIT or arguments.shape[1] % 2 or min(arguments.shape) < 1:
-            raise ValueError(f"--shape: expected in a multiple of {UNIT} and an even out, found {arguments.shape}")
-        if min(arguments.rows, default=0) < 1:
-            raise ValueError(f"--rows: expected one or more numbers of at least 1, found {arguments.rows}")
-        targets = [(machine, machine_mesh(machine)) for machine in map(_machine, arguments.device)]
-        if not targets:
-            raise ValueError(f"--device: expected one or more of {', '.join(DEVICES)}, found none")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    use_compilers_only()
+    return cli.run(measure, Arguments, __doc__, arguments)
+
+
+def measure(arguments: Arguments) -> None:
+    """Compile all layouts for all devices and print what each costs."""
+    if arguments.shape[0] % UNIT or arguments.shape[1] % 2 or min(arguments.shape) < 1:
+        raise OptionError(f"--shape: expected in a multiple of {UNIT} and an even out, found {arguments.shape}")
+    if min(arguments.rows, default=0) < 1:
+        raise OptionError(f"--rows: expected one or more numbers of at least 1, found {arguments.rows}")
+    targets = [(machine, machine_mesh(machine)) for machine in map(_machine, arguments.device)]
+    if not targets:
+        raise OptionError(f"--device: expected one or more of {', '.join(DEVICES)}, found none")
     forms: tuple[Form, ...] = get_args(Form)
     candidates: list[tuple[Layout | None, Form, bool | None]] = [
         (layout, form, is_equal(layout, form)) for form in forms for layout in LAYOUTS
@@ -208,18 +212,17 @@ def main() -> int:
                 print(line(costs[-1]), flush=True)
     result = {"run": dataclasses.asdict(arguments), "versions": [versions(machine) for machine, _ in targets]}
     print(json.dumps({**result, "costs": [dataclasses.asdict(c) for c in costs]}))
-    return 0
 
 
 def _machine(name: str) -> Machine:
     machine = machine_named(name)
     if machine.count > 1:
-        raise ValueError(f"--device: expected one of {', '.join(DEVICES)}, found {name!r}")
+        raise OptionError(f"--device: expected one of {', '.join(DEVICES)}, found {name!r}")
     return machine
 
 
 def is_equal(layout: Layout, form: Form) -> bool:
-    """Whether codes, matrix and product are the package's own, for a small matrix on the CPU."""
+    """Return whether codes, matrix and product are equal to those of the package, for a small matrix on the CPU."""
     w = quantize(jax.random.normal(jax.random.key(0), (512, 128)))
     codes, x = unpack(w), jax.random.normal(jax.random.key(1), (8, 512), jnp.bfloat16)
     stored = layout.pack(codes)
@@ -239,7 +242,7 @@ def is_equal(layout: Layout, form: Form) -> bool:
 def cost(
     layout: Layout | None, form: Form, equal: bool | None, shape: tuple[int, int], rows: int, machine: Machine, mesh: Mesh
 ) -> Cost:
-    """Compiles one product, by the kernel where there is no layout, and reads what it costs."""
+    """Compile one product and return its cost; without a layout, compile the kernel."""
     platform = machine.device.platform
     w = jax.eval_shape(quantize, jax.ShapeDtypeStruct(shape, jnp.float32))
     x = jax.ShapeDtypeStruct((rows, shape[0]), jnp.bfloat16)
@@ -255,9 +258,9 @@ def cost(
             traced = jax.jit(run).trace(*place((x, dataclasses.replace(w, codes=stored)), mesh, P()))
             lowered = traced.lower(lowering_platforms=(platform,))
         compiled: Any = lowered.compile(COMPILER_OPTIONS[platform])
-    except Exception as error:  # of whatever kind the compiler raises: the table says so
+    except Exception as error:  # compilers raise errors of many types; the table shows them
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return Cost(*names, equal, problem=reason)
+        return Cost(*names, equal, unsupported_reason=reason)
     seconds, text = time.perf_counter() - start, compiled.as_text()
     program = parse_program(text)
     arithmetic, shuffles = work(program)
@@ -276,7 +279,7 @@ def cost(
 
 
 def work(program: Program) -> tuple[int, int]:
-    """(elements made by arithmetic, elements moved about) in all computations that run, loops' bodies once."""
+    """Return the numbers of elements made by arithmetic and by shuffles, in all computations; bodies of loops count once."""
     arithmetic = shuffles = 0
     for computation in program.computations.values():
         for instruction in computation.values():
@@ -289,10 +292,11 @@ def work(program: Program) -> tuple[int, int]:
 
 
 def line(c: Cost) -> str:
+    """Return the row of the table for one product."""
     equal = {True: "yes", False: "NO", None: "–"}[c.equal]
     head = f"| {c.device} | {c.rows} | {c.layout} | {c.form}"
     if c.moved is None or c.temporaries is None:
-        return f"{head} | {c.problem} | | | | | | | {equal} |"
+        return f"{head} | {c.unsupported_reason} | | | | | | | {equal} |"
     cycles = "–" if c.cycles is None else f"{c.cycles / 1000:.0f}"
     counts = " | ".join("–" if n is None else f"{n:.1f}" for n in (c.arithmetic, c.shuffles))
     return (

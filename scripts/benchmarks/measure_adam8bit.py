@@ -1,17 +1,17 @@
-"""AdamW with moments in 8 bits against AdamW in float32: the loss curves, the state's bytes, and the time of a step.
+"""Compare AdamW with moments in 8 bits and AdamW in float32: loss curves, bytes of the state, and time of a step.
 
-    python scripts/measure_adam8bit.py                        200 steps of SmolLM2-135M on the instructions that ship
-    python scripts/measure_adam8bit.py --steps 50 --length 128 --model FOLDER
+    python scripts/benchmarks/measure_adam8bit.py                        200 steps of SmolLM2-135M on its default data
+    python scripts/benchmarks/measure_adam8bit.py --steps 50 --length 128 --model FOLDER
 
-Method. One base, quantised to NF4, and one random adapter on all linear layers. Both optimizers start from that adapter and
-take turns: at each step both see the same packed batch, at a constant learning rate and with gradients clipped to 0.3. No
-batch comes twice within an epoch. Losses are compared in means over windows of ten steps, of both runs alike, since what
-matters is the curve and not the noise of a batch:
+Method. There is one base model, quantised to NF4, and one random adapter on all linear layers. Both optimizers start from
+that adapter and alternate: at each step both use the same packed batch, at a constant learning rate, with gradients clipped
+to 0.3. No batch is used twice in an epoch. Losses are compared as means over windows of ten steps, because the curve matters
+and not the noise of single batches:
 
-    deviation = |mean of 8 bits - mean of float32| / mean of float32                 PASS where the largest is at most 1 %
+    deviation = |mean of 8 bits - mean of float32| / mean of float32                 PASS if the largest is at most 1 %
 
-Times are medians over all steps but each optimizer's first, which compiles; a step is timed until its loss has arrived. The
-last line of the output is the report as JSON, and the exit status is 1 where the criterion fails.
+Times are medians over all steps except the first of each optimizer, which compiles; the time of a step ends when its loss is
+on the host. The last line of the output is the report as JSON. The exit code is 1 if the criterion fails.
 """
 
 import dataclasses
@@ -20,24 +20,26 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
+from qlora_jax import cli
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import default_dtype, load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.data import PLAIN_ANSWERS, BatchIterator, batches, encode_all, load_records
+from qlora_jax.errors import OptionError
 from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization
 from qlora_jax.train import OptimizerName, create_state, jit_train_step, language_model_loss, optimizer, split
 
-WINDOW = 10  # steps of one mean
-MOST = 0.01  # deviation
+WINDOW = 10  # steps in one mean
+MOST = 0.01  # largest deviation that passes
 RUNS: tuple[OptimizerName, OptimizerName] = ("adamw", "adamw8bit")
 
 
@@ -46,38 +48,39 @@ class Arguments:
     """Compare AdamW in 8 bits with AdamW in float32."""
 
     model: str | None = None
-    """Folder, .gguf file or hub id; SmolLM2-135M-Instruct if left out."""
+    """Folder, .gguf file or hub id of the model; SmolLM2-135M-Instruct if left out."""
     steps: int = 200
-    """Of each optimizer."""
+    """Steps of each optimizer."""
     minutes: float = 60.0
-    """Stop earlier when so much time has passed."""
+    """Stop after so many minutes, even if steps are left."""
     batch_size: int = 1
-    """Rows of a step."""
+    """Rows in the batch of a step."""
     length: int = 256
-    """Tokens of a row."""
+    """Tokens in a row."""
     rank: int = LoRA.rank
-    """Of the adapter."""
+    """Rank of the adapter."""
     learning_rate: float = 1e-3
-    """Constant."""
+    """Constant learning rate."""
     seed: int = 0
-    """Of the adapter and of the order of the data."""
+    """Seed of the adapter and of the order of the data."""
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, description=__doc__)
-    try:
-        report = measure(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    return cli.run(run, Arguments, __doc__, arguments)
+
+
+def run(arguments: Arguments) -> int:
+    """Measure, print the report and return 0 if the criterion holds, else 1."""
+    report = measure(arguments)
     print_report(report)
     return 0 if report["passes"] else 1
 
 
 def measure(arguments: Arguments) -> dict[str, Any]:
-    """The report."""
+    """Measure and return the report."""
     if arguments.steps < WINDOW:
-        raise ValueError(f"--steps: expected at least {WINDOW}, found {arguments.steps}")
+        raise OptionError(f"--steps: expected at least {WINDOW}, found {arguments.steps}")
     name = arguments.model or str(fetch_default_model())
     source = _batches(name, arguments)
     lora = LoRA(rank=arguments.rank)
@@ -129,7 +132,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The report as a table and as JSON."""
+    """Print the report as a table and as JSON."""
     versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
     print(f"{report['model']}, {report['dtype']}, rank {report['rank']}: {report['parameters']:,} trainable parameters")
     print(f"{report['steps']} steps of {report['tokens_a_step']} tokens on {report['device']}; {versions}")

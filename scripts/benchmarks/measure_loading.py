@@ -1,23 +1,21 @@
-"""What loading a checkpoint costs: host memory against the size of the result, time, and bits a parameter.
+"""Measure the loading of a checkpoint: host memory compared with the size of the result, time, and bits per parameter.
 
-    python scripts/measure_loading.py                  writes 2 GB of Llama-2-7B's shapes, loads, removes them
-    python scripts/measure_loading.py --folder FOLDER  loads what is there; writes it first if nothing is
+    python scripts/benchmarks/measure_loading.py                  write 2 GB with the shapes of Llama-2-7B, load, remove
+    python scripts/benchmarks/measure_loading.py --folder FOLDER  load a folder; write it first if it does not exist
 
-Method. A checkpoint of random bfloat16 weights is streamed into sharded .safetensors files, with the layer
-shapes of a real Llama and as many layers as the wanted size needs. A fresh process imports everything,
-creates JAX's backend, compiles nothing, and notes its anonymous resident memory: the baseline. It then
-loads the checkpoint, quantised, while a thread reads RssAnon from /proc/self/status every few milliseconds;
-anonymous memory, because pages of files (libraries, the checkpoint in the page cache) can be dropped at any
-time and are not the loader's. The criterion:
+Method. A checkpoint of random bfloat16 weights is streamed into sharded .safetensors files, with the layer shapes of a real
+Llama and as many layers as the requested size needs. A new process imports everything, creates JAX's backend, compiles
+nothing, and reads its anonymous resident memory: the baseline. It then loads and quantises the checkpoint, while a thread
+reads RssAnon from /proc/self/status every few milliseconds. Only anonymous memory is counted, because pages of files
+(libraries, the checkpoint in the page cache) can be dropped at any time and do not belong to the loader. The criterion:
 
     peak - baseline <= result + 2 x largest tensor
 
-where the result is the bytes of all leaves of the loaded model and the largest tensor is as the file stores
-it. What the compiler allocates, some 200 MiB, counts towards the peak: a checkpoint whose largest tensor is
-smaller than that is too small for this measurement. VmHWM, the kernel's own high-water mark of all resident
-pages, is shown beside it: no peak that the sampler missed was higher than that. On accelerators the result
-lies on the device, so that the criterion says little there. The last line of the output is the report as
-JSON, and the exit status is 1 where a criterion fails.
+The result is the number of bytes of all leaves of the loaded model; the largest tensor is measured as stored in the file.
+The peak includes what the compiler allocates, some 200 MiB, so that checkpoints whose largest tensor is smaller than that
+cannot be measured in this way. The report also has VmHWM, the kernel's own maximum of all resident pages: no peak between
+two samples was higher. On accelerators the result is in the memory of the device, so that the criterion says little. The
+last line of the output is the report as JSON. The exit code is 1 if a criterion fails.
 """
 
 import dataclasses
@@ -28,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -36,12 +34,13 @@ from typing import Any, Literal
 import jax
 import ml_dtypes
 import numpy as np
-import tyro
 from flax import nnx
 
+from qlora_jax import cli
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
+from qlora_jax.errors import OptionError
 from qlora_jax.export.merge import merge
 from qlora_jax.models import CausalLM
 from qlora_jax.peft import LoRA
@@ -73,38 +72,34 @@ class Arguments:
     """Measure the memory and time that loading a checkpoint takes."""
 
     folder: Path | None = None
-    """Checkpoint to load; written first where it does not exist. None: a temporary one."""
+    """Checkpoint to load, which is written first if it does not exist; a temporary one if left out."""
     shapes: Model = "llama-2-7b"
-    """Layer shapes of a checkpoint that is written."""
+    """Layer shapes of the written checkpoint."""
     gigabytes: float = 2.0
-    """Least size (10^9 bytes) of a checkpoint that is written: layers are added until it is reached."""
+    """Least size of the written checkpoint in 10^9 bytes; layers are added until it is reached."""
     data_type: DataType = DATA_TYPES[0]
     """Storage of the linear weights."""
     double_quantization: bool = True
-    """Whether their scales are quantised too."""
+    """Whether the scales are quantised too."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of dense weights, the embeddings among them; by platform if None."""
+    """Type of dense weights, including the embedding; that of the platform if left out."""
     rank: int = 16
-    """Rank of the adapter on all linear layers, part of the result; 0 for none."""
+    """Rank of the adapter on all linear layers, which is part of the result; 0 for no adapter."""
     interval_ms: float = 2.0
-    """Time between two samples."""
+    """Milliseconds between two samples."""
     stage: Literal["all", "write", "load"] = "all"
-    """"all" writes, loads in a process of its own and removes what is temporary; the others do one half."""
+    """"all" writes the checkpoint, loads it in a separate process and removes temporary files; the others do one of both."""
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, description=__doc__)
-    if arguments.folder is None and arguments.stage != "all":
-        raise SystemExit(f"error: --stage {arguments.stage}: expected --folder")
-    try:
-        return run(arguments)
-    except (ValueError, OSError) as error:  # CheckpointError is a ValueError
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    return cli.run(run, Arguments, __doc__, arguments)
 
 
 def run(arguments: Arguments) -> int:
-    """The exit status."""
+    """Do the stages that are asked for; return 0 if all criteria hold, else 1."""
+    if arguments.folder is None and arguments.stage != "all":
+        raise OptionError(f"--stage {arguments.stage}: expected --folder")
     match arguments.folder, arguments.stage:
         case Path() as folder, "write":
             write_checkpoint(folder, arguments.shapes, arguments.gigabytes)
@@ -120,13 +115,13 @@ def run(arguments: Arguments) -> int:
                     start = time.perf_counter()
                     write_checkpoint(folder, arguments.shapes, arguments.gigabytes)
                     print(f"wrote {folder} in {time.perf_counter() - start:.1f} s", flush=True)
-                # A process that has written has a heap, and pages in it, that loading would find free.
+                # After writing, the heap of a process has free pages that loading could use: load in a new process.
                 loading = dataclasses.replace(arguments, folder=folder, stage="load")
                 return subprocess.run([sys.executable, __file__, *flags(loading)], check=False).returncode
 
 
 def flags(arguments: Arguments) -> list[str]:
-    """The command line that gives `arguments`."""
+    """Return the command line that gives these options."""
     found: list[str] = []
     for field in dataclasses.fields(arguments):
         value, name = getattr(arguments, field.name), field.name.replace("_", "-")
@@ -138,7 +133,7 @@ def flags(arguments: Arguments) -> list[str]:
 
 
 def synthetic_checkpoint(shapes: Model, gigabytes: float, seed: int = 0) -> Checkpoint:
-    """A checkpoint of random bfloat16 weights that are drawn when they are read, and never all there."""
+    """Return a checkpoint of random bfloat16 weights, each of which is drawn when it is read."""
     config: dict[str, Any] = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -181,7 +176,7 @@ def synthetic_checkpoint(shapes: Model, gigabytes: float, seed: int = 0) -> Chec
             return np.ones(shape, ml_dtypes.bfloat16)
         generator = np.random.default_rng([seed, list(tensors).index(name)])
         tensor = np.empty(int(np.prod(shape)), ml_dtypes.bfloat16)
-        for start in range(0, tensor.size, 2**22):  # the float32 values of a part at a time
+        for start in range(0, tensor.size, 2**22):  # so that few float32 values are in memory at once
             part = tensor[start : start + 2**22]
             part[:] = generator.standard_normal(part.size, np.float32) * np.float32(shape[1] ** -0.5)
         return tensor.reshape(shape)
@@ -190,12 +185,12 @@ def synthetic_checkpoint(shapes: Model, gigabytes: float, seed: int = 0) -> Chec
 
 
 def write_checkpoint(folder: Path, shapes: Model, gigabytes: float, shard_bytes: int = SHARD_BYTES) -> None:
-    """Streams a synthetic checkpoint into a sharded Hugging Face folder."""
+    """Stream a synthetic checkpoint into a sharded Hugging Face folder."""
     merge(synthetic_checkpoint(shapes, gigabytes), None, folder, shard_bytes=shard_bytes)
 
 
 def status(field: str) -> int:
-    """Bytes of one of the memory fields of /proc/self/status."""
+    """Return a memory field of /proc/self/status in bytes."""
     with open("/proc/self/status", encoding="ascii") as file:
         for line in file:
             if line.startswith(f"{field}:"):
@@ -205,7 +200,7 @@ def status(field: str) -> int:
 
 @contextmanager
 def sampling(interval: float) -> Iterator[list[int]]:
-    """Anonymous resident bytes of this process, every `interval` seconds while the context lasts."""
+    """Sample the anonymous resident bytes of this process every `interval` seconds inside the context."""
     samples = [status("RssAnon")]
     stop = threading.Event()
 
@@ -224,7 +219,7 @@ def sampling(interval: float) -> Iterator[list[int]]:
 
 
 def measure(folder: Path, arguments: Arguments) -> dict[str, Any]:
-    """Loads a checkpoint and reports on it; to be the first thing that a process does."""
+    """Load a checkpoint and return the report. It must be the first work of its process."""
     devices = jax.devices()  # creates the backend
     checkpoint = open_checkpoint(str(folder))
     file_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -260,7 +255,7 @@ def measure(folder: Path, arguments: Arguments) -> dict[str, Any]:
     bits = 8 * sum(tensor.nbytes for tensor in quantized) / parameters
     promised = arguments.double_quantization  # without it a block of 64 takes 4.5 bits a value by definition
     return {
-        "checkpoint": checkpoint.source if arguments.folder is None else folder.name,
+        "checkpoint": checkpoint.name if arguments.folder is None else folder.name,
         "file_bytes": file_bytes,
         "tensors": len(sizes),
         "platform": devices[0].platform,
@@ -287,7 +282,7 @@ def measure(folder: Path, arguments: Arguments) -> dict[str, Any]:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The report as a table, its criteria, and as JSON."""
+    """Print the report as a table with its criteria, and as JSON."""
 
     def mebibytes(name: str) -> str:
         return f"{report[name] / MEBIBYTE:,.1f} MiB"

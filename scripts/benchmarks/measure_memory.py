@@ -1,36 +1,39 @@
-"""What well-known runs need in memory: a table of compiled training steps, as docs/memory.md shows it.
+"""Compile the training steps of well-known runs and write a table of their memory, as in docs/memory.md.
 
-    python scripts/measure_memory.py --output docs/memory.md
-    python scripts/measure_memory.py --devices v5p --models llama-3-8b
+    python scripts/benchmarks/measure_memory.py --output docs/memory.md
+    python scripts/benchmarks/measure_memory.py --devices v5p --models llama-3-8b
 
-Each run is compiled four times, by how much it leaves to host memory:
+Each run is compiled four times, with more and more in host memory:
 
-    device     nothing: weights, adapter, optimizer and the layers' inputs are on the device
-    optimizer  Adam's moments (--host-offload)
-    most       moments, adapter, its gradient and the layers' inputs (--host-adapter --remat offload)
-    most, NF4  the same, with token table and output head in NF4 (--embedding-storage nf4)
+    device     nothing: weights, adapter, optimizer and the inputs of the layers are on the device
+    optimizer  the moments of Adam (--host-offload)
+    most       moments, adapter, its gradient and the inputs of the layers (--host-adapter --remat offload)
+    most, NF4  the same, with token embedding and output head in NF4 (--embedding-storage nf4)
 
-Layers are recomputed in the backward pass in all of them. The figures are those of XLA's buffer assignment, GEMMs not
+Layers are recomputed in the backward pass in all of them. The numbers are those of XLA's buffer assignment; GEMMs are not
 autotuned. The last line is JSON.
 """
 
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from qlora_jax import cli
 from qlora_jax.errors import DoesNotFitError
 from qlora_jax.models import ModelSpec
 from qlora_jax.peft import LoRA
 from qlora_jax.plan import Plan, check_compiler, compile_train_step, machine_named
+from qlora_jax.platforms import use_compilers_only
 from qlora_jax.train import BatchSpec, OptimizerSpec, StepSpec, language_model_objective
-from scripts.benchmarks.ahead import check_names, config_of, main_of  # before JAX
+from scripts.benchmarks.model_sizes import check_names, config_of
 
 GIB = 2**30
-# (model, rank, rows a device, tokens a row): the paper's runs, and longer ones.
+# (model, rank, rows, tokens in a row): the runs of the QLoRA paper, and longer ones.
 RUNS = (
     ("llama-7b", 64, 1, 512),
     ("llama-13b", 64, 1, 512),
@@ -48,7 +51,7 @@ OFFLOADED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "most": ({"remat": "offload"}, _MOST),
     "most, NF4": ({"remat": "offload", "embedding_storage": "nf4"}, _MOST),
 }
-# Columns of the table, and what of `figures` they show.
+# Columns of the table, and the metric that each column shows.
 SHOWN = (
     ("peak", "peak"),
     ("frozen weights", "weights"),
@@ -57,20 +60,49 @@ SHOWN = (
     ("host memory", "host"),
 )
 
+HEAD = """\
+# Memory of well-known runs
+
+The peak memory of one training step on each device, in GiB, as XLA compiles it: NF4 with double quantisation, LoRA on
+all linear layers, bfloat16 activations, float32 adapter and AdamW, layers recomputed in the backward pass. Made by
+`python scripts/benchmarks/measure_memory.py --output docs/memory.md`. The column "stored in host memory" says what is
+stored there instead of on the device:
+
+- `device`: nothing;
+- `optimizer`: the optimizer state (`--host-offload`);
+- `most`: the optimizer state, the adapter and its gradient, and the inputs of the layers (`--host-offload --host-adapter
+  --remat offload`);
+- `most, NF4`: the same as `most`, with the embedding and the output head in NF4 (`--embedding-storage nf4`)."""
+FLOOR = """\
+In the rows `most`, everything that the options can store in host memory is stored there. What remains on the device is
+
+- the frozen weights, which each step reads completely: 4.127 bits per value, and the embedding and the output head in
+  bfloat16 or, in the rows `most, NF4`, in 4 bits too. Only fewer bits per value or more devices reduce them;
+- the memory of one layer while it is recomputed and differentiated (the activations of a micro-batch and one dense
+  matrix at a time), or the memory of a chunk of logits with the output head, whichever is larger. Fewer tokens per
+  micro-batch reduce it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Which runs, on what."""
+    """Options of the table."""
 
     devices: tuple[str, ...] = ("h100", "v5e:2x2")
-    """Devices as scripts/plan.py takes them; on several, the rows of a run are spread over them."""
+    """Devices, in the notation of scripts/plan.py; the rows of a run are distributed over several devices."""
     models: tuple[str, ...] | None = None
-    """Models of the tables; if left out, all of them on one device and Llama-3-8B on several."""
+    """Models of the tables; if left out, all of them for one device and Llama-3-8B for several."""
     output: Path | None = None
-    """Markdown file to write; standard output alone if left out."""
+    """Markdown file to write; if left out, the page is only printed."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    use_compilers_only()
+    return cli.run(run, Arguments, __doc__, arguments)
 
 
 def run(arguments: Arguments) -> None:
+    """Compile all runs, then print and write the page."""
     if arguments.models is not None:
         check_names("models", arguments.models, (model for model, *_ in RUNS))
     machines = [machine_named(name) for name in arguments.devices]
@@ -94,7 +126,7 @@ def run(arguments: Arguments) -> None:
         )
         row = {"device": machine.name, "model": model, "rank": rank, "batch": batch, "length": length, "offloaded": name}
         try:
-            rows.append(row | figures(compile_train_step(spec, machine)))
+            rows.append(row | metrics_of(compile_train_step(spec, machine)))
         except DoesNotFitError as error:
             rows.append(row | {"peak": None, "why": str(error)})
     text = markdown(rows)
@@ -105,8 +137,8 @@ def run(arguments: Arguments) -> None:
     print(json.dumps({"method": method, "devices": arguments.devices, "rows": rows}))
 
 
-def figures(plan: Plan) -> dict[str, Any]:
-    """Bytes and seconds of a plan."""
+def metrics_of(plan: Plan) -> dict[str, Any]:
+    """Return the bytes and seconds of a plan by the names that the table uses."""
     return {
         "peak": plan.peak,
         "weights": plan.packed_weights + plan.dense_weights,
@@ -119,23 +151,17 @@ def figures(plan: Plan) -> dict[str, Any]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The page docs/memory.md."""
-    lines = [
-        "# Memory of well-known runs",
-        "",
-        "GiB of one training step on each device, as XLA compiles it: NF4 with double quantisation, LoRA on all linear",
-        "layers, bfloat16 activations, float32 adapter and AdamW, layers recomputed in the backward pass. Made by",
-        "`python scripts/measure_memory.py --output docs/memory.md`, whose head says what is left to the host in each line.",
-    ]
+    """Return the page docs/memory.md."""
+    lines = [HEAD]
     for device in dict.fromkeys(row["device"] for row in rows):
         lines += table(device, [row for row in rows if row["device"] == device])
-    return "\n".join([*lines, "", "## The floor", "", *floor(rows), ""])
+    return "\n".join([*lines, "", "## What remains on the device", "", *floor(rows), ""])
 
 
 def table(device: str, rows: list[dict[str, Any]]) -> list[str]:
-    """The lines of one device."""
+    """Return the lines of the table of one device."""
     versions = next((row["versions"] for row in rows if row["peak"] is not None), {})
-    columns = ("model", "rank", "batch", "left to the host", *(name for name, _ in SHOWN), "compiled in s")
+    columns = ("model", "rank", "batch", "stored in host memory", *(name for name, _ in SHOWN), "compiled in s")
     lines = [
         "",
         f"## {device}",
@@ -156,22 +182,15 @@ def table(device: str, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def floor(rows: list[dict[str, Any]]) -> list[str]:
-    """What stands between these runs and less memory."""
-    lines = [
-        "Nothing that the options can move stands on the device in the lines `most`; what is left there is",
-        "",
-        "- the frozen weights, which each step reads whole: 4.127 bits a value, token table and head in bfloat16 or, in the",
-        "  lines `most, NF4`, in 4 bits too. Fewer bits a value, or more devices, are the only way below them;",
-        "- what one layer holds while it is computed again and differentiated (activations of a micro-batch, one dense",
-        "  matrix at a time), or a chunk of logits with the head, whichever is more. Fewer tokens a micro-batch lessen it.",
-    ]
+    """Return the lines about the memory that no option removes from the device."""
+    lines = [FLOOR]
     least = [row for row in rows if row["offloaded"] == "most" and row["peak"] is not None]
     if not least:
         return lines
     shares = {row["model"] + " on " + row["device"]: row["weights"] / row["peak"] for row in least}
-    said = ", ".join(f"{share:.0%} of {name}" for name, share in shares.items())
-    return [*lines, "", f"The frozen weights are of the peak of `most`: {said}."]
+    text = ", ".join(f"{share:.0%} for {name}" for name, share in shares.items())
+    return [*lines, "", f"The share of the frozen weights in the peak of `most` is {text}."]
 
 
 if __name__ == "__main__":
-    sys.exit(main_of(Arguments, run, __doc__))
+    sys.exit(main())

@@ -1,17 +1,18 @@
-"""What packing gains: real tokens a second with one example a row, padded, and with several, packed, at rows of one shape.
+"""Measure the gain of packing: real tokens per second with padded rows of one example, and with packed rows of several.
 
-    python scripts/measure_packing.py conversations.jsonl                      SmolLM2-135M, 5 steps of 2 × 512 of each
-    python scripts/measure_packing.py FILE --model FOLDER --length 1024 --batch-size 4 --steps 20
+    python scripts/benchmarks/measure_packing.py conversations.jsonl        SmolLM2-135M, 5 steps of 2 × 512 tokens of each
+    python scripts/benchmarks/measure_packing.py FILE --model FOLDER --length 1024 --batch-size 4 --steps 20
 
-Method. One base, quantised to NF4, and one adapter on all linear layers. Padded and packed steps take turns in one process,
-as the main job does them: packed rows with segment masks and positions, padded ones without, since their padding lies on
-the right. Times are medians over all steps but the first of each, which compiles; a step is timed until its loss is there.
+Method. There is one base model, quantised to NF4, and one adapter on all linear layers. Padded and packed steps alternate in
+one process, with the inputs that training gives them: packed rows with segment masks and positions, padded rows without,
+because their padding is at the end. Times are medians over all steps except the first of each kind, which compiles; the time
+of a step ends when its loss is on the host.
 
     tokens a second = (1 - padding share) · rows · length / seconds a step           real tokens; shares of a whole epoch
-    predicted ratio = (1 - padding share, packed) / (1 - padding share, padded)       if a row costs the same either way
+    predicted ratio = (1 - padding share, packed) / (1 - padding share, padded)       if both kinds of rows take equally long
     measured ratio  = tokens a second, packed / tokens a second, padded               PASS within 10 % of the predicted one
 
-The last line of the output is the report as JSON, and the exit status is 1 where the criterion fails.
+The last line of the output is the report as JSON. The exit code is 1 if the criterion fails.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,16 +29,18 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from qlora_jax import cli
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import default_dtype, load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.data import BatchIterator, Example, batches, encode_all, open_source, padding_share
+from qlora_jax.errors import OptionError
 from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization
 from qlora_jax.train import create_state, jit_train_step, language_model_loss, optimizer, split
 
-MOST = 0.1  # deviation of the measured ratio from the predicted one
+MOST = 0.1  # largest deviation of the measured ratio from the predicted one
 RUNS = ("padded", "packed")
 PACKED_ONLY = ("segment_ids", "positions")
 
@@ -46,39 +50,40 @@ class Arguments:
     """Compare packed rows with padded ones."""
 
     data: tyro.conf.Positional[str]
-    """JSONL, JSON, CSV, TSV or Parquet file, or hub id."""
+    """JSONL, JSON, CSV, TSV or Parquet file, or hub id, of the training data."""
     model: str | None = None
-    """Folder, .gguf file or hub id; SmolLM2-135M-Instruct if left out."""
+    """Folder, .gguf file or hub id of the model; SmolLM2-135M-Instruct if left out."""
     split: str | None = None
     """Split of a hub data set."""
     steps: int = 5
-    """Timed steps of each kind."""
+    """Measured steps of each kind."""
     batch_size: int = 2
-    """Rows of a step."""
+    """Rows in the batch of a step."""
     length: int = 512
-    """Tokens of a row; longer examples are cut."""
+    """Tokens in a row; longer examples are truncated."""
     rank: int = LoRA.rank
-    """Of the adapter."""
+    """Rank of the adapter."""
     seed: int = 0
-    """Of the adapter and of the order of the data."""
+    """Seed of the adapter and of the order of the data."""
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, description=__doc__)
-    try:
-        report = measure(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    return cli.run(run, Arguments, __doc__, arguments)
+
+
+def run(arguments: Arguments) -> int:
+    """Measure, print the report and return 0 if the criterion holds, else 1."""
+    report = measure(arguments)
     print_report(report)
     return 0 if report["passes"] else 1
 
 
 def measure(arguments: Arguments) -> dict[str, Any]:
-    """The report."""
+    """Measure and return the report."""
     for option in ("steps", "batch_size"):
         if (value := getattr(arguments, option)) < 1:
-            raise ValueError(f"--{option.replace('_', '-')}: expected at least 1, found {value}")
+            raise OptionError(f"--{option.replace('_', '-')}: expected at least 1, found {value}")
     name = arguments.model or str(fetch_default_model())
     tokenizer = load_tokenizer(name)
     records = open_source(arguments.data, arguments.split).records
@@ -117,7 +122,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The report as a table and as JSON."""
+    """Print the report as a table and as JSON."""
     versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
     print(f"{report['data']}: {report['examples']:,} examples, {report['tokens']:,} tokens")
     print(f"{report['model']}, {report['dtype']}, rank {report['rank']} on {report['device']}; {versions}")
@@ -136,7 +141,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def _train(name: str, sources: dict[str, BatchIterator], arguments: Arguments) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(seconds of each timed step, losses of all steps), by kind."""
+    """Return the seconds of each measured step and the losses of all steps, by kind."""
     remat = "dots" if jax.default_backend() == "cpu" else "full"
     lora = LoRA(rank=arguments.rank)
     model = load_model(open_checkpoint(name), quantization=Quantization(), method=lora, remat=remat, seed=arguments.seed)

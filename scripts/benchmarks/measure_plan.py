@@ -1,33 +1,35 @@
-"""How far the quick plan is from the compiled one, over a grid of models, devices and recipes; and its factors, fitted anew.
+"""Compare the quick plan with the compiled one, over a grid of models, devices and recipes, and fit its factors again.
 
-    python scripts/measure_plan.py --record plans.jsonl
-    python scripts/measure_plan.py --models llama-3.2-1b --devices h100 --record plans.jsonl
+    python scripts/benchmarks/measure_plan.py --record plans.jsonl
+    python scripts/benchmarks/measure_plan.py --models llama-3.2-1b --devices h100 --record plans.jsonl
 
-Every cell of the grid is compiled once; with --record, what was compiled is read from the file and what is new is added, so
-that a grid can be measured piece by piece. A program that the compiler refuses for want of memory is left out. Then the
-factors of qlora_jax/plan/quick.py are fitted by least squares of the relative error, none below 0, from several starts, and
-both errors are printed: with the factors as they stand, and as fitted. The last line is JSON.
+Every cell of the grid is compiled once. With --record, earlier results are read from the file and new ones are added to it,
+so that a grid can be measured in parts. A program that the compiler refuses because it does not fit is left out. Then the
+factors of qlora_jax/plan/quick.py are fitted by least squares of the relative error, none below 0, from several starting
+points. The errors of both are printed: those of the present factors and those of the fitted ones. The last line is JSON.
 """
 
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.optimize import least_squares
 
-from qlora_jax.errors import DoesNotFitError
+from qlora_jax import cli
+from qlora_jax.errors import DoesNotFitError, OptionError
 from qlora_jax.models import ModelConfig, ModelSpec
 from qlora_jax.peft import LoRA
 from qlora_jax.plan import SIZES, Machine, check_compiler, compile_train_step, machine_named, quick_plan
 from qlora_jax.plan.factors import ERROR, FACTORS
 from qlora_jax.plan.quick import features, kind_of, worst_moment
+from qlora_jax.platforms import use_compilers_only
 from qlora_jax.train import BatchSpec, OptimizerSpec, StepSpec, language_model_objective
-from scripts.benchmarks.ahead import check_names, config_of, main_of  # before JAX
+from scripts.benchmarks.model_sizes import check_names, config_of
 
 Spec = StepSpec[ModelSpec]
 _PLAIN = language_model_objective(packed=False)
@@ -63,21 +65,28 @@ RECIPES: dict[str, Callable[[ModelConfig], Spec]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """The grid."""
+    """Options of the grid."""
 
     models: tuple[str, ...] = ("smollm2-135m", "llama-3.2-1b", "llama-3-8b", "llama-13b", "qwen3-8b")
-    """Sizes by name."""
+    """Models by the name of their size."""
     devices: tuple[str, ...] = ("h100", "rtx4090", "h100x4", "v5p")
-    """Devices as scripts/plan.py takes them."""
+    """Devices, in the notation of scripts/plan.py."""
     recipes: tuple[str, ...] = tuple(RECIPES)
-    """Which of the recipes in this file."""
+    """Names of recipes in this file."""
     record: Path | None = None
-    """JSON lines of what was compiled, read and added to."""
+    """File of JSON lines with compiled results, which is read and extended."""
     compile: bool = True
-    """Whether to compile what the record lacks."""
+    """Whether to compile cells that the record does not have."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    use_compilers_only()
+    return cli.run(run, Arguments, __doc__, arguments)
 
 
 def run(arguments: Arguments) -> None:
+    """Compile what is missing, fit the factors and print all errors."""
     check_names("models", arguments.models, SIZES)
     check_names("recipes", arguments.recipes, RECIPES)
     machines = [machine_named(name) for name in arguments.devices]
@@ -97,7 +106,7 @@ def run(arguments: Arguments) -> None:
                 if recorded.get(key) is not None:
                     rows.append(_row(key, spec, machine, recorded[key]))
     if not rows:
-        raise ValueError("expected at least one program that was compiled, found none")
+        raise OptionError("models, devices, recipes: expected at least one program that was compiled, found none")
     kinds = sorted({row["kind"] for row in rows})
     fitted = {kind: fit([row for row in rows if row["kind"] == kind], FACTORS[kind]) for kind in kinds}
     print(f"{'model':14s} {'device':10s} {'recipe':8s} {'compiled':>9s} {'quick':>9s} {'error':>7s} {'fitted':>7s}")
@@ -121,7 +130,7 @@ def run(arguments: Arguments) -> None:
 
 
 def _compile(spec: Spec, machine: Machine) -> int | None:
-    """The compiled peak; None where the compiler refuses it for want of memory."""
+    """Return the compiled peak, or None if the program does not fit."""
     start = time.perf_counter()
     try:
         peak = compile_train_step(spec, machine).peak
@@ -146,12 +155,15 @@ def _row(key: tuple[str, str, str], spec: Spec, machine: Machine, compiled: int 
 
 
 def peak_with(row: dict[str, Any], factors: dict[str, dict[str, float]]) -> int:
-    """The quick peak that these factors give."""
+    """Return the quick peak that these factors give."""
     return row["settled"] + sum(worst_moment(row["features"], factors))
 
 
 def fit(rows: list[dict[str, Any]], start: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Factors, none below 0, for which the worst relative error of a peak is small. Those of sizes that no row has stay."""
+    """Return factors, none below 0, that make the worst relative error of a peak small.
+
+    Factors of sizes that occur in no row are not changed.
+    """
     present = {name for row in rows for name, size in row["features"].items() if size}
     names = [(moment, name) for moment, factors in start.items() for name in factors if name in present]
 
@@ -172,7 +184,7 @@ def fit(rows: list[dict[str, Any]], start: dict[str, dict[str, float]]) -> dict[
         least_squares(errors, np.maximum(x, 1e-3), bounds=(0, np.inf), diff_step=1e-3, loss="soft_l1", f_scale=0.05)
         for x in starts
     ]
-    # From there to the least sum of sixth powers, in which the worst cells count, relative to the error that is allowed.
+    # Then minimise the sum of the sixth powers of the errors, which the worst cells dominate.
     worst = [
         least_squares(lambda values: (errors(values) / ERROR) ** 3, np.maximum(found.x, 1e-3), bounds=(0, np.inf))
         for found in fits
@@ -194,4 +206,4 @@ def _add(path: Path | None, key: tuple[str, str, str], peak: int | None) -> None
 
 
 if __name__ == "__main__":
-    sys.exit(main_of(Arguments, run, __doc__))
+    sys.exit(main())

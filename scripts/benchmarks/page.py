@@ -1,4 +1,7 @@
-"""Results as sections of one page: a title, sentences, a table, more sentences; as text for a terminal and as Markdown."""
+"""Write results as sections of one page, as text for a terminal and as Markdown.
+
+A section has a title, sentences, a table and more sentences.
+"""
 
 import dataclasses
 import shlex
@@ -14,8 +17,9 @@ class Section:
     """One result.
 
     Attributes:
-        before, after: sentences around the table.
-        rows: of the table, each with a cell for each of `columns`; the first says what the row is.
+        before: sentences before the table.
+        rows: rows of the table, each with one cell per column; the first cell names the row.
+        after: sentences after the table.
     """
 
     title: str
@@ -26,7 +30,7 @@ class Section:
 
 
 def text(section: Section) -> str:
-    """The section for a terminal, in columns of even width."""
+    """Return the section as text for a terminal, with aligned columns."""
     table = [section.columns, *section.rows] if section.rows else []
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [f"# {section.title}", *section.before, ""]
@@ -38,8 +42,9 @@ def text(section: Section) -> str:
 
 
 def markdown(sections: Sequence[Section], command: str, title: str = "Results") -> str:
-    """The page of all sections; `command` is what made it."""
-    lines = [f"# {title}", "", f"Made by `{command}`, whose head says how; the figures of one run on one machine.", ""]
+    """Return the page of all sections in Markdown; `command` is the command line that made it."""
+    method = "The docstring of the program describes the method. All figures are from one run on one machine."
+    lines = [f"# {title}", "", f"Made by `{command}`. {method}", ""]
     for section in sections:
         lines += [f"## {section.title}", "", *(line for sentence in section.before for line in (sentence, ""))]
         if section.rows:
@@ -49,12 +54,16 @@ def markdown(sections: Sequence[Section], command: str, title: str = "Results") 
 
 
 def write(path: Path, sections: Sequence[Section], command: str, title: str = "Results") -> None:
-    """Writes the page."""
+    """Write the page of all sections."""
     path.write_text(markdown(sections, command, title), encoding="utf-8")
 
 
-def said_command(script: str) -> str:
-    """The command line, without where things lie on this machine."""
+def command_line(script: str) -> str:
+    """Return the command line of this process without the folders of this machine.
+
+    Args:
+        script: path of the program below scripts/.
+    """
     words, skipping = [], False
     for word in sys.argv[1:]:
         skipping = word.startswith("--peer-python") or (skipping and not word.startswith("--"))
@@ -68,21 +77,23 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
-def versions_said(found: Found) -> str:
-    """A sentence of the packages of each side."""
+def versions_sentence(found: Found) -> str:
+    """Return a sentence with the versions of the packages of each program."""
     sides = (f"{side}: " + ", ".join(f"{k} {v}" for k, v in versions.items()) for side, versions in found.versions.items())
     return "; ".join(sides) + "." if found.runs else "Nothing ran."
 
 
-def machine_said(found: Found, device: dict) -> str:
-    """A sentence of the machine and how busy it was."""
+def machine_sentence(found: Found, device: dict) -> str:
+    """Return a sentence about the machine and its load."""
     before = [result["load_average_before"] for results in found.runs.values() for result in results]
     accelerators = sorted({name for results in found.runs.values() for one in results if (name := one.get("device"))})
     where = f"Ran on {', '.join(accelerators)}; host " if accelerators else ""
     load = f"; load average before a run {min(before):.1f} to {max(before):.1f}" if before else ""
-    return f"{where}CPU: {device['cpu']}, {device['cores']} cores{load} (a run alone makes about {device['cores']})."
+    return (
+        f"{where}CPU: {device['cpu']}, {device['cores']} cores{load} (a run alone causes a load of about {device['cores']})."
+    )
 
 
-def skipped_said(skipped: dict[str, str]) -> tuple[str, ...]:
-    """A sentence for each that did not run."""
+def skipped_sentences(skipped: dict[str, str]) -> tuple[str, ...]:
+    """Return a sentence for each run that was left out."""
     return tuple(f"{name} did not run: {reason}" for name, reason in skipped.items())

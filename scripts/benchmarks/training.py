@@ -1,15 +1,15 @@
-"""Training: each variant of each side in turns, and what its steps took.
+"""Measure training: the time and the memory of each variant of each program.
 
 tokens/s   tokens of a batch / median of the steps of all rounds: wall time, what a user waits
-CPU s      median of the process's CPU time in a step, all threads
+CPU s      median of the CPU time of a step, over all threads of the process
 busy       CPU time / (wall time x cores) of those steps
-peak       largest peak resident memory of a process, everything counted (libraries, loading, compiler)
-device     largest peak of the accelerator's memory, where there is one
-load       median time to read and quantise the checkpoint; ours compiles the step meanwhile
-first      median time of the first step: for JAX with compiling, or what is left of it
+peak       largest peak resident memory of a process, including libraries, loading and compiler
+device     largest peak of the accelerator's memory, if there is one
+load       median time to read and quantise the checkpoint; qlora_jax compiles the step at the same time
+first      median time of the first step; for JAX it includes the rest of the compilation
 start      median time from the start of the program to the end of the first step: imports, load and first
-loss       of the first step, where the adapters are still zero: it is equal where both compute the same; Tunix'
-               Llama does not (its rotary positions have a theta of their own)
+loss       of the first step, where the adapters are still zero. It is equal where both sides compute the same. Tunix' Llama
+               differs, because its rotary positions use another theta.
 """
 
 import statistics
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmarks.page import Section, machine_said, skipped_said, versions_said
+from scripts.benchmarks.page import Section, machine_sentence, skipped_sentences, versions_sentence
 from scripts.benchmarks.workers import MEBIBYTE, OURS, Found, Platform, Run, command, cores, disturbed, peaks
 
 
@@ -32,7 +32,7 @@ def runs_of(
     steps: int,
     warmup: int,
 ) -> list[Run]:
-    """The runs of one round: for each side its variants, such as float32-dots or bfloat16-checkpointing."""
+    """Return the runs of one round: the variants of each program, such as float32-dots or bfloat16-checkpointing."""
     work = {"batch_size": batch_size, "length": length, "rank": rank, "steps": steps, "warmup": warmup}
     runs = []
     for side, names in variants.items():
@@ -51,8 +51,8 @@ def runs_of(
     return runs
 
 
-def said(result: dict[str, Any]) -> str:
-    """One run in a few words."""
+def progress_text(result: dict[str, Any]) -> str:
+    """Return a short text about one run, for the progress messages."""
     return (
         f"{statistics.median(result['step_seconds']):.2f} s a step, {statistics.median(result['step_cpu_seconds']):.2f} s "
         f"of CPU, {result['start_seconds']:.0f} s to start"
@@ -60,7 +60,7 @@ def said(result: dict[str, Any]) -> str:
 
 
 def summary(runs: Sequence[dict[str, Any]], tokens: int, platform: Platform) -> dict[str, Any]:
-    """The figures of one variant over its rounds."""
+    """Return the metrics of one variant over its rounds."""
     steps: list[float] = [second for found in runs for second in found["step_seconds"]]
     cpu_steps: list[float] = [second for found in runs for second in found["step_cpu_seconds"]]
     median, cpu_median = statistics.median(steps), statistics.median(cpu_steps)
@@ -84,7 +84,7 @@ def summary(runs: Sequence[dict[str, Any]], tokens: int, platform: Platform) -> 
 
 
 def section(found: Found, results: dict[str, dict[str, Any]], method: dict[str, Any], device: dict[str, Any]) -> Section:
-    """The table."""
+    """Return the section with the table of results."""
     on_device = any(row["peak_device_bytes"] for row in results.values())
     columns = ("", "tokens/s", "s a step", "min", "max", "CPU s", "busy", "peak MiB", *(["device MiB"] * on_device))
     rows = []
@@ -111,20 +111,21 @@ def section(found: Found, results: dict[str, dict[str, Any]], method: dict[str, 
     return Section(
         "Training",
         (
-            f"{method['model']}, NF4 (with double quantisation, which Qwix has not), LoRA r {method['rank']} on all linear "
-            f"layers, AdamW; batch {method['batch_size']} x {method['length']} random tokens; medians of {method['rounds']} "
-            f"rounds x {method['steps']} steps, in turns, after {method['warmup']} steps of warm-up; one process a run.",
-            machine_said(found, device),
-            versions_said(found),
+            f"{method['model']}, NF4 (with double quantisation, which Qwix does not have), LoRA of rank {method['rank']} "
+            f"on all linear layers, AdamW; batches of {method['batch_size']} x {method['length']} random tokens. Figures "
+            f"are medians of {method['rounds']} rounds x {method['steps']} steps after {method['warmup']} steps of "
+            "warm-up. Each run is a process of its own, and the variants take turns.",
+            machine_sentence(found, device),
+            versions_sentence(found),
         ),
         (*columns, "load s", "first s", "start s", "loss"),
         tuple(rows),
-        (*compared(results), *disturbed_said(results), *skipped_said(found.skipped)),
+        (*compared(results), *disturbed_sentences(results), *skipped_sentences(found.skipped)),
     )
 
 
 def compared(results: dict[str, dict[str, Any]]) -> tuple[str, ...]:
-    """Sentences that put ours beside the peers, for the same compute dtype."""
+    """Return sentences that compare qlora_jax with the peers, for the same compute dtype."""
     sentences = []
     for name, row in results.items():
         for peer, other in results.items():
@@ -132,14 +133,14 @@ def compared(results: dict[str, dict[str, Any]]) -> tuple[str, ...]:
             if name.startswith(OURS) and not peer.startswith(OURS) and same:
                 sentences.append(
                     f"{name} against {peer}: {row['tokens_per_second'] / other['tokens_per_second']:.2f} times the tokens/s "
-                    f"({other['step_cpu_seconds'] / row['step_cpu_seconds']:.2f} by CPU seconds), "
+                    f"({other['step_cpu_seconds'] / row['step_cpu_seconds']:.2f} by CPU time), "
                     f"{row['peak_resident_bytes'] / other['peak_resident_bytes']:.2f} of the memory, "
                     f"{row['start_seconds'] / other['start_seconds']:.2f} of the time to start."
                 )
     return tuple(sentences)
 
 
-def disturbed_said(results: dict[str, dict[str, Any]]) -> tuple[str, ...]:
-    """A warning, where the machine was busy."""
+def disturbed_sentences(results: dict[str, dict[str, Any]]) -> tuple[str, ...]:
+    """Return a warning if other processes used the machine."""
     names = [name for name, row in results.items() if row["disturbed"]]
     return (f"(*) The machine was busy with something else: do not cite {', '.join(names)}.",) if names else ()

@@ -1,10 +1,10 @@
-"""Runs of a benchmark: each is a process of its own, and ours and the peers' take turns.
+"""Run the processes of a benchmark. Runs of qlora_jax and of the peers alternate:
 
-    ours a, peer a, ours b, peer b, …     one round; as many rounds as asked
+    ours a, peer a, ours b, peer b, …     one round; the options say how many rounds there are
 
-A worker (scripts/peers/*.py) is called with flags and prints one line of JSON last. A peer is known by the packages that it
-needs, and runs with the first of the interpreters that has them; where none has, or where a run fails, it is left out and
-the reason is told. Ours must not fail.
+A worker (scripts/benchmarks/peers/*.py) is called with flags and prints one line of JSON last. A peer is described by the
+packages that it needs, and runs with the first interpreter that has them. A peer without an interpreter, or one that fails,
+is left out and the reason is printed. Runs of qlora_jax must not fail.
 """
 
 import dataclasses
@@ -18,22 +18,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from qlora_jax.errors import OptionError
+
 Platform = Literal["cpu", "default"]
 ROOT = Path(__file__).parents[2]
 WORKERS = ROOT / "scripts" / "benchmarks" / "peers"
 MEBIBYTE = 2**20
 OURS = "ours"
-QUIET = 0.8  # share of the cores that a program gets on a machine of its own, at least
-STEADY = 1.5  # slowest step over fastest there, at most
+QUIET = 0.8  # least share of the cores that a program uses on an otherwise idle machine
+STEADY = 1.5  # largest ratio of the slowest to the fastest step there
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """A program that ours is compared with.
+    """A program that qlora_jax is compared with.
 
     Attributes:
-        packages: that its interpreter has to have.
-        cuda: whether it runs on a CUDA GPU only.
+        packages: names of the packages that its interpreter needs.
+        cuda: whether it runs only on a CUDA GPU.
     """
 
     name: str
@@ -43,7 +45,11 @@ class Peer:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One variant of one side."""
+    """One variant of one program.
+
+    Attributes:
+        side: "ours" for qlora_jax, else the name of the peer.
+    """
 
     side: str
     variant: str
@@ -56,14 +62,19 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What runs gave: of each variant a result a round, and why others gave none."""
+    """The results of a benchmark.
+
+    Attributes:
+        runs: by name of a variant, its results, one for each round.
+        skipped: by name of a variant that was left out, the reason.
+    """
 
     runs: dict[str, list[dict[str, Any]]]
     skipped: dict[str, str]
 
     @property
     def versions(self) -> dict[str, dict[str, str]]:
-        """Of the packages of each side."""
+        """The versions of the packages of each program."""
         sides: dict[str, dict[str, str]] = {}
         for name, found in self.runs.items():
             sides.setdefault(name.split()[0], {}).update(found[0]["versions"])
@@ -71,7 +82,7 @@ class Found:
 
 
 def command(python: Path | str, script: str, **flags: Any) -> tuple[str, ...]:
-    """The command line of a worker: True is a flag by itself, False and None are none."""
+    """Return the command line of a worker. A flag with the value True has no argument; False and None add no flag."""
     words = [str(python), str(WORKERS / script)]
     for name, value in flags.items():
         flag = f"--{name.replace('_', '-')}"
@@ -83,7 +94,7 @@ def command(python: Path | str, script: str, **flags: Any) -> tuple[str, ...]:
 
 
 def find_python(peer: Peer, pythons: Sequence[Path]) -> tuple[Path | None, str]:
-    """(the first interpreter that can run a peer, ""), or (None, why none can)."""
+    """Return the first interpreter that can run a peer and "", or None and the reason."""
     reasons = []
     for python in pythons:
         missing = missing_packages(python, peer.packages)
@@ -98,10 +109,10 @@ def find_python(peer: Peer, pythons: Sequence[Path]) -> tuple[Path | None, str]:
 
 @functools.cache
 def missing_packages(python: Path, packages: tuple[str, ...]) -> tuple[str, ...]:
-    """Which of some packages an interpreter lacks.
+    """Return which of these packages an interpreter does not have.
 
     Raises:
-        ValueError: it cannot be run.
+        OptionError: the interpreter cannot be run.
     """
     code = f"import importlib.util as u; print(*(p for p in {packages!r} if u.find_spec(p) is None))"
     return tuple(_asked(python, code).split())
@@ -109,7 +120,7 @@ def missing_packages(python: Path, packages: tuple[str, ...]) -> tuple[str, ...]
 
 @functools.cache
 def has_cuda(python: Path) -> bool:
-    """Whether an interpreter with PyTorch sees a CUDA GPU."""
+    """Return whether PyTorch finds a CUDA GPU in an interpreter."""
     return _asked(python, "import torch; print(torch.cuda.is_available())").strip() == "True"
 
 
@@ -117,18 +128,18 @@ def _asked(python: Path, code: str) -> str:
     try:
         return subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ValueError(f"--peer-python {python}: expected a Python interpreter, found {error}") from error
+        raise OptionError(f"--peer-python {python}: expected a Python interpreter, found {error}") from error
 
 
 def in_turns(runs: Sequence[Run]) -> list[Run]:
-    """One round: ours, peer, ours, peer …"""
+    """Return the runs of one round in their order: ours, peer, ours, peer …"""
     ours = [run for run in runs if run.side == OURS]
     peers = [run for run in runs if run.side != OURS]
     return [run for pair in itertools.zip_longest(ours, peers) for run in pair if run is not None]
 
 
 def in_rounds(
-    runs: Sequence[Run], rounds: int, platform: Platform, said: Callable[[dict[str, Any]], str], label: str
+    runs: Sequence[Run], rounds: int, platform: Platform, progress_text: Callable[[dict[str, Any]], str], label: str
 ) -> Found:
     """Every run once a round; `said` puts a result into a few words for whoever waits.
 
@@ -148,23 +159,23 @@ def in_rounds(
                 if run.side == OURS:
                     raise
                 skipped[run.name] = str(error).strip().splitlines()[-1]
-                tell(f"{label}: {run.name} is left out: {error}")
+                log(f"{label}: {run.name} is left out: {error}")
                 continue
             found.setdefault(run.name, []).append({**result, "load_average_before": load_average})
-            tell(f"{label}, round {number + 1}: {run.name}: {said(result)}; load average {load_average:.1f}")
+            log(f"{label}, round {number + 1}: {run.name}: {progress_text(result)}; load average {load_average:.1f}")
     return Found({name: results for name, results in found.items() if name not in skipped}, skipped)
 
 
-def tell(text: str) -> None:
-    """A line for whoever waits; standard output is for results."""
+def log(text: str) -> None:
+    """Print a progress message on stderr; results are printed on stdout."""
     print(text, file=sys.stderr, flush=True)
 
 
 def run_worker(command: Sequence[str], platform: Platform = "cpu") -> dict[str, Any]:
-    """The JSON line of one run.
+    """Return the JSON line of one run.
 
     Raises:
-        ValueError: it failed; the message ends with what it wrote last.
+        ValueError: the run failed; the message ends with the last lines of its stderr.
     """
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
@@ -177,12 +188,12 @@ def run_worker(command: Sequence[str], platform: Platform = "cpu") -> dict[str, 
 
 
 def disturbed(seconds: Sequence[float], busy: float, platform: Platform) -> bool:
-    """Whether most likely neighbours had the cores, so that the figures are not to be cited."""
+    """Return whether other processes probably used the cores, so that the numbers should not be cited."""
     return (platform == "cpu" and busy < QUIET) or max(seconds) > STEADY * min(seconds)
 
 
 def peaks(runs: Sequence[dict[str, Any]]) -> dict[str, int | None]:
-    """The largest peaks of all runs; that of device memory is None where nothing reports one."""
+    """Return the largest peaks of all runs; that of device memory is None if no run reports one."""
     return {
         "peak_resident_bytes": max(found["peak_resident_bytes"] for found in runs),
         "peak_device_bytes": max((found["peak_device_bytes"] or 0 for found in runs), default=0) or None,
@@ -190,7 +201,7 @@ def peaks(runs: Sequence[dict[str, Any]]) -> dict[str, int | None]:
 
 
 def device() -> dict[str, Any]:
-    """The machine, as far as it is a CPU."""
+    """Return the CPU of this machine, its number of cores and its load."""
     cpu = "unknown"
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -199,5 +210,5 @@ def device() -> dict[str, Any]:
 
 
 def cores() -> int:
-    """How many this process, and so those that it starts, may use."""
+    """Return how many cores this process and its children may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -1,30 +1,32 @@
-"""How far a model is from its original weights before training: in 4 bits alone, and with adapters that start from the
-weights (PiSSA, LoftQ) or leave them (DoRA).
+"""Measure how far a model is from its original weights before training, in 4 bits and with several initializations.
 
-    python scripts/measure_init.py                               SmolLM2-135M, r 16
-    python scripts/measure_init.py --rank 64 --turns 1 5         another rank; LoftQ of one and of five turns
-    OPENBLAS_NUM_THREADS=1 python scripts/measure_init.py        on a CPU that other programs use: singular values take
-                                                                 many times as long where threads wait for each other
+    python scripts/studies/measure_init.py                               SmolLM2-135M, r 16
+    python scripts/studies/measure_init.py --rank 64 --turns 1 5         another rank; LoftQ of one and of five turns
+    OPENBLAS_NUM_THREADS=1 python scripts/studies/measure_init.py        for a CPU that other programs use, where threads
+                                                                         that wait for each other make it many times slower
 
-Every linear layer: the error is |W - (Q + s A B)| / |W| in Frobenius norms, W the matrix of the checkpoint, Q and A B those
-of the loaded model; for DoRA |DoRA - Q| / |W|, where DoRA is the matrix that the fresh layer multiplies with. The last
-columns count the layers in which it is smaller than of 4 bits alone. Then the logits on some sentences, against those of the
-dense model: the mean of their absolute difference. The last line is JSON, with each layer.
+The initializations are 4 bits alone, adapters that are initialized from the weights (PiSSA, LoftQ), and DoRA, which does not
+exactly reproduce the weights. For every linear layer, the error is |W - (Q + s A B)| / |W| in Frobenius norms, where W is
+the matrix of the checkpoint and Q, A and B are those of the loaded model; for DoRA it is |DoRA - Q| / |W|, where DoRA is the
+matrix with which the new layer multiplies. The last columns count the layers in which the error is smaller than that of 4
+bits alone. Then the logits of some sentences are compared with those of the dense model, by the mean of their absolute
+difference. The last line is JSON, with each layer.
 """
 
 import dataclasses
 import json
 import platform
+import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from tqdm import tqdm
 
-from qlora_jax.adapters.weight_init import FromWeights, rewriting
+from qlora_jax import cli
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import load_model
@@ -33,7 +35,7 @@ from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.export.drift import logit_drift, sample_logits
 from qlora_jax.models import Model, linear_mappings
 from qlora_jax.nn import Linear
-from qlora_jax.peft import DoRALinear, LoRA, LoRALinear
+from qlora_jax.peft import DoRALinear, LoRA, LowRankAdapter
 from qlora_jax.quant import DataType, Quantization, QuantizedTensor, dequantize
 
 TEXTS = (
@@ -45,22 +47,27 @@ TEXTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to measure."""
+    """Options of the measurement."""
 
     model: str | None = None
     """Folder, .gguf file or hub id; SmolLM2-135M-Instruct if left out."""
     rank: int = 16
-    """Of the adapters; alpha is the same."""
+    """Rank of the adapters; alpha has the same value."""
     turns: tuple[int, ...] = (1, 5)
-    """Of LoftQ."""
+    """Numbers of turns of LoftQ."""
     data_type: DataType = "nf4"
-    """Of the base."""
+    """Storage of the linear layers of the base."""
     double_quantization: bool = True
-    """Whether its scales are quantised as well."""
+    """Whether its scales are quantised too."""
 
 
-def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    return cli.run(measure, Arguments, __doc__, arguments)
+
+
+def measure(arguments: Arguments) -> None:
+    """Print a row for each way to store the base and to initialise the adapter."""
     source = arguments.model or str(fetch_default_model())
     checkpoint, tokenizer = open_checkpoint(source), load_tokenizer(source)
     batches = [np.asarray([tokenizer(text)["input_ids"]], np.int32) for text in TEXTS]
@@ -78,10 +85,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name, method in methods.items():
         start = time.perf_counter()
-        rewrite = rewriting(method, None, quantization)
-        model = load_model(checkpoint, quantization=quantization, method=method, dtype=jnp.float32, rewrite=rewrite)
-        if isinstance(rewrite, FromWeights):
-            model = rewrite.fill(model)
+        model = load_model(checkpoint, quantization=quantization, method=method, dtype=jnp.float32)
         seconds = time.perf_counter() - start
         errors = layer_errors(checkpoint, model)
         drift = logit_drift(exact, sample_logits(model, batches))
@@ -102,25 +106,26 @@ def main() -> None:
 
 
 def layer_errors(checkpoint: Checkpoint, model: Model) -> dict[str, float]:
-    """The relative error of each linear layer, by its name; one dense matrix of each kind at a time."""
+    """Return the relative error of each linear layer by its name; one dense matrix at a time is in memory."""
     errors = {}
+    dora = model.method is not None and model.method.use_dora
     for key in tqdm([*linear_mappings(model.config.parameter_mappings)], desc="comparing", leave=False):
         layer: Any = model
         for part in key.path[:-1]:
             layer = getattr(layer, part)
         for number, name in enumerate(key.names()):
             w = np.asarray(checkpoint.read(name), np.float32).T
-            q, held = held_matrix(layer, number)
-            error = held - (q if isinstance(layer.adapter, DoRALinear) else w)
+            q, effective = effective_matrix(layer, number)
+            error = effective - (q if dora else w)
             errors[name.removesuffix(".weight")] = float(np.linalg.norm(error) / np.linalg.norm(w))
     return errors
 
 
-def held_matrix(layer: Linear, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """(what layer `number` of a stack holds dequantised, what it multiplies with), `[in, out]`."""
+def effective_matrix(layer: Linear, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the dequantised matrix of layer `number` of a stack, and the matrix with which it multiplies, `[in, out]`."""
     weight, adapter = jax.tree.map(lambda leaf: leaf[number], layer.weight.get_value()), layer.adapter
     q = np.asarray(dequantize(weight, jnp.float32) if isinstance(weight, QuantizedTensor) else weight)
-    if not isinstance(adapter, LoRALinear | DoRALinear):
+    if not isinstance(adapter, LowRankAdapter):
         return q, q
     a, b = (np.asarray(variable[...][number]) for variable in (adapter.lora_a, adapter.lora_b))
     v = q + adapter.spec.scalings[number] * (a @ b)
@@ -131,4 +136,4 @@ def held_matrix(layer: Linear, number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

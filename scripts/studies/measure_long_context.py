@@ -1,26 +1,29 @@
-"""Retrieval beyond a model's context after training with shifted sparse attention: a key in filler, asked for at the end.
+"""Measure retrieval beyond the context of a model, after training with shifted sparse attention (LongLoRA).
 
-    python scripts/measure_long_context.py                                           SmolLM2-135M, 8192 to 16384 positions
-    python scripts/measure_long_context.py --real 3 --output docs/long-context.md    and three prompts of 16384 tokens
+    python scripts/studies/measure_long_context.py                         SmolLM2-135M, 8192 to 16384 positions
+    python scripts/studies/measure_long_context.py --real 3 --output docs/long-context.md
 
-The recipe of LongLoRA (Chen et al. 2023), by the package's own pieces: the base in NF4 with double quantisation, LoRA on all
-linear layers, the token table and the norms trained, positions divided by `extended` / context, and in training attention in
-4 groups of a row, half of the heads shifted by half a group. Evaluation is dense: each token sees all before it.
+A key of five digits is hidden in filler text, and the end of the text asks for it. The recipe is that of LongLoRA (Chen et
+al. 2023): the base in NF4 with double quantisation, LoRA on all linear layers, trained token embedding and norms, positions
+divided by `extended` / context, and, in training, attention in 4 groups of a row with half of the heads shifted by half a
+group. Evaluation uses dense attention: each token attends to all tokens before it.
 
-Rows of 16384 tokens take a CPU minutes a step, so that most texts here are short and their positions have gaps, as in PoSE
-(Zhu et al. 2023): the positions that a text skips are shared out at random among the starts of its sentences, most of them
-to a few. A query of S²-Attn sees a group, so that every row of training packs many short documents, wherever the groups'
-borders are, and each asks for a key of its own: at most half a group of tokens after it was told, so that at least half of
-the heads can see it, but up to `extended` positions. The digits of answers are learned, other tokens with little weight.
+A step on rows of 16384 tokens takes minutes on a CPU, so that most texts here are short and their positions have gaps, as in
+PoSE (Zhu et al. 2023): the skipped positions are distributed at random over the starts of the sentences, most of them over a
+few. A query of S²-Attn attends to one group only. Therefore every training row packs many short documents, at any position
+relative to the borders of groups, and each document asks for its own key: at most half a group of tokens after the key, so
+that at least half of the heads can see it, but up to `extended` positions. The loss is that of the digits of the answers,
+and of all other tokens with a small weight.
 
-    within, beyond    prompts of `length` tokens with one key somewhere, whose last position is drawn from the upper half of
-                      the context, or from what lies between it and `extended`
-    real              prompts of `extended` tokens without gaps, read through the cache in chunks, the answers decoded
+    within, beyond    prompts of `length` tokens with one key, whose last position is drawn from the upper half of the
+                      context, or from the range between the context and `extended`
+    real              prompts of `extended` tokens without gaps, which are read in chunks through the cache; the answers are
+                      decoded
 
-An answer counts where all digits are the most likely ones: what greedy decoding finds. Filler are sentences of the
-instructions that ship, others than in training. Three models get the same prompts: the untuned one as it is, the same with
-positions divided, and the tuned one. Shares have Wilson's 95 % intervals, pairs an exact test. The last line is JSON.
-Details: scripts/long_context/.
+An answer is right if all digits are the most likely ones, as in greedy decoding. The filler is made of sentences of the
+default data, in evaluation of other sentences than in training. Three models get the same prompts: the untuned one, the
+untuned one with divided positions, and the tuned one. Shares have Wilson's 95 % intervals, pairs have an exact test. The
+last line is JSON. The details are in scripts/studies/long_context/.
 """
 
 import dataclasses
@@ -36,78 +39,80 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 from jax import Array
 from tqdm import tqdm
 
+from qlora_jax import cli
 from qlora_jax.adapters.metadata import with_scaling
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
+from qlora_jax.errors import OptionError
 from qlora_jax.finetune.options.context import ContextOptions
 from qlora_jax.models import KVCache, causal_family_of, unscaled_context
 from qlora_jax.peft import LoRA
 from qlora_jax.train import create_state, jit_train_step, language_model_loss, learning_rate_schedule, optimizer, split
-from scripts.benchmarks.page import said_command
+from scripts.benchmarks.page import command_line
 from scripts.benchmarks.workers import cores
 from scripts.studies.long_context.page import markdown, table
 from scripts.studies.long_context.texts import DIGITS, Prompt, Writer, answers
 
-CHUNK = 256  # tokens that the cache takes at once: few, so that their scores stay in a CPU's caches
-GROWTH = 16 * CHUNK  # slots by which the cache grows, since every chunk looks at all of them
-Parts = tuple[Any, Any, Any]  # a model's graph, what trains, all the rest
+CHUNK = 256  # tokens that are read at once: few, so that their scores fit into the caches of a CPU
+GROWTH = 16 * CHUNK  # the cache is enlarged by so many slots at a time, because every chunk attends to all slots
+Parts = tuple[Any, Any, Any]  # the graph of a model, its trainable parameters, and the rest
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to train and to ask."""
+    """Options of training and evaluation."""
 
     model: str | None = None
-    """Folder, .gguf file or hub id; SmolLM2-135M-Instruct if left out."""
+    """Folder, .gguf file or hub id of the model; SmolLM2-135M-Instruct if left out."""
     extended: int = 16384
-    """Positions to train for."""
+    """Number of positions after the extension."""
     length: int = 1024
-    """Tokens of a row whose positions have gaps."""
+    """Tokens in a row whose positions have gaps."""
     steps: int = 100
-    """Of training, of one row each."""
+    """Training steps, of one row each."""
     learning_rate: float = 3e-4
-    """The highest, of LoRA's A and of the token table."""
+    """Maximum learning rate of LoRA's A and of the token embedding."""
     loraplus_lr_ratio: float = 8.0
-    """That of LoRA's B and of the norms by it: what starts at zero has a way to go, the token table has not."""
+    """Ratio of the learning rate of LoRA's B and of the norms to the one above."""
     rank: int = LoRA.rank
-    """Of the adapter."""
+    """Rank of the adapter."""
     prompts: int = 40
-    """With gaps, within the context; and as many beyond it."""
+    """Number of prompts with gaps within the context, and of those beyond it."""
     real: int = 0
-    """Prompts of as many tokens as positions."""
+    """Number of prompts of `extended` tokens without gaps."""
     seed: int = 0
-    """Of all that is drawn."""
+    """Seed of all random choices."""
     output: Path | None = None
-    """Markdown file to write; standard output alone if left out."""
+    """Markdown file to write; if left out, the page is only printed."""
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, description=__doc__)
-    try:
-        report = measure(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    return cli.run(run, Arguments, __doc__, arguments)
+
+
+def run(arguments: Arguments) -> None:
+    """Measure, print the report and write the page."""
+    report = measure(arguments)
     text = markdown(report)
     print(text)
     if arguments.output is not None:
         arguments.output.write_text(text, encoding="utf-8")
     print(json.dumps(report))
-    return 0
 
 
 def measure(arguments: Arguments) -> dict[str, Any]:
-    """The report."""
+    """Train, evaluate and return the report."""
     source = arguments.model or str(fetch_default_model())
     checkpoint, tokenizer = open_checkpoint(source), load_tokenizer(source)
-    config: Any = causal_family_of(checkpoint.config).config(checkpoint.config)
+    causal_family_of(checkpoint.config)  # raises for an encoder-decoder
+    config: Any = checkpoint.model_config
     context, options = unscaled_context(config), ContextOptions(longlora=True)
     sentences = answers()
     learned, asked = sentences[: len(sentences) * 3 // 4], sentences[len(sentences) * 3 // 4 :]
@@ -128,7 +133,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     seconds["all"] = time.perf_counter() - started
     described = dataclasses.asdict(arguments) | {"output": None, "model": Path(source).name}
     return {
-        "command": said_command("measure_long_context.py"),
+        "command": command_line("studies/measure_long_context.py"),
         "arguments": described,
         "context": context,
         "dtype": "bfloat16",
@@ -144,21 +149,23 @@ def measure(arguments: Arguments) -> dict[str, Any]:
 
 
 def check(arguments: Arguments, context: int, reach: int, key: int) -> None:
-    """Raises ValueError where there is nothing to measure, or no room for it."""
+    """Raise OptionError for options with which nothing can be measured."""
     for name, least in (("steps", 2), ("prompts", 2), ("rank", 1), ("real", 0)):
         if (value := getattr(arguments, name)) < least:
-            raise ValueError(f"--{name}: expected at least {least}, found {value}")
+            raise OptionError(f"--{name}: expected at least {least}, found {value}")
     if not arguments.length <= context < arguments.extended:
         found = f"{arguments.length} and {arguments.extended}"
-        raise ValueError(f"--length, --extended: expected at most and above the model's context of {context}, found {found}")
+        raise OptionError(
+            f"--length, --extended: expected at most and above the model's context of {context}, found {found}"
+        )
     if reach < key:
-        raise ValueError(
+        raise OptionError(
             f"--length: expected at least {key * arguments.length // reach} for a key, found {arguments.length}"
         )
 
 
 def draw_prompts(writer: Writer, arguments: Arguments, context: int) -> list[Prompt]:
-    """Those of all kinds; the keys of real ones lie as far apart as they can."""
+    """Return the prompts of all kinds; the keys of real ones are distributed evenly."""
     draws, length = np.random.default_rng(arguments.seed), arguments.length
     ends = {"within": (max(context // 2, length - 1), context), "beyond": (context, arguments.extended)}
     return [
@@ -175,7 +182,7 @@ def draw_prompts(writer: Writer, arguments: Arguments, context: int) -> list[Pro
 
 
 def train(parts: Parts, writer: Writer, arguments: Arguments, groups: int, reach: int) -> tuple[Parts, list[float]]:
-    """(the tuned model, the loss of each step)."""
+    """Return the tuned model and the loss of each step."""
     graph, adapter, frozen = parts
     schedule = learning_rate_schedule("cosine", arguments.learning_rate, arguments.steps, arguments.steps // 20)
     tx = optimizer("adamw", schedule, loraplus_lr_ratio=arguments.loraplus_lr_ratio)
@@ -193,7 +200,7 @@ def train(parts: Parts, writer: Writer, arguments: Arguments, groups: int, reach
 
 
 def ask(parts: Parts, prompts: Sequence[Prompt]) -> list[bool]:
-    """Which prompts a model answers with the key, by dense attention."""
+    """Return, for each prompt, whether a model answers it with the key, by dense attention."""
     graph, adapter, frozen = parts
 
     @jax.jit
@@ -213,11 +220,11 @@ def ask(parts: Parts, prompts: Sequence[Prompt]) -> list[bool]:
         tokens, positions = np.pad(tokens, (padding, 0)), np.pad(positions, (padding, 0), constant_values=-1)
         cache, found = nnx.merge(graph, adapter, frozen).init_cache(1, 0), []
         for start in tqdm(range(0, len(tokens), CHUNK), desc="reading", unit="chunk", leave=False):
-            cache = grown(cache, GROWTH) if start % GROWTH == 0 else cache
+            cache = enlarged(cache, GROWTH) if start % GROWTH == 0 else cache
             here = slice(start, start + CHUNK)
             token, cache = decode(adapter, frozen, tokens[here], positions[here], cache)
-            found = [int(token)]  # waits for it, so that the bar tells the truth
-        cache = grown(cache, CHUNK)
+            found = [int(token)]  # waits for the result, so that the progress bar is correct
+        cache = enlarged(cache, CHUNK)
         for number in range(1, DIGITS):
             token, cache = decode(adapter, frozen, np.asarray(found[-1:], np.int32), positions[-1:] + number, cache)
             found.append(int(token))
@@ -234,8 +241,8 @@ def ask(parts: Parts, prompts: Sequence[Prompt]) -> list[bool]:
     return right
 
 
-def grown(cache: KVCache, more: int) -> KVCache:
-    """The cache with room for so many more tokens."""
+def enlarged(cache: KVCache, more: int) -> KVCache:
+    """Return the cache with room for `more` further tokens."""
     slots = ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))
     keys, values = jnp.pad(cache.keys, slots), jnp.pad(cache.values, slots)
     return dataclasses.replace(cache, keys=keys, values=values, filled=jnp.pad(cache.filled, ((0, 0), (0, more))))

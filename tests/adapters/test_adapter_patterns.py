@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import safetensors.numpy
 from peft_peer import Peer, largest, randomised, run
+from tiers import tiered
 
 from qlora_jax.adapters.bind import load_adapter, save_adapter
-from qlora_jax.adapters.files import read_adapter, read_adapter_config
+from qlora_jax.adapters.files import read_adapter
+from qlora_jax.adapters.peft_config import read_adapter_method
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.errors import CheckpointError
@@ -80,19 +82,19 @@ def peers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Peer]:
     return peer
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", tiered(CASES, quick=["patterns", "some-layers-by-regex", "gpt-neox", "t5"]))
 def test_there_and_back(peers: Callable[[str], Peer], tmp_path: Path, case: str) -> None:
     """An adapter of PEFT's computes the same here; noise on it, saved from here, the same there."""
     family, fields = CASES[case]
     peer = peers(family)
     expected = peer.logits(peer.random_adapter(tmp_path / "theirs", **fields))
-    lora = read_adapter_config(tmp_path / "theirs")
+    lora = read_adapter_method(tmp_path / "theirs")
     model = load_adapter(peer.ours(lora), tmp_path / "theirs")
     assert largest(run(model), expected) < TOLERANCE
     assert largest(peer.logits(peer.base()), expected) > 1000 * TOLERANCE, "the adapter has to be seen"
 
     moved = randomised(model)
-    save_adapter(moved, tmp_path / "ours", method=lora, base_model_name_or_path=str(peer.folder))
+    save_adapter(moved, tmp_path / "ours", base_model_name_or_path=str(peer.folder))
     theirs = peer.logits(peer.peft.PeftModel.from_pretrained(peer.base(), tmp_path / "ours"))
     assert largest(theirs, expected) > 1000 * TOLERANCE
     assert largest(run(moved), theirs) < TOLERANCE
@@ -103,7 +105,7 @@ def test_there_and_back(peers: Callable[[str], Peer], tmp_path: Path, case: str)
         assert configs[0][name] == configs[1][name]
 
 
-@pytest.mark.parametrize("case", ["patterns", "layers", "gpt-neox", "t5"])
+@pytest.mark.parametrize("case", tiered(["patterns", "layers", "gpt-neox", "t5"], quick=["layers", "gpt-neox"]))
 def test_merged(peers: Callable[[str], Peer], tmp_path: Path, case: str) -> None:
     family, fields = CASES[case]
     peer = peers(family)
@@ -117,7 +119,7 @@ def test_merged(peers: Callable[[str], Peer], tmp_path: Path, case: str) -> None
 def test_the_order_of_patterns_decides_and_is_kept(peers: Callable[[str], Peer], tmp_path: Path) -> None:
     lora = LoRA(rank=4, rank_pattern=(("up_proj", 2), (r"mlp\..*", 6), ("down_proj", 3)))
     peer = peers("llama")
-    save_adapter(randomised(peer.ours(lora)), tmp_path, method=lora)
+    save_adapter(randomised(peer.ours(lora)), tmp_path)
     tensors = read_adapter(tmp_path).tensors
     ranks = {name.split(".")[-3]: tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name}
     assert ranks == {
@@ -126,7 +128,7 @@ def test_the_order_of_patterns_decides_and_is_kept(peers: Callable[[str], Peer],
         "gate_proj": 6,
         "down_proj": 6,
     }
-    assert read_adapter_config(tmp_path).rank_pattern == lora.rank_pattern
+    assert read_adapter_method(tmp_path).rank_pattern == lora.rank_pattern
     peer.peft.PeftModel.from_pretrained(peer.base(), tmp_path)  # PEFT finds the same ranks, or raises
 
 

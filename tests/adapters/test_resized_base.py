@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from peft_peer import VOCABULARY, Peer, largest, run
+from tiers import tiered
 
 from qlora_jax.adapters.bind import load_adapter, save_adapter
 from qlora_jax.adapters.files import Adapter, read_adapter
-from qlora_jax.adapters.special_tokens import grown
+from qlora_jax.adapters.special_tokens import resized_for_adapter
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
@@ -54,7 +55,7 @@ def resized(peer: Peer, rows: int, seed: int) -> Any:
     return base
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", tiered(CASES, quick=["LoRA", "fewer rows", "tied table and head", "tied rows"]))
 def test_there_and_back_and_merged(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family, tied, rows, fields = CASES[case]
     monkeypatch.setattr("peft_peer.VOCABULARY", min(rows, VOCABULARY))  # of the tokens that are asked
@@ -71,20 +72,20 @@ def test_there_and_back_and_merged(tmp_path: Path, case: str, monkeypatch: pytes
     expected = peer.logits(model)
 
     checkpoint, adapter = open_checkpoint(str(peer.folder)), read_adapter(tmp_path / "theirs")
-    room = grown(checkpoint, adapter)
+    room = resized_for_adapter(checkpoint, adapter)
     loaded = load_adapter(load_model(room, quantization=None, method=adapter.method, progress=False), adapter)
     assert run(loaded).shape[-1] == rows
     assert largest(run(loaded), expected) < TOLERANCE
 
-    save_adapter(loaded, tmp_path / "ours", method=adapter.method, tables=adapter.tables)
+    save_adapter(loaded, tmp_path / "ours", resized_embeddings=adapter.resized_embeddings)
     again = read_adapter(tmp_path / "ours")
-    for saved, before in ((again.tables, adapter.tables), (again.tensors, adapter.tensors)):
+    for saved, before in ((again.resized_embeddings, adapter.resized_embeddings), (again.tensors, adapter.tensors)):
         assert all(largest(saved[name], before[name]) < 1e-6 for name in saved)
-    assert again.tables.keys() == adapter.tables.keys()
+    assert again.resized_embeddings.keys() == adapter.resized_embeddings.keys()
     theirs = peer.peft.PeftModel.from_pretrained(resized(peer, rows, 2), tmp_path / "ours")
     assert largest(peer.logits(theirs), expected) < TOLERANCE
 
-    merge(grown(checkpoint, again), again, tmp_path / "merged", dtype="float32", progress=False)
+    merge(resized_for_adapter(checkpoint, again), again, tmp_path / "merged", dtype="float32", progress=False)
     merged = peer.kind.from_pretrained(tmp_path / "merged", dtype=peer.torch.float32)
     assert largest(peer.logits(merged), expected) < TOLERANCE
 
@@ -117,18 +118,18 @@ def untied(make_tiny_llama: Callable[..., Path]) -> Checkpoint:
     ],
 )
 def test_tables_that_do_not_fit(untied: Checkpoint, tables: dict[str, np.ndarray], message: str) -> None:
-    with pytest.raises(CheckpointError, match=f"(?s)^here: this adapter holds the tables of a resized base.*{message}"):
-        grown(untied, made(tables))
+    with pytest.raises(CheckpointError, match=f"(?s)^here: this adapter holds the embeddings of a resized base.*{message}"):
+        resized_for_adapter(untied, made(tables))
 
 
 def test_a_table_and_the_head_that_is_one_with_it_differ(tiny_llama: Path) -> None:
     tables = {"model.embed_tokens": zeros(262), "lm_head": zeros(262) + 1}
     with pytest.raises(CheckpointError, match=r"lm_head\.weight: expected a copy of \S+embed_tokens\.weight, found other"):
-        grown(open_checkpoint(str(tiny_llama)), made(tables))
+        resized_for_adapter(open_checkpoint(str(tiny_llama)), made(tables))
 
 
 def test_a_head_that_is_trained_needs_no_other(untied: Checkpoint) -> None:
-    room = grown(untied, made({"model.embed_tokens": zeros(262)}, {"lm_head": zeros(262)}))
+    room = resized_for_adapter(untied, made({"model.embed_tokens": zeros(262)}, {"lm_head": zeros(262)}))
     assert room.shapes["lm_head.weight"] == room.shapes["model.embed_tokens.weight"] == (262, 64)
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.adapters.bind import load_adapter, save_adapter
 from qlora_jax.adapters.files import read_adapter
-from qlora_jax.adapters.special_tokens import add_special_tokens, grown, training_tokens, with_tokens
+from qlora_jax.adapters.special_tokens import add_special_tokens, resized_for_adapter, train_token_rows, with_token_rows
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
@@ -69,12 +69,12 @@ def test_rows_are_the_mean_of_the_others(tiny_llama: Path, dtype: type) -> None:
     size, name = opened.config["vocab_size"], "model.embed_tokens.weight"
     checkpoint = Checkpoint("here", opened.config, opened.shapes, lambda name: opened.read(name).astype(dtype))
     table = opened.read(name).astype(dtype).astype(np.float64)
-    appended = with_tokens(checkpoint, [size + 1])
+    appended = with_token_rows(checkpoint, [size + 1])
     assert appended.config["vocab_size"] == size + 2
     assert appended.shapes[name] == (size + 2, 64) == appended.read(name).shape
     np.testing.assert_array_equal(appended.read(name)[:size].astype(np.float64), table)
     np.testing.assert_allclose(appended.read(name)[size:].astype(np.float64), [table.mean(0)] * 2, atol=2e-3)
-    spare = with_tokens(checkpoint, [5, 9])
+    spare = with_token_rows(checkpoint, [5, 9])
     others = np.delete(table, [5, 9], 0)
     assert spare.shapes == checkpoint.shapes
     np.testing.assert_allclose(spare.read(name)[[5, 9]].astype(np.float64), [others.mean(0)] * 2, atol=2e-3)
@@ -87,10 +87,10 @@ def test_peft_computes_the_same_over_a_resized_base(tmp_path: Path, family: str,
     peer = Peer(tmp_path / "peer", family, tie_word_embeddings=tied)
     tokens = (60, VOCABULARY, VOCABULARY + 1)
     checkpoint = open_checkpoint(str(peer.folder))
-    larger = with_tokens(checkpoint, tokens)
-    lora = training_tokens(LoRA(rank=4), larger, tokens)
+    larger = with_token_rows(checkpoint, tokens)
+    lora = train_token_rows(LoRA(rank=4), larger, tokens)
     model = randomised(load_model(larger, quantization=None, method=lora, progress=False))
-    save_adapter(model, tmp_path / "adapter", method=lora)
+    save_adapter(model, tmp_path / "adapter")
 
     adapter = read_adapter(tmp_path / "adapter")
     assert adapter.method == LoRA(**(vars(lora) | {"target_modules": adapter.method.target_modules}))
@@ -102,10 +102,11 @@ def test_peft_computes_the_same_over_a_resized_base(tmp_path: Path, family: str,
     assert theirs.shape[-1] == VOCABULARY + 2
     assert largest(run(model), theirs) < 5e-4
     loaded = load_adapter(
-        load_model(grown(checkpoint, adapter), quantization=None, method=adapter.method, progress=False), adapter
+        load_model(resized_for_adapter(checkpoint, adapter), quantization=None, method=adapter.method, progress=False),
+        adapter,
     )
     assert largest(run(loaded), theirs) < 5e-4
-    merge(grown(checkpoint, adapter), adapter, tmp_path / "merged", dtype="float32", progress=False)
+    merge(resized_for_adapter(checkpoint, adapter), adapter, tmp_path / "merged", dtype="float32", progress=False)
     merged = peer.kind.from_pretrained(tmp_path / "merged", dtype=peer.torch.float32)
     assert largest(peer.logits(merged), theirs) < 5e-4
 
@@ -120,15 +121,15 @@ def test_rows_of_whole_tables_find_room(tmp_path: Path, family: str, tied: bool,
     peer = Peer(tmp_path / "peer", family, tie_word_embeddings=tied)
     tokens = (VOCABULARY, VOCABULARY + 1)
     checkpoint = open_checkpoint(str(peer.folder))
-    larger = with_tokens(checkpoint, tokens)
+    larger = with_token_rows(checkpoint, tokens)
     table = "embed_in" if family == "gpt_neox" else "embed_tokens"
-    lora = training_tokens(LoRA(rank=4, modules_to_save=(table, "lm_head")[: 1 + both]), larger, tokens)
-    assert lora.token_rows() == (() if both else (("lm_head", tokens),))
+    lora = train_token_rows(LoRA(rank=4, modules_to_save=(table, "lm_head")[: 1 + both]), larger, tokens)
+    assert lora.trainable_tokens() == (() if both else (("lm_head", tokens),))
     model = randomised(load_model(larger, quantization=None, method=lora, progress=False))
-    save_adapter(model, tmp_path / "adapter", method=lora)
+    save_adapter(model, tmp_path / "adapter")
 
     adapter = read_adapter(tmp_path / "adapter")
-    room = grown(checkpoint, adapter)
+    room = resized_for_adapter(checkpoint, adapter)
     loaded = load_adapter(load_model(room, quantization=None, method=adapter.method, progress=False), adapter)
     assert largest(run(loaded), run(model)) < 1e-4
     base = peer.base()
@@ -141,8 +142,8 @@ def test_rows_of_whole_tables_find_room(tmp_path: Path, family: str, tied: bool,
 
 
 def test_only_their_rows_and_lora_train(make_tiny_llama: Callable[..., Path]) -> None:
-    checkpoint = with_tokens(open_checkpoint(str(make_tiny_llama())), [259, 260])
-    lora = training_tokens(LoRA(rank=2), checkpoint, (259, 260))
+    checkpoint = with_token_rows(open_checkpoint(str(make_tiny_llama())), [259, 260])
+    lora = train_token_rows(LoRA(rank=2), checkpoint, (259, 260))
     model = load_model(checkpoint, quantization=None, method=lora, progress=False)
     sizes = {path: leaf.size for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))}
     assert sum(size for path, size in sizes.items() if path[-1] not in ("lora_a", "lora_b")) == 2 * 64
@@ -150,23 +151,23 @@ def test_only_their_rows_and_lora_train(make_tiny_llama: Callable[..., Path]) ->
 
 @pytest.mark.parametrize("saved", [("embed_tokens",), ("lm_head",)])
 def test_a_head_that_would_not_learn_them_is_an_error(tiny_llama: Path, saved: tuple[str, ...]) -> None:
-    checkpoint = with_tokens(open_checkpoint(str(tiny_llama)), [259])
-    with pytest.raises(ValueError, match="expected both the token table and lm_head in modules_to_save"):
-        training_tokens(LoRA(modules_to_save=saved), checkpoint, (259,))
+    checkpoint = with_token_rows(open_checkpoint(str(tiny_llama)), [259])
+    with pytest.raises(ValueError, match="expected both the token embedding and lm_head in modules_to_save"):
+        train_token_rows(LoRA(modules_to_save=saved), checkpoint, (259,))
     both = LoRA(modules_to_save=("embed_tokens", "lm_head"))
-    assert training_tokens(both, checkpoint, (259,)) == both
+    assert train_token_rows(both, checkpoint, (259,)) == both
 
 
 def test_rows_far_beyond_the_base_are_an_error(tiny_llama: Path, tmp_path: Path) -> None:
     lora = LoRA(rank=2, trainable_token_indices=(1000,))
     checkpoint = open_checkpoint(str(tiny_llama))
-    larger = load_model(with_tokens(checkpoint, [1000]), quantization=None, method=lora, progress=False)
-    save_adapter(larger, tmp_path, method=lora)
+    larger = load_model(with_token_rows(checkpoint, [1000]), quantization=None, method=lora, progress=False)
+    save_adapter(larger, tmp_path)
     with pytest.raises(CheckpointError, match="expected trainable_token_indices below 259 or next to it, found 1000"):
-        grown(checkpoint, read_adapter(tmp_path))
+        resized_for_adapter(checkpoint, read_adapter(tmp_path))
 
 
 def test_a_model_of_two_stacks_is_an_error(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(Peer(tmp_path, "t5").folder))
     with pytest.raises(ValueError, match="special_tokens: expected a decoder-only model, found t5"):
-        with_tokens(checkpoint, [VOCABULARY])
+        with_token_rows(checkpoint, [VOCABULARY])

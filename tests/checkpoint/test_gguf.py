@@ -395,6 +395,7 @@ def test_every_value_type_of_metadata(tmp_path: Path):
     assert type(found["bool"]) is bool
 
 
+@pytest.mark.integration
 def test_config_of_the_default_model_equals_that_of_transformers(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("torch", reason="transformers reads GGUF only with PyTorch")
     from transformers import AutoConfig, LlamaConfig
@@ -410,6 +411,7 @@ def test_config_of_the_default_model_equals_that_of_transformers(monkeypatch: py
     }
 
 
+@pytest.mark.integration
 def test_all_tensors_of_the_default_model_equal_those_of_transformers(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("torch", reason="transformers reads GGUF only with PyTorch")
     from transformers import AutoModelForCausalLM
@@ -451,6 +453,7 @@ print(memory("VmHWM") - before, "torch" in sys.modules, "jax" in sys.modules)
 """
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of resident memory")
 def test_memory_is_bounded_by_the_largest_tensor():
     path = default_model()

@@ -177,7 +177,7 @@ def test_default_dtype(platform: str, dtype: Callable[..., Any]) -> None:
 def test_packed_tables_are_filled_by_parts(
     tensors: dict[str, np.ndarray], storage: EmbeddingStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_jax.checkpoint.fill._TABLE_ROWS", 10)
+    monkeypatch.setattr("qlora_jax.checkpoint.fill._EMBEDDING_ROWS", 10)
     model = load(tensors, embedding_storage=storage)
     for name, module in (("model.embed_tokens.weight", model.embed_tokens), ("lm_head.weight", model.lm_head)):
         assert module is not None
@@ -204,5 +204,5 @@ def test_a_packed_table_that_is_not_finite_is_an_error(tensors: dict[str, np.nda
 
 
 def test_all_of_a_packed_table_does_not_train(tensors: dict[str, np.ndarray]) -> None:
-    with pytest.raises(ValueError, match="trains as a whole: expected embedding_storage none"):
+    with pytest.raises(ValueError, match="trains in full: expected embedding_storage none"):
         load(tensors, embedding_storage="nf4", method=LoRA(2, modules_to_save=("lm_head",)))

@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_folder(folder: Path):
     checkpoint = open_checkpoint(str(folder))
-    assert checkpoint.source == str(folder)
+    assert checkpoint.name == str(folder)
     assert checkpoint.config == {"model_type": "llama"}
     assert checkpoint.shapes == {"a": (2, 3)}
     np.testing.assert_array_equal(checkpoint.read("a"), [[0, 1, 2], [3, 4, 5]])
@@ -62,7 +62,7 @@ def test_hub_id(folder: Path, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     checkpoint = open_checkpoint("owner/name", revision="v1")
-    assert checkpoint.source == "owner/name"
+    assert checkpoint.name == "owner/name"
     assert checkpoint.shapes == {"a": (2, 3)}
     assert (asked["repository"], asked["revision"]) == ("owner/name", "v1")
     assert not any(pattern.endswith(".bin") for pattern in asked["patterns"])

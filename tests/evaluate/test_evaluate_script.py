@@ -53,7 +53,7 @@ def test_an_adapter_is_asked(tiny_llama: Path, tmp_path: Path, questions: Path) 
     graphdef, adapter, rest = nnx.split(model, nnx.LoRAParam, ...)
     draws = np.random.default_rng(0)
     adapter = jax.tree.map(lambda x: x + 0.3 * draws.standard_normal(x.shape, np.float32), adapter)
-    folder = save_adapter(nnx.merge(graphdef, adapter, rest), tmp_path / "adapter", method=lora)
+    folder = save_adapter(nnx.merge(graphdef, adapter, rest), tmp_path / "adapter")
     model_flags = ["--model", str(tiny_llama), "--adapter", str(folder)]
     done = call("--mmlu", str(questions), *model_flags, "--batch-size", "5", devices=2)
     assert done.returncode == 0, done.stderr

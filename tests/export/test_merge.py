@@ -20,7 +20,8 @@ import safetensors.numpy
 from flax import nnx
 
 from qlora_jax.adapters.bind import load_adapter
-from qlora_jax.adapters.files import Adapter, tensor_name, write_adapter
+from qlora_jax.adapters.files import Adapter, write_adapter
+from qlora_jax.adapters.names import tensor_name
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import load_model
@@ -286,7 +287,7 @@ def test_a_full_disk_leaves_nothing_behind(
         monkeypatch.setattr(merge_module.shutil, "disk_usage", lambda _path: usage)
         message = "expected .* free bytes for the merged model, found 10"
     else:
-        monkeypatch.setattr(merge_module, "_write_shard", write_shard)
+        monkeypatch.setattr(merge_module, "write_shard", write_shard)
         message = r"could not be written: No space left on device \(the weights need"
     with pytest.raises(CheckpointError, match=message):
         merge(checkpoint, None, tmp_path / "merged", progress=False)
@@ -363,6 +364,7 @@ def script() -> ModuleType:
     return module
 
 
+@pytest.mark.integration
 def test_script_merges_the_default_model(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from qlora_jax.adapters.metadata import AdapterMetadata
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer, save_tokenizer
 from qlora_jax.finetune import DataOptions, LoRAOptions, ModelOptions, Options, RunOptions, WatchOptions
-from qlora_jax.finetune.reporting.card import write_card
+from qlora_jax.finetune.reporting.card import Card, write_card
 from qlora_jax.models import causal_family_of
+from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization
 from qlora_jax.train import PAIRS
 
@@ -31,7 +33,14 @@ def config(tiny_llama: Path) -> Any:
 
 
 def card_of(folder: Path, options: Options, config: Any, **arguments: Any) -> ModelCard:
-    write_card(folder, options, config=config, **({"quantization": Quantization(), "rows": ROWS, "kept": 2} | arguments))
+    quantization = arguments.pop("quantization", Quantization())
+    values = {
+        "method": LoRA(),
+        "metadata": AdapterMetadata(quantization, "chat"),
+        "rows": ROWS,
+        "chosen_step": 2,
+    } | arguments
+    write_card(folder, Card(options, config, **values))
     return ModelCard.load(folder / "README.md")
 
 
@@ -81,7 +90,7 @@ def test_a_tokenizer_of_the_adapters_own(tmp_path: Path, tiny_llama: Path, confi
 
 def test_a_card_of_local_names(tmp_path: Path, tiny_llama: Path, config: Any) -> None:
     options = Options(ModelOptions(model=str(tiny_llama)), run=RunOptions(output=tmp_path / "run"))
-    card = card_of(tmp_path, options, config, quantization=None, rows=[{"step": 1, "loss": 1.0}], kept=1)
+    card = card_of(tmp_path, options, config, quantization=None, rows=[{"step": 1, "loss": 1.0}], chosen_step=1)
     assert "base_model" not in card.data.to_dict()
     assert "datasets" not in card.data.to_dict()
     assert card.data.tags == ["lora", "qlora_jax"]

@@ -15,7 +15,7 @@ import pytest
 
 from qlora_jax.adapters.files import read_adapter
 from qlora_jax.adapters.metadata import read_adapter_metadata
-from qlora_jax.adapters.pretrained import TunedOptions, open_tuned
+from qlora_jax.adapters.pretrained import open_pretrained
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.finetune import DataOptions, LoRAOptions, ModelOptions, OptimizerOptions, Options, RunOptions, finetune
 from qlora_jax.finetune.options.context import ContextOptions
@@ -70,19 +70,19 @@ def test_longlora_trains_norms_and_table_and_is_dense_afterwards(adapter: Path, 
 
 
 def test_the_model_is_loaded_with_the_scaling_of_the_training(adapter: Path, options: Options) -> None:
-    tuned = open_tuned(TunedOptions(model=options.model.model, adapter=str(adapter)))
+    tuned = open_pretrained(model=options.model.model, adapter=str(adapter))
     assert tuned.checkpoint.config["max_position_embeddings"] == 128
     model = tuned.load(progress=False)
     assert isinstance(model, CausalLM)
     assert dict(model.config.kinds[0].rope.scaling)["factor"] == 4  # type: ignore[union-attr]
-    alone = open_tuned(TunedOptions(model=options.model.model))
+    alone = open_pretrained(model=options.model.model)
     assert alone.checkpoint.config["max_position_embeddings"] == 32
 
 
 def test_a_merged_model_is_scaled_in_transformers(
     adapter: Path, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
+    torch: Any = pytest.importorskip("torch", reason="torch, to compare with, is not installed")
     from transformers import AutoModelForCausalLM
 
     spec = importlib.util.spec_from_file_location("merge_script_for_context", MERGE)
@@ -100,7 +100,7 @@ def test_a_merged_model_is_scaled_in_transformers(
     tokens = np.random.default_rng(0).integers(3, 250, (1, 100))
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens)).logits.numpy()
-    model: Any = open_tuned(TunedOptions(model=options.model.model, adapter=str(adapter))).load(progress=False)
+    model: Any = open_pretrained(model=options.model.model, adapter=str(adapter)).load(progress=False)
     found = jax.jit(lambda tokens: model(tokens))(jnp.asarray(tokens, jnp.int32))
     np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max())
 

@@ -21,9 +21,10 @@ import pytest
 from matplotlib.image import imread
 from safetensors.numpy import load_file, save_file
 
-from qlora_jax.adapters.files import read_adapter, read_adapter_config
+from qlora_jax.adapters.files import read_adapter
 from qlora_jax.adapters.metadata import AdapterMetadata, read_adapter_metadata
-from qlora_jax.adapters.pretrained import TunedOptions, open_tuned
+from qlora_jax.adapters.peft_config import read_adapter_method
+from qlora_jax.adapters.pretrained import open_pretrained
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.cli import parse, run
@@ -170,10 +171,10 @@ def test_new_special_tokens_of_whole_tables_are_saved_and_used(options: Options,
     for folder in (first, second):
         assert load_tokenizer(folder).convert_tokens_to_ids("<|a|>") == size
         assert read_adapter(folder).tensors["base_model.model.lm_head.weight"].shape == (size + 1, 64)
-    opened = open_tuned(TunedOptions(options.model.model, str(second)))
+    opened = open_pretrained(options.model.model, str(second))
     assert opened.checkpoint.config["vocab_size"] == len(opened.tokenizer) == size + 1
     opened.load(progress=False)
-    assert sorted(read_adapter(second).tables) == sorted(both)
+    assert sorted(read_adapter(second).resized_embeddings) == sorted(both)
     np.testing.assert_array_equal(opened.checkpoint.read("model.embed_tokens.weight"), base)
 
 
@@ -415,7 +416,7 @@ def test_a_run_older_than_an_option_goes_on(options: Options) -> None:
         del record["data"][name]
     path.write_text(json.dumps(record))
     finetune(mine, progress=False)
-    assert read_adapter_config(mine.run.output / "adapter").rank == 4
+    assert read_adapter_method(mine.run.output / "adapter").rank == 4
 
 
 # Whose folder it is
@@ -439,7 +440,7 @@ def test_a_folder_is_never_taken_from_another_run(options: Options) -> None:
 
     finetune(but(other, "run", max_steps=2, overwrite=True), progress=False)
     assert [row["step"] for row in rows_of(output)] == [1, 2]
-    assert read_adapter_config(output / "adapter").rank == 5
+    assert read_adapter_method(output / "adapter").rank == 5
 
 
 def test_overwrite_deletes_nothing_before_the_new_run_begins(options: Options, tmp_path: Path) -> None:
@@ -453,7 +454,7 @@ def test_overwrite_deletes_nothing_before_the_new_run_begins(options: Options, t
         finetune(but(mine, "data", data=str(tmp_path / "none.jsonl")), progress=False)
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     finetune(but(mine, "lora", rank=5), progress=False)
-    assert read_adapter_config(output / "adapter").rank == 5
+    assert read_adapter_method(output / "adapter").rank == 5
     assert (output / "notes.txt").read_text() == "mine"
 
 
@@ -466,7 +467,7 @@ def test_a_record_that_is_none(options: Options, text: str, message: str) -> Non
     with pytest.raises(ValueError, match=message):
         finetune(options, progress=False)
     finetune(but(options, "run", overwrite=True, max_steps=1), progress=False)
-    assert read_adapter_config(options.run.output / "adapter").rank == 4
+    assert read_adapter_method(options.run.output / "adapter").rank == 4
 
 
 def test_a_file_is_no_folder(options: Options) -> None:

@@ -20,7 +20,9 @@ from flax import nnx
 from lowered import BOTH_PRECOMPILED, steps_lowered
 
 from qlora_jax.adapters.bind import load_adapter
-from qlora_jax.adapters.files import read_adapter, read_adapter_config, tensor_name, write_adapter
+from qlora_jax.adapters.files import read_adapter, write_adapter
+from qlora_jax.adapters.names import tensor_name
+from qlora_jax.adapters.peft_config import read_adapter_method
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.cli import parse, run
@@ -123,7 +125,7 @@ def test_it_resumes(options: Options, tmp_path: Path, monkeypatch: pytest.Monkey
 def sequence_log_probabilities(options: Options, adapter: str, texts: list[tuple[list[int], list[int]]]) -> np.ndarray:
     """Σ log π of each answer, by NumPy from the logits of the model with an adapter."""
     checkpoint = open_checkpoint(str(options.model.model))
-    model: Any = load_model(checkpoint, method=read_adapter_config(adapter), dtype=jnp.float32, progress=False)
+    model: Any = load_model(checkpoint, method=read_adapter_method(adapter), dtype=jnp.float32, progress=False)
     graph, state = nnx.split(load_adapter(model, adapter))
     forward = jax.jit(lambda state, tokens: nnx.merge(graph, state)(tokens))
     sums = []

@@ -13,15 +13,17 @@ from lowered import BOTH_PRECOMPILED, steps_lowered
 
 from qlora_jax.adapters.bind import adapter_tensors
 from qlora_jax.adapters.files import read_adapter
-from qlora_jax.adapters.pretrained import TunedOptions, open_tuned
+from qlora_jax.adapters.pretrained import open_pretrained
 from qlora_jax.adapters.virtual_tokens import ENCODER
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.cli import parse
 from qlora_jax.finetune import DataOptions, LoRAOptions, ModelOptions, OptimizerOptions, Options, RunOptions, finetune
-from qlora_jax.finetune.options.tuning import TuningOptions, own_rate
+from qlora_jax.finetune.objectives.dpo import DPO
+from qlora_jax.finetune.objectives.sft import SFT
+from qlora_jax.finetune.options.tuning import TuningOptions
 from qlora_jax.finetune.step import step_spec
 from qlora_jax.models import causal_family_of
-from qlora_jax.peft import IA3, LoRA, PrefixTuning, PromptTuning, PTuning
+from qlora_jax.peft import IA3, FullFineTuning, LoRA, PrefixTuning, PromptTuning, PTuning
 from qlora_jax.plan.quick import quick_plan
 from qlora_jax.serve import generate
 
@@ -74,7 +76,7 @@ def test_a_run_and_what_it_leaves(
     card = ModelCard.load(folder / "README.md")
     assert tuning["method"] in card.data.to_dict()["tags"]
 
-    model: Any = open_tuned(TunedOptions(model=str(tiny_llama), adapter=str(folder))).load(progress=False)
+    model: Any = open_pretrained(model=str(tiny_llama), adapter=str(folder)).load(progress=False)
     assert all(np.isfinite(tensor).all() for tensor in adapter_tensors(model).values())
     graph, state = nnx.split(model)
     (answer,) = generate(graph, state, [[5, 6, 7]], max_new_tokens=4)
@@ -135,11 +137,12 @@ def test_options_of_lora_beside_another_method() -> None:
 
 def test_rates() -> None:
     methods = (IA3(), PromptTuning(), PTuning(), PrefixTuning(), PrefixTuning(projection=True))
-    rates = [OptimizerOptions().peak_learning_rate(10**10, own=own_rate(method)) for method in methods]
+    rates = [OptimizerOptions().peak_learning_rate(10**10, SFT, method) for method in methods]
     assert rates == [3e-3, 3e-2, 1e-3, 1e-2, 1e-3]
-    assert own_rate(LoRA()) is None
-    assert OptimizerOptions().peak_learning_rate(1, "dpo", own=1e-2) == pytest.approx(5e-4)
-    assert OptimizerOptions(optimizer="lion").peak_learning_rate(1, own=1e-2) == pytest.approx(1e-3)
+    assert LoRA().default_learning_rate is None
+    assert OptimizerOptions().peak_learning_rate(10**10, SFT, FullFineTuning()) == pytest.approx(2e-5)
+    assert OptimizerOptions().peak_learning_rate(1, DPO, PrefixTuning()) == pytest.approx(5e-4)
+    assert OptimizerOptions(optimizer="lion").peak_learning_rate(1, SFT, PrefixTuning()) == pytest.approx(1e-3)
 
 
 def test_a_window_and_packed_rows_are_refused_early(make_tiny_llama: Any, data: Path, tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.adapters.bind import load_adapter
-from qlora_jax.adapters.files import read_adapter, read_adapter_config
+from qlora_jax.adapters.files import read_adapter
+from qlora_jax.adapters.peft_config import read_adapter_method
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
@@ -149,7 +150,7 @@ def test_it_learns_and_serves(options: Options, tmp_path: Path, capsys: pytest.C
     results = json.loads((options.run.output / "eval_results.json").read_text())
     assert results["eval_loss"] == rows[-1]["eval_loss"]
     checkpoint, tokenizer = open_checkpoint(str(options.model.model)), load_tokenizer(str(options.model.model))
-    model = load_model(checkpoint, method=read_adapter_config(folder), dtype=jnp.float32, progress=False)
+    model = load_model(checkpoint, method=read_adapter_method(folder), dtype=jnp.float32, progress=False)
     model = load_adapter(model, folder)
     data = [json.loads(line) for line in Path(str(options.data.data)).read_text().splitlines()]
     out = set(np.random.default_rng(0).permutation(24)[:6].tolist())

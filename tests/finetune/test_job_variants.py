@@ -14,7 +14,7 @@ import pytest
 from qlora_jax.adapters.bind import adapter_tensors
 from qlora_jax.adapters.files import read_adapter
 from qlora_jax.adapters.metadata import read_adapter_metadata
-from qlora_jax.adapters.pretrained import TunedOptions, open_tuned
+from qlora_jax.adapters.pretrained import open_pretrained
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.export.drift import logit_drift, sample_logits
@@ -98,8 +98,8 @@ def test_pissa_saves_what_it_trained(tiny_llama: Path, data: Path, tmp_path: Pat
     assert read_adapter_metadata(again) == record
     assert read_adapter(again).method == method
 
-    tuned = open_tuned(TunedOptions(model=str(tiny_llama), adapter=str(folder), dtype="float32"))
-    assert tuned.taken is not None
+    tuned = open_pretrained(model=str(tiny_llama), adapter=str(folder), dtype="float32")
+    assert tuned.subtracted is not None
     assert tuned.adapter is not None
     merge(
         tuned.checkpoint,
@@ -107,7 +107,7 @@ def test_pissa_saves_what_it_trained(tiny_llama: Path, data: Path, tmp_path: Pat
         tmp_path / "merged",
         dtype="float32",
         from_dequantized=tuned.quantization,
-        rewrite=tuned.taken,
+        subtracted=tuned.subtracted,
         progress=False,
     )
     merged = load_model(open_checkpoint(str(tmp_path / "merged")), quantization=None, dtype="float32", progress=False)

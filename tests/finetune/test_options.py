@@ -7,6 +7,8 @@ import pytest
 
 from qlora_jax.cli import parse
 from qlora_jax.finetune import DataOptions, OptimizerOptions, Options, RunOptions
+from qlora_jax.finetune.objectives.dpo import DPO
+from qlora_jax.finetune.objectives.sft import SFT
 from qlora_jax.peft import LoRA
 
 
@@ -28,15 +30,15 @@ def test_optimizer_options(fields: dict[str, Any], message: str) -> None:
 
 def test_the_learning_rate_of_lion_is_a_tenth() -> None:
     for parameters in (1e8, 7e9, 65e9):
-        plain = OptimizerOptions().peak_learning_rate(int(parameters))
-        assert OptimizerOptions(optimizer="lion").peak_learning_rate(int(parameters)) == plain / 10
-    assert OptimizerOptions(optimizer="lion", learning_rate=1e-3).peak_learning_rate(1) == 1e-3
+        plain = OptimizerOptions().peak_learning_rate(int(parameters), SFT, LoRA())
+        assert OptimizerOptions(optimizer="lion").peak_learning_rate(int(parameters), SFT, LoRA()) == plain / 10
+    assert OptimizerOptions(optimizer="lion", learning_rate=1e-3).peak_learning_rate(1, SFT, LoRA()) == 1e-3
 
 
 def test_the_learning_rate_of_dpo_is_lower() -> None:
-    rates = [OptimizerOptions().peak_learning_rate(int(size), "dpo") for size in (1e8, 7e9, 65e9)]
+    rates = [OptimizerOptions().peak_learning_rate(int(size), DPO, LoRA()) for size in (1e8, 7e9, 65e9)]
     assert rates == [5e-5, 5e-6, 5e-6]
-    assert OptimizerOptions(learning_rate=1e-3).peak_learning_rate(1, "dpo") == 1e-3
+    assert OptimizerOptions(learning_rate=1e-3).peak_learning_rate(1, DPO, LoRA()) == 1e-3
 
 
 def test_early_stopping_needs_evaluations() -> None:

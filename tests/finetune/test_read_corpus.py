@@ -33,7 +33,7 @@ def read(rows: str | tuple[str, ...], **fields: Any) -> Corpus[int]:
         raise AssertionError(number)
 
     options = Options(data=DataOptions(data=rows, **fields), run=RunOptions(seed=3))
-    return read_corpus(options, None, encode, shown, lambda text: None)  # type: ignore[arg-type]
+    return read_corpus(options, None, encode, shown)  # type: ignore[arg-type]
 
 
 def test_a_share_or_a_number_of_rows_is_held_out(rows: str) -> None:
@@ -73,7 +73,7 @@ def test_a_bad_row_is_named_with_its_source(rows: str) -> None:
         raise DataError("row 0 (counted from 0): bad")
 
     with pytest.raises(DataError, match=rf"^{rows}, row 0 \(counted from 0\): bad$") as error:
-        read_source(rows, None, encode, lambda text: None)
+        read_source(rows, None, encode)
     assert isinstance(error.value.__cause__, DataError)
 
 

@@ -13,8 +13,7 @@ from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.data import DataError
 from qlora_jax.finetune import DataOptions, LoRAOptions, ModelOptions, OptimizerOptions, Options, RunOptions, finetune
 from qlora_jax.finetune.objectives.objective import Objective, Setting
-from qlora_jax.finetune.objectives.sft import sft
-from qlora_jax.models import family_of
+from qlora_jax.finetune.objectives.sft import SFT
 
 ROWS = 30
 
@@ -38,19 +37,20 @@ def losses(output: Path) -> list[tuple[int, float, int]]:
     return [(row["step"], row["loss"], row["learned_tokens"]) for row in rows if "loss" in row]
 
 
-def objective_of(options: Options, folder: Path, said: list[str]) -> Objective:
-    config = open_checkpoint(str(folder)).config
-    config = family_of(config).config(config)
-    return sft(Setting(options, load_tokenizer(folder), config, frozenset(), said.append, False))
+def objective_of(options: Options, folder: Path) -> Objective:
+    config = open_checkpoint(str(folder)).model_config
+    return SFT.read(Setting(options, load_tokenizer(folder), config, frozenset(), progress=False))
 
 
-def test_the_first_rows_are_held_out_and_the_others_are_trained_on(options: Options, tiny_llama: Path) -> None:
-    tokenizer, said = load_tokenizer(tiny_llama), []
-    objective = objective_of(options, tiny_llama, said)
+def test_the_first_rows_are_held_out_and_the_others_are_trained_on(
+    options: Options, tiny_llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "qlora_jax")
+    tokenizer, objective = load_tokenizer(tiny_llama), objective_of(options, tiny_llama)
     assert objective.held_out is not None
     held_out = "".join(text for batch in objective.held_out(2) for text in tokenizer.batch_decode(batch["inputs"].tolist()))
     assert [held_out.count(f"{number:02}?") for number in range(ROWS)] == [1] * 4 + [0] * 26
-    assert "held out are the first rows: 4 of 4 rows kept" in said[0]
+    assert "held out are the first rows: 4 of 4 rows kept" in caplog.messages[0]
     source, seen = objective.training(2), ""
     while source.get_state().get("pass", 1) == 0:
         seen += "".join(tokenizer.batch_decode(next(source)["inputs"].tolist()))
@@ -100,7 +100,7 @@ def test_a_stream_needs_a_number_of_steps(options: Options) -> None:
 def test_a_stream_of_nothing_but_held_out_rows(options: Options, tiny_llama: Path) -> None:
     short = dataclasses.replace(options, data=dataclasses.replace(options.data, held_out_rows=ROWS))
     with pytest.raises(ValueError, match=r"expected rows beyond those held out \(held_out_rows 30\), found none"):
-        objective_of(short, tiny_llama, [])
+        objective_of(short, tiny_llama)
 
 
 def but(options: Options, rows: list[dict[str, Any]], **fields: Any) -> Options:
@@ -119,7 +119,7 @@ def test_message_trees_are_refused(options: Options, tiny_llama: Path, held_out_
     with pytest.raises(
         DataError, match=r"rows\.jsonl: streaming: expected rows that stand alone, found message trees \(col"
     ):
-        objective_of(trees, tiny_llama, [])
+        objective_of(trees, tiny_llama)
 
 
 GOOD = {"question": "1?", "answer": "one"}
@@ -131,7 +131,7 @@ def test_a_bad_row_is_named_with_its_file(options: Options, tiny_llama: Path, pl
     rows = but(options, [GOOD] * place + [{"question": "1?", "reply": "x"}] + [GOOD] * 3, held_out_rows=held_out_rows)
 
     def train() -> None:
-        source = objective_of(rows, tiny_llama, []).training(2)
+        source = objective_of(rows, tiny_llama).training(2)
         for _ in range(200):
             next(source)
 
@@ -145,22 +145,22 @@ def test_a_line_that_is_no_json(options: Options, tiny_llama: Path, held_out_row
     path = Path(str(options.data.data))
     path.write_text(path.read_text() + '{"question": \n', encoding="utf-8")
     with pytest.raises(DataError, match=rf"^{path}, in the \d+ rows from row {first} on .*: expected rows that can be read"):
-        objective_of(broken, tiny_llama, [])
+        objective_of(broken, tiny_llama)
 
 
-def test_rows_that_teach_nothing_are_told(options: Options, tiny_llama: Path) -> None:
+def test_rows_that_teach_nothing_are_told(options: Options, tiny_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "qlora_jax")
     empty = {"question": "2?", "answer": ""}
     rows = but(options, [GOOD] * 9 + [empty] * 10, held_out_rows=1, shuffle_buffer=8)
-    said: list[str] = []
-    source = objective_of(rows, tiny_llama, said).training(2)
-    del said[:]
-    while len(said) < 5:
+    source = objective_of(rows, tiny_llama).training(2)
+    caplog.clear()
+    while len(caplog.messages) < 5:
         next(source)
     path = str(options.data.data)
-    assert [text.split(" kept")[0] for text in said] == [
+    assert [text.split(" kept")[0] for text in caplog.messages] == [
         f"{path}, rows 9 to 16 (counted from 0): 0 of 8 rows",
         f"{path}, rows 17 to 18 (counted from 0): 0 of 2 rows",
         f"{path}: at the end of the rows to train on: 8 of 18 rows",
         *(f"{path}, rows {rows} (counted from 0): 0 of {count} rows" for rows, count in (("9 to 16", 8), ("17 to 18", 2))),
         f"{path}: at the end of the rows to train on: 8 of 18 rows",
-    ][: len(said)]
+    ][: len(caplog.messages)]

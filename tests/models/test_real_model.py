@@ -33,7 +33,7 @@ def checkpoint() -> Checkpoint:
     def read(name: str) -> np.ndarray:  # rounded as 16-bit checkpoints are
         return np.array(jnp.asarray(opened.read(name), jnp.bfloat16).astype(jnp.float32))
 
-    return Checkpoint(opened.source, opened.config, opened.shapes, read)
+    return Checkpoint(opened.name, opened.config, opened.shapes, read)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def texts(checkpoint: Checkpoint) -> list[np.ndarray]:
     """20 texts of at most 128 tokens: conversations in many languages, code, mathematics, questions."""
     if not DATA.is_dir():
         pytest.skip(f"the shared data are not here: {DATA}")
-    tokenizer = load_tokenizer(checkpoint.source)
+    tokenizer = load_tokenizer(checkpoint.name)
     rows = []
     for name, column in SOURCES.items():
         lines = (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:5]
@@ -81,6 +81,7 @@ def models(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> tuple[Any,
     return ours, theirs
 
 
+@pytest.mark.integration
 def test_logits_and_losses_equal_transformers(models: tuple[Any, Any], texts: list[np.ndarray]) -> None:
     ours, theirs = models
 

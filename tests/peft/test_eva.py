@@ -15,7 +15,7 @@ from peft_peer import VOCABULARY, Peer, largest, run
 from qlora_jax.finetune.eva import start_from_inputs
 from qlora_jax.models import CausalLM
 from qlora_jax.peft import LoRA
-from qlora_jax.peft.eva import update
+from qlora_jax.peft.eva import update_statistics
 from qlora_jax.train import language_model_loss
 
 RANK = 4
@@ -35,12 +35,12 @@ def test_batch_by_batch_against_all_at_once() -> None:
     spread = np.diag(0.8 ** np.arange(24)) @ np.linalg.qr(draws.standard_normal((24, 24)))[0]
     x = draws.standard_normal((5, 60, 24)) @ spread + draws.standard_normal((5, 1, 24))
     counts = draws.random((5, 60)) < 0.8
-    kept: Any = (jnp.zeros((RANK, 24)), jnp.zeros(24), jnp.zeros(()), jnp.zeros(()))
+    statistics: Any = (jnp.zeros((RANK, 24)), jnp.zeros(24), jnp.zeros(()), jnp.zeros(()))
     for batch, rows in zip(x, counts, strict=True):
         noisy = np.where(rows[:, None], batch, 1e3 * draws.standard_normal(batch.shape))
-        kept = jax.jit(update)(kept, jnp.asarray(noisy, jnp.float32), jnp.asarray(rows))
+        statistics = jax.jit(update_statistics)(statistics, jnp.asarray(noisy, jnp.float32), jnp.asarray(rows))
     seen = x[counts]
-    directions, mean, count, cosine = map(np.asarray, kept)
+    directions, mean, count, cosine = map(np.asarray, statistics)
     assert count == len(seen)
     assert 0 <= cosine <= 1 + 1e-5
     np.testing.assert_allclose(mean, seen.mean(0), atol=1e-4)
@@ -97,7 +97,7 @@ def ours(peer: Peer, lora: LoRA, data: list[dict[str, np.ndarray]]) -> CausalLM:
     return start_from_inputs(model, build, lora, language_model_loss, iter(data), most=len(data), progress=False)
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("use_dora", [False, pytest.param(True, marks=pytest.mark.integration)])
 def test_directions_of_a_models_inputs(peer: Peer, use_dora: bool) -> None:
     """One batch with padding, ranks that differ, a layer without an adapter."""
     lora = LoRA(
@@ -123,6 +123,7 @@ def test_directions_of_a_models_inputs(peer: Peer, use_dora: bool) -> None:
                 assert explained(seen[name], a[:, :rank].T) > 0.99, name
 
 
+@pytest.mark.integration
 def test_as_good_as_pefts(peer: Peer) -> None:
     """The variance that the directions of either explain of all batches."""
     data = batches(4, 0)

@@ -11,9 +11,11 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 from method_peer import MethodPeer, largest, our_losses, random_batches, randomised, run
+from tiers import tiered
 
 from qlora_jax.adapters.bind import load_adapter, save_adapter
-from qlora_jax.adapters.files import read_adapter, read_adapter_config
+from qlora_jax.adapters.files import read_adapter
+from qlora_jax.adapters.peft_config import read_adapter_method
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.errors import CheckpointError
 from qlora_jax.export.merge import merge
@@ -44,11 +46,11 @@ def shape() -> ModelShape:
 def test_files_both_ways(tmp_path: Path, family: str, fields: dict[str, Any]) -> None:
     peer = MethodPeer(tmp_path / "base", family)
     theirs = peer.random_adapter(tmp_path / "theirs", "IA3Config", **fields)
-    method = read_adapter_config(tmp_path / "theirs")
+    method = read_adapter_method(tmp_path / "theirs")
     ours = load_adapter(peer.ours(method), tmp_path / "theirs")
     assert largest(run(ours), peer.logits(theirs)) < TOLERANCE
     assert largest(run(ours), peer.logits(peer.base())) > 100 * TOLERANCE
-    save_adapter(randomised(ours), tmp_path / "ours", method=method)
+    save_adapter(randomised(ours), tmp_path / "ours")
     expected, found = (safetensors.numpy.load_file(tmp_path / f / "adapter_model.safetensors") for f in ("theirs", "ours"))
     assert {name: tensor.shape for name, tensor in expected.items()} == {name: t.shape for name, t in found.items()}
     assert largest(run(randomised(ours)), peer.logits(peer.loaded(tmp_path / "ours"))) < TOLERANCE
@@ -62,13 +64,13 @@ def test_the_usual_targets_are_those_of_peft(family: str) -> None:
     assert DEFAULTS[family][1] == tuple(constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[family])
 
 
-@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("family", tiered(["llama", "t5"], quick=["llama"]))
 def test_the_same_training(tmp_path: Path, family: str) -> None:
     peer, data = MethodPeer(tmp_path / "base", family), random_batches(family == "t5")
     ours, model = our_losses(peer.ours(IA3()), data, 3e-2)
     theirs = peer.losses(peer.adapted("IA3Config"), data, 3e-2)
     assert largest(ours, theirs) < 1e-4
-    assert largest(ours, our_losses(peer.ours(IA3()), data, 1e-9)[0]) > 1e-2, "training moves the loss"
+    assert largest(ours, peer.losses(peer.adapted("IA3Config"), data, 1e-9)) > 1e-2, "training moves the loss"
     assert largest(run(without_adapter(model)), peer.logits(peer.base())) < TOLERANCE
 
 
@@ -90,7 +92,7 @@ def test_padding_of_a_stack_has_no_gradient(tmp_path: Path) -> None:
     method = IA3(("layers.1.self_attn.v_proj", "layers.2.self_attn.v_proj"), ())
     graph, adapter, frozen = split(randomised(peer.ours(method)))
     tokens = jnp.ones((1, 4), jnp.int32)
-    gradient = jax.grad(lambda a: nnx.merge(graph, a, frozen)(tokens).sum())(adapter)
+    gradient = jax.jit(jax.grad(lambda a: nnx.merge(graph, a, frozen)(tokens).sum()))(adapter)
     (leaf,) = jax.tree.leaves(gradient)
     assert [bool(np.abs(layer).max() > 0) for layer in np.asarray(leaf)] == [False, True, True]
 

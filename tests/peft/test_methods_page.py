@@ -12,7 +12,8 @@ from flax import nnx
 from method_peer import largest
 
 from qlora_jax.adapters.bind import load_adapter, save_adapter
-from qlora_jax.adapters.files import read_adapter, read_adapter_config
+from qlora_jax.adapters.files import read_adapter
+from qlora_jax.adapters.peft_config import read_adapter_method
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.export.merge import merge
@@ -25,7 +26,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
 def test_a_method_in_one_file(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(code.splitlines()) <= 60
-    monkeypatch.delitem(METHODS, "RANK_ONE", raising=False)  # and takes away what the page puts in
+    monkeypatch.delitem(METHODS, "rank-one", raising=False)  # and takes away what the page puts in
     (tmp_path / "rank_one.py").write_text(code, encoding="utf-8")
     spec = importlib.util.spec_from_file_location("rank_one", tmp_path / "rank_one.py")
     assert spec is not None
@@ -50,12 +51,12 @@ def test_a_method_in_one_file(tiny_llama: Path, tmp_path: Path, monkeypatch: pyt
     assert losses[-1] < losses[0] - 0.05
     trained = nnx.merge(graph, state.adapter, frozen)
 
-    save_adapter(trained, tmp_path / "adapter", method=method)
-    assert read_adapter_config(tmp_path / "adapter") == method
+    save_adapter(trained, tmp_path / "adapter")
+    assert read_adapter_method(tmp_path / "adapter") == method
     loaded = load_adapter(fresh(method), tmp_path / "adapter")
     assert largest(loaded(tokens), trained(tokens)) < 1e-5
     merge(checkpoint, read_adapter(tmp_path / "adapter"), tmp_path / "merged", dtype="float32", progress=False)
     merged = fresh(None, open_checkpoint(str(tmp_path / "merged")))
     assert largest(merged(tokens), trained(tokens)) < 1e-4
     assert largest(merged(tokens), fresh(None)(tokens)) > 1e-2
-    monkeypatch.delitem(METHODS, "RANK_ONE")
+    monkeypatch.delitem(METHODS, "rank-one")

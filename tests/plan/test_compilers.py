@@ -13,14 +13,20 @@ import pytest
 PROGRAM = Path(__file__).parent / "compile_small.py"
 ROOT = Path(__file__).parents[2]
 GPUS = ("h100", "h200", "b200", "a100-80", "a100-40", "l4", "rtx4090", "rtx3090")
+PLUGINS = {  # modules, and our extra
+    "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), "cuda"),
+    "tpu": (("libtpu",), "tpu"),
+}
+TPUS = ("v4", "v5e", "v5p", "v6e")
 SLACK = 2**16  # the batch, counters, and the alignment of each argument
 
 
-def compiled(platform: str, modules: tuple[str, ...], extra: str) -> Any:
+def compiled(platform: str, *flags: str) -> Any:
+    modules, extra = PLUGINS[platform]
     if not any(importlib.util.find_spec(name) for name in modules):
         pytest.skip(f'compiling for {platform} needs its plugin: pip install "qlora-jax[{extra}]"')
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), platform],
+        [sys.executable, str(PROGRAM), platform, *flags],
         capture_output=True,
         text=True,
         check=False,
@@ -33,12 +39,17 @@ def compiled(platform: str, modules: tuple[str, ...], extra: str) -> Any:
 
 @pytest.fixture(scope="module")
 def cuda() -> Any:
-    return compiled("cuda", ("jax_cuda13_plugin", "jax_cuda12_plugin"), "cuda")
+    return compiled("cuda")
 
 
 @pytest.fixture(scope="module")
 def tpu() -> Any:
-    return compiled("tpu", ("libtpu",), "tpu")
+    return compiled("tpu")
+
+
+@pytest.mark.parametrize(("platform", "devices"), [("cuda", GPUS), ("tpu", TPUS)])
+def test_a_product_for_each_device(platform: str, devices: tuple[str, ...]) -> None:
+    assert compiled(platform, "--products")["products"] == dict.fromkeys(devices, 2 * 128**3)
 
 
 def check_arguments(plan: dict[str, Any]) -> None:
@@ -50,15 +61,16 @@ def check_arguments(plan: dict[str, Any]) -> None:
     assert 3 in plan["loops"]  # over the layers
 
 
+@pytest.mark.integration
 def test_a_step_for_gpu(cuda: Any) -> None:
     plan = cuda["train"]
     check_arguments(plan)
     assert plan["optimizer"] == 0
     assert plan["host_optimizer"] == 2 * plan["adapter"] + 3 * 8  # two moments; counters of rule and schedule of each layer
     assert abs(plan["program"]["host_arguments"] - plan["host_optimizer"]) <= SLACK
-    assert cuda["products"] == dict.fromkeys(GPUS, 2 * 128**3)
 
 
+@pytest.mark.integration
 def test_four_devices_share_the_frozen_weights(cuda: Any) -> None:
     one, four = cuda["train"], cuda["four"]
     check_arguments(four)
@@ -68,6 +80,7 @@ def test_four_devices_share_the_frozen_weights(cuda: Any) -> None:
     assert one["copied_stacks"] == four["copied_stacks"] == 0  # gathered layer by layer where they lie
 
 
+@pytest.mark.integration
 def test_a_decode_step_reads_the_weights_and_the_cache(cuda: Any) -> None:
     plan = cuda["decode"]
     assert plan["cache"] == 2 * 3 * 256 * 2 * 64 * 2 + 256 + 4
@@ -78,12 +91,14 @@ def test_a_decode_step_reads_the_weights_and_the_cache(cuda: Any) -> None:
     assert plan["copied_caches"] == 0
 
 
+@pytest.mark.integration
 def test_the_kernel_of_4_bit_matrices_compiles_for_gpus(cuda: Any) -> None:
     assert cuda["kernels"]
     for read, layer in cuda["kernels"]:
         assert layer <= read <= 1.1 * layer
 
 
+@pytest.mark.integration
 def test_the_fit_is_the_largest(cuda: Any) -> None:
     fit = cuda["fit"]
     (rows, peak), limit = fit["found"], fit["limit"]
@@ -92,11 +107,12 @@ def test_the_fit_is_the_largest(cuda: Any) -> None:
     assert len(fit["asked"]) <= 8
 
 
+@pytest.mark.integration
 def test_a_step_for_tpu(tpu: Any) -> None:
     check_arguments(tpu["train"])
-    assert tpu["products"] == dict.fromkeys(("v4", "v5e", "v5p", "v6e"), 2 * 128**3)
 
 
+@pytest.mark.integration
 def test_a_decode_step_for_tpu_reads_everything_once(tpu: Any) -> None:
     """Packed bytes, the head of the two tables, the adapter and the cache: nothing is copied, nothing read twice."""
     plan = tpu["decode"]
@@ -106,12 +122,14 @@ def test_a_decode_step_for_tpu_reads_everything_once(tpu: Any) -> None:
     assert 0 < plan["stack_reads"] <= plan["packed_weights"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_few_dense_copies_of_matrices_live_at_once(platform: str, request: pytest.FixtureRequest) -> None:
     plan = request.getfixturevalue(platform)["train"]
     assert plan["dense_matrices"] <= 1
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_the_token_table_is_read_where_it_lies(platform: str, request: pytest.FixtureRequest) -> None:
     assert request.getfixturevalue(platform)["train"]["copied_tables"] == 0

@@ -1,9 +1,7 @@
-"""scripts/plan.py: a table and JSON, or one line for what is wrong; a real compilation where that can be."""
+"""The command plan: a table and JSON, or one line for what is wrong; a real compilation where that can be."""
 
 import dataclasses
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 
 from qlora_jax.cli import parse
+from qlora_jax.commands import plan as script
 from qlora_jax.errors import CheckpointError, DoesNotFitError
 from qlora_jax.finetune.step import step_spec
 from qlora_jax.models import ModelSpec, family_of
@@ -26,20 +25,8 @@ H100 = machine_named("h100")
 PLAN = Plan(H100, 3 * GIB, 2 * GIB, GIB, 0, 0, 2 * GIB, PROGRAM, {"jax": "0"})
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("JAX_PLATFORMS", os.environ.get("JAX_PLATFORMS", "cpu"))
-    spec = importlib.util.spec_from_file_location("plan_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_last_line_is_json_with_method_versions_and_device(
-    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: dict[str, Any] = {}
 
@@ -74,7 +61,7 @@ def test_the_last_line_is_json_with_method_versions_and_device(
     [("bar.foo", "plot: expected a file that ends in one of"), ("none/bar.png", "plot: expected a folder that exists")],
 )
 def test_a_drawing_that_cannot_be_written_is_told_before_any_work(
-    script: Any, name: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["plan.py", "--plot", str(tmp_path / name)])
     monkeypatch.setattr(script, "read_config", lambda model: pytest.fail("work before the check"))
@@ -83,10 +70,10 @@ def test_a_drawing_that_cannot_be_written_is_told_before_any_work(
     assert message in capsys.readouterr().err
 
 
-def test_a_recipe_of_train_py_means_the_same(script: Any) -> None:
+def test_a_recipe_of_train_py_means_the_same() -> None:
     """Every memory option of a config file, as the plan has it."""
     arguments = parse(
-        script.Arguments,
+        script.PlanCommandOptions,
         description=None,
         arguments=["--config", str(ROOT / "recipes" / "guanaco-65b.toml"), "--device", "a100-80", "--optimizer", "lion"],
     )
@@ -105,7 +92,7 @@ def test_a_recipe_of_train_py_means_the_same(script: Any) -> None:
 
 
 def test_quick_needs_no_compiler(
-    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(script, "check_compiler", lambda machine: pytest.fail("asked for a compiler"))
     flags = ["--model", "smollm2-135m", "--quick", "--device", "v5e:2x2", "--plot", str(tmp_path / "bar.png")]
@@ -117,9 +104,7 @@ def test_quick_needs_no_compiler(
     assert (tmp_path / "bar.png").exists()
 
 
-def test_a_fit_is_searched_with_compilations(
-    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_fit_is_searched_with_compilations(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[int] = []
 
     def compiled(spec: StepSpec[ModelSpec], machine: Machine) -> Plan:
@@ -142,7 +127,7 @@ def test_a_fit_is_searched_with_compilations(
 
 
 def test_what_cannot_fit_is_told_with_what_would(
-    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--model", "llama-65b", "--device", "rtx4090", "--quick", "--fit", "batch"]
     monkeypatch.setattr(sys, "argv", ["plan.py", *flags])
@@ -162,7 +147,6 @@ def test_what_cannot_fit_is_told_with_what_would(
     ],
 )
 def test_what_is_wrong_is_one_line(
-    script: Any,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
@@ -178,7 +162,7 @@ def test_what_is_wrong_is_one_line(
 
 
 def test_a_missing_compiler_is_one_line_before_anything_is_read(
-    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def missing(machine: Any) -> None:
         raise CompilerMissing('needs CUDA: pip install "qlora-jax[cuda]"')
@@ -190,7 +174,7 @@ def test_a_missing_compiler_is_one_line_before_anything_is_read(
     assert capsys.readouterr().err == 'error: needs CUDA: pip install "qlora-jax[cuda]"\n'
 
 
-def test_a_config_is_read_from_a_folder_or_a_file(script: Any, tmp_path: Path) -> None:
+def test_a_config_is_read_from_a_folder_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SIZES["llama-7b"]))
     assert script.read_config(str(tmp_path)) == SIZES["llama-7b"]
     assert script.read_config(str(tmp_path / "config.json")) == SIZES["llama-7b"]

@@ -111,7 +111,7 @@ def permute(a: Any, b: Any, selectors: Any) -> Any:
 )
 def test_what_the_kernel_does_not_take(shape: Any, block_size: int, dtype: str, reason: str) -> None:
     q = jax.eval_shape(lambda w: quantize(w, "nf4", block_size), jax.ShapeDtypeStruct(shape, jnp.float32))
-    assert re.search(reason, gpu.problem(q, dtype) or "")
+    assert re.search(reason, gpu.unsupported_reason(q, dtype) or "")
 
 
 def lowered(function: Any, *arguments: Any) -> str:
@@ -149,5 +149,5 @@ def test_the_gradient_on_a_gpu_is_that_of_xla() -> None:
 def test_matrices_that_only_the_gpu_takes_are_xlas_elsewhere() -> None:
     q, x = quantize(random(640, 128)), random(2, 640, seed=1)
     assert kernels.exists(q, x.dtype)
-    assert "expected multiples of 256" in (kernels.problem(q, x.dtype) or "")
+    assert "expected multiples of 256" in (kernels.unsupported_reason(q, x.dtype) or "")
     np.testing.assert_array_equal(matmul(x, q), matmul(x, q, implementation="xla"))

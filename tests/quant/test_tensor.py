@@ -195,6 +195,7 @@ def test_scan_and_eval_shape(rows: int) -> None:
     assert jax.eval_shape(dequantize, abstract).shape == w.shape
 
 
+@pytest.mark.integration
 def test_sharded_over_eight_devices() -> None:
     """Codes and scales of the column layout, split by columns or by rows; in a process with eight CPU
     devices."""

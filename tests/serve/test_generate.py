@@ -108,6 +108,7 @@ def torch() -> Iterator[Any]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.integration
 def test_greedy_equals_transformers_on_a_real_model(torch: Any) -> None:
     from transformers import LlamaConfig as TorchConfig
     from transformers import LlamaForCausalLM

@@ -1,9 +1,7 @@
-"""scripts/generate.py: answers on stdout, one line for what is wrong, and a chat that remembers."""
+"""The command generate: answers on stdout, one line for what is wrong, and a chat that remembers."""
 
-import importlib.util
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +11,23 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.adapters import pretrained as tuned
-from qlora_jax.adapters.files import tensor_name, write_adapter
+from qlora_jax.adapters import pretrained
+from qlora_jax.adapters.files import write_adapter
 from qlora_jax.adapters.metadata import AdapterMetadata
+from qlora_jax.adapters.names import tensor_name
 from qlora_jax.checkpoint.default_model import fetch_default_model
-from qlora_jax.checkpoint.load import load_model
+from qlora_jax.checkpoint.load import load
+from qlora_jax.commands import generate as script
 from qlora_jax.errors import CheckpointError
 from qlora_jax.models.llama import llama_config
 from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message.role }}: {{ message.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
 HIDDEN, HEADS, LAYERS = 32, 4, 2
-
-
-def import_script() -> Any:
-    spec = importlib.util.spec_from_file_location("generate_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-script = import_script()
 
 
 @pytest.fixture(scope="module")
@@ -146,16 +132,16 @@ def test_an_adapter_is_asked_as_it_was_trained(
     seen: list[Any] = []
     stored: list[str] = []
 
-    def fake_load_model(checkpoint: Any, *, quantization: Any, embedding_storage: Any, **settings: Any) -> Any:
-        seen.append(quantization)
-        stored.append(embedding_storage)
-        return load_model(checkpoint, quantization=quantization, embedding_storage=embedding_storage, **settings)
+    def watched_load(checkpoint: Any, spec: Any, **settings: Any) -> Any:
+        seen.append(spec.quantization)
+        stored.append(spec.embedding_storage)
+        return load(checkpoint, spec, **settings)
 
     def fake_generate(graphdef: Any, state: Any, prompts: Any, **settings: Any) -> Any:
         seen.append(PreTrainedTokenizerFast.from_pretrained(folder).decode(prompts[0]))
         return [[] for _ in prompts]
 
-    monkeypatch.setattr(tuned, "load_model", fake_load_model)
+    monkeypatch.setattr(pretrained, "load", watched_load)
     monkeypatch.setattr(script, "generate", fake_generate)
     options = ["--model", folder, "--prompt", "Hi", "--adapter", adapter]
     assert run(capsys, *options)[0] == 0

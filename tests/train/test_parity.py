@@ -70,7 +70,7 @@ def train_ours(
 ) -> Result:
     """Also saves the adapter before the first step under `work`, for the peer to start from."""
     model = load_model(open_checkpoint(str(folder)), method=lora, dtype=jnp.float32, seed=3, progress=False)
-    save_adapter(model, work / "fresh", method=lora, base_model_name_or_path=str(folder))
+    save_adapter(model, work / "fresh", base_model_name_or_path=str(folder))
     graph, adapter, frozen = split(model)
     del model
     tx = make_optimizer(
@@ -89,7 +89,7 @@ def train_ours(
     for cut in cuts:
         state, metrics = step(state, frozen, cut)
         rows.append(jax.device_get(metrics))
-    save_adapter(nnx.merge(graph, state.adapter, frozen), work / "trained", method=lora)
+    save_adapter(nnx.merge(graph, state.adapter, frozen), work / "trained")
     return Result(
         np.array([row["loss"] for row in rows]),
         np.array([row["grad_norm"] for row in rows]),
@@ -202,8 +202,14 @@ def test_a_tiny_llama(
 @pytest.mark.parametrize(
     ("lora", "optimizer"),
     [
-        (LoRA(rank=8, alpha=16, use_dora=True), Optimizer(learning_rate=2e-3, clip=0.3)),
-        (LORA, Optimizer(learning_rate=5e-4, weight_decay=0.1, clip=0.3, loraplus_lr_ratio=16.0)),
+        pytest.param(
+            LoRA(rank=8, alpha=16, use_dora=True), Optimizer(learning_rate=2e-3, clip=0.3), marks=pytest.mark.integration
+        ),
+        pytest.param(
+            LORA,
+            Optimizer(learning_rate=5e-4, weight_decay=0.1, clip=0.3, loraplus_lr_ratio=16.0),
+            marks=pytest.mark.integration,
+        ),
         (LoRA(rank=8, use_dora=True), Optimizer(learning_rate=2e-4, loraplus_lr_ratio=4.0)),
     ],
     ids=["DoRA", "LoRA+", "both"],
@@ -219,6 +225,7 @@ def test_variants(tiny_llama: Path, tmp_path: Path, record_property: Any, lora: 
     assert found["adapter"] < 0.05 * STEPS * optimizer.learning_rate * (optimizer.loraplus_lr_ratio or 1)
 
 
+@pytest.mark.integration
 def test_smollm2(tmp_path: Path, record_property: Any) -> None:
     """The default model on the instructions that ship with the package, with the QLoRA authors' optimizer."""
     source = fetch_default_model()

@@ -20,9 +20,8 @@ from flax import nnx
 from lowered import BOTH_PRECOMPILED, steps_lowered
 from tiny_config import CONFIG
 
-from qlora_jax.finetune import finetune
+from qlora_jax.finetune import LoRAOptions, ModelOptions, Options, RunOptions, finetune
 from qlora_jax.finetune.options.data import DataOptions
-from qlora_jax.finetune.options.options import LoRAOptions, ModelOptions, Options, RunOptions
 from qlora_jax.models import ModelSpec
 from qlora_jax.models.llama import llama_config
 from qlora_jax.peft import LoRA
@@ -190,6 +189,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.integration
 def test_so_does_one_on_several_devices(tiny_llama: Path, tmp_path: Path) -> None:
     """With DoRA, whose constants lie whole on each device."""
     done = subprocess.run(

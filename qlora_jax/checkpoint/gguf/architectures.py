@@ -1,9 +1,10 @@
-"""What llama.cpp's converter does to the tensors of each architecture, as a table to undo it by.
+"""What llama.cpp's converter does to the tensors of each architecture, as tables by which it is undone.
 
     names      GGUF's `blk.0.attn_q.weight` is Hugging Face's `model.layers.0.self_attn.q_proj.weight`
-    row order  "pairs": the two halves of each rotary pair lie next to each other, in Hugging Face all first halves
+    row order  "pairs": the two halves of each rotary pair are next to each other, while in Hugging Face all first halves
                come before all second ones. Of a head with d rows, GGUF's row 2 i + j is Hugging Face's row j d/2 + i.
-               "blocks": queries, keys and values of all heads one after the other, in Hugging Face head by head
+               "blocks": the queries of all heads come first, then all keys, then all values, while in Hugging Face each
+               head's queries, keys and values are together
     offset     the norms of Gemma multiply by 1 + weight, and the file holds that sum
 
 Source: llama.cpp, conversion/*.py (what is written) and src/models/*.cpp (what is read).
@@ -22,15 +23,15 @@ Order = Literal["pairs", "blocks"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one value of `general.architecture` stands to a model of Hugging Face.
+    """The Hugging Face model of one value of `general.architecture`.
 
     Attributes:
-        model_type, model_class: of Hugging Face's config.json.
-        layer: GGUF's names of the modules of a layer to Hugging Face's.
-        outer: the same, outside the layers.
-        prefix: of a layer's modules in Hugging Face's names.
-        orders: by GGUF's names, the modules whose rows lie in another order.
-        norm_offset: subtracted from what the file holds of a norm.
+        model_type, model_class: those of Hugging Face's config.json.
+        layer: the names of a layer's modules, GGUF's to Hugging Face's.
+        outer: the names of the modules outside the layers, likewise.
+        prefix: what comes before the number of a layer in Hugging Face's names.
+        orders: the modules whose rows are in another order, by GGUF's names.
+        norm_offset: a number that is subtracted from the weights of a norm in the file.
     """
 
     model_type: str
@@ -88,7 +89,7 @@ _GPT_NEOX_OUTER = {
 _PAIRS: dict[str, Order] = {"attn_q": "pairs", "attn_k": "pairs"}
 
 ARCHITECTURES: dict[str, Architecture] = {  # by general.architecture
-    # Mistral goes by this name too; a file with a window is read as one.
+    # Mistral's files have this name too; a file with a window is read as Mistral.
     "llama": Architecture("llama", "LlamaForCausalLM", _LLAMA, orders=_PAIRS),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _LLAMA),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _LLAMA | _QUERY_KEY_NORMS),
@@ -109,7 +110,7 @@ ARCHITECTURES: dict[str, Architecture] = {  # by general.architecture
 
 
 def row_order(order: Order, rows: int, heads: int) -> np.ndarray:
-    """For each row of GGUF's matrix, int64 `[rows]`, the row that it is in Hugging Face's."""
+    """Return int64 `[rows]`: for each row of GGUF's matrix, the number of that row in Hugging Face's matrix."""
     if order == "pairs":
         return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
     return np.arange(rows).reshape(heads, 3, -1).swapaxes(0, 1).reshape(-1)

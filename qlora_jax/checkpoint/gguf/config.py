@@ -1,8 +1,9 @@
-"""From the metadata of a GGUF file to Hugging Face's config.json.
+"""Translates the metadata of a GGUF file to Hugging Face's config.json.
 
-Every entry that begins with the name of the architecture is either translated here or known to change nothing; any other is
-an error, since an entry that is overlooked may be a factor that the model then lacks. Where llama.cpp has a constant in its
-code instead of an entry in the file (which layers of Gemma have a window, which of SmolLM3 have no positions), so do we.
+Every entry that begins with the name of the architecture is either translated here or known to change nothing. Any other
+entry is an error, because it could stand for a factor that the model then lacks. Where llama.cpp has a constant in its code
+instead of an entry in the file (which layers of Gemma have a window, which layers of SmolLM3 have no positions), the
+constant is here.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from qlora_jax.checkpoint.gguf.values import read_values
 
 __all__ = ["ROPE_TENSORS", "read_config"]
 
-# Not weights: what rope scaling divides the frequencies by (Llama 3.1; the two lists of LongRoPE).
+# These tensors are no weights: rope scaling divides the frequencies by them (Llama 3.1; the two lists of LongRoPE).
 ROPE_FREQUENCIES, ROPE_LONG, ROPE_SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_TENSORS = {"llama": (ROPE_FREQUENCIES,), "smollm3": (ROPE_FREQUENCIES,), "phi3": (ROPE_LONG, ROPE_SHORT)}
 
@@ -28,7 +29,7 @@ TOKEN_IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
 class Metadata:
-    """The entries of the file's architecture; what was asked for, and what is wrong."""
+    """The entries of the file's architecture. It records which entries were read, and which are wrong."""
 
     def __init__(self, header: Header, architecture: str, problems: list[str]) -> None:
         self.header, self.architecture, self.problems = header, architecture, problems
@@ -50,19 +51,19 @@ class Metadata:
         self.problems.append(f"metadata {self.architecture}.{key}: {text}")
 
     def check_all_known(self) -> None:
-        """What nothing asked for might change the mathematics."""
+        """Report each entry that was not read: it might change the mathematics."""
         for name, value in self.header.metadata.items():
             if name.startswith(f"{self.architecture}.") and name not in self.known:
                 text = f"{value!r}" if not isinstance(value, list) else f"{len(value)} values"
                 self.problems.append(f"metadata {name}: expected none of this name, found {text}.")
 
     def has(self, *parts: str) -> bool:
-        """Whether a tensor with one of these endings is in the file."""
+        """Return whether a tensor with one of these endings is in the file."""
         return any(name.endswith(parts) for name in self.header.tensors)
 
 
 def read_config(header: Header, problems: list[str]) -> dict[str, Any]:
-    """The config.json of a file; empty where anything is wrong with it, which `problems` then tells."""
+    """Return the config.json of a file; an empty one after adding everything that is wrong with the file to `problems`."""
     architecture = header.metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         problems.append(f"general.architecture: expected one of {', '.join(ARCHITECTURES)}; found {architecture!r}.")
@@ -121,7 +122,7 @@ def read_config(header: Header, problems: list[str]) -> dict[str, Any]:
 
 
 def _sizes(metadata: Metadata) -> dict[str, Any]:
-    """What all architectures say alike."""
+    """Return the fields that all architectures have."""
     heads, hidden = metadata.number("attention.head_count"), metadata.number("embedding_length")
     head_dim = metadata.number("attention.key_length", hidden // heads if heads else 0)
     if (value := metadata.number("attention.value_length", head_dim)) != head_dim:
@@ -146,7 +147,7 @@ def _sizes(metadata: Metadata) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in metadata.header.tensors,
         # Older readers of config.json look here; newer ones in rope_parameters.
         "rope_theta": metadata.number("rope.freq_base", 10000.0),
-        # What reading returns; the packed types of the file have no name there.
+        # The dtype that reading returns; the packed types of the file have no name in config.json.
         "dtype": "float32",
     }
     if partial and head_dim:
@@ -169,7 +170,7 @@ def _gemma(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
     if version == "gemma":
         return result
     result["sliding_window"] = metadata.number("attention.sliding_window")
-    # The last layer of each group sees everything.
+    # The last layer of each group has no window.
     pattern = metadata.get("attention.sliding_window_pattern", {"gemma2": 2, "gemma3": 6}[version])
     near = pattern if isinstance(pattern, list) else [(layer + 1) % max(pattern, 1) != 0 for layer in range(layers)]
     if len(near) != layers:
@@ -186,7 +187,7 @@ def _gemma(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rope(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
-    """The rope_parameters; scaling is told by an entry or by tensors."""
+    """Return the rope_parameters. A scaling is given by an entry or by tensors."""
     theta, tensors = float(config["rope_theta"]), metadata.header.tensors
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if "partial_rotary_factor" in config:
@@ -200,7 +201,7 @@ def _rope(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
     kind = metadata.get("rope.scaling.type", "none" if old is None else "linear")
     match kind:
         case "none":
-            metadata.get("rope.scaling.factor")  # of no effect, in llama.cpp as well
+            metadata.get("rope.scaling.factor")  # it has no effect, in llama.cpp as well
             return rope
         case "linear":
             return rope | {"rope_type": "linear", "factor": float(metadata.number("rope.scaling.factor", old))}
@@ -218,7 +219,7 @@ def _rope(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
 def _longrope(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
     size = round(config["head_dim"] * config["partial_rotary_factor"]) // 2
     result: dict[str, Any] = {"rope_type": "longrope"}
-    metadata.get("rope.scaling.type")  # the tensors say it already
+    metadata.get("rope.scaling.type")  # the tensors show the type already
     result["original_max_position_embeddings"] = metadata.number("rope.scaling.original_context_length")
     if (factor := metadata.get("rope.scaling.attn_factor")) is not None:
         result["attention_factor"] = factor
@@ -231,7 +232,7 @@ def _longrope(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _values(metadata: Metadata, name: str) -> np.ndarray:
-    """The values of a vector as float64; none where it is missing, which its length then tells."""
+    """Return the values of a vector as float64; an empty vector where the tensor is missing."""
     if name not in metadata.header.tensors:
         return np.zeros(0)
     return read_values(metadata.header, name).reshape(-1).astype(np.float64)
@@ -243,7 +244,7 @@ def _llama3(metadata: Metadata, theta: float, head_dim: int) -> dict[str, Any]:
     With wavelength w = 2π / frequency, trained context c and factor f, a frequency is divided by 1 where
     w < c / high, by f where w > c / low, and between them by 1 / ((1 - s) / f + s), where
     s = (c / w - low) / (high - low). The published models have low 1, high 4, c 8192; f is the largest
-    divisor. The divisors are computed anew and compared, so that another recipe is not mistaken for it.
+    divisor. The divisors are computed again and compared, so that divisors of another kind are an error.
     """
     metadata.get("rope.scaling.type")  # some converters say "none" or "llama3" beside the divisors
     found = _values(metadata, ROPE_FREQUENCIES)

@@ -1,4 +1,4 @@
-"""The header of a GGUF file: metadata and the table of tensors, everything before the data.
+"""Reads the header of a GGUF file: the metadata and the list of tensors, which is everything before the data.
 
 Byte layout, little endian; a string is a uint64 length and UTF-8 bytes:
 
@@ -8,7 +8,7 @@ Byte layout, little endian; a string is a uint64 length and UTF-8 bytes:
                   uint32 storage type, uint64 offset into the data
     padding to `general.alignment` (32), then the data: row-major, a row being a whole number of blocks
 
-`read_header` parses it in one pass and leaves no memory map behind.
+`read_header` parses it in one pass, without a memory map.
 """
 
 import math
@@ -44,7 +44,7 @@ STRING, ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor: `shape` in numpy's order, `offset` from the start of the file, `size` in bytes."""
+    """A tensor: `shape` in NumPy's order, `offset` from the start of the file, `size` in bytes."""
 
     type: GGMLQuantizationType
     shape: tuple[int, ...]
@@ -54,7 +54,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """All of a GGUF file but its data: metadata by key (arrays as lists) and tensors by GGUF's names."""
+    """A GGUF file without its data: metadata by key (arrays as lists) and tensors by GGUF's names."""
 
     path: Path
     metadata: dict[str, Any]
@@ -62,7 +62,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Parse a file up to its data. Raises CheckpointError where it is no GGUF file, or ends early."""
+    """Return the header of a file. Raise CheckpointError where it is no GGUF file, or ends early."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         parser = _Parser(path, file, size)
@@ -108,7 +108,7 @@ def read_header(path: Path) -> Header:
 
 
 class _Parser:
-    """Reads the header's values; every way in which a file can end early becomes one kind of error."""
+    """Reads the header's values. A file that ends early is a CheckpointError wherever it ends."""
 
     def __init__(self, path: Path, file: BinaryIO, size: int):
         self.path, self.file, self.size = path, file, size

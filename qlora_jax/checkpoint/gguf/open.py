@@ -1,12 +1,12 @@
-"""A GGUF file, read as if it were a Hugging Face checkpoint.
+"""Opens a GGUF file as if it were a Hugging Face checkpoint.
 
-    gguf_header.py         the file's bytes: metadata and the table of tensors, parsed at once
-    gguf_config.py         metadata -> Hugging Face's config.json
-    gguf_architectures.py  what each architecture calls its tensors, and what the converter did to their values
-    gguf_values.py         packed blocks -> float32, streamed in bands of rows
+    header.py         the bytes of the header: metadata and the list of tensors
+    config.py         metadata -> Hugging Face's config.json
+    architectures.py  the names of each architecture's tensors, and what the converter did to their values
+    values.py         packed blocks -> float32, streamed in bands of rows
 
-`Checkpoint.read` gives one tensor as Hugging Face's model holds it: by its name, in its order of rows, norms without the
-offset.
+`Checkpoint.read` returns a tensor as Hugging Face's model holds it: under its name, in its order of rows, and norms without
+the offset.
 """
 
 import re
@@ -27,12 +27,12 @@ __all__ = ["open_gguf"]
 
 
 def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
-    """Open a file, having checked everything that its header can tell; `name` stands for it in messages.
+    """Return an opened file, after checking everything that its header shows; `name` is used in messages.
 
     Raises:
-        CheckpointError: the file is damaged or cut off, of another architecture, or says anything that is not understood.
+        CheckpointError: the file is damaged or cut off, of another architecture, or has metadata that are not known.
     """
-    source = name or str(path)
+    place = name or str(path)
     header = read_header(path)
     check_storage(header)
     problems: list[str] = []
@@ -40,13 +40,13 @@ def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
     architecture = header.metadata.get("general.architecture")
     names = _names(header, str(architecture), config, problems) if config else {}
     if problems:
-        raise CheckpointError.of(source, problems)
+        raise CheckpointError.of(place, problems)
 
     family = ARCHITECTURES[str(architecture)]
 
     def read(tensor_name: str) -> np.ndarray:
         if tensor_name not in names:
-            raise unknown_tensor(source, tensor_name, names)
+            raise unknown_tensor(place, tensor_name, names)
         stored = names[tensor_name]
         part, rows = _part(stored), header.tensors[stored].shape[0]
         order = family.orders.get(part)
@@ -55,16 +55,16 @@ def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
         return values - np.float32(family.norm_offset) if family.norm_offset and stored.endswith("norm.weight") else values
 
     shapes = {hf: header.tensors[stored].shape for hf, stored in names.items()}
-    return Checkpoint(source, config, shapes, read)
+    return Checkpoint(place, config, shapes, read)
 
 
 def _part(stored: str) -> str:
-    """The module within a layer: `attn_q` of `blk.0.attn_q.weight`."""
+    """Return the module within a layer, e.g. `attn_q` of `blk.0.attn_q.weight`."""
     return stored.rpartition(".")[0].rpartition(".")[2]
 
 
 def _names(header: Header, architecture: str, config: Mapping[str, Any], problems: list[str]) -> dict[str, str]:
-    """Hugging Face's name to GGUF's for all tensors; unknown, missing and misshapen ones go to `problems`."""
+    """Return GGUF's name of each tensor by Hugging Face's; add unknown, missing and misshapen tensors to `problems`."""
     family, layers = ARCHITECTURES[architecture], config["num_hidden_layers"]
     names: dict[str, str] = {}
     unknown: list[str] = []
@@ -90,14 +90,14 @@ def _names(header: Header, architecture: str, config: Mapping[str, Any], problem
 
 
 def _has_bias(part: str, architecture: str) -> bool:
-    """Whether the module can have a bias in the model: linear layers, and the norms of GPT-NeoX."""
+    """Return whether a module can have a bias: linear layers can, and the norms of GPT-NeoX."""
     if part.endswith("_norm"):
         return architecture == "gptneox"
     return part not in ("token_embd", "output")
 
 
 def _misshapen(header: Header, config: Mapping[str, Any]) -> list[str]:
-    """Tensors whose number of rows is not what the metadata say; the rest of a shape is checked with the model."""
+    """Return the tensors whose number of rows differs from the metadata; the rest of a shape is checked with the model."""
     heads, kv_heads, size = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     rows_of = {
         "token_embd": config["vocab_size"],

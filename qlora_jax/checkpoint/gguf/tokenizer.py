@@ -1,21 +1,22 @@
-"""A tokenizer rebuilt from the metadata of a GGUF file, of either kind that llama.cpp knows for the supported models.
+"""Builds a tokenizer from the metadata of a GGUF file, of either kind that llama.cpp knows for the supported models.
 
-`tokenizer.ggml.model` "gpt2", byte-level BPE, is four things in a row, all of them in the metadata but the second, which
-goes there by name only (`tokenizer.ggml.pre`):
+`tokenizer.ggml.model` "gpt2", byte-level BPE, has four steps. The metadata hold all of them except the second, of which they
+hold the name only (`tokenizer.ggml.pre`):
 
-    1. added tokens   found in the raw text first, never split: of type CONTROL (special) or USER_DEFINED
+    1. added tokens   are found in the raw text first and never split: those of type CONTROL (special) or USER_DEFINED
     2. pre-tokenizer  a regular expression that cuts the text between them into words (`SPLITS`)
     3. merges         each word's bytes, written in an alphabet of 256 printable characters, are joined pair
-                      by pair in the order of the list; what remains is looked up in the vocabulary
+                      by pair in the order of the list; the results are looked up in the vocabulary
     4. post-processor adds BOS and EOS where the file says so
 
-Bytes that a vocabulary lacks vanish: SmolLM2's has no token for 21 of the 256 (control characters, and bytes
-that occur in UTF-8 only beyond plane 3), so text with those does not come back from decoding. This is a
-property of the model.
+Bytes that the vocabulary does not have are dropped: SmolLM2's has no token for 21 of the 256 (control characters, and bytes
+that occur in UTF-8 only beyond plane 3), so that text with those bytes is not restored by decoding. This is a property of
+the model.
 
-"llama" is SentencePiece's BPE: no words, spaces written as U+2581 and one put before each stretch of text, characters that
-the vocabulary lacks as tokens of their bytes. The file has scores in place of merges: two neighbours are joined where the
-vocabulary has the result, that of the highest score first. A list of all such pairs in that order is the same thing.
+"llama" is SentencePiece's BPE: text is not cut into words, spaces are written as U+2581, one space is put before each
+stretch of text, and characters that the vocabulary does not have become tokens of their bytes. The file has scores in place
+of merges: two neighbours are joined where the vocabulary has the result, the result with the highest score first. A list of
+all such pairs in that order is equivalent.
 """
 
 from collections.abc import Mapping
@@ -37,11 +38,11 @@ SPACE = "\u2581"
 
 
 class Split(NamedTuple):
-    """What `tokenizer.ggml.pre` stands for. No `pattern` is GPT-2's, which the library has built in."""
+    """A value of `tokenizer.ggml.pre`. None as `pattern` means GPT-2's, which the library has built in."""
 
     pattern: str | None = None
     single_digits: bool = False  # cut out every digit before the pattern is applied
-    whole_words: bool = False  # a word that is in the vocabulary is taken whole, without the merges
+    whole_words: bool = False  # a word that is in the vocabulary becomes one token, without the merges
     add_bos: bool = False  # where the file has no flag of its own
 
 
@@ -78,7 +79,7 @@ SPLITS = {
 
 
 def gguf_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a file, with its chat template.
+    """Return the tokenizer of a file, with its chat template.
 
     Raises:
         CheckpointError: a kind of tokenizer or a pre-tokenizer that is not known, or entries that do not fit together.
@@ -134,7 +135,8 @@ def _byte_level(path: Path, facts: Mapping[str, Any], split: Split) -> Tokenizer
 
 
 def _sentencepiece(facts: Mapping[str, Any], *, reversed_order: bool) -> Tokenizer:
-    """`reversed_order`: merges come in the order of the vocabulary, as in Gemma, whose scores say nothing."""
+    """Return SentencePiece's BPE. With `reversed_order` merges are in the order of the vocabulary, as in Gemma, whose scores
+    are no scores."""
     tokens, kinds = facts["tokens"], facts["token_type"]
     # Gemma's runs of spaces are stored as spaces and USER_DEFINED; its model has them as ordinary results of merges.
     spaces = {index for index, token in enumerate(tokens) if len(token) > 1 and not token.strip(" ")}
@@ -161,7 +163,7 @@ def _sentencepiece(facts: Mapping[str, Any], *, reversed_order: bool) -> Tokeniz
 
 
 def _check_metadata(path: Path, facts: Mapping[str, Any]) -> Split | None:
-    """What the pre-tokenizer is (None for SentencePiece), once all that the rest relies on has been found in place."""
+    """Return the pre-tokenizer (None for SentencePiece), after checking every entry that the other functions read."""
     model, pre = facts.get("model"), facts.get("pre", "gpt-2")
     if model not in ("gpt2", "llama"):
         raise CheckpointError(
@@ -170,7 +172,7 @@ def _check_metadata(path: Path, facts: Mapping[str, Any]) -> Split | None:
         )
     problems: list[str] = []
     if model == "gpt2" and pre not in SPLITS:
-        # A wrong one gives tokens that look right and that the model never saw.
+        # A wrong pre-tokenizer gives tokens that look right but that the model was not trained on.
         problems.append(f"tokenizer.ggml.pre: expected one of {', '.join(SPLITS)}; found {pre!r}.")
     kinds: dict[str, tuple[type | tuple[type, ...], str]] = {"tokens": (str, "strings")}
     if model == "gpt2":

@@ -1,8 +1,8 @@
-"""The values of a GGUF file's tensors, in bands of rows.
+"""Reads the values of a GGUF file's tensors, in bands of rows.
 
-Reading streams: packed bytes of a band of rows are read, dequantised (`gguf.quants`), and written as float32 where they
-belong, so that the peak is the result and one band. The packed types are those that the gguf package can dequantise in
-NumPy: F32, F16, BF16, Q4_0 to Q8_0, all K-quants, the IQ types, MXFP4 and a few more.
+The packed bytes of a band of rows are read, dequantised (`gguf.quants`) and written as float32 into the result, one band
+after the other, so that the peak memory is the result and one band. The packed types are those that the gguf package can
+dequantise in NumPy: F32, F16, BF16, Q4_0 to Q8_0, all K-quants, the IQ types, MXFP4 and a few more.
 """
 
 import math
@@ -21,7 +21,7 @@ BAND_BYTES = 1 << 24  # of float32 output: long enough for numpy to be quick, sm
 
 
 def read_values(header: Header, name: str, order: np.ndarray | None = None) -> np.ndarray:
-    """One tensor as float32; where `order` is given, its row i is the file's row of which order says i.
+    """Return one tensor as float32. Row n of the file becomes row `order[n]` of the result, where an order is given.
 
     Raises:
         CheckpointError: the file ends before the tensor does.
@@ -48,15 +48,16 @@ def read_values(header: Header, name: str, order: np.ndarray | None = None) -> n
 
 
 def _rows(tensor: StoredTensor) -> int:
-    """How many rows to read: a vector of plain floats has rows of one element, so that the bias of a projection can be
-    reordered like its weight.
+    """Return the number of rows to read.
+
+    A vector of plain floats has rows of one element, so that the bias of a projection can be reordered like its weight.
     """
     block, _ = GGML_QUANT_SIZES[tensor.type]
     return math.prod(tensor.shape if len(tensor.shape) == 1 and block == 1 else tensor.shape[:-1])
 
 
 def check_storage(header: Header) -> None:
-    """Raises CheckpointError where the file ends early, or holds types that cannot be dequantised."""
+    """Raise CheckpointError where the file ends early, or holds types that cannot be dequantised."""
     problems: list[str] = []
     size = header.path.stat().st_size
     cut = [name for name, tensor in header.tensors.items() if tensor.offset + tensor.size > size]

@@ -1,4 +1,4 @@
-"""Answers of a model before and after training to the same prompts, side by side."""
+"""Show the answers of a model before and after training to the same questions, side by side."""
 
 import shutil
 import textwrap
@@ -9,16 +9,17 @@ import numpy as np
 from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
+from qlora_jax.data.questions import questions_of
 from qlora_jax.models import Model
 from qlora_jax.serve import generate
 
-LONGEST_ANSWER = 96  # tokens
+LONGEST_ANSWER = 96  # maximum number of tokens
 
 
 def greedy(
     model: Model, prompts: Sequence[np.ndarray], *, eos_ids: frozenset[int], max_new_tokens: int = LONGEST_ANSWER
 ) -> list[list[int]]:
-    """The greedy answers of a decoder, as token ids."""
+    """Return the greedy answers of a decoder, as token ids."""
     graphdef, state = nnx.split(model)
     return generate(graphdef, state, [prompt.tolist() for prompt in prompts], max_new_tokens=max_new_tokens, eos_ids=eos_ids)
 
@@ -30,12 +31,11 @@ def show_answers(
     answer: Callable[[Model, Sequence[np.ndarray]], list[list[int]]],
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    """Prints the answers of the model before and after training, side by side."""
+    """Print each question as a person asked it, and the answers of the model before and after training, side by side."""
     lefts, rights = ([_text(tokenizer, ids) for ids in answer(model, prompts)] for model in (before, after))
     width = max(30, min((shutil.get_terminal_size((120, 24)).columns - 3) // 2, 70))
-    for prompt, left, right in zip(prompts, lefts, rights, strict=True):
-        text = _text(tokenizer, prompt.tolist())
-        print("\n" + "\n".join(textwrap.wrap(f"Prompt: {' '.join(text.split())}", 2 * width + 3)))
+    for question, left, right in zip(questions_of(prompts, tokenizer), lefts, rights, strict=True):
+        print("\n" + "\n".join(textwrap.wrap(f"Prompt: {' '.join(question.split())}", 2 * width + 3)))
         print(f"{'before':<{width}} | after")
         columns = [_wrap(left, width), _wrap(right, width)]
         for row in range(max(map(len, columns))):

@@ -1,9 +1,10 @@
-"""The data of a run: sources -> examples -> training and held-out ones -> the mixture to train on.
+"""The data of a run: sources -> examples -> training and held-out examples -> the mixture to train on.
 
-Rows are held out of all sources together and before they are mixed, since a mixture repeats the rows of small sources: one
-on both sides would be learned by heart and then asked.
+Rows are held out from all sources together, before the sources are mixed. A mixture repeats the rows of small sources, and a
+row that is both trained on and held out would make the held-out loss too low.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,14 +14,16 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.data import PLAIN_ANSWERS, DataError, Example, Template, mix, open_source, show_examples, train_eval_split
-from qlora_jax.finetune.options.data import DataOptions
-from qlora_jax.finetune.options.options import Options
+from qlora_jax.errors import OptionError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from qlora_jax.finetune.options.data import DataOptions
+    from qlora_jax.finetune.options.options import Options
+
 T = TypeVar("T")
-Say = Callable[[str], None]
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,11 @@ class Corpus(Generic[T]):
 
     training: list[T]
     held_out: list[T]
-    template: Template  # the form of most rows
+    template: Template  # that of most rows
 
 
 class Account(Protocol):
-    """What became of the rows of a source, as text and counted by form."""
+    """An account of the rows of a source: a text (`str`), and counts by template."""
 
     @property
     def templates(self) -> dict[Template, int]: ...
@@ -43,32 +46,33 @@ Encode = Callable[["Dataset | list[dict[str, Any]]"], tuple[list[T], Account]]
 
 
 def read_corpus(
-    options: Options,
+    options: "Options",
     tokenizer: PreTrainedTokenizerFast,
     encode: Encode[T],
     shown: Callable[[T], Sequence[Example]],
-    say: Say,
 ) -> Corpus[T]:
-    """Reads what `options.data` names; what became of the rows of each source goes to `say`.
+    """Read the data that `options.data` names, and log what became of the rows of each source.
 
     Args:
-        encode: the records of a source to examples, with an account.
-        shown: an example as sequences of tokens, for people to look at.
+        options: the options of the run.
+        tokenizer: writes examples as text for people to look at.
+        encode: returns the examples of a source's records, with an account.
+        shown: returns an example as sequences of tokens, for people to look at.
 
     Raises:
-        ValueError, OSError: data that cannot be used, or nothing to train on.
+        DataError, OSError: data that cannot be used, or nothing to train on.
     """
     data = options.data
     forms: dict[Template, int] = {}
     named: list[tuple[int, T]] = []
     for index, source in enumerate(data.sources or (PLAIN_ANSWERS,)):
-        examples, account = read_source(source, data.split, encode, say)
+        examples, account = read_source(source, data.split, encode)
         named += [(index, example) for example in examples]
         for form, count in account.templates.items():
             forms[form] = forms.get(form, 0) + count
     held_out: list[T] = []
     if data.eval_data is not None:
-        held_out, _ = read_source(data.eval_data, data.eval_split, encode, say)
+        held_out, _ = read_source(data.eval_data, data.eval_split, encode)
     elif data.held_out > 0:
         named, out = train_eval_split(named, eval_count=_held_out_count(data, len(named)), seed=options.run.seed)
         held_out = [example for _, example in out]
@@ -78,22 +82,22 @@ def read_corpus(
         training = mix(_sets(named, data), data.weights, options.run.seed)
     if data.show_examples:
         sequences = [sequence for example in training[: data.show_examples] for sequence in shown(example)]
-        say(show_examples(sequences, tokenizer, len(sequences)))
+        _logger.info("%s", show_examples(sequences, tokenizer, len(sequences)))
     return Corpus(training, held_out, max(forms, key=forms.__getitem__))
 
 
-def read_source(source: str, split: str | None, encode: Encode[T], say: Say) -> tuple[list[T], Account]:
-    """The examples of one source."""
+def read_source(source: str, split: str | None, encode: Encode[T]) -> tuple[list[T], Account]:
+    """Return the examples of one source, with an account of its rows."""
     opened = open_source(source, split)
     with named_errors(source):
         examples, account = encode(opened.records)
-    say(f"{source}: {opened.note + '; ' if opened.note else ''}{account}")
+    _logger.info("%s: %s%s", source, f"{opened.note}; " if opened.note else "", account)
     return examples, account
 
 
 @contextmanager
 def named_errors(source: str) -> Iterator[None]:
-    """What is wrong with the rows of a source is raised with its name in front."""
+    """Raise what is wrong with the rows of a source with the name of the source in front."""
     try:
         yield
     except DataError as error:
@@ -103,29 +107,29 @@ def named_errors(source: str) -> Iterator[None]:
 
 
 def _sample(examples: list[T], most: int | None, seed: int) -> list[T]:
-    """At most so many of them, drawn at random, in their order."""
+    """Return at most so many examples, drawn at random, in their order."""
     if most is None or most >= len(examples):
         return examples
     drawn = np.random.default_rng(seed).choice(len(examples), most, replace=False)
     return [examples[index] for index in sorted(drawn.tolist())]
 
 
-def _sets(named: list[tuple[int, T]], data: DataOptions) -> list[list[T]]:
-    """The examples of each source."""
+def _sets(named: list[tuple[int, T]], data: "DataOptions") -> list[list[T]]:
+    """Return the examples of each source."""
     sets = [[example for index, example in named if index == number] for number in range(len(data.sources))]
     for source, examples in zip(data.sources, sets, strict=True):
         if not examples and data.max_train_samples is not None:
-            raise ValueError(
+            raise OptionError(
                 f"max_train_samples {data.max_train_samples}: expected with weights an example of each source, "
                 f"found none of {source}"
             )
     return sets
 
 
-def _held_out_count(data: DataOptions, examples: int) -> int:
+def _held_out_count(data: "DataOptions", examples: int) -> int:
     count = int(data.held_out) if data.held_out >= 1 else max(1, round(examples * data.held_out))
     if count >= examples:
-        raise ValueError(
+        raise OptionError(
             f"--held-out {data.held_out:g}: leaves nothing to train on of {examples} examples; --held-out 0 holds none out"
         )
     return count

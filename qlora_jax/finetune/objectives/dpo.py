@@ -1,51 +1,38 @@
 """Direct preference optimisation: pairs of answers, of which the model is to prefer the chosen one."""
 
 import itertools
+import math
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from qlora_jax.data import Batch, PreferenceBatches, bucket_length, encode_preferences, preference_batches
+from qlora_jax.errors import OptionError
 from qlora_jax.finetune.objectives.answers import greedy
 from qlora_jax.finetune.objectives.corpus import read_corpus
-from qlora_jax.finetune.objectives.objective import Objective, Setting, expect_defaults
-from qlora_jax.finetune.options.options import Options
+from qlora_jax.finetune.objectives.objective import Objective, ObjectiveKind, Setting
+from qlora_jax.peft import Option
 from qlora_jax.train import StepObjective, dpo_objective
 
-# What has no meaning for pairs.
-_UNUSED = (
-    "data.train_on_source",
-    "data.on_long",
-    "data.source_max_length",
-    "data.target_max_length",
-    "data.group_by_length",
-    "data.streaming",
-    "optimizer.neftune_alpha",
-    "run.predict_with_generate",
-)
+if TYPE_CHECKING:
+    from qlora_jax.finetune.options.options import Options
 
 
-def dpo_step(options: Options) -> StepObjective:
+def dpo_step(options: "Options") -> StepObjective:
     """Return the losses of direct preference optimisation."""
-    chosen = options.objective
-    given = {"beta": chosen.dpo_beta, "label_smoothing": chosen.label_smoothing}
+    given = {name.removeprefix("dpo_"): value for name, value in options.objective.given().items()}
     # The reference is the base itself if that is what training starts from.
-    return dpo_objective(
-        **{name: value for name, value in given.items() if value is not None}, reference=options.starts_from_adapter()
-    )
+    return dpo_objective(**given, reference=options.starts_from_adapter())
 
 
-def dpo(setting: Setting) -> Objective:
-    """Reads the data; raises ValueError or OSError where they or options beside them cannot be used."""
+def read_dpo(setting: Setting) -> Objective:
+    """Read the data and return the objective; see `ObjectiveKind.read`."""
     options, data, tokenizer = setting.options, setting.options.data, setting.tokenizer
-    expect_defaults(options, _UNUSED, "with objective dpo")
-    if data.packing:
-        raise ValueError("packing: expected off with objective dpo, found on")
     if not data.sources:
-        raise ValueError("data: expected preference pairs (chosen, rejected) with objective dpo, found none")
+        raise OptionError("data: expected preference pairs (chosen, rejected) with objective dpo, found none")
     encode = partial(encode_preferences, tokenizer=tokenizer, max_length=data.max_length, template=data.template)
-    corpus = read_corpus(options, tokenizer, encode, lambda pair: (pair.chosen, pair.rejected), setting.say)
+    corpus = read_corpus(options, tokenizer, encode, lambda pair: (pair.chosen, pair.rejected))
     both = itertools.chain.from_iterable((pair.chosen, pair.rejected) for pair in [*corpus.training, *corpus.held_out])
     length, pad_id = bucket_length(list(both), data.max_length), cast(int, tokenizer.pad_token_id)
     rows = partial(preference_batches, length=length, pad_id=pad_id)
@@ -71,3 +58,41 @@ def dpo(setting: Setting) -> Objective:
         prompts=prompts,
         answer=partial(greedy, eos_ids=setting.eos_ids),
     )
+
+
+DPO = ObjectiveKind(
+    name="dpo",
+    summary="to prefer chosen answers to rejected ones",
+    step=dpo_step,
+    read=read_dpo,
+    learning_rates=(5e-5, 5e-6, 5e-6),
+    method_rate_divisor=20,
+    options=(
+        Option(
+            "dpo_beta",
+            float | None,
+            None,
+            "How closely DPO stays to the reference; 0.1 if left out.",
+            lambda beta: 0 < beta < math.inf,
+            "a number above 0",
+        ),
+        Option(
+            "label_smoothing",
+            float | None,
+            None,
+            "Share of the pairs that DPO assumes to be labelled the wrong way round; 0 if left out.",
+            lambda share: 0 <= share < 0.5,
+            "0 to below 0.5",
+        ),
+    ),
+    unused=(
+        "data.train_on_source",
+        "data.on_long",
+        "data.source_max_length",
+        "data.target_max_length",
+        "data.group_by_length",
+        "data.streaming",
+        "optimizer.neftune_alpha",
+        "run.predict_with_generate",
+    ),
+)

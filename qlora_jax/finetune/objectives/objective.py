@@ -1,44 +1,48 @@
-"""What a run learns, as one value: the objectives are files that make one (sft.py, dpo.py, seq2seq.py).
+"""The two types of an objective: its declaration, and the value that a run takes.
 
-    Setting: options, tokenizer, config.json     ->  Objective: data as batches, loss, unit, what is shown and measured
+    ObjectiveKind                  name, options of the command line, options that mean nothing for it
+      .step(options)               -> StepObjective    losses and the arrays that they read; no data is read
+      .read(Setting)               -> Objective        batches, prompts and measurements of a run
 
-The job does the rest, and asks no more of an objective than what stands here.
+Each of the files sft.py, dpo.py and seq2seq.py declares one. A run asks nothing else of its objective.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.data import Batch, Template
-from qlora_jax.finetune.options.options import Options
+from qlora_jax.errors import OptionError
 from qlora_jax.models import Model, ModelConfig
+from qlora_jax.peft import Option
 from qlora_jax.train import BatchSource, StepObjective
+
+if TYPE_CHECKING:
+    from qlora_jax.finetune.options.options import Options
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known before the weights are read.
+    """The values that an objective is made from; the weights are not read yet.
 
     Attributes:
         config: of the model.
         eos_ids: tokens that end an answer.
-        say: tells the user.
         progress: whether to show progress bars.
     """
 
-    options: Options
+    options: "Options"
     tokenizer: PreTrainedTokenizerFast
     config: ModelConfig
     eos_ids: frozenset[int]
-    say: Callable[[str], None]
     progress: bool
 
 
 class Batches(BatchSource, Protocol):
-    """Batches, epoch after epoch, with a position; how many an epoch has is None where nobody knows before it was read."""
+    """Batches, epoch after epoch, with a position. The number of batches in an epoch is None where it is not known."""
 
     def batches_in_epoch(self, epoch: int = 0) -> int | None: ...
 
@@ -84,17 +88,49 @@ class Objective:
         return max(self.length, self.source_length or 0)
 
 
-def expect_defaults(options: Options, names: Sequence[str], where: str) -> None:
-    """Raises ValueError where one of the options `group.name` was given a value that means nothing.
+@dataclass(frozen=True)
+class ObjectiveKind:
+    """The declaration of an objective: its name, its options and what it needs.
 
-    Args:
-        where: what gives it no meaning, such as "with objective dpo".
+    Attributes:
+        name: the name on the command line, `--objective NAME`.
+        summary: what the model learns, for `--help`, in half a sentence.
+        step: returns the losses and the arrays that they read, for the options of a run; no data is read.
+        read: reads the data and returns the objective of a run; raises DataError or OSError where they cannot be used.
+        learning_rates: the default rates for a base below 1 billion parameters, below 20 billion, and above.
+        method_rate_divisor: divides the default rate of methods that have one for models of any size.
+        options: the objective's own options on the command line.
+        unused: options `group.name` that mean nothing for it; another value than the default is an error.
+        encoder_decoder: whether it is for encoder-decoders; otherwise it is for decoders.
+        packs: whether several examples may share a row.
+        groups_attention: whether attention in groups of a row is possible (`attention_groups`).
     """
-    plain, problems = Options(), []
-    for path in names:
-        group, name = path.split(".")
-        found, default = (getattr(getattr(values, group), name) for values in (options, plain))
-        if found != default:
-            problems.append(f"{name}: expected {'none' if default is None else default} {where}, found {found}")
-    if problems:
-        raise ValueError("; ".join(problems))
+
+    name: str
+    summary: str
+    step: Callable[["Options"], StepObjective]
+    read: Callable[[Setting], Objective]
+    learning_rates: tuple[float, float, float]
+    method_rate_divisor: float = 1.0
+    options: tuple[Option, ...] = ()
+    unused: tuple[str, ...] = ()
+    encoder_decoder: bool = False
+    packs: bool = False
+    groups_attention: bool = False
+
+    def check(self, options: "Options") -> None:
+        """Raise OptionError where an option that means nothing for the objective was given."""
+        if self.encoder_decoder:
+            where = "with an encoder-decoder"
+        else:
+            where = "with a decoder-only model" if self.packs else f"with objective {self.name}"
+        plain, problems = type(options)(), []
+        for path in self.unused:
+            group, name = path.split(".")
+            found, default = (getattr(getattr(values, group), name) for values in (options, plain))
+            if found != default:
+                problems.append(f"{name}: expected {'none' if default is None else default} {where}, found {found}")
+        if options.data.packing and not self.packs:
+            problems.append(f"packing: expected off {where}, found on")
+        if problems:
+            raise OptionError("; ".join(problems))

@@ -2,51 +2,34 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
 from qlora_jax.data import Batch, Example, Seq2SeqBatches, Seq2SeqExample, encode_all_seq2seq, seq2seq_batches
-from qlora_jax.errors import OptionError
 from qlora_jax.evaluate import rouge_l
 from qlora_jax.finetune.objectives.answers import LONGEST_ANSWER
 from qlora_jax.finetune.objectives.corpus import read_corpus
-from qlora_jax.finetune.objectives.objective import Objective, Setting, expect_defaults
-from qlora_jax.finetune.options.options import Options
+from qlora_jax.finetune.objectives.objective import Objective, ObjectiveKind, Setting
 from qlora_jax.models import Model, T5Config
 from qlora_jax.serve import generate_seq2seq
 from qlora_jax.train import StepObjective, seq2seq_objective
 
-# What has no meaning for sources and targets.
-_UNUSED = (
-    "objective.objective",
-    "data.train_on_source",
-    "data.group_by_length",
-    "data.streaming",
-    "optimizer.neftune_alpha",
-)
+if TYPE_CHECKING:
+    from qlora_jax.finetune.options.options import Options
 
 
-def seq2seq_step(options: Options) -> StepObjective:
-    """Return the losses of an encoder-decoder.
-
-    Raises:
-        OptionError: another objective than sft is asked for.
-    """
-    if options.objective.objective != "sft":
-        raise OptionError(f"objective: expected sft with an encoder-decoder, found {options.objective.objective}")
+def seq2seq_step(options: "Options") -> StepObjective:
+    """Return the losses of an encoder-decoder."""
     return seq2seq_objective()
 
 
-def seq2seq(setting: Setting) -> Objective:
-    """Reads the data; raises ValueError or OSError where they or options beside them cannot be used."""
+def read_seq2seq(setting: Setting) -> Objective:
+    """Read the data and return the objective; see `ObjectiveKind.read`."""
     options, data, tokenizer, config = setting.options, setting.options.data, setting.tokenizer, setting.config
     assert isinstance(config, T5Config)
-    expect_defaults(options, _UNUSED, "with an encoder-decoder")
-    if data.packing:
-        raise ValueError("packing: expected off with an encoder-decoder, found on")
     encode = partial(
         encode_all_seq2seq,
         tokenizer=tokenizer,
@@ -55,7 +38,7 @@ def seq2seq(setting: Setting) -> Objective:
         template=data.template,
         on_long=data.on_long,
     )
-    corpus = read_corpus(options, tokenizer, encode, lambda pair: (_joined(pair),), setting.say)
+    corpus = read_corpus(options, tokenizer, encode, lambda pair: (_joined(pair),))
     pairs = [*corpus.training, *corpus.held_out]
     source_length = _bucket(max(len(pair.source) for pair in pairs))
     target_length = _bucket(max(len(pair.target) for pair in pairs))
@@ -126,3 +109,14 @@ def _bucket(longest: int, multiple: int = 64) -> int:
 
 def _texts(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
     return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+
+
+SEQ2SEQ = ObjectiveKind(
+    name="sft",
+    summary="or, with an encoder-decoder, to make targets from sources",
+    step=seq2seq_step,
+    read=read_seq2seq,
+    learning_rates=(1e-3, 2e-4, 1e-4),
+    unused=("data.train_on_source", "data.group_by_length", "data.streaming", "optimizer.neftune_alpha"),
+    encoder_decoder=True,
+)

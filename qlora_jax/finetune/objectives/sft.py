@@ -2,20 +2,22 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from qlora_jax.data import Batch, BatchIterator, Example, batches, bucket_length, encode_all
 from qlora_jax.finetune.objectives.answers import greedy
 from qlora_jax.finetune.objectives.corpus import read_corpus
-from qlora_jax.finetune.objectives.objective import Batches, Objective, Setting, expect_defaults
+from qlora_jax.finetune.objectives.objective import Batches, Objective, ObjectiveKind, Setting
 from qlora_jax.finetune.objectives.streaming import open_stream
-from qlora_jax.finetune.options.options import Options
 from qlora_jax.train import StepObjective, language_model_objective
 
+if TYPE_CHECKING:
+    from qlora_jax.finetune.options.options import Options
 
-def sft_step(options: Options) -> StepObjective:
+
+def sft_step(options: "Options") -> StepObjective:
     """Return the losses of supervised fine-tuning of a decoder."""
     return language_model_objective(
         packed=options.data.packs,
@@ -24,10 +26,9 @@ def sft_step(options: Options) -> StepObjective:
     )
 
 
-def sft(setting: Setting) -> Objective:
-    """Reads the data; raises ValueError or OSError where they cannot be used."""
+def read_sft(setting: Setting) -> Objective:
+    """Read the data and return the objective; see `ObjectiveKind.read`."""
     options, data, tokenizer = setting.options, setting.options.data, setting.tokenizer
-    expect_defaults(options, ("run.predict_with_generate",), "with a decoder-only model")
     encode = partial(
         encode_all,
         tokenizer=tokenizer,
@@ -40,9 +41,9 @@ def sft(setting: Setting) -> Objective:
         progress=setting.progress,
     )
     if data.streaming:
-        stream, corpus = open_stream(data, encode, setting.say)
+        stream, corpus = open_stream(data, encode)
     else:
-        stream, corpus = None, read_corpus(options, tokenizer, encode, lambda example: (example,), setting.say)
+        stream, corpus = None, read_corpus(options, tokenizer, encode, lambda example: (example,))
     packed, pad_id = data.packs, cast(int, tokenizer.pad_token_id)
     whole = packed or stream is not None
     length = data.max_length if whole else bucket_length([*corpus.training, *corpus.held_out], data.max_length)
@@ -77,3 +78,15 @@ def _prompts(examples: Sequence[Example]) -> list[np.ndarray]:
     """What comes before the first learned token of each example that has a prompt."""
     starts = [int(np.flatnonzero(example.loss_mask)[0]) for example in examples]
     return [example.tokens[:start] for example, start in zip(examples, starts, strict=True) if start > 1]
+
+
+SFT = ObjectiveKind(
+    name="sft",
+    summary="to answer as the data does",
+    step=sft_step,
+    read=read_sft,
+    learning_rates=(1e-3, 2e-4, 1e-4),
+    unused=("run.predict_with_generate",),
+    packs=True,
+    groups_attention=True,
+)

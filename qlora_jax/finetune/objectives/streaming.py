@@ -1,39 +1,41 @@
-"""A data set that is streamed: its first rows are held out, and the others are read while the run trains."""
+"""A data set that is streamed: its first rows are held out, and the others are read during training."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_jax.data import TREE_COLUMNS, DataError, Example, NothingToLearn, Report, StreamBatches, read_rows, stream_records
-from qlora_jax.finetune.objectives.corpus import Corpus, Say, named_errors, read_source
-from qlora_jax.finetune.options.data import DataOptions
-from qlora_jax.finetune.options.options import Options
+from qlora_jax.finetune.objectives.corpus import Corpus, named_errors, read_source
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-SAMPLE = 100  # rows that are looked at before the run
+    from qlora_jax.finetune.options.data import DataOptions
+    from qlora_jax.finetune.options.options import Options
+
+SAMPLE = 100  # rows that are read before the run
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Where the rows come from and how they become examples (`encode_all` with the options of the run)."""
+    """The source of the rows, and the function that makes examples of them (`encode_all` with the options of the run)."""
 
     source: str
     split: str | None
     held_out_rows: int
     encode: Callable[..., tuple[list[Example], Report]]
-    say: Say
 
     def rows(self) -> "IterableDataset":
-        """The rows to train on."""
+        """Return the rows to train on."""
         return stream_records(self.source, self.split).skip(self.held_out_rows)
 
-    def batches(self, options: Options, *, rows: int, pad_id: int) -> StreamBatches:
-        """`rows` a batch.
+    def batches(self, options: "Options", *, rows: int, pad_id: int) -> StreamBatches:
+        """Return batches of so many rows.
 
-        At the end of each pass `say` hears what became of its rows (of those read since the run went on, if it had been
-        stopped), and before that of every buffer that teaches nothing.
+        Log what became of the rows at the end of each pass over them (of those read since the run was resumed, if it was),
+        and before that of every buffer in which nothing is learned.
         """
         total: Report | None = None
 
@@ -44,14 +46,15 @@ class Stream:
                     examples, report = self.encode(records, first_row=first, progress=False)
                 except NothingToLearn as error:
                     examples, report = [], error.report
-                    self.say(f"{self.source}, rows {first} to {first + len(records) - 1} (counted from 0): {report}")
+                    last = first + len(records) - 1
+                    _logger.info("%s, rows %d to %d (counted from 0): %s", self.source, first, last, report)
             total = report if total is None else total + report
             return examples
 
         def pass_ended() -> None:
             nonlocal total
             if total is not None:
-                self.say(f"{self.source}: at the end of the rows to train on: {total}")
+                _logger.info("%s: at the end of the rows to train on: %s", self.source, total)
             total = None
 
         return StreamBatches(
@@ -70,37 +73,35 @@ class Stream:
         )
 
 
-def open_stream(
-    data: DataOptions, encode: Callable[..., tuple[list[Example], Report]], say: Say
-) -> tuple[Stream, Corpus[Example]]:
-    """The stream that `data` names, and the held-out examples of the run, with nothing else to train on.
+def open_stream(data: "DataOptions", encode: Callable[..., tuple[list[Example], Report]]) -> tuple[Stream, Corpus[Example]]:
+    """Return the stream that `data` names, and a corpus of the held-out examples only.
 
-    The first rows to train on are looked at before any long work, and say which form the rows have.
+    The first rows to train on are read before any long work; their template is taken for that of all rows.
 
     Raises:
-        ValueError, OSError: data that cannot be used, or nothing to train on.
+        DataError, OSError: data that cannot be used, or nothing to train on.
     """
     source, held_out = data.sources[0], []
-    stream = Stream(source, data.split, 0 if data.eval_data is not None else data.held_out_rows, encode, say)
+    stream = Stream(source, data.split, 0 if data.eval_data is not None else data.held_out_rows, encode)
     if data.eval_data is not None:
-        held_out, _ = read_source(data.eval_data, data.eval_split, encode, say)
+        held_out, _ = read_source(data.eval_data, data.eval_split, encode)
     elif stream.held_out_rows:
         first = _first_rows(stream_records(source, data.split), stream.held_out_rows, 0, source)
         with named_errors(source):
             held_out, report = encode(first, progress=False)
-        say(f"{source}: held out are the first rows: {report}")
+        _logger.info("%s: held out are the first rows: %s", source, report)
     rows = _first_rows(stream.rows(), SAMPLE, stream.held_out_rows, source)
     if not rows:
-        raise ValueError(f"{source}: expected rows beyond those held out (held_out_rows {stream.held_out_rows}), found none")
+        raise DataError(f"{source}: expected rows beyond those held out (held_out_rows {stream.held_out_rows}), found none")
     with named_errors(source):
         _, report = encode(rows, first_row=stream.held_out_rows, progress=False)
-    say(f"{source}: streamed; of its first rows to train on {report}")
+    _logger.info("%s: streamed; of its first rows to train on %s", source, report)
     form = max(report.templates, key=report.templates.__getitem__)
     return stream, Corpus([], held_out[: data.max_eval_samples], form)
 
 
 def _first_rows(stream: "IterableDataset", count: int, number: int, source: str) -> list[dict[str, Any]]:
-    """At most `count` rows; `number` is that of the first one in messages."""
+    """Return at most `count` rows; `number` is the number of the first one in messages."""
     rows = read_rows(stream.take(count), count, number, source)
     if any(row.keys() >= TREE_COLUMNS for row in rows):
         raise DataError(

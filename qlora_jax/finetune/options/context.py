@@ -5,12 +5,15 @@ a group; the token table and all norms trained beside the adapter; positions div
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import logging
 
+from qlora_jax.errors import OptionError
+from qlora_jax.finetune.objectives import OBJECTIVES
 from qlora_jax.models import DecoderConfig, ModelConfig, RopeKind, RopeScaling, factor_for, unscaled_context
-from qlora_jax.models.parameter_mapping import ParameterMapping
+from qlora_jax.peft import Method
 
 LONGLORA_GROUPS = 4
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +34,9 @@ class ContextOptions:
 
     def __post_init__(self) -> None:
         if self.attention_groups is not None and self.attention_groups < 1:
-            raise ValueError(f"attention_groups: expected at least 1, found {self.attention_groups}")
+            raise OptionError(f"attention_groups: expected at least 1, found {self.attention_groups}")
         if self.rope_factor is not None and self._kind is None:
-            raise ValueError(f"rope_factor: expected rope_scaling beside it, found {self.rope_factor:g} alone")
+            raise OptionError(f"rope_factor: expected rope_scaling beside it, found {self.rope_factor:g} alone")
         if self._kind is not None:
             RopeScaling(self._kind, 2.0 if self.rope_factor is None else self.rope_factor)
 
@@ -50,7 +53,7 @@ class ContextOptions:
         """The scaling of positions for rows of at most so many tokens; None: the model's own.
 
         Raises:
-            ValueError: the model cannot be scaled, or need not be and no factor says how far.
+            OptionError: the model cannot be scaled, or need not be and no factor says how far.
         """
         if self._kind is None:
             return None
@@ -58,36 +61,42 @@ class ContextOptions:
             return None
         context = unscaled_context(config)
         if self.rope_factor is None and length <= context:
-            raise ValueError(
+            raise OptionError(
                 f"rope_scaling: expected rope_factor, or max_length beyond the model's context of {context}, found {length}"
             )
         return RopeScaling(self._kind, self.rope_factor or factor_for(length, context))
 
-    def trained(self, modules_to_save: Sequence[str], keys: Sequence[ParameterMapping]) -> tuple[str, ...]:
-        """The modules that train as a whole, with those of LongLoRA: whose names contain embed or norm."""
+    def with_trained_modules(self, method: Method, config: ModelConfig) -> Method:
+        """Return the method with the modules that LongLoRA trains in full as well: those named after embed or norm."""
         if not self.longlora:
-            return tuple(modules_to_save)
-        names = (name.rsplit(".", 1)[-1] for key in keys if not key.linear for name in key.modules())
-        return tuple(dict.fromkeys([*modules_to_save, *(name for name in names if "embed" in name or "norm" in name)]))
+            return method
+        mappings = (mapping for mapping in config.parameter_mappings if not mapping.linear)
+        names = (name.rsplit(".", 1)[-1] for mapping in mappings for name in mapping.modules())
+        more = (name for name in names if "embed" in name or "norm" in name)
+        return dataclasses.replace(method, modules_to_save=tuple(dict.fromkeys([*method.modules_to_save, *more])))
 
     def check(self, config: ModelConfig, objective: str) -> None:
-        """Raises ValueError where grouped attention does not exist for a model or what it is to learn."""
+        """Raise OptionError where the model or the objective does not support grouped attention."""
         if self.groups == 1:
             return
-        if not isinstance(config, DecoderConfig) or objective != "sft":
+        names = [kind.name for kind in OBJECTIVES if kind.groups_attention]
+        if not isinstance(config, DecoderConfig) or objective not in names:
             found = objective if isinstance(config, DecoderConfig) else "an encoder-decoder"
-            raise ValueError(f"attention_groups: expected a decoder-only model and objective sft, found {found}")
+            expected = " or ".join(names)
+            raise OptionError(f"attention_groups: expected a decoder-only model and objective {expected}, found {found}")
         if config.num_attention_heads < 2:
-            raise ValueError("attention_groups: expected at least 2 attention heads, found 1")
+            raise OptionError("attention_groups: expected at least 2 attention heads, found 1")
 
 
-def warn_beyond(config: ModelConfig, length: int, say: Callable[[str], None]) -> None:
-    """Says where rows have positions that the model has never seen, and its positions are not scaled for."""
+def warn_beyond(config: ModelConfig, length: int) -> None:
+    """Log a message where rows have positions that the model has never seen, and its positions are not scaled for them."""
     if _is_beyond(config, length):
         assert isinstance(config, DecoderConfig)
-        say(
-            f"Rows of {length} tokens are beyond the model's context of {config.max_position_embeddings}: it has never seen "
-            f"such positions. --rope-scaling linear (or dynamic, yarn) stretches those that it knows."
+        _logger.info(
+            "Rows of %d tokens are beyond the model's context of %d: it has never seen such positions. "
+            "--rope-scaling linear (or dynamic, yarn) stretches those that it knows.",
+            length,
+            config.max_position_embeddings,
         )
 
 

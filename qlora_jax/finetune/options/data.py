@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from qlora_jax.data import NAMED, Limits, OnLong, Template, check_weights
+from qlora_jax.errors import OptionError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,20 +59,20 @@ class DataOptions:
     def __post_init__(self) -> None:
         Limits(self.max_length, self.source_max_length, self.target_max_length)
         if not (0 <= self.held_out < 1 or (1 <= self.held_out < math.inf and self.held_out == int(self.held_out))):
-            raise ValueError(f"held_out: expected a share from 0 to below 1 or a whole number, found {self.held_out}")
+            raise OptionError(f"held_out: expected a share from 0 to below 1 or a whole number, found {self.held_out}")
         for name in ("max_train_samples", "max_eval_samples"):
             if (most := getattr(self, name)) is not None and most < 1:
-                raise ValueError(f"{name}: expected at least 1, found {most}")
+                raise OptionError(f"{name}: expected at least 1, found {most}")
         if self.data == ():
-            raise ValueError("data: expected at least one source, found none")
+            raise OptionError("data: expected at least one source, found none")
         if self.weights:
             check_weights(self.weights, max(1, len(self.sources)))
         if self.eval_split is not None and self.eval_data is None:
-            raise ValueError(f"eval_split: expected eval_data beside it, found {self.eval_split!r} alone")
+            raise OptionError(f"eval_split: expected eval_data beside it, found {self.eval_split!r} alone")
         if self.group_by_length and self.packing:
-            raise ValueError("group_by_length: expected packing off beside it (packed rows are all full), found it on")
+            raise OptionError("group_by_length: expected packing off beside it (packed rows are all full), found it on")
         if self.show_examples < 0:
-            raise ValueError(f"show_examples: expected at least 0, found {self.show_examples}")
+            raise OptionError(f"show_examples: expected at least 0, found {self.show_examples}")
         self._check_streaming()
 
     def _check_streaming(self) -> None:
@@ -92,7 +93,7 @@ class DataOptions:
                 if (found := getattr(self, name)) != getattr(DataOptions, name):
                     problems.append(f"{name}: expected {instead} with streaming, found {found}")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise OptionError("; ".join(problems))
 
     @property
     def packs(self) -> bool:

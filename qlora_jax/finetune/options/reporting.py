@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from qlora_jax.errors import OptionError
+
 TrackerName = Literal["tensorboard", "wandb"]
 
 
@@ -54,4 +56,4 @@ class WatchOptions:
         if self.hub_private and self.push_to_hub is None:
             problems.append("hub_private: expected push_to_hub beside it, found none")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise OptionError("; ".join(problems))

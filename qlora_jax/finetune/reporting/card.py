@@ -1,10 +1,10 @@
-"""The model card beside an adapter, README.md, as PEFT's users expect it: metadata for the hub, and how to load the adapter.
+"""The model card beside an adapter, README.md, with the metadata for the hub and the way to load the adapter.
 
     base_model, library_name: peft, pipeline_tag, tags (base_model:adapter:…, lora), datasets
     how to use it · results · options of the run
 
-Names of this machine's folders stay out of it: of local files only the last part is told, and a base that is a local folder
-is no base_model, which is a hub id.
+The card has no folders of this machine: it shows the last part of the name of a local file. A base that is a local folder is
+not named as base_model, which is a repository id.
 """
 
 import dataclasses
@@ -17,103 +17,96 @@ from typing import Any
 import jax
 from huggingface_hub import ModelCard, ModelCardData
 
+from qlora_jax.adapters.metadata import AdapterMetadata
 from qlora_jax.cli import to_dict
 from qlora_jax.data import NAMED
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.models import DecoderConfig, ModelConfig
-from qlora_jax.peft import Method
+from qlora_jax.peft import LoRA, Method
 from qlora_jax.quant import EmbeddingStorage, Quantization
 from qlora_jax.train import TOKENS, Unit, perplexity
 
 CARD = "README.md"
-DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the default model is on the hub
+DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the default model on the hub
 _TAG = "qlora_jax"
 _CONVERTED = (
-    "It started from the base's weights (`{start}`), which were changed for that, and is converted to a LoRA for the"
-    " original ones. With PEFT it belongs on these, unquantised; qlora_jax makes the base that it was trained on anew."
+    "It was initialized from the base's weights (`{initialization}`), which were changed for that, and is converted to a"
+    " LoRA for the original weights. With PEFT it belongs on these, unquantised; qlora_jax makes the base of the training"
+    " again."
 )
-# By PEFT's names: what it is, and its tag.
-_KINDS = {
-    "IA3": ("An IA3 adapter", "ia3"),
-    "PROMPT_TUNING": ("Virtual tokens (prompt tuning)", "prompt-tuning"),
-    "P_TUNING": ("Virtual tokens (P-tuning)", "p-tuning"),
-    "PREFIX_TUNING": ("Keys and values (prefix tuning)", "prefix-tuning"),
-}
 
 
-def write_card(
-    folder: Path,
-    options: Options,
-    *,
-    config: ModelConfig,
-    quantization: Quantization | None,
-    embedding_storage: EmbeddingStorage = "none",
-    rows: list[dict[str, Any]],
-    kept: int,
-    unit: Unit = TOKENS,
-    converted_from: str | None = None,
-    method: Method | None = None,
-) -> None:
-    """Writes the card into the adapter's folder.
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What a model card describes.
 
-    Args:
-        config: of the base.
-        quantization: of the base's linear layers; None: they were dense.
-        embedding_storage: storage of its token table and head.
-        rows: the records of the run.
-        kept: the step whose adapter it is.
-        unit: what the losses are means over.
-        converted_from: that of `AdapterMetadata`: other programs need the base's original weights then.
-        method: of the adapter; None: LoRA.
+    Attributes:
+        options: the options of the run.
+        config: the config of the base.
+        method: the method of fine-tuning.
+        metadata: how the base was stored, and the initialization that the adapter was converted from.
+        rows: the rows of the run.
+        chosen_step: the step whose adapter is saved.
+        unit: the unit over which the losses are means.
     """
-    kind = "LORA" if method is None else method.peft_type
+
+    options: Options
+    config: ModelConfig
+    method: Method
+    metadata: AdapterMetadata
+    rows: list[dict[str, Any]]
+    chosen_step: int
+    unit: Unit = TOKENS
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Write the card into the folder of the adapter, or of the model."""
+    options, method, metadata = card.options, card.method, card.metadata
     base = _hub_id(options.model.model) if options.model.model else DEFAULT_BASE
-    sources = [_hub_id(source) for source in options.data.sources]
-    whole = options.tuning.method == "full"
-    data = ModelCardData(
-        base_model=base,
-        library_name="transformers" if whole else "peft",
-        pipeline_tag="text-generation" if isinstance(config, DecoderConfig) else "text2text-generation",
-        tags=[
-            *([f"base_model:{'finetune' if whole else 'adapter'}:{base}"] if base else []),
-            *_tags(options, quantization, kind),
-            _TAG,
-        ],
-        datasets=[source for source in sources if source] or None,
-    )
     name = options.watch.push_to_hub or options.run.output.name
     shown = base or Path(options.model.model or "").name
+    if method.is_full:
+        usage, command = _with_transformers(name), f"--model {name}"
+    else:
+        # A converted adapter belongs on the original weights.
+        quantization = None if metadata.converted_from else metadata.quantization
+        own_tokenizer = (folder / "tokenizer.json").is_file()
+        usage = _with_peft(shown, name, card.config, quantization, own_tokenizer=own_tokenizer)
+        command = f"--model {shown} --adapter {name}"
+    stored = _stored(metadata.quantization, metadata.embedding_storage)
     text = "\n\n".join(
         [
             f"# {name.rpartition('/')[2]}",
-            f"{'All parameters' if whole else _KINDS.get(kind, ('A LoRA adapter',))[0]} of "
-            f"{f'[{base}](https://huggingface.co/{base})' if base else f'`{shown}`'}, trained with "
-            f"qlora_jax on the base's weights "
-            f"{_stored(quantization, embedding_storage)}, in {kept} steps on {_data(options)}.",
+            f"{method.title} of {f'[{base}](https://huggingface.co/{base})' if base else f'`{shown}`'}, trained with "
+            f"qlora_jax on the base's weights {stored}, in {card.chosen_step} steps on {_data(options)}.",
             "## Use",
-            *([_CONVERTED.format(start=converted_from)] if converted_from else []),
-            _with_transformers(name)
-            if whole
-            else _with_peft(
-                shown,
-                name,
-                config,
-                None if converted_from else quantization,
-                own_tokenizer=(folder / "tokenizer.json").is_file(),
-            ),
-            f"```\npython scripts/generate.py {f'--model {name}' if whole else f'--model {shown} --adapter {name}'} "
-            '--prompt "…"  # of qlora_jax\n```',
-            *(["## Results", table] if (table := _results(rows, kept, unit)) else []),
+            *([_CONVERTED.format(initialization=metadata.converted_from)] if metadata.converted_from else []),
+            usage,
+            f'```\npython scripts/generate.py {command} --prompt "…"  # of qlora_jax\n```',
+            *(["## Results", table] if (table := _results(card.rows, card.chosen_step, card.unit)) else []),
             "## Training procedure",
             f"The options that are not the defaults:\n\n```json\n{json.dumps(_chosen(options), indent=2)}\n```",
             f"### Framework versions\n\n- JAX {jax.__version__}",
         ]
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(folder / CARD)
+    ModelCard(f"---\n{_hub_data(card, base).to_yaml()}\n---\n\n{text}\n").save(folder / CARD)
+
+
+def _hub_data(card: Card, base: str | None) -> ModelCardData:
+    """Return the metadata for the hub."""
+    is_full, sources = card.method.is_full, [_hub_id(source) for source in card.options.data.sources]
+    relation = [f"base_model:{'finetune' if is_full else 'adapter'}:{base}"] if base else []
+    return ModelCardData(
+        base_model=base,
+        library_name="transformers" if is_full else "peft",
+        pipeline_tag="text-generation" if isinstance(card.config, DecoderConfig) else "text2text-generation",
+        tags=[*relation, *_tags(card.method, card.metadata.quantization), _TAG],
+        datasets=[source for source in sources if source] or None,
+    )
 
 
 def _hub_id(source: str) -> str | None:
-    """The hub id that a model or data set is named by; None for local ones."""
+    """Return the repository id that names a model or data set; None for a local one."""
     if os.path.exists(os.path.expanduser(source)):
         return None
     return NAMED[source].hub if source in NAMED else source
@@ -133,12 +126,10 @@ def _data(options: Options) -> str:
     return ", ".join(f"`{_hub_id(source) or Path(source).name}`" for source in options.data.sources)
 
 
-def _tags(options: Options, quantization: Quantization | None, kind: str) -> list[str]:
-    if options.tuning.method == "full":
+def _tags(method: Method, quantization: Quantization | None) -> list[str]:
+    if method.is_full:
         return ["full-fine-tuning"]
-    if kind in _KINDS:
-        return [_KINDS[kind][1]]
-    return ["lora", *(["qlora"] if quantization is not None else [])]
+    return [method.name, *(["qlora"] if method.name == LoRA.name and quantization is not None else [])]
 
 
 def _with_transformers(model: str) -> str:
@@ -181,10 +172,10 @@ def _with_peft(
     )
 
 
-def _results(rows: list[dict[str, Any]], kept: int, unit: Unit) -> str:
-    """A table of what was measured before and of the adapter that is kept; "" where nothing was."""
+def _results(rows: list[dict[str, Any]], chosen_step: int, unit: Unit) -> str:
+    """Return a table of the metrics before training and of the saved adapter; "" where nothing was measured."""
     at: Mapping[int, dict[str, Any]] = {row["step"]: row for row in rows}
-    before, after = at.get(0, {}), at.get(kept, {})
+    before, after = at.get(0, {}), at.get(chosen_step, {})
     lines = []
     titles = {key: f"held-out {key.removeprefix('eval_')}" for key in after if key.startswith("eval_")}
     for key, title in (titles | {"mmlu_accuracy": "MMLU, mean over subjects"}).items():
@@ -197,7 +188,7 @@ def _results(rows: list[dict[str, Any]], kept: int, unit: Unit) -> str:
 
 
 def _chosen(options: Options) -> dict[str, Any]:
-    """The options that differ from their defaults, without folders of this machine."""
+    """Return the options that differ from their defaults, without folders of this machine."""
     chosen: dict[str, Any] = {}
     defaults, values = to_dict(Options()), to_dict(options)
     for group in (field.name for field in dataclasses.fields(options)):

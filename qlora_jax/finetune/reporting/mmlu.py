@@ -1,31 +1,35 @@
-"""MMLU during a run: before the first step, every so many steps, and of the adapter that is kept."""
+"""MMLU during a run: before the first step, every so many steps, and of the adapter that is saved."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
+from qlora_jax.errors import UnsupportedError
 from qlora_jax.evaluate import Prompts, encode_questions, evaluate_mmlu, read_questions
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.models import DecoderConfig, ModelConfig
 
+__all__ = ["ACCURACY", "describe", "measure", "read_prompts"]
+
 ACCURACY = "mmlu_accuracy"
+_logger = logging.getLogger(__name__)
 
 
-def read_prompts(
-    options: Options, tokenizer: PreTrainedTokenizerFast, config: ModelConfig, say: Callable[[str], None]
-) -> Prompts | None:
-    """What `options.watch` asks for, as tokens; None for no questions.
+def read_prompts(options: Options, tokenizer: PreTrainedTokenizerFast, config: ModelConfig) -> Prompts | None:
+    """Return the questions that `options.watch` names, as tokens; None for no questions.
 
     Raises:
-        ValueError, OSError: questions that cannot be used, or not with this model.
+        QLoRAError: questions that cannot be used, or not with this model.
+        OSError: questions that cannot be read.
     """
     watch = options.watch
     if watch.mmlu is None:
         return None
     if not isinstance(config, DecoderConfig):
-        raise ValueError("mmlu: expected a decoder, which goes on a text, found an encoder-decoder")
+        raise UnsupportedError("mmlu: expected a decoder, which continues a text, found an encoder-decoder")
     questions = read_questions(
         watch.mmlu,
         split=watch.mmlu_split,
@@ -36,25 +40,26 @@ def read_prompts(
     )
     longest = watch.mmlu_max_length if config.endless else min(watch.mmlu_max_length, config.max_position_embeddings)
     prompts = encode_questions(questions.questions, tokenizer, longest)
-    say(f"MMLU: {questions}; {prompts}")
+    _logger.info("MMLU: %s; %s", questions, prompts)
     return prompts
 
 
-def figures(model: Any, prompts: Prompts, options: Options, *, progress: bool) -> dict[str, float]:
-    """Asks the model: `mmlu_accuracy`, and that of each subject."""
+def measure(model: Any, prompts: Prompts, options: Options, *, progress: bool) -> dict[str, float]:
+    """Ask the model the questions; return `mmlu_accuracy` and the accuracy of each subject."""
     graphdef, state = nnx.split(model)
     scores = evaluate_mmlu(graphdef, state, prompts, batch_size=options.watch.mmlu_batch_size, progress=progress)
-    return scores.figures()
+    return scores.metrics()
 
 
-def conclude(rows: list[dict[str, Any]], kept: int, ask: Callable[[], dict[str, float]]) -> str:
-    """The accuracy before and after in words.
+def describe(rows: list[dict[str, Any]], chosen_step: int, ask: Callable[[], dict[str, float]]) -> str:
+    """Return the accuracy before and after in words.
 
     Args:
-        kept: the step whose adapter is kept. Where no record has its accuracy (early stopping went back to an earlier
-            step), `ask` measures it.
+        rows: the rows of the run.
+        chosen_step: the step whose adapter is saved.
+        ask: measures the accuracy of that adapter; called where no row has it, which can be with early stopping.
     """
     accuracies = {row["step"]: row[ACCURACY] for row in rows if ACCURACY in row}
-    after = accuracies[kept] if kept in accuracies else ask()[ACCURACY]
+    after = accuracies[chosen_step] if chosen_step in accuracies else ask()[ACCURACY]
     before = f"{accuracies[0]:.3f} before, " if 0 in accuracies else ""
     return f"MMLU accuracy {before}{after:.3f} after (mean over subjects)."

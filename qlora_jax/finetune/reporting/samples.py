@@ -1,34 +1,44 @@
-"""Answers during a run: greedy ones to the same held-out prompts, into `samples.jsonl` and onto the screen.
+"""Greedy answers to the same held-out prompts during a run, written to `samples.jsonl` and printed.
 
-{"step": 20, "prompt": "…", "answer": "…"}       a line each; a run that resumes drops those of later steps
+{"step": 20, "prompt": "…", "answer": "…"}       one line per prompt; a resumed run removes the lines of later steps
+
+The file has the whole prompt with its template. The printed message has only the question.
 """
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from qlora_jax.data.questions import questions_of
 from qlora_jax.train import MetricsLog
 
-Answer = Callable[[Any, Sequence[np.ndarray]], list[list[int]]]
+__all__ = ["record_samples"]
 
 
 def record_samples(
-    step: int, model: Any, prompts: Sequence[np.ndarray], answer: Answer, tokenizer: PreTrainedTokenizerFast, log: MetricsLog
+    step: int,
+    prompts: Sequence[np.ndarray],
+    answers: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerFast,
+    log: MetricsLog,
 ) -> None:
-    """Answers all prompts; shows and records each with its answer.
+    """Print and record each prompt with its answer.
 
     Args:
+        step: the step of the run.
         prompts: token ids.
-        answer: (model, prompts) to the token ids of the answers.
+        answers: token ids of the answer to each prompt.
+        tokenizer: decodes both.
+        log: samples.jsonl.
     """
-    for prompt, tokens in zip(prompts, answer(model, prompts), strict=True):
-        asked, said = (_text(tokenizer, ids) for ids in (prompt.tolist(), tokens))
-        log.add({"step": step, "prompt": asked, "answer": said})
-        tqdm.write(f"[step {step}] {' '.join(asked.split())}\n  → {said}", file=sys.stderr)  # above a progress bar
+    for prompt, question, tokens in zip(prompts, questions_of(prompts, tokenizer), answers, strict=True):
+        text = _text(tokenizer, tokens)
+        log.add({"step": step, "prompt": _text(tokenizer, prompt.tolist()), "answer": text})
+        tqdm.write(f"[step {step}] {' '.join(question.split())}\n  → {text}", file=sys.stderr)  # above a progress bar
 
 
 def _text(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:

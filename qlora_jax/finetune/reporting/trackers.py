@@ -5,9 +5,9 @@
     eval_loss                eval/loss
     mmlu_accuracy_anatomy    mmlu/accuracy_anatomy
 
-A run that resumes goes on in the same place, and no step stands there twice. TensorBoard: <output>/tensorboard gets one more
-file, which declares the steps after the checkpoint void in those before. W&B: the id of the run is kept in <output>/wandb;
-its history only grows, so that steps which it has already are not sent again (they are the same, bit for bit).
+A run that resumes continues the same record, which has no step twice. TensorBoard: <output>/tensorboard gets one more file,
+which declares the steps after the checkpoint in the files before it void. W&B: the id of the run is saved in <output>/wandb.
+Its history can only be appended to, so that steps which it has already are not sent again (they are the same, bit for bit).
 
 W&B is set by its own environment variables: WANDB_MODE=offline, WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME, WANDB_API_KEY.
 """
@@ -21,6 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.errors import OptionError
 from qlora_jax.finetune.options.reporting import TrackerName
 
 Listener = Callable[[dict[str, Any]], None]
@@ -30,11 +31,11 @@ _PROJECT = "qlora_jax"
 
 
 def check_trackers(names: Sequence[TrackerName]) -> None:
-    """Raises ValueError where a tracker is not installed, or nobody is logged in to it."""
+    """Raise OptionError where a tracker is not installed, or nobody is logged in to it."""
     for name in names:
         package = _PACKAGES[name]
         if importlib.util.find_spec(package) is None:
-            raise ValueError(
+            raise OptionError(
                 f"report_to {name}: expected the package {package}, found it not installed; "
                 f"pip install {package} (or qlora-jax[{name}])"
             )
@@ -44,9 +45,9 @@ def check_trackers(names: Sequence[TrackerName]) -> None:
         try:
             logged_in = wandb.login()  # asks in a terminal
         except wandb.Error as error:
-            raise ValueError(f"report_to wandb: expected to be logged in, found: {error}") from error
+            raise OptionError(f"report_to wandb: expected to be logged in, found: {error}") from error
         if not logged_in:
-            raise ValueError("report_to wandb: expected to be logged in, found no API key; run `wandb login`")
+            raise OptionError("report_to wandb: expected to be logged in, found no API key; run `wandb login`")
 
 
 def open_trackers(
@@ -56,9 +57,9 @@ def open_trackers(
     *,
     resume_at: int,
     reached: int,
-    stack: ExitStack,
+    open_files: ExitStack,
 ) -> list[Listener]:
-    """What takes the rows of a run from now on; `stack` closes them.
+    """Return the functions that take the rows of a run from now on; `open_files` closes them.
 
     Args:
         output: folder of the run.
@@ -71,19 +72,19 @@ def open_trackers(
     """
     listeners: list[Listener] = []
     if "tensorboard" in names:
-        listeners.append(_tensorboard(output / "tensorboard", options, resume_at, stack))
+        listeners.append(_tensorboard(output / "tensorboard", options, resume_at, open_files))
     if "wandb" in names:
-        listeners.append(_wandb(output, options, reached, stack))
+        listeners.append(_wandb(output, options, reached, open_files))
     return listeners
 
 
-def _tensorboard(folder: Path, options: dict[str, Any], resume_at: int, stack: ExitStack) -> Listener:
+def _tensorboard(folder: Path, options: dict[str, Any], resume_at: int, open_files: ExitStack) -> Listener:
     from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
 
     # Names of files go to the second only; the suffix keeps apart those of a run that resumes within it.
     void_from = resume_at + 1 if resume_at else 0
     suffix = f".{len(list(folder.glob('*')))}"
-    writer = stack.enter_context(SummaryWriter(str(folder), purge_step=void_from, filename_suffix=suffix))
+    writer = open_files.enter_context(SummaryWriter(str(folder), purge_step=void_from, filename_suffix=suffix))
     if resume_at == 0:
         writer.add_text("options", f"```json\n{json.dumps(options, indent=2)}\n```", 0)
 
@@ -95,7 +96,7 @@ def _tensorboard(folder: Path, options: dict[str, Any], resume_at: int, stack: E
     return listen
 
 
-def _wandb(output: Path, options: dict[str, Any], reached: int, stack: ExitStack) -> Listener:
+def _wandb(output: Path, options: dict[str, Any], reached: int, open_files: ExitStack) -> Listener:
     import wandb  # pyright: ignore[reportMissingImports]
 
     record = output / "wandb" / "run_id"
@@ -114,7 +115,7 @@ def _wandb(output: Path, options: dict[str, Any], reached: int, stack: ExitStack
         )
     except wandb.Error as error:
         raise ConnectionError(f"report_to wandb: the run could not be opened: {error}") from error
-    stack.enter_context(run)
+    open_files.enter_context(run)
     # Offline nothing is known of what was sent, and a row may have been: what the records reached counts as sent.
     first = run.step if run.resumed else reached + 1 if known else 0
 
@@ -126,7 +127,7 @@ def _wandb(output: Path, options: dict[str, Any], reached: int, stack: ExitStack
 
 
 def _values(row: dict[str, Any]) -> dict[str, float]:
-    """The figures of a row by the names that they have there."""
+    """Return the metrics of a row by the names that they have in a tracker."""
     values = {}
     for name, value in row.items():
         if name == "step":

@@ -1,9 +1,9 @@
-"""Products with 4-bit matrices that read packed bytes only, and the choice among them.
+"""Kernels for products with 4-bit matrices, which read only packed bytes from memory, and the choice of a kernel.
 
-    tpu.py      Pallas (Mosaic TPU): any number of rows, and the input gradient
-    gpu.py      Pallas (Triton): few rows, on NVIDIA GPUs from compute capability 8.0 on
+    tpu.py      Pallas (Mosaic TPU): any number of rows, and the gradient with respect to x
+    gpu.py      Pallas (Triton): few rows, on NVIDIA GPUs with compute capability 8.0 or higher
 
-A kernel takes one matrix, or a stack of them with a number (`StackedTensor`). What no kernel takes is XLA's.
+A kernel takes one matrix, or a stack of matrices with the index of one (`StackedTensor`). XLA computes all other products.
 """
 
 import functools
@@ -21,9 +21,9 @@ from qlora_jax.quant.stacked import StackedTensor
 from qlora_jax.quant.tensor import QuantizedTensor
 
 Packed = QuantizedTensor | StackedTensor
-Otherwise = Callable[[Array, Packed], Array]
+Otherwise = Callable[[Array, Packed], Array]  # the product for platforms and matrices without a kernel
 _BY_PLATFORM: dict[str, ModuleType] = {"tpu": tpu}
-try:  # Pallas calls its Triton backend deprecated: a JAX without it leaves GPUs to XLA
+try:  # Pallas' Triton backend is deprecated; with a JAX without it, XLA computes all products on GPUs
     from qlora_jax.quant.kernels import gpu
 except ImportError:
     pass
@@ -31,38 +31,38 @@ else:
     _BY_PLATFORM["cuda"] = gpu
 
 
-def problem(w: QuantizedTensor, dtype: DTypeLike) -> str | None:
-    """Why the kernel of this process's platform does not multiply x of `dtype` with a matrix (or those of a stack).
+def unsupported_reason(w: QuantizedTensor, dtype: DTypeLike) -> str | None:
+    """Return why the platform's kernel does not support this matrix (or stack) with x of `dtype`, or None if it does.
 
-    None where it does. Where the platform has none, it is that of TPU, which is interpreted there.
+    On a platform without a kernel this refers to the TPU kernel, which is then interpreted.
     """
-    return _BY_PLATFORM.get(_platform(), tpu).problem(w, dtype)
+    return _BY_PLATFORM.get(_platform(), tpu).unsupported_reason(w, dtype)
 
 
 def exists(w: QuantizedTensor, dtype: DTypeLike) -> bool:
-    """Whether the kernel of some platform multiplies x of `dtype` with a matrix (or those of a stack)."""
-    return any(platform.problem(w, dtype) is None for platform in _BY_PLATFORM.values())
+    """Return whether the kernel of any platform supports this matrix (or stack) with x of `dtype`."""
+    return any(platform.unsupported_reason(w, dtype) is None for platform in _BY_PLATFORM.values())
 
 
 def on_one_device() -> bool:
-    """Whether a kernel would see whole operands: XLA cannot spread one over several devices."""
+    """Return whether there is only one device; XLA cannot partition a kernel over several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.device_count() == 1 if mesh.empty else mesh.size == 1
 
 
 def matmul(x: Array, w: Packed, *, otherwise: Otherwise) -> Array:
-    """x `[M, in]` times W by the kernel of the platform, or by that of TPU in interpret mode.
+    """Return x `[M, in]` times W, by the kernel of the platform or by the TPU kernel in interpret mode.
 
-    `otherwise` is for platforms whose kernel does not take W, if the program is compiled for one.
+    `otherwise` computes the product if the program is compiled for a platform whose kernel does not support W.
     """
     interpreted = functools.partial(tpu.matmul, interpret=True)
-    default = interpreted if tpu.problem(_parts(w)[0], x.dtype) is None else _of_parts(otherwise)
+    default = interpreted if tpu.unsupported_reason(_parts(w)[0], x.dtype) is None else _of_parts(otherwise)
     return jax.lax.platform_dependent(x, *_parts(w), **_kernels(w, x.dtype), default=default)
 
 
 def matmul_transposed(dy: Array, w: Packed, *, otherwise: Otherwise) -> Array:
-    """dy `[M, out]` times the transpose of W, likewise; by `otherwise` on GPUs, for which there is no such kernel."""
-    if tpu.problem(_parts(w)[0], dy.dtype) is not None:
+    """Return dy `[M, out]` times the transposed W, like `matmul`; on GPUs, which have no such kernel, use `otherwise`."""
+    if tpu.unsupported_reason(_parts(w)[0], dy.dtype) is not None:
         return otherwise(dy, w)
     interpreted = functools.partial(tpu.matmul_transposed, interpret=True)
     return jax.lax.platform_dependent(
@@ -71,7 +71,7 @@ def matmul_transposed(dy: Array, w: Packed, *, otherwise: Otherwise) -> Array:
 
 
 def matmul_where_chosen(x: Array, w: Packed, *, otherwise: Otherwise) -> Array:
-    """`matmul` on platforms that have a kernel; elsewhere, and where its compiler refuses the kernel, `otherwise`."""
+    """Return x times W by the kernel, or by `otherwise` if the platform has no kernel or its compiler rejects it."""
     kernels = _kernels(w, x.dtype)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (x, *_parts(w)))
     leaves, tree = jax.tree.flatten(shapes)
@@ -82,13 +82,14 @@ def matmul_where_chosen(x: Array, w: Packed, *, otherwise: Otherwise) -> Array:
 
 
 def _kernels(w: Packed, dtype: DTypeLike) -> dict[str, Callable[..., Array]]:
-    """The products by kernel, of the platforms that have one for W."""
+    """Return, by platform, the functions that multiply with W by a kernel."""
     matrix, _ = _parts(w)
-    return {name: module.matmul for name, module in _BY_PLATFORM.items() if module.problem(matrix, dtype) is None}
+    supported = {name: module.unsupported_reason(matrix, dtype) is None for name, module in _BY_PLATFORM.items()}
+    return {name: module.matmul for name, module in _BY_PLATFORM.items() if supported[name]}
 
 
 def _platform() -> str:
-    """Of this process, as programs are compiled for it."""
+    """Return the platform that this process compiles for: "cpu", "tpu", "cuda" or "rocm"."""
     name = jax.default_backend()
     return name if name != "gpu" else "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
 
@@ -103,13 +104,13 @@ def _of_parts(function: Otherwise) -> Callable[[Array, QuantizedTensor, Array | 
 
 @functools.cache
 def _compiles(kernel: Callable[..., Array], leaves: tuple[jax.ShapeDtypeStruct, ...], tree: Any) -> bool:
-    """Whether the attached device's compiler takes a kernel for these shapes; says so once where it does not.
+    """Return whether the device's compiler accepts a kernel for these shapes; warn once if it does not.
 
-    Inside a jitted program a refusal could not be caught. It costs a compilation of the kernel alone, once per shape.
+    An error of the compiler cannot be caught inside a jitted program, so the kernel is compiled separately, once per shape.
     """
     try:
         jax.jit(kernel).lower(*jax.tree.unflatten(tree, leaves)).compile()
-    except Exception as error:  # of whatever kind the compiler raises
+    except Exception as error:  # compilers raise various kinds of errors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(f"the kernel for 4-bit matrices does not compile here, XLA multiplies instead: {reason}", stacklevel=2)
         return False

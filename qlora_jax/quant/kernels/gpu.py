@@ -1,27 +1,29 @@
-"""The product with a 4-bit matrix as a Pallas kernel for NVIDIA GPUs (Triton): only packed bytes are read from memory.
+"""The product with a 4-bit matrix as a Pallas kernel for NVIDIA GPUs (Triton), which reads only packed bytes from memory.
 
     y[M, N] = x[M, K] W          grid (tiles of 128 columns, parts of K, blocks of at most 64 rows of x)
 
-A byte holds row j in its high nibble and row j + K/2 in its low one, and a block of 64 (or 128) rows of a column shares a
-scale. A program goes through its part of K block by block; a block of packed rows is a block of W's upper and one of its
-lower half:
+A byte holds row j in its high nibble and row j + K/2 in its low one, and each block of 64 (or 128) rows of a column shares a
+scale. A program processes its part of K block by block. A block of packed rows contains one block of the upper and one block
+of the lower half of W:
 
     y += (x[:, j : j + 64] high(codes)) * scales of the upper block + (x[:, K/2 + j : …] low(codes)) * those of the lower one
 
-so that a scale, exact in float32, meets a sum of 64 products and not each of its values. The parts of K are summed by XLA.
-With few rows of x the columns of W take the long side of the units that multiply matrices: y^T = W^T x^T.
+A scale (exact in float32) is multiplied with a sum of 64 products and not with each value. XLA sums the parts of K. With few
+rows of x, the columns of W are along the long side of the matrix units: y^T = W^T x^T.
 
-Looking a code up. PRMT, the byte permutation, takes four of eight bytes by four selectors of three bits, and a packed byte
-is two selectors. The 16 values as bfloat16 are four registers of low and four of high bytes: for four codes two PRMT choose
-among the values 0-7 and 8-15 and a third one by the codes' top bits, for low and high bytes each, and two make pairs of
-bytes numbers. That is 2.6 instructions a value; a tree of selects takes 20, a table in memory a load and its address. With
-float32 x a value is the sum of three such numbers, which is exact.
+Looking a code up. PRMT, the byte permutation, selects four of eight bytes by four selectors of three bits, and a packed byte
+is two selectors. The 16 values in bfloat16 are in four registers of low bytes and four registers of high bytes. For four
+codes, two PRMT select from the values 0-7 and 8-15, a third one selects between these by the codes' top bits (all for low
+and for high bytes), and two more combine the bytes to numbers. This takes 2.6 instructions per value; a tree of selects
+takes 20, and a table in memory a load and the computation of its address. If x is float32, a value is the sum of three such
+bfloat16 numbers, which is exact.
 
-The order of columns. A thread wants columns g, g + 8, g + 64 and g + 72 of a tile. Columns are renamed so that these are
-neighbours in memory (`_renamed`): shared memory is read by words, not by bytes.
+The order of columns. A thread needs columns g, g + 8, g + 64 and g + 72 of a tile. The columns are permuted so that these
+are neighbours in memory (`_permutation`), because shared memory is read by words and not by bytes.
 
-Scales under double quantisation are looked up in the map of 256 values; the absmax of a scale's group of 256 is read where
-it lies. Both are read a step ahead. Of a stack of matrices, passed whole with the number of a layer, that layer is read.
+With double quantisation, scales are looked up in the map of 256 values, and the absmax of each group of 256 scales is read
+from memory. Both are read one step before they are used. A stack of matrices is passed to the kernel as a whole, with the
+index of the layer to read.
 """
 
 import dataclasses
@@ -40,23 +42,23 @@ from qlora_jax.quant.codebooks import DataType, codebook, dynamic_map
 from qlora_jax.quant.kernels.operands import Static, stacked, static
 from qlora_jax.quant.tensor import QuantizedTensor
 
-TILE = 128  # columns of W
-_MOST_ROWS = 64  # of x
-_LEAST_BLOCKS = 4  # of packed rows in a part of K
+TILE = 128  # columns of W in a tile
+_MOST_ROWS = 64  # the most rows of x in a program
+_LEAST_BLOCKS = 4  # the fewest blocks of packed rows in a part of K
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """How a product is cut into programs.
+    """The division of a product into programs.
 
     Attributes:
-        rows: of x in a program, a power of two.
-        parts: of K.
-        blocks: of packed rows in a part.
-        unroll: blocks a step.
-        piece: rows of a block that are multiplied at a time.
-        warps: of a program.
-        stages: of its pipeline from memory.
+        rows: number of rows of x in a program, a power of two.
+        parts: number of parts of K.
+        blocks: number of blocks of packed rows in a part.
+        unroll: number of blocks in a step of the loop.
+        piece: number of rows of a block that are multiplied at a time.
+        warps: number of warps of a program.
+        stages: number of stages of the pipeline that loads from memory.
     """
 
     rows: int
@@ -68,8 +70,8 @@ class Grid:
     stages: int
 
 
-def problem(w: QuantizedTensor, dtype: DTypeLike) -> str | None:
-    """Why the kernel does not multiply x of `dtype` with a matrix, or those of a stack; None where it does."""
+def unsupported_reason(w: QuantizedTensor, dtype: DTypeLike) -> str | None:
+    """Return why the kernel does not support this matrix (or stack) with x of `dtype`, or None if it does."""
     rows, columns = w.shape[-2:]
     if w.flat_shape is not None:
         return "the flat layout"
@@ -79,15 +81,15 @@ def problem(w: QuantizedTensor, dtype: DTypeLike) -> str | None:
         return f"a matrix [{rows}, {columns}]: expected multiples of {2 * w.block_size} and {TILE}"
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         return f"x in {jnp.dtype(dtype).name}: expected float32 or bfloat16"
-    if jnp.dtype(dtype) == jnp.float32 and w.block_size != 64:  # more shared memory than small GPUs have
+    if jnp.dtype(dtype) == jnp.float32 and w.block_size != 64:  # would need more shared memory than small GPUs have
         return f"x in float32 with blocks of {w.block_size}: expected 64"
-    if 2**31 < w.codes.size <= 2**32:  # Pallas counts in 32 bits up to here, and Triton takes them as signed
+    if 2**31 < w.codes.size <= 2**32:  # Pallas uses 32-bit indices up to this size, which Triton treats as signed
         return f"a stack of {w.codes.size / 2**30:.1f} GiB: expected at most 2 or more than 4"
     return None
 
 
 def matmul(x: Array, w: QuantizedTensor, layer: Array | None = None, *, interpret: bool = False) -> Array:
-    """x `[M, in]` times W, in the dtype of x; `layer`, int32 scalar, names the matrix where `w` is a stack."""
+    """Return x `[M, in]` times W in the dtype of x; if `w` is a stack, `layer`, int32 scalar, is the index of the matrix."""
     w, index = stacked(w, layer)
     count, columns = x.shape[0], w.shape[-1]
     grid = grid_of(count, w, x.dtype)
@@ -109,8 +111,11 @@ def matmul(x: Array, w: QuantizedTensor, layer: Array | None = None, *, interpre
 
 
 def grid_of(count: int, w: QuantizedTensor, dtype: DTypeLike) -> Grid:
-    """The programs for `count` rows of x: enough to fill a large GPU, the fewer the more rows, as parts cost sums."""
-    exact = jnp.dtype(dtype) == jnp.float32  # without units that multiply matrices: sums and operands fill the registers
+    """Return the programs for `count` rows of x.
+
+    There are enough programs to fill a large GPU, and fewer parts of K for more rows, because the parts have to be summed.
+    """
+    exact = jnp.dtype(dtype) == jnp.float32  # does not use the matrix units; sums and operands fill the registers
     rows = min(16 if exact else _MOST_ROWS, max(8, 1 << (count - 1).bit_length()))
     blocks = w.scales.shape[-2] // 2
     programs = w.shape[-1] // TILE * -(-count // rows)
@@ -121,26 +126,25 @@ def grid_of(count: int, w: QuantizedTensor, dtype: DTypeLike) -> Grid:
         if n == 1 or (blocks % n == 0 and blocks // n >= _LEAST_BLOCKS and programs * n <= wanted)
     )
     unroll = 2 if w.block_size == 64 and rows < 64 and not exact and (blocks // parts) % 2 == 0 else 1
-    stages = (
-        (2 if w.block_size == 64 else 1) if exact else 3 if rows * w.block_size > 4096 else 4
-    )  # what the 99 KiB of small GPUs hold
+    # The stages fit into the 99 KiB of shared memory of small GPUs.
+    stages = (2 if w.block_size == 64 else 1) if exact else 3 if rows * w.block_size > 4096 else 4
     return Grid(rows, parts, blocks // parts, unroll, 32 if exact else 64, 4 if rows < 32 else 8, stages)
 
 
 def _product(index: Any, x: Any, codes: Any, scales: Any, *refs: Any, w: Static, grid: Grid, interpreted: bool) -> None:
     *rest, out = refs
-    absmax, offset, dynamic = rest[:3] if w.double_quantized else (out, out, out)  # not read then
+    absmax, offset, dynamic = rest[:3] if w.double_quantized else (out, out, out)  # not read without double quantisation
     values = partial(_from_table, rest[-1]) if interpreted else partial(_values, data_type=w.data_type)
     layer, size, upper = index[0], w.block_size, w.scale_rows // 2
     first_column = pl.program_id(0) * TILE
     first_block = pl.program_id(1) * grid.blocks
     first_row = pl.program_id(2) * grid.rows
     inside = (first_row + jnp.arange(grid.rows) < x.shape[0])[:, None]
-    columns = first_column + _renamed()
+    columns = first_column + _permutation()
     subtracted = offset[layer, 0, 0] if w.double_quantized else 0.0
 
     def read_scales(block: Array) -> tuple[tuple[Array, ...], ...]:
-        """(codes, absmax), or the scales themselves, of a block of packed rows: of its upper and of its lower rows."""
+        """Return (codes, absmax), or (scales,), of the upper and of the lower rows of a block of packed rows."""
 
         def read(row: Array) -> tuple[Array, ...]:
             found = triton.load(scales.at[layer, row, columns])
@@ -156,64 +160,64 @@ def _product(index: Any, x: Any, codes: Any, scales: Any, *refs: Any, w: Static,
         return (triton.load(dynamic.at[found.astype(jnp.int32)]) * group + subtracted)[:, None]
 
     def dot(matrix: Array, row: Array) -> Array:
-        """`[columns, rows of x]`: the transpose of x, from column `row` on, times rows of W."""
+        """Return rows of W, transposed, times the transposed columns of x from `row` on: `[columns, rows of x]`."""
         part = triton.load(x.at[pl.ds(first_row, grid.rows), pl.ds(row, grid.piece)], mask=inside, other=0.0)
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        return jax.lax.dot(_rename(matrix).T, part.T, precision=precision, preferred_element_type=jnp.float32)
+        return jax.lax.dot(_permute(matrix).T, part.T, precision=precision, preferred_element_type=jnp.float32)
 
     def step(number: Array, carry: Any) -> Any:
         total, ready = carry
-        ahead = []
-        for place in range(grid.unroll):
-            block = first_block + number * grid.unroll + place
-            ahead.append(read_scales(jnp.minimum(block + grid.unroll, upper - 1)))
+        next_scales = []
+        for index in range(grid.unroll):
+            block = first_block + number * grid.unroll + index
+            next_scales.append(read_scales(jnp.minimum(block + grid.unroll, upper - 1)))
             sums = []
             for piece in range(0, size, grid.piece):
                 row = block * size + piece
                 high, low = values(codes[layer, pl.ds(row, grid.piece), pl.ds(first_column, TILE)], dtype=x.dtype)
                 sums.append((dot(high, row), dot(low, upper * size + row)))
             for half, ones in enumerate(zip(*sums, strict=True)):
-                total += sum(ones[1:], ones[0]) * scale(*ready[place][half])
-        return total, ahead
+                total += sum(ones[1:], ones[0]) * scale(*ready[index][half])
+        return total, next_scales
 
-    ready = [read_scales(first_block + place) for place in range(grid.unroll)]
+    ready = [read_scales(first_block + index) for index in range(grid.unroll)]
     start = jnp.zeros((TILE, grid.rows), jnp.float32)
     total, _ = jax.lax.fori_loop(0, grid.blocks // grid.unroll, step, (start, ready))
-    y = _named_again(total.astype(out.dtype)).T
+    y = _permute_back(total.astype(out.dtype)).T
     triton.store(out.at[pl.program_id(1), pl.ds(first_row, grid.rows), pl.ds(first_column, TILE)], y, mask=inside)
 
 
-# Columns of a tile by the bits of their number, the highest first: (warp, warp, g, g, g, b, a) in memory is
-# (b, warp, warp, a, g, g, g) for a thread.
+# The permutation of a tile's columns, by the bits of a column's index, the highest first: (warp, warp, g, g, g, b, a) in
+# memory corresponds to (b, warp, warp, a, g, g, g) in the threads' order.
 
 
-def _rename(block: Array) -> Array:
-    """`[k, TILE]`, columns as in memory, to the threads' order."""
+def _permute(block: Array) -> Array:
+    """Permute the columns of `[k, TILE]` from memory order to the threads' order."""
     parts = block.reshape(-1, TILE // 32, 8, 2, 2)
     return parts.transpose(0, 3, 1, 4, 2).reshape(-1, TILE)
 
 
-def _named_again(block: Array) -> Array:
-    """`[TILE, m]` in the threads' order to that in memory."""
+def _permute_back(block: Array) -> Array:
+    """Permute the rows of `[TILE, m]` from the threads' order to memory order."""
     parts = block.reshape(2, TILE // 32, 2, 8, -1)
     return parts.transpose(1, 3, 0, 2, 4).reshape(TILE, -1)
 
 
-def _renamed() -> Array:
-    """Which column of memory is the threads' 0, 1, …."""
+def _permutation() -> Array:
+    """Return, for each column in the threads' order, its index in memory."""
     n = jnp.arange(TILE)
     warp, g, a, b = (n >> 4) & (TILE // 32 - 1), n & 7, (n >> 3) & 1, n // (TILE // 2)
     return warp * 32 + g * 4 + b * 2 + a
 
 
 def _from_table(table: Any, packed: Array, *, dtype: Any) -> tuple[Array, Array]:
-    """Packed bytes to the numbers of their (high, low) nibbles, from a table in memory: to be interpreted."""
+    """Return the values of the (high, low) nibbles of packed bytes from a table in memory; for interpret mode."""
     packed = packed.astype(jnp.int32)
     return triton.load(table.at[packed >> 4]).astype(dtype), triton.load(table.at[packed & 15]).astype(dtype)
 
 
 def _values(packed: Array, *, data_type: DataType, dtype: Any) -> tuple[Array, Array]:
-    """`_from_table`, in registers."""
+    """Compute `_from_table` in registers, by PTX instructions."""
     pairs = [
         triton.elementwise_inline_asm(
             lookup_ptx(table),
@@ -237,28 +241,28 @@ def _values(packed: Array, *, data_type: DataType, dtype: Any) -> tuple[Array, A
 
 
 def tables(data_type: DataType, dtype: DTypeLike) -> list[np.ndarray]:
-    """The 16 values as bfloat16 numbers, or three such tables whose sum they are in float32, the largest first."""
+    """Return the 16 values in bfloat16 or, for float32, three bfloat16 tables that sum to the values, the largest first."""
     rest = np.asarray(codebook(data_type), np.float32)
-    found = [rest.astype(jnp.bfloat16)]
-    while jnp.dtype(dtype) == jnp.float32 and len(found) < 3:  # 8 bits of 24 each
-        rest = rest - found[-1].astype(np.float32)
-        found.append(rest.astype(jnp.bfloat16))
-    return found
+    parts = [rest.astype(jnp.bfloat16)]
+    while jnp.dtype(dtype) == jnp.float32 and len(parts) < 3:  # each holds 8 of the 24 bits
+        rest = rest - parts[-1].astype(np.float32)
+        parts.append(rest.astype(jnp.bfloat16))
+    return parts
 
 
 def lookup_ptx(values: np.ndarray) -> str:
-    """PTX that makes of four packed bytes, $4, four words $0-$3: bfloat16 of the high nibble above that of the low one."""
+    """Return PTX that looks up four packed bytes $4; the words $0-$3 hold the high nibble's bfloat16 above the low one's."""
     bits = values.view(np.uint16)
 
     def table(plane: int, first: int) -> str:
-        """Four values' low bytes (plane 0) or high ones."""
+        """Return a register with the low bytes (plane 0) or the high bytes (plane 1) of four values."""
         return f"0x{int.from_bytes(bytes((bits[first : first + 4] >> (8 * plane) & 255).tolist()), 'little'):08x}"
 
     lines = [
-        "and.b32 s0, $4, 0x77777777",  # selectors among eight values; PRMT reads the lower four
+        "and.b32 s0, $4, 0x77777777",  # selectors among eight values; PRMT reads the lower four selectors
         "and.b32 t0, $4, 0x88888888",
         "shr.u32 t0, t0, 1",
-        "add.u32 t0, t0, 0x32103210",  # byte i of the first choice, or of the second one
+        "add.u32 t0, t0, 0x32103210",  # byte i of the first selection, or of the second one
         "shr.u32 s1, s0, 16",
         "shr.u32 t1, t0, 16",
     ]

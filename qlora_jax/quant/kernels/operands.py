@@ -1,4 +1,4 @@
-"""What the kernels of all platforms are told of their matrix."""
+"""The operands that the kernels of all platforms have in common."""
 
 import dataclasses
 
@@ -12,7 +12,14 @@ from qlora_jax.quant.tensor import QuantizedTensor
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """What a kernel knows of its matrix when it is compiled."""
+    """The static properties of a kernel's matrix, known when the kernel is compiled.
+
+    Attributes:
+        data_type: data type of the codes.
+        block_size: number of values that share a scale.
+        scale_rows: number of scales in a column.
+        double_quantized: whether the scales are 8-bit codes.
+    """
 
     data_type: DataType
     block_size: int
@@ -21,12 +28,12 @@ class Static:
 
 
 def static(w: QuantizedTensor) -> Static:
-    """Of a stack of matrices."""
+    """Return the static properties of the matrices of a stack."""
     return Static(w.data_type, w.block_size, w.scales.shape[1], w.double_quantized)
 
 
 def stacked(w: QuantizedTensor, layer: Array | None) -> tuple[QuantizedTensor, Array]:
-    """A stack, of one matrix where it was none, and int32 `[1]`, the number of the matrix in it."""
+    """Return (a stack, the index of the matrix in it as int32 `[1]`); without a layer, w becomes a stack of one matrix."""
     if layer is None:
         return jax.tree.map(lambda leaf: leaf[None], w), jnp.zeros((1,), jnp.int32)
     return w, jnp.asarray(layer, jnp.int32).reshape(1)

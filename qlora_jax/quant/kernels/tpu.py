@@ -1,23 +1,25 @@
-"""The product with a 4-bit matrix as Pallas TPU kernels: only packed bytes are read from memory.
+"""The product with a 4-bit matrix as Pallas TPU kernels, which read only packed bytes from memory.
 
     forward   y[M, N]  = x[M, K] W          grid (columns, rows of x)         W[K, tile] in vector memory
     gradient  dx[M, K] = dy[M, N] W^T       grid (half, rows of W, rows)      W[tile, N] in vector memory
 
-A byte holds row j in its high nibble and row j + K/2 in its low one, so x is read as two blocks, left and right half:
+A byte holds row j in its high nibble and row j + K/2 in its low one, so x is read as two blocks, the left and the right
+half:
 
     y = x[:, :K/2] high(codes) + x[:, K/2:] low(codes)
 
-A grid step turns the packed tile into numbers once, at the first block of rows, and multiplies it with all of them. Where
-there is only one block of rows (decoding), numbers go straight to the unit that multiplies, chunk by chunk.
+A packed tile is dequantised once, at the first block of rows, and multiplied with all blocks of rows. If there is only one
+block of rows (decoding), the values go directly to the matrix unit, chunk by chunk.
 
-Looking a code up. A gather along the 8 sublanes of a register is one instruction of the vector unit (`vperm.slane`), so the
-16 values lie in two registers of 8: two gathers by the code's low three bits and a select by its top one, 6.5 instructions a
-value with the unpacking, against 23 for a tree of 15 selects. Values are exact float32.
+Looking a code up. A gather along the 8 sublanes of a register is one instruction of the vector unit (`vperm.slane`). The 16
+values of the codebook are in two registers of 8, and a lookup consists of two gathers by the code's low three bits and a
+select by its top bit. This takes 6.5 instructions per value including unpacking, compared with 23 for a tree of 15 selects.
+The values are exact float32.
 
-The scales are made once for a tile of columns (tpu_scales.py).
+The scales of a tile of columns are computed once (tpu_scales.py).
 
-A stack of matrices `[layers, ...]` is passed whole, with the number of the layer: the block specs read from it where it
-lies. XLA would cut the layer out first, which reads, writes and reads the packed bytes.
+A stack of matrices `[layers, ...]` is passed to the kernel as a whole, with the index of the layer; the block specs select
+the layer. If XLA sliced the layer out first, the packed bytes would be read, written and read again.
 """
 
 import dataclasses
@@ -37,10 +39,10 @@ from qlora_jax.quant.kernels.tpu_scales import scale_operands, write_scales
 from qlora_jax.quant.tensor import QuantizedTensor
 
 _LANES = 128
-_ROWS = 256  # of x in a block, where there are more
-_FEW_ROWS = 64  # up to here there is one block of them
-_TILE_BYTES = 2**20  # of packed codes in a grid step: long enough a copy, short enough a start
-_VMEM_BUDGET = 40 * 2**20  # of the 64 MiB (v5p) or 128 MiB (v5e, v6e) that there are
+_ROWS = 256  # the most rows of x in a block
+_FEW_ROWS = 64  # up to this number of rows there is one block
+_TILE_BYTES = 2**20  # of packed codes in a grid step: large enough for fast copies, small enough for a quick start
+_VMEM_BUDGET = 40 * 2**20  # of the 64 MiB (v5p) or 128 MiB (v5e, v6e) of vector memory
 _VMEM_LIMIT = 56 * 2**20
 
 
@@ -49,9 +51,9 @@ class Tiles:
     """Sizes of one grid step.
 
     Attributes:
-        rows: of x or dy.
-        tile: columns of W forward, packed rows of W in the gradient.
-        chunk: packed rows that are unpacked at a time.
+        rows: number of rows of x or dy.
+        tile: number of columns of W in the forward pass, of packed rows of W in the gradient.
+        chunk: number of packed rows that are unpacked at a time.
     """
 
     rows: int
@@ -59,8 +61,8 @@ class Tiles:
     chunk: int
 
 
-def problem(w: QuantizedTensor, dtype: DTypeLike) -> str | None:
-    """Why the kernels do not multiply x of `dtype` with a matrix, or those of a stack; None where they do."""
+def unsupported_reason(w: QuantizedTensor, dtype: DTypeLike) -> str | None:
+    """Return why the kernels do not support this matrix (or stack) with x of `dtype`, or None if they do."""
     rows, columns = w.shape[-2:]
     if w.flat_shape is not None:
         return "the flat layout"
@@ -74,7 +76,7 @@ def problem(w: QuantizedTensor, dtype: DTypeLike) -> str | None:
 
 
 def matmul(x: Array, w: QuantizedTensor, layer: Array | None = None, *, interpret: Any = False) -> Array:
-    """x `[M, in]` times W, in the dtype of x; `layer`, int32 scalar, names the matrix where `w` is a stack."""
+    """Return x `[M, in]` times W in the dtype of x; if `w` is a stack, `layer`, int32 scalar, is the index of the matrix."""
     w, index = _in_hbm(w, layer, interpret)
     count, columns = x.shape[0], w.shape[-1]
     tiles = forward_tiles(count, w, x.dtype)
@@ -106,7 +108,7 @@ def matmul(x: Array, w: QuantizedTensor, layer: Array | None = None, *, interpre
 
 
 def matmul_transposed(dy: Array, w: QuantizedTensor, layer: Array | None = None, *, interpret: Any = False) -> Array:
-    """dy `[M, out]` times the transpose of W, in the dtype of dy."""
+    """Return dy `[M, out]` times the transposed W in the dtype of dy."""
     w, index = _in_hbm(w, layer, interpret)
     count, columns = dy.shape
     inner = w.codes.shape[1]
@@ -139,7 +141,7 @@ def matmul_transposed(dy: Array, w: QuantizedTensor, layer: Array | None = None,
 
 
 def forward_tiles(count: int, w: QuantizedTensor, dtype: Any) -> Tiles:
-    """The tiles of `matmul`: about a megabyte of codes a step, and all in vector memory."""
+    """Return the tiles of `matmul`: about a megabyte of codes in a grid step, and all operands fit into vector memory."""
     inner, columns = w.codes.shape[-2:]
     width = jnp.dtype(dtype).itemsize
     rows = count if count <= _FEW_ROWS else _ROWS
@@ -153,7 +155,7 @@ def forward_tiles(count: int, w: QuantizedTensor, dtype: Any) -> Tiles:
 
 
 def gradient_tiles(count: int, w: QuantizedTensor, dtype: Any) -> Tiles:
-    """The tiles of `matmul_transposed`."""
+    """Return the tiles of `matmul_transposed`."""
     inner, columns = w.codes.shape[-2:]
     width = jnp.dtype(dtype).itemsize
     rows, tile = min(_ROWS, -(-count // 16) * 16), max(size for size in (128, 256, 512) if inner % size == 0)
@@ -173,8 +175,11 @@ def _forward_bytes(rows: int, tile: int, inner: int, width: int) -> int:
 
 
 def _in_hbm(w: QuantizedTensor, layer: Array | None, interpret: Any) -> tuple[QuantizedTensor, Array]:
-    """`stacked`, of which a stack stays in HBM: XLA, which does not know that a kernel reads one layer of it, would bring
-    all of it to vector memory in every layer wherever it fits."""
+    """Return the result of `stacked`, with a stack constrained to HBM.
+
+    XLA does not know that the kernel reads only one layer of the stack. If the stack fits into vector memory, XLA would copy
+    all of it there for every layer.
+    """
     if layer is not None and not interpret:
         codes, scales = (pltpu.with_memory_space_constraint(leaf, pltpu.HBM) for leaf in (w.codes, w.scales))
         w = dataclasses.replace(w, codes=codes, scales=scales)
@@ -182,7 +187,7 @@ def _in_hbm(w: QuantizedTensor, layer: Array | None, interpret: Any) -> tuple[Qu
 
 
 def _tables(data_type: DataType, columns: int) -> tuple[Array, Array]:
-    """The values of the codes 0-7 and 8-15, float32 `[8, columns]`, one a sublane."""
+    """Return the values of the codes 0-7 and of the codes 8-15, float32 `[8, columns]` each, one value in each sublane."""
     sublane = jax.lax.broadcasted_iota(jnp.int32, (8, columns), 0)
     values = codebook(data_type)
 
@@ -196,9 +201,9 @@ def _tables(data_type: DataType, columns: int) -> tuple[Array, Array]:
 
 
 def _values(codes: Array, scales: Any, first_scale: Any, at: Any, tables: tuple[Array, Array], w: Static) -> Array:
-    """Codes 0-15 int32 `[n, columns]` to float32 numbers.
+    """Return the scaled float32 values of codes 0-15, int32 `[n, columns]`.
 
-    Their scales lie in the scratch `scales`, from row `first_scale` on, in its columns `at`.
+    Their scales are in the columns `at` of the scratch buffer `scales`, from row `first_scale` on.
     """
     count, columns = codes.shape
     grouped = codes.reshape(count // 8, 8, columns)
@@ -230,7 +235,7 @@ def _forward(
     first_column = pl.program_id(0) * tiles.tile
 
     def unpacked(number: Any) -> tuple[Array, Array]:
-        """Chunk `number` of the rows of the high nibbles, and that of the low ones."""
+        """Return the dequantised chunk with this number: the rows in the high nibbles, and those in the low ones."""
         packed = codes[0, pl.ds(pl.multiple_of(number * chunk, chunk), chunk), :].astype(jnp.int32)
         scale = number * (chunk // w.block_size)
         high = _values(packed >> 4, scratch, scale, slice(None), tables, w)
@@ -272,7 +277,7 @@ def _gradient(_: Any, dy: Any, codes: Any, scales: Any, *refs: Any, w: Static, t
     rest, (out, scratch, matrix) = refs[:2] if w.double_quantized else (), refs[2:] if w.double_quantized else refs
     half, block, rows = (pl.program_id(axis) for axis in range(3))
     chunk, columns = tiles.chunk, codes.shape[2]
-    width = max(size for size in (128, 256, 512) if columns % size == 0)  # of what is unpacked at a time
+    width = max(size for size in (128, 256, 512) if columns % size == 0)  # number of columns unpacked at a time
 
     def by_columns(body: Any) -> None:
         def one(number: Any, carry: None) -> None:

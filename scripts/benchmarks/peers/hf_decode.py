@@ -1,7 +1,7 @@
-"""One decoding benchmark of transformers, dense or with bitsandbytes' 4 bits, in a process of its own.
+"""Worker: decode with transformers, dense or in the 4 bits of bitsandbytes.
 
-The counterpart of qlora_jax_decode.py: the same flags, prompt, number of tokens and JSON line. `model.generate` continues
-the prompt in every row, greedily; its stopping criterion, which it asks after each token, takes the time and never stops it.
+It has the flags, prompt, number of tokens and JSON line of qlora_jax_decode.py. `model.generate` continues the prompt
+greedily in every row; its stopping criterion, which is called after each token, records the time and never stops.
 """
 
 import os
@@ -34,7 +34,7 @@ def main() -> None:
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         arguments.model, dtype=dtype, device_map={"": device}, **options
     ).eval()
-    model.generation_config = transformers.GenerationConfig(pad_token_id=0)  # without an end, as on the other side
+    model.generation_config = transformers.GenerationConfig(pad_token_id=0)  # no token ends an answer
     load_seconds = time.perf_counter() - start
     prompt = torch.tensor([arguments.prompt] * arguments.batch_size, device=device)
 

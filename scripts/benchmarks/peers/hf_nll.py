@@ -1,11 +1,11 @@
-"""How surprised bitsandbytes' models are by texts: transformers with `load_in_4bit`, in a process of its own.
+"""Worker: losses of texts by transformers with bitsandbytes (`load_in_4bit`).
 
-    --kinds dense nf4 nf4-double fp4 fp4-double      each loaded from the same folder; "double" is double quantisation
+    --kinds dense nf4 nf4-double fp4 fp4-double      all loaded from one folder; "double" is double quantisation
     --tokens FILE                                    JSON: a list of texts, each a list of token ids
 
-Each text is read by itself, without padding. The line of JSON has the summed loss of each text: `losses` by kind, computed
-in float32. On a CPU with AVX512-BF16 bitsandbytes multiplies in bfloat16 once a model is in `eval()`; so the model stays as
-for training, without dropout and gradients, and `losses_in_eval` are those of `eval()`, for comparison.
+Each text is read separately, without padding. The line of JSON has the summed loss of each text: `losses` by kind, computed
+in float32. On a CPU with AVX512-BF16, bitsandbytes multiplies in bfloat16 when a model is in `eval()`; so the model stays in
+training mode, without dropout and gradients. `losses_in_eval` are those of `eval()`, for comparison.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def losses_of(model: Any, texts: list[list[int]], device: str) -> list[float]:
-    """The summed loss of each text."""
+    """Return the summed loss of each text."""
     import torch
 
     found = []

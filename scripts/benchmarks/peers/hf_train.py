@@ -1,13 +1,13 @@
-"""One QLoRA training benchmark of transformers + PEFT + bitsandbytes, or of Unsloth, in a process of its own.
+"""Worker: QLoRA training with transformers + PEFT + bitsandbytes, or with Unsloth.
 
-The counterpart of qlora_jax_train.py: the same flags, tokens, number of steps and JSON line. NF4 with double quantisation,
-LoRA on all linear layers, AdamW with clipping, on the GPU where PyTorch has one. PyTorch runs eagerly on a CPU, so that its
-work is done when a call returns; on a GPU the loss as a Python number waits for it.
+It has the flags, tokens, number of steps and JSON line of qlora_jax_train.py: NF4 with double quantisation, LoRA on all
+linear layers and AdamW with clipping, on the GPU if PyTorch has one. PyTorch runs eagerly on a CPU, so that the work is done
+when a call returns; on a GPU, reading the loss waits for the work.
 
-`--prepared` begins as PEFT's guide does, with `prepare_model_for_kbit_training`: it casts to float32 all that is not
-quantised (norms, embeddings and the head) and turns checkpointing on.
+`--prepared` starts as the guide of PEFT does, with `prepare_model_for_kbit_training`: it casts to float32 everything that is
+not quantised (norms, embeddings and the head) and turns checkpointing on.
 
-Unsloth's step has not been run where this was written, for want of a CUDA GPU: its calls follow its documentation.
+The step of Unsloth has never been run, because no CUDA GPU was available: its calls follow the documentation.
 """
 
 import argparse
@@ -24,7 +24,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 def main() -> None:
     parser = worker.train_parser(__doc__)
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--prepared", action="store_true", help="by peft.prepare_model_for_kbit_training")
+    parser.add_argument("--prepared", action="store_true", help="use peft.prepare_model_for_kbit_training")
     parser.add_argument("--library", choices=("peft", "unsloth"), default="peft")
     arguments = worker.parse_train(parser)
     if arguments.prepared and (arguments.gradient_checkpointing or arguments.library == "unsloth"):
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def with_peft(arguments: argparse.Namespace, device: str) -> Any:
-    """The model with its adapter, as the QLoRA recipe makes it."""
+    """Return the model with its adapter, made by PEFT as in the QLoRA paper."""
     import peft
     import torch
     import transformers
@@ -95,7 +95,7 @@ def with_peft(arguments: argparse.Namespace, device: str) -> Any:
 
 
 def with_unsloth(arguments: argparse.Namespace) -> Any:
-    """The same through Unsloth, with its own checkpointing where that is asked for."""
+    """Return the model with its adapter, made by Unsloth."""
     import torch
     import unsloth  # type: ignore
 

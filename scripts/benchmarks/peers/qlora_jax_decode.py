@@ -1,6 +1,6 @@
-"""One decoding benchmark of qlora_jax, in a process of its own: the counterpart of hf_decode.py.
+"""Worker: decode with qlora_jax; hf_decode.py does the same with transformers.
 
-`serve.generate` continues the same prompt in every row, greedily, and no token ends an answer.
+`serve.generate` continues the same prompt greedily in every row, and no token ends an answer.
 """
 
 import time
@@ -36,7 +36,7 @@ def main() -> None:
 
     def answers(mark: Callable[[], None]) -> list[int]:
         def on_token(row: int, token: int) -> None:
-            if row == arguments.batch_size - 1:  # the last of a step
+            if row == arguments.batch_size - 1:  # the last row of a step
                 mark()
 
         return generate(graphdef, state, prompts, max_new_tokens=arguments.new_tokens, on_token=on_token)[0]

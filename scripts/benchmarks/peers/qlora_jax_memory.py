@@ -1,14 +1,15 @@
-"""The compiled plan of a training step on this CPU, against the resident memory that the step is measured to take.
+"""Worker: compare the compiled plan of a training step on this CPU with its measured resident memory.
 
-    1. the plan: the step is compiled from shapes, before any weight is read
-           planned = arguments + temporaries + outputs - (outputs that lie in donated arguments)
-    2. the checkpoint is loaded, the compiled step runs once, and everything is dropped: libraries, compiled programs and
-       thread pools, which a process needs whatever it trains, are there now. What is resident then is the baseline.
-    3. it is loaded again, the kernel's high-water mark is set back (5 to /proc/self/clear_refs), and the step runs
-           measured = high-water mark - baseline
+    1. The step is compiled from shapes, before any weight is read:
+           planned = arguments + temporaries + outputs - outputs in donated arguments
+    2. The checkpoint is loaded, the compiled step runs once, and everything is dropped. Libraries, compiled programs and
+       thread pools, which every process needs, are in memory now. The resident memory at this point is the baseline.
+    3. The checkpoint is loaded again, the kernel's maximum of resident memory is reset (5 to /proc/self/clear_refs), and the
+       step runs:
+           measured = maximum - baseline
 
-glibc is told to give back at once what is freed (mallopt's M_MMAP_THRESHOLD): its heaps would keep pages that nobody uses.
-What is left beside the plan are the products' own buffers, which XLA's CPU backend takes while it runs.
+glibc is configured to return freed memory at once (M_MMAP_THRESHOLD of mallopt), because its heaps would keep unused pages.
+The remaining difference from the plan are buffers of matrix products, which XLA's CPU backend allocates while it runs.
 """
 
 import ctypes
@@ -19,7 +20,7 @@ from typing import Any
 
 import worker
 
-SMALL = 65536  # bytes from which glibc maps an allocation by itself
+SMALL = 65536  # glibc maps allocations of at least so many bytes separately
 _M_MMAP_THRESHOLD = -3
 
 
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--remat", choices=("full", "dots", "none"), required=True)
     arguments = parser.parse_args()
     if sys.platform != "linux":
-        parser.error("expected Linux, whose /proc/self has the high-water mark")
+        parser.error("expected Linux, whose /proc/self has the maximum of resident memory")
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_THRESHOLD, SMALL)
 
@@ -38,13 +39,13 @@ def main() -> None:
 
     from qlora_jax.checkpoint.load import load_model
     from qlora_jax.checkpoint.open import open_checkpoint
-    from qlora_jax.models import ModelSpec, family_of
+    from qlora_jax.models import ModelSpec
     from qlora_jax.peft import LoRA
     from qlora_jax.train import BatchSpec, StepSpec, build_step, create_state, language_model_objective, place_step, split
 
     checkpoint = open_checkpoint(arguments.model)
     described = ModelSpec(
-        family_of(checkpoint.config).config(checkpoint.config),
+        checkpoint.model_config,
         method=LoRA(rank=arguments.rank, alpha=16.0),
         dtype=arguments.dtype,
         remat=arguments.remat,
@@ -54,15 +55,8 @@ def main() -> None:
         build_step(StepSpec(described, language_model_objective(packed=False), batch), platform="cpu"), None
     )
     start = time.perf_counter()
-    step = planned.jit_train().trace(planned.state, planned.frozen, planned.batch).lower().compile()  # type: ignore[attr-defined]
+    step, parts = compile_step(planned)
     compile_seconds = time.perf_counter() - start
-    memory = step.memory_analysis()
-    parts = {
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "outputs": memory.output_size_in_bytes,
-        "aliased": memory.alias_size_in_bytes,
-    }
     plan = parts["arguments"] + parts["temporaries"] + parts["outputs"] - parts["aliased"]
     tokens = np.random.default_rng(0).integers(0, described.config.vocab_size, planned.batch["inputs"].shape, dtype=np.int32)
 
@@ -99,14 +93,26 @@ def main() -> None:
     worker.report(found, compile_seconds=compile_seconds, losses=losses, versions=versions)
 
 
+def compile_step(planned: Any) -> tuple[Any, dict[str, int]]:
+    """Compile a training step for this CPU from shapes; return it and the parts of its memory in bytes."""
+    compiled = planned.jit_train().trace(planned.state, planned.frozen, planned.batch).lower().compile()
+    memory = compiled.memory_analysis()
+    return compiled, {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+    }
+
+
 def status(field: str) -> int:
-    """Bytes of one of the memory fields of /proc/self/status."""
+    """Return a memory field of /proc/self/status in bytes."""
     with open("/proc/self/status", encoding="ascii") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{field}:"))
 
 
 def reset_peak() -> None:
-    """Sets the high-water mark of resident memory to what is resident now."""
+    """Reset the kernel's maximum of resident memory to the present value."""
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")
 

@@ -1,9 +1,9 @@
-"""One QLoRA training benchmark of qlora_jax, in a process of its own: the counterpart of hf_train.py and qwix_train.py.
+"""Worker: QLoRA training with qlora_jax; hf_train.py and qwix_train.py do the same with the peers.
 
-The programs take the same flags, draw the same tokens from the same seed, run the same number of steps and print the same
-JSON line, so that scripts/bench.py can alternate between them. The training step is the package's own. The peers shift their
-labels themselves, so that the last token of a row predicts nothing: here the loss mask says so, and the losses of the first
-step, where the adapters still are zero, are equal.
+The programs have the same flags, draw the same tokens from the same seed, do the same number of steps and print the same
+JSON line, so that scripts/benchmarks/bench.py can alternate between them. The training step is that of the package. The
+peers shift their labels themselves, so that the last token of a row predicts nothing: here the loss mask has the same
+effect, and the losses of the first step, where the adapters are still zero, are equal.
 """
 
 import time
@@ -22,7 +22,7 @@ def main() -> None:
 
     from qlora_jax.checkpoint.load import load_model
     from qlora_jax.checkpoint.open import open_checkpoint
-    from qlora_jax.models import ModelSpec, family_of
+    from qlora_jax.models import ModelSpec
     from qlora_jax.peft import LoRA
     from qlora_jax.train import (
         BatchSpec,
@@ -41,7 +41,7 @@ def main() -> None:
     start = time.perf_counter()
     checkpoint, rate = open_checkpoint(arguments.model), learning_rate_schedule("constant", 2e-4, arguments.steps)
     described = ModelSpec(
-        family_of(checkpoint.config).config(checkpoint.config),
+        checkpoint.model_config,
         method=LoRA(rank=arguments.rank, alpha=16.0),
         dtype=arguments.dtype,
         remat=arguments.remat,

@@ -1,19 +1,19 @@
-"""The training step of Qwix and Tunix, compiled for a device that need not be there, as qlora_jax_compile.py does ours.
+"""Worker: compile the training step of Qwix and Tunix, as qlora_jax_compile.py compiles that of qlora_jax.
 
-The model is built as shapes; the step is that of Tunix' trainer, jitted over the parts of model and optimizer, of which
-those that change are donated. It is compiled, and its operations and bytes are counted, by the same functions as ours.
+The model is built as shapes. The step is that of Tunix' trainer, jitted over the parts of model and optimizer; the parts
+that change are donated. It is compiled, and its operations and bytes are counted, by the functions that qlora_jax_compile.py
+uses.
 """
 
 import json
 from typing import Any
 
-from qlora_jax_compile import figures, parser_of
+from qlora_jax_compile import metrics_of, parser_of
 
 
 def main() -> None:
     arguments = parser_of(__doc__).parse_args()
 
-    import benchmarks.ahead  # noqa: F401  # before JAX
     import jax
     import jax.numpy as jnp
     import worker
@@ -26,7 +26,9 @@ def main() -> None:
     from qlora_jax.plan import SIZES, machine_mesh, machine_named
     from qlora_jax.plan.compile import compile_program, place, versions
     from qlora_jax.plan.tree_bytes import tree_bytes
+    from qlora_jax.platforms import use_compilers_only
 
+    use_compilers_only()
     machine = machine_named(arguments.device)
     if machine.count > 1:
         raise SystemExit("expected one device: this worker spreads nothing over several")
@@ -59,7 +61,7 @@ def main() -> None:
         print(json.dumps({"peak": None, "needed": error.needed, "why": str(error), "versions": packages}))
         return
     four_bits = sum(leaf.size for leaf in jax.tree.leaves(frozen) if leaf.dtype == jnp.uint4)
-    print(json.dumps(figures(program, tree_bytes(frozen) - four_bits // 2, packages)))
+    print(json.dumps(metrics_of(program, tree_bytes(frozen) - four_bits // 2, packages)))
 
 
 if __name__ == "__main__":

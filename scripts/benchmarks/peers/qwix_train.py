@@ -1,6 +1,7 @@
-"""One QLoRA training benchmark of Qwix and Tunix, in a process of its own: the counterpart of qlora_jax_train.py.
+"""Worker: QLoRA training with Qwix and Tunix.
 
-The same flags, tokens, number of steps and JSON line. The step is the one that Tunix' trainer compiles.
+It has the flags, tokens, number of steps and JSON line of qlora_jax_train.py. The step is the one that Tunix' trainer
+compiles.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""What the Qwix workers share: Tunix' Llama with NF4 weights and LoRA on all linear layers, as its command line makes it.
+"""Build Tunix' Llama with NF4 weights and LoRA on all linear layers, as its command line does, for the Qwix workers.
 
-Qwix quantises in tiles of 64 and knows no double quantisation: a float32 scale a tile. Tunix' trainer computes whole logits
-and a one-hot target of the same size in float32. Its Llama (0.1.7) rotates
-with a theta of 1,000,000 whatever its config says, and knows no scaling: the work is the same, the losses are not the same.
+Qwix quantises in tiles of 64, with one float32 scale per tile, and has no double quantisation. Tunix' trainer computes whole
+logits and a one-hot target of the same size in float32. Its Llama (0.1.7) always uses a rotary theta of 1,000,000 and no
+scaling, whatever its config says: the work is the same as that of the other programs, but the losses differ.
 """
 
 from typing import Any
@@ -19,12 +19,12 @@ TILE = 64
 
 
 def config_of(config: dict[str, Any], remat: str) -> llama.ModelConfig:
-    """Tunix' config of a Hugging Face config.json; `remat` is none, block or decoder."""
+    """Return Tunix' config for a Hugging Face config.json; `remat` is none, block or decoder."""
     if config["model_type"] != "llama":
         raise SystemExit(f"expected a Llama model, found {config['model_type']}")
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    if head_dim % TILE:  # the output projection's tiles lie within a head
+    if head_dim % TILE:  # a tile of the output projection must be within one head
         raise SystemExit(f"expected heads of a multiple of {TILE}, found {head_dim}")
     return llama.ModelConfig(
         num_layers=config["num_hidden_layers"],
@@ -42,20 +42,20 @@ def config_of(config: dict[str, Any], remat: str) -> llama.ModelConfig:
 
 
 def with_adapter(model: Any, rank: int) -> Any:
-    """The model, quantised, with its adapter."""
+    """Return the quantised model with its adapter."""
     provider = qwix.LoraProvider(module_path=LINEAR, rank=rank, alpha=16.0, weight_qtype="nf4", tile_size=TILE)
     return qwix.apply_lora_to_model(model, provider, rngs=nnx.Rngs(0), **model.get_model_input())
 
 
 def trainer(model: Any) -> peft_trainer.PeftTrainer:
-    """Tunix' trainer, with the optimizer of the other side."""
+    """Return Tunix' trainer with the optimizer of the other programs."""
     optimizer = optax.chain(optax.clip_by_global_norm(0.3), optax.adamw(2e-4, weight_decay=0.0))
     never = peft_trainer.TrainingConfig(eval_every_n_steps=10**9)
     return peft_trainer.PeftTrainer(model, optimizer, never)
 
 
 def batch_of(tokens: Any, mask: Any) -> dict[str, Any]:
-    """What the trainer's loss takes, of tokens `[b, t]` and a mask of ones."""
+    """Return the inputs of the trainer's loss for tokens `[b, t]` and a mask of ones."""
     length = tokens.shape[1]
     causal = jnp.tril(jnp.ones((length, length), jnp.bool_))
     return {

@@ -1,14 +1,14 @@
-"""What the workers of scripts/bench.py share: their flags, the loops that time them, and the JSON line that they print last.
+"""Flags, timing loops and the final JSON line of the workers of scripts/benchmarks/bench.py.
 
-    train     random tokens of one seed, a step each; timed from the tokens on the host to the loss on the host
-    answer    one prompt, greedily continued; a mark when each token is known on the host
+    train     steps on random tokens of one seed; the time goes from the tokens on the host to the loss on the host
+    answer    greedy continuations of one prompt, with the time at which each token is on the host (a mark)
 
         prefill = first mark - start        a token = (last mark - first mark) / (marks - 1)
 
-The time to start, `start_seconds`, goes from the first line of the program to the end of the first step, or to the first
-token: imports, reading and quantising the checkpoint, and compiling or allocating.
+`start_seconds` is the time from the first line of the program to the end of the first step or to the first token. It
+includes imports, reading and quantising the checkpoint, and compiling or allocating.
 
-Only the standard library and NumPy are used here: every peer's interpreter has them.
+Only the standard library and NumPy are used here, because the interpreter of every peer has them.
 """
 
 import argparse
@@ -27,7 +27,7 @@ BEGAN = time.perf_counter()
 
 
 def parser_of(description: str | None, numbers: Sequence[str]) -> argparse.ArgumentParser:
-    """A parser with a checkpoint folder, a compute dtype, and a number for each name."""
+    """Return a parser with a checkpoint folder, a compute dtype, and a number for each name."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", required=True, help="Hugging Face checkpoint folder")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True, help="compute dtype")
@@ -37,20 +37,20 @@ def parser_of(description: str | None, numbers: Sequence[str]) -> argparse.Argum
 
 
 def train_parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags of all that train."""
+    """Return the parser of workers that train."""
     return parser_of(description, ("batch-size", "length", "rank", "steps", "warmup"))
 
 
 def answer_parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags of all that decode."""
+    """Return the parser of workers that decode."""
     parser = parser_of(description, ("batch-size", "new-tokens", "answers"))
-    parser.add_argument("--storage", choices=("nf4", "dense"), required=True, help="of the linear layers' weights")
+    parser.add_argument("--storage", choices=("nf4", "dense"), required=True, help="storage of the linear layers")
     parser.add_argument("--prompt", type=json.loads, required=True, help="token ids as JSON")
     return parser
 
 
 def parse_train(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The flags, checked."""
+    """Parse and check the flags of a worker that trains."""
     arguments = parser.parse_args()
     if arguments.warmup < 1:
         parser.error("--warmup: expected at least 1, the step that compiles or allocates")
@@ -58,7 +58,7 @@ def parse_train(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def train(step: Callable[[np.ndarray], float], vocabulary: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Times of the steps after the warm-up, and all losses; `step` takes tokens `[b, t]` and gives the loss."""
+    """Return the times of the steps after the warm-up, and all losses; `step` takes tokens `[b, t]` and returns the loss."""
     generator = np.random.default_rng(0)
     shape = (arguments.batch_size, arguments.length)
     seconds, cpu_seconds, losses, start_seconds = [], [], [], 0.0
@@ -80,7 +80,10 @@ def train(step: Callable[[np.ndarray], float], vocabulary: int, arguments: argpa
 
 
 def answer(generate: Callable[[Callable[[], None]], Sequence[int]], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Times of the answers after the first, and the tokens; `generate` calls what it is given for each token of a row."""
+    """Return the times of the answers after the first, and the tokens.
+
+    `generate` calls its argument once for each token of a row.
+    """
     prefill, decoding, cpu, start_seconds, tokens = [], [], [], 0.0, []
     for number in range(1 + arguments.answers):
         marks, cpu_marks = [], []
@@ -93,7 +96,7 @@ def answer(generate: Callable[[Callable[[], None]], Sequence[int]], arguments: a
         tokens = list(generate(mark))
         if len(marks) != arguments.new_tokens or len(tokens) != arguments.new_tokens:
             sys.exit(f"expected {arguments.new_tokens} tokens, found {len(marks)} marks and {len(tokens)} tokens")
-        if number == 0:  # compiles or allocates
+        if number == 0:  # this answer includes compilation or allocation
             start_seconds = marks[0] - BEGAN
             continue
         prefill.append(marks[0] - start)
@@ -109,18 +112,18 @@ def answer(generate: Callable[[Callable[[], None]], Sequence[int]], arguments: a
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of Python and of some packages."""
+    """Return the versions of Python and of these packages."""
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
 def report(found: dict[str, Any], **more: Any) -> None:
-    """Prints the JSON line."""
+    """Print the JSON line."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({**found, "peak_resident_bytes": peak, **more}))
 
 
 def jax_device() -> dict[str, Any]:
-    """JAX's device and its peak of memory, where it is no CPU."""
+    """Return the name of JAX's device and its peak of memory; None for a CPU."""
     import jax
 
     device = jax.devices()[0]
@@ -131,7 +134,7 @@ def jax_device() -> dict[str, Any]:
 
 
 def torch_device() -> dict[str, Any]:
-    """The same of PyTorch."""
+    """Return the name of PyTorch's GPU and its peak of memory; None for a CPU."""
     import torch
 
     if not torch.cuda.is_available():

@@ -1,1 +1,1 @@
-"""What scripts/compare.py is made of."""
+"""The parts of scripts/studies/compare.py: the grid, one run, intervals and the report."""

@@ -1,6 +1,6 @@
-"""One run of a comparison, in a process of its own, so that its peak memory is its own: train, then measure.
+"""One run of a comparison: train, then measure. Each run is a separate process, so that its peak memory can be measured.
 
-Called by scripts/compare.py with the flags of train.py; the last line that it prints is the result as JSON.
+scripts/studies/compare.py calls this module with the flags of train.py; the last printed line is the result as JSON.
 """
 
 import json
@@ -15,21 +15,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from qlora_jax.adapters.pretrained import TunedOptions, open_tuned
+from qlora_jax.adapters.pretrained import open_pretrained
 from qlora_jax.checkpoint.open import open_checkpoint
-from qlora_jax.checkpoint.tokenizer import stop_ids
 from qlora_jax.cli import parse
 from qlora_jax.data import encode_all, load_records
 from qlora_jax.finetune import Options, finetune
 from qlora_jax.finetune.objectives.answers import greedy
 from qlora_jax.finetune.step import step_spec
-from qlora_jax.models import family_of
 from qlora_jax.train import build_step
 
-LONGEST = 4096  # tokens of a held-out record whose answer is asked for
+LONGEST = 4096  # maximum number of tokens of a held-out record that is answered
 
 
 def main(answers: str, *flags: str) -> None:
+    """Run one cell and print its result; `answers` is the number of held-out prompts to answer."""
     options, count = parse(Options, description=None, arguments=flags), int(answers)
     start = time.perf_counter()
     folder = finetune(options, progress=sys.stderr.isatty())
@@ -53,30 +52,27 @@ def main(answers: str, *flags: str) -> None:
 
 
 def trainable_parameters(options: Options) -> int:
-    """How many numbers the run trains."""
+    """Return the number of trainable parameters of a run."""
     checkpoint = open_checkpoint(str(options.model.model), options.model.revision)
-    spec = step_spec(options, family_of(checkpoint.config).config(checkpoint.config), jax.default_backend())
-    step = build_step(spec)
+    step = build_step(step_spec(options, checkpoint.model_config, jax.default_backend()))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(step.state.adapter))
 
 
 def exact_match(options: Options, folder: Path, count: int) -> float:
-    """The share of the first `count` held-out prompts whose greedy answer ends as the expected one does."""
+    """Return the share of the first `count` held-out prompts whose greedy answer has the expected end."""
     whole = (folder / "config.json").is_file()  # a model, not an adapter
-    chosen = TunedOptions(str(folder)) if whole else TunedOptions(options.model.model, str(folder))
-    tuned = open_tuned(chosen)
+    tuned = open_pretrained(folder) if whole else open_pretrained(options.model.model, folder)
     assert options.data.eval_data is not None
     records = load_records(options.data.eval_data)
     records = records.select(range(min(count, len(records))))
-    # As the run reads them, but for their ends: what is expected must not be cut.
+    # Encoded as in the run, but with a larger maximum length: expected answers must not be truncated.
     examples, _ = encode_all(
         records, tokenizer=tuned.tokenizer, max_length=LONGEST, template=options.data.template, progress=False
     )
     starts = [int(np.flatnonzero(example.loss_mask)[0]) for example in examples]
     prompts = [example.tokens[:start] for example, start in zip(examples, starts, strict=True)]
     expected = [example.tokens[start:] for example, start in zip(examples, starts, strict=True)]
-    eos_ids = stop_ids(tuned.source, None, tuned.tokenizer)
-    found = greedy(tuned.load(progress=False), prompts, eos_ids=eos_ids, max_new_tokens=max(map(len, expected)))
+    found = greedy(tuned.load(progress=False), prompts, eos_ids=tuned.stop_ids, max_new_tokens=max(map(len, expected)))
 
     def ending(tokens: Any) -> str:
         return final_answer(str(tuned.tokenizer.decode(np.asarray(tokens), skip_special_tokens=True)))
@@ -86,7 +82,7 @@ def exact_match(options: Options, folder: Path, count: int) -> float:
 
 
 def final_answer(text: str) -> str:
-    """What follows the last ####, as GSM8K marks it, without commas; else the whole text, without blanks at its ends."""
+    """Return the text after the last ####, which marks answers in GSM8K, without commas; else the whole text, stripped."""
     match = re.findall(r"####\s*(\S[^\n]*)", text)
     return match[-1].strip().rstrip(".").replace(",", "") if match else text.strip()
 

@@ -1,8 +1,9 @@
 """The cells of a comparison: variants of a run, each with several seeds.
 
-A variant is written as its parts with slashes between them, in any order after the method; what is left out is the default:
+A variant is written as its parts, separated by slashes, in any order after the method. A part that is left out has its
+default:
 
-    lora/nf4+dq/r16/all-linear      method / storage of the base / rank / targets, the last three with commas in between
+    lora/nf4+dq/r16/all-linear      method / storage of the base / rank / targets, which are separated by commas
     lora/none/q_proj,v_proj         LoRA on a dense base, on two kinds of layers
     full                            full fine-tuning, whose base is dense, without rank or targets
 """
@@ -13,13 +14,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from qlora_jax.finetune import MethodName
+from qlora_jax.errors import OptionError
 from qlora_jax.peft import ALL_LINEAR
+from qlora_jax.peft import METHODS as PEFT_METHODS
 from qlora_jax.quant import DataType
 
-METHODS: tuple[str, ...] = get_args(MethodName)
+METHODS: tuple[str, ...] = tuple(PEFT_METHODS)
 STORAGES = ("none", *(f"{name}{end}" for name in get_args(DataType) for end in ("", "+dq")))
-RANKED = ("lora", "dora", "rslora")  # methods with a rank
+RANKED = ("lora", "dora", "rslora")  # methods that have a rank
 TARGETED = (*RANKED, "ia3")  # methods that choose among linear layers
 DENSE = ("full",)  # methods whose base is not quantised
 
@@ -29,9 +31,9 @@ class Variant:
     """One way to fine-tune.
 
     Attributes:
-        storage: of the base's linear layers: "none", or a 4-bit data type, with "+dq" where its scales are quantised.
+        storage: storage of the linear layers of the base: "none", or a 4-bit type, with "+dq" for double quantisation.
         rank: None for methods without one.
-        targets: names of linear layers; () for methods that have no choice.
+        targets: names of linear layers; () for methods without this choice.
     """
 
     method: str
@@ -45,7 +47,7 @@ class Variant:
         return "/".join([self.method, self.storage, *rank, *([",".join(self.targets)] if self.targets else [])])
 
     def flags(self) -> list[str]:
-        """The flags of train.py that make a run this variant."""
+        """Return the flags of train.py for this variant."""
         flags = ["--method", "lora" if self.method in RANKED else self.method]
         flags += {"dora": ["--use-dora"], "rslora": ["--use-rslora"]}.get(self.method, [])
         data_type, _, doubled = self.storage.partition("+")
@@ -71,10 +73,10 @@ class Cell:
         return f"{self.variant.name.replace('/', '--').replace(',', '+')}--seed{self.seed}"
 
     def flags(self, common: Sequence[str], rates: Mapping[str, float]) -> list[str]:
-        """The flags of train.py of its run.
+        """Return the flags of train.py for this run.
 
         Args:
-            common: those for all cells.
+            common: the flags of all runs.
             rates: learning rates by method.
         """
         flags = [*common, *self.variant.flags(), "--seed", str(self.seed)]
@@ -84,20 +86,20 @@ class Cell:
 
 
 def parse_variant(text: str, *, rank: int = 16) -> Variant:
-    """A variant from its name.
+    """Return a variant by its name.
 
     Raises:
-        ValueError: an unknown method or part, or a part that the method has no use for.
+        OptionError: the method or a part is unknown, or the method does not have such a part.
     """
     method, *parts = text.split("/")
     known = (*METHODS, *(name for name in RANKED if name not in METHODS))
     if method not in known:
-        raise ValueError(f"variant {text!r}: unknown method {method!r}; expected one of {', '.join(known)}")
+        raise OptionError(f"variant {text!r}: unknown method {method!r}; expected one of {', '.join(known)}")
     found: dict[str, Any] = {}
     for part in parts:
         kind = "storage" if part in STORAGES else "rank" if re.fullmatch(r"r\d+", part) else "targets"
         if kind in found:
-            raise ValueError(
+            raise OptionError(
                 f"variant {text!r}: expected one {kind}, found {part!r} too; storages are {', '.join(STORAGES)}"
             )
         found[kind] = int(part[1:]) if kind == "rank" else part
@@ -105,7 +107,7 @@ def parse_variant(text: str, *, rank: int = 16) -> Variant:
     takes["targets"] = method in TARGETED
     for kind, taken in takes.items():
         if kind in found and not taken:
-            raise ValueError(f"variant {text!r}: {method} takes no {kind}, found {found[kind]}")
+            raise OptionError(f"variant {text!r}: {method} takes no {kind}, found {found[kind]}")
     return Variant(
         method,
         found.get("storage", "none" if method in DENSE else "nf4+dq"),
@@ -115,10 +117,10 @@ def parse_variant(text: str, *, rank: int = 16) -> Variant:
 
 
 def product(methods: Sequence[str], storages: Sequence[str], ranks: Sequence[int], targets: Sequence[str]) -> list[Variant]:
-    """All variants of these axes; a method that has no use for one appears once along it.
+    """Return all combinations of these values; parts that a method does not have are left out, without repetitions.
 
     Raises:
-        ValueError: unknown names.
+        OptionError: a name is unknown.
     """
     names = []
     for method, storage, rank, target in itertools.product(methods, storages, ranks, targets):

@@ -1,10 +1,10 @@
-"""Means over seeds with 95 % intervals, and what they say about two variants.
+"""Means over seeds with 95 % intervals, and the comparison of two variants.
 
-Student's t with n - 1 degrees of freedom. Two variants are compared by their differences seed by seed, since a seed draws
-the same data order for both:
+The intervals are those of Student's t with n - 1 degrees of freedom. Two variants are compared by their differences for each
+seed, because a seed determines the same order of the data for both:
 
-    better or worse    the interval of the mean difference does not hold 0
-    no difference      it does; how large a difference could have gone unseen is the interval itself
+    better or worse    the interval of the mean difference does not contain 0
+    no difference      it contains 0; the interval itself shows how large an undetected difference can be
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ SHARE = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A mean and half the width of its interval, which is None of a single value."""
+    """A mean and half the width of its interval, which is None for a single value."""
 
     mean: float
     half: float | None
@@ -28,13 +28,13 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.mean:.4g}" if self.half is None else f"{self.mean:.4g} ± {self.half:.2g}"
 
-    def holds(self, value: float) -> bool | None:
-        """Whether it holds a value; None where one run does not tell."""
+    def contains(self, value: float) -> bool | None:
+        """Return whether the interval contains a value; None for a single run, which has no interval."""
         return None if self.half is None else abs(self.mean - value) <= self.half
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Of at least one value."""
+    """Return the mean and the interval of one or more values."""
     array = np.asarray(values, np.float64)
     if array.size == 1:
         return Interval(float(array[0]), None, 1)
@@ -43,16 +43,16 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def difference(found: Mapping[int, float], baseline: Mapping[int, float]) -> Interval | None:
-    """Of `found` less the baseline, over the seeds that both have; None: they share none."""
+    """Return the mean difference from the baseline over the seeds that both have, or None if there are none."""
     seeds = sorted(found.keys() & baseline.keys())
     return interval([found[seed] - baseline[seed] for seed in seeds]) if seeds else None
 
 
 def verdict(change: Interval | None, *, lower_is_better: bool) -> str:
-    """The difference in a word or two."""
+    """Return the result of a comparison in words."""
     if change is None:
         return "no seed in common"
-    inside = change.holds(0.0)
+    inside = change.contains(0.0)
     if inside is None:
         return "one seed: no verdict"
     if inside:

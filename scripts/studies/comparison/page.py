@@ -1,4 +1,4 @@
-"""The report of a comparison: Markdown, a picture, and one HTML page that holds everything."""
+"""Write the report of a comparison: Markdown, a picture, and one HTML page that contains everything."""
 
 import base64
 import html
@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from scripts.studies.comparison.intervals import Interval, difference, interval, verdict
 
-# Figures of a held-out evaluation, and which way is up; the first is what verdicts are about.
-FIGURES = {
+# Metrics of a held-out evaluation: their title, and whether lower is better. Pairs of variants are compared by the first.
+METRICS = {
     "eval_loss": ("held-out loss", True),
     "eval_mean_token_accuracy": ("token accuracy", False),
     "eval_exact_match": ("exact answers", False),
@@ -39,20 +39,21 @@ img { max-width: 100% } pre { overflow-x: auto }
 """
 
 
-def shown_figures(results: Results) -> list[str]:
-    """The names of the figures that all runs have."""
+def shown_metrics(results: Results) -> list[str]:
+    """Return the names of the metrics that all runs have."""
     runs = [run for seeds in results.values() for run in seeds.values()]
-    return [name for name in FIGURES if runs and all(name in run["figures"] for run in runs)]
+    return [name for name in METRICS if runs and all(name in run["figures"] for run in runs)]
 
 
 def of_seeds(seeds: Mapping[int, Mapping[str, Any]], name: str) -> dict[int, float]:
+    """Return one metric by seed."""
     return {seed: float(run["figures"][name]) for seed, run in seeds.items()}
 
 
 def main_table(results: Results) -> tuple[list[str], list[list[str]]]:
-    """(header, rows): a variant a row, with means over its seeds."""
-    figures = shown_figures(results)
-    header = ["variant", *(FIGURES[name][0] for name in figures)]
+    """Return the header and the rows of a table with one row per variant: means over its seeds."""
+    metrics = shown_metrics(results)
+    header = ["variant", *(METRICS[name][0] for name in metrics)]
     header += ["trainable parameters", "checkpoint MiB", "peak memory GiB", "tokens/s", "seeds"]
     rows = []
     for variant, seeds in results.items():
@@ -64,7 +65,7 @@ def main_table(results: Results) -> tuple[list[str], list[list[str]]]:
         rows.append(
             [
                 variant,
-                *(str(interval(list(of_seeds(seeds, name).values()))) for name in figures),
+                *(str(interval(list(of_seeds(seeds, name).values()))) for name in metrics),
                 f"{runs[0]['trainable_parameters']:,}",
                 f"{mean('checkpoint_bytes').mean / 2**20:.1f}",
                 f"{max(run['peak_memory_bytes'] for run in runs) / 2**30:.2f}",
@@ -76,64 +77,64 @@ def main_table(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def verdict_table(results: Results, baseline: str) -> tuple[list[str], list[list[str]]]:
-    """(header, rows): each other variant against the baseline, figure by figure."""
-    figures = shown_figures(results)
+    """Return the header and the rows of a table that compares each other variant with the baseline, by each metric."""
+    metrics = shown_metrics(results)
     header = ["against " + baseline]
-    for name in figures:
-        header += [f"{FIGURES[name][0]}: difference", "verdict"]
+    for name in metrics:
+        header += [f"{METRICS[name][0]}: difference", "verdict"]
     rows = []
     for variant, seeds in results.items():
         if variant == baseline:
             continue
         row = [variant]
-        for name in figures:
+        for name in metrics:
             change = difference(of_seeds(seeds, name), of_seeds(results[baseline], name))
-            row += ["" if change is None else str(change), verdict(change, lower_is_better=FIGURES[name][1])]
+            row += ["" if change is None else str(change), verdict(change, lower_is_better=METRICS[name][1])]
         rows.append(row)
     return header, rows
 
 
 def pair_table(results: Results) -> tuple[list[str], list[list[str]]]:
-    """(header, rows): each variant against those before it by the first figure, as difference and verdict.
+    """Return the header and the rows of a table that compares each variant with those before it, by the first metric.
 
-    So many verdicts at 95 % are wrong now and then: one in twenty where nothing differs.
+    With many verdicts at 95 %, some are wrong: one in twenty if there is no difference.
     """
-    name = shown_figures(results)[0]
+    name = shown_metrics(results)[0]
     rows = []
     for number, (variant, seeds) in enumerate(results.items()):
         row = [variant]
         for others in list(results.values())[:number]:
             change = difference(of_seeds(seeds, name), of_seeds(others, name))
-            said = verdict(change, lower_is_better=FIGURES[name][1])
-            row.append(said if change is None else f"{change}: {said}")
+            text = verdict(change, lower_is_better=METRICS[name][1])
+            row.append(text if change is None else f"{change}: {text}")
         rows.append(row + [""] * (len(results) - number))
-    return ["difference: row less column", *results], rows
+    return ["difference: row minus column", *results], rows
 
 
 def plot(results: Results, path: Path) -> None:
-    """Every figure by variant: a dot a seed, the mean, and its interval."""
-    figures = shown_figures(results)
+    """Plot every metric by variant: a dot for each seed, the mean, and its interval."""
+    metrics = shown_metrics(results)
     names = list(results)
-    figure = Figure(figsize=(6.5 * max(len(figures), 1), 1.2 + 0.45 * len(names)), layout="constrained")
-    for axes, name in zip(figure.subplots(1, max(len(figures), 1), squeeze=False)[0], figures, strict=True):
+    figure = Figure(figsize=(6.5 * max(len(metrics), 1), 1.2 + 0.45 * len(names)), layout="constrained")
+    for axes, name in zip(figure.subplots(1, max(len(metrics), 1), squeeze=False)[0], metrics, strict=True):
         for height, variant in enumerate(reversed(names)):
             values = list(of_seeds(results[variant], name).values())
             found = interval(values)
             axes.plot(values, [height] * len(values), "o", color="tab:gray", alpha=0.6, markersize=4)
             axes.errorbar(found.mean, height, xerr=found.half, fmt="D", color="tab:blue", capsize=4)
         axes.set_yticks(range(len(names)), list(reversed(names)))
-        axes.set_xlabel(f"{FIGURES[name][0]} ({'lower' if FIGURES[name][1] else 'higher'} is better)")
+        axes.set_xlabel(f"{METRICS[name][0]} ({'lower' if METRICS[name][1] else 'higher'} is better)")
         axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
 
 
 def write(results: Results, baseline: str, folder: Path, title: str, intro: str, data: str) -> None:
-    """report.md, report.png and report.html in the folder."""
+    """Write report.md, report.png and report.html to the folder."""
     tables = [("Runs", *main_table(results))]
     if baseline in results and len(results) > 1:
         tables.append(("Verdicts", *verdict_table(results, baseline)))
-    if len(results) > 2 and shown_figures(results):
-        tables.append((f"Each against each: {FIGURES[shown_figures(results)[0]][0]}", *pair_table(results)))
+    if len(results) > 2 and shown_metrics(results):
+        tables.append((f"Every pair of variants: {METRICS[shown_metrics(results)[0]][0]}", *pair_table(results)))
     plot(results, folder / "report.png")
     markdown = [f"# {title}", "", intro, ""]
     for caption, header, rows in tables:

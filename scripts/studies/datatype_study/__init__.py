@@ -1,1 +1,1 @@
-"""The parts of scripts/datatypes.py: what is measured, what of it is kept, and the page."""
+"""The parts of scripts/studies/datatypes.py: measurements, the journal of finished cells, the summary and the page."""

@@ -1,17 +1,17 @@
-"""Whether trained weights are normally distributed, as NormalFloat supposes (QLoRA, appendix F).
+"""Test whether trained weights are normally distributed, as NormalFloat assumes (QLoRA, appendix F).
 
-Shapiro and Wilk's test, as scipy computes it, of each linear matrix, twice:
+The test of Shapiro and Wilk, as scipy computes it, is applied to each linear matrix in two ways:
 
     sample   values drawn from the whole matrix: W and its p-value. Units differ in their scale, so that a large sample of
-             them all is a mixture of normals, which the test rejects although each unit may be normal
+             all units is a mixture of normal distributions, which the test rejects although each unit may be normal
     units    the weights of one output unit, as in the paper, for some units of the matrix: the share whose p is below 0.05,
              which is 5 % for normal weights
 
-At most 5,000 values are tested at a time: beyond them scipy's p-value is not accurate. The generator of matrix number i (in
-the order of the report) is `numpy.random.default_rng([seed, i])`; it draws the sample, then the units.
+At most 5,000 values are tested at a time, because scipy's p-value is not accurate for more. The generator of matrix number i
+(in the order of the report) is `numpy.random.default_rng([seed, i])`; it draws the sample, then the units.
 
-A third figure says whether the weights have been through few bits before: the number of distinct values in blocks of 32
-neighbouring weights of a unit. At most 16 in all of them are what a 4-bit format with blocks of 32 leaves.
+A third metric shows whether the weights were quantised before: the number of distinct values in blocks of 32 neighbouring
+weights of a unit. At most 16 values in all blocks indicate a 4-bit format with blocks of 32.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 
-MOST = 5000  # values of a test
+MOST = 5000  # largest number of values in a test
 SIGNIFICANCE = 0.05
 _BLOCK, _BLOCKS = 32, 64
 
@@ -31,7 +31,7 @@ _BLOCK, _BLOCKS = 32, 64
 def examine(
     checkpoint: Checkpoint, names: Sequence[str], *, sample: int, units: int, seed: int, progress: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """The figures of each matrix, by tensor name: `sample`, `w`, `p`; `units`, `rejected_units`; `distinct`."""
+    """Return the metrics of each matrix by tensor name: `sample`, `w`, `p`; `units`, `rejected_units`; `distinct`."""
     bar = tqdm(names, desc="Shapiro-Wilk", unit="matrix", leave=False, disable=not progress)
     return {
         name: examine_matrix(checkpoint.read(name).astype(np.float32), np.random.default_rng([seed, index]), sample, units)
@@ -40,7 +40,7 @@ def examine(
 
 
 def examine_matrix(w: np.ndarray, generator: np.random.Generator, sample: int, units: int) -> dict[str, Any]:
-    """The figures of one matrix `[out, in]`."""
+    """Return the metrics of one matrix `[out, in]`."""
     count = min(sample, w.size)
     statistic, p = shapiro_wilk(w.reshape(-1)[generator.choice(w.size, count, replace=False)])
     rows = generator.choice(len(w), min(units, len(w)), replace=False)
@@ -56,7 +56,7 @@ def examine_matrix(w: np.ndarray, generator: np.random.Generator, sample: int, u
 
 
 def shapiro_wilk(values: np.ndarray) -> tuple[float, float]:
-    """(W, p); (0, 0) for values that are all equal, of which scipy says nothing."""
+    """Return W and p; both are 0 for values that are all equal, for which scipy has no result."""
     if np.ptp(values) == 0:
         return 0.0, 0.0
     found: Any = shapiro(values.astype(np.float64))
@@ -64,6 +64,6 @@ def shapiro_wilk(values: np.ndarray) -> tuple[float, float]:
 
 
 def distinct(rows: np.ndarray) -> int | None:
-    """The most distinct values that a block of 32 neighbours of a row has; None for rows that are shorter."""
+    """Return the largest number of distinct values in a block of 32 neighbours of a row; None for shorter rows."""
     blocks = rows[:, : rows.shape[1] // _BLOCK * _BLOCK].reshape(-1, _BLOCK)[:_BLOCKS]
     return max((len(np.unique(block)) for block in blocks), default=None)

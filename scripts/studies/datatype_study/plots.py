@@ -11,11 +11,11 @@ from qlora_jax.evaluate import Interval
 from scripts.studies.datatype_study.normality import SIGNIFICANCE
 from scripts.studies.datatype_study.summary import Storage, by_kind
 
-_LOWEST = 1e-3  # of the logarithmic axis of differences
+_LOWEST = 1e-3  # lower end of the logarithmic axis of differences
 
 
 def draw_perplexities(storages: Sequence[Storage], path: Path) -> None:
-    """What each storage adds to the log-perplexity of dense weights and to the log loss of the right letter."""
+    """Plot what each storage adds to the log-perplexity and to the accuracy of dense weights."""
     asked = [storage for storage in storages if storage.added_letters is not None]
     figure = Figure(figsize=(6 + 5 * bool(asked), 1.2 + 0.26 * len(storages)), layout="constrained")
     axes = figure.subplots(1, 1 + bool(asked), squeeze=False)[0]
@@ -28,7 +28,7 @@ def draw_perplexities(storages: Sequence[Storage], path: Path) -> None:
 
 
 def draw_block_sizes(storages: Sequence[Storage], path: Path) -> None:
-    """The same against the bits that are needed, a line a data type over its block sizes."""
+    """Plot the added log-perplexity against the bits per parameter, with a line for each data type."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     lines: dict[tuple[str, bool], list[tuple[float, Interval]]] = {}
@@ -52,7 +52,7 @@ def draw_block_sizes(storages: Sequence[Storage], path: Path) -> None:
 
 
 def draw_layers(errors: dict[str, dict[str, Any]], normality: dict[str, dict[str, Any]], path: Path) -> None:
-    """By layer: the relative error of each data type, the mean over its matrices; W, and rejected units, of each kind."""
+    """Plot metrics by layer: the mean relative error of each data type; W and rejected units of each kind of matrix."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     axes = figure.subplots(1, 3)
     for name, of_matrices in errors.items():

@@ -1,4 +1,4 @@
-"""A study put together: its page, plots and JSON, of the cells that have been measured so far."""
+"""Write the report of a study: its page, plots and JSON, for the cells that are finished."""
 
 import dataclasses
 import importlib.metadata
@@ -34,13 +34,13 @@ from scripts.studies.datatype_study.summary import (
 from scripts.studies.datatype_study.texts import Texts
 from scripts.studies.datatype_study.weights import bits_per_parameter
 
-PEER_BLOCK = 64  # the block size that transformers gives bitsandbytes
-LIMIT = 1e-3  # of the difference of a loss from that of the peer
+PEER_BLOCK = 64  # block size that transformers uses with bitsandbytes
+LIMIT = 1e-3  # largest difference of a loss from that of the peer
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What is read before the weights are, and what has been measured."""
+    """Everything that is read before the weights, and the journal."""
 
     checkpoint: Checkpoint
     parameter_mappings: tuple[ParameterMapping, ...]
@@ -60,13 +60,13 @@ def write(
     target: Path,
     peer: bool,
 ) -> dict[str, Any]:
-    """Writes report.json into the folder, the page and its plots, and says them; returns the summary for the last line.
+    """Write report.json, the page and its plots, print them, and return the summary for the last line.
 
     Args:
-        wanted: the cells of the grid; those that have been measured are reported.
-        block_sizes: of the grid; the first is plotted.
-        target: the page.
-        peer: whether bitsandbytes' losses are to be in it.
+        wanted: the cells of the grid; those that are finished are reported.
+        block_sizes: block sizes of the grid; the first is plotted.
+        target: file of the page.
+        peer: whether to include the losses of bitsandbytes.
     """
     rows, predicted = study.journal.rows, study.texts.predicted
     shapes = [study.checkpoint.shapes[name] for key in study.parameter_mappings for name in key.names()]
@@ -106,8 +106,8 @@ def write(
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy", "scipy")}
     versions["python"] = platform.python_version()
     seconds = sum(rows[key_of(how)]["seconds"] for how in grid)
-    said = sections.method(study.method, study.texts, machine, versions, left, seconds)
-    page.write(target, [said, *made], page.said_command("datatypes.py"), "Data types")
+    described = sections.method(study.method, study.texts, machine, versions, left, seconds)
+    page.write(target, [described, *made], page.command_line("studies/datatypes.py"), "Data types")
     for section in made:
         print(page.text(section), flush=True)
     summary = {
@@ -117,9 +117,9 @@ def write(
         "seconds": seconds,
         "cells_left": left,
         "storages": [as_json(storage) for storage in storages],
-        "order": sections.said(steps),
-        "paper_order": sections.said(papers),
-        "double_quantization": sections.said(costs),
+        "order": sections.as_values(steps),
+        "paper_order": sections.as_values(papers),
+        "double_quantization": sections.as_values(costs),
         "peer": beside_ours,
         "page": str(target),
     }
@@ -129,7 +129,7 @@ def write(
 
 
 def of_double(how: Quantization, rows: dict[str, Any], predicted: np.ndarray) -> Step | None:
-    """What double quantisation adds to a storage that was measured without it."""
+    """Return what double quantisation adds to a storage that was measured without it."""
     plain, double = key_of(how), key_of(dataclasses.replace(how, double_quantization=True))
     if how.double_quantization or double not in rows:
         return None
@@ -138,7 +138,7 @@ def of_double(how: Quantization, rows: dict[str, Any], predicted: np.ndarray) ->
 
 
 def beside_peer(rows: dict[str, Any], predicted: np.ndarray) -> dict[str, Any]:
-    """Our losses less those of bitsandbytes, for the kinds that were measured here too."""
+    """Return the differences of our losses from those of bitsandbytes, for the kinds that were measured by both."""
     kinds = {}
     for kind, theirs in rows["peer"]["losses"].items():
         name, _, double = kind.partition("-")
@@ -159,15 +159,15 @@ def beside_peer(rows: dict[str, Any], predicted: np.ndarray) -> dict[str, Any]:
 
 
 def as_json(storage: Storage) -> dict[str, Any]:
-    """A storage with its intervals as plain values."""
+    """Return a storage with its intervals as plain values."""
     return {name: value for name, value in dataclasses.asdict(storage).items() if value is not None}
 
 
 def beside(target: Path, name: str) -> Path:
-    """The file of a plot."""
+    """Return the file of a plot."""
     return target.with_name(f"{target.stem}-{name}.png")
 
 
 def image(target: Path, name: str) -> str:
-    """The plot in Markdown."""
+    """Return the Markdown of a plot."""
     return f"![{name}]({beside(target, name).name})"

@@ -1,4 +1,4 @@
-"""The report of a study as sections of a page."""
+"""The sections of the page of a study."""
 
 import math
 from collections.abc import Sequence
@@ -18,23 +18,23 @@ Errors = dict[str, dict[str, Any]]
 def method(
     study: dict[str, Any], texts: Texts, machine: dict[str, Any], versions: dict[str, str], left: int, seconds: float
 ) -> Section:
-    """What was measured, on what, by what."""
+    """Describe what was measured, and on which machine."""
     counts = ", ".join(f"{count} of {name}" for name, count in study["texts"].items())
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     sentences = (
-        f"{study['model']}, linear layers in each data type, everything else dense, computed in {study['dtype']}. "
-        f"{len(texts.tokens)} texts ({counts}), drawn with seed {study['seed']}, of at most {study['length']} tokens: "
-        f"{study['tokens']:,} tokens are predicted.",
-        f"Device: {machine['device']} ({machine['cpu']}, {machine['cores']} cores); {named}. The cells took "
-        f"{seconds / 60:.1f} minutes; load average at the end {machine['load_average'][0]:.1f}.",
+        f"The linear layers of {study['model']} are stored in each data type in turn. Everything else is dense, and the "
+        f"computation is in {study['dtype']}. The model reads {len(texts.tokens)} texts ({counts}) of at most "
+        f"{study['length']} tokens, drawn with seed {study['seed']}, and predicts {study['tokens']:,} tokens.",
+        f"Device: {machine['device']} ({machine['cpu']}, {machine['cores']} cores); {named}. The measurement took "
+        f"{seconds / 60:.1f} minutes; the load average at the end was {machine['load_average'][0]:.1f}.",
     )
     if left:
-        sentences += (f"{left} cells of the grid have not been measured yet: the same command goes on.",)
+        sentences += (f"{left} cells of the grid have not been measured yet; the same command continues with them.",)
     return Section("Method", sentences, (), ())
 
 
 def perplexities(storages: Sequence[Storage], image: str) -> Section:
-    """Every storage in the order of the grid."""
+    """Show the perplexity of every storage in the order of the grid."""
     rows = [
         (
             storage.key,
@@ -50,11 +50,13 @@ def perplexities(storages: Sequence[Storage], image: str) -> Section:
     return Section(
         "Perplexity",
         (
-            "Log-perplexity: the mean over texts of a text's mean loss a token, with the 95 % interval of Student's t; "
-            "the perplexity is its exponential. The last column is the mean of the differences to dense weights on the "
-            "same texts: texts differ more than data types, and what they share cancels there. bits: that codes and "
-            "scales need a parameter of the linear layers; stored: what they take here, where codes of 2 and 3 bits lie "
-            "in slots of 4. error: the root mean square of the relative errors of all matrices.",
+            '"log-perplexity" is the mean over texts of the mean loss per token of a text, with the 95 % interval of '
+            "Student's t. The perplexity is its exponential. "
+            '"added to dense" is the mean of the differences to dense weights on the same texts; its '
+            "interval is narrower, because texts differ more than data types and this difference cancels. "
+            '"bits" is the number of bits per parameter of the linear layers that codes and scales need. "stored" is the '
+            'number that they take here, where codes of 2 and 3 bits are stored in 4 bits. "error" is the root mean square '
+            "of the relative errors of all matrices.",
         ),
         ("type-block", "bits", "stored", "error", "log-perplexity", "perplexity", "added to dense"),
         tuple(rows),
@@ -63,10 +65,10 @@ def perplexities(storages: Sequence[Storage], image: str) -> Section:
 
 
 def orders(by_mean: Sequence[Step], papers: Sequence[Step], block_size: int) -> Section:
-    """From the best type to the worst, and the paper's order."""
+    """Show the types from the best to the worst, and the order in the paper."""
     after = (
-        "Each row is a type and the one before it; the interval is that of their paired differences, and speaks of other "
-        "texts of the same kind, on this model alone.",
+        "Each row compares a type with the type in the row before it. The interval is that of their paired differences. It "
+        "holds for other texts of the same kind, and for this model only.",
     )
     if papers:
         confirmed = sum(step.verdict == "worse" for step in papers)
@@ -75,23 +77,23 @@ def orders(by_mean: Sequence[Step], papers: Sequence[Step], block_size: int) -> 
         )
         after += (
             f"The paper's order of mean perplexity (Table 2: NF4 + DQ 27.41, FP4 E3M0 29.48, FP4 E2M1 31.07, Int4 34.34): "
-            f"{confirmed} of its {len(papers)} steps are found here too. {shown}.",
+            f"{confirmed} of its {len(papers)} steps were found here too. {shown}.",
         )
     rows = [(by_mean[0].before, "", "the best")] if by_mean else []
     rows += [(step.after, step.added.text(sign=True), step.verdict) for step in by_mean]
-    title = f"The order at blocks of {block_size}, with double quantisation where it was measured"
-    return Section(title, (), ("type", "added to the one before", "which is"), tuple(rows), after)
+    title = f"The order of the types with blocks of {block_size}, with double quantisation where it was measured"
+    return Section(title, (), ("type", "added to the type before", "verdict"), tuple(rows), after)
 
 
 def double_quantisation(steps: Sequence[Step]) -> Section:
-    """What quantising the scales costs."""
+    """Show what the quantisation of scales costs."""
     rows = tuple((step.before, step.added.text(5, sign=True), step.verdict) for step in steps)
-    before = ("What double quantisation adds to the log-perplexity of the same type and block size, paired.",)
-    return Section("Double quantisation", before, ("type-block", "added", "which is"), rows)
+    before = ('The column "added" is the paired difference that double quantisation adds to the log-perplexity of a type.',)
+    return Section("Double quantisation", before, ("type-block", "added", "verdict"), rows)
 
 
 def block_sizes(storages: Sequence[Storage], image: str) -> Section:
-    """What each type adds, by block size."""
+    """Show what each type adds, by block size."""
     of = {storage.key: storage for storage in storages}
     hows = [storage.how for storage in storages if storage.how is not None]
     sizes = sorted({how.block_size for how in hows})
@@ -104,12 +106,12 @@ def block_sizes(storages: Sequence[Storage], image: str) -> Section:
     rows = tuple(
         (f"{name}{', double' if double else ''}", *(cell(name, double, size) for size in sizes)) for name, double in kinds
     )
-    before = ("Log-perplexity added to dense weights, and the bits that are needed a parameter.",)
+    before = ("Log-perplexity added to that of dense weights, and the bits per parameter.",)
     return Section("Block sizes", before, ("type", *map(str, sizes)), rows, (image,))
 
 
 def accuracies(storages: Sequence[Storage], asked: str) -> Section:
-    """Right answers without examples."""
+    """Show the right answers without solved examples."""
     rows = [
         (
             storage.key,
@@ -125,15 +127,15 @@ def accuracies(storages: Sequence[Storage], asked: str) -> Section:
     after: tuple[str, ...] = ()
     if dense is not None and dense.low <= 0.25 <= dense.high:
         after = (
-            "The dense model itself cannot be told from guessing (0.25): its accuracy says nothing of data types, and the "
-            "log loss of the right letter little.",
+            "The interval of the dense model includes the accuracy of guessing (0.25). Its accuracy therefore says "
+            "nothing about data types, and the log loss of the correct letter says little.",
         )
     return Section(
         "Zero-shot accuracy",
         (
-            f"{asked}. The answer is the likeliest of the four letters after the prompt. Accuracy is the share of right "
-            f"answers of all questions, with Wilson's interval; the log loss is that of the right letter among the four, "
-            f"log 4 = 1.386 for guessing. Differences are paired, question by question.",
+            f"{asked}. The model's answer is the most likely of the four letters after the prompt. "
+            '"accuracy" is the share of correct answers, with an interval by Wilson. "log loss" is that of the correct '
+            "letter among the four; guessing gives log 4 = 1.386. Differences are paired by question.",
         ),
         ("type-block", "accuracy", "added to dense", "log loss", "added to dense"),
         tuple(rows),
@@ -142,7 +144,7 @@ def accuracies(storages: Sequence[Storage], asked: str) -> Section:
 
 
 def errors(of_types: dict[str, Errors], image: str) -> Section:
-    """Relative errors by type and kind of matrix."""
+    """Show relative errors by type and kind of matrix."""
     kinds = list(by_kind(next(iter(of_types.values()))))
     rows = []
     for key, found in of_types.items():
@@ -151,14 +153,15 @@ def errors(of_types: dict[str, Errors], image: str) -> Section:
         spread = [f"{np.mean(one):.4f} ({min(one):.4f}–{max(one):.4f})" for one in values]
         rows.append((key, *spread, f"{largest:.2f}"))
     before = (
-        "√(Σ error² / Σ weight²) of a matrix: the mean over layers (and the least and the most), by kind. largest: the "
-        "largest error of a weight, over the root mean square of its matrix. Every matrix is in the JSON report.",
+        "The error of a matrix is √(Σ error² / Σ weight²). The table shows the mean over layers, with the smallest and the "
+        'largest, for each kind of matrix. "largest" is the largest error of a single weight, divided by the root mean '
+        "square of its matrix. The JSON report has every matrix.",
     )
     return Section("Quantisation error", before, ("type-block", *kinds, "largest"), tuple(rows), (image,))
 
 
 def normality(found: dict[str, dict[str, Any]]) -> Section:
-    """Shapiro and Wilk's test by kind of matrix."""
+    """Show the test of Shapiro and Wilk by kind of matrix."""
     rows = []
     for kind, matrices in by_kind(found).items():
         tested = sum(matrix["units"] for matrix in matrices)
@@ -181,17 +184,18 @@ def normality(found: dict[str, dict[str, Any]]) -> Section:
     counts = [matrix["distinct"] for matrix in found.values() if matrix["distinct"] is not None]
     if counts and max(counts) <= 16:
         after = (
-            f"These weights have been in few bits before: no block of 32 neighbours among those looked at holds more than "
-            f"{max(counts)} distinct values (continuous weights would have about 32). So the dense model is itself a "
-            f"dequantised one: errors and tests are those of such weights, and a type whose grid is like theirs has an "
-            f"advantage that it would not have on weights as they were trained.",
+            "These weights were quantised before: no examined block of 32 neighbouring weights has more than "
+            f"{max(counts)} distinct values (continuous weights would have about 32). The dense model is therefore a "
+            "dequantised model itself. The errors and tests are those of such weights, and a data type with a similar "
+            "grid has an advantage that it would not have with the weights as they were trained.",
         )
     return Section(
         "Normality",
         (
-            f"Shapiro and Wilk's test by scipy. W and p < 0.05 are those of {size} values drawn from the whole matrix, "
-            f"whose units differ in scale; units are rows of it, the incoming weights of one output, each tested by "
-            f"itself as in the paper's appendix F (7.5 % rejected there); of normal weights 5 % would be rejected.",
+            f"The test of Shapiro and Wilk, as implemented in scipy. W and p < 0.05 are for {size} values drawn from the "
+            "whole matrix, whose units differ in scale. A unit is a row of the matrix: the incoming weights of one "
+            "output. Each unit is tested separately, as in appendix F of the paper, where 7.5 % were rejected. Of "
+            "normally distributed units 5 % would be rejected.",
         ),
         ("matrix", "W, median over layers", "p < 0.05", "units rejected", "units"),
         tuple(rows),
@@ -200,7 +204,7 @@ def normality(found: dict[str, dict[str, Any]]) -> Section:
 
 
 def peer(kinds: dict[str, dict[str, float]], limit: float, versions: dict[str, str]) -> Section:
-    """The losses beside those of bitsandbytes."""
+    """Compare the losses with those of bitsandbytes."""
     rows = tuple(
         (
             kind,
@@ -216,16 +220,18 @@ def peer(kinds: dict[str, dict[str, float]], limit: float, versions: dict[str, s
     return Section(
         "Against bitsandbytes",
         (
-            "The mean loss a token over all texts, of the model as transformers and bitsandbytes quantise and run it ("
+            "The mean loss per token over all texts, beside that of the model as transformers and bitsandbytes quantise "
+            "and run it ("
             + ", ".join(f"{name} {version}" for name, version in versions.items())
-            + f"), in float32, blocks of 64, on the same tokens; equal: within {limit:g}. eval: what bitsandbytes' own "
-            f"path for inference, in bfloat16 on a CPU that has AVX512-BF16, adds to its own figure.",
+            + f'): in float32, with blocks of 64, on the same tokens. "equal" means within {limit:g}. "eval" is the loss '
+            "that bitsandbytes' inference path adds to its own figure; that path computes in bfloat16 on a CPU with "
+            "AVX512-BF16.",
         ),
         ("type", "ours", "bitsandbytes", "difference", "largest of a text", "eval", "equal"),
         rows,
     )
 
 
-def said(steps: Sequence[Step]) -> list[dict[str, Any]]:
-    """Steps for JSON."""
+def as_values(steps: Sequence[Step]) -> list[dict[str, Any]]:
+    """Return steps as plain values for JSON."""
     return [{**vars(step), "added": vars(step.added)} for step in steps]

@@ -1,9 +1,9 @@
-"""From what was measured to figures with intervals.
+"""Summarise measurements as metrics with intervals.
 
-Of each storage, over texts: the mean log-perplexity with its interval, and what it has more than dense weights, text by
-text. Types are put in order by their means; whether a type is worse than the one before it, the interval of their
-differences on the same texts says: "worse" where it lies above 0, "better" below, else "not told apart". Each interval is
-one of 95 % by itself.
+The metrics of a storage over texts are the mean log-perplexity with its interval, and the mean difference from dense weights
+on the same texts. Types are ordered by their means. Each type is compared with the one before it by the interval of their
+differences on the same texts: "worse" if the interval is above 0, "better" if it is below, else "no clear difference". Each
+interval is a separate 95 % interval.
 """
 
 import dataclasses
@@ -23,16 +23,20 @@ PAPER = (("nf4", True), ("fp4-e3m0", False), ("fp4", False), ("int4", False))
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """The figures of one storage.
+    """The metrics of one storage.
 
     Attributes:
-        how: None for dense weights.
-        bits: that it needs; stored: that it takes.
+        how: the quantisation; None for dense weights.
+        bits: bits per parameter that it needs.
+        stored: bits per parameter that it takes here.
         error: root of the mean over matrices of the squared relative rms error.
-        log_perplexity: over texts; loss: over all tokens alike.
-        added: to the log-perplexity of dense weights, paired; None for those.
-        accuracy, letters: share of right answers, and log loss of the right letter among the four; None where not asked.
-        added_accuracy, added_letters: to those of dense weights, paired.
+        log_perplexity: mean over texts.
+        loss: mean over all tokens.
+        added: paired difference of the log-perplexity from dense weights; None for dense weights.
+        accuracy: share of right answers; None without questions.
+        letters: log loss of the right letter among the four; None without questions.
+        added_accuracy: paired difference of the accuracy from dense weights.
+        added_letters: paired difference of the log loss from dense weights.
     """
 
     key: str
@@ -50,14 +54,14 @@ class Storage:
 
 
 def key_of(how: Quantization | None) -> str:
-    """The name of a storage in files: `nf4-64-double`."""
+    """Return the name of a storage in files, such as `nf4-64-double`."""
     if how is None:
         return DENSE
     return f"{how.data_type}-{how.block_size}{'-double' if how.double_quantization else ''}"
 
 
 def storage_of(how: Quantization | None, rows: dict[str, Any], predicted: np.ndarray, bits: tuple[float, float]) -> Storage:
-    """The figures of a storage that has been measured, and those of dense weights with it."""
+    """Return the metrics of a storage; dense weights must be measured too."""
     row, dense = rows[key_of(how)], rows[DENSE]
     log_perplexity = np.asarray(row["losses"]) / predicted
     asked = row.get("right") is not None
@@ -80,18 +84,18 @@ def storage_of(how: Quantization | None, rows: dict[str, Any], predicted: np.nda
 
 
 def difference(one: str, other: str, rows: dict[str, Any], predicted: np.ndarray) -> Interval:
-    """The log-perplexity that the first storage has more than the other, over texts."""
+    """Return the difference of the log-perplexities of two storages over texts, first minus second."""
     return paired_difference(np.asarray(rows[one]["losses"]) / predicted, np.asarray(rows[other]["losses"]) / predicted)
 
 
 def verdict(found: Interval) -> str:
-    """What an interval of differences in log-perplexity says of the first."""
-    return "worse" if found.low > 0 else "better" if found.high < 0 else "not told apart"
+    """Return the verdict about the first storage for an interval of differences in log-perplexity."""
+    return "worse" if found.low > 0 else "better" if found.high < 0 else "no clear difference"
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Two storages that are neighbours in an order: what the later has more."""
+    """Two storages that are neighbours in an order, and what the second one adds."""
 
     before: str
     after: str
@@ -100,7 +104,7 @@ class Step:
 
 
 def order(keys: Sequence[str], rows: dict[str, Any], predicted: np.ndarray, *, by_mean: bool = True) -> list[Step]:
-    """The steps from the best of some storages to the worst; or in the order in which they are given."""
+    """Return the steps between storages, ordered from the best to the worst, or in the given order."""
     ranked = sorted(keys, key=lambda key: np.mean(np.asarray(rows[key]["losses"]) / predicted)) if by_mean else list(keys)
     steps = []
     for before, after in itertools.pairwise(ranked):
@@ -110,13 +114,13 @@ def order(keys: Sequence[str], rows: dict[str, Any], predicted: np.ndarray, *, b
 
 
 def paper_order(block_size: int, rows: dict[str, Any], predicted: np.ndarray) -> list[Step]:
-    """The steps of the paper's order; none where not all of its types were measured."""
+    """Return the steps of the order in the paper; an empty list if one of its types was not measured."""
     keys = [key_of(Quantization(name, block_size, double)) for name, double in PAPER]  # type: ignore[arg-type]
     return order(keys, rows, predicted, by_mean=False) if all(key in rows for key in keys) else []
 
 
 def by_kind(errors: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """What was found for each matrix, by the name of its module, in the order of the layers."""
+    """Return the values of all matrices by the name of their module, in the order of the layers."""
     found: dict[str, list[dict[str, Any]]] = {}
     for name, values in errors.items():
         found.setdefault(name.split(".")[-2], []).append(values)

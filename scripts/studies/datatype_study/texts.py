@@ -1,6 +1,6 @@
-"""What the models read: texts of the user's files, and how surprised a model is by each of them.
+"""The texts of a study, and the loss of a model on each of them.
 
-loss of a text             -Σ log p(token | tokens before it), over all its tokens but the first
+loss of a text             -Σ log p(token | tokens before it), over all its tokens except the first
 log-perplexity of a text   loss / number of those tokens
 """
 
@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerFast
 from qlora_jax.data import DataError, encode_all, open_source
 from qlora_jax.evaluate import padded_batches
 from qlora_jax.finetune.objectives.corpus import named_errors
-from qlora_jax.nn import data_mesh, place
+from qlora_jax.nn import data_mesh, put_on_mesh
 from qlora_jax.train.loss import row_losses
 
-LEAST = 16  # tokens of a text: the mean over fewer is mostly noise
+LEAST = 16  # least number of tokens in a text: the mean over fewer tokens is mostly noise
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Texts:
     """Texts as tokens.
 
     Attributes:
-        tokens: of each text, int32.
-        sources: how many of each source, by its name.
+        tokens: the tokens of each text, int32.
+        sources: number of texts by the name of their source.
     """
 
     tokens: tuple[np.ndarray, ...]
@@ -41,18 +41,19 @@ class Texts:
 
     @property
     def predicted(self) -> np.ndarray:
-        """Tokens of each text that are predicted."""
+        """The number of predicted tokens of each text."""
         return np.asarray([len(row) - 1 for row in self.tokens])
 
 
 def read_texts(
     sources: Sequence[str], split: str | None, tokenizer: PreTrainedTokenizerFast, *, count: int, length: int, seed: int
 ) -> Texts:
-    """A random sample of about as many texts of each source, each cut to `length` tokens; records are written as
-    scripts/train.py writes them.
+    """Return a random sample of texts, about equally many from each source, each truncated to `length` tokens.
+
+    Records become text as in scripts/train.py.
 
     Raises:
-        DataError: rows that cannot be used, or too few of at least `LEAST` tokens.
+        DataError: rows cannot be used, or too few of them have at least `LEAST` tokens.
     """
     tokens: list[np.ndarray] = []
     counts: dict[str, int] = {}
@@ -74,13 +75,13 @@ def read_texts(
 def text_losses(
     graphdef: nnx.GraphDef[Any], state: Any, texts: Texts, *, batch_size: int, progress: bool = False
 ) -> np.ndarray:
-    """The loss of each text, float64 `[n]`; in the context of a mesh, rows are spread over its devices."""
+    """Return the loss of each text, float64 `[n]`; in the context of a mesh, rows are distributed over its devices."""
     mesh = None if jax.sharding.get_abstract_mesh().empty else data_mesh()
     devices = 1 if mesh is None else mesh.size
     result = np.zeros(len(texts.tokens))
     batches = padded_batches(texts.tokens, -(-batch_size // devices) * devices)
     for indices, tokens, lengths in tqdm(batches, desc="texts", unit="batch", leave=False, disable=not progress):
-        placed = place(mesh, (tokens, lengths), P("data"))
+        placed = put_on_mesh(mesh, (tokens, lengths), P("data"))
         result[indices] = np.asarray(_losses(graphdef, state, *placed))[: len(indices)]
     return result
 

@@ -1,8 +1,8 @@
-"""The linear layers of a model in each data type: what they become, how far from the original, and in how many bits.
+"""Quantise the linear layers of a dense model in place; measure the errors and the bits per parameter.
 
-A matrix W is read from the checkpoint, quantised as `load_model` does it, and dequantised in place of what the dense model
-holds: its products are then those of the 4-bit model, and one compiled program serves all data types. E is what it became
-less W,
+A matrix W is read from the checkpoint, quantised as `load_model` does it, dequantised, and stored in the dense model. Its
+products are then those of the 4-bit model, and one compiled program serves all data types. With E = new matrix - W, the
+errors are
 
     rms       √(ΣE² / ΣW²)
     mean      Σ|E| / Σ|W|
@@ -30,7 +30,7 @@ MEASURES = ("rms", "mean", "largest")
 def quantize_in_place(
     state: Any, checkpoint: Checkpoint, keys: Sequence[ParameterMapping], how: Quantization, *, progress: bool = False
 ) -> dict[str, dict[str, float]]:
-    """Puts the dequantised matrices of `keys` into the state of a dense model; the errors of each, by tensor name."""
+    """Replace the matrices of `keys` in the state of a dense model; return the errors of each by tensor name."""
     errors = {}
     with tqdm(
         total=sum(key.layers for key in keys), desc="quantising", unit="matrix", leave=False, disable=not progress
@@ -48,7 +48,7 @@ def quantize_in_place(
 
 @partial(jax.jit, static_argnames="how", donate_argnums=0)
 def _replace(stack: Array, matrix: Array, layer: int, *, how: Quantization) -> tuple[Array, tuple[Array, ...]]:
-    """The stack `[layers, in, out]` with a matrix `[out, in]` of it in another storage; sums by column."""
+    """Return the stack `[layers, in, out]` with one matrix `[out, in]` replaced, and sums for its errors by column."""
     w = matrix.T
     stored = dequantize(quantize(w, how.data_type, how.block_size, how.double_quantization), jnp.float32)
     w = w.astype(jnp.float32)
@@ -69,9 +69,9 @@ def _measures(squared: Any, squared_w: Any, absolute: Any, absolute_w: Any, larg
 
 
 def bits_per_parameter(shapes: Sequence[tuple[int, ...]], how: Quantization) -> tuple[float, float]:
-    """(bits that the codes and scales need, bits that are stored) a parameter of matrices `[out, in]`.
+    """Return the bits per parameter that codes and scales of matrices `[out, in]` need, and those that are stored.
 
-    They differ where codes of two or three bits lie in slots of four.
+    They differ for codes of two or three bits, which are stored in four bits.
     """
     stored, slots, values = 0, 0, 0
     for columns, rows in shapes:

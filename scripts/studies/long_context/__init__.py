@@ -1,1 +1,1 @@
-"""What scripts/measure_long_context.py is made of: the texts, and the page."""
+"""The parts of scripts/studies/measure_long_context.py: the texts and the page."""

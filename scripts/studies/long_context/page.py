@@ -1,8 +1,8 @@
-"""What was found, as a table and in words.
+"""The report of the study of long contexts, as a table and in words.
 
-Of two models' answers to the same prompts, those count that only one of them has right: a wins, b loses. The interval of the
-difference of shares is Student's over the pairs, none where all pairs are alike; whether the one is better, the exact sign
-test says (McNemar): w of w + l by chance, p = ½ each.
+Of the answers of two models to the same prompts, those are compared that only one model has right: wins of the one, losses
+of the other. The interval of the difference of shares is Student's over the pairs; there is none if all pairs are alike.
+Whether one model is better is decided by the exact sign test (McNemar), with the probability ½ for each win or loss.
 """
 
 import dataclasses
@@ -16,13 +16,15 @@ from qlora_jax.evaluate import Interval, paired_difference, share_interval
 from scripts.studies.long_context.texts import DEPTHS, DIGITS, Prompt
 
 MODELS = ("untuned", "untuned, scaled", "tuned")
-ALL = "all"  # depths together
+ALL = "all"  # all depths together
 SIGNIFICANCE = 0.05
 
 
 def table(prompts: Sequence[Prompt], right: Mapping[str, Sequence[bool]]) -> list[dict[str, Any]]:
-    """Shares of right answers with their intervals, by kind of prompt: of all, and by the depth of the key; and what the
-    tuned model has more than each of the others."""
+    """Return the rows of the table, by kind of prompt and depth of the key.
+
+    A row has the shares of right answers with their intervals, and the gain of the tuned model over each of the others.
+    """
     rows = []
     for kind in dict.fromkeys(prompt.kind for prompt in prompts):
         for depth in (ALL, *DEPTHS):
@@ -38,7 +40,7 @@ def table(prompts: Sequence[Prompt], right: Mapping[str, Sequence[bool]]) -> lis
 
 
 def gain(tuned: Sequence[bool], other: Sequence[bool]) -> dict[str, Any]:
-    """The difference of the shares of one model and another, its interval (None: see above) and p."""
+    """Return the difference of the shares of two models, its interval (None if all pairs are alike) and p."""
     pairs = np.asarray(tuned, int) - np.asarray(other, int)
     wins, losses = int((pairs > 0).sum()), int((pairs < 0).sum())
     p = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
@@ -47,24 +49,24 @@ def gain(tuned: Sequence[bool], other: Sequence[bool]) -> dict[str, Any]:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """What a row of the table says, in words."""
+    """Return the result of a row of the table in words."""
     untuned, scaled, tuned = (round(row[name]["value"] * row["prompts"]) for name in MODELS)
     found = (
-        f"{row['kind']}: of {row['prompts']} keys the tuned model finds {tuned}, the untuned one {untuned} as it is and "
-        f"{scaled} with its positions divided"
+        f"{row['kind']}: of {row['prompts']} keys the tuned model finds {tuned}, the untuned model {untuned} with its own "
+        f"positions and {scaled} with scaled positions"
     )
     gains = [*row["gains"].values()]
     if 2 * 0.5 ** row["prompts"] >= SIGNIFICANCE:  # p of all pairs alike
-        return f"{found}: too few to tell"
+        return f"{found}: too few keys for a verdict"
     if all(gain["p"] < SIGNIFICANCE and gain["value"] > 0 for gain in gains):
-        return f"{found}: clearly more than either (p up to {max(gain['p'] for gain in gains):.2g})"
+        return f"{found}: significantly more than both (p up to {max(gain['p'] for gain in gains):.2g})"
     if any(gain["p"] < SIGNIFICANCE and gain["value"] < 0 for gain in gains):
-        return f"{found}: clearly less than one of them"
-    return f"{found}: not clearly more than both (p up to {max(gain['p'] for gain in gains):.2g})"
+        return f"{found}: significantly fewer than one of them"
+    return f"{found}: not significantly more than both (p up to {max(gain['p'] for gain in gains):.2g})"
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The page."""
+    """Return the page in Markdown."""
     arguments, losses = report["arguments"], report["losses"]
     steps, rank, length, extended = (arguments[name] for name in ("steps", "rank", "length", "extended"))
     rate, ratio = arguments["learning_rate"], arguments["loraplus_lr_ratio"]
@@ -72,20 +74,21 @@ def markdown(report: Mapping[str, Any]) -> str:
     training, total = (report["seconds"][name] / 60 for name in ("training", "all"))
     versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
     lines = [
-        "# Beyond the context: trained with shifted sparse attention, asked with dense attention",
+        "# Retrieval beyond the context after training with shifted sparse attention",
         "",
-        f"{arguments['model']}, made for {report['context']} positions, fine-tuned for {extended} by LongLoRA's recipe,",
-        f"and asked for a key of {DIGITS} digits that stands somewhere in filler.",
+        f"{arguments['model']}, whose context is {report['context']} positions, is fine-tuned for {extended} positions "
+        f"with the recipe of LongLoRA. Each prompt hides a key of {DIGITS} digits in filler text and asks for it at the "
+        "end. Evaluation uses dense attention.",
         "",
         *(f"- {verdict(row)}." for row in report["rows"] if row["depth"] == ALL),
         "",
-        f"{steps} steps of one row of {length} tokens, whose positions have gaps; learning rate {rate:g}",
-        f"(LoRA+, ratio {ratio:g}), rank {rank}, {report['dtype']}. The loss was {first:.2f} over the first five steps and",
-        f"{last:.2f} over the last five. Device: {report['device']}, cores: {report['cores']}; {versions};",
-        f"{training:.0f} minutes of training, {total:.0f} with all questions. Made by",
-        f"`{report['command']}`, whose head describes it.",
+        f"Training: {steps} steps of one row of {length} tokens, whose positions have gaps; learning rate {rate:g} "
+        f"(LoRA+, ratio {ratio:g}), rank {rank}, {report['dtype']}. The mean loss was {first:.2f} over the first five "
+        f"steps and {last:.2f} over the last five. Device: {report['device']}, cores: {report['cores']}; {versions}. "
+        f"Training took {training:.0f} minutes, and the whole study {total:.0f} minutes. Made by `{report['command']}`. "
+        "The docstring of the program describes the method.",
         "",
-        "Shares of right answers, greedy and of all digits, with 95 % intervals:",
+        "Shares of correct answers with 95 % intervals. An answer is correct where greedy decoding gives all digits:",
         "",
         f"| prompts | key in | number | {' | '.join(MODELS)} | tuned - untuned |",
         f"|{' --- |' * (len(MODELS) + 4)}",
@@ -98,10 +101,14 @@ def markdown(report: Mapping[str, Any]) -> str:
         lines.append(f"| {row['kind']} | {row['depth']} | {row['prompts']} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"within: {length} tokens with gaps, the last position in the upper half of the context; beyond: the same, the last",
-        f"position between it and {extended}; real: {extended} tokens without gaps. Thirds are those of positions.",
-        "The tuned model has learned the wording of the question, too: how much of its gain is that of positions,",
-        "the untuned model within its context shows.",
+        "The prompts:",
+        "",
+        f"- within: {length} tokens with gaps; the last position is in the upper half of the context;",
+        f"- beyond: {length} tokens with gaps; the last position is between the context and {extended};",
+        f"- real: {extended} tokens without gaps.",
+        "",
+        '"key in" is the third of the positions that holds the key. The tuned model has also learned the wording of the '
+        "question. The rows `within` of the untuned model show how much of the gain is due to that and not to positions.",
         "",
     ]
     return "\n".join(lines)

@@ -1,9 +1,9 @@
-"""Texts that hide a key in filler and ask for it, as tokens with positions that may have gaps.
+"""Texts with a key hidden in filler, which ask for the key at their end, as tokens with positions that may have gaps.
 
     ... filler | The pass key is 48213. Remember it. | filler ... | What is the pass key? The pass key is 48213
 
-Of the positions up to the one where a text may end, a short text skips most: shares of them, drawn at random, lie before its
-pieces (sentences), most of them before a few. The order stays, as in PoSE (Zhu et al. 2023).
+A short text skips most of the positions up to its last one: random shares of the skipped positions are before its pieces
+(sentences), most of them before a few pieces. The order of tokens is unchanged, as in PoSE (Zhu et al. 2023).
 """
 
 import dataclasses
@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from qlora_jax.data import PLAIN_ANSWERS
+from qlora_jax.errors import UnsupportedError
 
-DIGITS = 5  # of a key
-OTHERS = 0.03  # weight in training of a token that is no digit of an answer
+DIGITS = 5  # digits of a key
+OTHERS = 0.03  # weight in the loss of tokens that are not digits of an answer
 DEPTHS = ("first third", "middle", "last third")
 
 
@@ -27,7 +28,7 @@ class Prompt:
 
     Attributes:
         kind: "within", "beyond" or "real".
-        tokens: int32 `[t]`, the digits of the answer at the end.
+        tokens: int32 `[t]`, which end with the digits of the answer.
         positions: int32 `[t]`.
         depth: the key's position as a share of the last one.
     """
@@ -51,34 +52,36 @@ class Writer:
         self._draws = np.random.default_rng(seed)
 
     def key(self) -> tuple[list[int], list[int]]:
-        """(the sentences that tell a key, those that ask for it, with the answer)."""
+        """Return the sentences that state a key, and those that ask for it, including the answer."""
         digits = "".join(map(str, self._draws.integers(0, 10, DIGITS)))
-        told = self._encode(f" The pass key is {digits}. Remember it.")
-        question = " What is the pass key? The pass key is "
-        asked = self._encode(question + digits)
-        if asked[:-DIGITS] != self._encode(question):
-            raise ValueError(
-                f"model: expected a tokenizer that makes a token of each digit, found {asked[-DIGITS:]} for {digits}"
+        statement = self._encode(f" The pass key is {digits}. Remember it.")
+        request = " What is the pass key? The pass key is "
+        question = self._encode(request + digits)
+        if question[:-DIGITS] != self._encode(request):
+            raise UnsupportedError(
+                f"model: expected a tokenizer that makes a token of each digit, found {question[-DIGITS:]} for {digits}"
             )
-        return told, asked
+        return statement, question
 
     def filler(self, count: int) -> Iterator[list[int]]:
-        """Sentences of so many tokens together, of which the last is cut."""
+        """Yield sentences with `count` tokens together; the last sentence is truncated."""
         while count > 0:
             sentence = self._sentences[self._draws.integers(len(self._sentences))][:count]
             count -= len(sentence)
             yield sentence
 
     def row(self, length: int, extended: int, reach: int) -> dict[str, np.ndarray]:
-        """A row of training, arrays `[length]`: packed documents, each with a key, at most `reach` tokens from where it is
-        told to the end of the answer, and with positions of its own."""
+        """Return a training row, arrays `[length]`: packed documents, each with its own key and its own positions.
+
+        There are at most `reach` tokens from the statement of a key to the end of the answer.
+        """
         documents: list[dict[str, np.ndarray]] = []
         total = 0
         while total <= length:
-            told, asked = self.key()
-            between = int(self._draws.integers(reach - len(told) - len(asked) + 1))
+            statement, question = self.key()
+            between = int(self._draws.integers(reach - len(statement) - len(question) + 1))
             before = int(self._draws.integers(reach // 2))
-            pieces = [*self.filler(before), told, *self.filler(between), asked]
+            pieces = [*self.filler(before), statement, *self.filler(between), question]
             tokens = np.concatenate(pieces)
             document = {
                 "inputs": tokens[:-1],
@@ -93,25 +96,28 @@ class Writer:
         return {name: values.astype(np.float32 if name == "loss_mask" else np.int32) for name, values in row.items()}
 
     def prompt(self, kind: str, length: int, last: int, place: float | None = None) -> Prompt:
-        """A prompt of so many tokens whose last position is given, with its key at that share of the filler, or anywhere."""
-        told, asked = self.key()
-        filler = length - len(told) - len(asked)
+        """Return a prompt of `length` tokens with the last position `last`.
+
+        The key is at the share `place` of the filler, or at a random place.
+        """
+        statement, question = self.key()
+        filler = length - len(statement) - len(question)
         before = int((self._draws.random() if place is None else place) * filler)
-        pieces = [*self.filler(before), told, *self.filler(filler - before), asked]
+        pieces = [*self.filler(before), statement, *self.filler(filler - before), question]
         positions = self._positions(pieces, last + 1)
         positions = positions + (last - positions[-1])
         return Prompt(kind, np.concatenate(pieces).astype(np.int32), positions, float(positions[before]) / last)
 
     def _positions(self, pieces: Sequence[Sequence[int]], extended: int) -> np.ndarray:
-        """int32 `[tokens]` below `extended`, in order; what is skipped lies before pieces, most of it before a few."""
+        """Return ascending positions, int32 `[tokens]`, below `extended`; most skipped positions are before a few pieces."""
         lengths = [len(piece) for piece in pieces]
-        shares = self._draws.dirichlet(np.full(len(pieces) + 1, 0.1))[:-1]  # the last share is left after the end
+        shares = self._draws.dirichlet(np.full(len(pieces) + 1, 0.1))[:-1]  # the last share is skipped after the end
         skipped = np.cumsum(shares * max(extended - sum(lengths), 0)).astype(np.int32)
         return np.arange(sum(lengths), dtype=np.int32) + np.repeat(skipped, lengths)
 
 
 def answers() -> list[str]:
-    """The sentences of the answers that ship."""
+    """Return the sentences of the answers of the default data."""
     rows = [json.loads(line) for line in Path(PLAIN_ANSWERS).read_text(encoding="utf-8").splitlines()]
     texts = [message["content"] for row in rows for message in row["messages"] if message["role"] == "assistant"]
     return [line.split(": ", 1)[-1] for text in texts for line in text.splitlines() if line]

@@ -1,0 +1,42 @@
+"""The names of the tensors in an adapter's files, which are PEFT's.
+
+base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight               PREFIX, module, suffix of the method
+base_model.model.model.norm.weight                                           PREFIX, name of a parameter
+base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta     PREFIX, module, ROWS
+"""
+
+from collections.abc import Iterable
+
+from qlora_jax.peft import Method
+from qlora_jax.peft.prompt import EMBEDDINGS
+
+__all__ = ["PREFIX", "ROWS", "adapted_modules", "rows_name", "split_name", "tensor_name"]
+
+PREFIX = "base_model.model."
+ROWS = ".token_adapter.trainable_tokens_delta"
+
+
+def tensor_name(module: str, suffix: str) -> str:
+    """Return the name of a tensor of a module's adapter, e.g. of "model.layers.0.self_attn.q_proj" and "lora_A.weight"."""
+    return f"{PREFIX}{module}.{suffix}"
+
+
+def rows_name(module: str) -> str:
+    """Return the name of the trained rows of a token embedding or head, e.g. of "model.embed_tokens"."""
+    return f"{PREFIX}{module}{ROWS}"
+
+
+def split_name(tensor: str, method: Method) -> tuple[str, str | None]:
+    """Return (full name of the module, suffix) of a tensor of an adapter; (the name, None) of any other tensor."""
+    for suffix in method.suffixes:
+        if tensor == EMBEDDINGS == suffix:  # belongs to the model as a whole
+            return "", suffix
+        if tensor.endswith("." + suffix):
+            return tensor.removeprefix(PREFIX).removesuffix("." + suffix), suffix
+    return tensor, None
+
+
+def adapted_modules(tensors: Iterable[str], method: Method) -> list[str]:
+    """Return the full names of the modules whose adapters have tensors of these names."""
+    split = [split_name(name, method) for name in tensors]
+    return list(dict.fromkeys(module for module, suffix in split if suffix is not None and module))

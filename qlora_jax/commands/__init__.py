@@ -1,0 +1,42 @@
+"""The commands of the package. `scripts/NAME.py` and the console command `qlora-jax NAME` run the same function.
+
+    qlora-jax                     list the commands
+    qlora-jax train --help        the options of one command
+    qlora-jax train --model …     run it
+
+Each command is a module of this package with a dataclass of its options and a `main` that returns an exit code. Only the
+module of the chosen command is imported.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "train": "fine-tune a language model with QLoRA",
+    "generate": "ask a model, with or without an adapter",
+    "merge": "merge an adapter into its base model and write a Hugging Face folder",
+    "evaluate": "measure a model, with or without an adapter, on MMLU",
+    "plan": "compile a step for devices that need not be attached, and show what it needs",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that the first argument names and return its exit code.
+
+    Args:
+        arguments: the command line without the name of the program; `sys.argv` if None.
+    """
+    name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    if name in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print("usage: qlora-jax NAME [OPTIONS]\n")
+        print("\n".join(f"  {command:{width}}  {text}" for command, text in COMMANDS.items()))
+        print("\n`qlora-jax NAME --help` shows the options of a command.")
+        return 0
+    if name not in COMMANDS:
+        print(f"error: unknown command {name!r}: expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"qlora_jax.commands.{name}").main(rest, program=f"qlora-jax {name}")

@@ -1,0 +1,291 @@
+"""Plan a run: compile its training step or its decode step for devices that need not be attached.
+
+    python scripts/plan.py --model llama-3-8b --batch-size 4 --max-length 2048 --device h100
+    python scripts/plan.py --config recipes/guanaco-65b.toml --device a100-80 --plot memory.png
+    python scripts/plan.py --model llama-3-8b --max-length 2048 --device v5e:2x2
+    python scripts/plan.py --model llama-65b --rank 64 --device h100 --fit batch
+    python scripts/plan.py --model llama-3-8b --step decode --capacity 4096 --device l4
+    python scripts/plan.py --model llama-3-8b --device rtx4090 --quick
+
+The command takes all options of scripts/train.py with the same meaning, so that a config file for training can be planned
+unchanged. The numbers are those of XLA's buffer assignment, on each device; with --quick they are calculated without a
+compiler. The last line is JSON.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from qlora_jax import cli
+from qlora_jax.checkpoint.bitsandbytes import is_quantized
+from qlora_jax.checkpoint.open import open_checkpoint
+from qlora_jax.errors import CheckpointError, DoesNotFitError, OptionError
+from qlora_jax.finetune.options.options import Options
+from qlora_jax.finetune.step import step_spec
+from qlora_jax.models import ModelSpec, family_of, scaled
+from qlora_jax.plan import (
+    HUB_IDS,
+    SIZES,
+    Choice,
+    Machine,
+    Report,
+    as_json,
+    cheaper_first,
+    cheapest_that_fits,
+    check_compiler,
+    check_drawing,
+    compile_decode_step,
+    compile_train_step,
+    draw,
+    largest_that_fits,
+    machine_named,
+    quick_plan,
+    report_of,
+    spec_values,
+    table,
+)
+from qlora_jax.platforms import use_compilers_only
+from qlora_jax.train import StepSpec
+
+Spec = StepSpec[ModelSpec]
+
+_DEFAULT = "smollm2-135m"
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """Options of the plan."""
+
+    device: str = "h100"
+    """Device: h100, h200, b200, a100-80, a100-40, l4, rtx4090, rtx3090, v4, v5e, v5p or v6e; several devices: h100x4,
+    v5e:2x2."""
+    step: Literal["train", "decode"] = "train"
+    """The training step, or the step that generates one token for each row."""
+    capacity: int = 2048
+    """Number of tokens per row in the cache of the decode step."""
+    quick: bool = False
+    """Calculate instead of compiling: it takes seconds, and the memory of temporaries is an estimate."""
+    fit: Literal["none", "batch", "length", "options"] = "none"
+    """Search for what fits: the largest batch-size, the largest max-length (a multiple of 128), or the cheapest options."""
+    plot: Path | None = None
+    """Picture to write: a bar of the memory by use, with the limit of the device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanCommandOptions(Options):
+    """The options of the command: those of training, and those of the plan."""
+
+    plan: PlanOptions = dataclasses.field(default_factory=PlanOptions)
+
+
+def main(arguments: Sequence[str] | None = None, *, program: str | None = None) -> int:
+    """Run the command and return its exit code."""
+    use_compilers_only()  # nothing is run on a device: one that is attached stays free
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA logs programs that do not fit, which is the question here
+    return cli.run(plan, PlanCommandOptions, __doc__, arguments, program=program)
+
+
+def plan(options: PlanCommandOptions) -> None:
+    """Print what the step needs as a table and, on the last line, as JSON."""
+    chosen = options.plan
+    machine = machine_named(chosen.device)
+    _check(chosen, machine)
+    model = options.model.model or _DEFAULT
+    spec = read_spec(options, model, machine)
+    found: dict[str, Any] = {}
+    if chosen.fit == "options":
+        spec, machine, found = fit_options(spec, machine, chosen.quick)
+    elif chosen.fit != "none":
+        spec, found = fit_number(spec, machine, chosen.fit, chosen.quick)
+    if chosen.step == "decode":
+        decode_step = compile_decode_step(spec, machine, capacity=chosen.capacity)
+        title = f"{model}: decoding {spec.batch.batch_size} x {chosen.capacity}"
+        report = report_of(decode_step, spec, machine, title)
+    else:
+        report = train_report(
+            spec, machine, f"{model}: training {spec.batch.batch_size} x {spec.batch.length}", chosen.quick
+        )
+    print(table(report))
+    if chosen.fit != "none":
+        print(f"  found: {', '.join(f'{name} {value}' for name, value in found.items())}")
+    if chosen.plot is not None:
+        draw([report], chosen.plot)
+        print(f"  drawn: {chosen.plot}")
+    print(json.dumps({**as_json(report), "model": model, "recipe": spec_values(spec), "found": found}))
+
+
+def _check(chosen: PlanOptions, machine: Machine) -> None:
+    """Raise an error for options that contradict each other, before anything is downloaded or traced."""
+    if chosen.step == "decode" and (chosen.quick or chosen.fit != "none"):
+        other = "quick" if chosen.quick else f"fit {chosen.fit}"
+        raise OptionError(f"step decode: is compiled as it is: expected no quick and no fit beside it, found {other}")
+    if chosen.capacity < 1:
+        raise OptionError(f"capacity: expected at least 1, found {chosen.capacity}")
+    if chosen.plot is not None:
+        check_drawing(chosen.plot)
+    if not chosen.quick:
+        check_compiler(machine)
+
+
+def read_spec(options: PlanCommandOptions, model: str, machine: Machine) -> Spec:
+    """Return the step that the options describe, for the config of a model."""
+    hf_config = read_config(model)
+    config = family_of(hf_config).config(hf_config)
+    if (scaling := options.context.scaling(config, options.data.max_length)) is not None:
+        config = family_of(hf_config).config(scaled(hf_config, config, scaling))
+    spec = step_spec(options, config, machine.device.platform)
+    if is_quantized(hf_config) and spec.model.quantization is not None:
+        print("The checkpoint is quantised already: planned with the storage that the options name.", file=sys.stderr)
+    return spec
+
+
+def train_report(spec: Spec, machine: Machine, title: str, quick: bool) -> Report:
+    """Return the report of a training step, calculated or compiled."""
+    if quick:
+        start = time.perf_counter()
+        estimate = quick_plan(spec, machine.device.platform, machine.count)
+        return report_of(estimate, spec, machine, title, time.perf_counter() - start)
+    return report_of(compile_train_step(spec, machine), spec, machine, title)
+
+
+def peak_of(spec: Spec, machine: Machine, quick: bool) -> int:
+    """Return the peak of memory in bytes on each device.
+
+    For a program that the compiler refuses because it does not fit, this is a number above the memory of the device.
+    """
+    if quick:
+        return quick_plan(spec, machine.device.platform, machine.count).peak
+    try:
+        return compile_train_step(spec, machine).peak
+    except DoesNotFitError as error:
+        return max(error.needed or 0, machine.device.memory_bytes + 1)
+
+
+def fit_number(spec: Spec, machine: Machine, kind: Literal["batch", "length"], quick: bool) -> tuple[Spec, dict[str, Any]]:
+    """Return the step with the largest batch or length that fits, and that number by its name."""
+    field, step = ("batch_size", 1) if kind == "batch" else ("length", 128)
+    limit = machine.device.memory_bytes
+
+    def with_number(number: int) -> Spec:
+        return dataclasses.replace(spec, batch=dataclasses.replace(spec.batch, **{field: number}))
+
+    def peak(number: int, by_arithmetic: bool = quick) -> int:
+        size = peak_of(with_number(number), machine, by_arithmetic)
+        if not by_arithmetic:
+            print(f"{field} {number}: {size / 2**30:.2f} GiB", file=sys.stderr, flush=True)
+        return size
+
+    guess = largest_that_fits(lambda number: peak(number, True), limit, start=getattr(spec.batch, field), step=step)
+    best = guess if quick else largest_that_fits(peak, limit, start=step if guess is None else guess[0], step=step)
+    if best is None:
+        need = peak(step, True)
+        choice = _cheapest(with_number(step), machine, True)
+        hint = "no options would make it fit" if choice is None else f"what would: {_flags(choice[0], machine)}"
+        raise DoesNotFitError(
+            f"{field} {step} does not fit {machine.name}: expected at most {limit / 2**30:.2f} GiB, found about "
+            f"{need / 2**30:.2f} GiB; {hint}"
+        )
+    return with_number(best[0]), {field: best[0]}
+
+
+def fit_options(spec: Spec, machine: Machine, quick: bool) -> tuple[Spec, Machine, dict[str, Any]]:
+    """Return the step and the machine with the cheapest options that fit, and these options in words."""
+    best = _cheapest(spec, machine, quick)
+    if best is None:
+        least = min(
+            quick_plan(choice.spec, machine.device.platform, machine.count * choice.devices).peak
+            for choice in cheaper_first(spec)
+        )
+        raise DoesNotFitError(
+            f"nothing fits {machine.name}: expected at most {machine.device.memory_bytes / 2**30:.2f} GiB, found about "
+            f"{least / 2**30:.2f} GiB with all options and 8 times the devices"
+        )
+    choice, _ = best
+    words = _flags(choice, machine)
+    return choice.spec, _times(machine, choice.devices), {"options": words}
+
+
+def _cheapest(spec: Spec, machine: Machine, quick: bool) -> tuple[Choice, int] | None:
+    """Return the cheapest options that fit and their peak of memory; None if none fit."""
+
+    def estimate(choice: Choice) -> int:
+        return quick_plan(choice.spec, machine.device.platform, machine.count * choice.devices).peak
+
+    def peak(choice: Choice) -> int:
+        size = peak_of(choice.spec, _times(machine, choice.devices), quick)
+        if not quick:
+            print(f"{_flags(choice, machine)}: {size / 2**30:.2f} GiB", file=sys.stderr, flush=True)
+        return size
+
+    return cheapest_that_fits(cheaper_first(spec), estimate, peak, machine.device.memory_bytes)
+
+
+def _times(machine: Machine, factor: int) -> Machine:
+    """Return a machine with `factor` times as many devices; the smallest sides of its topology are doubled first."""
+    shape = list(machine.shape)
+    while factor > 1:
+        side = shape.index(min(shape))
+        shape[side], factor = shape[side] * 2, factor // 2
+    return Machine(machine.device, tuple(shape))
+
+
+def _flags(choice: Choice, machine: Machine) -> str:
+    """Return the flags of a choice of options, in words."""
+    words = [word for word in choice.words if "times the devices" not in word]
+    words += [f"--device {_times(machine, choice.devices).name}"] if choice.devices > 1 else []
+    return " ".join(words) or "the options as they are"
+
+
+def read_config(model: str) -> dict[str, Any]:
+    """Return the config.json of a model by the name of its size, by a path or by a hub id. No weights are read.
+
+    Raises:
+        CheckpointError: there is no such config.json.
+    """
+    if model in SIZES:
+        return SIZES[model]
+    path = Path(model).expanduser()
+    if not path.exists() and model in HUB_IDS:
+        return SIZES[HUB_IDS[model]]
+    if path.suffix.lower() == ".gguf":
+        return open_checkpoint(model).config
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.exists():
+        if "/" not in model:  # most likely a misspelt size: the hub is not asked for it
+            near = difflib.get_close_matches(model, SIZES, n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ";"
+            raise CheckpointError(f"--model {model}: no such path, and no size by that name{hint} known: {', '.join(SIZES)}")
+        path = _config_from_hub(model)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def _config_from_hub(model: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
+
+    print(f"Asking the hub for config.json of {model}.", file=sys.stderr, flush=True)
+    logging.set_verbosity_error()  # it would log each attempt; the error below is enough
+    try:
+        return Path(hf_hub_download(model, "config.json"))
+    # Errors of the hub or of its HTTP client, whose types change with its version.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        near = difflib.get_close_matches(model, HUB_IDS, n=2, cutoff=0.6)
+        hint = f"; without the hub {' and '.join(near)} are known" if near else ""
+        raise CheckpointError(
+            f"--model {model}: no such path, and no hub id that can be read "
+            f"({type(error).__name__}: {reason}){hint}; sizes by name: {', '.join(SIZES)}"
+        ) from error

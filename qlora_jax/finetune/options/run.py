@@ -1,0 +1,55 @@
+"""The options of a run: its length, its evaluations and its folder."""
+
+import dataclasses
+from pathlib import Path
+
+from qlora_jax.errors import OptionError
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """The length of the run, its evaluations and its folder."""
+
+    output: Path = Path("runs/plain-answers")
+    """Folder of the run."""
+    overwrite: bool = False
+    """Delete the run that the folder holds."""
+    epochs: int = 2
+    """Passes over the training data."""
+    max_steps: int | None = None
+    """Stop after so many steps, even within an epoch."""
+    batch_size: int = 2
+    """Rows of one micro-batch on each device."""
+    accumulation_steps: int = 1
+    """Number of micro-batches whose gradients are averaged in one step."""
+    seed: int = 0
+    """Random seed of the adapter's initial values, the order of the data and dropout."""
+    eval_every: int = 20
+    """Steps between evaluations; 0: evaluate only before and after training."""
+    predict_with_generate: bool = False
+    """Measure RougeL of an encoder-decoder at every evaluation, not only after training."""
+    early_stopping_patience: int = 0
+    """Stop after so many evaluations without a lower held-out loss, and save the adapter of the lowest; 0: never stop."""
+    save_every: int = 20
+    """Steps between checkpoints; 0: only after the last step."""
+    keep: int = 3
+    """Number of checkpoints to keep."""
+    memory_check: bool = True
+    """Stop before anything is loaded where the run needs more memory than the devices have."""
+    samples: int = 3
+    """Number of held-out prompts whose answers before and after training are shown; 0 for none."""
+
+    def __post_init__(self) -> None:
+        least = {"epochs": 1, "batch_size": 1, "accumulation_steps": 1, "keep": 1}
+        least |= dict.fromkeys(("seed", "eval_every", "early_stopping_patience", "save_every", "samples"), 0)
+        low = [
+            f"{name}: expected at least {bound}, found {getattr(self, name)}"
+            for name, bound in least.items()
+            if getattr(self, name) < bound
+        ]
+        if self.max_steps is not None and self.max_steps < 1:
+            low.append(f"max_steps: expected at least 1, found {self.max_steps}")
+        if self.early_stopping_patience and self.eval_every == 0:
+            low.append("early_stopping_patience: expected eval_every of at least 1, found 0")
+        if low:
+            raise OptionError("; ".join(low))

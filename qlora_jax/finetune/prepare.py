@@ -1,0 +1,216 @@
+"""The first stage of a run: everything that can be wrong is found, and no weights are read.
+
+options            checked against each other
+output folder      free, or holding this very run unfinished (folder.py)
+model              names, headers, tokenizer, and an abstract model that base, adapter and method fit
+reporting          trackers, the hub's repository, the questions of MMLU
+objective          the data, as batches
+step               what one step computes, and whether the devices have the memory for it
+"""
+
+import dataclasses
+import logging
+import math
+
+import jax
+import numpy as np
+import optax
+
+from qlora_jax.adapters.metadata import AdapterMetadata
+from qlora_jax.adapters.pretrained import Pretrained, open_unchecked
+from qlora_jax.adapters.weight_init import converted_from
+from qlora_jax.errors import OptionError
+from qlora_jax.evaluate import Prompts
+from qlora_jax.finetune.folder import claim
+from qlora_jax.finetune.memory import check_memory
+from qlora_jax.finetune.objectives import Batches, Objective, Setting, objective_kind
+from qlora_jax.finetune.options.context import warn_beyond
+from qlora_jax.finetune.options.options import Options
+from qlora_jax.finetune.reporting.callbacks import check_prompts, check_reporting
+from qlora_jax.finetune.reporting.mmlu import read_prompts
+from qlora_jax.finetune.step import batch_spec, step_spec
+from qlora_jax.finetune.virtual_tokens import check_rows, first_tokens
+from qlora_jax.models import ModelConfig, ModelSpec, method_for, positions_left
+from qlora_jax.peft import Method
+from qlora_jax.train import StepSpec, learning_rate_schedule
+
+__all__ = ["PreparedRun", "prepare"]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedRun:
+    """Everything that training needs, before any weights are read.
+
+    Attributes:
+        options: the options of the run.
+        pretrained: the base with its tokenizer, the method, and the adapter that the run continues from.
+        spec: the training step.
+        objective: the data, and how answers and scores are made.
+        batches: the batches to train on.
+        steps: the number of steps of the whole run.
+        learning_rate: the learning rate by step.
+        adapter_metadata: what is recorded beside the adapter.
+        initial_tokens: the tokens whose embeddings the virtual tokens start from; None: no such tokens.
+        questions: the questions of MMLU; None for none.
+        progress: whether to show progress bars.
+    """
+
+    options: Options
+    pretrained: Pretrained
+    spec: StepSpec[ModelSpec]
+    objective: Objective
+    batches: Batches
+    steps: int
+    learning_rate: optax.Schedule
+    adapter_metadata: AdapterMetadata
+    initial_tokens: np.ndarray | None
+    questions: Prompts | None
+    progress: bool
+
+    @property
+    def method(self) -> Method:
+        """The method of fine-tuning."""
+        return method_of(self.pretrained)
+
+
+def prepare(options: Options, *, progress: bool = True) -> PreparedRun:
+    """Check the options and open everything that a run needs.
+
+    Args:
+        options: what to train on what.
+        progress: whether to show progress bars, here and in the later stages.
+
+    Raises:
+        QLoRAError: options, data or files that cannot be used.
+        OSError: files that cannot be read or written.
+    """
+    options.check()
+    claim(options)
+    pretrained, spec = _open(options)
+    config, method, tokenizer = pretrained.checkpoint.model_config, method_of(pretrained), pretrained.tokenizer
+    initial_tokens = first_tokens(method, tokenizer, config, options.run.seed)
+    check_reporting(options)
+    questions = read_prompts(options, tokenizer, _with_positions_left(config, method))
+    objective = _read_objective(options, pretrained, progress)
+    spec = dataclasses.replace(
+        spec,
+        objective=objective.step,
+        batch=batch_spec(options, length=objective.length, source_length=objective.source_length),
+    )
+    metadata = _adapter_metadata(options, pretrained, objective)
+    batches = objective.training(rows_of_step(options))
+    steps = _count_steps(options, batches)
+    check_prompts(options, objective.prompts)
+    if options.run.memory_check:
+        check_memory(spec)
+    return PreparedRun(
+        options=options,
+        pretrained=pretrained,
+        spec=spec,
+        objective=objective,
+        batches=batches,
+        steps=steps,
+        learning_rate=_learning_rate(options, pretrained, steps),
+        adapter_metadata=metadata,
+        initial_tokens=initial_tokens,
+        questions=questions,
+        progress=progress,
+    )
+
+
+def method_of(pretrained: Pretrained) -> Method:
+    """Return the method of a model that is opened for training."""
+    assert pretrained.method is not None
+    return pretrained.method
+
+
+def rows_of_step(options: Options) -> int:
+    """Return the rows of one step on all devices."""
+    return options.run.batch_size * options.run.accumulation_steps * jax.device_count()
+
+
+def _open(options: Options) -> tuple[Pretrained, StepSpec[ModelSpec]]:
+    """Open the base and the adapter, with the run's own method, special tokens and positions, and describe the step.
+
+    The abstract model, which `Pretrained.check` needs, is traced here and nowhere else in a run.
+    """
+    pretrained = open_unchecked(
+        options.model.model,
+        options.model.adapter,
+        revision=options.model.revision,
+        quantization=options.model.quantization(),
+        embedding_storage=options.model.embedding_storage,
+    )
+    config, metadata = pretrained.checkpoint.model_config, pretrained.adapter_metadata
+    scaling = options.context.scaling(config, options.data.max_length) or (metadata and metadata.scaling)
+    pretrained = pretrained.with_scaling(scaling)
+    if pretrained.adapter is None:
+        method = options.context.with_trained_modules(options.method(), config)
+    else:
+        method = method_of(pretrained).with_dropout(options.lora.dropout)
+    if options.optimizer.loraplus_lr_ratio is not None and not method.rank:
+        raise OptionError(f"loraplus_lr_ratio: expected none with {method.peft_type}, which has no A and B")
+    pretrained = pretrained.with_method(method).with_special_tokens(options.lora.special_tokens)
+    config, method = pretrained.checkpoint.model_config, method_of(pretrained).with_tokenizer(pretrained.base.name)
+    method = method_for(method, config) or method
+    spec = step_spec(options, config, jax.default_backend(), method=method, quantization=pretrained.quantization)
+    pretrained = dataclasses.replace(pretrained, method=method, dtype=spec.model.dtype, remat=spec.model.remat)
+    pretrained.check()
+    return pretrained, dataclasses.replace(spec, model=pretrained.spec)
+
+
+def _with_positions_left(config: ModelConfig, method: Method) -> ModelConfig:
+    """Return the config with as many positions as the method's virtual tokens leave."""
+    positions = positions_left(config, method)
+    return config if positions is None else dataclasses.replace(config, max_position_embeddings=positions)
+
+
+def _read_objective(options: Options, pretrained: Pretrained, progress: bool) -> Objective:
+    """Read the data; the rows may be longer than the model's context, with a warning."""
+    config, method = pretrained.checkpoint.model_config, method_of(pretrained)
+    kind = objective_kind(options.objective.objective, config)
+    kind.check(options)
+    objective = kind.read(Setting(options, pretrained.tokenizer, config, pretrained.stop_ids, progress))
+    check_rows(method, config, objective.longest, packed=objective.step.packed)
+    warn_beyond(config, objective.longest)
+    return objective
+
+
+def _adapter_metadata(options: Options, pretrained: Pretrained, objective: Objective) -> AdapterMetadata:
+    """Return the metadata of the adapter, and say where the adapter that the run continues from has others."""
+    before = pretrained.adapter_metadata
+    if pretrained.subtracted is not None and before is not None:
+        start = before.converted_from
+    else:
+        start = converted_from(method_of(pretrained))
+    metadata = AdapterMetadata(
+        pretrained.quantization, objective.template, options.model.embedding_storage, start, pretrained.scaling
+    )
+    if before is not None and before != metadata:
+        _logger.info("The adapter was trained with %s, and continues with %s.", before, metadata)
+    return metadata
+
+
+def _count_steps(options: Options, batches: Batches) -> int:
+    """Return the number of steps of the whole run."""
+    steps, most = 0, options.run.max_steps
+    for epoch in range(options.run.epochs):
+        if most is not None and steps >= most:  # counting the batches of an epoch means to pack it
+            break
+        count = batches.batches_in_epoch(epoch)
+        if count is None:
+            assert most is not None  # as `options.check` has made sure
+            return most
+        steps += count
+    return steps if most is None else min(steps, most)
+
+
+def _learning_rate(options: Options, pretrained: Pretrained, steps: int) -> optax.Schedule:
+    """Return the learning rate by step."""
+    checkpoint, chosen = pretrained.checkpoint, options.optimizer
+    kind = objective_kind(options.objective.objective, checkpoint.model_config)
+    parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
+    peak = chosen.peak_learning_rate(parameters, kind, method_of(pretrained))
+    return learning_rate_schedule(chosen.schedule, peak, steps, round(steps * chosen.warmup_ratio))

@@ -1,0 +1,39 @@
+"""A run: a base model and a data set in, an adapter out.
+
+    prepare   options      -> PreparedRun   finds everything that can be wrong; no weights are read (prepare.py)
+    train     PreparedRun  -> TrainedRun    reads the weights and trains                            (training.py)
+    finish    TrainedRun   -> Path          saves, measures and shows what was trained              (finish.py)
+
+    <output>/checkpoints, metrics.jsonl, loss.png    while training
+    <output>/best                                    with early stopping: the adapter of the lowest held-out loss
+    <output>/adapter                                 in PEFT's format, with a model card
+    <output>/model                                   instead, after full fine-tuning
+    <output>/eval_results.json                       the metrics of the held-out data
+
+The same options with the same folder resume a run that was stopped.
+"""
+
+from pathlib import Path
+
+from qlora_jax.finetune.finish import finish
+from qlora_jax.finetune.messages import messages_on_stderr
+from qlora_jax.finetune.options.options import Options
+from qlora_jax.finetune.prepare import prepare
+from qlora_jax.finetune.training import train
+
+__all__ = ["finetune"]
+
+
+def finetune(options: Options, *, progress: bool = True) -> Path:
+    """Run all three stages and return the folder of the adapter, or of the model after full fine-tuning.
+
+    Args:
+        options: what to train on what.
+        progress: whether to show progress bars.
+
+    Raises:
+        QLoRAError: options, data or files that cannot be used, before any long work; or a loss that diverged.
+        OSError: files that cannot be read or written.
+    """
+    with messages_on_stderr():
+        return finish(train(prepare(options, progress=progress)))

@@ -1,0 +1,39 @@
+"""scripts/benchmarks/measure_plan.py: its recipes, its fit on rows with known factors, bad input. Nothing is compiled."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_jax.models.llama import llama_config
+from qlora_jax.plan import SIZES, quick_plan
+from scripts.benchmarks import measure_plan as script
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmarks" / "measure_plan.py"
+
+
+def test_recipes_are_plans() -> None:
+    config = llama_config(SIZES["smollm2-135m"])
+    peaks = {name: quick_plan(make(config), "tpu").peak for name, make in script.RECIPES.items()}
+    assert set(peaks) == {"paper", "packed", "offload", "dots"}
+    assert peaks["dots"] > peaks["offload"]
+
+
+def test_the_fit_finds_factors_and_leaves_those_of_what_is_nowhere() -> None:
+    known = {"loss": {"logits": 2.0, "table": 7.0}, "layer": {"stream": 3.0, "table": 5.0}}
+    rows = []
+    for logits, stream in ((9, 1), (8, 2), (1, 9), (2, 8), (7, 1), (1, 6)):
+        row = {"settled": 5, "features": {"logits": 10**6 * logits, "stream": 10**6 * stream, "table": 0, "adapter": 0}}
+        rows.append(row | {"compiled": script.peak_with(row, known)})
+    start = {"loss": {"logits": 1.0, "table": 7.0}, "layer": {"stream": 1.0, "table": 5.0}}
+    found = script.fit(rows, start)
+    assert found["loss"] == pytest.approx({"logits": 2.0, "table": 7.0}, abs=0.01)
+    assert found["layer"] == pytest.approx({"stream": 3.0, "table": 5.0}, abs=0.01)
+
+
+def test_bad_input_is_one_line() -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT), "--models", "llama-8b"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: models: expected some of ")
+    assert done.stderr.strip().endswith("found llama-8b")

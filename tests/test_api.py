@@ -1,0 +1,101 @@
+"""The public calls of the package, in the order in which a user makes them, on a tiny model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+import qlora_jax as qj
+from qlora_jax.adapters.metadata import AdapterMetadata, read_adapter_metadata
+from qlora_jax.errors import OptionError
+from qlora_jax.export.drift import sample_logits
+
+TOKENS = np.arange(3, 35, dtype=np.int32).reshape(2, 16)
+
+
+def logits(model: qj.CausalLM | qj.T5) -> np.ndarray:
+    return sample_logits(model, [TOKENS])[0]
+
+
+def with_noise(model: qj.CausalLM | qj.T5) -> qj.CausalLM | qj.T5:
+    """The model with other values of its adapter."""
+    graph, adapter, frozen = qj.split(model)
+    draws = np.random.default_rng(0)
+    noisy = nnx.State(jax.tree.map(lambda leaf: leaf + 0.05 * draws.standard_normal(leaf.shape).astype(leaf.dtype), adapter))
+    return nnx.merge(graph, noisy, frozen)
+
+
+@pytest.mark.parametrize("initialization", ["pissa", "loftq"])
+def test_an_adapter_from_creation_to_its_file_and_back(tiny_llama: Path, tmp_path: Path, initialization: str) -> None:
+    """The saved folder holds a plain LoRA for the original weights, and gives the trained model back."""
+    method = qj.LoRA(rank=4, alpha=6, init_lora_weights=initialization, loftq_iter=2 if initialization == "loftq" else 1)
+    model, tokenizer = qj.from_pretrained(tiny_llama, method=method, dtype="float32", progress=False)
+    assert model.method == method
+    trained = with_noise(model)
+    folder = qj.save_pretrained(trained, tmp_path / "adapter", tokenizer, template="chat")
+
+    config = qj.read_adapter_config(folder)
+    assert (config.base_model_name_or_path, config.task_type) == (str(tiny_llama), "CAUSAL_LM")
+    assert isinstance(config.method, qj.LoRA)
+    assert (config.method.rank, config.method.alpha, config.method.init_lora_weights) == (8, 12, True)
+    assert read_adapter_metadata(folder) == AdapterMetadata(qj.Quantization(), "chat", "none", initialization)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight")} == {8}
+
+    again, _ = qj.from_pretrained(tiny_llama, folder, dtype="float32", progress=False)
+    np.testing.assert_allclose(logits(again), logits(trained), atol=1e-5)
+    # What was loaded can be saved again: the same file.
+    qj.save_pretrained(again, tmp_path / "again", template="chat")
+    for name, tensor in load_file(tmp_path / "again" / "adapter_model.safetensors").items():
+        np.testing.assert_allclose(tensor, tensors[name], atol=1e-6)
+    assert read_adapter_metadata(tmp_path / "again") == read_adapter_metadata(folder)
+
+    merged = qj.merge(tiny_llama, folder, tmp_path / "merged", dtype="float32", base="dequantized", progress=False)
+    dense, _ = qj.from_pretrained(merged, quantization=None, dtype="float32", progress=False)
+    np.testing.assert_allclose(logits(dense), logits(trained), atol=1e-4)
+
+
+def test_load_model_initialises_from_the_weights(tiny_llama: Path, tmp_path: Path) -> None:
+    """On a dense base PiSSA leaves the model as it is, and `save_adapter` writes the converted adapter: of zero."""
+    checkpoint, lora = qj.open_checkpoint(tiny_llama), qj.LoRA(rank=4, init_lora_weights="pissa")
+    model = qj.load_model(checkpoint, quantization=None, method=lora, dtype=jnp.float32, progress=False)
+    plain = qj.load_model(checkpoint, quantization=None, dtype=jnp.float32, progress=False)
+    np.testing.assert_allclose(logits(model), logits(plain), atol=1e-4)
+    tensors = load_file(qj.save_adapter(model, tmp_path / "adapter") / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    a, b = (tensors[name.format(letter)] for letter in "AB")
+    assert (a.shape[0], b.shape[1]) == (8, 8)
+    assert np.abs(a).max() > 0.01
+    np.testing.assert_allclose(b @ a, 0, atol=1e-6)
+
+
+def test_an_adapter_has_its_own_method(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="method: expected none beside the adapter"):
+        qj.from_pretrained(tiny_llama, tmp_path, method=qj.LoRA())
+
+
+def test_the_job_is_imported_when_it_is_used() -> None:
+    code = (
+        "import sys, qlora_jax as qj\n"
+        "heavy = {'matplotlib', 'transformers', 'datasets', 'qlora_jax.finetune'}\n"
+        "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
+        "assert callable(qj.finetune) and qj.finetune.finetune\n"
+        "assert qj.Options is qj.finetune.Options\n"
+        "assert set(qj.__all__) <= {*dir(qj), 'Options', 'finetune'}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_name_has_a_docstring() -> None:
+    assert [name for name in qj.__all__ if not getattr(qj, name).__doc__] == []
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        _ = qj.absent  # type: ignore[attr-defined]
