@@ -38,7 +38,6 @@ from qlora_jax.finetune import (
     training,
 )
 from qlora_jax.finetune import job as job_module
-from qlora_jax.finetune.objectives.registry import DECODER_OBJECTIVES
 from qlora_jax.peft import LoRA
 
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
@@ -155,15 +154,15 @@ def test_it_goes_on_from_an_adapter_which_is_the_reference(options: Options, tmp
     assert 0 < max(np.abs(found.tensors[name] - tensor).max() for name, tensor in old.items()) < 0.2
 
     corpus: Any = {}
-    kind = DECODER_OBJECTIVES["dpo"]
+    objective = job_module.DECODER_OBJECTIVES["dpo"]
 
     def keep(setting: Any) -> Any:
-        corpus["objective"] = kind.read(setting)
+        corpus["objective"] = objective(setting)
         return corpus["objective"]
 
     third = but(second, "run", output=tmp_path / "third", overwrite=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(DECODER_OBJECTIVES, "dpo", dataclasses.replace(kind, read=keep))
+        patch.setitem(job_module.DECODER_OBJECTIVES, "dpo", keep)
         patch.setattr(job_module, "_load", lambda *arguments: pytest.fail("loaded"))
         with pytest.raises(pytest.fail.Exception):
             finetune(third, progress=False)
