@@ -11,7 +11,7 @@ MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 350, 80, 8
 
 
 def public_names() -> frozenset[str]:
-    """Return the names that `qlora_jax` and its packages export. Users call them; they may have more options with defaults."""
+    """Return the names that `qlora_jax` and its packages export: what users call, with more options that have defaults."""
     names: set[str] = set()
     for path in (ROOT / "qlora_jax").rglob("__init__.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

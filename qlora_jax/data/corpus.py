@@ -170,8 +170,8 @@ def encode_all(
 
 def _too_long(row: int, length: int, limits: Limits) -> DataError:
     return DataError(
-        f"row {row} (counted from 0): expected at most {limits}, found {length}; raise the limit, or choose on_long truncate "
-        "or drop"
+        f"row {row} (counted from 0): expected at most {limits}, found {length}; "
+        "raise the limit, or choose on_long truncate or drop"
     )
 
 
