@@ -23,7 +23,7 @@ from qlora_jax.checkpoint.fill import fill_dense, fill_embedding, fill_stack, ze
 from qlora_jax.checkpoint.initialize import Rewrite, Rewritten, rewrite_for, subtracted_from, with_initial_adapter
 from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.models import Model, ModelConfig, ModelSpec, Origin, Remat
-from qlora_jax.nn import AdapterConstant, AttentionImplementation, Linear, ReadsWeight, WeightConstant, place
+from qlora_jax.nn import AdapterConstant, AttentionImplementation, Linear, ReadsWeight, WeightConstant, put_on_mesh
 from qlora_jax.peft import Method, Subtracted
 from qlora_jax.quant import EmbeddingStorage, PackedEmbedding, Quantization, embedding_shape
 
@@ -139,7 +139,7 @@ def load(
             lambda: nnx.state(spec.build(nnx.Rngs(seed), attention), nnx.LoRAParam, AdapterConstant),
             compiler_options=_compile_fast(),
         )
-        adapter, constants = place(mesh, draw(), PartitionSpec())
+        adapter, constants = put_on_mesh(mesh, draw(), PartitionSpec())
     model = nnx.merge(graph, adapter, constants, following, frozen)
     _read_weights(model, mesh)
     if subtracted is None:
@@ -189,7 +189,7 @@ def _read_weights(model: Model, mesh: Mesh | None) -> None:
         if isinstance(layer, Linear) and isinstance(layer.adapter, ReadsWeight):
             layer.adapter.read_weight(layer.weight.get_value())
             for constant in (value for value in vars(layer.adapter).values() if isinstance(value, WeightConstant)):
-                constant.set_value(place(mesh, constant.get_value(), PartitionSpec()))
+                constant.set_value(put_on_mesh(mesh, constant.get_value(), PartitionSpec()))
 
 
 def storage_of(checkpoint: Checkpoint, quantization: Quantization | None) -> Quantization | None:

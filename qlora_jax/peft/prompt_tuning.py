@@ -2,7 +2,7 @@
 
 They are initialized from a normal distribution, with rows of the input embedding drawn at random, or with the embeddings of
 the tokens of a text. The last two need the input embedding, which has no values yet when a model is constructed:
-`initial_tokens` returns the token ids, and `models.prompts.start_from_tokens` copies their rows.
+`initial_tokens` returns the token ids, and `models.prompts.initialize_from_tokens` copies their rows.
 """
 
 import dataclasses

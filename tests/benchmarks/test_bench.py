@@ -84,6 +84,7 @@ def check_train(found: dict[str, Any]) -> None:
     assert found["start_seconds"] > found["load_seconds"] + found["first_step_seconds"]
 
 
+@pytest.mark.integration
 def test_both_sides_compute_the_same_first_loss(folder: Path) -> None:
     needs(script.HF)
     runs = train_runs(folder, ours=("float32-full",), hf=("float32-checkpointing", "float32-prepared"))
@@ -96,6 +97,7 @@ def test_both_sides_compute_the_same_first_loss(folder: Path) -> None:
     assert ours["trainable_parameters"] == peer["trainable_parameters"]
 
 
+@pytest.mark.integration
 def test_both_sides_decode_the_same_tokens(folder: Path) -> None:
     needs(script.HF)
     variants = {OURS: ("dense-float32",), "hf": ("dense-float32",)}
@@ -113,6 +115,7 @@ def test_both_sides_decode_the_same_tokens(folder: Path) -> None:
     assert "do NOT agree (from token 3 on)" in sentence
 
 
+@pytest.mark.integration
 def test_qwix_trains_the_same_adapter(folder: Path) -> None:
     needs(script.QWIX)
     ours, peer = (workers.run_worker(run.command) for run in train_runs(folder, ours=("float32-full",), qwix=("float32",)))
@@ -122,6 +125,7 @@ def test_qwix_trains_the_same_adapter(folder: Path) -> None:
     assert ours["losses"][0] == pytest.approx(peer["losses"][0], rel=0.05)
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark of memory is Linux's")
 def test_planned_memory_is_measured(folder: Path) -> None:
     [run] = memory.runs_of(folder, ["float32-none-4x64"], PYTHON, rank=4)

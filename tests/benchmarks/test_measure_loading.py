@@ -74,6 +74,7 @@ print(json.dumps([samples[0], max(samples), samples[-1]]))
     assert after <= most - 45_000_000
 
 
+@pytest.mark.integration
 def test_the_report_of_a_process_of_its_own(folder: Path) -> None:
     arguments = script.Arguments(folder=folder, stage="load", rank=4, dtype="bfloat16")
     done = subprocess.run(

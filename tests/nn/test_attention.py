@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import value_and_pullback
 
 from qlora_jax.nn import biased_attention, cached_attention, causal_attention, default_implementation, with_prefix
 
@@ -69,29 +70,27 @@ def test_blocks_of_queries(segmented: bool, window: int | None, shared: int) -> 
     def at_once(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return biased_attention(q, k, v, jnp.asarray(mask), None, scale=8**-0.5)
 
-    out, pull = jax.vjp(ours, *map(jnp.asarray, (q, k, v)))
+    out, gradients = value_and_pullback(ours, (q, k, v), jnp.sin)
     np.testing.assert_allclose(out, reference(q, k, v, mask), atol=1e-5)
-    expected = jax.vjp(at_once, *map(jnp.asarray, (q, k, v)))[1](jnp.sin(out))
-    for a, b in zip(pull(jnp.sin(out)), expected, strict=True):
+    _, expected = value_and_pullback(at_once, (q, k, v), lambda _: jnp.sin(out))
+    for a, b in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_blocks_in_bfloat16_add_their_gradients_in_float32() -> None:
     """The gradients of keys and values of 8 blocks are as near to the exact ones as those of all scores at once."""
-    exact = [jnp.asarray(x) for x in random_qkv(length=1024)]
     seen = jnp.tril(jnp.ones((1024, 1024), bool))[None]
 
     def at_once(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return biased_attention(q, k, v, seen, None, scale=8**-0.5)
 
-    rounded = [x.astype(jnp.bfloat16) for x in exact]
-    exact = [x.astype(jnp.float32) for x in rounded]
-    out, pull = jax.vjp(at_once, *exact)
+    rounded = tuple(jnp.asarray(x, jnp.bfloat16) for x in random_qkv(length=1024))
+    exact = tuple(x.astype(jnp.float32) for x in rounded)
+    out, wanted = value_and_pullback(at_once, exact, lambda out: jnp.sin(out).astype(jnp.bfloat16).astype(jnp.float32))
     back = jnp.sin(out).astype(jnp.bfloat16)
-    wanted = pull(back.astype(jnp.float32))
 
     def errors(function: Any) -> list[float]:
-        found = jax.vjp(function, *rounded)[1](back)
+        _, found = value_and_pullback(function, rounded, lambda _: back)
         pairs = zip(found, wanted, strict=True)
         return [float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)) for a, b in pairs]
 
@@ -124,10 +123,10 @@ def test_window_scale_and_cap_with_gradients(window: int | None, cap: float | No
     def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return causal_attention(q, k, v, window=window, scale=0.4, cap=cap)
 
-    out, pull = jax.vjp(ours, q, k, v)
-    expected, pull_expected = jax.vjp(plain, q, k, v)
+    out, gradients = value_and_pullback(ours, (q, k, v), jnp.sin)
+    expected, expected_gradients = value_and_pullback(plain, (q, k, v), lambda _: jnp.sin(out))
     np.testing.assert_allclose(out, expected, atol=1e-5)
-    for a, b in zip(pull(jnp.sin(out)), pull_expected(jnp.sin(out)), strict=True):
+    for a, b in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -151,10 +150,10 @@ def test_bias_with_gradients(kv_heads: int, rows: str, biased: bool) -> None:
     def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return biased_attention(q, k, v, jnp.asarray(mask), bias, scale=0.7)
 
-    out, pull = jax.vjp(ours, q, k, v)
-    expected, pull_expected = jax.vjp(plain, q, k, v)
+    out, gradients = value_and_pullback(ours, (q, k, v), jnp.sin)
+    expected, expected_gradients = value_and_pullback(plain, (q, k, v), lambda _: jnp.sin(out))
     np.testing.assert_allclose(out, expected, atol=1e-5)
-    for a, b in zip(pull(jnp.sin(out)), pull_expected(jnp.sin(out)), strict=True):
+    for a, b in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 

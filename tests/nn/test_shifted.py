@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import value_and_pullback
 from flax import nnx
 
 from qlora_jax.models import CausalLM
@@ -22,6 +23,13 @@ CONFIG: dict[str, Any] = {
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-5,
 }
+
+
+def build() -> CausalLM:
+    def make() -> CausalLM:
+        return CausalLM(llama_config(CONFIG), rngs=nnx.Rngs(0))
+
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(make)), jax.jit(lambda: nnx.state(make()))())
 
 
 def reach(length: int, size: int, segments: np.ndarray | None = None, window: int | None = None) -> np.ndarray:
@@ -70,10 +78,10 @@ def test_equals_dense_attention_with_the_mask(
     def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return shifted_group_attention(q, k, v, groups, segment_ids=ids, window=window)
 
-    out, pull = jax.vjp(ours, q, k, v)
-    expected, pull_expected = jax.vjp(plain, q, k, v)
+    out, gradients = value_and_pullback(ours, (q, k, v), jnp.sin)
+    expected, expected_gradients = value_and_pullback(plain, (q, k, v), lambda _: jnp.sin(out))
     np.testing.assert_allclose(out, expected, atol=1e-5)
-    for a, b in zip(pull(jnp.sin(out)), pull_expected(jnp.sin(out)), strict=True):
+    for a, b in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -81,11 +89,10 @@ def test_equals_dense_attention_with_the_mask(
 def test_gradients_of_a_model_over_every_pair(packed: bool) -> None:
     """The loss of token t has a gradient at the embedding of token s exactly where a half of the heads lets t see s."""
     length, groups = 16, 4
-    model = CausalLM(llama_config(CONFIG), rngs=nnx.Rngs(0))
+    graph, state = nnx.split(build())
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 31, (1, length)), jnp.int32)
     segments = np.where(np.arange(length) < 6, 1, 2)
     more: dict[str, Any] = {"segment_ids": jnp.asarray(segments)[None]} if packed else {}
-    graph, state = nnx.split(model)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((1, length, 32)), jnp.float32)
 
     def losses(x: jax.Array) -> jax.Array:
@@ -95,7 +102,7 @@ def test_gradients_of_a_model_over_every_pair(packed: bool) -> None:
         logits = jax.nn.log_softmax(model.logits(hidden))
         return -jnp.take_along_axis(logits, tokens[..., None], axis=-1)[0, :, 0]
 
-    found = np.abs(np.asarray(jax.jacrev(losses)(x))[:, 0]).max(-1)  # [t, s]
+    found = np.abs(np.asarray(jax.jit(jax.jacrev(losses))(x))[:, 0]).max(-1)  # [t, s]
     seen = reach(length, length // groups, segments if packed else None).any(0)
     assert (found[~seen] == 0).all()
     assert (found[seen] > 1e-6).all()
@@ -103,13 +110,14 @@ def test_gradients_of_a_model_over_every_pair(packed: bool) -> None:
 
 def test_the_loss_takes_groups_in_training_alone() -> None:
     """With the key of training or without: what asks for groups gets them; the plain loss is that of dense attention."""
-    model = CausalLM(llama_config(CONFIG), rngs=nnx.Rngs(0))
+    model = build()
     draws = np.random.default_rng(0)
     batch = {name: jnp.asarray(draws.integers(0, 31, (2, 16)), jnp.int32) for name in ("inputs", "targets")}
     batch["loss_mask"] = jnp.ones((2, 16))
-    dense = language_model_loss(model, batch, None)
-    assert language_model_loss(model, batch, None, attention_groups=1) == dense
-    assert abs(language_model_loss(model, batch, None, attention_groups=4) - dense) > 1e-3
+    loss = jax.jit(language_model_loss, static_argnames="attention_groups")
+    dense = loss(model, batch, None)
+    assert loss(model, batch, None, attention_groups=1) == dense
+    assert abs(loss(model, batch, None, attention_groups=4) - dense) > 1e-3
 
 
 def test_compute_falls_with_the_groups() -> None:

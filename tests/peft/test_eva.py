@@ -97,7 +97,7 @@ def ours(peer: Peer, lora: LoRA, data: list[dict[str, np.ndarray]]) -> CausalLM:
     return start_from_inputs(model, build, lora, language_model_loss, iter(data), most=len(data), progress=False)
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("use_dora", [False, pytest.param(True, marks=pytest.mark.integration)])
 def test_directions_of_a_models_inputs(peer: Peer, use_dora: bool) -> None:
     """One batch with padding, ranks that differ, a layer without an adapter."""
     lora = LoRA(
@@ -123,6 +123,7 @@ def test_directions_of_a_models_inputs(peer: Peer, use_dora: bool) -> None:
                 assert explained(seen[name], a[:, :rank].T) > 0.99, name
 
 
+@pytest.mark.integration
 def test_as_good_as_pefts(peer: Peer) -> None:
     """The variance that the directions of either explain of all batches."""
     data = batches(4, 0)

@@ -6,16 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import value_and_pullback
 from kernel_checks import LIMITS, random, relative_error
 
 from qlora_jax.quant import StackedTensor, dequantize, kernels, matmul, quantize, with_implementation
 from qlora_jax.quant.kernels.tpu_scales import spread_absmax
-
-
-@jax.jit  # one program, not one an operation
-def product_and_gradient(x: jax.Array, q: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    y, pullback = jax.vjp(lambda x: matmul(x, q), x)
-    return y, pullback(dy)[0]
 
 
 # 1792 rows have 28 scales a column: groups of 256 of them begin within columns.
@@ -38,7 +33,7 @@ def test_product_and_gradient(
     q = with_implementation(quantize(random(rows, columns), data_type, block_size, double), "pallas")
     dense = np.asarray(dequantize(q, jnp.float32), np.float64)
     x, dy = (jnp.asarray(random(count, size, seed=1), dtype) for size in (rows, columns))
-    y, dx = product_and_gradient(x, q, dy)
+    y, (dx,) = value_and_pullback(matmul, (x,), lambda _: dy, q)
     assert (y.dtype, y.shape) == (dtype, (count, columns))
     assert relative_error(y, np.asarray(x, np.float64) @ dense) < LIMITS[dtype]
     assert relative_error(dx, np.asarray(dy, np.float64) @ dense.T) < LIMITS[dtype]

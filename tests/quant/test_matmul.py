@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import value_and_pullback
 
 from qlora_jax.quant import QuantizedTensor, codebook, dequantize, matmul, quantize
 from qlora_jax.quant import tensor as tensor_module
@@ -21,13 +22,7 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 def test_value_and_gradient_equal_those_of_the_dense_product(rows: int, data_type: Any) -> None:
     q, x = quantize(random(rows, 24), data_type), random(2, 5, rows, seed=1)
     dy, dense = random(2, 5, 24, seed=2), np.asarray(dequantize(q))
-
-    @jax.jit
-    def product_and_gradient(x: jax.Array, w: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y, pullback = jax.vjp(lambda x: matmul(x, w), x)
-        return y, pullback(dy)[0]
-
-    y, dx = product_and_gradient(x, q, dy)
+    y, (dx,) = value_and_pullback(matmul, (x,), lambda _: dy, q)
     np.testing.assert_allclose(y, x @ dense, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(dx, dy @ dense.T, rtol=1e-5, atol=1e-5)
 

@@ -71,6 +71,7 @@ def test_answers_are_compared_by_their_ends() -> None:
     assert cell.final_answer("  four \n") == "four"
 
 
+@pytest.mark.integration
 def test_a_comparison_end_to_end(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both runs finish, the report holds them, and the same command reads what is there."""
     data = tmp_path / "data.jsonl"

@@ -118,6 +118,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return script.main()
 
 
+@pytest.mark.integration
 def test_the_report(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -116,6 +116,7 @@ def test_the_table_and_what_it_says() -> None:
     assert "significantly fewer" in verdict(table(prompts * 5, less)[0])
 
 
+@pytest.mark.integration
 def test_the_report(
     make_tiny_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

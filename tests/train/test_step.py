@@ -5,6 +5,7 @@ run without what is tested (offload, micro-batches, devices).
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from tiers import tiered
 from tiny_config import CONFIG
 
 from qlora_jax.models import CausalLM
@@ -173,8 +175,10 @@ def test_adapter_and_moments_are_lora_leaves_alone() -> None:
     assert moments == sorted(2 * shapes)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("offload", ["state", "adapter"])
+@pytest.mark.parametrize(
+    ("offload", "micro_batches"),
+    tiered(itertools.product(("state", "adapter"), (1, 2)), quick=[("state", 1), ("adapter", 2)]),
+)
 def test_host_offload_keeps_what_it_says_in_host_memory_and_the_numbers(offload: Offload, micro_batches: int) -> None:
     """The same run without offload."""
 
@@ -255,7 +259,7 @@ def test_the_old_state_is_donated() -> None:
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, frozen)))
 
 
-@pytest.mark.parametrize("micro_batches", [2, 4])
+@pytest.mark.parametrize("micro_batches", tiered([2, 4], quick=[4]))
 def test_a_batch_cut_into_micro_batches_is_the_same_step(micro_batches: int) -> None:
     """The micro-batches have unlike numbers of learned tokens; of four, one has none."""
 
@@ -308,15 +312,15 @@ import json, sys
 from contextlib import nullcontext
 import jax, numpy as np
 from jax.sharding import PartitionSpec as P
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:]
 import test_step as T
-from qlora_jax.nn import data_mesh, frozen_sharding, place
+from qlora_jax.nn import data_mesh, frozen_sharding, put_on_mesh
 from qlora_jax.train import adamw, create_state, host_offload, jit_train_step, language_model_loss
 
 mesh = data_mesh()
 graph, adapter, frozen = T.parts()
 frozen = jax.tree.map(lambda leaf: jax.device_put(leaf, frozen_sharding(mesh, leaf.shape)), frozen)
-adapter = place(mesh, adapter, P())
+adapter = put_on_mesh(mesh, adapter, P())
 split = [leaf.addressable_shards[0].data.size < leaf.size for leaf in jax.tree.leaves(frozen) if leaf.ndim > 2]
 tx = host_offload(adamw(1e-2))
 rows = []
@@ -324,7 +328,7 @@ with nullcontext() if mesh is None else jax.set_mesh(mesh):
     state = create_state(tx, adapter)
     step = jit_train_step(graph, tx, language_model_loss, state)
     for number in range(4):
-        state, metrics = step(state, frozen, place(mesh, T.random_batch(2, 4, seed=number), P(None, "data")))
+        state, metrics = step(state, frozen, put_on_mesh(mesh, T.random_batch(2, 4, seed=number), P(None, "data")))
         rows.append({name: float(value) for name, value in metrics.items()})
 print(json.dumps({
     "devices": jax.device_count(),
@@ -343,7 +347,7 @@ def test_four_devices_train_as_one_does() -> None:
     for count in (1, 4):
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
         done = subprocess.run(
-            [sys.executable, "-c", _DEVICES, str(Path(__file__).parent)],
+            [sys.executable, "-c", _DEVICES, *map(str, Path(__file__).parents[:2])],
             capture_output=True,
             text=True,
             check=False,
