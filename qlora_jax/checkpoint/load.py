@@ -86,6 +86,21 @@ def load_model(
     return model
 
 
+def checked_rewrite(checkpoint: Checkpoint, spec: ModelSpec, subtracted: Subtracted | None) -> Rewrite | None:
+    """Return how the original weights are changed before they are stored (`rewrite_for`); no weights are read.
+
+    Raises:
+        OptionError: the method's initialization does not go with the storage of the weights.
+        CheckpointError: a part of the original weights is to be subtracted, and the checkpoint has quantised ones.
+    """
+    rewrite = rewrite_for(spec.method, subtracted, spec.quantization)
+    if rewrite is not None and checkpoint.quantized:
+        raise CheckpointError(
+            f"{checkpoint.name}: expected the original weights, from which a part is subtracted, found quantised ones"
+        )
+    return rewrite
+
+
 def load(
     checkpoint: Checkpoint,
     spec: ModelSpec,
@@ -110,11 +125,7 @@ def load(
         QLoRAError: see `load_model`.
     """
     checkpoint = with_tied(checkpoint)
-    rewrite = rewrite_for(spec.method, subtracted, spec.quantization)
-    if rewrite is not None and checkpoint.quantized:
-        raise CheckpointError(
-            f"{checkpoint.name}: expected the original weights, from which a part is subtracted, found quantised ones"
-        )
+    rewrite = checked_rewrite(checkpoint, spec, subtracted)
     _check_storage(checkpoint, spec.quantization)
     if abstract is None:
         abstract = nnx.eval_shape(lambda: spec.build(nnx.Rngs(0), attention))

@@ -15,7 +15,7 @@ from jax import Array
 
 from qlora_jax.errors import OptionError
 from qlora_jax.peft.fields import Fields
-from qlora_jax.peft.method import Method, ModelShape
+from qlora_jax.peft.method import ModelShape
 from qlora_jax.peft.option import Option
 from qlora_jax.peft.prompt import (
     COMMON_FIELDS,
@@ -25,6 +25,7 @@ from qlora_jax.peft.prompt import (
     UNKNOWN,
     VIRTUAL_TOKENS,
     Prompt,
+    PromptMethod,
     PromptShape,
     check_prompt,
     init_normal,
@@ -41,7 +42,7 @@ _READ = COMMON_FIELDS | {"prompt_tuning_init", "prompt_tuning_init_text", "token
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptTuning(Method):
+class PromptTuning(PromptMethod):
     """Prompt tuning, with the fields of PEFT's PromptTuningConfig.
 
     Attributes:

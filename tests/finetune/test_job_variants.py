@@ -160,24 +160,3 @@ def test_preferences_from_pissa(tiny_llama: Path, tmp_path: Path) -> None:
     first, *_, last = evaluated(tmp_path / "run")
     assert first == pytest.approx(np.log(2), abs=1e-5)
     assert last < first
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"init_lora_weights": "olora"}, "init_lora_weights: expected true, gaussian"),
-        ({"init_lora_weights": "pissa", "use_dora": True}, "use_dora: expected no init_lora_weights that changes the base"),
-        ({"loftq_iter": 3}, "loftq_iter: expected at least 1, and 1 without loftq"),
-    ],
-)
-def test_refused_before_any_work(tiny_llama: Path, data: Path, tmp_path: Path, fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        finetune(options_of(tiny_llama, data, tmp_path / "run", **fields), progress=False)
-    assert not (tmp_path / "run").exists()
-
-
-def test_loftq_of_dense_layers_is_refused(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
-    options = options_of(tiny_llama, data, tmp_path / "run", init_lora_weights="loftq")
-    options = dataclasses.replace(options, model=ModelOptions(model=str(tiny_llama), data_type="none"))
-    with pytest.raises(ValueError, match="init_lora_weights loftq: expected linear layers in 4 bits"):
-        finetune(options, progress=False)
