@@ -26,7 +26,8 @@ from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.data import Seq2SeqExample, seq2seq_batches
 from qlora_jax.errors import CheckpointError
 from qlora_jax.export.merge import merge
-from qlora_jax.models import FAMILIES, T5, CausalLM, Remat, causal_family_of, family_of, t5_config
+from qlora_jax.models import FAMILIES, T5, CausalLM, Remat, causal_family_of, family_of
+from qlora_jax.models.t5_config import t5_config
 from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization, QuantizedTensor
 from qlora_jax.serve import Sampling, generate_seq2seq
