@@ -1,7 +1,9 @@
 """What README.md and docs/ say can be typed, can be typed: commands, flags, config files, names of the library."""
 
+import ast
 import dataclasses
 import importlib
+import inspect
 import re
 import shlex
 from functools import cache
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 
-import qlora_jax
+import qlora_jax as qj
 from qlora_jax.cli import from_toml, parse
 from qlora_jax.finetune import Options
 
@@ -85,13 +87,14 @@ def test_flags_exist() -> None:
 
 
 def flags_in(page: Path) -> set[str]:
-    """Return the flags that a page names, without those of other programs."""
+    """Return the flags that a page names, without those of other programs and of options that the page itself declares."""
     commands_of_others = (
         r"python qlora\.py .*?```|trl sft .*?```|`--lora_modules[^`]*`|`tensorboard [^`]*`|XLA_FLAGS=\S+|"
         r"LIBTPU_INIT_ARGS=\"[^\"]*\""
     )
     text = re.sub(commands_of_others, "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    return set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*)", text))
+    declared = {name.replace("_", "-") for name in re.findall(r"Option\(\s*\"(\w+)\"", text)}
+    return set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*)", text)) - declared
 
 
 def flags(options: type[Any]) -> set[str]:
@@ -110,9 +113,30 @@ def test_config_files_are_valid(page: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_pages_and_pictures_that_are_linked_exist(page: Path) -> None:
-    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
-    assert not [link for link in links if not (page.parent / link).exists()]
+def test_linked_pages_pictures_and_headings_exist(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", page.read_text(encoding="utf-8"))
+    missing = [name for name, _ in links if name and not (page.parent / name).exists()]
+    for name, heading in links:
+        target = page.parent / name if name else page
+        if heading and target.exists() and heading not in headings(target):
+            missing.append(f"{name}#{heading}")
+    assert not missing
+
+
+def headings(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+def test_every_page_is_linked_from_the_index() -> None:
+    index = ROOT / "docs" / "README.md"
+    linked = {(index.parent / link).resolve() for link in re.findall(r"\]\(([^)#\s]+)\)", index.read_text(encoding="utf-8"))}
+    assert {page for page in PAGES if page != index} - linked == set()
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_every_argument_of_qlora_has_a_row() -> None:
@@ -123,7 +147,16 @@ def test_every_argument_of_qlora_has_a_row() -> None:
     assert set(QLORA_ARGUMENTS.split()) - rows == set()
 
 
-def test_names_of_the_library_exist() -> None:
-    names = set(re.findall(r"\bqj\.(\w+)", (ROOT / "README.md").read_text(encoding="utf-8")))
-    assert names
-    assert {name for name in names if not hasattr(qlora_jax, name)} == set()
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "library.md"], ids=lambda page: page.name)
+def test_names_of_the_library_exist(page: Path) -> None:
+    """Names after `qj.`, their keyword arguments, and names that the code imports from the package."""
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    assert {name for name in re.findall(r"\bqj\.(\w+)", page.read_text(encoding="utf-8")) if not hasattr(qj, name)} == set()
+    for node in (node for block in blocks for node in ast.walk(ast.parse(block))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qlora_jax"):
+            module = importlib.import_module(str(node.module))
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "qj":
+            arguments = {keyword.arg: None for keyword in node.keywords if keyword.arg is not None}
+            inspect.signature(getattr(qj, node.func.attr)).bind(*node.args, **arguments)

@@ -218,7 +218,7 @@ def _problems_of_tensors(tensors: Mapping[str, np.ndarray], method: Method) -> l
 def _is_trained_besides(tensor: str, method: Method) -> bool:
     """Return whether a tensor belongs to a module that modules_to_save or trainable_token_indices names."""
     if tensor.endswith(ROWS):
-        return bool(method.token_rows())
+        return bool(method.trainable_tokens())
     return any(tensor.rpartition(".")[0].endswith(name) for name in method.modules_to_save)
 
 

@@ -16,7 +16,7 @@ from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.load import check_tensors, with_tied
 from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.models import FAMILIES, Model, families_with, tied_head
-from qlora_jax.models.trained import TABLE
+from qlora_jax.models.trainable import EMBEDDING
 from qlora_jax.peft import LoRA, LowRankAdapter
 
 __all__ = ["check_all", "check_family", "check_fit", "check_scaling"]
@@ -118,7 +118,7 @@ def _is_copied_row(name: str, tensors: Mapping[str, np.ndarray], model: Model) -
     head = tied_head(model.config.parameter_mappings)
     if head is None or name not in (rows_name(head.removesuffix(".weight")), rows_name("lm_head")):
         return False
-    embedding = next(mapping for mapping in model.config.parameter_mappings if mapping.path == TABLE)
+    embedding = next(mapping for mapping in model.config.parameter_mappings if mapping.path == EMBEDDING)
     rows = tensors.get(rows_name(embedding.modules()[0]))
     return rows is not None and np.array_equal(rows, tensors[name])
 

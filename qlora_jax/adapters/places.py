@@ -1,7 +1,7 @@
 """Where each tensor of an adapter's files is in a model.
 
 In memory all layers of a module are stacked and transposed: lora_a `[layers, in, r]`, lora_b `[layers, r, out]`, padded with
-zeros where a layer has a smaller rank or none. Of parameters that are trained as a whole or by rows (models.trained) the
+zeros where a layer has a smaller rank or none. Of parameters that are trained as a whole or by rows (models.trainable) the
 model holds the change, and the files hold the sum of the change and the frozen values. The family's parameter mappings say
 which tensors of the files a stacked variable stands for.
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 from qlora_jax.adapters.names import PREFIX, rows_name, tensor_name
 from qlora_jax.models import Model, ParameterMapping, linear_mappings
-from qlora_jax.models.trained import TABLE, TIED_HEAD
+from qlora_jax.models.trainable import EMBEDDING, TIED_HEAD
 from qlora_jax.nn import Linear
 from qlora_jax.peft import AdapterModule
 from qlora_jax.quant import PackedEmbedding, embedding_lookup
@@ -63,13 +63,13 @@ class Place:
 def places_of(model: Model) -> dict[str, Place]:
     """Return the place of each tensor of the files in a model, which may be abstract, by the tensor's name."""
     places = {name: place for mapping, adapter in adapter_modules(model) for name, place in _in_module(mapping, adapter)}
-    for mapping in model.trained.whole:
-        base = TABLE if mapping.path == TIED_HEAD else mapping.path
+    for mapping in model.trainable.full:
+        base = EMBEDDING if mapping.path == TIED_HEAD else mapping.path
         path = TIED_HEAD if mapping.path == TIED_HEAD else (*base[:-1], f"{base[-1]}_delta")
         for layer, name in enumerate(mapping.names()):
             index = (layer,) if mapping.stacked else ()
             places[PREFIX + name] = Place(path, index, base=base, base_index=index)
-    for mapping, tokens in model.trained.rows:
+    for mapping, tokens in model.trainable.rows:
         path = (*mapping.path[:-1], f"{mapping.path[-1]}_delta")
         place = Place(path, (), base=mapping.path, base_index=np.asarray(tokens))
         places[rows_name(mapping.modules()[0])] = place

@@ -31,7 +31,7 @@ from qlora_jax.adapters.weight_init import split_initialization
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.hub import Snapshot, resolve
-from qlora_jax.checkpoint.load import default_dtype, load, storage_of
+from qlora_jax.checkpoint.load import checked_rewrite, default_dtype, load, storage_of
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, stop_ids
 from qlora_jax.errors import OptionError
@@ -137,6 +137,7 @@ class Pretrained:
     def check(self) -> None:
         """Raise QLoRAError where base, adapter and method do not fit each other, as far as names and shapes show."""
         check_all(self.checkpoint, self.adapter, self.abstract)
+        checked_rewrite(self.checkpoint, self.spec, self.subtracted)
 
     def with_scaling(self, scaling: RopeScaling | None) -> "Pretrained":
         """Return the same with scaled positions of the base; None leaves them as they are.

@@ -19,7 +19,7 @@ from qlora_jax.adapters.names import PREFIX
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.models import ParameterMapping, tied_head
-from qlora_jax.models.trained import HEAD, TABLE
+from qlora_jax.models.trainable import EMBEDDING, HEAD
 
 __all__ = ["embedding_names", "with_resized_embeddings"]
 
@@ -37,7 +37,7 @@ def with_resized_embeddings(checkpoint: Checkpoint, adapter: Adapter) -> Checkpo
     mappings = checkpoint.model_config.parameter_mappings
     left, chosen, rows = dict(adapter.resized_embeddings), dict[str, np.ndarray](), dict[str, int]()
     problems: list[str] = []
-    for mapping in (mapping for mapping in mappings if mapping.path in (TABLE, HEAD, SHARED)):
+    for mapping in (mapping for mapping in mappings if mapping.path in (EMBEDDING, HEAD, SHARED)):
         names = _names_of_base(mappings, mapping)
         copies = {name: left.pop(name) for name in _spellings(names) if name in left}
         if not copies:  # the base's own embedding is not used where another one is trained in its place
@@ -76,7 +76,7 @@ def _names_of_base(mappings: Sequence[ParameterMapping], mapping: ParameterMappi
     """Return the files' names of an embedding of the base, with those of the head where the embedding is also the head."""
     if mapping.path == HEAD or any(other.path == HEAD for other in mappings):
         return embedding_names(mappings, mapping.path)
-    return [mapping.name, *(embedding_names(mappings, HEAD) if mapping.path == TABLE else ["lm_head.weight"])]
+    return [mapping.name, *(embedding_names(mappings, HEAD) if mapping.path == EMBEDDING else ["lm_head.weight"])]
 
 
 def _spellings(names: Sequence[str]) -> list[str]:

@@ -24,7 +24,7 @@ from qlora_jax.adapters.resized_base import embedding_names, with_resized_embedd
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.errors import CheckpointError, OptionError, UnsupportedError
 from qlora_jax.models import DecoderConfig, tied_head
-from qlora_jax.models.trained import HEAD, TABLE, TIED_HEAD, trained_parts
+from qlora_jax.models.trainable import EMBEDDING, HEAD, TIED_HEAD, trainable_base
 from qlora_jax.peft import LoRA
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def with_token_rows(checkpoint: Checkpoint, tokens: Sequence[int]) -> Checkpoint
     config = checkpoint.model_config
     if not isinstance(config, DecoderConfig):
         raise UnsupportedError(f"special_tokens: expected a decoder-only model, found {config.family}")
-    size, names = config.vocab_size, [mapping.name for mapping in config.parameter_mappings if mapping.path in (TABLE, HEAD)]
+    size = config.vocab_size
+    names = [mapping.name for mapping in config.parameter_mappings if mapping.path in (EMBEDDING, HEAD)]
     larger = max(size, max(tokens) + 1)
     new = sorted({*tokens, *range(size, larger)})
     old = np.setdiff1d(np.arange(size), new)
@@ -99,7 +100,7 @@ def resized_for_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     """
     checkpoint = with_resized_embeddings(checkpoint, adapter)
     size = checkpoint.config.get("vocab_size", 0)
-    tokens = {token for _, tokens in adapter.method.token_rows() for token in tokens}
+    tokens = {token for _, tokens in adapter.method.trainable_tokens() for token in tokens}
     beyond = sorted(token for token in tokens.union(range(size, _trained_rows(checkpoint, adapter))) if token >= size)
     if not beyond:
         return checkpoint
@@ -113,7 +114,7 @@ def resized_for_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
 def _trained_rows(checkpoint: Checkpoint, adapter: Adapter) -> int:
     """Return the number of rows of the embedding and the head that an adapter trains as a whole; 0: it trains neither."""
     mappings = checkpoint.model_config.parameter_mappings
-    names = [PREFIX + name for path in (TABLE, HEAD) for name in embedding_names(mappings, path)]
+    names = [PREFIX + name for path in (EMBEDDING, HEAD) for name in embedding_names(mappings, path)]
     return max((len(adapter.tensors[name]) for name in names if name in adapter.tensors), default=0)
 
 
@@ -125,16 +126,16 @@ def train_token_rows(lora: LoRA, checkpoint: Checkpoint, tokens: tuple[int, ...]
             tied to it.
     """
     config = checkpoint.model_config
-    trained = trained_parts(lora, config.parameter_mappings, vocabulary=config.vocab_size)
-    whole = {mapping.path for mapping in trained.whole}
+    trained = trainable_base(lora, config.parameter_mappings, vocabulary=config.vocab_size)
+    whole = {mapping.path for mapping in trained.full}
     unties = trained.unties and tied_head(config.parameter_mappings) is not None
-    if unties and not {TABLE, TIED_HEAD} <= whole:
+    if unties and not {EMBEDDING, TIED_HEAD} <= whole:
         raise OptionError(
             "special_tokens: expected both the token embedding and lm_head in modules_to_save, found one of them"
         )
     rows: dict[str, tuple[int, ...]] = {}
     for mapping in config.parameter_mappings:
-        if mapping.path in (TABLE, HEAD) and mapping.path not in whole and not unties:
+        if mapping.path in (EMBEDDING, HEAD) and mapping.path not in whole and not unties:
             module = "lm_head" if mapping.path == HEAD else mapping.modules()[0].rsplit(".", 1)[-1]
             rows[module] = (*(trained.rows_of(mapping.path) or ()), *tokens)
     both = tuple(rows.items())

@@ -46,7 +46,7 @@ def fetch_default_model(cache: Path | None = None) -> Path:
     """Return the path of the model's .gguf file, after fetching it where `cache` does not have it.
 
     Raises:
-        CheckpointError: it could not be fetched, checked or written; the message says what to do.
+        CheckpointError: it could not be fetch_to_device, checked or written; the message says what to do.
     """
     folder = Path(cache) if cache is not None else default_cache()
     target = folder / Path(MEMBER).name

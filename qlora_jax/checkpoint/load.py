@@ -23,7 +23,7 @@ from qlora_jax.checkpoint.fill import fill_dense, fill_embedding, fill_stack, ze
 from qlora_jax.checkpoint.initialize import Rewrite, Rewritten, rewrite_for, subtracted_from, with_initial_adapter
 from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.models import Model, ModelConfig, ModelSpec, Origin, Remat
-from qlora_jax.nn import AdapterConstant, AttentionImplementation, Linear, ReadsWeight, WeightConstant, place
+from qlora_jax.nn import AdapterConstant, AttentionImplementation, Linear, ReadsWeight, WeightConstant, put_on_mesh
 from qlora_jax.peft import Method, Subtracted
 from qlora_jax.quant import EmbeddingStorage, PackedEmbedding, Quantization, embedding_shape
 
@@ -86,6 +86,21 @@ def load_model(
     return model
 
 
+def checked_rewrite(checkpoint: Checkpoint, spec: ModelSpec, subtracted: Subtracted | None) -> Rewrite | None:
+    """Return how the original weights are changed before they are stored (`rewrite_for`); no weights are read.
+
+    Raises:
+        OptionError: the method's initialization does not go with the storage of the weights.
+        CheckpointError: a part of the original weights is to be subtracted, and the checkpoint has quantised ones.
+    """
+    rewrite = rewrite_for(spec.method, subtracted, spec.quantization)
+    if rewrite is not None and checkpoint.quantized:
+        raise CheckpointError(
+            f"{checkpoint.name}: expected the original weights, from which a part is subtracted, found quantised ones"
+        )
+    return rewrite
+
+
 def load(
     checkpoint: Checkpoint,
     spec: ModelSpec,
@@ -110,11 +125,7 @@ def load(
         QLoRAError: see `load_model`.
     """
     checkpoint = with_tied(checkpoint)
-    rewrite = rewrite_for(spec.method, subtracted, spec.quantization)
-    if rewrite is not None and checkpoint.quantized:
-        raise CheckpointError(
-            f"{checkpoint.name}: expected the original weights, from which a part is subtracted, found quantised ones"
-        )
+    rewrite = checked_rewrite(checkpoint, spec, subtracted)
     _check_storage(checkpoint, spec.quantization)
     if abstract is None:
         abstract = nnx.eval_shape(lambda: spec.build(nnx.Rngs(0), attention))
@@ -128,7 +139,7 @@ def load(
             lambda: nnx.state(spec.build(nnx.Rngs(seed), attention), nnx.LoRAParam, AdapterConstant),
             compiler_options=_compile_fast(),
         )
-        adapter, constants = place(mesh, draw(), PartitionSpec())
+        adapter, constants = put_on_mesh(mesh, draw(), PartitionSpec())
     model = nnx.merge(graph, adapter, constants, following, frozen)
     _read_weights(model, mesh)
     if subtracted is None:
@@ -178,7 +189,7 @@ def _read_weights(model: Model, mesh: Mesh | None) -> None:
         if isinstance(layer, Linear) and isinstance(layer.adapter, ReadsWeight):
             layer.adapter.read_weight(layer.weight.get_value())
             for constant in (value for value in vars(layer.adapter).values() if isinstance(value, WeightConstant)):
-                constant.set_value(place(mesh, constant.get_value(), PartitionSpec()))
+                constant.set_value(put_on_mesh(mesh, constant.get_value(), PartitionSpec()))
 
 
 def storage_of(checkpoint: Checkpoint, quantization: Quantization | None) -> Quantization | None:

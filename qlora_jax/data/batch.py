@@ -26,6 +26,7 @@ real data sets, rows of 512 tokens are 93–97 % full in random order and 97–9
 """
 
 import bisect
+import dataclasses
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -78,8 +79,7 @@ def batches(
         OptionError: an option is out of range, or packing and group_by_length are both given.
         DataError: no examples, or an example that is too short or too long.
     """
-    return BatchIterator(
-        examples,
+    options = _Options(
         batch_size=batch_size,
         length=length,
         pad_id=pad_id,
@@ -91,6 +91,40 @@ def batches(
         shard_count=shard_count,
         group_by_length=group_by_length,
     )
+    return BatchIterator(examples, options)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """The options of `batches`."""
+
+    batch_size: int
+    length: int
+    pad_id: int
+    packing: bool
+    shuffle: bool
+    seed: int
+    epochs: int | None
+    shard_index: int
+    shard_count: int
+    group_by_length: bool
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("length", 1), ("seed", 0)):
+            if (value := getattr(self, name)) < least:
+                raise OptionError(f"{name}: expected at least {least}, found {value}")
+        if self.epochs is not None and self.epochs < 1:
+            raise OptionError(f"epochs: expected at least 1, or None for no end, found {self.epochs}")
+        if not 0 <= self.shard_index < self.shard_count:
+            expected = f"0 to {self.shard_count - 1} (shard_count {self.shard_count})"
+            raise OptionError(f"shard_index: expected {expected}, found {self.shard_index}")
+        if self.packing and self.group_by_length:
+            raise OptionError("expected packing or group_by_length, found both: packed rows are all full")
+
+    @property
+    def global_batch(self) -> int:
+        """Number of rows in a batch of all shards together."""
+        return self.batch_size * self.shard_count
 
 
 def bucket_length(examples: Sequence[Example], max_length: int, multiple: int = 64) -> int:
@@ -140,50 +174,29 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 class BatchIterator(grain.DatasetIterator[Batch]):
     """The iterator of `batches`. Its state is two numbers and a description of the data and options that they belong to."""
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        *,
-        batch_size: int,
-        length: int,
-        pad_id: int,
-        packing: bool,
-        shuffle: bool,
-        seed: int,
-        epochs: int | None,
-        shard_index: int,
-        shard_count: int,
-        group_by_length: bool,
-    ):
+    def __init__(self, examples: Sequence[Example], options: _Options):
         super().__init__()
-        _check(examples, batch_size, length, epochs, shard_index, shard_count, packing, group_by_length, seed)
-        self._examples = examples
+        _check_examples(examples, options.length)
+        self._examples, self._options = examples, options
         self._pairs = np.array([len(example) - 1 for example in examples])
-        self._batch_size, self._length, self._pad_id = batch_size, length, pad_id
-        self._packing, self._shuffle, self._seed, self._epochs = packing, shuffle, seed, epochs
-        self._shard_index, self._shard_count, self._group_by_length = (
-            shard_index,
-            shard_count,
-            group_by_length,
-        )
         self._epoch = self._batch = 0
         self._planned: tuple[int, list[list[int]]] | None = None
         # The data and options that determine the batches; the pad token, shard and number of epochs may change.
         self._fingerprint = {
             "examples": len(examples),
             "checksum": _checksum(examples),
-            "batch_size": batch_size,
-            "length": length,
-            "packing": packing,
-            "shuffle": shuffle,
-            "seed": seed,
-            "shard_count": shard_count,
-            "group_by_length": group_by_length,
+            "batch_size": options.batch_size,
+            "length": options.length,
+            "packing": options.packing,
+            "shuffle": options.shuffle,
+            "seed": options.seed,
+            "shard_count": options.shard_count,
+            "group_by_length": options.group_by_length,
         }
 
     def batches_in_epoch(self, epoch: int = 0) -> int:
         """Return the number of batches of an epoch; with packing and shuffling it may differ slightly between epochs."""
-        return -(-len(self._rows(epoch)) // self._global_batch)
+        return -(-len(self._rows(epoch)) // self._options.global_batch)
 
     def get_state(self) -> dict[str, Any]:
         """Return the position of the next batch as values that JSON can hold."""
@@ -207,23 +220,21 @@ class BatchIterator(grain.DatasetIterator[Batch]):
         self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
 
     def __next__(self) -> Batch:
-        if self._epochs is not None and self._epoch >= self._epochs:
+        options = self._options
+        if options.epochs is not None and self._epoch >= options.epochs:
             raise StopIteration
         rows = self._rows(self._epoch)
-        first = self._batch * self._global_batch
-        everyone = rows[first : first + self._global_batch]
-        mine = everyone[self._shard_index * self._batch_size : (self._shard_index + 1) * self._batch_size]
-        # All shards of a step must agree on the shape.
-        length = _round_up(max(self._sizes(everyone)), 64, self._length) if self._group_by_length else self._length
+        first = self._batch * options.global_batch
+        everyone = rows[first : first + options.global_batch]
+        mine = everyone[options.shard_index * options.batch_size : (options.shard_index + 1) * options.batch_size]
+        length = options.length
+        if options.group_by_length:  # all shards of a step must agree on the shape
+            length = _round_up(max(self._sizes(everyone)), 64, length)
         batch = self._assemble(mine, length)
         self._batch += 1
-        if first + self._global_batch >= len(rows):
+        if first + options.global_batch >= len(rows):
             self._epoch, self._batch = self._epoch + 1, 0
         return batch
-
-    @property
-    def _global_batch(self) -> int:
-        return self._batch_size * self._shard_count
 
     def _sizes(self, rows: Sequence[Sequence[int]]) -> list[int]:
         return [int(self._pairs[row].sum()) for row in rows]
@@ -235,31 +246,31 @@ class BatchIterator(grain.DatasetIterator[Batch]):
         return self._planned[1]
 
     def _plan(self, epoch: int) -> list[list[int]]:
-        random = np.random.default_rng([self._seed, epoch])
+        random = np.random.default_rng([self._options.seed, epoch])
         count = len(self._examples)
-        order = random.permutation(count) if self._shuffle else np.arange(count)
-        if not self._packing:
+        order = random.permutation(count) if self._options.shuffle else np.arange(count)
+        if not self._options.packing:
             rows = [[index] for index in order.tolist()]
-            return self._grouped(rows, random) if self._group_by_length else rows
-        rows = [order[row].tolist() for row in pack(self._pairs[order].tolist(), self._length)]
+            return self._grouped(rows, random) if self._options.group_by_length else rows
+        rows = [order[row].tolist() for row in pack(self._pairs[order].tolist(), self._options.length)]
         # Early rows are the fullest. Without shuffling, the last batches of an epoch would contain few tokens.
-        return [rows[index] for index in random.permutation(len(rows))] if self._shuffle else rows
+        return [rows[index] for index in random.permutation(len(rows))] if self._options.shuffle else rows
 
     def _grouped(self, rows: list[list[int]], random: np.random.Generator) -> list[list[int]]:
-        group, size = GROUP * self._global_batch, self._global_batch
+        group, size = GROUP * self._options.global_batch, self._options.global_batch
         ordered: list[list[int]] = []
         for start in range(0, len(rows), group):
             ordered.extend(sorted(rows[start : start + group], key=lambda row: -self._pairs[row[0]]))
         steps = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-        if self._shuffle:
+        if self._options.shuffle:
             # Only the last step may be incomplete, so it remains the last.
             complete = len(ordered) // size
             steps = [steps[index] for index in random.permutation(complete)] + steps[complete:]
         return [row for step in steps for row in step]
 
     def _assemble(self, rows: Sequence[Sequence[int]], length: int) -> Batch:
-        shape = (self._batch_size, length)
-        inputs, targets = np.full(shape, self._pad_id, np.int32), np.full(shape, self._pad_id, np.int32)
+        shape = (self._options.batch_size, length)
+        inputs, targets = np.full(shape, self._options.pad_id, np.int32), np.full(shape, self._options.pad_id, np.int32)
         loss_mask = np.zeros(shape, np.float32)
         segment_ids, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         for row, documents in enumerate(rows):
@@ -290,26 +301,7 @@ def _checksum(examples: Sequence[Example]) -> int:
     return total
 
 
-def _check(
-    examples: Sequence[Example],
-    batch_size: int,
-    length: int,
-    epochs: int | None,
-    shard_index: int,
-    shard_count: int,
-    packing: bool,
-    group_by_length: bool,
-    seed: int,
-) -> None:
-    for name, value, least in (("batch_size", batch_size, 1), ("length", length, 1), ("seed", seed, 0)):
-        if value < least:
-            raise OptionError(f"{name}: expected at least {least}, found {value}")
-    if epochs is not None and epochs < 1:
-        raise OptionError(f"epochs: expected at least 1, or None for no end, found {epochs}")
-    if not 0 <= shard_index < shard_count:
-        raise OptionError(f"shard_index: expected 0 to {shard_count - 1} (shard_count {shard_count}), found {shard_index}")
-    if packing and group_by_length:
-        raise OptionError("expected packing or group_by_length, found both: packed rows are all full")
+def _check_examples(examples: Sequence[Example], length: int) -> None:
     if not examples:
         raise DataError("examples: expected at least one, found none")
     for index, example in enumerate(examples):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from qlora_jax.data.format import Example, Limits, encode_rendered
 from qlora_jax.data.pieces import CannotRender
-from qlora_jax.data.render import Template, render
+from qlora_jax.data.render import Rendered, Template, render
 from qlora_jax.data.schemas import Record, parse
 from qlora_jax.errors import DataError, OptionError
 
@@ -116,8 +116,7 @@ def encode_all(
         progress: whether to show a progress bar.
 
     Raises:
-        DataError: a row cannot be used.
-        NothingToLearn: every row can be used, but none has anything to learn.
+        DataError: a row cannot be used, or no row has anything to learn (NothingToLearn).
     """
     limits = Limits(max_length, source_max_length, target_max_length)
     if on_long not in get_args(OnLong):
@@ -133,22 +132,14 @@ def encode_all(
             parsed = [_parse(row, rows + index) for index, row in enumerate(chunk)]
             trainable = [record for record in parsed if train_on_source or _has_target(record)]
             without_answer += len(parsed) - len(trainable)
-            try:
-                rendered = render(trainable, tokenizer, template)
-            except CannotRender as error:
-                number = rows + next(index for index, record in enumerate(parsed) if record is trainable[error.index])
-                raise DataError(f"row {number} (counted from 0): {error}") from error
+            rendered = _render(trainable, parsed, rows, tokenizer, template)
             encoded = encode_rendered(rendered, tokenizer, train_on_source=train_on_source, limits=limits)
             forms.update(f"{record.schema} as {form.template}" for record, form in zip(trainable, rendered, strict=True))
             templates.update(form.template for form in rendered)
             for record, result in zip(trainable, encoded, strict=True):
                 longest_row = max(longest_row, result.full_length)
                 if result.long and on_long == "error":
-                    number = rows + next(index for index, other in enumerate(parsed) if other is record)
-                    raise DataError(
-                        f"row {number} (counted from 0): expected at most {limits}, found {result.full_length}; "
-                        "raise the limit, or choose on_long truncate or drop"
-                    )
+                    raise _too_long(_row_number(record, parsed, rows), result.full_length, limits)
                 if result.long and on_long == "drop":
                     dropped_long += 1
                 elif not result.teaches:
@@ -177,6 +168,13 @@ def encode_all(
     return examples, report
 
 
+def _too_long(row: int, length: int, limits: Limits) -> DataError:
+    return DataError(
+        f"row {row} (counted from 0): expected at most {limits}, found {length}; "
+        "raise the limit, or choose on_long truncate or drop"
+    )
+
+
 def _chunks(records: Iterable[Any]) -> Iterator[list[Any]]:
     rest = iter(records)
     while chunk := list(islice(rest, CHUNK)):
@@ -188,6 +186,21 @@ def _parse(row: Mapping[str, Any], number: int) -> Record:
         return parse(row)
     except DataError as error:
         raise DataError(f"row {number} (counted from 0): {error}") from error
+
+
+def _render(
+    records: Sequence[Record], parsed: Sequence[Record], first: int, tokenizer: "PreTrainedTokenizerBase", template: Template
+) -> list[Rendered]:
+    """Render some of the parsed records, whose rows count from `first` in error messages."""
+    try:
+        return render(records, tokenizer, template)
+    except CannotRender as error:
+        number = _row_number(records[error.index], parsed, first)
+        raise DataError(f"row {number} (counted from 0): {error}") from error
+
+
+def _row_number(record: Record, parsed: Sequence[Record], first: int) -> int:
+    return first + next(index for index, other in enumerate(parsed) if other is record)
 
 
 def _has_target(record: Record) -> bool:

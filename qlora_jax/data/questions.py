@@ -15,8 +15,8 @@ import numpy as np
 
 from qlora_jax.data.format import encode_prompt
 from qlora_jax.data.messages import Message
-from qlora_jax.data.records import DataError
 from qlora_jax.data.render import Template
+from qlora_jax.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from qlora_jax.errors import DataError
 from qlora_jax.evaluate.lengths import padded_batches
 from qlora_jax.evaluate.questions import LETTERS, Question
-from qlora_jax.nn import data_mesh, place
+from qlora_jax.nn import data_mesh, put_on_mesh
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,7 +96,7 @@ class Scores:
         """The mean share of correct answers over the subjects."""
         return float(np.mean(list(self.by_subject.values())))
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return the metrics for a log: `mmlu_accuracy`, and `mmlu_accuracy_<subject>` for each subject."""
         return {"mmlu_accuracy": self.accuracy} | {
             f"mmlu_accuracy_{subject}": accuracy for subject, accuracy in self.by_subject.items()
@@ -174,7 +174,7 @@ def letter_logits(
     result = np.zeros((len(prompts.tokens), len(LETTERS)), np.float32)
     letters = np.asarray(prompts.letters, np.int32)
     for indices, tokens, lengths in tqdm(batches, desc="MMLU", unit="batch", leave=False, disable=not progress):
-        placed = place(mesh, (tokens, lengths), P("data"))
+        placed = put_on_mesh(mesh, (tokens, lengths), P("data"))
         result[indices] = np.asarray(_last_logits(graphdef, state, *placed, letters))[: len(indices)]
     return result
 

@@ -46,7 +46,7 @@ from qlora_jax.export.merge_tensor import TensorMerge, merged_tensors
 from qlora_jax.export.shards import Entry, bytes_of, split_into_shards, write_json, write_shard
 from qlora_jax.export.trained_parameters import retrained_parameters
 from qlora_jax.models import T5, ModelSpec, tied_head
-from qlora_jax.models.trained import TABLE
+from qlora_jax.models.trainable import EMBEDDING
 from qlora_jax.peft import Subtracted
 from qlora_jax.quant import EmbeddingStorage, PackedEmbedding, Quantization
 
@@ -156,17 +156,17 @@ def make_plan(checkpoint: Checkpoint, how: TensorMerge, dtype: MergedDtype, shar
     check_all(checkpoint, adapter, abstract)
     names = [name for mapping in mappings for name in mapping.names()]
     linear = frozenset(name for mapping in mappings if mapping.linear for name in mapping.names())
-    head = tied_head(mappings) if abstract.trained.unties else None
+    head = tied_head(mappings) if abstract.trainable.unties else None
     config = checkpoint.config
     if head is not None:  # the head was tied to the token embedding, and is not any more
-        checkpoint = with_copy(checkpoint, head, next(mapping.name for mapping in mappings if mapping.path == TABLE))
+        checkpoint = with_copy(checkpoint, head, next(mapping.name for mapping in mappings if mapping.path == EMBEDDING))
         config = config | {"tie_word_embeddings": False}
         names.append(head)
     how = dataclasses.replace(
         how,
         linear=linear,
         packed=_packed_embeddings(checkpoint) if how.from_embedding_storage != "none" else frozenset(),
-        retrained=retrained_parameters(adapter, abstract.trained, mappings),
+        retrained=retrained_parameters(adapter, abstract.trainable, mappings),
     )
     entries: dict[str, dict[str, Entry]] = {
         name: {name: (how.dtype, tuple(checkpoint.shapes[name]))}

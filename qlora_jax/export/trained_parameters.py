@@ -7,8 +7,8 @@ import numpy as np
 
 from qlora_jax.adapters.files import Adapter
 from qlora_jax.adapters.names import PREFIX, rows_name
-from qlora_jax.models import ParameterMapping, Trained, tied_head
-from qlora_jax.models.trained import TIED_HEAD
+from qlora_jax.models import ParameterMapping, TrainableBase, tied_head
+from qlora_jax.models.trainable import TIED_HEAD
 
 __all__ = ["Retrained", "retrained_parameters"]
 
@@ -35,7 +35,7 @@ class Retrained:
 
 
 def retrained_parameters(
-    adapter: Adapter | None, trained: Trained, mappings: Sequence[ParameterMapping]
+    adapter: Adapter | None, trained: TrainableBase, mappings: Sequence[ParameterMapping]
 ) -> dict[str, Retrained]:
     """Return what an adapter trained besides linear layers, by the checkpoint's names.
 
@@ -47,7 +47,7 @@ def retrained_parameters(
         return {}
     by_path = {mapping.path: mapping for mapping in mappings}
     result: dict[str, Retrained] = {}
-    for mapping in trained.whole:
+    for mapping in trained.full:
         names = [str(tied_head(mappings))] if mapping.path == TIED_HEAD else by_path[mapping.path].names()
         for name, theirs in zip(names, mapping.names(), strict=True):
             result[name] = Retrained(adapter.tensors[PREFIX + theirs])

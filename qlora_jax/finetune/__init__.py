@@ -1,4 +1,4 @@
-"""The main job, from options to an adapter."""
+"""A training run: `finetune(Options(…))`, or its stages one by one (`prepare`, `train` and `finish`, see run.py)."""
 
 import sys
 from pathlib import Path

@@ -50,7 +50,8 @@ def start_from_inputs(
         DataError: there are fewer tokens than the rank.
         ValueError: the rank is higher than the number of a layer's inputs.
     """
-    graph, watches, _ = nnx.split(nnx.eval_shape(lambda: build(EVA(lora))), nnx.LoRAParam, ...)
+    collection = EVA(lora)  # pyright: ignore[reportAbstractUsage]  # not a whole method: it has what models ask for
+    graph, watches, _ = nnx.split(nnx.eval_shape(lambda: build(collection)), nnx.LoRAParam, ...)
     watches = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), watches)
     _, _, _, frozen = nnx.split(model, nnx.LoRAParam, (AdapterConstant, WeightConstant), ...)
 

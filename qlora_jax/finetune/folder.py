@@ -1,8 +1,8 @@
-"""The folder of a run: whose it is. `options.json` records the options that make a run what it is.
+"""The folder of a run. `options.json` records the options that decide the result of the run.
 
-An empty folder is free. One that holds the record of the very same options, unfinished, is resumed. Everything else is an
-error before any work, so that no run is overwritten or mixed with another. What `--overwrite` deletes is a run's own files,
-and only when the new run is about to write its first.
+An empty folder is free. An unfinished run with the same options is resumed. Everything else is an error before any work, so
+that no run is overwritten or mixed with another. `--overwrite` deletes only the files of a run, and only when the new run is
+about to write its first file.
 """
 
 import json
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.cli import to_dict
+from qlora_jax.errors import OptionError
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.renamed_options import replace_old_names
 
 RECORD = "options.json"
-COMPLETED = "completed"  # made by the last act of a run
+COMPLETED = "completed"  # the last file that a run makes
 _WRITING = f".{RECORD}.writing"
 _LOGS = ("metrics.jsonl", "samples.jsonl")
 _OWN = (
@@ -26,43 +27,43 @@ _OWN = (
 
 
 def claim(options: Options) -> None:
-    """Makes sure that the folder can be written, and is free or holds this very run unfinished. Changes nothing.
+    """Check that the folder can be written, and is free or holds this same run unfinished. Nothing is changed.
 
     Raises:
-        ValueError: it is no folder, holds another or a finished run (without --overwrite), or other files.
-        OSError: it cannot be written.
+        OptionError: it is not a folder, holds another or a finished run (without --overwrite), or other files.
+        OSError: the folder cannot be written.
     """
     folder, record = options.run.output, options.run.output / RECORD
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {folder}: expected a folder, found a file")
+        raise OptionError(f"--output {folder}: expected a folder, found a file")
     _check_writable(folder)
     if not folder.exists() or all(path.name == _WRITING for path in folder.iterdir()):
         return
     if not record.exists():
-        raise ValueError(f"--output {folder}: expected an empty folder or a run to resume, found other files")
+        raise OptionError(f"--output {folder}: expected an empty folder or a run to resume, found other files")
     if options.run.overwrite:
         return
     if (folder / COMPLETED).exists() and any(
         (folder / saved).exists() for saved in ("adapter/adapter_config.json", "model/config.json")
     ):
-        raise ValueError(f"--output {folder}: holds a finished run; choose another folder, or --overwrite to delete it")
+        raise OptionError(f"--output {folder}: holds a finished run; choose another folder, or --overwrite to delete it")
     before, now, defaults = _read(record), record_of(options), record_of(Options())
     different = [
         f"{group}.{name}: {there!r} there, {value!r} here"
         for group, values in now.items()
         for name, value in values.items()
-        # An option that is younger than the run had its default.
+        # An option that did not exist yet had its default.
         if (there := before.get(group, {}).get(name, defaults[group][name])) != value
     ]
     if different:
-        raise ValueError(
+        raise OptionError(
             f"--output {folder}: holds another run ({'; '.join(different)}); "
             "choose another folder, or --overwrite to delete it"
         )
 
 
 def start(options: Options) -> None:
-    """Makes the folder this run's: with --overwrite the files of the run before go, and the record is written."""
+    """Begin the run in its folder: with --overwrite delete the files of the run before, and write the record."""
     folder = options.run.output
     if options.run.overwrite and (folder / RECORD).exists():
         for name in _OWN:
@@ -72,18 +73,18 @@ def start(options: Options) -> None:
             else:
                 path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / _WRITING  # a kill in between leaves no half a record
+    temporary = folder / _WRITING  # a run that is killed in between leaves no incomplete record
     temporary.write_text(json.dumps(record_of(options), indent=2) + "\n", encoding="utf-8")
     temporary.replace(folder / RECORD)
 
 
 def complete(options: Options) -> None:
-    """Marks the run as finished: from now on it is not resumed."""
+    """Mark the run as finished: from now on it is not resumed."""
     (options.run.output / COMPLETED).touch()
 
 
 def record_of(options: Options) -> dict[str, Any]:
-    """The options that make a run what it is."""
+    """Return the options that decide the result of a run."""
     record = to_dict(options)
     for name in ("output", "overwrite", "samples", "keep", "save_every", "memory_check"):
         del record["run"][name]
@@ -97,19 +98,19 @@ def _read(record: Path) -> dict[str, dict[str, Any]]:
     try:
         values = json.loads(record.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{record}: is damaged ({error}); --overwrite deletes the run") from error
+        raise OptionError(f"{record}: is damaged ({error}); --overwrite deletes the run") from error
     if not isinstance(values, dict) or not all(isinstance(group, dict) for group in values.values()):
-        raise ValueError(f"{record}: expected the options of a run, found other JSON; --overwrite deletes the run")
+        raise OptionError(f"{record}: expected the options of a run, found other JSON; --overwrite deletes the run")
     return replace_old_names(values)  # an earlier version may have written it
 
 
 def _check_writable(folder: Path) -> None:
-    """Tries a file in the folder, or in what will be its parent."""
+    """Try to write a file in the folder, or in its nearest parent that exists."""
     existing = folder
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir():
-        raise ValueError(f"--output {folder}: expected a folder, found the file {existing} on the way")
+        raise OptionError(f"--output {folder}: expected a folder, found the file {existing} on the way")
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass

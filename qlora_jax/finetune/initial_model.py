@@ -12,7 +12,7 @@ from qlora_jax.finetune.eva import MOST_BATCHES, start_from_inputs
 from qlora_jax.finetune.prepare import PreparedRun
 from qlora_jax.finetune.virtual_tokens import start_from
 from qlora_jax.models import Model
-from qlora_jax.nn import data_mesh, mesh_context, place
+from qlora_jax.nn import data_mesh, mesh_context, put_on_mesh
 from qlora_jax.peft import LoRA, Subtracted
 
 __all__ = ["InitialModel", "load_initial_model"]
@@ -60,6 +60,6 @@ def _start_from_training_data(run: PreparedRun, model: Model) -> Model:
 
     rows = run.objective.training(run.options.run.batch_size * jax.device_count())
     read = (next(rows) for _ in range(MOST_BATCHES))
-    batches = (place(mesh, spec.select(batch), P("data")) for batch in read)
+    batches = (put_on_mesh(mesh, spec.select(batch), P("data")) for batch in read)
     with mesh_context(mesh):
         return start_from_inputs(model, build, lora, spec.objective.held_out_loss, batches, progress=run.progress)

@@ -18,7 +18,7 @@ from qlora_jax.finetune.initial_model import load_initial_model
 from qlora_jax.finetune.prepare import PreparedRun, rows_of_step
 from qlora_jax.finetune.reporting.callbacks import reporting_callbacks
 from qlora_jax.models import Model
-from qlora_jax.nn import brought_to_device, data_mesh, mesh_context, place
+from qlora_jax.nn import copy_to_device, data_mesh, mesh_context, put_on_mesh
 from qlora_jax.peft import Subtracted
 from qlora_jax.train import (
     Cadence,
@@ -187,8 +187,8 @@ def _train_adapter(
             ],
         )
         if best is not None and best.latest_step() is not None:
-            return brought_to_device(_best_adapter(run, best, state, cadence.exhausted(log.rows))), log.rows
-        return brought_to_device(state.adapter), log.rows
+            return copy_to_device(_best_adapter(run, best, state, cadence.exhausted(log.rows))), log.rows
+        return copy_to_device(state.adapter), log.rows
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _shapes(state: TrainState) -> TrainState:
 
 def _model(step: Step, state: TrainState) -> Any:
     """Return the model with the adapter of a state."""
-    return nnx.merge(step.graphdef, brought_to_device(state.adapter), step.frozen)
+    return nnx.merge(step.graphdef, copy_to_device(state.adapter), step.frozen)
 
 
 def _training_data(run: PreparedRun, step: Step) -> TrainingData:
@@ -229,7 +229,7 @@ def _training_data(run: PreparedRun, step: Step) -> TrainingData:
     mesh, make = data_mesh(), run.objective.make_batch
 
     def put(batch: Batch) -> dict[str, jax.Array]:
-        return place(mesh, run.spec.micro_batches(batch), P(None, "data"))
+        return put_on_mesh(mesh, run.spec.micro_batches(batch), P(None, "data"))
 
     def make_batch(state: TrainState, batch: Batch) -> Batch:
         return batch if make is None else make(_model(step, state), batch)
@@ -245,7 +245,7 @@ def _evaluation(run: PreparedRun, step: Step, eval_step: Callable[..., Any]) -> 
         return ()
 
     def put(batch: Batch) -> dict[str, jax.Array]:
-        return place(mesh, run.spec.select(batch), P("data"))
+        return put_on_mesh(mesh, run.spec.select(batch), P("data"))
 
     def evaluate(state: TrainState) -> dict[str, float]:
         batches = held_out(options.batch_size * jax.device_count())

@@ -4,7 +4,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.models import Model, ModelConfig, T5Config
-from qlora_jax.models.prompts import check_documents, start_from_tokens
+from qlora_jax.models.prompts import check_documents, initialize_from_tokens
 from qlora_jax.peft import Method
 
 
@@ -20,7 +20,7 @@ def first_tokens(method: Method, tokenizer: PreTrainedTokenizerFast, config: Mod
 
 def start_from(model: Model, tokens: np.ndarray | None) -> Model:
     """Return the model whose virtual tokens start from the embeddings of these tokens."""
-    return model if tokens is None else start_from_tokens(model, tokens)
+    return model if tokens is None else initialize_from_tokens(model, tokens)
 
 
 def check_rows(method: Method, config: ModelConfig, length: int, *, packed: bool) -> None:

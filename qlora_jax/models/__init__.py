@@ -12,7 +12,7 @@ from qlora_jax.models.spec import ModelSpec
 from qlora_jax.models.stack import Remat
 from qlora_jax.models.t5 import T5, Seq2SeqCache
 from qlora_jax.models.t5_config import T5Config
-from qlora_jax.models.trained import Trained, tied_head
+from qlora_jax.models.trainable import TrainableBase, tied_head
 
 __all__ = [
     "FAMILIES",
@@ -32,7 +32,7 @@ __all__ = [
     "RopeScaling",
     "Seq2SeqCache",
     "T5Config",
-    "Trained",
+    "TrainableBase",
     "causal_family_of",
     "factor_for",
     "families_with",

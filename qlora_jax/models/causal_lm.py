@@ -17,28 +17,31 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float, Int
 
 from qlora_jax.errors import OptionError
+from qlora_jax.models.attention_kinds import layer_kinds, of_kind, rotations_of
 from qlora_jax.models.chunks import chunk_count
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import DecoderLayer, make_norm
 from qlora_jax.models.kv_cache import KVCache, empty_cache
+from qlora_jax.models.neftune import neftune_noise
 from qlora_jax.models.origin import Origin
 from qlora_jax.models.parameter_mapping import linear_modules
 from qlora_jax.models.prompts import with_prompt
 from qlora_jax.models.shape import method_for, positions_left
 from qlora_jax.models.stack import Remat, by_layer, rematerialise, stack
-from qlora_jax.models.trained import HEAD, TABLE, attach, trained_parts
+from qlora_jax.models.trainable import EMBEDDING, HEAD, add_deltas, trainable_base
 from qlora_jax.nn import (
     AttentionImplementation,
     Delta,
     Embedding,
     Linear,
-    Table,
+    VocabularyMatrix,
     cached_attention,
     causal_attention,
     checkpoint_name,
-    fetched,
+    fetch_to_device,
     gather,
     shifted_group_attention,
     with_prefix,
@@ -93,7 +96,7 @@ class CausalLM(nnx.Module):
                 quantised.
         """
         method = method_for(method, config)
-        self.trained = trained = trained_parts(method, config.parameter_mappings, vocabulary=config.vocab_size)
+        self.trainable = trainable = trainable_base(method, config.parameter_mappings, vocabulary=config.vocab_size)
         adapters = {} if method is None else method.targets(linear_modules(config.parameter_mappings))
 
         def make_layer(layer_rngs: nnx.Rngs, layer: Array) -> DecoderLayer:
@@ -112,7 +115,7 @@ class CausalLM(nnx.Module):
             return DecoderLayer(config, linear, dtype)
 
         self.layers = stack(make_layer, config.num_hidden_layers, rngs)
-        rows = trained.rows_of(TABLE)
+        rows = trainable.rows_of(EMBEDDING)
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, rows=rows, storage=embedding_storage, dtype=dtype, rngs=rngs
         )
@@ -120,13 +123,13 @@ class CausalLM(nnx.Module):
         if config.tie_word_embeddings:
             self.lm_head = None
         else:
-            rows = trained.rows_of(HEAD)
+            rows = trainable.rows_of(HEAD)
             self.lm_head = Embedding(
                 config.vocab_size, config.hidden_size, rows=rows, storage=embedding_storage, dtype=dtype, rngs=rngs
             )
         self.head_delta: Delta | None = None
         self.prompt = None if method is None else method.make_prompt(rngs)
-        attach(self, trained)
+        add_deltas(self, trainable)
         self.config = config
         self.quantization = quantization
         self.embedding_storage: EmbeddingStorage = embedding_storage
@@ -137,25 +140,25 @@ class CausalLM(nnx.Module):
 
     def __call__(
         self,
-        tokens: Array,
+        tokens: Int[Array, "b t"],
         *,
-        positions: Array | None = None,
-        segment_ids: Array | None = None,
+        positions: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
         key: Array | None = None,
-    ) -> Array:
+    ) -> Float[Array, "b t v"]:
         """Return the logits `[b, t, vocabulary]` of int32 tokens `[b, t]`; see `hidden` for the other arguments."""
         return self.logits(self.hidden(tokens, positions=positions, segment_ids=segment_ids, key=key))
 
     def hidden(
         self,
-        tokens: Array,
+        tokens: Int[Array, "b t"],
         *,
-        positions: Array | None = None,
-        segment_ids: Array | None = None,
+        positions: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
         key: Array | None = None,
         neftune_alpha: float = 0.0,
         attention_groups: int = 1,
-    ) -> Array:
+    ) -> Float[Array, "b t d"]:
         """Return the normalized last hidden states, `[b, t, hidden_size]`.
 
         Args:
@@ -177,15 +180,15 @@ class CausalLM(nnx.Module):
         if key is not None and neftune_alpha > 0:
             # split(key, n)[i] equals fold_in(key, i), so fold_in(key, n) differs from the keys of all layers.
             noise_key = jax.random.fold_in(key, self.config.num_hidden_layers)
-            x = x + self.config.embedding_scale * _neftune_noise(x, segment_ids, neftune_alpha, noise_key).astype(x.dtype)
+            x = x + self.config.embedding_scale * neftune_noise(x, segment_ids, neftune_alpha, noise_key).astype(x.dtype)
         prompt = with_prompt(self.prompt, self.config, x, positions, segment_ids, key)
-        rotations = self._rotations(prompt.positions)
+        rotations = rotations_of(self.config, prompt.positions)
         graph, layers = nnx.split(self.layers)
         chunks = chunk_count(prompt.x.shape[0] * prompt.x.shape[1] // devices_of_context(), self.remat)
 
         def run_layer(x: Array, inputs: tuple[Any, Array | None, Array | None, Any]) -> tuple[Array, None]:
             state, layer_key, kind, prefix = inputs
-            state = gather(state) if chunks == 1 else fetched(gather(state))
+            state = gather(state) if chunks == 1 else fetch_to_device(gather(state))
 
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
                 length = q.shape[1]
@@ -194,16 +197,18 @@ class CausalLM(nnx.Module):
                 return attended[:, -length:], None
 
             x, _ = nnx.merge(graph, state)(
-                checkpoint_name(x, "residual"), *_of_kind(rotations, kind), attend, layer_key, chunks
+                checkpoint_name(x, "residual"), *of_kind(rotations, kind), attend, layer_key, chunks
             )
             return x, None
 
         keys = None if key is None else jax.random.split(key, self.config.num_hidden_layers)
-        inputs = (layers, keys, self._layer_kinds(), prompt.prefix)
+        inputs = (layers, keys, layer_kinds(self.config), prompt.prefix)
         x, _ = jax.lax.scan(rematerialise(run_layer, self.remat), prompt.x, inputs)
         return self.norm(x[:, -tokens.shape[1] :])
 
-    def decode(self, tokens: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
+    def decode(
+        self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"], cache: KVCache
+    ) -> tuple[Float[Array, "b v"], KVCache]:
         """Process new tokens after those in the cache.
 
         Args:
@@ -221,7 +226,7 @@ class CausalLM(nnx.Module):
     def _extended(self, x: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """Return the last layer's output `[b, t, hidden_size]` for embedded tokens x, and the cache including them."""
         config, count = self.config, x.shape[1]
-        rotations = self._rotations(jnp.maximum(positions, 0))
+        rotations = rotations_of(self.config, jnp.maximum(positions, 0))
         filled = jax.lax.dynamic_update_slice(cache.filled, positions >= 0, (0, cache.length))
         slots, own = jnp.arange(cache.filled.shape[1]), cache.length + jnp.arange(count)[:, None]
         mask = filled[:, None, :] & (slots <= own)[None]
@@ -253,10 +258,10 @@ class CausalLM(nnx.Module):
                 )
                 return attended, (keys, values)
 
-            x, (keys, values) = nnx.merge(graph, layer_of(state, layer))(x, *_of_kind(rotations, kind), attend, None)
+            x, (keys, values) = nnx.merge(graph, layer_of(state, layer))(x, *of_kind(rotations, kind), attend, None)
             return (x, keys, values), None
 
-        inputs = (scanned, jnp.arange(config.num_hidden_layers), self._layer_kinds())
+        inputs = (scanned, jnp.arange(config.num_hidden_layers), layer_kinds(self.config))
         (x, keys, values), _ = jax.lax.scan(run_layer, (x, cache.keys, cache.values), inputs)
         return x, KVCache(keys, values, filled, cache.length + count)
 
@@ -281,7 +286,7 @@ class CausalLM(nnx.Module):
             jnp.asarray(n, jnp.int32),
         )
 
-    def logits(self, hidden: Array) -> Array:
+    def logits(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
         """Return the logits `[..., vocabulary]` of normalized hidden states `[..., hidden_size]`."""
         logits, cap = self.head.logits(hidden), self.logit_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
@@ -292,31 +297,18 @@ class CausalLM(nnx.Module):
         return self.config.logit_cap
 
     @property
-    def head(self) -> Table:
+    def head(self) -> VocabularyMatrix:
         """The output head, `[vocabulary, hidden_size]`."""
         if self.lm_head is not None:
-            return self.lm_head.table
-        embedding = self.embed_tokens.table
-        if embedding.rows is not None or self.trained.tied:
+            return self.lm_head.matrix
+        embedding = self.embed_tokens.matrix
+        if embedding.rows is not None or self.trainable.tied:
             return embedding
-        return Table(embedding.weight, None if self.head_delta is None else self.head_delta[...])
+        return VocabularyMatrix(embedding.weight, None if self.head_delta is None else self.head_delta[...])
 
     def _embed(self, tokens: Array) -> Array:
         x = self.embed_tokens(tokens)
         return x if self.config.embedding_scale == 1 else x * jnp.asarray(self.config.embedding_scale, x.dtype)
-
-    def _layer_kinds(self) -> Array | None:
-        """Return the index of each layer's kind of attention, int32 `[layers]`, or None if all layers have the same kind."""
-        return None if len(self.config.kinds) == 1 else jnp.asarray(np.asarray(self.config.layer_kinds, np.int32))
-
-    def _rotations(self, positions: Array) -> tuple[Array, Array]:
-        """Return float32 (cosine, sine), each `[kinds, b, t, r / 2]`; (1, 0) for a kind without position embedding."""
-        ropes = [kind.rope for kind in self.config.kinds]
-        some = next(rope for rope in ropes if rope is not None)
-        shape = (*positions.shape, some.head_dim // 2)
-        rotations = [(jnp.ones(shape), jnp.zeros(shape)) if rope is None else rope(positions) for rope in ropes]
-        cosines, sines = zip(*rotations, strict=True)
-        return jnp.stack(cosines), jnp.stack(sines)
 
     @property
     def max_positions(self) -> int | None:
@@ -344,19 +336,3 @@ class CausalLM(nnx.Module):
     @staticmethod
     def _positions(tokens: Array) -> Array:
         return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-
-
-def _neftune_noise(x: Array, segment_ids: Array | None, alpha: float, key: Array) -> Array:
-    """Return NEFTune's noise (Jain et al. 2023): uniform in ±alpha / sqrt(L d), for rows of L tokens of d features.
-
-    L is the number of tokens without padding if `segment_ids` are given, else the length of the row, as in TRL.
-    """
-    _, length, features = x.shape
-    tokens = jnp.full((1,), length) if segment_ids is None else jnp.maximum((segment_ids > 0).sum(1), 1)
-    bound = alpha / jnp.sqrt(tokens.astype(jnp.float32) * features)
-    return bound[:, None, None] * jax.random.uniform(key, x.shape, jnp.float32, -1.0, 1.0)
-
-
-def _of_kind(rotations: tuple[Array, Array], kind: Array | None) -> tuple[Array, Array]:
-    cosine, sine = rotations
-    return (cosine[0], sine[0]) if kind is None else (cosine[kind], sine[kind])

@@ -55,7 +55,7 @@ class DecoderConfig:
         query_key_norm: whether queries and keys are normalized per head before the rotation.
         score_scale: factor on q·k; None: head_dim ** -0.5.
         score_cap, logit_cap: scores or logits x become cap * tanh(x / cap); None: no cap.
-        gated: whether the feed-forward is a gated linear unit.
+        glu: whether the feed-forward is a gated linear unit.
         parallel: whether attention and feed-forward both read the layer's input.
         post_norms: whether the results of attention and feed-forward are normalized before they are added.
         embedding_scale: factor on the embeddings.
@@ -85,7 +85,7 @@ class DecoderConfig:
     score_scale: float | None = None
     score_cap: float | None = None
     logit_cap: float | None = None
-    gated: bool = True
+    glu: bool = True
     parallel: bool = False
     post_norms: bool = False
     embedding_scale: float = 1.0

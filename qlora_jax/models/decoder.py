@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 
 from qlora_jax.models.chunks import Keys, over_chunks
 from qlora_jax.models.config import DecoderConfig, Fused
-from qlora_jax.nn import Activation, LayerNorm, Linear, RMSNorm, activate, gated, rotate
+from qlora_jax.nn import Activation, LayerNorm, Linear, RMSNorm, activate, glu, rotate
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 _MOST_LINEAR = 7  # the most linear layers in a decoder layer; each gets its own random key
@@ -91,11 +91,11 @@ class FeedForward(nnx.Module):
     def __init__(self, config: DecoderConfig, linear: MakeLinear) -> None:
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.activation: Activation = config.activation
-        self.gated, self.fused = config.gated, config.gated and config.fused == "blocks"
+        self.glu, self.fused = config.glu, config.glu and config.fused == "blocks"
         if self.fused:
             self.gate_up_proj = linear("mlp.gate_up_proj", hidden, 2 * inner, use_bias=bias)
         else:
-            if self.gated:
+            if self.glu:
                 self.gate_proj = linear("mlp.gate_proj", hidden, inner, use_bias=bias)
             self.up_proj = linear("mlp.up_proj", hidden, inner, use_bias=bias)
         self.down_proj = linear("mlp.down_proj", inner, hidden, use_bias=bias)
@@ -103,9 +103,9 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Array, keys: Keys) -> Array:
         if self.fused:
             gate, up = jnp.split(self.gate_up_proj(x, key=keys[0]), 2, axis=-1)
-            inner = gated(self.activation, gate, up)
-        elif self.gated:
-            inner = gated(self.activation, self.gate_proj(x, key=keys[0]), self.up_proj(x, key=keys[1]))
+            inner = glu(self.activation, gate, up)
+        elif self.glu:
+            inner = glu(self.activation, self.gate_proj(x, key=keys[0]), self.up_proj(x, key=keys[1]))
         else:
             inner = activate(self.activation, self.up_proj(x, key=keys[1]))
         return self.down_proj(inner, key=keys[2])

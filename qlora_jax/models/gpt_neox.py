@@ -54,7 +54,7 @@ def gpt_neox_config(config: Mapping[str, Any]) -> DecoderConfig:
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=True,
-        gated=False,
+        glu=False,
         parallel=fields["use_parallel_residual"],
     )
     fields.check()

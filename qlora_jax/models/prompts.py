@@ -91,7 +91,7 @@ def check_documents(config: DecoderConfig, virtual_tokens: int, length: int) -> 
         )
 
 
-def start_from_tokens(model: Any, tokens: np.ndarray) -> Any:
+def initialize_from_tokens(model: Any, tokens: np.ndarray) -> Any:
     """Return the model with its virtual tokens initialized with the embeddings of `tokens`; other arrays are shared.
 
     Args:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float, Int, Shaped
 
 from qlora_jax.models.origin import Origin
 from qlora_jax.models.parameter_mapping import linear_modules
@@ -25,12 +26,12 @@ from qlora_jax.models.shape import method_for
 from qlora_jax.models.stack import Remat, by_layer, rematerialise
 from qlora_jax.models.t5_config import T5Config
 from qlora_jax.models.t5_layers import T5Layer, T5Stack, random_keys
-from qlora_jax.models.trained import attach, trained_parts
+from qlora_jax.models.trainable import add_deltas, trainable_base
 from qlora_jax.nn import (
     AttentionImplementation,
     Embedding,
     Linear,
-    Table,
+    VocabularyMatrix,
     biased_attention,
     checkpoint_name,
     gather,
@@ -102,7 +103,9 @@ class T5(nnx.Module):
                 quantised.
         """
         method = method_for(method, config)
-        self.trained = trained = trained_parts(method, config.parameter_mappings, vocabulary=config.vocab_size, tables=False)
+        self.trainable = trainable = trainable_base(
+            method, config.parameter_mappings, vocabulary=config.vocab_size, embeddings=False
+        )
         adapters = {} if method is None else method.targets(linear_modules(config.parameter_mappings))
 
         def make_stack(side: str, layers: int, *, cross: bool) -> T5Stack:
@@ -132,7 +135,7 @@ class T5(nnx.Module):
             self.lm_head = Embedding(
                 config.vocab_size, config.hidden_size, storage=embedding_storage, dtype=dtype, rngs=rngs
             )
-        attach(self, trained)
+        add_deltas(self, trainable)
         self.prompt = None if method is None else method.make_prompt(rngs)
         self.config = config
         self.quantization = quantization
@@ -143,14 +146,21 @@ class T5(nnx.Module):
         self.remat: Remat = remat
 
     def __call__(
-        self, sources: Array, inputs: Array, *, source_mask: Array | None = None, key: Array | None = None
-    ) -> Array:
+        self,
+        sources: Int[Array, "b s"],
+        inputs: Int[Array, "b t"],
+        *,
+        source_mask: Shaped[Array, "b s"] | None = None,
+        key: Array | None = None,
+    ) -> Float[Array, "b t v"]:
         """Return the logits `[b, t, vocabulary]` for int32 sources `[b, s]` and inputs of the decoder `[b, t]`."""
         keys = (None, None) if key is None else jax.random.split(key)
         encoded = self.encode(sources, source_mask, key=keys[0])
         return self.logits(self.hidden(inputs, encoded, source_mask, key=keys[1]))
 
-    def encode(self, sources: Array, source_mask: Array | None = None, *, key: Array | None = None) -> Array:
+    def encode(
+        self, sources: Int[Array, "b s"], source_mask: Shaped[Array, "b s"] | None = None, *, key: Array | None = None
+    ) -> Float[Array, "b n d"]:
         """Return the hidden states of the sources, `[b, s, hidden_size]`, or `[b, n + s, hidden_size]` with virtual tokens.
 
         Args:
@@ -178,7 +188,14 @@ class T5(nnx.Module):
         x, _ = jax.lax.scan(rematerialise(run_layer, self.remat), embedded, (layers, keys))
         return self.encoder.norm(x)
 
-    def hidden(self, inputs: Array, encoded: Array, source_mask: Array | None = None, *, key: Array | None = None) -> Array:
+    def hidden(
+        self,
+        inputs: Int[Array, "b t"],
+        encoded: Float[Array, "b n d"],
+        source_mask: Shaped[Array, "b s"] | None = None,
+        *,
+        key: Array | None = None,
+    ) -> Float[Array, "b t d"]:
         """Return the decoder's last hidden states `[b, t, hidden_size]`, scaled for the output head.
 
         Args:
@@ -213,7 +230,9 @@ class T5(nnx.Module):
         x, _ = jax.lax.scan(rematerialise(run_layer, self.remat), self.shared(inputs), (layers, keys, prefix))
         return self._scale_for_head(self.decoder.norm(x))
 
-    def init_cache(self, encoded: Array, source_mask: Array | None, capacity: int) -> Seq2SeqCache:
+    def init_cache(
+        self, encoded: Float[Array, "b n d"], source_mask: Shaped[Array, "b s"] | None, capacity: int
+    ) -> Seq2SeqCache:
         """Return a cache for `capacity` targets per row that contains only the virtual tokens, if there are any.
 
         Args:
@@ -239,7 +258,7 @@ class T5(nnx.Module):
         mask = jnp.broadcast_to(_mask(encoded, source_mask)[:, 0], (batch, length))
         return Seq2SeqCache(keys, values, source_keys, source_values, mask, jnp.asarray(n, jnp.int32))
 
-    def decode(self, tokens: Array, cache: Seq2SeqCache) -> tuple[Array, Seq2SeqCache]:
+    def decode(self, tokens: Int[Array, " b"], cache: Seq2SeqCache) -> tuple[Float[Array, "b v"], Seq2SeqCache]:
         """Process the decoder's next input, int32 `[b]`; return (logits `[b, vocabulary]`, the cache including it)."""
         length, slots = cache.length, jnp.arange(cache.keys.shape[2])
         bias = self.decoder.bias(length[None], slots, bidirectional=False)
@@ -270,7 +289,7 @@ class T5(nnx.Module):
         logits = self.logits(self._scale_for_head(self.decoder.norm(x[:, -1])))
         return logits, dataclasses.replace(cache, keys=keys, values=values, length=length + 1)
 
-    def logits(self, hidden: Array) -> Array:
+    def logits(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
         """Return the logits `[..., vocabulary]` of hidden states `[..., hidden_size]` that `hidden` returned."""
         return self._head().logits(hidden)
 
@@ -280,9 +299,9 @@ class T5(nnx.Module):
         return None
 
     @property
-    def head(self) -> Table:
+    def head(self) -> VocabularyMatrix:
         """The output head, `[vocabulary, hidden_size]`."""
-        return self._head().table
+        return self._head().matrix
 
     def _prefix(self, key: Array | None) -> tuple[Array, Array] | None:
         """Return the prefix keys and values of the decoder, `[decoder layers, n, heads, head_dim]` each, or None."""

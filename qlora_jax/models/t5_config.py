@@ -33,7 +33,7 @@ class T5Config:
         num_layers, num_decoder_layers: numbers of layers of the encoder and of the decoder.
         relative_buckets: number of buckets of the relative position bias.
         relative_max_distance: all distances from here on share a bucket.
-        gated: whether the feed-forward is a gated linear unit.
+        glu: whether the feed-forward is a gated linear unit.
         tie_word_embeddings: whether the output head is tied to the embedding; the decoder's outputs are then scaled.
         decoder_start_token_id: the token that the decoder's input starts with.
     """
@@ -51,7 +51,7 @@ class T5Config:
     relative_max_distance: int
     norm_eps: float
     activation: Activation
-    gated: bool
+    glu: bool
     tie_word_embeddings: bool
     decoder_start_token_id: int
 
@@ -74,7 +74,7 @@ def t5_config(config: Mapping[str, Any]) -> T5Config:
     layers = fields["num_layers"]
     decoder_layers = fields.get("num_decoder_layers", layers)
     tied = fields.get("scale_decoder_outputs", fields["tie_word_embeddings"])
-    activation, gated = _feed_forward(fields)
+    activation, glu = _feed_forward(fields)
     buckets, max_distance = fields["relative_attention_num_buckets"], fields["relative_attention_max_distance"]
     if buckets < 4:
         fields.problems.append(f"relative_attention_num_buckets: expected at least 4, found {buckets}")
@@ -84,7 +84,7 @@ def t5_config(config: Mapping[str, Any]) -> T5Config:
         )
     result = T5Config(
         family=fields.family,
-        parameter_mappings=t5_mappings(layers, decoder_layers, gated=gated, tied=tied),
+        parameter_mappings=t5_mappings(layers, decoder_layers, glu=glu, tied=tied),
         vocab_size=fields["vocab_size"],
         hidden_size=fields["d_model"],
         intermediate_size=fields["d_ff"],
@@ -96,7 +96,7 @@ def t5_config(config: Mapping[str, Any]) -> T5Config:
         relative_max_distance=max_distance,
         norm_eps=fields["layer_norm_epsilon"],
         activation=activation,
-        gated=gated,
+        glu=glu,
         tie_word_embeddings=tied,
         decoder_start_token_id=fields.get("decoder_start_token_id", fields["pad_token_id"]),
     )
@@ -104,18 +104,18 @@ def t5_config(config: Mapping[str, Any]) -> T5Config:
     return result
 
 
-def t5_mappings(layers: int, decoder_layers: int, *, gated: bool, tied: bool) -> tuple[ParameterMapping, ...]:
+def t5_mappings(layers: int, decoder_layers: int, *, glu: bool, tied: bool) -> tuple[ParameterMapping, ...]:
     """Return the parameter mappings; with `tied` there is no separate output head."""
     return (
         ParameterMapping("shared.weight", ("shared", "weight")),
         *(() if tied else (ParameterMapping("lm_head.weight", ("lm_head", "weight")),)),
-        *_stack_mappings("encoder", layers, cross=False, gated=gated),
-        *_stack_mappings("decoder", decoder_layers, cross=True, gated=gated),
+        *_stack_mappings("encoder", layers, cross=False, glu=glu),
+        *_stack_mappings("decoder", decoder_layers, cross=True, glu=glu),
     )
 
 
-def _stack_mappings(stack: str, layers: int, *, cross: bool, gated: bool) -> Iterator[ParameterMapping]:
-    inner = (("wi_0", "gate"), ("wi_1", "up")) if gated else (("wi", "up"),)
+def _stack_mappings(stack: str, layers: int, *, cross: bool, glu: bool) -> Iterator[ParameterMapping]:
+    inner = (("wi_0", "gate"), ("wi_1", "up")) if glu else (("wi", "up"),)
     projections = tuple((name, name) for name in "qkvo")
     parts = [("SelfAttention", "self_attention", projections)]
     if cross:

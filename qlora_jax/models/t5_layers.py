@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from qlora_jax.models.decoder import Attend, Keys, MakeLinear
 from qlora_jax.models.stack import stack
 from qlora_jax.models.t5_config import T5Config
-from qlora_jax.nn import Activation, Embedding, RMSNorm, activate, gated, relative_position_bias
+from qlora_jax.nn import Activation, Embedding, RMSNorm, activate, glu, relative_position_bias
 
 _MOST_LINEAR = 11  # linear layers in a layer of the decoder; each gets its own random key
 _CROSS = slice(4, 8)  # the indices of the linear layers of cross-attention
@@ -51,7 +51,7 @@ class T5FeedForward(nnx.Module):
     def __init__(self, config: T5Config, linear: MakeLinear) -> None:
         hidden, inner = config.hidden_size, config.intermediate_size
         self.activation: Activation = config.activation
-        self.gate = linear("feed_forward.gate", hidden, inner, use_bias=False) if config.gated else None
+        self.gate = linear("feed_forward.gate", hidden, inner, use_bias=False) if config.glu else None
         self.up = linear("feed_forward.up", hidden, inner, use_bias=False)
         self.down = linear("feed_forward.down", inner, hidden, use_bias=False)
 
@@ -59,7 +59,7 @@ class T5FeedForward(nnx.Module):
         up = self.up(x, key=keys[0])
         if self.gate is None:
             return self.down(activate(self.activation, up), key=keys[2])
-        return self.down(gated(self.activation, self.gate(x, key=keys[1]), up), key=keys[2])
+        return self.down(glu(self.activation, self.gate(x, key=keys[1]), up), key=keys[2])
 
 
 class T5Layer(nnx.Module):
@@ -119,7 +119,7 @@ class T5Stack(nnx.Module):
 
     def bias(self, queries: Array, keys: Array, *, bidirectional: bool) -> Array:
         """Return the bias of the scores, float32 `[heads, t, s]`, for the positions of queries `[t]` and keys `[s]`."""
-        buckets = self.relative_attention_bias(jnp.arange(self.relative_attention_bias.table.shape[0]))
+        buckets = self.relative_attention_bias(jnp.arange(self.relative_attention_bias.matrix.shape[0]))
         return relative_position_bias(buckets, queries, keys, bidirectional=bidirectional, max_distance=self.max_distance)
 
 

@@ -1,6 +1,6 @@
 """Layers of transformers in Flax NNX, with frozen weights, optional adapters, and sharding over devices."""
 
-from qlora_jax.nn.activation import Activation, activate, gated
+from qlora_jax.nn.activation import Activation, activate, glu
 from qlora_jax.nn.attention import (
     AttentionImplementation,
     biased_attention,
@@ -9,12 +9,12 @@ from qlora_jax.nn.attention import (
     default_implementation,
     with_prefix,
 )
-from qlora_jax.nn.delta import Delta, changed
-from qlora_jax.nn.embedding import Embedding, Table
-from qlora_jax.nn.host import HostArray, brought_to_device, fetched
+from qlora_jax.nn.delta import Delta, add_delta
+from qlora_jax.nn.embedding import Embedding, VocabularyMatrix
+from qlora_jax.nn.host import HostArray, copy_to_device, fetch_to_device
 from qlora_jax.nn.linear import AdapterConstant, Linear, LinearAdapter, MakesAdapter, ReadsWeight, WeightConstant
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
-from qlora_jax.nn.parallel import data_mesh, frozen_sharding, gather, mesh_context, place, split_axis
+from qlora_jax.nn.parallel import data_mesh, frozen_sharding, gather, mesh_context, put_on_mesh, split_axis
 from qlora_jax.nn.relative import relative_position_bias
 from qlora_jax.nn.residuals import checkpoint_name
 from qlora_jax.nn.rope import RotaryEmbedding, rotate
@@ -34,23 +34,23 @@ __all__ = [
     "RMSNorm",
     "ReadsWeight",
     "RotaryEmbedding",
-    "Table",
+    "VocabularyMatrix",
     "WeightConstant",
     "activate",
+    "add_delta",
     "biased_attention",
-    "brought_to_device",
     "cached_attention",
     "causal_attention",
-    "changed",
     "checkpoint_name",
+    "copy_to_device",
     "data_mesh",
     "default_implementation",
-    "fetched",
+    "fetch_to_device",
     "frozen_sharding",
-    "gated",
     "gather",
+    "glu",
     "mesh_context",
-    "place",
+    "put_on_mesh",
     "relative_position_bias",
     "rotate",
     "shifted_group_attention",

@@ -6,11 +6,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
-def activate(name: Activation, x: Array) -> Array:
+def activate(name: Activation, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Apply an activation: silu, gelu (x Φ(x) exactly), gelu_tanh (its approximation by tanh) or relu."""
     match name:
         case "silu":
@@ -23,7 +24,7 @@ def activate(name: Activation, x: Array) -> Array:
             return jax.nn.relu(x)
 
 
-def gated(name: Activation, gate: Array, up: Array) -> Array:
+def glu(name: Activation, gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Return the gated linear unit activate(gate) * up, computed in float32 and rounded once, to the dtype of gate.
 
     The saved residuals of the backward pass are gate and up; no float32 array is saved.

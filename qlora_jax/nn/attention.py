@@ -12,8 +12,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Float32, Int
 
-from qlora_jax.nn.parallel import by_rows
+from qlora_jax.nn.parallel import shard_rows
 from qlora_jax.nn.residuals import checkpoint_name
 from qlora_jax.quant.dense_matmul import einsum
 
@@ -37,17 +38,17 @@ def default_implementation(platform: str | None = None) -> AttentionImplementati
 
 
 def causal_attention(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Float[Array, "b t heads d"],
+    k: Float[Array, "b t kv_heads d"],
+    v: Float[Array, "b t kv_heads d"],
     *,
-    segment_ids: Array | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
     window: int | None = None,
     scale: float | None = None,
     cap: float | None = None,
     shared: int = 0,
     implementation: AttentionImplementation = "xla",
-) -> Array:
+) -> Float[Array, "b t heads d"]:
     """Compute causal self-attention within segments.
 
     Args:
@@ -130,7 +131,12 @@ def _same_segment(segment_ids: Array, shared: int, queries: slice, keys: slice) 
     return same & (others > 0)
 
 
-def with_prefix(q: Array, k: Array, v: Array, prefix: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+def with_prefix(
+    q: Float[Array, "b t heads d"],
+    k: Float[Array, "b t kv_heads d"],
+    v: Float[Array, "b t kv_heads d"],
+    prefix: tuple[Float[Array, "n kv_heads d"], Float[Array, "n kv_heads d"]],
+) -> tuple[Float[Array, "b n+t heads d"], Float[Array, "b n+t kv_heads d"], Float[Array, "b n+t kv_heads d"]]:
     """Return (q, k, v) for `causal_attention` with n more keys and values before the others, which all tokens attend to.
 
     n queries of zeros are added as well, so that the mask remains the causal one, which every kernel has. The wanted results
@@ -148,7 +154,15 @@ def with_prefix(q: Array, k: Array, v: Array, prefix: tuple[Array, Array]) -> tu
     return q, k, v
 
 
-def biased_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | None, *, scale: float) -> Array:
+def biased_attention(
+    q: Float[Array, "b t heads d"],
+    k: Float[Array, "b s kv_heads d"],
+    v: Float[Array, "b s kv_heads d"],
+    mask: Bool[Array, "#b #t s"],
+    bias: Float32[Array, "heads t s"] | None,
+    *,
+    scale: float,
+) -> Float[Array, "b t heads d"]:
     """Compute attention with a bias on the scores, by XLA; the result is `[b, t, heads, d]`.
 
     Args:
@@ -163,8 +177,14 @@ def biased_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | No
 
 
 def cached_attention(
-    q: Array, k: Array, v: Array, mask: Array, *, scale: float | None = None, cap: float | None = None
-) -> Array:
+    q: Float[Array, "b t heads d"],
+    k: Float[Array, "b kv_heads s d"],
+    v: Float[Array, "b kv_heads s d"],
+    mask: Bool[Array, "b t s"],
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
+) -> Float[Array, "b t heads d"]:
     """Compute the attention of new tokens to cached keys and values, by XLA; the result is `[b, t, heads, d]`.
 
     Args:
@@ -289,4 +309,4 @@ def _splash(
     attend = kernel.make_splash_mha(mask=mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, attn_logits_soft_cap=cap)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v))
     segments = None if segment_ids is None else kernel.SegmentIds(segment_ids, segment_ids)
-    return jnp.swapaxes(by_rows(jax.vmap(attend))(q, k, v, segments), 1, 2)
+    return jnp.swapaxes(shard_rows(jax.vmap(attend))(q, k, v, segments), 1, 2)

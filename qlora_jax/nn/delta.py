@@ -10,17 +10,18 @@ the sum, as PEFT's do.
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import Float, Float32
 
 
 class Delta(nnx.LoRAParam):
     """A float32 difference from a frozen parameter; it is trained and saved with the adapter."""
 
 
-def changed(weight: Array, delta: Array | None) -> Array:
+def add_delta(weight: Float[Array, "*shape"], delta: Float32[Array, "*shape"] | None) -> Float[Array, "*shape"]:
     """Return weight + delta, rounded once to the dtype of the weight; without a delta, return the weight."""
     return weight if delta is None else (weight.astype(jnp.float32) + delta).astype(weight.dtype)
 
 
 def value_of(weight: nnx.Param, delta: Delta | None) -> Array:
     """Return the value of a frozen parameter plus its trainable difference, if it has one."""
-    return changed(weight[...], None if delta is None else delta[...])
+    return add_delta(weight[...], None if delta is None else delta[...])

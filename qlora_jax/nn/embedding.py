@@ -15,9 +15,10 @@ from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
+from jaxtyping import Float, Int
 
 from qlora_jax.errors import OptionError
-from qlora_jax.nn.delta import Delta, changed
+from qlora_jax.nn.delta import Delta, add_delta
 from qlora_jax.quant import (
     EmbeddingStorage,
     PackedEmbedding,
@@ -34,7 +35,7 @@ from qlora_jax.quant.dense_matmul import einsum
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Table:
+class VocabularyMatrix:
     """The value of an embedding or output head: a frozen matrix plus a trainable difference.
 
     Attributes:
@@ -52,7 +53,7 @@ class Table:
         """(vocabulary, features)."""
         return embedding_shape(self.weight)
 
-    def __call__(self, tokens: Array) -> Array:
+    def __call__(self, tokens: Int[Array, "*tokens"]) -> Float[Array, "*tokens d"]:
         """Look token ids up: int32 `[...]` to `[..., features]` in the dtype of the weight."""
         found = embedding_lookup(self.weight, tokens)
         if self.delta is None:
@@ -64,7 +65,7 @@ class Table:
             change = jnp.einsum("...r,rd->...d", hit.astype(jnp.float32), self.delta)
         return (found.astype(jnp.float32) + change).astype(found.dtype)
 
-    def logits(self, hidden: Array, dtype: DTypeLike | None = None) -> Array:
+    def logits(self, hidden: Float[Array, "*rows d"], dtype: DTypeLike | None = None) -> Float[Array, "*rows v"]:
         """Return hidden `[..., features]` times the transposed matrix, `[..., vocabulary]`: the output head.
 
         Args:
@@ -72,19 +73,19 @@ class Table:
             dtype: dtype of the result; None: that of hidden.
         """
         dtype = hidden.dtype if dtype is None else dtype
-        folded = self.folded()
+        matrix = self.with_delta()
         flat = hidden.reshape(-1, hidden.shape[-1])
-        if isinstance(folded.weight, PackedEmbedding):
-            logits = embedding_matmul(flat, folded.weight, dtype)
+        if isinstance(matrix.weight, PackedEmbedding):
+            logits = embedding_matmul(flat, matrix.weight, dtype)
         else:
-            logits = einsum("nd,vd->nv", flat, folded.weight.astype(hidden.dtype), dtype)
+            logits = einsum("nd,vd->nv", flat, matrix.weight.astype(hidden.dtype), dtype)
         logits = logits.reshape(*hidden.shape[:-1], -1)
-        if folded.delta is None:
+        if matrix.delta is None:
             return logits
-        change = jnp.einsum("...d,rd->...r", hidden, folded.delta.astype(hidden.dtype), preferred_element_type=dtype)
+        change = jnp.einsum("...d,rd->...r", hidden, matrix.delta.astype(hidden.dtype), preferred_element_type=dtype)
         return logits.at[..., jnp.asarray(self.rows)].add(change)
 
-    def sums(self, share: Array, dtype: DTypeLike | None = None) -> Array:
+    def weighted_sums(self, share: Float[Array, "n v"], dtype: DTypeLike | None = None) -> Float[Array, "n d"]:
         """Return share `[n, vocabulary]` times the matrix, `[n, features]`: weighted sums of its rows.
 
         Args:
@@ -92,17 +93,17 @@ class Table:
             dtype: dtype of the result; None: that of share.
         """
         dtype = share.dtype if dtype is None else dtype
-        folded = self.folded()
-        if isinstance(folded.weight, PackedEmbedding):
-            sums = embedding_rows_sum(share, folded.weight, dtype)
+        matrix = self.with_delta()
+        if isinstance(matrix.weight, PackedEmbedding):
+            sums = embedding_rows_sum(share, matrix.weight, dtype)
         else:
-            sums = einsum("nv,vd->nd", share, folded.weight.astype(share.dtype), dtype)
-        if folded.delta is None:
+            sums = einsum("nv,vd->nd", share, matrix.weight.astype(share.dtype), dtype)
+        if matrix.delta is None:
             return sums
         of_rows = share[:, jnp.asarray(self.rows)]
-        return sums + jnp.einsum("nr,rd->nd", of_rows, folded.delta.astype(share.dtype), preferred_element_type=dtype)
+        return sums + jnp.einsum("nr,rd->nd", of_rows, matrix.delta.astype(share.dtype), preferred_element_type=dtype)
 
-    def folded(self) -> "Table":
+    def with_delta(self) -> "VocabularyMatrix":
         """Return the matrix with a delta of all rows added to its weight; a delta of some rows remains, which saves a copy.
 
         Raises:
@@ -113,9 +114,9 @@ class Table:
         if isinstance(self.weight, PackedEmbedding):
             found = type(self.weight).__name__
             raise OptionError(f"embedding: expected a dense one if all its rows train, found {found}")
-        return Table(changed(self.weight, self.delta))
+        return VocabularyMatrix(add_delta(self.weight, self.delta))
 
-    def by_rows(self, axis: str) -> tuple["Table", P]:
+    def split_rows(self, axis: str) -> tuple["VocabularyMatrix", P]:
         """Return the matrix in a form whose rows can be split over a mesh axis, and the partition spec of its leaves."""
         weight = with_single_scales(self.weight)
         return dataclasses.replace(self, weight=weight), P(None, axis) if isinstance(weight, QuantizedTensor) else P(axis)
@@ -159,15 +160,15 @@ class Embedding(nnx.Module):
         self.rows = rows
 
     @property
-    def table(self) -> Table:
+    def matrix(self) -> VocabularyMatrix:
         """The weight with its trainable difference."""
         delta = None if self.weight_delta is None else self.weight_delta[...]
-        return Table(self.weight.get_value(), delta, None if delta is None else self.rows)
+        return VocabularyMatrix(self.weight.get_value(), delta, None if delta is None else self.rows)
 
-    def __call__(self, tokens: Array) -> Array:
+    def __call__(self, tokens: Int[Array, "*tokens"]) -> Float[Array, "*tokens d"]:
         """Look token ids up: int32 `[...]` to `[..., features]` in the dtype of the weight."""
-        return self.table(tokens)
+        return self.matrix(tokens)
 
-    def logits(self, hidden: Array) -> Array:
+    def logits(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
         """Return the logits `[..., vocabulary]` of hidden `[..., features]`, with the embedding as output head."""
-        return self.table.logits(hidden)
+        return self.matrix.logits(hidden)

@@ -47,7 +47,7 @@ def to_device(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.device_put(leaf, memory.Space.Device), tree)
 
 
-def fetched(tree: Any) -> Any:
+def fetch_to_device(tree: Any) -> Any:
     """Return the tree with each `HostArray` replaced by a copy on the device; for use in a traced function.
 
     If a loop reads the arrays, this copies each of them, and its gradient, once instead of in every iteration.
@@ -59,7 +59,7 @@ def fetched(tree: Any) -> Any:
     return jax.tree.map(fetch, tree, is_leaf=lambda leaf: isinstance(leaf, HostArray))
 
 
-def brought_to_device(tree: Any) -> Any:
+def copy_to_device(tree: Any) -> Any:
     """Return the tree with leaves in host memory replaced by copies on the device; for use outside of traced functions."""
 
     def bring(leaf: Array) -> Array:

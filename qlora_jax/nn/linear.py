@@ -14,18 +14,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from qlora_jax.nn.delta import Delta, value_of
-from qlora_jax.nn.parallel import Whole
+from qlora_jax.nn.parallel import ReplicatedVariable
 from qlora_jax.nn.residuals import checkpoint_name
 from qlora_jax.quant import Quantization, matmul, quantize
 
 
-class AdapterConstant(Whole):
+class AdapterConstant(ReplicatedVariable):
     """A frozen value of an adapter that its constructor computes and that no checkpoint contains."""
 
 
-class WeightConstant(Whole):
+class WeightConstant(ReplicatedVariable):
     """A frozen value of an adapter that is computed from the layer's frozen weight while that weight is loaded."""
 
 
@@ -46,7 +47,7 @@ class ReadsWeight(Protocol):
 class LinearAdapter(Protocol):
     """An `nnx.Module` that computes the output of an adapted linear layer; its `nnx.LoRAParam`s are trainable."""
 
-    def __call__(self, x: Array, linear: "Linear", key: Array | None) -> Array:
+    def __call__(self, x: Float[Array, "*rows k"], linear: "Linear", key: Array | None) -> Float[Array, "*rows n"]:
         """Return the adapted layer's output, `[..., out]` in the dtype of x.
 
         Args:
@@ -112,15 +113,15 @@ class Linear(nnx.Module):
         if isinstance(made, ReadsWeight):
             made.read_weight(weight)
 
-    def base(self, x: Array) -> Array:
+    def base(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows n"]:
         """Return the layer's output without the adapter, `[..., out]`, for x `[..., in]`."""
         return self.with_bias(matmul(x, self.weight.get_value()))
 
-    def with_bias(self, y: Array) -> Array:
+    def with_bias(self, y: Float[Array, "*rows n"]) -> Float[Array, "*rows n"]:
         """Return y `[..., out]` plus the bias, if there is one."""
         return y if self.bias is None else y + value_of(self.bias, self.bias_delta).astype(y.dtype)
 
-    def __call__(self, x: Array, *, key: Array | None = None) -> Array:
+    def __call__(self, x: Float[Array, "*rows k"], *, key: Array | None = None) -> Float[Array, "*rows n"]:
         """Map x `[..., in]` to `[..., out]` in the dtype of x; with a random key, the adapter's dropout is applied."""
         y = self.base(x) if self.adapter is None else self.adapter(x, self, key)
         return checkpoint_name(y, "linear")

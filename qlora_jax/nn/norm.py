@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from qlora_jax.nn.delta import Delta, value_of
 
@@ -20,7 +21,7 @@ class RMSNorm(nnx.Module):
         self.weight_delta: Delta | None = None
         self.eps, self.offset = eps, offset
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
         exact = x.astype(jnp.float32)
         exact = exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + self.eps)
         weight = value_of(self.weight, self.weight_delta)
@@ -39,7 +40,7 @@ class LayerNorm(nnx.Module):
         self.bias_delta: Delta | None = None
         self.eps = eps
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
         exact = x.astype(jnp.float32)
         exact = exact - jnp.mean(exact, axis=-1, keepdims=True)
         exact = exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + self.eps)

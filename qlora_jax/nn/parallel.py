@@ -46,7 +46,7 @@ def frozen_sharding(mesh: Mesh | None, shape: tuple[int, ...]) -> NamedSharding 
     return NamedSharding(mesh, P() if axis is None else P(*[None] * axis, AXIS))
 
 
-class Whole(nnx.Variable):
+class ReplicatedVariable(nnx.Variable):
     """A frozen variable of an adapter; like the adapter, it is replicated on all devices."""
 
 
@@ -56,7 +56,7 @@ def frozen_shapes(mesh: Mesh | None, frozen: Any) -> Any:
     def shapes_of(variable: Any) -> Any:
         def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
             sharding = frozen_sharding(mesh, leaf.shape)
-            if sharding is not None and isinstance(variable, Whole):
+            if sharding is not None and isinstance(variable, ReplicatedVariable):
                 sharding = NamedSharding(sharding.mesh, P())
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -71,7 +71,7 @@ def split_axis(shape: tuple[int, ...], devices: int) -> int | None:
     return next((axis for axis in axes if shape[axis] % devices == 0), None)
 
 
-def place(mesh: Mesh | None, tree: Any, spec: P) -> Any:
+def put_on_mesh(mesh: Mesh | None, tree: Any, spec: P) -> Any:
     """Return the tree with every leaf put on the mesh with the partition spec `spec`."""
     return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, spec))
 
@@ -104,7 +104,7 @@ def over_rows(function: Callable[..., Array], frozen: Any, *rows: Array, spread:
     return jax.shard_map(function, in_specs=specs, out_specs=P(AXIS), check_vma=False)(frozen, *rows)
 
 
-def by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+def shard_rows(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a function of arrays with a leading batch axis so that each device runs it on its own rows.
 
     XLA cannot partition kernels such as splash attention by itself.

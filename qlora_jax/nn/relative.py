@@ -14,9 +14,17 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Float32, Int
 
 
-def relative_position_bias(table: Array, queries: Array, keys: Array, *, bidirectional: bool, max_distance: int) -> Array:
+def relative_position_bias(
+    table: Float[Array, "buckets heads"],
+    queries: Int[Array, " t"],
+    keys: Int[Array, " s"],
+    *,
+    bidirectional: bool,
+    max_distance: int,
+) -> Float32[Array, "heads t s"]:
     """Return the bias of the attention scores, float32 `[heads, t, s]`.
 
     Args:

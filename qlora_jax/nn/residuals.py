@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 from jax import Array, ad_checkpoint
+from jaxtyping import Shaped
 
 from qlora_jax.quant.bitcast import via_bitcast
 
 
-def checkpoint_name(x: Array, name: str) -> Array:
+def checkpoint_name(x: Shaped[Array, "*shape"], name: str) -> Shaped[Array, "*shape"]:
     """Return x, which a policy of `jax.checkpoint` may save as a residual by this name."""
     named: Any = _named(x, name)
     return named

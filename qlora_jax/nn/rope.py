@@ -20,6 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Float32, Int
 
 from qlora_jax.errors import CheckpointError, UnsupportedError
 
@@ -76,7 +77,7 @@ class RotaryEmbedding:
         if missing:
             raise CheckpointError(f"rope_type {kind!r} needs the fields {', '.join(missing)}; found {sorted(fields)}")
 
-    def __call__(self, positions: Array) -> tuple[Array, Array]:
+    def __call__(self, positions: Int[Array, "b t"]) -> tuple[Float32[Array, "b t r"], Float32[Array, "b t r"]]:
         """Return float32 (cosine, sine), each `[b, t, head_dim / 2]`, of positions int32 `[b, t]`."""
         frequencies, factor = self._frequencies(positions)
         angles = positions[..., None].astype(jnp.float32) * frequencies
@@ -144,13 +145,15 @@ def _llama3(plain: np.ndarray, fields: Mapping[str, Any]) -> np.ndarray:
     return np.where(slow, plain / factor, np.where(fast, plain, between)).astype(np.float32)
 
 
-def rotate(x: Array, cosine: Array, sine: Array) -> Array:
+def rotate(
+    x: Float[Array, "b t heads d"], cosine: Float32[Array, "b t r"], sine: Float32[Array, "b t r"]
+) -> Float[Array, "b t heads d"]:
     """Rotate the pairs (i, i + r/2) of the first r features of each head, in float32; r <= d.
 
     Args:
         x: `[b, t, heads, d]`.
-        cosine: float32 `[b, t, r/2]`.
-        sine: float32 `[b, t, r/2]`.
+        cosine: float32 `[b, t, r/2]`, cosines of the angles.
+        sine: float32 `[b, t, r/2]`, sines of the angles.
 
     Returns:
         `[b, t, heads, d]` in the dtype of x.

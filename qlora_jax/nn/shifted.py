@@ -16,6 +16,7 @@ embeddings are applied before. At inference, a model trained in this way attends
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Int
 
 from qlora_jax.errors import OptionError
 from qlora_jax.nn.attention import AttentionImplementation, causal_attention
@@ -24,17 +25,17 @@ Parts = tuple[Array, Array, Array, Array | None]  # queries, keys, values, segme
 
 
 def shifted_group_attention(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Float[Array, "b t heads d"],
+    k: Float[Array, "b t kv_heads d"],
+    v: Float[Array, "b t kv_heads d"],
     groups: int,
     *,
-    segment_ids: Array | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
     window: int | None = None,
     scale: float | None = None,
     cap: float | None = None,
     implementation: AttentionImplementation = "xla",
-) -> Array:
+) -> Float[Array, "b t heads d"]:
     """Compute causal attention within groups; see `causal_attention` for the other arguments.
 
     Args:

@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 
 from qlora_jax.errors import OptionError, UnsupportedError
-from qlora_jax.nn import Delta, Linear, changed
+from qlora_jax.nn import Delta, Linear, add_delta
 from qlora_jax.peft.method import FieldErrors, FilePart, Method
 from qlora_jax.quant import QuantizedTensor, matmul
 
@@ -92,7 +92,7 @@ class FullLinear(nnx.Module):
         if not isinstance(weight, Array):  # a 4-bit matrix, or a layer of a stack of 4-bit matrices
             found = "4-bit ones" if isinstance(weight, QuantizedTensor) else type(weight).__name__
             raise OptionError(f"full fine-tuning: expected dense linear layers (data_type none), found {found}")
-        return linear.with_bias(matmul(x, changed(weight, self.delta[...])))
+        return linear.with_bias(matmul(x, add_delta(weight, self.delta[...])))
 
     def file_parts(self) -> Iterator[FilePart]:
         """See `method.AdapterModule`."""

@@ -93,12 +93,12 @@ class LoRA(Method):
         if any(layer < 0 for layer in self.layers_to_transform):
             raise OptionError(f"LoRA layers_to_transform: expected numbers from 0 on, found {self.layers_to_transform}")
 
-        for name, tokens in self.token_rows():
+        for name, tokens in self.trainable_tokens():
             where = "LoRA trainable_token_indices" + (f" {name!r}" if name else "")
             if not tokens or min(tokens) < 0 or len(set(tokens)) < len(tokens):
                 raise OptionError(f"{where}: expected different numbers from 0 on, found {list(tokens)}")
 
-    def token_rows(self) -> tuple[tuple[str | None, tuple[int, ...]], ...]:
+    def trainable_tokens(self) -> tuple[tuple[str | None, tuple[int, ...]], ...]:
         """See `Method`."""
         named = tuple((entry[0], entry[1]) for entry in self.trainable_token_indices if isinstance(entry, tuple))
         tokens = tuple(entry for entry in self.trainable_token_indices if isinstance(entry, int))

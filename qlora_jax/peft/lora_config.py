@@ -185,7 +185,7 @@ def write_lora(lora: Any, modules: Sequence[str]) -> dict[str, Any]:
         "r": lora.rank,
         "rank_pattern": dict(lora.rank_pattern),
         "target_modules": targets,
-        "trainable_token_indices": _token_rows(lora),
+        "trainable_token_indices": _trainable_tokens(lora),
         "use_dora": lora.use_dora,
         "use_rslora": lora.use_rslora,
     }
@@ -195,8 +195,8 @@ def _number(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
 
-def _token_rows(lora: Any) -> list[int] | dict[str, list[int]] | None:
-    rows = lora.token_rows()
+def _trainable_tokens(lora: Any) -> list[int] | dict[str, list[int]] | None:
+    rows = lora.trainable_tokens()
     if rows and rows[0][0] is None:
         return list(rows[0][1])
     return {str(table): list(tokens) for table, tokens in rows} or None

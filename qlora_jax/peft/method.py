@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qlora_jax.peft.prompt import Prompt
 
 # (end of the name of an embedding or output head, or None for the input embedding; the token ids whose rows train)
-TokenRows = tuple[tuple[str | None, tuple[int, ...]], ...]
+TrainableTokens = tuple[tuple[str | None, tuple[int, ...]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,8 +201,8 @@ class Method(Protocol):
         """Whether the initialization subtracts something from the base's weights."""
         return False
 
-    def token_rows(self) -> TokenRows:
-        """Return the embeddings and output heads of which some rows train, and these rows; see `TokenRows`."""
+    def trainable_tokens(self) -> TrainableTokens:
+        """Return the embeddings and output heads of which some rows train, and these rows; see `TrainableTokens`."""
         return ()
 
     def shape_error(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:

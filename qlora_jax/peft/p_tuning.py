@@ -18,7 +18,7 @@ from jax import Array
 
 from qlora_jax.errors import OptionError
 from qlora_jax.peft.fields import Fields, is_number, is_whole
-from qlora_jax.peft.method import Method, ModelShape
+from qlora_jax.peft.method import ModelShape
 from qlora_jax.peft.option import Option
 from qlora_jax.peft.prompt import (
     COMMON_FIELDS,
@@ -29,6 +29,7 @@ from qlora_jax.peft.prompt import (
     UNKNOWN,
     VIRTUAL_TOKENS,
     Prompt,
+    PromptMethod,
     PromptShape,
     check_prompt,
     dense,
@@ -52,7 +53,7 @@ _READ = COMMON_FIELDS | {
 
 
 @dataclasses.dataclass(frozen=True)
-class PTuning(Method):
+class PTuning(PromptMethod):
     """P-tuning, with the fields of PEFT's PromptEncoderConfig.
 
     Attributes:

@@ -18,7 +18,7 @@ from jax import Array
 
 from qlora_jax.errors import OptionError
 from qlora_jax.peft.fields import Fields, is_whole
-from qlora_jax.peft.method import Method, ModelShape
+from qlora_jax.peft.method import ModelShape
 from qlora_jax.peft.option import Option
 from qlora_jax.peft.prompt import (
     COMMON_FIELDS,
@@ -29,6 +29,7 @@ from qlora_jax.peft.prompt import (
     UNKNOWN,
     VIRTUAL_TOKENS,
     Prompt,
+    PromptMethod,
     PromptShape,
     check_prompt,
     dense,
@@ -45,7 +46,7 @@ _READ = COMMON_FIELDS | {"encoder_hidden_size", "prefix_projection", "init_weigh
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefixTuning(Method):
+class PrefixTuning(PromptMethod):
     """Prefix tuning, with the fields of PEFT's PrefixTuningConfig.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 They are initialized from a normal distribution, with rows of the input embedding drawn at random, or with the embeddings of
 the tokens of a text. The last two need the input embedding, which has no values yet when a model is constructed:
-`initial_tokens` returns the token ids, and `models.prompts.start_from_tokens` copies their rows.
+`initial_tokens` returns the token ids, and `models.prompts.initialize_from_tokens` copies their rows.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jax import Array
 
 from qlora_jax.errors import OptionError
 from qlora_jax.peft.fields import Fields
-from qlora_jax.peft.method import Method, ModelShape
+from qlora_jax.peft.method import ModelShape
 from qlora_jax.peft.option import Option
 from qlora_jax.peft.prompt import (
     COMMON_FIELDS,
@@ -25,6 +25,7 @@ from qlora_jax.peft.prompt import (
     UNKNOWN,
     VIRTUAL_TOKENS,
     Prompt,
+    PromptMethod,
     PromptShape,
     check_prompt,
     init_normal,
@@ -41,7 +42,7 @@ _READ = COMMON_FIELDS | {"prompt_tuning_init", "prompt_tuning_init_text", "token
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptTuning(Method):
+class PromptTuning(PromptMethod):
     """Prompt tuning, with the fields of PEFT's PromptTuningConfig.
 
     Attributes:

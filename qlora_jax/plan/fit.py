@@ -122,7 +122,7 @@ def _states(spec: StepSpec[ModelSpec], host: bool) -> Iterator[tuple[tuple[str, 
         words, less = ("--host-offload",), with_host_memory(spec, optimizer=True, adapter=False)
         yield words, less
     cut: tuple[str, ...] = ()  # the options that cut the batch
-    cuts = [(cut, less)]
+    cuts: list[tuple[tuple[str, ...], StepSpec[ModelSpec]]] = [(cut, less)]
     rows = spec.batch.batch_size
     for size in range(rows - 1, 0, -1):
         if rows % size == 0:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float32, UInt8
 
 from qlora_jax.quant.codebooks import DataType
 from qlora_jax.quant.tensor import QuantizedTensor, pack, unpack
@@ -19,10 +20,10 @@ from qlora_jax.quant.tensor import QuantizedTensor, pack, unpack
 
 @partial(jax.jit, static_argnames=("shape", "data_type", "block_size", "dtype"))
 def from_blocks(
-    packed: Array,
-    scales: Array,
-    scale_absmax: Array | None,
-    scale_offset: Array | None,
+    packed: UInt8[Array, " bytes"],
+    scales: UInt8[Array, " blocks"] | Float32[Array, " blocks"],
+    scale_absmax: Float32[Array, " groups"] | None,
+    scale_offset: Float32[Array, ""] | None,
     *,
     shape: tuple[int, int],
     data_type: DataType,
@@ -58,7 +59,9 @@ def from_blocks(
 
 
 @jax.jit
-def to_blocks(q: QuantizedTensor) -> tuple[Array, Array]:
+def to_blocks(
+    q: QuantizedTensor,
+) -> tuple[UInt8[Array, " bytes"], UInt8[Array, " blocks"] | Float32[Array, " blocks"]]:
     """Return (packed, scales) of one matrix in bitsandbytes' layout; `scale_absmax` and `scale_offset` do not change."""
     rows, columns = q.shape
     codes = unpack(q)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Float32
 
 from qlora_jax.quant.codebooks import dynamic_map
 
@@ -43,7 +44,7 @@ class BlockwiseArray:
     signed: bool
 
 
-def quantize_blockwise(x: Array, *, signed: bool) -> BlockwiseArray:
+def quantize_blockwise(x: Float[Array, "*shape"], *, signed: bool) -> BlockwiseArray:
     """Quantise an array of floats of any shape to 8 bits.
 
     Args:
@@ -66,7 +67,7 @@ def quantize_blockwise(x: Array, *, signed: bool) -> BlockwiseArray:
     return BlockwiseArray(codes.reshape(-1)[: x.size].reshape(x.shape), absmax, signed)
 
 
-def dequantize_blockwise(q: BlockwiseArray) -> Array:
+def dequantize_blockwise(q: BlockwiseArray) -> Float32[Array, "*shape"]:
     """Return the array that `q` represents, float32 in its shape."""
     values = _blocks(lookup_dynamic(q.codes, q.signed)) * q.absmax[:, None]
     return values.reshape(-1)[: q.codes.size].reshape(q.codes.shape)

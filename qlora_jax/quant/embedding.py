@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float, Int
 
 from qlora_jax.errors import OptionError
 from qlora_jax.quant import kernels
@@ -60,7 +61,9 @@ class Int8Embedding:
 PackedEmbedding = Int8Embedding | QuantizedTensor
 
 
-def quantize_embedding(w: Array, storage: EmbeddingStorage, dtype: DTypeLike | None = None) -> Array | PackedEmbedding:
+def quantize_embedding(
+    w: Float[Array, "v d"], storage: EmbeddingStorage, dtype: DTypeLike | None = None
+) -> Float[Array, "v d"] | PackedEmbedding:
     """Quantise an embedding.
 
     Args:
@@ -102,7 +105,7 @@ def empty_embedding(w: PackedEmbedding, zeros: Callable[[tuple[int, ...], DTypeL
     )
 
 
-def write_embedding_rows(w: PackedEmbedding, rows: Array, start: int | Array) -> PackedEmbedding:
+def write_embedding_rows(w: PackedEmbedding, rows: Float[Array, "n d"], start: int | Array) -> PackedEmbedding:
     """Return the embedding with the rows from index `start` on replaced by the quantised `rows`, floats `[n, features]`."""
     if isinstance(w, Int8Embedding):
         new, axis = _int8(rows, w.dtype), 0
@@ -111,13 +114,13 @@ def write_embedding_rows(w: PackedEmbedding, rows: Array, start: int | Array) ->
     return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, start, axis), w, new)
 
 
-def embedding_shape(w: Array | PackedEmbedding) -> tuple[int, int]:
+def embedding_shape(w: Float[Array, "v d"] | PackedEmbedding) -> tuple[int, int]:
     """Return (rows, features) of a dense or quantised embedding."""
     rows, features = w.shape[::-1] if isinstance(w, QuantizedTensor) else w.shape
     return rows, features
 
 
-def embedding_lookup(w: Array | PackedEmbedding, index: Array) -> Array:
+def embedding_lookup(w: Float[Array, "v d"] | PackedEmbedding, index: Int[Array, "*tokens"]) -> Float[Array, "*tokens d"]:
     """Return the rows at the indices int32 `[...]`, dense `[..., features]`; the embedding gets no gradient."""
     if isinstance(w, Int8Embedding):
         return (w.codes[index].astype(jnp.float32) * w.scales[index][..., None]).astype(w.dtype)
@@ -135,7 +138,7 @@ def embedding_lookup(w: Array | PackedEmbedding, index: Array) -> Array:
     return jax.lax.platform_dependent(jax.lax.stop_gradient(w), index, cpu=take_bits, default=take)
 
 
-def embedding_matmul(x: Array, w: PackedEmbedding, dtype: DTypeLike) -> Array:
+def embedding_matmul(x: Float[Array, "n d"], w: PackedEmbedding, dtype: DTypeLike) -> Float[Array, "n v"]:
     """Return x `[n, features]` times the transposed embedding, `[n, rows]` in `dtype`; the embedding gets no gradient."""
     result: Any = _matmul(jnp.dtype(dtype), x, w)
     return result
@@ -166,7 +169,7 @@ def _backward(_: Any, residuals: tuple[PackedEmbedding, Array], dy: Array) -> tu
 _matmul.defvjp(_forward, _backward)
 
 
-def embedding_rows_sum(share: Array, w: PackedEmbedding, dtype: DTypeLike) -> Array:
+def embedding_rows_sum(share: Float[Array, "n v"], w: PackedEmbedding, dtype: DTypeLike) -> Float[Array, "n d"]:
     """Return share `[n, rows]` times the embedding, `[n, features]` in `dtype`, summed in float32."""
 
     def add(total: Array, start: int | Array, size: int) -> Array:

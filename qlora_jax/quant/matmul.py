@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 from jax import Array
+from jaxtyping import Float
 
 from qlora_jax.errors import UnsupportedError
 from qlora_jax.quant import kernels, tiles
@@ -34,7 +35,12 @@ from qlora_jax.quant.tensor import Implementation, QuantizedTensor, dequantize
 FEW_ROWS = 64  # the most rows of x for which "auto" prefers the kernel
 
 
-def matmul(x: Array, w: Array | QuantizedTensor | StackedTensor, *, implementation: Implementation | None = None) -> Array:
+def matmul(
+    x: Float[Array, "*rows k"],
+    w: Float[Array, "k n"] | QuantizedTensor | StackedTensor,
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*rows n"]:
     """Return x @ w, `[..., out]` in the dtype of x.
 
     A dense w can be differentiated; a 4-bit w gets no gradient.

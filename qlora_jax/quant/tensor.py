@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from qlora_jax.errors import OptionError
 from qlora_jax.quant.codebooks import BLOCK_SIZES, DATA_TYPES, SCALE_BLOCK_SIZE, DataType, borders, codebook, dynamic_map
@@ -99,7 +100,7 @@ class QuantizedTensor:
 
 @partial(jax.jit, static_argnames=("data_type", "block_size", "double_quantization", "dtype"))
 def quantize(
-    w: Array,
+    w: Float[Array, "*layers k n"],
     data_type: DataType = "nf4",
     block_size: int = 64,
     double_quantization: bool = True,
@@ -162,7 +163,7 @@ def with_double_quantization(q: QuantizedTensor) -> QuantizedTensor:
     return dataclasses.replace(q, scales=scales, scale_absmax=scale_absmax, scale_offset=scale_offset)
 
 
-def dequantize(q: QuantizedTensor, dtype: DTypeLike | None = None) -> Array:
+def dequantize(q: QuantizedTensor, dtype: DTypeLike | None = None) -> Float[Array, "*layers k n"]:
     """Return the dense matrix `[..., in, out]` that `q` represents, in `dtype`; None: the dtype of `q`."""
     stack = q.codes.shape[:-2]
     one = partial(_dequantize_matrix, dtype=jnp.dtype(q.dtype if dtype is None else dtype))

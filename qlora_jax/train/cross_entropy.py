@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qlora_jax.errors import UnsupportedError
-from qlora_jax.nn import Table
+from qlora_jax.nn import VocabularyMatrix
 
 LOGITS = 2**27  # bytes that the float32 logits of a chunk take, about
 LEAST = 512  # tokens of a chunk: with fewer, reading the head takes longer than multiplying with it
@@ -49,7 +49,7 @@ def chunk_tokens(rows: int, *, cpu: bool = False) -> int:
 
 def chunked_cross_entropy(
     hidden: Float[Array, "n d"],
-    head: Float[Array, "v d"] | Table,
+    head: Float[Array, "v d"] | VocabularyMatrix,
     targets: Int[Array, " n"],
     weights: Float[Array, " n"],
     chunk: int | None = None,
@@ -61,7 +61,7 @@ def chunked_cross_entropy(
 
 def token_losses(
     hidden: Float[Array, "n d"],
-    head: Float[Array, "v d"] | Table,
+    head: Float[Array, "v d"] | VocabularyMatrix,
     targets: Int[Array, " n"],
     weights: Float[Array, " n"],
     chunk: int | None = None,
@@ -84,7 +84,7 @@ def token_losses(
     Raises:
         UnsupportedError: the rows of a head with a delta are spread.
     """
-    table = head if isinstance(head, Table) else Table(head)
+    table = head if isinstance(head, VocabularyMatrix) else VocabularyMatrix(head)
     if axis is not None and table.delta is not None:
         raise UnsupportedError("token_losses: expected a head without a delta where its rows are spread, found one")
     settings = _Settings(table.rows, chunk, cap, axis)
@@ -94,7 +94,7 @@ def token_losses(
 
 def token_losses_and_hits(
     hidden: Float[Array, "n d"],
-    head: Table,
+    head: VocabularyMatrix,
     targets: Int[Array, " n"],
     weights: Float[Array, " n"],
     cap: float | None = None,
@@ -105,7 +105,7 @@ def token_losses_and_hits(
     The result is not to be differentiated. See `token_losses` for the arguments.
     """
 
-    def of_chunks(chunk: int, head: Table, hidden: Array, targets: Array, weights: Array) -> Array:
+    def of_chunks(chunk: int, head: VocabularyMatrix, hidden: Array, targets: Array, weights: Array) -> Array:
         def run(part: tuple[Array, Array, Array]) -> Array:
             h, target, weight = _gathered(axis, *part)
             losses, logits, _ = _chunk_loss(head, h, target, weight, cap, axis)
@@ -120,7 +120,7 @@ def token_losses_and_hits(
         found = jax.lax.map(run, _chunks(chunk, hidden, targets, weights))
         return found.transpose(0, 2, 1).reshape(-1, 2)[: hidden.shape[0]]
 
-    return _with_chunk(of_chunks, None, axis, head.folded(), hidden, targets, weights)
+    return _with_chunk(of_chunks, None, axis, head.with_delta(), hidden, targets, weights)
 
 
 @dataclass(frozen=True)
@@ -139,14 +139,14 @@ def _token_losses(
 ) -> Array:
     cap, axis = settings.cap, settings.axis
 
-    def losses(chunk: int, head: Table, hidden: Array, targets: Array, weights: Array) -> Array:
+    def losses(chunk: int, head: VocabularyMatrix, hidden: Array, targets: Array, weights: Array) -> Array:
         def run(part: tuple[Array, Array, Array]) -> Array:
             h, target, weight = _gathered(axis, *part)
             return _own(axis, _chunk_loss(head, h, target, weight, cap, axis)[0])
 
         return jax.lax.map(run, _chunks(chunk, hidden, targets, weights)).reshape(-1)[: hidden.shape[0]]
 
-    head = Table(weight, delta, settings.rows).folded()
+    head = VocabularyMatrix(weight, delta, settings.rows).with_delta()
     return _with_chunk(losses, settings.chunk, axis, head, hidden, targets, weights)
 
 
@@ -154,7 +154,7 @@ def _forward(
     hidden: Array, weight: Any, delta: Array | None, targets: Array, weights: Array, settings: _Settings
 ) -> tuple[Array, Any]:
     if delta is None:
-        losses, gradient, _ = _losses_and_gradients(Table(weight), hidden, targets, weights, settings)
+        losses, gradient, _ = _losses_and_gradients(VocabularyMatrix(weight), hidden, targets, weights, settings)
         return losses, gradient
     # The gradient of the head sums over tokens, whose own factors are known only in the backward pass.
     losses: Any = _token_losses(hidden, weight, delta, targets, weights, settings)
@@ -165,7 +165,7 @@ def _backward(settings: _Settings, residuals: Any, cotangent: Array) -> tuple[An
     if not isinstance(residuals, tuple):
         return (residuals * cotangent[:, None]).astype(residuals.dtype), None, None, None, None
     hidden, weight, delta, targets, weights = residuals
-    head = Table(weight, delta, settings.rows)
+    head = VocabularyMatrix(weight, delta, settings.rows)
     _, of_hidden, of_delta = _losses_and_gradients(head, hidden, targets, weights * cotangent, settings)
     return of_hidden, None, of_delta, None, None
 
@@ -174,13 +174,13 @@ _token_losses.defvjp(_forward, _backward)
 
 
 def _losses_and_gradients(
-    table: Table, hidden: Array, targets: Array, weights: Array, settings: _Settings
+    table: VocabularyMatrix, hidden: Array, targets: Array, weights: Array, settings: _Settings
 ) -> tuple[Array, Array, Array | None]:
     """Return the losses `[n]`, and the gradients of their sum with respect to the hidden states and to the head's delta."""
     cap, axis = settings.cap, settings.axis
 
-    def of_chunks(chunk: int, table: Table, hidden: Array, targets: Array, weights: Array) -> tuple[Any, ...]:
-        head, rows = table.folded(), None if table.rows is None else jnp.asarray(table.rows)
+    def of_chunks(chunk: int, table: VocabularyMatrix, hidden: Array, targets: Array, weights: Array) -> tuple[Any, ...]:
+        head, rows = table.with_delta(), None if table.rows is None else jnp.asarray(table.rows)
 
         def run(of_delta: Array | None, part: tuple[Array, Array, Array]) -> tuple[Array | None, tuple[Array, Array]]:
             h, target, weight = _gathered(axis, *part)
@@ -208,7 +208,7 @@ def _losses_and_gradients(
     return losses, of_hidden, of_delta
 
 
-def _with_chunk(run: Callable[..., Any], chunk: int | None, axis: str | None, head: Table, *arrays: Array) -> Any:
+def _with_chunk(run: Callable[..., Any], chunk: int | None, axis: str | None, head: VocabularyMatrix, *arrays: Array) -> Any:
     """Return `run(chunk, head, *arrays)`, with the chunk of the platform if `chunk` is None.
 
     A head whose rows are spread over devices always takes the larger chunk, which the devices share.
@@ -223,7 +223,7 @@ def _with_chunk(run: Callable[..., Any], chunk: int | None, axis: str | None, he
 
 
 def _chunk_loss(
-    head: Table, hidden: Array, targets: Array, weights: Array, cap: float | None, axis: str | None
+    head: VocabularyMatrix, hidden: Array, targets: Array, weights: Array, cap: float | None, axis: str | None
 ) -> tuple[Array, Array, Array]:
     """Return (weighted losses, float32 logits of this device's rows, logsumexp of all logits) of one chunk."""
     logits = _capped(head.logits(hidden, jnp.float32), cap)
@@ -235,7 +235,7 @@ def _chunk_loss(
     return weights * (log_normalizer - _capped(label_logit, cap)), logits, log_normalizer
 
 
-def _own_rows(head: Table, tokens: Array, axis: str | None) -> tuple[Array, Array]:
+def _own_rows(head: VocabularyMatrix, tokens: Array, axis: str | None) -> tuple[Array, Array]:
     """Return (the tokens' rows in this device's part of the head, which tokens have a row there).
 
     The row of a token that belongs to another device is the number of rows, which is beyond the end.
@@ -253,11 +253,11 @@ def _logsumexp(logits: Array, axis: str | None) -> Array:
     return highest + jnp.log(jax.lax.psum(jnp.exp(logits - highest[:, None]).sum(-1), axis))
 
 
-def _summed(axis: str | None, share: Array, head: Table) -> Array:
+def _summed(axis: str | None, share: Array, head: VocabularyMatrix) -> Array:
     """Return share @ head; on several devices the sum of all devices' products, for this device's own tokens."""
     if axis is None:
-        return head.sums(share)
-    return jax.lax.psum_scatter(head.sums(share, jnp.float32), axis, tiled=True).astype(share.dtype)
+        return head.weighted_sums(share)
+    return jax.lax.psum_scatter(head.weighted_sums(share, jnp.float32), axis, tiled=True).astype(share.dtype)
 
 
 def _gathered(axis: str | None, *arrays: Array) -> tuple[Array, ...]:

@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from qlora_jax.nn import Linear
-from qlora_jax.nn.parallel import Whole
+from qlora_jax.nn.parallel import ReplicatedVariable
 from qlora_jax.peft import Prompt
 from qlora_jax.train.loss import token_log_probabilities
 from qlora_jax.train.step import Unit
@@ -75,7 +75,7 @@ def without_adapter(model: Any) -> Any:
     return bare
 
 
-class ReferenceAdapter(Whole):
+class ReferenceAdapter(ReplicatedVariable):
     """The adapter of the reference, as the pytree of arrays that `nnx.to_pure_dict` returns."""
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from qlora_jax.nn import Table
+from qlora_jax.nn import VocabularyMatrix
 from qlora_jax.nn.parallel import AXIS, devices_of_context, over_rows
 from qlora_jax.train.cross_entropy import token_losses, token_losses_and_hits
 
@@ -110,7 +110,7 @@ def _seq2seq_hidden(model: Any, batch: Batch, key: Array | None) -> Array:
 def _losses_of_tokens(model: Any, hidden: Array, targets: Array, weights: Array) -> Array:
     """Return the weighted cross-entropy of each token, float32 `[b, t]`."""
 
-    def losses(head: Table, hidden: Array, targets: Array, weights: Array, axis: str | None) -> Array:
+    def losses(head: VocabularyMatrix, hidden: Array, targets: Array, weights: Array, axis: str | None) -> Array:
         flat = hidden.reshape(-1, hidden.shape[-1])
         each = token_losses(flat, head, targets.reshape(-1), weights.reshape(-1), None, model.logit_cap, axis)
         return each.reshape(targets.shape)
@@ -121,7 +121,7 @@ def _losses_of_tokens(model: Any, hidden: Array, targets: Array, weights: Array)
 def _loss_and_accuracy(model: Any, hidden: Array, batch: Batch) -> tuple[Array, dict[str, Array]]:
     """Return (summed loss, other sums); neither is to be differentiated."""
 
-    def sums_of_rows(head: Table, hidden: Array, targets: Array, weights: Array, axis: str | None) -> Array:
+    def sums_of_rows(head: VocabularyMatrix, hidden: Array, targets: Array, weights: Array, axis: str | None) -> Array:
         flat = (hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1), weights.reshape(-1))
         return token_losses_and_hits(*flat, model.logit_cap, axis).reshape(*targets.shape, 2).sum(1)
 
@@ -135,7 +135,7 @@ def _over_rows_with_head(head: Any, function: Callable[..., Array], *arrays: Arr
     The rows of the head are spread too where their number allows it and no delta of the head trains.
     """
     devices = devices_of_context()
-    head = head if isinstance(head, Table) else Table(head)
+    head = head if isinstance(head, VocabularyMatrix) else VocabularyMatrix(head)
     axis = AXIS if devices > 1 and head.delta is None and head.shape[0] % devices == 0 else None
-    head, spread = head.by_rows(AXIS) if axis is not None else (head, None)
+    head, spread = head.split_rows(AXIS) if axis is not None else (head, None)
     return over_rows(partial(function, axis=axis), head, *arrays, spread=spread)

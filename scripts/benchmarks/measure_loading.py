@@ -255,7 +255,7 @@ def measure(folder: Path, arguments: Arguments) -> dict[str, Any]:
     bits = 8 * sum(tensor.nbytes for tensor in quantized) / parameters
     promised = arguments.double_quantization  # without it a block of 64 takes 4.5 bits a value by definition
     return {
-        "checkpoint": checkpoint.source if arguments.folder is None else folder.name,
+        "checkpoint": checkpoint.name if arguments.folder is None else folder.name,
         "file_bytes": file_bytes,
         "tensors": len(sizes),
         "platform": devices[0].platform,

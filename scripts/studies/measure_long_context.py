@@ -121,7 +121,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     prompts = draw_prompts(Writer(tokenizer, asked, arguments.seed + 1), arguments, context)
     load = partial(load_model, dtype=jnp.bfloat16, seed=arguments.seed)
     started = time.perf_counter()
-    lora = LoRA(arguments.rank, 2.0 * arguments.rank, modules_to_save=options.trained((), config.parameter_mappings))
+    lora = options.with_trained_modules(LoRA(arguments.rank, 2.0 * arguments.rank), config)
     scaled = with_scaling(checkpoint, options.scaling(config, arguments.extended))
     remat = "dots" if jax.default_backend() == "cpu" else "full"
     tuned, losses = train(split(load(scaled, method=lora, remat=remat)), writer, arguments, options.groups, reach)

@@ -163,15 +163,15 @@ SIZES: dict[str, Any] = {
     ("fields", "message"),
     [
         ({"modules_to_save": ("embed",)}, "modules_to_save 'embed' matches no module; their names end in: embed_tokens"),
-        ({"modules_to_save": ("q_proj",)}, "'q_proj': expected token tables, heads or norms, found a linear layer"),
+        ({"modules_to_save": ("q_proj",)}, "'q_proj': expected embeddings, output heads or norms, found a linear layer"),
         ({"modules_to_save": ("mlp",)}, r"'mlp': expected a module without parts, found model\.layers\.0\.mlp"),
         ({"modules_to_save": ("1.input_layernorm",)}, "expected all modules .*or none, found 1 of the 2"),
         ({"trainable_token_indices": (3, 11)}, "expected tokens below 11, found 11"),
         ({"trainable_token_indices": (3, 3)}, r"expected different numbers from 0 on, found \[3, 3\]"),
-        ({"trainable_token_indices": (("norm", (3,)),)}, "'norm': expected the name of the token table or the head"),
+        ({"trainable_token_indices": (("norm", (3,)),)}, "'norm': expected the name of the embedding or the output head"),
         (
             {"trainable_token_indices": (("lm_head", (3,)),)},
-            "lm_head.weight is model.embed_tokens.weight: expected",
+            "lm_head.weight is tied to model.embed_tokens.weight: expected",
         ),
         ({"trainable_token_indices": (3,), "modules_to_save": ("embed_tokens",)}, "in one of them, found it in both"),
     ],

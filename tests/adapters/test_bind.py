@@ -320,7 +320,7 @@ def test_missing_extra_and_misshapen_tensors_come_in_one_message(saved: Path) ->
         "names the base 'owner/other-base'",
         "3 problems",
         f"lacks (1): {Q_A}",
-        f"no slot for (1): {Q_A.replace('q_proj', 'k_proj')}",
+        f"no place for (1): {Q_A.replace('q_proj', 'k_proj')}",
         f"{Q_A.replace('lora_A', 'lora_B')}: expected [64, 4], found [65, 4]",
     ):
         assert part in str(caught.value)

@@ -124,7 +124,7 @@ def test_rows_of_whole_tables_find_room(tmp_path: Path, family: str, tied: bool,
     larger = with_token_rows(checkpoint, tokens)
     table = "embed_in" if family == "gpt_neox" else "embed_tokens"
     lora = train_token_rows(LoRA(rank=4, modules_to_save=(table, "lm_head")[: 1 + both]), larger, tokens)
-    assert lora.token_rows() == (() if both else (("lm_head", tokens),))
+    assert lora.trainable_tokens() == (() if both else (("lm_head", tokens),))
     model = randomised(load_model(larger, quantization=None, method=lora, progress=False))
     save_adapter(model, tmp_path / "adapter")
 

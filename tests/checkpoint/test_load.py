@@ -204,5 +204,5 @@ def test_a_packed_table_that_is_not_finite_is_an_error(tensors: dict[str, np.nda
 
 
 def test_all_of_a_packed_table_does_not_train(tensors: dict[str, np.ndarray]) -> None:
-    with pytest.raises(ValueError, match="trains as a whole: expected embedding_storage none"):
+    with pytest.raises(ValueError, match="trains in full: expected embedding_storage none"):
         load(tensors, embedding_storage="nf4", method=LoRA(2, modules_to_save=("lm_head",)))

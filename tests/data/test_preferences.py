@@ -111,7 +111,7 @@ def test_a_cut_that_leaves_no_difference_is_counted(chatml: PreTrainedTokenizerF
         ({"chosen": "A", "rejected": 3}, "column 'rejected': expected a list of messages, found int"),
         (
             {"chosen": [USER, GOOD], "rejected": [{"role": "user", "content": "R"}, BAD]},
-            "column 'chosen', message 0: expected the assistant's answer where chosen and rejected part, found user",
+            "column 'chosen', message 0: expected the assistant's answer as the first difference of chosen and rejected",
         ),
         ({"chosen": [USER, GOOD], "rejected": [USER]}, "column 'rejected', message 1: .*, found nothing"),
         ({"chosen": [GOOD, USER, GOOD], "rejected": [BAD]}, "expected a message before the answers, found none"),

@@ -65,7 +65,7 @@ def test_logits_equal_transformers(tiny: tuple[Any, Any, Any], tiny_llama: Path)
 def test_subjects_count_alike() -> None:
     """One question of a subject weighs as much as nine of another."""
     scores = Scores({"a": 9, "b": 0}, {"a": 9, "b": 1})
-    assert scores.figures() == {"mmlu_accuracy": 0.5, "mmlu_accuracy_a": 1.0, "mmlu_accuracy_b": 0.0}
+    assert scores.metrics() == {"mmlu_accuracy": 0.5, "mmlu_accuracy_a": 1.0, "mmlu_accuracy_b": 0.0}
 
 
 def test_letters_with_their_space_in_the_token(make_tiny_llama: Callable[..., Path]) -> None:

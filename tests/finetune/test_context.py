@@ -1,9 +1,7 @@
 """Training beyond a model's context: LongLoRA's recipe in the main job; every later program scales positions alike."""
 
 import dataclasses
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,12 @@ from qlora_jax.adapters.files import read_adapter
 from qlora_jax.adapters.metadata import read_adapter_metadata
 from qlora_jax.adapters.pretrained import open_pretrained
 from qlora_jax.checkpoint.open import open_checkpoint
+from qlora_jax.commands import merge
 from qlora_jax.finetune import DataOptions, LoRAOptions, ModelOptions, OptimizerOptions, Options, RunOptions, finetune
 from qlora_jax.finetune.options.context import ContextOptions
 from qlora_jax.finetune.step import step_spec
 from qlora_jax.models import CausalLM, RopeScaling, family_of
 
-MERGE = Path(__file__).resolve().parents[2] / "scripts" / "merge.py"
 WORDS = ("red", "green", "blue", "black", "white", "brown", "pink", "grey")
 
 
@@ -79,21 +77,12 @@ def test_the_model_is_loaded_with_the_scaling_of_the_training(adapter: Path, opt
     assert alone.checkpoint.config["max_position_embeddings"] == 32
 
 
-def test_a_merged_model_is_scaled_in_transformers(
-    adapter: Path, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merged_model_is_scaled_in_transformers(adapter: Path, options: Options, tmp_path: Path) -> None:
     torch: Any = pytest.importorskip("torch", reason="torch, to compare with, is not installed")
     from transformers import AutoModelForCausalLM
 
-    spec = importlib.util.spec_from_file_location("merge_script_for_context", MERGE)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = script
-    spec.loader.exec_module(script)
     arguments = ["--model", str(options.model.model), "--adapter", str(adapter), "--output", str(tmp_path / "merged")]
-    monkeypatch.setattr(sys, "argv", ["merge.py", *arguments, "--dtype", "float32", "--base", "dequantized", "--no-compare"])
-    assert script.main() == 0
+    assert merge.main([*arguments, "--dtype", "float32", "--base", "dequantized", "--no-compare"]) == 0
     config = json.loads((tmp_path / "merged" / "config.json").read_text("utf-8"))
     assert config["rope_parameters"] == {"rope_type": "linear", "factor": 4, "rope_theta": 10000.0}
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)

@@ -145,12 +145,6 @@ def test_rates() -> None:
     assert OptimizerOptions(optimizer="lion").peak_learning_rate(1, SFT, PrefixTuning()) == pytest.approx(1e-3)
 
 
-def test_a_window_and_packed_rows_are_refused_early(make_tiny_llama: Any, data: Path, tmp_path: Path) -> None:
-    model = make_tiny_llama(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=16)
-    with pytest.raises(ValueError, match="a mistral with a window of 16 tokens: expected one document a row"):
-        finetune(options_of(model, data, tmp_path / "run", method="prefix-tuning"), progress=False)
-
-
 def test_plans_count_virtual_tokens(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_llama))
     config = causal_family_of(checkpoint.config).config(checkpoint.config)

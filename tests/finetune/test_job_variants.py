@@ -99,7 +99,7 @@ def test_pissa_saves_what_it_trained(tiny_llama: Path, data: Path, tmp_path: Pat
     assert read_adapter(again).method == method
 
     tuned = open_pretrained(model=str(tiny_llama), adapter=str(folder), dtype="float32")
-    assert tuned.taken is not None
+    assert tuned.subtracted is not None
     assert tuned.adapter is not None
     merge(
         tuned.checkpoint,
@@ -107,7 +107,7 @@ def test_pissa_saves_what_it_trained(tiny_llama: Path, data: Path, tmp_path: Pat
         tmp_path / "merged",
         dtype="float32",
         from_dequantized=tuned.quantization,
-        rewrite=tuned.taken,
+        subtracted=tuned.subtracted,
         progress=False,
     )
     merged = load_model(open_checkpoint(str(tmp_path / "merged")), quantization=None, dtype="float32", progress=False)
@@ -160,24 +160,3 @@ def test_preferences_from_pissa(tiny_llama: Path, tmp_path: Path) -> None:
     first, *_, last = evaluated(tmp_path / "run")
     assert first == pytest.approx(np.log(2), abs=1e-5)
     assert last < first
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"init_lora_weights": "olora"}, "init_lora_weights: expected true, gaussian"),
-        ({"init_lora_weights": "pissa", "use_dora": True}, "use_dora: expected no init_lora_weights that changes the base"),
-        ({"loftq_iter": 3}, "loftq_iter: expected at least 1, and 1 without loftq"),
-    ],
-)
-def test_refused_before_any_work(tiny_llama: Path, data: Path, tmp_path: Path, fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        finetune(options_of(tiny_llama, data, tmp_path / "run", **fields), progress=False)
-    assert not (tmp_path / "run").exists()
-
-
-def test_loftq_of_dense_layers_is_refused(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
-    options = options_of(tiny_llama, data, tmp_path / "run", init_lora_weights="loftq")
-    options = dataclasses.replace(options, model=ModelOptions(model=str(tiny_llama), data_type="none"))
-    with pytest.raises(ValueError, match="init_lora_weights loftq: expected linear layers in 4 bits"):
-        finetune(options, progress=False)

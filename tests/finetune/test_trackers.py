@@ -31,7 +31,7 @@ ROWS = [
 
 def send(names: Any, output: Path, rows: list[dict[str, Any]], *, resume_at: int = 0, reached: int = -1) -> None:
     with ExitStack() as stack:
-        listeners = open_trackers(names, output, OPTIONS, resume_at=resume_at, reached=reached, stack=stack)
+        listeners = open_trackers(names, output, OPTIONS, resume_at=resume_at, reached=reached, open_files=stack)
         assert len(listeners) == len(names)
         for row in rows:
             for listen in listeners:

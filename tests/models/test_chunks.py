@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from qlora_jax.models import CausalLM, ModelSpec, chunks, family_of
 from qlora_jax.models.chunks import chunk_count, over_chunks
-from qlora_jax.nn import data_mesh, place
+from qlora_jax.nn import data_mesh, put_on_mesh
 from qlora_jax.peft import LoRA
 from qlora_jax.plan.flops import count_flops
 from qlora_jax.quant import Quantization
@@ -186,9 +186,9 @@ def learned() -> dict[str, float]:
     chunks.CHUNK = 128 * 4 // jax.device_count()
     graph, adapter, frozen = build("llama")
     mesh = data_mesh()
-    batch = place(mesh, {name: leaf[None] for name, leaf in batch_of(4, 192).items()}, P(None, "data"))
+    batch = put_on_mesh(mesh, {name: leaf[None] for name, leaf in batch_of(4, 192).items()}, P(None, "data"))
     tx = adamw(1e-2)
-    state = create_state(tx, place(mesh, adapter, P()))
+    state = create_state(tx, put_on_mesh(mesh, adapter, P()))
     with nullcontext() if mesh is None else jax.set_mesh(mesh):
         _, metrics = jit_train_step(graph, tx, language_model_loss, state)(state, frozen, batch)
     return {name: float(metrics[name]) for name in ("loss", "grad_norm")}

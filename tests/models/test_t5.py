@@ -459,4 +459,4 @@ def test_activations_are_those_of_transformers() -> None:
         ours = t5_config(json.loads(theirs.to_json_string()))
         names = {"gelu_tanh": "gelu_new"}
         assert names.get(ours.activation, ours.activation) == theirs.dense_act_fn
-        assert ours.gated == theirs.is_gated_act
+        assert ours.glu == theirs.is_gated_act

@@ -16,7 +16,10 @@ from qlora_jax.adapters.files import read_adapter
 from qlora_jax.adapters.peft_config import read_adapter_method
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
+from qlora_jax.cli import parse
 from qlora_jax.export.merge import merge
+from qlora_jax.finetune import LoRAOptions
+from qlora_jax.finetune.options.tuning import tuning_options
 from qlora_jax.peft import METHODS
 from qlora_jax.train import adamw, create_state, jit_train_step, language_model_loss, split
 
@@ -26,7 +29,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
 def test_a_method_in_one_file(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(code.splitlines()) <= 60
-    monkeypatch.delitem(METHODS, "RANK_ONE", raising=False)  # and takes away what the page puts in
+    monkeypatch.delitem(METHODS, "rank-one", raising=False)  # and takes away what the page puts in
     (tmp_path / "rank_one.py").write_text(code, encoding="utf-8")
     spec = importlib.util.spec_from_file_location("rank_one", tmp_path / "rank_one.py")
     assert spec is not None
@@ -59,4 +62,11 @@ def test_a_method_in_one_file(tiny_llama: Path, tmp_path: Path, monkeypatch: pyt
     merged = fresh(None, open_checkpoint(str(tmp_path / "merged")))
     assert largest(merged(tokens), trained(tokens)) < 1e-4
     assert largest(merged(tokens), fresh(None)(tokens)) > 1e-2
-    monkeypatch.delitem(METHODS, "RANK_ONE")
+
+    # The command line knows it, with the options that it declares.
+    flags = ["--method", "rank-one"]
+    options = parse(tuning_options(METHODS), description="", arguments=flags)
+    assert options.build(LoRAOptions(target_modules=("v_proj",)).values()) == page.RankOne(("v_proj",))
+    with pytest.raises(ValueError, match="virtual_tokens: expected none with method rank-one, found 3"):
+        tuning_options(METHODS)(method="rank-one", virtual_tokens=3)
+    monkeypatch.delitem(METHODS, "rank-one")

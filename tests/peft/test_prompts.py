@@ -32,7 +32,7 @@ from qlora_jax.adapters.virtual_tokens import ENCODER
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.errors import CheckpointError
 from qlora_jax.export.merge import merge
-from qlora_jax.models.prompts import start_from_tokens
+from qlora_jax.models.prompts import initialize_from_tokens
 from qlora_jax.peft import FieldErrors, ModelShape, PrefixTuning, PromptTuning, PTuning, peft_methods
 from qlora_jax.peft.prompt import attribute_of
 from qlora_jax.train import dpo_loss, split, without_adapter
@@ -228,7 +228,7 @@ def test_starts_from_tokens(tmp_path: Path, family: str) -> None:
     method = model.prompt.method
     tokens = method.initial_tokens([7, 8, 9], VOCABULARY, 0)
     assert tokens[:N].tolist() == [7, 8, 9, 7, 8]
-    started = start_from_tokens(model, tokens)
+    started = initialize_from_tokens(model, tokens)
     table = peer.base().get_input_embeddings()
     expected = table(peer.torch.tensor(tokens).long()).detach().numpy()
     assert largest(adapter_tensors(started)["prompt_embeddings"], expected) < 1e-6

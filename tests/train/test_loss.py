@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.nn import Table
+from qlora_jax.nn import VocabularyMatrix
 from qlora_jax.quant import EmbeddingStorage, embedding_lookup, quantize_embedding
 from qlora_jax.train import (
     chunked_cross_entropy,
@@ -85,7 +85,7 @@ def test_a_packed_head(storage: EmbeddingStorage, rows: tuple[int, ...] | None) 
     delta = None if rows is None else jnp.full((2, 64), 0.5)
 
     def loss(hidden: Any, delta: Any, weight: Any) -> Any:
-        return chunked_cross_entropy(hidden, Table(weight, delta, rows), targets, weights, 8)
+        return chunked_cross_entropy(hidden, VocabularyMatrix(weight, delta, rows), targets, weights, 8)
 
     function = jax.value_and_grad(loss, argnums=0 if rows is None else (0, 1))
     (found, gradients), (expected, wanted) = (function(jnp.asarray(hidden), delta, weight) for weight in (packed, dense))
@@ -246,7 +246,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 sys.path.insert(0, sys.argv[1])
 from test_loss import problem, reference
-from qlora_jax.nn import Table, data_mesh, frozen_sharding
+from qlora_jax.nn import VocabularyMatrix, data_mesh, frozen_sharding
 from qlora_jax.quant import quantize_embedding, embedding_lookup
 from qlora_jax.train.loss import row_losses
 
@@ -271,7 +271,7 @@ for vocabulary, rows, cap, storage in cases:
     delta = None if rows is None else jnp.ones((2, 64))
 
     def loss(hidden, delta, head, targets, weights):
-        return row_losses(Model(Table(head, delta, rows), cap), hidden, targets, weights).sum()
+        return row_losses(Model(VocabularyMatrix(head, delta, rows), cap), hidden, targets, weights).sum()
 
     placed = [jax.device_put(x, by_rows) for x in (hidden, targets, weights)]
     packed = quantize_embedding(jnp.asarray(head), storage)
@@ -316,7 +316,7 @@ def test_the_metrics_of_held_out_data(cap: float | None) -> None:
         logit_cap = cap
 
         def __init__(self) -> None:
-            self.head = Table(jnp.asarray(head))
+            self.head = VocabularyMatrix(jnp.asarray(head))
 
         def hidden(self, tokens: Any, **_: Any) -> Any:
             return jnp.asarray(hidden.reshape(*tokens.shape, -1))
@@ -338,7 +338,7 @@ def test_token_log_probabilities_are_those_of_all_logits() -> None:
         logit_cap = None
 
         def __init__(self, states: Any) -> None:
-            self.states, self.head = states, Table(jnp.asarray(head))
+            self.states, self.head = states, VocabularyMatrix(jnp.asarray(head))
 
         def hidden(self, tokens: Any, **_: Any) -> Any:
             return self.states.reshape(*tokens.shape, -1)

@@ -319,13 +319,13 @@ import jax, numpy as np
 from jax.sharding import PartitionSpec as P
 sys.path[:0] = sys.argv[1:]
 import test_step as T
-from qlora_jax.nn import data_mesh, frozen_sharding, place
+from qlora_jax.nn import data_mesh, frozen_sharding, put_on_mesh
 from qlora_jax.train import adamw, create_state, host_offload, jit_train_step, language_model_loss
 
 mesh = data_mesh()
 graph, adapter, frozen = T.parts()
 frozen = jax.tree.map(lambda leaf: jax.device_put(leaf, frozen_sharding(mesh, leaf.shape)), frozen)
-adapter = place(mesh, adapter, P())
+adapter = put_on_mesh(mesh, adapter, P())
 split = [leaf.addressable_shards[0].data.size < leaf.size for leaf in jax.tree.leaves(frozen) if leaf.ndim > 2]
 tx = host_offload(adamw(1e-2))
 rows = []
@@ -333,7 +333,7 @@ with nullcontext() if mesh is None else jax.set_mesh(mesh):
     state = create_state(tx, adapter)
     step = jit_train_step(graph, tx, language_model_loss, state)
     for number in range(4):
-        state, metrics = step(state, frozen, place(mesh, T.random_batch(2, 4, seed=number), P(None, "data")))
+        state, metrics = step(state, frozen, put_on_mesh(mesh, T.random_batch(2, 4, seed=number), P(None, "data")))
         rows.append({name: float(value) for name, value in metrics.items()})
 print(json.dumps({
     "devices": jax.device_count(),

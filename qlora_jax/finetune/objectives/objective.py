@@ -29,8 +29,10 @@ class Setting:
     """The values that an objective is made from; the weights are not read yet.
 
     Attributes:
-        config: of the model.
-        eos_ids: tokens that end an answer.
+        options: the options of the run.
+        tokenizer: the tokenizer of the model.
+        config: the config of the model.
+        eos_ids: the tokens that end an answer.
         progress: whether to show progress bars.
     """
 
@@ -51,20 +53,20 @@ class Batches(BatchSource, Protocol):
 
 @dataclass(frozen=True)
 class Objective:
-    """What a run learns.
+    """The data of a run, with its losses and its measurements.
 
     Attributes:
-        training: endless batches of so many rows; arrays that the losses do not read stay on the host.
-        held_out: one pass over the held-out data in batches of so many rows; None where nothing is held out.
+        training: returns endless batches of so many rows; arrays that the losses do not read stay on the host.
+        held_out: returns one pass over the held-out data in batches of so many rows; None if nothing is held out.
         step: the losses, and the arrays of a batch that they read.
-        count_tokens: how many real tokens a batch holds.
-        row: a row of a batch in words.
+        count_tokens: returns how many real tokens a batch holds.
+        row: a row of a batch in words, for messages.
         length: the tokens of a row; of an encoder-decoder, of its targets.
         source_length: the tokens of an encoder's source; None if there is no encoder.
-        template: the form of most rows.
-        prompts: token ids of held-out prompts to answer before and after.
-        answer: (model, prompts) to the token ids of greedy answers.
-        score: further figures of a model on the held-out data, by name; None where there are none.
+        template: the template of most rows.
+        prompts: token ids of held-out prompts to answer before and after training.
+        answer: returns the token ids of greedy answers of a model to prompts.
+        score: returns further metrics of a model on the held-out data, by name; None if there are none.
         make_batch: returns the batch to train on, given the model as it is now and the batch that was read; None if that is
             the batch as it was read.
     """

@@ -1,7 +1,7 @@
-"""The options of training on sequences that are longer than the model's context, or than attention to all of them allows.
+"""The options of training on sequences that are longer than the model's context, or too long for full attention.
 
---longlora is the recipe of LongLoRA (Chen et al. 2023): attention in four groups of a row, half of the heads shifted by half
-a group; the token table and all norms trained beside the adapter; positions divided by length / context, rounded up.
+--longlora trains as LongLoRA does (Chen et al. 2023): attention in four groups of a row, with half of the heads shifted by
+half a group; the token embedding and all norms train too; positions are divided by length / context, rounded up.
 """
 
 import dataclasses
@@ -21,16 +21,16 @@ class ContextOptions:
     """Sequences beyond the model's context."""
 
     longlora: bool = False
-    """Train as LongLoRA does: 4 attention groups, the token table and all norms trained too, and linear rope-scaling where
+    """Train as LongLoRA does: 4 attention groups, the token embedding and all norms train too, and linear rope-scaling if
     max-length is beyond the context."""
     attention_groups: int | None = None
-    """Train with shifted sparse attention in so many groups of a row, whose cost falls by that; 1, all of a row, if left out
-    (4 with longlora). Evaluation and inference see all of a row."""
+    """Train with shifted sparse attention in so many groups of a row, which divides the cost of attention by this number; 1
+    (full attention) if left out, 4 with longlora. Evaluation and inference use full attention."""
     rope_scaling: RopeKind | None = None
-    """Scale rotary positions: linear, dynamic (NTK) or yarn. It is recorded beside the adapter, and generation, evaluation
-    and merging do the same. If left out, that of the model, or of the adapter that the run goes on from."""
+    """Scale rotary positions: linear, dynamic (NTK) or yarn. The scaling is recorded beside the adapter, so that generation,
+    evaluation and merging use it too. If left out, the scaling of the model, or of the adapter to continue from."""
     rope_factor: float | None = None
-    """How far they are stretched; max-length / context, rounded up, if left out."""
+    """Factor of the scaling; max-length / context, rounded up, if left out."""
 
     def __post_init__(self) -> None:
         if self.attention_groups is not None and self.attention_groups < 1:
@@ -46,14 +46,14 @@ class ContextOptions:
 
     @property
     def groups(self) -> int:
-        """Attention groups of a row."""
+        """The number of attention groups of a row."""
         return self.attention_groups or (LONGLORA_GROUPS if self.longlora else 1)
 
     def scaling(self, config: ModelConfig, length: int) -> RopeScaling | None:
-        """The scaling of positions for rows of at most so many tokens; None: the model's own.
+        """Return the scaling of positions for rows of at most so many tokens; None: the model's own.
 
         Raises:
-            OptionError: the model cannot be scaled, or need not be and no factor says how far.
+            OptionError: the model cannot be scaled, or rows are within its context and no factor is given.
         """
         if self._kind is None:
             return None

@@ -10,13 +10,13 @@ from qlora_jax.errors import OptionError
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-    """What is learned."""
+    """The data to train on and to evaluate."""
 
     data: str | tuple[str, ...] | None = None
     """JSONL, JSON, CSV, TSV or Parquet files, hub ids, or names that the QLoRA authors use (oasst1, alpaca …); the
-    instructions that ship with the package if left out."""
+    instructions that are part of the package if left out."""
     weights: tuple[float, ...] = ()
-    """Shares of several sources in the training data, in any unit; as many rows as they have if left out."""
+    """Shares of several sources in the training data, in any unit; by their numbers of rows if left out."""
     split: str | None = None
     """Split of a hub data set."""
     eval_data: str | None = None
@@ -24,37 +24,37 @@ class DataOptions:
     eval_split: str | None = None
     """Split of a hub data set of held-out data."""
     held_out: float = 0.1
-    """Share of the training data, or from 1 on how many rows, held out where no evaluation data are given; 0 for none."""
+    """Share of the training data, or from 1 on a number of rows, to hold out if no evaluation data are given; 0 for none."""
     max_train_samples: int | None = None
     """Train on a random sample of at most so many examples, drawn by the seed from all sources together."""
     max_eval_samples: int | None = None
-    """Hold the first so many held-out examples only against the model."""
+    """Evaluate on at most so many held-out examples, the first ones."""
     template: Template = "auto"
-    """How records become text; auto: by their schema."""
+    """The template that makes text of records; auto: the one of their schema."""
     max_length: int = 512
     """The most tokens of one example; of an encoder-decoder: of its source, and of its target."""
     source_max_length: int | None = None
-    """The most tokens of it before its first answer."""
+    """The most tokens of an example before its first answer."""
     target_max_length: int | None = None
-    """The most tokens of it from its first answer on."""
+    """The most tokens of an example from its first answer on."""
     on_long: OnLong = "truncate"
-    """What happens to longer ones."""
+    """What to do with longer examples."""
     train_on_source: bool = False
     """Learn the prompts as well as the answers."""
     packing: bool | None = None
-    """Several examples in a row of max-length tokens, each blind to the others; otherwise one, padded. If left out, what a
-    decoder is to answer is packed, unless it is grouped by length."""
+    """Put several examples, which do not see each other, into a row of max-length tokens; otherwise a row is one padded
+    example. If left out, answers of a decoder are packed, unless they are grouped by length."""
     group_by_length: bool = False
-    """Examples of like length in a batch, padded to the longest of them only; without packing."""
+    """Put examples of similar length into a batch, padded only to the longest of them; without packing."""
     streaming: bool = False
-    """Read, tokenize and pack one JSON lines or Parquet file or hub data set while training, for sets larger than memory;
-    needs max-steps, and begins anew at the end of the data."""
+    """Read, tokenize and pack one JSON lines or Parquet file or hub data set during training, for sets larger than memory;
+    needs max-steps, and starts again at the end of the data."""
     shuffle_buffer: int = 2000
-    """Rows that streaming holds at a time, and within which it shuffles and packs."""
+    """Number of rows that streaming holds in memory, and within which it shuffles and packs."""
     held_out_rows: int = 100
-    """First rows of a stream that are held out where no evaluation data are given; 0 for none."""
+    """Number of first rows of a stream to hold out where no evaluation data are given; 0 for none."""
     show_examples: int = 0
-    """Training examples to show, with what is learned of them, before the run goes on."""
+    """Number of training examples to show before the run, with the tokens that are learned."""
 
     def __post_init__(self) -> None:
         Limits(self.max_length, self.source_max_length, self.target_max_length)
@@ -97,10 +97,10 @@ class DataOptions:
 
     @property
     def packs(self) -> bool:
-        """Whether what can be packed is."""
+        """Whether examples are packed, where the objective allows it."""
         return not self.group_by_length if self.packing is None else self.packing
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """What `data` names, one or several; empty for the shipped instructions."""
+        """The sources that `data` names; empty for the instructions of the package."""
         return (self.data,) if isinstance(self.data, str) else self.data or ()

@@ -1,4 +1,4 @@
-"""The options of what is watched during a run and where its results go."""
+"""The options of what is measured during a run and where its results go."""
 
 import dataclasses
 from typing import Literal
@@ -10,30 +10,31 @@ TrackerName = Literal["tensorboard", "wandb"]
 
 @dataclasses.dataclass(frozen=True)
 class WatchOptions:
-    """What is watched during the run, and where its results go."""
+    """What is measured during the run, and where its results go."""
 
     mmlu: str | None = None
     """Questions to ask before, during and after: a file of MMLU questions, or cais/mmlu on the hub; none if left out."""
     mmlu_every: int = 0
-    """Steps between; 0: only before and after."""
+    """Steps between two measurements of MMLU; 0: only before and after training."""
     mmlu_split: str | None = None
     """Split of a hub data set; validation if left out."""
     mmlu_shots: int | None = None
-    """Solved examples before each question; 5 if left out. Whole prompts (columns subject, input, output) have theirs."""
+    """Number of solved examples before each question; 5 if left out. Whole prompts (columns subject, input, output) have
+    their own."""
     mmlu_examples: str | None = None
     """File or hub id of the examples; the split dev of a hub data set if left out."""
     mmlu_limit: int | None = None
-    """Ask a random sample of so many questions (by the seed of the run); all if left out."""
+    """Ask a random sample of so many questions, drawn by the seed of the run; all if left out."""
     mmlu_max_length: int = 2048
-    """The most tokens of a prompt; longer ones lose examples."""
+    """The most tokens of a prompt; examples are removed from longer prompts."""
     mmlu_batch_size: int = 8
-    """Prompts at a time."""
+    """Number of prompts in a batch."""
     sample_every: int = 0
-    """Steps between answers to held-out prompts (as many as `samples` says), which go into samples.jsonl; 0: none."""
+    """Steps between two answers to held-out prompts (as many as `samples`), written to samples.jsonl; 0: none."""
     report_to: tuple[TrackerName, ...] = ()
     """Experiment trackers that get the metrics of each step."""
     push_to_hub: str | None = None
-    """Repository on the Hugging Face hub, USER/NAME, to upload the adapter to; made if it is not there."""
+    """Repository on the Hugging Face hub, USER/NAME, to upload the adapter to; it is made if it does not exist."""
     hub_private: bool = False
     """Make that repository a private one."""
 

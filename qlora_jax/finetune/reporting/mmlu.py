@@ -48,7 +48,7 @@ def measure(model: Any, prompts: Prompts, options: Options, *, progress: bool) -
     """Ask the model the questions; return `mmlu_accuracy` and the accuracy of each subject."""
     graphdef, state = nnx.split(model)
     scores = evaluate_mmlu(graphdef, state, prompts, batch_size=options.watch.mmlu_batch_size, progress=progress)
-    return scores.figures()
+    return scores.metrics()
 
 
 def describe(rows: list[dict[str, Any]], chosen_step: int, ask: Callable[[], dict[str, float]]) -> str:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora_jax.data import DataError, encode_all, open_source
 from qlora_jax.evaluate import padded_batches
 from qlora_jax.finetune.objectives.corpus import named_errors
-from qlora_jax.nn import data_mesh, place
+from qlora_jax.nn import data_mesh, put_on_mesh
 from qlora_jax.train.loss import row_losses
 
 LEAST = 16  # least number of tokens in a text: the mean over fewer tokens is mostly noise
@@ -81,7 +81,7 @@ def text_losses(
     result = np.zeros(len(texts.tokens))
     batches = padded_batches(texts.tokens, -(-batch_size // devices) * devices)
     for indices, tokens, lengths in tqdm(batches, desc="texts", unit="batch", leave=False, disable=not progress):
-        placed = place(mesh, (tokens, lengths), P("data"))
+        placed = put_on_mesh(mesh, (tokens, lengths), P("data"))
         result[indices] = np.asarray(_losses(graphdef, state, *placed))[: len(indices)]
     return result
 

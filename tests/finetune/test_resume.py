@@ -1,0 +1,200 @@
+"""A run that was killed, interrupted or stopped early: it costs nothing, and the result is that of a run in one piece.
+
+References: an uninterrupted run, bit for bit; the text and the exit code of the real command.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from runs import but, rows_of, without_timing
+
+from qlora_jax.adapters.files import read_adapter
+from qlora_jax.adapters.peft_config import read_adapter_method
+from qlora_jax.cli import parse
+from qlora_jax.finetune import Options, finetune, training
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train.py"
+
+
+def test_early_stopping_saves_the_best_adapter(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Evaluations made up, lowest after step 4: the adapter is that of a run of 4 steps, wherever the run was killed."""
+    made_up = {0: 9.0, 2: 5.0, 4: 3.0, 6: 4.0, 8: 3.5, 10: 1.0}
+    monkeypatch.setattr(training, "mean_metrics", lambda step, state, *rest, **options: {"loss": made_up[int(state.step)]})
+    long = but(options, "run", max_steps=10, epochs=100, save_every=3, keep=1, early_stopping_patience=2)
+    found = finetune(long, progress=False)
+    assert "Stopped after step 8 of 10: no lower held-out loss in 2 evaluations." in (text := capsys.readouterr().err)
+    assert "The adapter is that of step 4, which has the lowest held-out loss." in text
+    assert "Held-out loss 9.000 before, 3.000 after" in text
+    assert rows_of(long.run.output)[-1]["step"] == 8
+    four = but(options, "run", max_steps=4, epochs=100, output=tmp_path / "four")
+    expected = read_adapter(finetune(four, progress=False)).tensors
+    for name, tensor in read_adapter(found).tensors.items():
+        np.testing.assert_array_equal(tensor, expected[name])
+
+    class Killed(BaseException):
+        pass
+
+    for kill_at in (4, 6, 8):  # at every second step is an evaluation
+        broken = but(long, "run", output=tmp_path / f"killed-{kill_at}")
+
+        def evaluate(step: Any, state: Any, *rest: Any, kill_at: int = kill_at, **options: Any) -> dict[str, float]:
+            if int(state.step) >= kill_at:
+                raise Killed
+            return {"loss": made_up[int(state.step)]}
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "mean_metrics", evaluate)
+            with pytest.raises(Killed):
+                finetune(broken, progress=False)
+        folder = finetune(broken, progress=False)
+        assert [row["step"] for row in rows_of(broken.run.output)] == list(range(9))
+        for name, tensor in read_adapter(folder).tensors.items():
+            np.testing.assert_array_equal(tensor, expected[name])
+
+    # Killed after it had stopped, before the adapter was written.
+    shutil.rmtree(found)
+    finetune(long, progress=False)
+    for name, tensor in read_adapter(found).tensors.items():
+        np.testing.assert_array_equal(tensor, expected[name])
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(options: Options, tmp_path: Path, packing: bool) -> None:
+    """SIGKILL at a random step, then the same command: every loss is that of a run in one piece."""
+    flags = ["--config", str(write_config(options, tmp_path, packing))]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finetune(parse(Options, description=None, arguments=[*flags, "--output", str(whole)]), progress=False)
+    expected = without_timing(rows_of(whole))
+    assert [row["step"] for row in expected] == list(range(21))
+
+    with start(flags, broken) as process:
+        wait_for_step(broken, int(np.random.default_rng(os.getpid()).integers(1, 16)), process)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    killed_after = rows_of(broken)[-1]["step"]
+    assert not (broken / "adapter").exists()
+    with start(flags, broken) as process:
+        _, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, errors
+    # Steps 5, 10 … were saved; the row of step 5 is older than its checkpoint, that of step 6 is not.
+    assert killed_after < 6 or f"Resuming {broken} after step" in errors
+    assert without_timing(rows_of(broken)) == expected, f"killed after step {killed_after}"
+    for name, tensor in read_adapter(whole / "adapter").tensors.items():
+        np.testing.assert_array_equal(read_adapter(broken / "adapter").tensors[name], tensor)
+
+
+def write_config(options: Options, folder: Path, packing: bool) -> Path:
+    path = folder / "run.toml"
+    path.write_text(
+        f"""
+        [model]
+        model = {json.dumps(options.model.model)}
+        [lora]
+        rank = 4
+        dropout = 0.2
+        [data]
+        data = {json.dumps(options.data.data)}
+        max_length = 64
+        held_out = 0.2
+        packing = {"true" if packing else "false"}
+        [optimizer]
+        learning_rate = 1e-3
+        schedule = "cosine"
+        host_offload = true
+        [run]
+        accumulation_steps = 2
+        batch_size = 1
+        epochs = 100
+        max_steps = 20
+        eval_every = 7
+        save_every = 5
+        samples = 0
+        """,
+        encoding="utf-8",
+    )
+    return path
+
+
+def start(flags: list[str], output: Path) -> subprocess.Popen[str]:
+    """The command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *flags, "--output", str(output)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+
+
+def wait_for_step(output: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until the step's row is written; it polls often, since steps take milliseconds."""
+    metrics = output / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") <= step:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_the_step_that_it_is_in(options: Options, tmp_path: Path, number: signal.Signals) -> None:
+    flags = ["--config", str(write_config(options, tmp_path, True)), "--save-every", "0", "--max-steps", "2000"]
+    output = tmp_path / "run"
+    with start(flags, output) as process:
+        wait_for_step(output, 3, process)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=500)
+    assert process.returncode == 130, errors
+    last = rows_of(output)[-1]["step"]
+    assert errors.splitlines()[-1] == f"interrupted: stopped after step {last}, which is saved"
+    assert [path.name for path in (output / "checkpoints").iterdir()] == [str(last)]
+
+
+def test_grouped_by_length_resumes(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Batches of several shapes, and the losses of a run in one piece; examples are shown in either and change neither."""
+    rows = [{"question": "?", "answer": "red " * (1 + 12 * (number % 3))} for number in range(24)]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    grouped = but(options, "data", data=str(path), max_length=256, packing=False, group_by_length=True, held_out=0.0)
+    grouped = but(grouped, "run", max_steps=6, save_every=1, accumulation_steps=2)
+    whole = but(grouped, "run", output=tmp_path / "whole")
+    finetune(whole, progress=False)
+    shown = capsys.readouterr().err
+    assert "tokens learned" not in shown
+    assert "4 × up to 128 tokens" in shown
+    finetune(grouped, progress=False)
+    shutil.rmtree(grouped.run.output / "adapter")
+    for step in ("5", "6"):  # as if it had been killed in the fifth step
+        shutil.rmtree(grouped.run.output / "checkpoints" / step)
+    finetune(but(grouped, "data", show_examples=2), progress=False)
+    shown = capsys.readouterr().err
+    assert shown.count("tokens learned") == 2
+    assert "\x1b" not in shown
+    assert "Resuming" in shown
+    assert without_timing(rows_of(grouped.run.output)) == without_timing(rows_of(whole.run.output))
+
+
+def test_a_finished_run_ends_again_and_overwrite_begins_anew(options: Options) -> None:
+    """A run that was killed at its end has nothing left to do but the adapter."""
+    output, mine = options.run.output, but(but(options, "run", max_steps=1), "data", held_out=0.0)
+    finetune(mine, progress=False)
+    before = (output / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(output / "adapter")
+    finetune(mine, progress=False)
+    assert (output / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    assert [row["step"] for row in rows_of(output)] == [1]
+
+    (output / "notes.txt").write_text("mine")
+    finetune(but(but(mine, "lora", rank=5), "run", max_steps=2, overwrite=True), progress=False)
+    assert [row["step"] for row in rows_of(output)] == [1, 2]
+    assert read_adapter_method(output / "adapter").rank == 5
+    assert (output / "notes.txt").read_text() == "mine"
