@@ -94,6 +94,7 @@ def test_a_merged_model_is_scaled_in_transformers(adapter: Path, options: Option
     np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max())
 
 
+@pytest.mark.integration
 def test_a_run_that_goes_on_keeps_the_scaling(adapter: Path, options: Options, tmp_path: Path) -> None:
     more = dataclasses.replace(
         options,

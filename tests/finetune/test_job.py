@@ -17,6 +17,7 @@ import pytest
 from matplotlib.image import imread
 from runs import FinishedRun, but, rows_of
 from safetensors.numpy import load_file, save_file
+from tiers import tiered
 
 from qlora_jax.adapters.files import read_adapter
 from qlora_jax.adapters.metadata import AdapterMetadata, read_adapter_metadata
@@ -24,6 +25,7 @@ from qlora_jax.adapters.pretrained import open_pretrained
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.cli import parse
+from qlora_jax.commands.train import main
 from qlora_jax.data import Example, encode_all
 from qlora_jax.finetune import LoRAOptions, Options, finetune
 from qlora_jax.finetune.finish import finish
@@ -131,6 +133,7 @@ def test_new_special_tokens_are_trained_saved_and_used(options: Options, tmp_pat
     assert len(load_tokenizer(tmp_path / "merged")) == size + 2
 
 
+@pytest.mark.integration
 def test_new_special_tokens_of_whole_tables_are_saved_and_used(options: Options, tmp_path: Path) -> None:
     """And another run goes on from them, with their tokenizer, and the table and head of a base that PEFT had resized."""
     whole = but(options, "lora", special_tokens=("<|a|>",), modules_to_save=("embed_tokens", "lm_head"))
@@ -152,6 +155,7 @@ def test_new_special_tokens_of_whole_tables_are_saved_and_used(options: Options,
     np.testing.assert_array_equal(opened.checkpoint.read("model.embed_tokens.weight"), base)
 
 
+@pytest.mark.integration
 def test_it_learns_what_it_sees(options: Options) -> None:
     """A set small enough to memorise: the loss of random bytes falls to less than a third."""
     longer = but(but(options, "run", max_steps=60, epochs=100, eval_every=0, save_every=0), "data", held_out=0.0)
@@ -160,7 +164,7 @@ def test_it_learns_what_it_sees(options: Options) -> None:
     assert np.mean(losses[-5:]) < np.mean(losses[:3]) / 3
 
 
-@pytest.mark.parametrize("name", ["adamw8bit", "lion", "adafactor"])
+@pytest.mark.parametrize("name", tiered(["adamw8bit", "lion", "adafactor"], quick=["lion"]))
 def test_each_optimizer(options: Options, name: Any) -> None:
     """A step of each moves the adapter, with its state in host memory."""
     one = but(but(options, "run", max_steps=1), "data", held_out=0.0)
@@ -171,6 +175,7 @@ def test_each_optimizer(options: Options, name: Any) -> None:
     assert all(np.abs(tensor).max() > 0 for tensor in read_adapter(folder).tensors.values())
 
 
+@pytest.mark.integration
 def test_neftune_changes_training_and_not_evaluation(options: Options, tmp_path: Path) -> None:
     rows = {}
     for alpha in (0.0, 5.0):
@@ -217,21 +222,26 @@ def test_several_sources_with_weights(options: Options, tmp_path: Path) -> None:
     assert ["red" in text for text in texts(corpus.training)] == [True] * 5 + [False] * 35
 
 
+def test_flags_that_are_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flag that is unknown or out of range: exit code 2, with the nearest name."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*flags: str) -> str:
+        with pytest.raises(SystemExit) as exit_:
+            main(flags)
+        assert exit_.value.code == 2
+        return capsys.readouterr().err
+
+    said = call("--learning-rat", "1e-4")
+    assert "--learning-rat" in said
+    assert "--learning-rate" in said.replace("--learning-rat ", "")
+    assert "learning_rate: expected a number above 0, found -1.0" in call("--learning-rate", "-1")
+
+
 def test_the_real_command(tiny_llama: Path, tmp_path: Path) -> None:
-    """A flag that is unknown or out of range: exit code 2, with the nearest name; bad input: exit code 1, one line."""
-
-    def call(*flags: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(SCRIPT), *flags]
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "200"})
-
-    done = call("--learning-rat", "1e-4")
-    assert done.returncode == 2
-    assert "--learning-rat" in done.stderr
-    assert "--learning-rate" in done.stderr.replace("--learning-rat ", "")
-    done = call("--learning-rate", "-1")
-    assert done.returncode == 2
-    assert "learning_rate: expected a number above 0, found -1.0" in done.stderr
-    done = call("--model", str(tiny_llama), "--rank", "0", "--output", str(tmp_path / "run"))
+    """Bad input: exit code 1, one line."""
+    command = [sys.executable, str(SCRIPT), "--model", str(tiny_llama), "--rank", "0", "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "200"})
     assert done.returncode == 1
     assert done.stderr == "error: LoRA rank: expected at least 1, found 0\n"
 

@@ -93,6 +93,7 @@ def sequence_log_probabilities(options: Options, adapter: str, texts: list[tuple
     return np.array(sums)
 
 
+@pytest.mark.integration
 def test_it_continues_from_an_adapter_which_is_the_reference(
     options: Options, finished_dpo: FinishedRun, tmp_path: Path
 ) -> None:
@@ -127,6 +128,7 @@ def test_it_continues_from_an_adapter_which_is_the_reference(
     assert rows[-1]["eval_loss"] == pytest.approx(np.log1p(np.exp(-margin)).mean(), abs=2e-4)
 
 
+@pytest.mark.integration
 def test_answers_can_be_learned_from_an_adapter_too(options: Options, tmp_path: Path) -> None:
     """The first loss of the second run is the last held-out loss of the first one, on the same data."""
     answers = tmp_path / "answers.jsonl"
@@ -142,6 +144,7 @@ def test_answers_can_be_learned_from_an_adapter_too(options: Options, tmp_path: 
     assert untimed(first)[-1]["eval_loss"] < 0.9 * untimed(first)[0]["eval_loss"]
 
 
+@pytest.mark.integration
 def test_beta_and_smoothing_reach_the_loss(options: Options, tmp_path: Path) -> None:
     """The same first update; the rewards of the second step are beta times the same ratios."""
     rewards = {}

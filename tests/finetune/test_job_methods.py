@@ -53,7 +53,7 @@ def options_of(model: Path, data: Path, output: Path, **tuning: Any) -> Options:
     [
         ({"method": "ia3"}, 0),
         ({"method": "prompt-tuning", "virtual_tokens": 6, "prompt_init": "text", "prompt_init_text": "What colour?"}, 1),
-        ({"method": "p-tuning", "virtual_tokens": 6, **LSTM}, 0),
+        pytest.param({"method": "p-tuning", "virtual_tokens": 6, **LSTM}, 0, marks=pytest.mark.integration),
         ({"method": "prefix-tuning", "virtual_tokens": 6}, 0),
     ],
     ids=lambda value: value["method"] if isinstance(value, dict) else None,

@@ -16,6 +16,7 @@ from flax import nnx
 from lowered import BOTH_PRECOMPILED
 from rouge_score.rouge_scorer import RougeScorer
 from runs import FinishedRun, but, rows_of, without_timing
+from tiers import tiered
 
 from qlora_jax.adapters.bind import load_adapter
 from qlora_jax.adapters.files import read_adapter
@@ -91,6 +92,7 @@ def test_it_learns_and_serves(finished_seq2seq: FinishedRun, tmp_path: Path, cap
     assert json.loads((merged / "config.json").read_text())["architectures"] == ["T5ForConditionalGeneration"]
 
 
+@pytest.mark.integration
 def test_it_resumes_and_stops_early_and_measures_rouge_on_the_way(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,7 +125,7 @@ def test_it_resumes_and_stops_early_and_measures_rouge_on_the_way(
     assert results["eval_loss"] == 1.0
 
 
-@pytest.mark.parametrize("name", ["adamw8bit", "lion", "adafactor"])
+@pytest.mark.parametrize("name", tiered(["adamw8bit", "lion", "adafactor"], quick=["adafactor"]))
 def test_each_optimizer(options: Options, name: Any) -> None:
     one = but(but(options, "run", max_steps=1), "data", held_out=0.0)
     folder = finetune(but(one, "optimizer", optimizer=name, host_offload=True, host_adapter=True), progress=False)

@@ -115,6 +115,7 @@ def test_pissa_saves_what_it_trained(tiny_llama: Path, data: Path, tmp_path: Pat
     assert logit_drift(*logits).max < 1e-4
 
 
+@pytest.mark.integration
 def test_loftq(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
     folder = finetune(
         options_of(tiny_llama, data, tmp_path / "run", init_lora_weights="loftq", loftq_iter=2), progress=False
@@ -128,6 +129,7 @@ def test_loftq(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
     assert method.rank == 8
 
 
+@pytest.mark.integration
 def test_eva_and_loraplus(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
     """One step of Adam moves each value of B by its learning rate, and leaves A nearly as EVA made it: orthonormal."""
     options = options_of(tiny_llama, data, tmp_path / "run", init_lora_weights="eva")
@@ -145,6 +147,7 @@ def test_eva_and_loraplus(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(tensor @ tensor.T, np.eye(4), atol=0.01)
 
 
+@pytest.mark.integration
 def test_preferences_from_pissa(tiny_llama: Path, tmp_path: Path) -> None:
     """DPO's reference is what training starts from, so that the first loss is that of indifference."""
     path = tmp_path / "pairs.jsonl"

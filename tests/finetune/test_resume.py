@@ -25,6 +25,7 @@ from qlora_jax.finetune import Options, finetune, training
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train.py"
 
 
+@pytest.mark.integration
 def test_early_stopping_saves_the_best_adapter(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,6 +70,7 @@ def test_early_stopping_saves_the_best_adapter(
         np.testing.assert_array_equal(tensor, expected[name])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(options: Options, tmp_path: Path, packing: bool) -> None:
     """SIGKILL at a random step, then the same command: every loss is that of a run in one piece."""
@@ -145,6 +147,7 @@ def wait_for_step(output: Path, step: int, process: subprocess.Popen[str]) -> No
         time.sleep(0.001)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_saves_the_step_that_it_is_in(options: Options, tmp_path: Path, number: signal.Signals) -> None:
     flags = ["--config", str(write_config(options, tmp_path, True)), "--save-every", "0", "--max-steps", "2000"]

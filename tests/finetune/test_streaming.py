@@ -57,6 +57,7 @@ def test_the_first_rows_are_held_out_and_the_others_are_trained_on(
     assert [seen.count(f"{number:02}?") > 0 for number in range(ROWS)] == [False] * 4 + [True] * 26
 
 
+@pytest.mark.integration
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(options: Options, tmp_path: Path) -> None:
     """Stopped within a buffer; it goes on to the end of the data, seven steps, and begins anew."""
     whole = dataclasses.replace(options, run=dataclasses.replace(options.run, output=tmp_path / "whole"))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -40,16 +41,12 @@ def test_the_same_training(tmp_path: Path, family: str, fields: dict[str, Any]) 
     trained = peer.base()
     assert largest(ours, peer.losses(trained, data, RATE)) < 1e-3
     assert largest(ours, peer.losses(peer.base(), data, 1e-9)) > 1e-2, "training moves the loss"
-    folder = save_trained(
-        model,
-        tmp_path / "run",
-        base=str(peer.folder),
-        checkpoint=open_checkpoint(str(peer.folder)),
-        tokenizer=None,
-        resume_adapter=None,
-        subtracted=None,
-        progress=False,
-    )
+    base = SimpleNamespace(name=str(peer.folder))
+    pretrained = SimpleNamespace(base=base, adapter=None, checkpoint=open_checkpoint(base.name), tokenizer=None)
+    options = SimpleNamespace(run=SimpleNamespace(output=tmp_path / "run"))
+    prepared = SimpleNamespace(options=options, pretrained=pretrained, method=FullFineTuning(), progress=False)
+    run_of_it: Any = SimpleNamespace(prepared=prepared, model=model, subtracted=None)
+    folder = save_trained(run_of_it)
     saved = peer.kind.from_pretrained(folder, dtype=peer.torch.float32)
     assert largest(peer.logits(saved), run(model)) < 1e-4
     for name, parameter in trained.named_parameters():

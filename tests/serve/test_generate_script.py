@@ -91,6 +91,7 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.mark.integration
 def test_the_default_model_knows_the_capital_of_france(capsys: pytest.CaptureFixture[str]) -> None:
     try:
         fetch_default_model()
