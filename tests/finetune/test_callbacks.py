@@ -51,6 +51,7 @@ def but(options: Options, group: str, **fields: Any) -> Options:
     return dataclasses.replace(options, **{group: dataclasses.replace(getattr(options, group), **fields)})
 
 
+@pytest.mark.integration
 def test_what_is_watched(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The records of a run, of one that was killed after its checkpoint of step 4, and of one that overwrites it."""
     output = options.run.output

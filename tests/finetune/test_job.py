@@ -92,6 +92,7 @@ def test_the_stages_are_values(options: Options, caplog: pytest.LogCaptureFixtur
     assert any(message.startswith("Saved the adapter") for message in caplog.messages)
 
 
+@pytest.mark.integration
 def test_new_special_tokens_are_trained_saved_and_used(options: Options, tmp_path: Path) -> None:
     """Patterns and a saved module beside them; asked and merged by the scripts, in processes of their own."""
     folder = finetune(
