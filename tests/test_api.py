@@ -75,6 +75,21 @@ def test_load_model_initialises_from_the_weights(tiny_llama: Path, tmp_path: Pat
     np.testing.assert_allclose(b @ a, 0, atol=1e-6)
 
 
+def test_the_embeddings_of_a_resized_base_are_saved_again(tiny_llama: Path, tmp_path: Path) -> None:
+    """PEFT writes the embedding of a base that it resized, here from 259 to 262 rows, into the adapter's file."""
+    checkpoint = qj.open_checkpoint(tiny_llama)
+    model = qj.load_model(checkpoint, quantization=None, method=qj.LoRA(rank=4), progress=False)
+    embedding = np.random.default_rng(0).standard_normal((262, 64)).astype(np.float32)
+    tables = {"base_model.model.model.embed_tokens.weight": embedding}
+    folder = qj.save_adapter(with_noise(model), tmp_path / "adapter", resized_embeddings=tables)
+
+    loaded, _ = qj.from_pretrained(tiny_llama, folder, progress=False)
+    again, _ = qj.from_pretrained(tiny_llama, qj.save_pretrained(loaded, tmp_path / "again"), progress=False)
+    assert logits(again).shape[-1] == 262
+    np.testing.assert_array_equal(logits(again), logits(loaded))
+    assert nnx.graphdef(again) != nnx.graphdef(loaded)  # no program is shared by models with different embeddings
+
+
 def test_an_adapter_has_its_own_method(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="method: expected none beside the adapter"):
         qj.from_pretrained(tiny_llama, tmp_path, method=qj.LoRA())

@@ -58,7 +58,8 @@ def save_adapter(
     Args:
         model: a model that was made with a method; `model.method` goes into adapter_config.json.
         base_model_name_or_path: path or repository id of the base, by which PEFT finds it.
-        resized_embeddings: those of the `Adapter` that the model was loaded from, where it has any.
+        resized_embeddings: those of the `Adapter` that the model was loaded from, where it has any and `model.origin` does
+            not hold them.
         subtracted: what was subtracted from the base, where `model.origin` does not hold it.
 
     Raises:
@@ -70,6 +71,8 @@ def save_adapter(
         raise OptionError("expected a model that was made with a method, found none")
     if subtracted is None and model.origin is not None:
         subtracted = model.origin.subtracted
+    if resized_embeddings is None and model.origin is not None and model.origin.resized_embeddings is not None:
+        resized_embeddings = model.origin.resized_embeddings.tensors
     if subtracted is not None:
         tensors, method = to_plain_lora(tensors, cast(LoRA, method), subtracted)  # only LoRA subtracts anything
     elif method.changes_base:
