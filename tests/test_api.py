@@ -51,10 +51,14 @@ def test_an_adapter_from_creation_to_its_file_and_back(tiny_llama: Path, tmp_pat
     again, _ = qj.from_pretrained(tiny_llama, folder, dtype="float32", progress=False)
     np.testing.assert_allclose(logits(again), logits(trained), atol=1e-5)
     # What was loaded can be saved again: the same file.
-    qj.save_pretrained(again, tmp_path / "again", template="chat")
+    qj.save_pretrained(again, tmp_path / "again")
     for name, tensor in load_file(tmp_path / "again" / "adapter_model.safetensors").items():
         np.testing.assert_allclose(tensor, tensors[name], atol=1e-6)
     assert read_adapter_metadata(tmp_path / "again") == read_adapter_metadata(folder)
+    qj.save_pretrained(again, tmp_path / "again", template="alpaca")
+    metadata = read_adapter_metadata(tmp_path / "again")
+    assert metadata is not None
+    assert metadata.template == "alpaca"
 
     merged = qj.merge(tiny_llama, folder, tmp_path / "merged", dtype="float32", base="dequantized", progress=False)
     dense, _ = qj.from_pretrained(merged, quantization=None, dtype="float32", progress=False)

@@ -187,6 +187,7 @@ class Pretrained:
             self.base.name,
             scaling=self.scaling,
             subtracted=subtracted,
+            template=None if self.adapter_metadata is None else self.adapter_metadata.template,
             resized_embeddings=ResizedEmbeddings(resized) if resized else None,
         )
         return model if self.adapter is None else load_adapter(model, self.adapter)

@@ -34,10 +34,12 @@ class Origin:
             of the same shape share their compiled programs.
         scaling: the scaling of positions that was added to the checkpoint's config; None: none.
         subtracted: the LoRA matrices that were subtracted from the weights (PiSSA, LoftQ); None: none.
+        template: the form of the prompts that the adapter was trained with; None: unknown.
         resized_embeddings: the embeddings of the adapter that the model was loaded with; None: those of the checkpoint.
     """
 
     name: str = dataclasses.field(compare=False)
     scaling: RopeScaling | None = None
     subtracted: Subtracted | None = None
+    template: str | None = None
     resized_embeddings: ResizedEmbeddings | None = None
