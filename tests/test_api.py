@@ -12,9 +12,13 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import qlora_jax as qj
+from qlora_jax.adapters.bind import adapter_tensors
+from qlora_jax.adapters.files import Adapter
 from qlora_jax.adapters.metadata import AdapterMetadata, read_adapter_metadata
 from qlora_jax.errors import OptionError
 from qlora_jax.export.drift import sample_logits
+from qlora_jax.export.merge import merge
+from qlora_jax.peft import FullFineTuning
 
 TOKENS = np.arange(3, 35, dtype=np.int32).reshape(2, 16)
 
@@ -92,6 +96,18 @@ def test_the_embeddings_of_a_resized_base_are_saved_again(tiny_llama: Path, tmp_
     assert logits(again).shape[-1] == 262
     np.testing.assert_array_equal(logits(again), logits(loaded))
     assert nnx.graphdef(again) != nnx.graphdef(loaded)  # no program is shared by models with different embeddings
+
+
+def test_a_fully_trained_model_has_no_adapter(tiny_llama: Path, tmp_path: Path) -> None:
+    model, tokenizer = qj.from_pretrained(tiny_llama, quantization=None, method=FullFineTuning(), progress=False)
+    with pytest.raises(OptionError, match=r"^FullFineTuning: .* no adapter to save\. Write the whole model: .*merge"):
+        qj.save_pretrained(model, tmp_path / "adapter")
+    # What the message says works.
+    adapter = Adapter("tiny", FullFineTuning(), None, adapter_tensors(model))
+    checkpoint = qj.open_checkpoint(tiny_llama)
+    folder = merge(checkpoint, adapter, tmp_path / "model", dtype="float32", tokenizer=tokenizer, progress=False)
+    again, _ = qj.from_pretrained(folder, quantization=None, progress=False)
+    np.testing.assert_allclose(logits(again), logits(model), atol=1e-5)
 
 
 def test_an_adapter_has_its_own_method(tiny_llama: Path, tmp_path: Path) -> None:

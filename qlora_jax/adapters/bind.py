@@ -66,6 +66,12 @@ def save_adapter(
         OptionError: the model has no adapter, or its method changes the base but nothing is known of what was subtracted.
         CheckpointError: values that are not finite, or files that could not be written.
     """
+    if model.method is not None and model.method.is_full:
+        raise OptionError(
+            f"{type(model.method).__name__}: expected a model with an adapter, found one whose own parameters are trained, "
+            "which has no adapter to save. Write the whole model: qlora_jax.export.merge.merge(checkpoint, "
+            "Adapter(name, model.method, None, adapter_tensors(model)), folder, tokenizer=tokenizer)"
+        )
     tensors, method = adapter_tensors(model), model.method
     if method is None:
         raise OptionError("expected a model that was made with a method, found none")
