@@ -402,6 +402,7 @@ def test_script_merges_the_default_model(
         (["--adapter", "absent/one/two"], "error: absent/one/two: no such file or folder"),
         (["--model", "absent.gguf"], "error: absent.gguf: no such file or folder"),
         (["--block-size", "63"], "error: unknown block size 63"),
+        (["--block-size", "0"], "error: unknown block size 0"),
     ],
     ids=str,
 )
