@@ -1,8 +1,11 @@
 """The calls that a user of Hugging Face's libraries expects: `from_pretrained`, `save_pretrained`, `merge`."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -11,9 +14,10 @@ from qlora_jax.adapters.metadata import AdapterMetadata, QuantizationChoice
 from qlora_jax.adapters.pretrained import AS_TRAINED, open_pretrained
 from qlora_jax.adapters.weight_init import converted_from
 from qlora_jax.checkpoint.tokenizer import save_tokenizer
+from qlora_jax.errors import OptionError
 from qlora_jax.models import Model, Remat
 from qlora_jax.peft import Method
-from qlora_jax.quant import EmbeddingStorage, Quantization
+from qlora_jax.quant import EMBEDDING_STORAGES, EmbeddingStorage, Quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -57,8 +61,14 @@ def from_pretrained(
         progress: whether to show a progress bar.
 
     Raises:
+        OptionError: an argument of another type, or with an unknown value.
         QLoRAError: files that are missing, damaged or unsupported, or do not fit each other.
     """
+    _check_quantization(quantization, (Quantization, QuantizationChoice, NoneType))
+    _check_method(method)
+    _check_dtype(dtype)
+    _check_choice("embedding_storage", embedding_storage, (None, *EMBEDDING_STORAGES))
+    _check_choice("remat", remat, get_args(Remat))
     pretrained = open_pretrained(
         model,
         adapter,
@@ -141,9 +151,44 @@ def merge(
         progress: whether to show a progress bar.
 
     Raises:
+        OptionError: an argument of another type, or with an unknown value; or dequantised values of dense weights.
         QLoRAError: files that do not fit each other, or a folder that is in use or cannot be written.
     """
     from qlora_jax.export.pretrained import merge_pretrained
 
+    _check_quantization(quantization, (Quantization, NoneType))
+    _check_choice("base", base, ("original", "dequantized"))
     pretrained = open_pretrained(model, adapter, revision=revision)
     return merge_pretrained(pretrained, folder, dtype=dtype, quantization=quantization, base=base, progress=progress)
+
+
+def _check_quantization(quantization: object, types: tuple[type, ...]) -> None:
+    """Raise OptionError for a storage of linear layers of none of these types, such as the name of a data type."""
+    if not isinstance(quantization, types):
+        raise OptionError(
+            f'quantization: expected a Quantization such as Quantization("nf4"), or None, found {quantization!r}'
+        )
+
+
+def _check_method(method: object) -> None:
+    """Raise OptionError for a method that is no `Method`, such as its name or its class."""
+    if method is not None and Method not in type(method).__mro__:
+        raise OptionError(f"method: expected a Method such as LoRA(rank=16), or None, found {method!r}")
+
+
+def _check_dtype(dtype: Any) -> None:
+    """Raise OptionError for a compute dtype that is unknown or no floating-point dtype."""
+    try:
+        known = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise OptionError(
+            f'dtype: expected a floating-point dtype such as "bfloat16" or "float32", or None, found {dtype!r}'
+        )
+
+
+def _check_choice(argument: str, value: object, choices: Sequence[str | None]) -> None:
+    """Raise OptionError for a value that is none of the choices."""
+    if value not in choices:
+        raise OptionError(f"{argument}: expected one of {', '.join(map(repr, choices))}, found {value!r}")

@@ -1,8 +1,11 @@
 """The public calls of the package, in the order in which a user makes them, on a tiny model."""
 
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +116,52 @@ def test_a_fully_trained_model_has_no_adapter(tiny_llama: Path, tmp_path: Path) 
 def test_an_adapter_has_its_own_method(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="method: expected none beside the adapter"):
         qj.from_pretrained(tiny_llama, tmp_path, method=qj.LoRA())
+
+
+UNTYPED: Any = qj  # so that wrong arguments are no errors of the type checker
+WRONG: dict[str, tuple[Callable[..., object], str]] = {
+    "name of a method": (
+        lambda: UNTYPED.from_pretrained(method="lora"),
+        "method: expected a Method such as LoRA(rank=16), or None, found 'lora'",
+    ),
+    "class of a method": (
+        lambda: UNTYPED.from_pretrained(method=qj.LoRA),
+        "method: expected a Method such as LoRA(rank=16)",
+    ),
+    "quantization": (
+        lambda: UNTYPED.from_pretrained(quantization="nf4"),
+        "quantization: expected a Quantization such as Quantization(\"nf4\"), or None, found 'nf4'",
+    ),
+    "embeddings": (
+        lambda: UNTYPED.from_pretrained(embedding_storage="int3"),
+        "embedding_storage: expected one of None, 'none', ",
+    ),
+    "unknown dtype": (
+        lambda: UNTYPED.from_pretrained(dtype="int17"),
+        'dtype: expected a floating-point dtype such as "bfloat16" or "float32", or None, found \'int17\'',
+    ),
+    "dtype of integers": (lambda: UNTYPED.from_pretrained(dtype="int32"), "dtype: expected a floating-point dtype"),
+    "remat": (
+        lambda: UNTYPED.from_pretrained(remat="foo"),
+        "remat: expected one of 'none', 'dots', 'full', 'offload', found 'foo'",
+    ),
+    "options": (lambda: UNTYPED.finetune({}), "options: expected Options(…), found {}"),
+    "base of merge": (
+        lambda: UNTYPED.merge(None, None, "x", base="deq"),
+        "base: expected one of 'original', 'dequantized', found 'deq'",
+    ),
+    "quantization of merge": (
+        lambda: UNTYPED.merge(None, None, "x", quantization="nf4"),
+        'quantization: expected a Quantization such as Quantization("nf4")',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_arguments_that_are_wrong(case: str) -> None:
+    call, message = WRONG[case]
+    with pytest.raises(OptionError, match=f"^{re.escape(message)}"):
+        call()
 
 
 def test_the_job_is_imported_when_it_is_used() -> None:

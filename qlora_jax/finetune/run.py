@@ -15,6 +15,7 @@ The same options with the same folder resume a run that was stopped.
 
 from pathlib import Path
 
+from qlora_jax.errors import OptionError
 from qlora_jax.finetune.finish import finish
 from qlora_jax.finetune.messages import messages_on_stderr
 from qlora_jax.finetune.options.options import Options
@@ -35,5 +36,7 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
         QLoRAError: options, data or files that cannot be used, before any long work; or a loss that diverged.
         OSError: files that cannot be read or written.
     """
+    if not isinstance(options, Options):
+        raise OptionError(f"options: expected Options(…), found {options!r}")
     with messages_on_stderr():
         return finish(train(prepare(options, progress=progress)))
