@@ -23,8 +23,10 @@ from qlora_jax.adapters.peft_config import read_adapter_method
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.cli import parse
-from qlora_jax.finetune import LoRAOptions, ObjectiveOptions, Options, finetune, training
+from qlora_jax.errors import OptionError
+from qlora_jax.finetune import LoRAOptions, ObjectiveOptions, Options, RunOptions, finetune, training
 from qlora_jax.finetune.objectives import OBJECTIVES
+from qlora_jax.finetune.objectives.sft import SFT
 from qlora_jax.finetune.prepare import prepare
 
 NAMES = ", ".join(dict.fromkeys(kind.name for kind in OBJECTIVES))
@@ -188,3 +190,10 @@ def test_flags(tmp_path: Path) -> None:
     config = tmp_path / "dpo.toml"
     config.write_text('[objective]\nobjective = "dpo"\ndpo_beta = 0.3\nlabel_smoothing = 0.2\n[data]\npacking = false\n')
     assert parse(Options, description=None, arguments=["--config", str(config)]) == options
+
+
+def test_the_objective_is_named_beside_an_option_that_means_nothing() -> None:
+    given = Options(run=RunOptions(predict_with_generate=True))
+    for kind, where in ((SFT, "a decoder-only model"), (dataclasses.replace(SFT, name="focal"), "objective focal")):
+        with pytest.raises(OptionError, match=f"predict_with_generate: expected False with {where}, found True"):
+            kind.check(given)
