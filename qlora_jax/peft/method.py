@@ -88,7 +88,8 @@ class Method(Protocol):
         name: the name on the command line, `--method NAME`.
         title: what the method trains, for the model card, such as "An IA3 adapter".
         summary: what the method does, for `--help`, in half a sentence.
-        peft_type: PEFT's name of the method.
+        peft_type: PEFT's name of the method; where PEFT does not have the method, a name of our own.
+        in_peft: whether PEFT has the method, and so can load its adapters.
         options: the method's own options on the command line.
         lora_options: names of the options of LoRA that the method takes as well; `target_modules` includes `target_regex`.
         learning_rate_factor: a factor on LoRA's default learning rate, where the method has no default of its own.
@@ -110,6 +111,7 @@ class Method(Protocol):
     title: ClassVar[str]
     summary: ClassVar[str]
     peft_type: ClassVar[str]
+    in_peft: ClassVar[bool] = True
     options: ClassVar[tuple[Option, ...]] = ()
     lora_options: ClassVar[tuple[str, ...]] = ()
     learning_rate_factor: ClassVar[float] = 1.0
