@@ -1,8 +1,8 @@
 """Compile the steps of a run while its weights are read.
 
-The shapes of a step follow from its `StepSpec`, and are known before any weight is. The compiler therefore works in a thread
-beside the loader, and the first step waits only for the rest of the compilation. A compiled program is used only for arguments
-of the shapes and shardings that it was compiled for. For other arguments, the step is compiled when it is called.
+The shapes of a step follow from its `StepSpec`, and are known before any weight is. The compiler therefore works in a
+thread beside the loader, and the first step waits only for the rest of the compilation. A compiled program is used only for
+arguments of the shapes and shardings that it was compiled for. For other arguments, the step is compiled when it is called.
 """
 
 import ctypes
