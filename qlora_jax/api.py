@@ -90,7 +90,8 @@ def save_pretrained(
         tokenizer: written beside the adapter, for an adapter with new tokens; None: no tokenizer.
         base_model_name_or_path: path or repository id of the base, by which PEFT finds it; that which the model was loaded
             from, if None.
-        template: the form of the prompts that the adapter was trained with ("chat", "alpaca", …); None: unknown.
+        template: the form of the prompts that the adapter was trained with ("chat", "alpaca", …); that of the adapter
+            that the model was loaded with, if None.
 
     Raises:
         OptionError: the model has no adapter.
@@ -101,6 +102,8 @@ def save_pretrained(
     folder = save_adapter(model, folder, base_model_name_or_path=name)
     assert method is not None  # `save_adapter` raises where there is none
     subtracted = None if origin is None else origin.subtracted
+    if template is None and origin is not None:
+        template = origin.template
     AdapterMetadata(
         model.quantization,
         template,

@@ -12,9 +12,13 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import qlora_jax as qj
+from qlora_jax.adapters.bind import adapter_tensors
+from qlora_jax.adapters.files import Adapter
 from qlora_jax.adapters.metadata import AdapterMetadata, read_adapter_metadata
 from qlora_jax.errors import OptionError
 from qlora_jax.export.drift import sample_logits
+from qlora_jax.export.merge import merge
+from qlora_jax.peft import FullFineTuning
 
 TOKENS = np.arange(3, 35, dtype=np.int32).reshape(2, 16)
 
@@ -51,10 +55,14 @@ def test_an_adapter_from_creation_to_its_file_and_back(tiny_llama: Path, tmp_pat
     again, _ = qj.from_pretrained(tiny_llama, folder, dtype="float32", progress=False)
     np.testing.assert_allclose(logits(again), logits(trained), atol=1e-5)
     # What was loaded can be saved again: the same file.
-    qj.save_pretrained(again, tmp_path / "again", template="chat")
+    qj.save_pretrained(again, tmp_path / "again")
     for name, tensor in load_file(tmp_path / "again" / "adapter_model.safetensors").items():
         np.testing.assert_allclose(tensor, tensors[name], atol=1e-6)
     assert read_adapter_metadata(tmp_path / "again") == read_adapter_metadata(folder)
+    qj.save_pretrained(again, tmp_path / "again", template="alpaca")
+    metadata = read_adapter_metadata(tmp_path / "again")
+    assert metadata is not None
+    assert metadata.template == "alpaca"
 
     merged = qj.merge(tiny_llama, folder, tmp_path / "merged", dtype="float32", base="dequantized", progress=False)
     dense, _ = qj.from_pretrained(merged, quantization=None, dtype="float32", progress=False)
@@ -73,6 +81,33 @@ def test_load_model_initialises_from_the_weights(tiny_llama: Path, tmp_path: Pat
     assert (a.shape[0], b.shape[1]) == (8, 8)
     assert np.abs(a).max() > 0.01
     np.testing.assert_allclose(b @ a, 0, atol=1e-6)
+
+
+def test_the_embeddings_of_a_resized_base_are_saved_again(tiny_llama: Path, tmp_path: Path) -> None:
+    """PEFT writes the embedding of a base that it resized, here from 259 to 262 rows, into the adapter's file."""
+    checkpoint = qj.open_checkpoint(tiny_llama)
+    model = qj.load_model(checkpoint, quantization=None, method=qj.LoRA(rank=4), progress=False)
+    embedding = np.random.default_rng(0).standard_normal((262, 64)).astype(np.float32)
+    tables = {"base_model.model.model.embed_tokens.weight": embedding}
+    folder = qj.save_adapter(with_noise(model), tmp_path / "adapter", resized_embeddings=tables)
+
+    loaded, _ = qj.from_pretrained(tiny_llama, folder, progress=False)
+    again, _ = qj.from_pretrained(tiny_llama, qj.save_pretrained(loaded, tmp_path / "again"), progress=False)
+    assert logits(again).shape[-1] == 262
+    np.testing.assert_array_equal(logits(again), logits(loaded))
+    assert nnx.graphdef(again) != nnx.graphdef(loaded)  # no program is shared by models with different embeddings
+
+
+def test_a_fully_trained_model_has_no_adapter(tiny_llama: Path, tmp_path: Path) -> None:
+    model, tokenizer = qj.from_pretrained(tiny_llama, quantization=None, method=FullFineTuning(), progress=False)
+    with pytest.raises(OptionError, match=r"^FullFineTuning: .* no adapter to save\. Write the whole model: .*merge"):
+        qj.save_pretrained(model, tmp_path / "adapter")
+    # What the message says works.
+    adapter = Adapter("tiny", FullFineTuning(), None, adapter_tensors(model))
+    checkpoint = qj.open_checkpoint(tiny_llama)
+    folder = merge(checkpoint, adapter, tmp_path / "model", dtype="float32", tokenizer=tokenizer, progress=False)
+    again, _ = qj.from_pretrained(folder, quantization=None, progress=False)
+    np.testing.assert_allclose(logits(again), logits(model), atol=1e-5)
 
 
 def test_an_adapter_has_its_own_method(tiny_llama: Path, tmp_path: Path) -> None:

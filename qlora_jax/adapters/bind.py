@@ -58,18 +58,27 @@ def save_adapter(
     Args:
         model: a model that was made with a method; `model.method` goes into adapter_config.json.
         base_model_name_or_path: path or repository id of the base, by which PEFT finds it.
-        resized_embeddings: those of the `Adapter` that the model was loaded from, where it has any.
+        resized_embeddings: those of the `Adapter` that the model was loaded from, where it has any and `model.origin` does
+            not hold them.
         subtracted: what was subtracted from the base, where `model.origin` does not hold it.
 
     Raises:
         OptionError: the model has no adapter, or its method changes the base but nothing is known of what was subtracted.
         CheckpointError: values that are not finite, or files that could not be written.
     """
+    if model.method is not None and model.method.is_full:
+        raise OptionError(
+            f"{type(model.method).__name__}: expected a model with an adapter, found one whose own parameters are trained, "
+            "which has no adapter to save. Write the whole model: qlora_jax.export.merge.merge(checkpoint, "
+            "Adapter(name, model.method, None, adapter_tensors(model)), folder, tokenizer=tokenizer)"
+        )
     tensors, method = adapter_tensors(model), model.method
     if method is None:
         raise OptionError("expected a model that was made with a method, found none")
     if subtracted is None and model.origin is not None:
         subtracted = model.origin.subtracted
+    if resized_embeddings is None and model.origin is not None and model.origin.resized_embeddings is not None:
+        resized_embeddings = model.origin.resized_embeddings.tensors
     if subtracted is not None:
         tensors, method = to_plain_lora(tensors, cast(LoRA, method), subtracted)  # only LoRA subtracts anything
     elif method.changes_base:

@@ -128,7 +128,7 @@ class QuantizationChoice:
             return None
         trained = trained or Quantization()
         return Quantization(
-            self.data_type or trained.data_type,
-            self.block_size or trained.block_size,
+            trained.data_type if self.data_type is None else self.data_type,
+            trained.block_size if self.block_size is None else self.block_size,
             trained.double_quantization if self.double_quantization is None else self.double_quantization,
         )

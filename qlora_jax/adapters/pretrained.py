@@ -35,7 +35,7 @@ from qlora_jax.checkpoint.load import checked_rewrite, default_dtype, load, stor
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, stop_ids
 from qlora_jax.errors import OptionError
-from qlora_jax.models import Model, ModelSpec, Origin, Remat, RopeScaling
+from qlora_jax.models import Model, ModelSpec, Origin, Remat, ResizedEmbeddings, RopeScaling
 from qlora_jax.peft import LoRA, Method, Subtracted
 from qlora_jax.quant import DataType, EmbeddingStorage, Quantization
 
@@ -182,7 +182,14 @@ class Pretrained:
             CheckpointError: weights that are NaN or infinite.
         """
         model, subtracted = self.load_base(mesh=mesh, seed=seed, progress=progress)
-        model.origin = Origin(self.base.name, self.scaling, subtracted)
+        resized = None if self.adapter is None else self.adapter.resized_embeddings
+        model.origin = Origin(
+            self.base.name,
+            scaling=self.scaling,
+            subtracted=subtracted,
+            template=None if self.adapter_metadata is None else self.adapter_metadata.template,
+            resized_embeddings=ResizedEmbeddings(resized) if resized else None,
+        )
         return model if self.adapter is None else load_adapter(model, self.adapter)
 
     def load_base(

@@ -17,9 +17,8 @@ from typing import Literal
 import numpy as np
 
 from qlora_jax import cli
-from qlora_jax.adapters.metadata import QuantizationChoice, read_adapter_metadata
+from qlora_jax.adapters.metadata import QuantizationChoice
 from qlora_jax.adapters.pretrained import open_pretrained
-from qlora_jax.checkpoint.hub import resolve
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.errors import OptionError
@@ -77,14 +76,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str | None = None) 
 def merge_adapter(options: Options) -> None:
     """Merge the adapter, write the folder and, if asked for, print how much the logits change."""
     choice = QuantizationChoice(options.data_type, options.block_size, options.double_quantization)
-    adapter = resolve(options.adapter)
-    if options.base == "dequantized":
-        metadata = read_adapter_metadata(adapter)
-        if choice.complete(metadata) is None and (metadata is None or metadata.embedding_storage == "none"):
-            raise OptionError(
-                "--base dequantized: expected an adapter that was trained on 4 bits, found one on dense weights"
-            )
-    pretrained = open_pretrained(options.model, adapter, revision=options.revision, quantization=choice)
+    pretrained = open_pretrained(options.model, options.adapter, revision=options.revision, quantization=choice)
     quantization, tokenizer = pretrained.quantization, pretrained.tokenizer
     texts = SAMPLES if options.sample is None else options.sample.read_text(encoding="utf-8").split("\n\n")
     batches = [np.asarray([tokenizer(text)["input_ids"][: options.sample_tokens]]) for text in texts if text.strip()]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from qlora_jax.adapters.pretrained import Pretrained
+from qlora_jax.errors import OptionError
 from qlora_jax.export.merge import MergedDtype, merge
 from qlora_jax.quant import Quantization
 
@@ -29,9 +30,12 @@ def merge_pretrained(
             were quantised (`pretrained.quantization`, `pretrained.embedding_storage`).
 
     Raises:
+        OptionError: `base` is "dequantized", and all weights were dense in training.
         QLoRAError: see `merge`.
     """
     dequantized = base == "dequantized"
+    if dequantized and pretrained.quantization is None and pretrained.embedding_storage == "none":
+        raise OptionError("--base dequantized: expected an adapter that was trained on 4 bits, found one on dense weights")
     return merge(
         pretrained.checkpoint,
         pretrained.adapter,

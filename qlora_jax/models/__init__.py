@@ -4,7 +4,7 @@ from qlora_jax.models.causal_lm import CausalLM
 from qlora_jax.models.config import AttentionKind, DecoderConfig
 from qlora_jax.models.families import FAMILIES, Family, Model, ModelConfig, causal_family_of, families_with, family_of
 from qlora_jax.models.kv_cache import KVCache
-from qlora_jax.models.origin import Origin
+from qlora_jax.models.origin import Origin, ResizedEmbeddings
 from qlora_jax.models.parameter_mapping import ParameterMapping, linear_mappings, linear_modules
 from qlora_jax.models.scaling import RopeKind, RopeScaling, factor_for, scaled, unscaled_context
 from qlora_jax.models.shape import method_for, positions_left, shape_of
@@ -28,6 +28,7 @@ __all__ = [
     "Origin",
     "ParameterMapping",
     "Remat",
+    "ResizedEmbeddings",
     "RopeKind",
     "RopeScaling",
     "Seq2SeqCache",

@@ -19,15 +19,17 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+import qlora_jax as qj
 from qlora_jax.adapters.bind import load_adapter
 from qlora_jax.adapters.files import Adapter, write_adapter
+from qlora_jax.adapters.metadata import AdapterMetadata
 from qlora_jax.adapters.names import tensor_name
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
-from qlora_jax.errors import CheckpointError
+from qlora_jax.errors import CheckpointError, OptionError
 from qlora_jax.export import merge as merge_module
 from qlora_jax.export.drift import logit_drift, sample_logits
 from qlora_jax.export.merge import merge
@@ -399,8 +401,8 @@ def test_script_merges_the_default_model(
     [
         (["--adapter", "absent/one/two"], "error: absent/one/two: no such file or folder"),
         (["--model", "absent.gguf"], "error: absent.gguf: no such file or folder"),
-        (["--base", "dequantized", "--data-type", "none"], "error: --base dequantized"),
         (["--block-size", "63"], "error: unknown block size 63"),
+        (["--block-size", "0"], "error: unknown block size 0"),
     ],
     ids=str,
 )
@@ -418,6 +420,24 @@ def test_script_says_what_is_wrong_in_one_line(
     captured = capsys.readouterr()
     assert message in captured.err
     assert len(captured.err.strip().splitlines()) == 1
+
+
+def test_dense_weights_have_no_dequantized_values(
+    script: ModuleType, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The public call and the command refuse them with the same message."""
+    lora = LoRA(rank=2)
+    folder = write_adapter(
+        random_adapter(open_checkpoint(tiny_llama), lora, 0.02).tensors, tmp_path / "adapter", method=lora
+    )
+    names = ["--model", str(tiny_llama), "--adapter", str(folder), "--output", str(tmp_path / "merged")]
+    assert script.main([*names, "--base", "dequantized", "--data-type", "none"]) == 1
+    message = "--base dequantized: expected an adapter that was trained on 4 bits, found one on dense weights"
+    assert capsys.readouterr().err.strip() == f"error: {message}"
+    AdapterMetadata(None, None).save(folder)
+    with pytest.raises(OptionError, match=message):
+        qj.merge(tiny_llama, folder, tmp_path / "merged", base="dequantized", progress=False)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_script_refuses_unknown_flags(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
