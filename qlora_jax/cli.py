@@ -40,8 +40,8 @@ def run(
 ) -> int:
     """Parse a command line, call `main` with the options and return the exit code.
 
-    The exit code is what `main` returns where that is an integer, else 0. An error that the user's input caused becomes one
-    line on stderr and exit code 1; an interruption becomes exit code 130. Errors of the program itself are not caught.
+    The exit code is what `main` returns where that is an integer, else 0. A ValueError (all errors of the package
+    are), an OSError or a failed process becomes one line on stderr and exit code 1. An interruption becomes exit code 130.
 
     Args:
         main: takes an instance of `options`.

@@ -65,7 +65,7 @@ class PretrainedOptions:
     double_quantization: bool | None = None
     """Whether the scales are quantised as well; as the adapter was trained, else yes, if left out."""
     embedding_storage: EmbeddingStorage | None = None
-    """Storage of the token table and the output head; as the adapter was trained, else none (dense), if left out."""
+    """Storage of the embedding and the output head; as the adapter was trained, else none (dense), if left out."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; auto: bfloat16 on GPU and TPU, float32 on CPU."""
 

@@ -124,7 +124,7 @@ def _check(chosen: PlanOptions, machine: Machine) -> None:
     """Raise an error for options that contradict each other, before anything is downloaded or traced."""
     if chosen.step == "decode" and (chosen.quick or chosen.fit != "none"):
         other = "quick" if chosen.quick else f"fit {chosen.fit}"
-        raise OptionError(f"step decode: is compiled as it is: expected no quick and no fit beside it, found {other}")
+        raise OptionError(f"step decode: is always compiled: expected no quick and no fit beside it, found {other}")
     if chosen.capacity < 1:
         raise OptionError(f"capacity: expected at least 1, found {chosen.capacity}")
     if chosen.plot is not None:
@@ -135,7 +135,7 @@ def _check(chosen: PlanOptions, machine: Machine) -> None:
 
 def read_spec(options: PlanCommandOptions, model: str, machine: Machine) -> Spec:
     """Return the step that the options describe, for the config of a model."""
-    hf_config = read_config(model)
+    hf_config = read_config(model, options.model.revision)
     config = family_of(hf_config).config(hf_config)
     if (scaling := options.context.scaling(config, options.data.max_length)) is not None:
         config = family_of(hf_config).config(scaled(hf_config, config, scaling))
@@ -242,7 +242,7 @@ def _flags(choice: Choice, machine: Machine) -> str:
     return " ".join(words) or "the options as they are"
 
 
-def read_config(model: str) -> dict[str, Any]:
+def read_config(model: str, revision: str | None = None) -> dict[str, Any]:
     """Return the config.json of a model by the name of its size, by a path or by a hub id. No weights are read.
 
     Raises:
@@ -262,7 +262,7 @@ def read_config(model: str) -> dict[str, Any]:
             near = difflib.get_close_matches(model, SIZES, n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(near)}?" if near else ";"
             raise CheckpointError(f"--model {model}: no such path, and no size by that name{hint} known: {', '.join(SIZES)}")
-        path = _config_from_hub(model)
+        path = _config_from_hub(model, revision)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -272,14 +272,14 @@ def read_config(model: str) -> dict[str, Any]:
     return config
 
 
-def _config_from_hub(model: str) -> Path:
+def _config_from_hub(model: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import logging
 
     print(f"Asking the hub for config.json of {model}.", file=sys.stderr, flush=True)
     logging.set_verbosity_error()  # it would log each attempt; the error below is enough
     try:
-        return Path(hf_hub_download(model, "config.json"))
+        return Path(hf_hub_download(model, "config.json", revision=revision))
     # Errors of the hub or of its HTTP client, whose types change with its version.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]

@@ -42,7 +42,9 @@ class Record:
         schema: the name of its schema.
         messages: the conversation; empty for a text without turns.
         fields: text columns. An instruction has `instruction`, `output` and perhaps `input`, whatever its columns are
-            called; a text has `text`. The templates alpaca, guanaco and plain read these two forms.
+            called; a text has `text`. The template alpaca reads the first form, guanaco and plain read the second. Without
+            these fields, alpaca and plain need exactly one user message and one assistant message after it. A system
+            message works with chat and guanaco only.
         tools: the tools that the conversation may call.
     """
 

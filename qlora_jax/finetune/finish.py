@@ -40,7 +40,7 @@ def finish(trained: TrainedRun) -> Path:
         folder = _save(trained)
         rows = _measure(trained)
         _write_card(trained, folder, rows)
-        _say_mmlu(trained, rows)
+        _log_mmlu(trained, rows)
         _show_answers(trained)
     if options.watch.push_to_hub:
         _logger.info("Uploaded the adapter: %s", upload(folder, options.watch.push_to_hub))
@@ -92,7 +92,7 @@ def _write_card(trained: TrainedRun, folder: Path, rows: list[dict[str, Any]]) -
     write_card(folder, card)
 
 
-def _say_mmlu(trained: TrainedRun, rows: list[dict[str, Any]]) -> None:
+def _log_mmlu(trained: TrainedRun, rows: list[dict[str, Any]]) -> None:
     run = trained.prepared
     questions = run.questions
     if questions is not None:

@@ -134,7 +134,8 @@ def rows_of_step(options: Options) -> int:
 def _open(options: Options) -> tuple[Pretrained, StepSpec[ModelSpec]]:
     """Open the base and the adapter, with the run's own method, special tokens and positions, and describe the step.
 
-    The abstract model, which `Pretrained.check` needs, is traced here and nowhere else in a run.
+    The abstract model is traced here. The checks, the loader and the precompiled steps share it; the memory check, which
+    may plan other options, traces its own.
     """
     pretrained = open_unchecked(
         options.model.model,

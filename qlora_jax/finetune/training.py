@@ -37,7 +37,6 @@ from qlora_jax.train import (
     plot_losses,
     precompile,
     split,
-    unchanged_batch,
 )
 from qlora_jax.train import train as train_loop
 from qlora_jax.train.state_store import StateStore
@@ -231,10 +230,13 @@ def _training_data(run: PreparedRun, step: Step) -> TrainingData:
     def put(batch: Batch) -> dict[str, jax.Array]:
         return put_on_mesh(mesh, run.spec.micro_batches(batch), P(None, "data"))
 
-    def make_batch(state: TrainState, batch: Batch) -> Batch:
-        return batch if make is None else make(_model(step, state), batch)
+    if make is None:
+        return TrainingData(run.batches, put, run.objective.count_tokens)
 
-    return TrainingData(run.batches, put, run.objective.count_tokens, unchanged_batch if make is None else make_batch)
+    def make_batch(state: TrainState, batch: Batch) -> Batch:
+        return make(_model(step, state), batch)
+
+    return TrainingData(run.batches, put, run.objective.count_tokens, make_batch)
 
 
 def _evaluation(run: PreparedRun, step: Step, eval_step: Callable[..., Any]) -> Sequence[Callback]:

@@ -1,6 +1,6 @@
 """One description of a model: its architecture, how its weights are stored, and what trains in it.
 
-The loader, the training step, the planner and the programs that are compiled ahead all build the model from this value, so
+The loader, the training step, the planner and the precompiled programs all build the model from this value, so
 that they agree on every shape.
 """
 

@@ -31,12 +31,9 @@ class FullFineTuning(Method):
     title: ClassVar = "All parameters"
     summary: ClassVar = "all parameters of a decoder with dense weights (data-type none), saved as a model"
     peft_type: ClassVar = "FULL"
+    suffixes: ClassVar = ("weight",)
     learning_rate_factor: ClassVar = 0.1  # Schulman et al. 2025, "LoRA Without Regret"
     is_full: ClassVar = True
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        return ("weight",)
 
     def targets(self, layers: Mapping[str, Sequence[str]]) -> "dict[str, FullLinearSpec]":
         """See `Method`."""

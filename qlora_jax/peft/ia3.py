@@ -59,6 +59,7 @@ class IA3(Method):
     title: ClassVar = "An IA3 adapter"
     summary: ClassVar = "vectors that scale the inputs or outputs of linear layers (PEFT's usual ones by default)"
     peft_type: ClassVar = "IA3"
+    suffixes: ClassVar = (_SUFFIX,)
     options: ClassVar = (
         Option(
             "feedforward_modules",
@@ -120,10 +121,6 @@ class IA3(Method):
     def default_learning_rate(self) -> float:
         """The learning rate of the paper."""
         return 3e-3
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        return (_SUFFIX,)
 
     @property
     def layers_to_transform(self) -> tuple[int, ...]:

@@ -88,7 +88,9 @@ class Method(Protocol):
         name: the name on the command line, `--method NAME`.
         title: what the method trains, for the model card, such as "An IA3 adapter".
         summary: what the method does, for `--help`, in half a sentence.
-        peft_type: PEFT's name of the method.
+        peft_type: PEFT's name of the method; where PEFT does not have the method, a name of our own.
+        suffixes: what follows a module's name in the names of the files' tensors; a property where options change it.
+        in_peft: whether PEFT has the method, and so can load its adapters.
         options: the method's own options on the command line.
         lora_options: names of the options of LoRA that the method takes as well; `target_modules` includes `target_regex`.
         learning_rate_factor: a factor on LoRA's default learning rate, where the method has no default of its own.
@@ -110,6 +112,8 @@ class Method(Protocol):
     title: ClassVar[str]
     summary: ClassVar[str]
     peft_type: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]]
+    in_peft: ClassVar[bool] = True
     options: ClassVar[tuple[Option, ...]] = ()
     lora_options: ClassVar[tuple[str, ...]] = ()
     learning_rate_factor: ClassVar[float] = 1.0
@@ -124,11 +128,6 @@ class Method(Protocol):
     init_text: str | None = None
 
     # What a method has to define.
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """What follows a module's name in the names of the files' tensors."""
-        ...
 
     def targets(self, layers: Mapping[str, Sequence[str]]) -> Mapping[str, MakesAdapter]:
         """Return what makes the adapter of each stack of linear layers that gets one.

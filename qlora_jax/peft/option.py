@@ -39,17 +39,25 @@ class Option:
         return values[self.name] != self.default
 
 
-def by_name(options: Iterable[Option]) -> dict[str, Option]:
-    """Return the options by name; several owners may share one option.
+def by_name(owners: Mapping[str, Iterable[Option]]) -> dict[str, Option]:
+    """Return the options of all owners by name; several owners may share one option.
+
+    Args:
+        owners: the options of each owner by the owner's name, such as "ia3".
 
     Raises:
         TypeError: two different options have the same name.
     """
-    found: dict[str, Option] = {}
-    for option in options:
-        if found.setdefault(option.name, option) is not option:
-            raise TypeError(f"option {option.name}: expected one declaration, which its owners share; found two")
-    return found
+    found: dict[str, tuple[str, Option]] = {}
+    for owner, options in owners.items():
+        for option in options:
+            first, known = found.setdefault(option.name, (owner, option))
+            if known is not option:
+                raise TypeError(
+                    f"option {option.name}: expected one declaration, which its owners share, found one of {first} and "
+                    f"one of {owner}"
+                )
+    return {name: option for name, (_, option) in found.items()}
 
 
 def option_problems(values: Mapping[str, Any], owners: Mapping[str, Iterable[Option]], chosen: str, kind: str) -> list[str]:
@@ -62,7 +70,7 @@ def option_problems(values: Mapping[str, Any], owners: Mapping[str, Iterable[Opt
         kind: what an owner is called in messages, such as "method".
     """
     problems = []
-    for name, option in by_name(option for options in owners.values() for option in options).items():
+    for name, option in by_name(owners).items():
         if not option.is_given(values):
             continue
         mine = [owner for owner, options in owners.items() if option in options]

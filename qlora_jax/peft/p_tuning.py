@@ -73,6 +73,7 @@ class PTuning(PromptMethod):
     title: ClassVar = "Virtual tokens (P-tuning)"
     summary: ClassVar = "virtual tokens that an encoder makes"
     peft_type: ClassVar = "P_TUNING"
+    suffixes: ClassVar = (EMBEDDINGS,)
     options: ClassVar = (
         VIRTUAL_TOKENS,
         Option("prompt_encoder", Literal["mlp", "lstm"], "mlp", "The encoder that makes the virtual tokens of p-tuning."),
@@ -121,10 +122,6 @@ class PTuning(PromptMethod):
     def rows(self) -> int:
         """Number of rows of the embeddings in the adapter file."""
         return self.virtual_tokens * (self.shape.submodules or 1)
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        return (EMBEDDINGS,)
 
     def targets(self, layers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         """Return nothing: no linear layer gets an adapter."""

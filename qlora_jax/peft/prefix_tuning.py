@@ -65,6 +65,7 @@ class PrefixTuning(PromptMethod):
     title: ClassVar = "Keys and values (prefix tuning)"
     summary: ClassVar = "keys and values of virtual tokens in every layer"
     peft_type: ClassVar = "PREFIX_TUNING"
+    suffixes: ClassVar = (EMBEDDINGS,)
     is_prefix: ClassVar = True
     options: ClassVar = (
         VIRTUAL_TOKENS,
@@ -102,10 +103,6 @@ class PrefixTuning(PromptMethod):
         """Number of features of the keys and values of all layers together, or None if the model is unknown."""
         shape = self.shape
         return None if shape.layers is None or shape.token_dim is None else 2 * shape.layers * shape.token_dim
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        return (EMBEDDINGS,)
 
     def targets(self, layers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         """Return nothing: no linear layer gets an adapter."""

@@ -60,6 +60,7 @@ class PromptTuning(PromptMethod):
     title: ClassVar = "Virtual tokens (prompt tuning)"
     summary: ClassVar = "virtual tokens before those of the text"
     peft_type: ClassVar = "PROMPT_TUNING"
+    suffixes: ClassVar = (EMBEDDINGS,)
     options: ClassVar = (
         VIRTUAL_TOKENS,
         Option(
@@ -123,10 +124,6 @@ class PromptTuning(PromptMethod):
     def rows(self) -> int:
         """Number of rows of the embeddings in the adapter file."""
         return self.virtual_tokens * (self.shape.submodules or 1)
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        return (EMBEDDINGS,)
 
     def targets(self, layers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         """Return nothing: no linear layer gets an adapter."""

@@ -38,7 +38,7 @@ _ROWS: dict[str, tuple[int, int, int, int, int, int, int, float]] = {
     "qwen3-8b": (4096, 12288, 36, 32, 8, 151936, 40960, 1000000.0),
     "gemma-2-9b": (3584, 14336, 42, 16, 8, 256000, 8192, 10000.0),
 }
-_TIED = ("smollm2-135m", "llama-3.2-1b", "llama-3.2-3b")  # the token table is the output head
+_TIED = ("smollm2-135m", "llama-3.2-1b", "llama-3.2-3b")  # the embedding is the output head
 _LLAMA3_ROPE = {  # the scaling of Llama 3.1 (by 8) and 3.2 (by 32)
     "rope_type": "llama3",
     "low_freq_factor": 1.0,

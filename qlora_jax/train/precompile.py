@@ -1,8 +1,8 @@
 """Compile the steps of a run while its weights are read.
 
-The shapes of a step are known before any weight is: they follow from its `StepSpec`. So the compiler works in a thread
-    beside the loader, and the first step waits only for the rest of the compilation. A compiled program is used only for
-    arguments of the shapes and shardings that it was compiled for; for others the step compiles where it is needed.
+The shapes of a step follow from its `StepSpec`, and are known before any weight is. The compiler therefore works in a
+thread beside the loader, and the first step waits only for the rest of the compilation. A compiled program is used only for
+arguments of the shapes and shardings that it was compiled for. For other arguments, the step is compiled when it is called.
 """
 
 import ctypes

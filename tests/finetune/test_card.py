@@ -107,3 +107,13 @@ def test_a_loss_over_pairs_has_no_perplexity(tmp_path: Path, config: Any) -> Non
     assert "| held-out loss | 0.700 | 0.500 |" in text
     assert "| held-out rewards/accuracies |  | 0.750 |" in text
     assert "perplexity" not in text
+
+
+def test_a_method_that_peft_does_not_have(tmp_path: Path, config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card does not say that PEFT loads the adapter."""
+    monkeypatch.setattr(LoRA, "in_peft", False)
+    card = card_of(tmp_path, Options(), config)
+    assert "library_name" not in card.data.to_dict()
+    assert "python\n" not in card.text
+    assert "PeftModel" not in card.text
+    assert "python scripts/generate.py" in card.text

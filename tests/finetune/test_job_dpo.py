@@ -23,9 +23,13 @@ from qlora_jax.adapters.peft_config import read_adapter_method
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.cli import parse
-from qlora_jax.finetune import LoRAOptions, ObjectiveOptions, Options, finetune, training
+from qlora_jax.errors import OptionError
+from qlora_jax.finetune import LoRAOptions, ObjectiveOptions, Options, RunOptions, finetune, training
+from qlora_jax.finetune.objectives import OBJECTIVES
+from qlora_jax.finetune.objectives.sft import SFT
 from qlora_jax.finetune.prepare import prepare
 
+NAMES = ", ".join(dict.fromkeys(kind.name for kind in OBJECTIVES))
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 
@@ -167,7 +171,7 @@ def test_beta_and_smoothing_reach_the_loss(options: Options, tmp_path: Path) -> 
         ({"label_smoothing": 0.1}, r"label_smoothing: expected none with objective sft, found 0\.1"),
         ({"objective": "dpo", "dpo_beta": 0.0}, r"dpo_beta: expected a number above 0, found 0\.0"),
         ({"objective": "dpo", "label_smoothing": 0.5}, r"label_smoothing: expected 0 to below 0\.5, found 0\.5"),
-        ({"objective": "ppo"}, "objective: expected one of sft, dpo, found 'ppo'"),
+        ({"objective": "ppo"}, f"objective: expected one of {NAMES}, found 'ppo'"),
     ],
 )
 def test_options_that_mean_nothing(fields: dict[str, Any], message: str) -> None:
@@ -186,3 +190,10 @@ def test_flags(tmp_path: Path) -> None:
     config = tmp_path / "dpo.toml"
     config.write_text('[objective]\nobjective = "dpo"\ndpo_beta = 0.3\nlabel_smoothing = 0.2\n[data]\npacking = false\n')
     assert parse(Options, description=None, arguments=["--config", str(config)]) == options
+
+
+def test_the_objective_is_named_beside_an_option_that_means_nothing() -> None:
+    given = Options(run=RunOptions(predict_with_generate=True))
+    for kind, where in ((SFT, "a decoder-only model"), (dataclasses.replace(SFT, name="focal"), "objective focal")):
+        with pytest.raises(OptionError, match=f"predict_with_generate: expected False with {where}, found True"):
+            kind.check(given)

@@ -9,7 +9,7 @@ from qlora_jax.cli import parse
 from qlora_jax.finetune import DataOptions, OptimizerOptions, Options, RunOptions
 from qlora_jax.finetune.objectives.dpo import DPO
 from qlora_jax.finetune.objectives.sft import SFT
-from qlora_jax.peft import LoRA
+from qlora_jax.peft import LoRA, Option, by_name
 
 
 @pytest.mark.parametrize(
@@ -70,3 +70,10 @@ def test_the_adapter_that_flags_and_tables_describe(tmp_path: Path) -> None:
     config.write_text("[lora.rank_pattern]\nq_proj = 4.5\n")
     with pytest.raises(ValueError, match=r"lora\.rank_pattern: expected .*found \{'q_proj': 4\.5\}"):
         parse(Options, description="", arguments=["--config", str(config)])
+
+
+def test_two_options_of_one_name_are_an_error_that_names_both_owners() -> None:
+    declared = [Option("size", int, 1, "A size."), Option("size", int, 2, "Another size.")]
+    with pytest.raises(TypeError, match=r"option size: expected one declaration, .*, found one of ia3 and one of mine"):
+        by_name({"ia3": declared[:1], "mine": declared[1:]})
+    assert by_name({"ia3": declared[:1], "mine": declared[:1]}) == {"size": declared[0]}

@@ -1,5 +1,5 @@
 """Which layers an adapter's targets select, and which descriptions of an adapter are refused. (PEFT's own
-matching is compared with ours in tests/checkpoint/test_adapter.py.)"""
+matching is compared with ours in tests/adapters/test_bind.py.)"""
 
 import math
 

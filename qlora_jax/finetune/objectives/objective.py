@@ -122,10 +122,9 @@ class ObjectiveKind:
 
     def check(self, options: "Options") -> None:
         """Raise OptionError where an option that means nothing for the objective was given."""
-        if self.encoder_decoder:
-            where = "with an encoder-decoder"
-        else:
-            where = "with a decoder-only model" if self.packs else f"with objective {self.name}"
+        where = f"with objective {self.name}"
+        if self.name == "sft":  # two kinds have this name, one for each kind of model
+            where = "with an encoder-decoder" if self.encoder_decoder else "with a decoder-only model"
         plain, problems = type(options)(), []
         for path in self.unused:
             group, name = path.split(".")

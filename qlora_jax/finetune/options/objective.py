@@ -13,6 +13,7 @@ from qlora_jax.peft import option_problems
 __all__ = ["ObjectiveChoice", "ObjectiveName", "ObjectiveOptions"]
 
 _BY_NAME = {kind.name: tuple(other for other in OBJECTIVES if other.name == kind.name) for kind in OBJECTIVES}
+_OPTIONS = {name: [option for kind in kinds for option in kind.options] for name, kinds in _BY_NAME.items()}
 
 if TYPE_CHECKING:
     ObjectiveName = str
@@ -29,8 +30,7 @@ class ObjectiveChoice:
     def __post_init__(self) -> None:
         if self.objective not in _BY_NAME:
             raise OptionError(f"objective: expected one of {', '.join(_BY_NAME)}, found {self.objective!r}")
-        owners = {name: [option for kind in kinds for option in kind.options] for name, kinds in _BY_NAME.items()}
-        if problems := option_problems(vars(self), owners, self.objective, "objective"):
+        if problems := option_problems(vars(self), _OPTIONS, self.objective, "objective"):
             raise OptionError("; ".join(problems))
 
     def given(self) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def _make() -> Any:
         "ObjectiveOptions",
         [
             ("objective", choice, dataclasses.field(default=OBJECTIVES[0].name)),
-            *dataclass_fields(option for kind in OBJECTIVES for option in kind.options),
+            *dataclass_fields(_OPTIONS),
         ],
         bases=(ObjectiveChoice,),
         namespace={"__module__": __name__, "__doc__": ObjectiveChoice.__doc__},

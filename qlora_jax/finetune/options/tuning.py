@@ -12,7 +12,7 @@ import tyro
 
 from qlora_jax.errors import OptionError
 from qlora_jax.finetune.options.declared import dataclass_fields
-from qlora_jax.peft import METHODS, LoRA, Method, by_name, option_problems
+from qlora_jax.peft import METHODS, LoRA, Method, option_problems
 
 __all__ = ["MethodChoice", "MethodName", "TuningOptions", "tuning_options"]
 
@@ -53,7 +53,7 @@ class MethodChoice:
             OptionError: options that contradict each other.
         """
         chosen = self.methods()[self.method]
-        own = {name: getattr(self, name) for name in by_name(chosen.options)}
+        own = {option.name: getattr(self, option.name) for option in chosen.options}
         return chosen.from_options(own | {name: lora[name] for name in chosen.lora_options})
 
 
@@ -64,7 +64,7 @@ def tuning_options(methods: Mapping[str, type[Method]]) -> Any:
     method = ("method", Annotated[choice, tyro.conf.arg(help=f"{summaries}.")], dataclasses.field(default=LoRA.name))
     return dataclasses.make_dataclass(
         "TuningOptions",
-        [method, *dataclass_fields(option for method in methods.values() for option in method.options)],
+        [method, *dataclass_fields({name: method.options for name, method in methods.items()})],
         bases=(MethodChoice,),
         namespace={"methods": classmethod(lambda cls: methods), "__module__": __name__, "__doc__": MethodChoice.__doc__},
         frozen=True,

@@ -1,6 +1,6 @@
 """The model card beside an adapter, README.md, with the metadata for the hub and the way to load the adapter.
 
-    base_model, library_name: peft, pipeline_tag, tags (base_model:adapter:…, lora), datasets
+    base_model, library_name: peft (where PEFT has the method), pipeline_tag, tags (base_model:adapter:…, lora), datasets
     how to use it · results · options of the run
 
 The card has no folders of this machine: it shows the last part of the name of a local file. A base that is a local folder is
@@ -71,7 +71,9 @@ def write_card(folder: Path, card: Card) -> None:
         # A converted adapter belongs on the original weights.
         quantization = None if metadata.converted_from else metadata.quantization
         own_tokenizer = (folder / "tokenizer.json").is_file()
-        usage = _with_peft(shown, name, card.config, quantization, own_tokenizer=own_tokenizer)
+        usage = ""
+        if method.in_peft:
+            usage = _with_peft(shown, name, card.config, quantization, own_tokenizer=own_tokenizer)
         command = f"--model {shown} --adapter {name}"
     stored = _stored(metadata.quantization, metadata.embedding_storage)
     text = "\n\n".join(
@@ -81,7 +83,7 @@ def write_card(folder: Path, card: Card) -> None:
             f"qlora_jax on the base's weights {stored}, in {card.chosen_step} steps on {_data(options)}.",
             "## Use",
             *([_CONVERTED.format(initialization=metadata.converted_from)] if metadata.converted_from else []),
-            usage,
+            *([usage] if usage else []),
             f'```\npython scripts/generate.py {command} --prompt "…"  # of qlora_jax\n```',
             *(["## Results", table] if (table := _results(card.rows, card.chosen_step, card.unit)) else []),
             "## Training procedure",
@@ -94,11 +96,12 @@ def write_card(folder: Path, card: Card) -> None:
 
 def _hub_data(card: Card, base: str | None) -> ModelCardData:
     """Return the metadata for the hub."""
-    is_full, sources = card.method.is_full, [_hub_id(source) for source in card.options.data.sources]
+    is_full, library = card.method.is_full, "peft" if card.method.in_peft else None
+    sources = [_hub_id(source) for source in card.options.data.sources]
     relation = [f"base_model:{'finetune' if is_full else 'adapter'}:{base}"] if base else []
     return ModelCardData(
         base_model=base,
-        library_name="transformers" if is_full else "peft",
+        library_name="transformers" if is_full else library,
         pipeline_tag="text-generation" if isinstance(card.config, DecoderConfig) else "text2text-generation",
         tags=[*relation, *_tags(card.method, card.metadata.quantization), _TAG],
         datasets=[source for source in sources if source] or None,

@@ -64,7 +64,7 @@ def open_trackers(
     Args:
         output: folder of the run.
         options: of the run, for the record.
-        resume_at: step of the checkpoint from which it goes on; 0 for a run that starts.
+        resume_at: step of the checkpoint from which the run resumes; 0 for a run that starts.
         reached: the highest step of which a tracker may have a row already; -1 for none.
 
     Raises:
