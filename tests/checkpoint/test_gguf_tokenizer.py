@@ -147,7 +147,7 @@ def test_gemma(tmp_path: Path, vocabulary: list[tuple[str, float, int]], monkeyp
 
 def test_the_end_of_a_turn_stops(tmp_path: Path, vocabulary: list[tuple[str, float, int]]) -> None:
     path = write(tmp_path / "m.gguf", vocabulary, eot_token_id=3)
-    assert stop_ids(path, None, load_tokenizer(path)) == {2, 3}
+    assert stop_ids(path, load_tokenizer(path)) == {2, 3}
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,9 @@ def test_remat_changes_no_gradient_where_layers_differ(case: str, remat: Remat) 
         def loss(adapter: Any, frozen: Any) -> jax.Array:
             return language_model_loss(nnx.merge(graph, adapter, frozen), batch, None)
 
-        return jax.jit(jax.value_and_grad(loss))(adapter, frozen)
+        # Unoptimised programs of jax 0.12 differ by more than the bound: these are optimised, as those of users are.
+        optimised = {"xla_backend_optimization_level": 1}
+        return jax.jit(jax.value_and_grad(loss), compiler_options=optimised)(adapter, frozen)
 
     (expected, gradient), (found, found_gradient) = gradients("none"), gradients(remat)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
