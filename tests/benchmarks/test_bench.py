@@ -135,7 +135,7 @@ def test_planned_memory_is_measured(folder: Path) -> None:
     assert result["losses"][0] > result["losses"][-1]
     assert result["measured"] > 0  # of so small a model libraries take more than the step
     found = Found({run.name: [{**result, "error": -0.2}]}, {})
-    assert "NOT within 15%" in memory.section(found, {"model": "x", "rank": 4}).after[0]
+    assert "NOT within the limit of 15%" in memory.section(found, {"model": "x", "rank": 4}).after[0]
 
 
 def test_a_recipe_that_is_none_is_an_error() -> None:
