@@ -18,6 +18,7 @@ from qlora_jax.errors import DataError
 
 # Messages are dictionaries, because a chat template may read more keys than role and content.
 Message = dict[str, Any]
+_NOT_LEARNED = "train"  # the key of an answer that is not learned, with the value False
 
 ROLE_OF_SPEAKER = {
     "human": "user",
@@ -66,6 +67,21 @@ def checked_text(value: object, place: str) -> str:
 def called_names(message: Message) -> list[str]:
     """Return the names of the functions that a message calls."""
     return [call["function"]["name"] for call in message.get("tool_calls", ())]
+
+
+def is_answer(message: Message) -> bool:
+    """Return whether a message is the assistant's and is learned."""
+    return message["role"] == "assistant" and message.get(_NOT_LEARNED) is not False
+
+
+def not_learned(message: Message) -> Message:
+    """Return the message, marked as one that is not learned."""
+    return message | {_NOT_LEARNED: False}
+
+
+def for_template(message: Message) -> Message:
+    """Return the message as a chat template reads it: without the mark of `not_learned`."""
+    return {name: part for name, part in message.items() if name != _NOT_LEARNED}
 
 
 def _checked_message(value: object, place: str) -> Message:
