@@ -7,7 +7,7 @@ nothing to learn, is counted.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from qlora_jax.data.format import Example, Limits, encode_rendered
+from qlora_jax.data.messages import is_answer
 from qlora_jax.data.pieces import CannotRender
 from qlora_jax.data.render import Rendered, Template, render
 from qlora_jax.data.schemas import Record, parse
@@ -34,7 +35,8 @@ class Report:
     """The numbers of records that were used, truncated and skipped. Token counts are those of the used examples."""
 
     rows: int
-    kept: int  # records that became examples
+    kept: int  # rows that became examples
+    examples: int  # more than `kept` if the chat template rewrites earlier turns of conversations
     truncated: int
     dropped_long: int
     without_target: int  # records with nothing to learn, for any reason
@@ -45,12 +47,14 @@ class Report:
     limits: Limits
     forms: dict[str, int]  # "schema as template" → rows
     templates: dict[Template, int]  # template → rows
+    notes: dict[str, int] = field(default_factory=dict)  # what a user should know of how rows were rendered → rows
 
     def __add__(self, other: "Report") -> "Report":
         """Return the report of the records of both, which were read with the same options."""
         return Report(
             rows=self.rows + other.rows,
             kept=self.kept + other.kept,
+            examples=self.examples + other.examples,
             truncated=self.truncated + other.truncated,
             dropped_long=self.dropped_long + other.dropped_long,
             without_target=self.without_target + other.without_target,
@@ -61,12 +65,16 @@ class Report:
             limits=self.limits,
             forms=dict(Counter(self.forms) + Counter(other.forms)),
             templates=dict(Counter(self.templates) + Counter(other.templates)),
+            notes=dict(Counter(self.notes) + Counter(other.notes)),
         )
 
     def __str__(self) -> str:
         forms = ", ".join(f"{form}{f' ({count})' if len(self.forms) > 1 else ''}" for form, count in self.forms.items())
         share = 100 * self.learned_tokens / max(1, self.tokens)
         parts = [f"{self.kept:,} of {self.rows:,} rows kept{f': {forms}' if self.kept else ''}"]
+        if self.examples > self.kept:
+            parts.append(f"they became {self.examples:,} examples, because the chat template rewrites earlier turns")
+        parts += [f"{note} ({count:,} rows)" for note, count in self.notes.items()]
         if self.truncated:
             parts.append(f"{self.truncated:,} cut to {self.limits} (the longest had {self.longest_row:,})")
         if self.dropped_long:
@@ -124,7 +132,8 @@ def encode_all(
     examples: list[Example] = []
     forms: Counter[str] = Counter()
     templates: Counter[Template] = Counter()
-    rows = first_row
+    notes: Counter[str] = Counter()
+    rows, kept = first_row, 0
     truncated = dropped_long = without_target = without_answer = longest_row = 0
     total = len(records) if isinstance(records, Sized) else None
     with tqdm(total=total, desc="tokenizing", unit=" rows", disable=not progress) as bar:
@@ -133,10 +142,15 @@ def encode_all(
             trainable = [record for record in parsed if train_on_source or _has_target(record)]
             without_answer += len(parsed) - len(trainable)
             rendered = _render(trainable, parsed, rows, tokenizer, template)
-            encoded = encode_rendered(rendered, tokenizer, train_on_source=train_on_source, limits=limits)
-            forms.update(f"{record.schema} as {form.template}" for record, form in zip(trainable, rendered, strict=True))
-            templates.update(form.template for form in rendered)
-            for record, result in zip(trainable, encoded, strict=True):
+            flat = [(record, row) for record, parts in zip(trainable, rendered, strict=True) for row in parts]
+            encoded = encode_rendered([row for _, row in flat], tokenizer, train_on_source=train_on_source, limits=limits)
+            forms.update(
+                f"{record.schema} as {parts[0].template}" for record, parts in zip(trainable, rendered, strict=True)
+            )
+            templates.update(parts[0].template for parts in rendered)
+            notes.update(note for _, row in flat for note in row.notes)
+            last: Record | None = None  # the last record that was kept
+            for (record, _), result in zip(flat, encoded, strict=True):
                 longest_row = max(longest_row, result.full_length)
                 if result.long and on_long == "error":
                     raise _too_long(_row_number(record, parsed, rows), result.full_length, limits)
@@ -146,12 +160,14 @@ def encode_all(
                     without_target += 1
                 else:
                     truncated += result.long
+                    kept, last = kept + (record is not last), record
                     examples.append(result.example)
             rows += len(chunk)
             bar.update(len(chunk))
     report = Report(
         rows=rows - first_row,
-        kept=len(examples),
+        kept=kept,
+        examples=len(examples),
         truncated=truncated,
         dropped_long=dropped_long,
         without_target=without_target + without_answer,
@@ -162,6 +178,7 @@ def encode_all(
         limits=limits,
         forms=dict(forms),
         templates=dict(templates),
+        notes=dict(notes),
     )
     if not examples:
         raise NothingToLearn(report)
@@ -190,7 +207,7 @@ def _parse(row: Mapping[str, Any], number: int) -> Record:
 
 def _render(
     records: Sequence[Record], parsed: Sequence[Record], first: int, tokenizer: "PreTrainedTokenizerBase", template: Template
-) -> list[Rendered]:
+) -> list[tuple[Rendered, ...]]:
     """Render some of the parsed records, whose rows count from `first` in error messages."""
     try:
         return render(records, tokenizer, template)
@@ -206,7 +223,7 @@ def _row_number(record: Record, parsed: Sequence[Record], first: int) -> int:
 def _has_target(record: Record) -> bool:
     # All of a text without turns is a target.
     no_turns = "text" in record.fields and not record.messages
-    return no_turns or any(message["role"] == "assistant" for message in record.messages)
+    return no_turns or any(is_answer(message) for message in record.messages)
 
 
 def train_eval_split(

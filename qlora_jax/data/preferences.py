@@ -25,7 +25,7 @@ import numpy as np
 
 from qlora_jax.data.batch import Batch, batches
 from qlora_jax.data.format import Example, Limits, encode_rendered
-from qlora_jax.data.messages import Message, checked_messages, checked_tools
+from qlora_jax.data.messages import Message, checked_messages, checked_tools, not_learned
 from qlora_jax.data.pieces import CannotRender, Piece
 from qlora_jax.data.render import Rendered, Template, render
 from qlora_jax.data.schemas import Record
@@ -186,21 +186,19 @@ def _render(
 ) -> dict[int, tuple[Rendered, Rendered]]:
     """Return the two rendered texts of each row; only the answers after the prompt are learned, not those within it."""
     both = [(pair, answers) for pair in pairs for answers in (pair.chosen, pair.rejected)]
-    records = [Record("messages", (*pair.prompt, *answers), {}, pair.tools) for pair, answers in both]
+    records = [Record("messages", (*map(not_learned, pair.prompt), *answers), {}, pair.tools) for pair, answers in both]
     try:
         rendered = render(records, tokenizer, template)
     except CannotRender as error:
         raise DataError(f"row {rows[error.index // 2]} (counted from 0): {error}") from error
-    learned = [
-        _learn_last_answers(text, sum(message["role"] == "assistant" for message in answers))
-        for text, (_, answers) in zip(rendered, both, strict=True)
-    ]
+    for index, parts in enumerate(rendered):
+        if len(parts) > 1:
+            raise DataError(
+                f"row {rows[index // 2]} (counted from 0): the chat template rewrites earlier turns, so that "
+                f"several answers of a column are no single text, found {len(parts)} of them; give pairs of one answer each"
+            )
+    learned = [parts[0] for parts in rendered]
     return dict(zip(rows, zip(learned[::2], learned[1::2], strict=True), strict=True))
-
-
-def _learn_last_answers(rendered: Rendered, count: int) -> Rendered:
-    *before, last = rendered.pieces
-    return Rendered((*before, Piece(last.text, last.answers[-count:])), rendered.template, rendered.ends_in_answer)
 
 
 def _with_prompt(chosen: Example, rejected: Example) -> PreferenceExample:

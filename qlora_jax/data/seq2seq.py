@@ -122,7 +122,7 @@ def encode_all_seq2seq(
     everything: Iterable[Any] = records  # a Dataset is iterable, but its type does not declare it
     for rows, row in enumerate(everything, start=1):
         try:
-            (rendered,) = render([parse(row)], tokenizer, template)
+            rendered = render([parse(row)], tokenizer, template)[0][-1]  # the row of the last answer
             source, target = split_target(rendered)
         except (DataError, CannotRender) as error:
             raise DataError(f"row {rows - 1} (counted from 0): {error}") from error
