@@ -5,7 +5,8 @@
         named.py              the QLoRA authors' data sets by name
         trees.py              OASST1's message trees
     schemas.py, messages.py   columns → schema → conversation
-    render.py, chat.py        conversation → text and the character ranges of the answers
+    render.py                 conversation → text and the character ranges of the answers
+    chat.py, chat_*.py        the same with a chat template; chat_templates/ holds those that have a name
     format.py                 text → tokens and loss mask (Example)
     corpus.py                 all records → examples, with a report; held-out split
     preferences.py            preference pairs: chosen and rejected answers
@@ -23,6 +24,8 @@ Of the rest of qlora_jax, these modules import only the errors.
 from pathlib import Path
 
 from qlora_jax.data.batch import Batch, BatchIterator, batches, bucket_length, pack, padding_share
+from qlora_jax.data.chat import chat_prompt
+from qlora_jax.data.chat_templates import CHAT_TEMPLATES, read_chat_template
 from qlora_jax.data.corpus import NothingToLearn, OnLong, Report, encode_all, train_eval_split
 from qlora_jax.data.format import Example, Limits, encode, encode_prompt
 from qlora_jax.data.messages import Message
@@ -56,6 +59,7 @@ from qlora_jax.errors import DataError
 PLAIN_ANSWERS = str(Path(__file__).with_name("plain_answers.jsonl"))
 
 __all__ = [
+    "CHAT_TEMPLATES",
     "NAMED",
     "PLAIN_ANSWERS",
     "TREE_COLUMNS",
@@ -80,6 +84,7 @@ __all__ = [
     "Trees",
     "batches",
     "bucket_length",
+    "chat_prompt",
     "check_weights",
     "detect_schema",
     "encode",
@@ -94,6 +99,7 @@ __all__ = [
     "pack",
     "padding_share",
     "preference_batches",
+    "read_chat_template",
     "read_rows",
     "read_trees",
     "seq2seq_batches",
