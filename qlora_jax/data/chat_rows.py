@@ -209,7 +209,9 @@ def _after_opened_reasoning(message: Message, prompt: str, text: str, probed: st
 
 def _common(one: str, other: str) -> int:
     """Return how many characters two texts have in common at their start."""
-    return next((index for index, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other)))
+    return next(
+        (index for index, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other))
+    )
 
 
 def _start_of_marker(text: str, position: int, tokenizer: Any) -> int:

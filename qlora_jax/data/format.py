@@ -148,7 +148,7 @@ def encode_rendered(
     limits: Limits = NO_LIMITS,
     split: bool = False,
 ) -> list[Encoded]:
-    """Tokens and masks of rendered texts, with one call of the tokenizer for all of them; `split` texts that are too long."""
+    """Tokens and masks of rendered texts, by one call of the tokenizer; `split`: long texts without turns become rows."""
     _check_tokenizer(tokenizer)
     pieces = [piece for record in rendered for piece in record.pieces]
     tokenized = iter(_tokenize(pieces, tokenizer))

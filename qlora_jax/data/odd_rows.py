@@ -7,15 +7,16 @@ one at all, the file probably has another form than was expected, which is an er
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, ParamSpec, TypeVar
 
 from qlora_jax.errors import DataError, list_names
 
 __all__ = ["Odd", "OnBadRow", "RowAccount", "RowTally"]
 
 OnBadRow = Literal["error", "skip"]
+P, T = ParamSpec("P"), TypeVar("T")
 _MOST_REASONS = 5  # how many reasons a message spells out
 _LONGEST = 300  # characters of a reason
 
@@ -97,6 +98,14 @@ class RowTally:
             raise DataError(f"row {row} (counted from 0): {error}") from error
         reason = re.sub(r"\d+", "#", str(error).partition(", found")[0])
         self._account = self._account + RowAccount({reason: Odd(1, row, str(error))})
+
+    def attempt(self, row: int, function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T | None:
+        """Return what a function returns; if it raises DataError, `leave_out` the row and return None."""
+        try:
+            return function(*arguments, **options)
+        except DataError as error:
+            self.leave_out(row, error)
+            return None
 
     def unused(self, names: Iterable[str]) -> None:
         """Count the columns and keys of a row that nothing reads."""

@@ -51,6 +51,8 @@ __all__ = [
     "Record",
     "Schema",
     "Template",
+    "checked_messages",
+    "checked_text",
     "detect_schema",
     "parse",
     "present_columns",
