@@ -7,7 +7,8 @@
         trees.py              OASST1's message trees
     columns.py                columns by the names that the user gives
     schemas.py, messages.py   columns → schema → conversation
-    render.py, chat.py        conversation → text and the character ranges of the answers
+    render.py                 conversation → text and the character ranges of the answers
+    chat.py, chat_*.py        the same with a chat template; chat_templates/ holds those that have a name
     format.py                 text → tokens and loss mask (Example)
     odd_rows.py               rows that cannot be used, and columns that are not
     corpus.py                 all records → examples, with a report; held-out split
@@ -26,6 +27,8 @@ Of the rest of qlora_jax, these modules import only the errors.
 from pathlib import Path
 
 from qlora_jax.data.batch import Batch, BatchIterator, batches, bucket_length, pack, padding_share
+from qlora_jax.data.chat import chat_prompt
+from qlora_jax.data.chat_templates import CHAT_TEMPLATES, read_chat_template
 from qlora_jax.data.columns import ColumnNames
 from qlora_jax.data.corpus import NothingToLearn, OnLong, Report, encode_all, train_eval_split
 from qlora_jax.data.format import Example, Limits, encode, encode_prompt
@@ -52,7 +55,7 @@ from qlora_jax.data.seq2seq import (
     seq2seq_batches,
 )
 from qlora_jax.data.show import show_examples
-from qlora_jax.data.sources import Source, column_names, open_source, open_stream
+from qlora_jax.data.sources import Source, column_names, open_source, stream_source
 from qlora_jax.data.stream_batches import StreamBatches, read_rows
 from qlora_jax.data.streams import RowStream
 from qlora_jax.data.trees import COLUMNS as TREE_COLUMNS
@@ -62,6 +65,7 @@ from qlora_jax.errors import DataError
 PLAIN_ANSWERS = str(Path(__file__).with_name("plain_answers.jsonl"))
 
 __all__ = [
+    "CHAT_TEMPLATES",
     "NAMED",
     "PLAIN_ANSWERS",
     "TREE_COLUMNS",
@@ -90,6 +94,7 @@ __all__ = [
     "Trees",
     "batches",
     "bucket_length",
+    "chat_prompt",
     "check_weights",
     "column_names",
     "detect_schema",
@@ -102,14 +107,15 @@ __all__ = [
     "load_records",
     "mix",
     "open_source",
-    "open_stream",
     "pack",
     "padding_share",
     "preference_batches",
+    "read_chat_template",
     "read_rows",
     "read_trees",
     "seq2seq_batches",
     "show_examples",
     "stream_records",
+    "stream_source",
     "train_eval_split",
 ]

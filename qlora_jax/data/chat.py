@@ -1,10 +1,10 @@
 """Text of conversations by the tokenizer's chat template, in the form in which the template takes them.
 
-A chat template is a program that comes with a model. It may refuse a conversation, or leave a part of it out without a word.
-So the text of each conversation is checked (chat_checks.py): all messages must be in it. If the template refuses the
+A chat template is a program that comes with a model. It may refuse a conversation, or leave a part of it out without a
+word. So the text of each conversation is checked (chat_checks.py): all messages must be in it. If the template refuses the
 conversation, or drops a part, the conversation is offered in the other forms that templates are known to expect
-(chat_forms.py), for example with the system message at the start of the first user turn. The first form that passes is used,
-by the same rule for rows to train on and for prompts.
+(chat_forms.py), for example with the system message at the start of the first user turn. The first form that passes is
+used, by the same rule for rows to train on and for prompts.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ def chat_text(
     try:
         texts = tokenizer.apply_chat_template(batch, tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt)
     except Exception as error:  # the template is a program of others, which may fail in any way
-        raise DataError(f"the chat template refuses this conversation ({reason_of(error)}); {WAY_OUT}") from error
+        raise DataError(f"the chat template refuses this conversation: {reason_of(error)}; {WAY_OUT}") from error
     return cast(list[str], texts)
 
 
@@ -100,5 +100,5 @@ def with_reasoning(message: Message) -> Message:
 
 def reason_of(error: Exception) -> str:
     """Return in one line why a template failed."""
-    text = " ".join(str(error).split())
-    return text if type(error).__name__ == "TemplateError" and text else f"{type(error).__name__}: {text}"
+    text = " ".join(str(error).split()).rstrip(".")
+    return text if " " in text else f"{type(error).__name__} {text}".strip()

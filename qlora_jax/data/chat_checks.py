@@ -1,9 +1,9 @@
 """Whether the text that a chat template wrote holds all of a conversation.
 
-Templates change white space, write texts as JSON strings, and move the reasoning in an answer. So texts are compared without
-white space, as they are and in JSON's escapes, and the parts of an answer around the tags of its reasoning one by one.
-A template also drops the reasoning of earlier answers, in prompts as well: only of an answer that is learned, all of it has to
-be there.
+Templates change white space, write texts as JSON strings, and move the reasoning in an answer. So texts are compared
+without white space, as they are and in JSON's escapes, and the parts of an answer around the tags of its reasoning one by
+one. A template also drops the reasoning of earlier answers, in prompts as well: only of an answer that is learned, all of
+it has to be there.
 """
 
 import json

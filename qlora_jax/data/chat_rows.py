@@ -1,26 +1,26 @@
 """A conversation → one or several texts by the chat template, with the character ranges of the answers.
 
-An answer is what the model has to say after the text that it is given at inference: the messages before the answer, rendered
-with the header of the next answer (the *generation prompt*). For answer i, `messages[:i]` is rendered in this way (the prompt),
-and `messages[:i + 1]` without a further header (the finished text).
+An answer is what the model has to say after the text that it is given at inference: the messages before the answer,
+rendered with the header of the next answer (the *generation prompt*). For answer i, `messages[:i]` is rendered in this way
+(the prompt), and `messages[:i + 1]` without a further header (the finished text).
 
 1. The finished text starts with the prompt. The rest of it is the answer.
-2. The finished text differs, because the template writes earlier messages otherwise if an answer follows (Mistral writes the
-   system message before the last question only; gpt-oss drops the reasoning before calls that have an answer). The text is
-   then the prompt, and after it what follows the last message and the header in the finished text.
-3. The prompt opens the reasoning (`<think>`), and the finished text leaves reasoning out. If the message has reasoning, the text
-   is the prompt, the rest of the reasoning, and the answer. If it has none, the answer is found in the finished text by its
-   content; the text before it is then only the start of the prompt.
+2. The finished text differs, because the template writes earlier messages otherwise if an answer follows (Mistral writes
+   the system message before the last question only; gpt-oss drops the reasoning before calls that have an answer). The
+   text is then the prompt, and after it what follows the last message and the header in the finished text.
+3. The prompt opens the reasoning (`<think>`), and the finished text leaves reasoning out. If the message has reasoning,
+   the text is the prompt, the rest of the reasoning, and the answer. If it has none, the answer is found in the finished
+   text by its content; the text before it is then only the start of the prompt.
 
-White space at the end of an answer is not part of it: ChatML's line end after `<|im_end|>` belongs to the template, and a model
-should not generate a token for it.
+White space at the end of an answer is not part of it: ChatML's line end after `<|im_end|>` belongs to the template, and a
+model should not generate a token for it.
 
-The texts of several answers share one row if the row starts with each of them. So a template that writes every message alike
-gives one row for the whole conversation. A template that rewrites earlier turns (Qwen 3 drops their reasoning, Phi-3 writes EOS
-after the last answer only) gives more rows. Every answer is learned in exactly one of them.
+The texts of several answers share one row if the row starts with each of them. So a template that writes every message
+alike gives one row for the whole conversation. A template that rewrites earlier turns (Qwen 3 drops their reasoning, Phi-3
+writes EOS after the last answer only) gives more rows. Every answer is learned in exactly one of them.
 
-If the template has `{% generation %}` tags, of each answer only the ranges within tags are learned, with the end-of-turn token
-if the tags leave that out.
+If the template has `{% generation %}` tags, of each answer only the ranges within tags are learned, with the end-of-turn
+token if the tags leave that out.
 """
 
 import re
@@ -42,9 +42,11 @@ if TYPE_CHECKING:
 
 __all__ = ["FIRST_ANSWER", "FOUND_BY_CONTENT", "TOOLS_NOT_DEFINED", "ChatRow", "conversation_rows"]
 
-FIRST_ANSWER = "first message by the assistant, not learned, because nothing comes before it"
-FOUND_BY_CONTENT = "answers found by their content, because the chat template drops the end of its own generation prompt from finished texts"
-TOOLS_NOT_DEFINED = "tools that are called but not defined in the text, because the chat template writes the calls only"
+FOUND_BY_CONTENT = (
+    "answers without the end of the generation prompt before them, because the chat template leaves it out of finished texts"
+)
+FIRST_ANSWER = "first message by the assistant not learned, because nothing comes before it"
+TOOLS_NOT_DEFINED = "calls of tools that the text does not define, because the chat template writes calls only"
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PROBE = "\ue000 an answer that no conversation contains"
 _OPENED_REASONING = re.compile(r"<(think|thinking|thought|reasoning|reason)>\s*\Z")
@@ -287,7 +289,7 @@ def _within_tags(row: ChatRow, messages: Sequence[Message], tokenizer: Any, tool
             ),
         )
     except Exception as error:  # the template is a program of others, which may fail in any way
-        raise DataError(f"the chat template refuses this conversation ({reason_of(error)}); {WAY_OUT}") from error
+        raise DataError(f"the chat template refuses this conversation: {reason_of(error)}; {WAY_OUT}") from error
     if text != row.piece.text:  # the template has tags in a branch that was not taken, or writes the time
         return row
     special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]

@@ -24,12 +24,12 @@ The first token of a sequence is nobody's target: it is never marked as learned.
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qlora_jax.data.chat import chat_text
+from qlora_jax.data.chat import chat_prompt
 from qlora_jax.data.messages import Message
 from qlora_jax.data.pieces import Piece
 from qlora_jax.data.records import DataError
@@ -107,18 +107,35 @@ def encode(
     train_on_source: bool = False,
     max_length: int | None = None,
 ) -> Example:
-    """The tokens of one record, cut to `max_length` if given. `train_on_source` learns the prompts too."""
+    """The tokens of one record, cut to `max_length` if given. `train_on_source` learns the prompts too.
+
+    Raises:
+        DataError: the record cannot be used, or the chat template makes several rows of it, which `encode_all` returns.
+    """
     (rendered,) = render([parse(record)], tokenizer, template)
+    if len(rendered) > 1:
+        raise DataError(
+            f"encode: expected a record that becomes one row, found {len(rendered)} rows, because the chat template writes "
+            "earlier turns otherwise than the last one; encode_all returns all of them"
+        )
     return encode_rendered(rendered, tokenizer, train_on_source=train_on_source, limits=Limits(max_length))[0].example
 
 
 def encode_prompt(
-    messages: str | Sequence[Message], tokenizer: "PreTrainedTokenizerBase", *, template: Template = "auto"
+    messages: str | Sequence[Message],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    template: Template = "auto",
+    tools: Sequence[Any] = (),
 ) -> np.ndarray:
     """int32 tokens of a prompt, up to where the answer starts: what generation continues.
 
     They are the first tokens of `encode` for the same conversation and template. "auto" is the chat template
-    where the tokenizer has one, else guanaco. A string is one user message.
+    where the tokenizer has one, else guanaco. A string is one user message. `tools` may be called by the answer; only
+    a chat template writes them.
+
+    Raises:
+        DataError: no message, an unknown template, or messages or tools that the template cannot write.
     """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
@@ -126,8 +143,10 @@ def encode_prompt(
         raise DataError("prompt: expected at least one message, found none")
     if template == "auto":
         template = "guanaco" if tokenizer.chat_template is None else "chat"
+    if tools and template != "chat":
+        raise DataError(f"template {template!r}: expected no tools, found {len(tools)}; choose the template chat")
     if template == "chat":
-        text = chat_text([messages], tokenizer, prompt=True)[0]
+        text, _ = chat_prompt(messages, tokenizer, tools)
     elif template == "guanaco":
         text = join_guanaco(messages).text + " ### Assistant:"
     elif template in ("alpaca", "plain"):
@@ -165,7 +184,10 @@ def encode_rendered(
             parts = _split(tokens, answer, len(before), int(limits.most(len(before))))
             encoded.append(Encoded(parts, len(tokens), True, True))
         else:
-            encoded.append(_limited(tokens, answer, tokenizer.eos_token_id, train_on_source, limits))
+            finished = _limited(tokens, answer, tokenizer.eos_token_id, train_on_source, limits)
+            if train_on_source and len(record.pieces) == 1 and record.pieces[0].excluded:
+                finished = _without_excluded(finished, record.pieces[0], answer, tokenizer, limits)
+            encoded.append(finished)
     return encoded
 
 
@@ -204,6 +226,21 @@ def _tokenize(pieces: Sequence[Piece], tokenizer: Any) -> list[tuple[np.ndarray,
         (np.asarray(tokens, np.int32), _overlaps(np.asarray(offsets, np.int64).reshape(-1, 2), piece))
         for tokens, offsets, piece in zip(batch["input_ids"], batch["offset_mapping"], pieces, strict=True)
     ]
+
+
+def _without_excluded(encoded: Encoded, piece: Piece, answer: np.ndarray, tokenizer: Any, limits: Limits) -> Encoded:
+    """The same without the loss of the excluded ranges of a chat's only piece, where prompts are learned too."""
+    ((_, excluded),) = _tokenize([Piece(piece.text, piece.excluded)], tokenizer)
+    excluded = excluded & ~answer
+    source = int(np.argmax(answer)) if answer.any() else len(answer)
+    if limits.source is not None and source > limits.source:  # these tokens were left out
+        excluded = np.concatenate([excluded[: limits.source], excluded[source:]])
+    mask = encoded.example.loss_mask.copy()
+    shared = min(len(mask), len(excluded))
+    mask[:shared] &= ~excluded[:shared]
+    eos = tokenizer.eos_token_id
+    teaches = bool((mask & (encoded.example.tokens != eos)).any())
+    return replace(encoded, examples=(Example(encoded.example.tokens, mask),), teaches=teaches)
 
 
 def _overlaps(offsets: np.ndarray, piece: Piece) -> np.ndarray:

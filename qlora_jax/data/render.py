@@ -149,7 +149,7 @@ def join_guanaco(messages: Sequence[Message]) -> Piece:
             text += ("" if not text or after_system else " ") + _MARKER_OF_ROLE[role]
             # The position is counted and not searched, because a message may contain a marker.
             start, text = len(text), f"{text} {content}"
-            if role == "assistant":
+            if is_answer(message):
                 answers.append((start, len(text)))
         else:
             raise DataError(

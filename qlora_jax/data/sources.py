@@ -24,7 +24,7 @@ from qlora_jax.data.streams import ChangedStream, RowStream
 from qlora_jax.data.trees import COLUMNS, read_trees
 from qlora_jax.errors import DataError
 
-__all__ = ["Source", "column_names", "open_source", "open_stream"]
+__all__ = ["Source", "column_names", "open_source", "stream_source"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def open_source(source: str, split: str | None = None, columns: ColumnNames = NO
     return Source(trees.conversations, note="; ".join(filter(None, (note, str(trees)))))
 
 
-def open_stream(source: str, split: str | None = None, columns: ColumnNames = NO_COLUMNS) -> RowStream:
+def stream_source(source: str, split: str | None = None, columns: ColumnNames = NO_COLUMNS) -> RowStream:
     """Return the rows as a stream; see `stream_records` for the errors."""
     stream = stream_records(source, split)
     return ChangedStream(stream, _renaming(columns)) if columns.pairs else stream

@@ -19,6 +19,7 @@ import optax
 from qlora_jax.adapters.metadata import AdapterMetadata
 from qlora_jax.adapters.pretrained import Pretrained, open_unchecked
 from qlora_jax.adapters.weight_init import converted_from
+from qlora_jax.data import read_chat_template
 from qlora_jax.errors import OptionError
 from qlora_jax.evaluate import Prompts
 from qlora_jax.finetune.folder import claim
@@ -154,6 +155,8 @@ def _open(options: Options) -> tuple[Pretrained, StepSpec[ModelSpec]]:
     if options.optimizer.loraplus_lr_ratio is not None and not method.rank:
         raise OptionError(f"loraplus_lr_ratio: expected none with {method.peft_type}, which has no A and B")
     pretrained = pretrained.with_method(method).with_special_tokens(options.lora.special_tokens)
+    if options.data.chat_template is not None:
+        pretrained.tokenizer.chat_template = read_chat_template(options.data.chat_template, pretrained.tokenizer)
     config, method = pretrained.checkpoint.model_config, method_of(pretrained).with_tokenizer(pretrained.base.name)
     method = method_for(method, config) or method
     spec = step_spec(options, config, jax.default_backend(), method=method, quantization=pretrained.quantization)

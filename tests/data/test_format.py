@@ -200,17 +200,18 @@ def test_template_with_its_own_beginning_gets_no_second_one(inst: PreTrainedToke
 
 def test_refusal_of_the_template_is_passed_on_with_the_row(inst: PreTrainedTokenizerFast) -> None:
     good = {"messages": CHAT["messages"][1:]}
+    refused = {"messages": [{"role": "critic", "content": "Hm."}, *CHAT["messages"][1:]]}
     with pytest.raises(DataError, match=r"row 1 \(counted from 0\): the chat template refuses .*Only user and"):
-        encode_all([good, CHAT, good], inst, max_length=200, progress=False)
+        encode_all([good, refused, good], inst, max_length=200, progress=False)
 
 
-def test_template_that_rewrites_earlier_turns_is_an_error(make_chatml: Make) -> None:
+def test_template_that_drops_earlier_turns_is_an_error(make_chatml: Make) -> None:
     forgetful = make_chatml(
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
         "{{ message['content'] if loop.last else 'gone' }}{{ '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>' }}{% endif %}"
     )
-    with pytest.raises(DataError, match=r"does not continue its own generation prompt, .*mark the answers with"):
+    with pytest.raises(DataError, match="the chat template does not write its own generation prompt before message 2 "):
         encode(CHAT, forgetful)
     opens = {"messages": [{"role": "assistant", "content": "Hello"}]}
     with pytest.raises(DataError, match="expected a message before the first answer"):

@@ -132,7 +132,7 @@ def test_sharegpt_with_a_function_call(make_chatml: Make) -> None:
 
 
 def test_tools_that_the_template_leaves_out_are_an_error(tagged: PreTrainedTokenizerFast, make_chatml: Make) -> None:
-    with pytest.raises(DataError, match=r"row 1 .*expected a chat template that writes tools and calls, found no 'weather'"):
+    with pytest.raises(DataError, match=r"row 1 .*drops the call of message 1 .*, found no 'weather'"):
         encode_all([{"question": "Q", "answer": "A"}, {"messages": OPENAI}], tagged, max_length=500, progress=False)
     with pytest.raises(DataError, match="'guanaco': expected a conversation without tools"):
         encode({"messages": OPENAI}, make_chatml(TOOLS_TEMPLATE), template="guanaco")

@@ -128,7 +128,7 @@ def test_bad_pairs_name_their_row(chatml: PreTrainedTokenizerFast, row: dict[str
 
 
 def test_a_template_that_refuses_names_its_row(inst: PreTrainedTokenizerFast) -> None:
-    system = {"role": "system", "content": "S"}
+    system = {"role": "critic", "content": "S"}
     row = {"chosen": [system, USER, GOOD], "rejected": [system, USER, BAD]}
     with pytest.raises(DataError, match=r"row 2 \(counted from 0\): the chat template refuses .*Only user and"):
         encode_preferences([{"chosen": "A", "rejected": "B"}, FORMS["texts"], row], inst, max_length=100)

@@ -99,9 +99,9 @@ def test_records_of_all_schemas_become_pairs() -> None:
     assert [pair.source.tolist() for pair in found] == [[1, 2, 0]] * 3
     assert [pair.target.tolist() for pair in found] == [[3, 0]] * 3
     assert report.templates == {"plain": 3}
-    (flat,) = render([parse(rows[3])], tokenizer, "auto")
+    ((flat,),) = render([parse(rows[3])], tokenizer, "auto")
     assert split_target(flat) == (rows[3]["text"][:-1], "e")
-    (alpaca,) = render([parse({"instruction": "Add.", "input": "1 2", "output": "3"})], tokenizer, "auto")
+    ((alpaca,),) = render([parse({"instruction": "Add.", "input": "1 2", "output": "3"})], tokenizer, "auto")
     assert split_target(alpaca) == (ALPACA_PROMPT_WITH_INPUT.format(instruction="Add.", input="1 2"), "3")
 
 

@@ -15,8 +15,9 @@ from qlora_jax.data import (
     RowStream,
     StreamBatches,
     open_source,
-    open_stream,
     read_rows,
+    stream_records,
+    stream_source,
 )
 from qlora_jax.finetune.objectives.corpus import Corpus, named_errors, read_source
 
@@ -41,7 +42,7 @@ class Stream:
 
     def open(self) -> RowStream:
         """Return all rows."""
-        return open_stream(self.source, self.split, self.columns)
+        return stream_source(self.source, self.split, self.columns)
 
     def rows(self) -> RowStream:
         """Return the rows to train on."""
@@ -115,6 +116,9 @@ def open_stream(data: "DataOptions", encode: Callable[..., tuple[list[Example], 
             held_out, report = encode(first, progress=False)
             report.check_bad_rows()
         _logger.info("%s: held out are the first rows: %s", source, report)
+    if columns.pairs:
+        named = _first_rows(stream_records(source, data.split), SAMPLE, 0, source)
+        columns.check({name for row in named if isinstance(row, dict) for name in row})
     rows = _first_rows(stream.rows(), SAMPLE, stream.held_out_rows, source)
     if not rows:
         raise DataError(f"{source}: expected rows beyond those held out (held_out_rows {stream.held_out_rows}), found none")

@@ -36,6 +36,9 @@ class DataOptions:
     """Evaluate on at most so many held-out examples, the first ones."""
     template: Template = "auto"
     """The template that makes text of records; auto: the one of their schema."""
+    chat_template: str | None = None
+    """Chat template: a Jinja file or a name (chatml, llama3, gemma …), in place of the tokenizer's own; saved with the
+    adapter."""
     max_length: int = 512
     """The most tokens of one example; of an encoder-decoder: of its source, and of its target."""
     source_max_length: int | None = None
