@@ -20,7 +20,7 @@ from qlora_jax.data.messages import is_answer, unread_keys
 from qlora_jax.data.odd_rows import OnBadRow, RowAccount, RowTally
 from qlora_jax.data.render import Rendered, Template, render
 from qlora_jax.data.schemas import Record, parse
-from qlora_jax.data.values import without_nulls
+from qlora_jax.data.values import table_row
 from qlora_jax.errors import DataError, OptionError
 
 if TYPE_CHECKING:
@@ -136,59 +136,32 @@ def encode_all(
     """
     limits = Limits(max_length, source_max_length, target_max_length)
     check_on_long(on_long)
-    tally = RowTally(on_bad_row)
-    counts: Counter[str] = Counter()
-    forms: Counter[str] = Counter()
-    templates: Counter[Template] = Counter()
-    notes: Counter[str] = Counter()
+    tally, totals = RowTally(on_bad_row), _Totals()
     examples: list[Example] = []
-    longest_row = 0
-    with tqdm(
-        total=len(records) if isinstance(records, Sized) else None, desc="tokenizing", unit=" rows", disable=not progress
-    ) as bar:
+    total = len(records) if isinstance(records, Sized) else None
+    with tqdm(total=total, desc="tokenizing", unit=" rows", disable=not progress) as bar:
         for chunk in _chunks(plain_rows(records)):
-            rendered = []
-            for number, row in enumerate(chunk, first_row + counts["rows"]):
+            rendered: list[tuple[int, tuple[Rendered, ...]]] = []
+            for number, row in enumerate(chunk, first_row + totals.counts["rows"]):
                 if (record := tally.attempt(number, parse, row)) is None:
                     continue
                 if not (train_on_source or _has_target(record)):
-                    counts["without_answer"] += 1
+                    totals.counts["without_answer"] += 1
                     continue
                 if (parts := tally.attempt(number, rendered_rows, record, tokenizer, template)) is None:
                     continue
                 tally.unused(unused_names(record, parts[0].template, tokenizer))
+                totals.add_rendered(record, parts)
                 rendered.append((number, parts))
-                forms[f"{record.schema} as {parts[0].template}"] += 1
-                templates[parts[0].template] += 1
-                notes.update(note for part in parts for note in part.notes)
             flat = [part for _, parts in rendered for part in parts]
             encoded = iter(
                 encode_rendered(flat, tokenizer, train_on_source=train_on_source, limits=limits, split=on_long == "split")
             )
             for number, parts in rendered:
-                results = list(islice(encoded, len(parts)))
-                longest_row = max(longest_row, *(result.full_length for result in results))
-                examples += _kept(number, results, on_long, limits, counts)
-            counts["rows"] += len(chunk)
+                examples += totals.kept(number, list(islice(encoded, len(parts))), on_long, limits)
+            totals.counts["rows"] += len(chunk)
             bar.update(len(chunk))
-    report = Report(
-        rows=counts["rows"],
-        kept=counts["kept"],
-        examples=len(examples),
-        split=counts["split"],
-        truncated=counts["truncated"],
-        dropped_long=counts["dropped_long"],
-        without_target=counts["without_target"] + counts["without_answer"],
-        without_answer=counts["without_answer"],
-        tokens=sum(len(example) for example in examples),
-        learned_tokens=sum(int(example.loss_mask.sum()) for example in examples),
-        longest_row=longest_row,
-        limits=limits,
-        forms=dict(forms),
-        templates=dict(templates),
-        notes=dict(notes),
-        odd=tally.account(),
-    )
+    report = totals.report(examples, limits, tally.account())
     if not examples:
         raise NothingToLearn(report)
     return examples, report
@@ -203,7 +176,7 @@ def check_on_long(on_long: str) -> None:
 def plain_rows(records: "Iterable[Any] | Dataset") -> Iterator[Any]:
     """Return the rows of a list, a stream or a table; those of a table of `datasets` are without its nulls."""
     rows: Iterable[Any] = records  # a Dataset is iterable, but its type does not declare it
-    return map(without_nulls, rows) if hasattr(records, "features") else iter(rows)
+    return map(table_row, rows) if hasattr(records, "features") else iter(rows)
 
 
 def rendered_rows(record: Record, tokenizer: "PreTrainedTokenizerBase", template: Template) -> tuple[Rendered, ...]:
@@ -221,25 +194,63 @@ def unused_names(record: Record, template: Template, tokenizer: Any) -> set[str]
     return {*record.unused, *unread_keys(record.messages, source)}
 
 
-def _kept(number: int, results: Sequence[Encoded], on_long: OnLong, limits: Limits, counts: "Counter[str]") -> list[Example]:
-    """Return the examples of a record, and count what became of it."""
-    long = [result for result in results if result.long]
-    if long and on_long == "error":
-        raise DataError(
-            f"row {number} (counted from 0): expected at most {limits}, found {long[0].full_length}; "
-            "raise the limit, or choose on_long split, cut or drop"
+class _Totals:
+    """The numbers of a `Report`, while records are read."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._forms: Counter[str] = Counter()
+        self._templates: Counter[Template] = Counter()
+        self._notes: Counter[str] = Counter()
+        self._longest_row = 0
+
+    def add_rendered(self, record: Record, parts: Sequence[Rendered]) -> None:
+        """Count the form of a record."""
+        self._forms[f"{record.schema} as {parts[0].template}"] += 1
+        self._templates[parts[0].template] += 1
+        self._notes.update(note for part in parts for note in part.notes)
+
+    def kept(self, number: int, results: Sequence[Encoded], on_long: OnLong, limits: Limits) -> list[Example]:
+        """Return the examples of the record of this number, and count what became of it."""
+        self._longest_row = max(self._longest_row, *(result.full_length for result in results))
+        long = [result for result in results if result.long]
+        if long and on_long == "error":
+            raise DataError(
+                f"row {number} (counted from 0): expected at most {limits}, found {long[0].full_length}; "
+                "raise the limit, or choose on_long split, cut or drop"
+            )
+        if long and on_long == "drop":
+            self.counts["dropped_long"] += 1
+            return []
+        teaching = [result for result in results if result.teaches]
+        if not teaching:
+            self.counts["without_target"] += 1
+            return []
+        self.counts["kept"] += 1
+        self.counts["split"] += any(len(result.examples) > 1 for result in teaching)
+        self.counts["truncated"] += sum(result.long and len(result.examples) == 1 for result in teaching)
+        return [example for result in teaching for example in result.examples]
+
+    def report(self, examples: Sequence[Example], limits: Limits, odd: RowAccount) -> Report:
+        """Return the report of all records."""
+        return Report(
+            rows=self.counts["rows"],
+            kept=self.counts["kept"],
+            examples=len(examples),
+            split=self.counts["split"],
+            truncated=self.counts["truncated"],
+            dropped_long=self.counts["dropped_long"],
+            without_target=self.counts["without_target"] + self.counts["without_answer"],
+            without_answer=self.counts["without_answer"],
+            tokens=sum(len(example) for example in examples),
+            learned_tokens=sum(int(example.loss_mask.sum()) for example in examples),
+            longest_row=self._longest_row,
+            limits=limits,
+            forms=dict(self._forms),
+            templates=dict(self._templates),
+            notes=dict(self._notes),
+            odd=odd,
         )
-    if long and on_long == "drop":
-        counts["dropped_long"] += 1
-        return []
-    teaching = [result for result in results if result.teaches]
-    if not teaching:
-        counts["without_target"] += 1
-        return []
-    counts["kept"] += 1
-    counts["split"] += any(len(result.examples) > 1 for result in teaching)
-    counts["truncated"] += sum(result.long and len(result.examples) == 1 for result in teaching)
-    return [example for result in teaching for example in result.examples]
 
 
 def _chunks(records: Iterator[Any]) -> Iterator[list[Any]]:

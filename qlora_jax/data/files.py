@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, cast
 
 from qlora_jax.data.file_input import DamagedRow, Input, Row, RowOrDamage, not_utf8
 from qlora_jax.data.json_files import read_json
-from qlora_jax.data.values import without_nulls
+from qlora_jax.data.values import table_row
 from qlora_jax.errors import DataError
 
 __all__ = ["EXTENSIONS", "DamagedRow", "Row", "RowOrDamage", "file_kind", "read_file"]
@@ -166,7 +166,7 @@ def _read_parquet(source: Input) -> Iterator[RowOrDamage]:
                 groups.append(group)
         batches = table.iter_batches(batch_size=_PARQUET_ROWS, row_groups=groups) if groups else []
         rows_of_all: Iterable[Row] = (row for batch in batches for row in batch.to_pylist())
-        yield from (without_nulls(row) for row in islice(rows_of_all, skip, None))
+        yield from (table_row(row) for row in islice(rows_of_all, skip, None))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise

@@ -14,9 +14,10 @@
    word. A row of which nothing but EOS is learned teaches nothing (and an empty answer never did): encode_all leaves it out.
 6. A text without turns that is too long can be split instead: into as few rows as hold it, of nearly equal length. Each
    token is learned in one of them. A row after the first starts with what the tokenizer puts before a text, or, if that is
-   nothing, with the last token of the row before it, which is not learned again. EOS is at the end of the last one.
+   nothing, with the last token of the row before it, which is not learned again. EOS is at the end of the last one. A limit
+   of the target cuts such a text too.
 7. `source` and `target` limit the two parts of a sequence, before and from its first answer token, as the QLoRA
-   authors' source_max_len and target_max_len do: of the source its first tokens stay; the target is cut as in 5.
+   authors' source_max_len and target_max_len do: of the source and of the target the first tokens stay.
 
 The first token of a sequence is nobody's target: it is never marked as learned.
 """
@@ -180,9 +181,8 @@ def encode_rendered(
             piece_tokens, piece_answer = next(tokenized)
             tokens, answer = np.concatenate([tokens, piece_tokens]), np.concatenate([answer, piece_answer])
         tokens, answer = _closed(tokens, answer, record, tokenizer, train_on_source)
-        if split and _is_text(record) and len(tokens) > limits.most(len(before)):
-            parts = _split(tokens, answer, len(before), int(limits.most(len(before))))
-            encoded.append(Encoded(parts, len(tokens), True, True))
+        if split and _is_text(record) and limits.whole is not None and len(tokens) > limits.whole and limits.target is None:
+            encoded.append(Encoded(_split(tokens, answer, len(before), limits.whole), len(tokens), True, True))
         else:
             finished = _limited(tokens, answer, tokenizer.eos_token_id, train_on_source, limits)
             if train_on_source and len(record.pieces) == 1 and record.pieces[0].excluded:
@@ -276,7 +276,11 @@ def _closed(
 
 def _is_text(record: Rendered) -> bool:
     """Return whether a record is one text without turns, all of which is learned."""
-    return len(record.pieces) == 1 and record.pieces[0].answers == ((0, len(record.pieces[0].text)),)
+    return (
+        record.template == "plain"
+        and len(record.pieces) == 1
+        and record.pieces[0].answers == ((0, len(record.pieces[0].text)),)
+    )
 
 
 def _split(tokens: np.ndarray, answer: np.ndarray, start: int, most: int) -> tuple[Example, ...]:

@@ -155,7 +155,7 @@ def _checked_message(value: object, place: str) -> Message:
 def _role(value: object, place: str) -> str:
     name = re.sub(r"[\s\-]+", "_", checked_text(value, place).strip().lower())
     if name not in _ROLE_OF_NAME:
-        raise DataError(f"{place}: expected one of {', '.join(_ROLE_OF_NAME)}, found {value!r:.60}")
+        raise DataError(f"{place}: expected user, assistant, system, tool or another name of these, found {value!r:.60}")
     return _ROLE_OF_NAME[name]
 
 

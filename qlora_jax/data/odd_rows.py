@@ -96,7 +96,7 @@ class RowTally:
         """
         if self._on_bad_row == "error":
             raise DataError(f"row {row} (counted from 0): {error}") from error
-        reason = re.sub(r"\d+", "#", str(error).partition(", found")[0])
+        reason = re.sub(r"\d+", "#", re.split(r"[,:] found\b", str(error))[0])
         self._account = self._account + RowAccount({reason: Odd(1, row, str(error))})
 
     def attempt(self, row: int, function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T | None:

@@ -11,8 +11,7 @@ or with the template chat or guanaco, a prompt of text is a question.
 
 The two conversations must be equal up to an answer of the assistant. The part before it is the prompt; this answer and the
 answers after it are learned, each with its end-of-turn token. A pair with equal answers, or whose first difference is not in
-an answer, cannot be used. If the cut to `max_length` removes the answer of a pair or makes the two sequences equal, the pair is
-left out and counted.
+an answer, cannot be used. A pair whose answers are equal within `max_length` tokens, or beyond them, is left out and counted.
 
 The prompt consists of the tokens at the start of both sequences that are equal and not learned. Chats are tokenized in one
 piece, as in training on answers. If the first characters of an answer and the last ones of the prompt form one token, the

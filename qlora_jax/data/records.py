@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_jax.data.files import DamagedRow, RowOrDamage, file_kind, read_file
 from qlora_jax.data.folders import is_described, is_saved, splits_of_folder
 from qlora_jax.data.streams import FileStream, HubStream, RowStream
-from qlora_jax.data.values import without_nulls
+from qlora_jax.data.values import table_row
 from qlora_jax.errors import DataError, list_names
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def stream_records(source: str, split: str | None = None) -> RowStream:
     if _looks_like_a_path(source) or path.is_dir():
         found = "a folder that is read by `datasets`" if path.is_dir() else "nothing"
         raise FileNotFoundError(
-            f"{source}: expected with streaming a file or a hub data set, found {found} at {path.absolute()}"
+            f"{source}: expected with streaming a file, a folder or a hub data set, found {found} at {path.absolute()}"
         )
     return HubStream(_load(source, split, _hub_place(source), streaming=True))
 
@@ -207,7 +207,7 @@ def _files_of_split(splits: dict[str, list[Path]], split: str, place: str) -> li
 
 def rows_of_table(table: "Dataset") -> Rows:
     """Return the rows of a table of `datasets`."""
-    return Rows(lambda: (without_nulls(row) for row in table), len(table), tuple(table.column_names))
+    return Rows(lambda: (table_row(row) for row in table), len(table), tuple(table.column_names))
 
 
 def _load_table(source: str, path: Path, split: str) -> "Dataset":

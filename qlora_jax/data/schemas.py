@@ -124,7 +124,7 @@ def detect_schema(columns: Iterable[str]) -> str:
     near = nearest_schema(found, {name: schema.columns for name, schema in SCHEMAS.items()})
     known = "; ".join(f"{name}: {', '.join(schema.columns)}" for name, schema in SCHEMAS.items())
     way_out = near or f"expected all those of one of: {known} (--columns OURS=THEIRS renames columns)"
-    raise DataError(f"unknown schema, found the columns {sorted(map(str, found))}; {way_out}")
+    raise DataError(f"unknown schema: found the columns {sorted(map(str, found))}; {way_out}")
 
 
 def present_columns(row: object) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qlora_jax.data.files import RowOrDamage, read_file
-from qlora_jax.data.values import without_nulls
+from qlora_jax.data.values import table_row
 from qlora_jax.errors import DataError
 
 __all__ = ["ChangedStream", "FileStream", "HubStream", "RowStream"]
@@ -69,7 +69,7 @@ class HubStream:
         self._rows = rows
 
     def __iter__(self) -> Iterator[RowOrDamage]:
-        return (without_nulls(row) for row in self._rows)
+        return (table_row(row) for row in self._rows)
 
     def skip(self, n: int) -> "HubStream":
         """Return the stream without its first rows."""

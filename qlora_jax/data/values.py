@@ -15,7 +15,7 @@ from typing import Any
 
 from qlora_jax.errors import DataError
 
-__all__ = ["WrittenFloat", "checked_text", "described", "from_json", "is_missing", "loads", "without_nulls"]
+__all__ = ["WrittenFloat", "checked_text", "described", "from_json", "is_missing", "loads", "table_row"]
 
 # The longest Python literal that is read as a list of messages; the parser needs much memory for each character.
 _LONGEST_LITERAL = 1_000_000
@@ -95,14 +95,18 @@ def is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def without_nulls(value: Any) -> Any:
-    """Return the value without the nulls of its objects, at every depth.
+def table_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of a table without the nulls within its values.
 
     Arrow gives each object in a table the union of all their keys, with null where one has none. Parquet files and hub data
     sets are tables; JSON files are not, and their nulls are data.
     """
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: without_nulls(part) for name, part in value.items() if part is not None}
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
     if isinstance(value, list | tuple):
-        return [without_nulls(part) for part in value]
+        return [_without_nulls(part) for part in value]
     return value
