@@ -14,7 +14,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class DamagedRow:
-    """A part of a file that should be a row and is none: its place, what was expected there and what was found."""
+    """A part of a file that should be a row and is none.
+
+    Attributes:
+        reason: the place, which starts with the file's name, what was expected there and what was found.
+    """
 
     reason: str
 

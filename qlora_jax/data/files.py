@@ -131,7 +131,7 @@ def _rows_of_table(path: Path, reader: Any, before: int) -> Iterator[RowOrDamage
             if len(set(header)) < len(header) or "" in header:
                 raise DataError(f"{path}, line 1: expected one name for each column, found {header}")
         elif len(fields) != len(header):
-            place = f"{path}, line {reader.line_num + before}"
+            place = f"{path.name}, line {reader.line_num + before}"
             yield DamagedRow(f"{place}: expected {len(header)} fields ({', '.join(header)}), found {len(fields)}")
         else:
             yield dict(zip(header, fields, strict=True))
@@ -143,7 +143,7 @@ def _read_text(source: Input) -> Iterator[RowOrDamage]:
         try:
             yield {"text": line.decode().rstrip("\r\n")}
         except UnicodeDecodeError as error:
-            yield DamagedRow(not_utf8(f"{source.path}, line {number}", error))
+            yield DamagedRow(not_utf8(f"{source.path.name}, line {number}", error))
 
 
 def _read_parquet(source: Input) -> Iterator[RowOrDamage]:

@@ -29,7 +29,7 @@ def read_json(source: Input) -> Iterator[RowOrDamage]:
     if _is_row(full[0]) or not full[0].startswith((b"[", b"{")) or (full[0] not in _BRACKETS and _is_row(full[-1])):
         lines = ((number, line) for number, line in chain(start, numbered) if line.strip())
         for number, line in islice(lines, source.skip, None):
-            yield _row_of_line(line, f"{source.path}, line {number}")
+            yield _row_of_line(line, f"{source.path.name}, line {number}")
     else:
         # The rows are not one a line: an array, an object that holds the rows, or a file that is damaged at its start.
         yield from islice(_rows_of_document([*start, *numbered], source), source.skip, None)
@@ -66,7 +66,7 @@ def _rows_of_document(lines: list[tuple[int, bytes]], source: Input) -> Iterator
     except ValueError as error:
         full = [(number, line) for number, line in lines if line.strip()]
         if full[0][1].strip() not in _BRACKETS and (opening != b"[" or source.kind != ".json"):
-            yield from (_row_of_line(line, f"{path}, line {number}") for number, line in full)
+            yield from (_row_of_line(line, f"{path.name}, line {number}") for number, line in full)
             return
         if isinstance(error, UnicodeDecodeError):
             raise DataError(not_utf8(str(path), error)) from error
@@ -81,7 +81,7 @@ def _rows_of_document(lines: list[tuple[int, bytes]], source: Input) -> Iterator
         value = _rows_of_object(value, source)
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a JSON array of objects, found {kind_of(value)}")
-    yield from (_checked_row(row, f"{path}, element {index}", text) for index, row in enumerate(value))
+    yield from (_checked_row(row, f"{path.name}, element {index}", text) for index, row in enumerate(value))
 
 
 def _rows_of_object(value: Row, source: Input) -> list[Any]:

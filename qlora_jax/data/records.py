@@ -179,21 +179,22 @@ def _scanned(files: Sequence[Path], place: str) -> Rows:
     """
     total, columns, notes = 0, dict[str, None](), list[str]()
     damage = None
-    for row in _read_files(files, notes):
-        total += 1
-        if isinstance(row, DamagedRow):
-            damage = damage or row.reason
-        else:
-            columns.update(dict.fromkeys(row))
+    for file in files:
+        for row in read_file(file, notes=notes):
+            total += 1
+            if isinstance(row, DamagedRow):
+                damage = damage or f"{file.parent}{os.sep}{row.reason}"
+            else:
+                columns.update(dict.fromkeys(row))
     if not total:
         size = sum(file.stat().st_size for file in files)
         raise DataError(f"{place}: expected at least one row, found {f'none in {size} bytes' if size else 'an empty file'}")
     return Rows(lambda: _read_files(files), total, tuple(columns), damage, tuple(notes))
 
 
-def _read_files(files: Sequence[Path], notes: list[str] | None = None) -> Iterator[RowOrDamage]:
+def _read_files(files: Sequence[Path]) -> Iterator[RowOrDamage]:
     for file in files:
-        yield from read_file(file, notes=notes)
+        yield from read_file(file)
 
 
 def _files_of_split(splits: dict[str, list[Path]], split: str, place: str) -> list[Path]:
