@@ -1,13 +1,16 @@
 """Data: records → conversations → tokens with a loss mask → batches.
 
-    records.py                reads files and hub data sets, and checks local files with line numbers
+    files.py, json_files.py   local files → rows, with the types that the files have
+    records.py, folders.py    rows of files, folders and hub data sets; streams.py: the same as a stream
     sources.py                opens what `--data` names: files, hub data sets, and also
         named.py              the QLoRA authors' data sets by name
         trees.py              OASST1's message trees
+    columns.py                columns by the names that the user gives
     schemas.py, messages.py   columns → schema → conversation
     render.py                 conversation → text and the character ranges of the answers
     chat.py, chat_*.py        the same with a chat template; chat_templates/ holds those that have a name
     format.py                 text → tokens and loss mask (Example)
+    odd_rows.py               rows that cannot be used, and columns that are not
     corpus.py                 all records → examples, with a report; held-out split
     preferences.py            preference pairs: chosen and rejected answers
     mixture.py                mixes several data sets by weight
@@ -26,11 +29,13 @@ from pathlib import Path
 from qlora_jax.data.batch import Batch, BatchIterator, batches, bucket_length, pack, padding_share
 from qlora_jax.data.chat import chat_prompt
 from qlora_jax.data.chat_templates import CHAT_TEMPLATES, read_chat_template
+from qlora_jax.data.columns import ColumnNames
 from qlora_jax.data.corpus import NothingToLearn, OnLong, Report, encode_all, train_eval_split
 from qlora_jax.data.format import Example, Limits, encode, encode_prompt
 from qlora_jax.data.messages import Message
 from qlora_jax.data.mixture import check_weights, mix
 from qlora_jax.data.named import NAMED
+from qlora_jax.data.odd_rows import OnBadRow
 from qlora_jax.data.preferences import (
     PreferenceBatches,
     PreferenceExample,
@@ -38,7 +43,7 @@ from qlora_jax.data.preferences import (
     encode_preferences,
     preference_batches,
 )
-from qlora_jax.data.records import load_records, stream_records
+from qlora_jax.data.records import Rows, load_records, stream_records
 from qlora_jax.data.render import Template
 from qlora_jax.data.schemas import detect_schema
 from qlora_jax.data.seq2seq import (
@@ -50,8 +55,9 @@ from qlora_jax.data.seq2seq import (
     seq2seq_batches,
 )
 from qlora_jax.data.show import show_examples
-from qlora_jax.data.sources import Source, open_source
+from qlora_jax.data.sources import Source, column_names, open_source, stream_source
 from qlora_jax.data.stream_batches import StreamBatches, read_rows
+from qlora_jax.data.streams import RowStream
 from qlora_jax.data.trees import COLUMNS as TREE_COLUMNS
 from qlora_jax.data.trees import Trees, read_trees
 from qlora_jax.errors import DataError
@@ -65,16 +71,20 @@ __all__ = [
     "TREE_COLUMNS",
     "Batch",
     "BatchIterator",
+    "ColumnNames",
     "DataError",
     "Example",
     "Limits",
     "Message",
     "NothingToLearn",
+    "OnBadRow",
     "OnLong",
     "PreferenceBatches",
     "PreferenceExample",
     "PreferenceReport",
     "Report",
+    "RowStream",
+    "Rows",
     "Seq2SeqBatches",
     "Seq2SeqExample",
     "Seq2SeqReport",
@@ -86,6 +96,7 @@ __all__ = [
     "bucket_length",
     "chat_prompt",
     "check_weights",
+    "column_names",
     "detect_schema",
     "encode",
     "encode_all",
@@ -105,5 +116,6 @@ __all__ = [
     "seq2seq_batches",
     "show_examples",
     "stream_records",
+    "stream_source",
     "train_eval_split",
 ]

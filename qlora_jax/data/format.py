@@ -7,19 +7,22 @@
 3. Beginning of sequence: a chat template writes its own; other renderings get what the tokenizer puts
    before a text.
 4. A sequence that ends in an answer ends in EOS, learned. If the chat template closes the last answer with
-   another token, EOS follows that directly. If it closes it with EOS, nothing is added, and a line end
+   another token, EOS follows that directly. If the text closes it with EOS, nothing is added, and a line end
    after it stays.
 5. A sequence that is too long is cut after the last answer token that fits (the last token, where the source is learned
-   too), and EOS is put there, learned.
-   A row of which nothing but EOS is learned then teaches nothing (and an empty answer never did):
-   encode_all leaves it out.
-6. `source` and `target` limit the two parts of a sequence, before and from its first answer token, as the QLoRA
-   authors' source_max_len and target_max_len do: of the source its first tokens stay; the target is cut as in 5,
-   where theirs loses its EOS.
+   too). EOS is only where an answer ended: an answer that is cut has none, because the model would learn to stop within a
+   word. A row of which nothing but EOS is learned teaches nothing (and an empty answer never did): encode_all leaves it out.
+6. A text without turns that is too long can be split instead: into as few rows as hold it, of nearly equal length. Each
+   token is learned in one of them. A row after the first starts with what the tokenizer puts before a text, or, if that is
+   nothing, with the last token of the row before it, which is not learned again. EOS is at the end of the last one. A limit
+   of the target cuts such a text too.
+7. `source` and `target` limit the two parts of a sequence, before and from its first answer token, as the QLoRA
+   authors' source_max_len and target_max_len do: of the source and of the target the first tokens stay.
 
 The first token of a sequence is nobody's target: it is never marked as learned.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -69,6 +72,11 @@ class Limits:
         if self.whole is not None and self.target is not None and self.target > self.whole:
             raise DataError(f"target_max_length: expected at most max_length {self.whole}, found {self.target}")
 
+    def most(self, source: int) -> float:
+        """Return the most tokens of a sequence whose first answer token has so many before it; infinite for no limit."""
+        whole = math.inf if self.whole is None else self.whole
+        return min(whole, math.inf if self.target is None else source + self.target)
+
     def __str__(self) -> str:
         parts = {"": self.whole, " before the answer": self.source, " from the answer on": self.target}
         return ", ".join(f"{limit:,} tokens{where}" for where, limit in parts.items() if limit is not None)
@@ -79,12 +87,17 @@ NO_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example and what became of it on the way."""
+    """The examples of a text, more than one if it was split, and what became of it on the way."""
 
-    example: Example
+    examples: tuple[Example, ...]
     full_length: int  # tokens before any cut
     long: bool  # it was over one of the limits
     teaches: bool  # at least one token besides EOS is learned
+
+    @property
+    def example(self) -> Example:
+        """The first example."""
+        return self.examples[0]
 
 
 def encode(
@@ -153,8 +166,9 @@ def encode_rendered(
     *,
     train_on_source: bool = False,
     limits: Limits = NO_LIMITS,
+    split: bool = False,
 ) -> list[Encoded]:
-    """Tokens and masks of rendered records, with one call of the tokenizer for all of them."""
+    """Tokens and masks of rendered texts, by one call of the tokenizer; `split`: long texts without turns become rows."""
     _check_tokenizer(tokenizer)
     pieces = [piece for record in rendered for piece in record.pieces]
     tokenized = iter(_tokenize(pieces, tokenizer))
@@ -166,10 +180,14 @@ def encode_rendered(
         for _ in record.pieces:
             piece_tokens, piece_answer = next(tokenized)
             tokens, answer = np.concatenate([tokens, piece_tokens]), np.concatenate([answer, piece_answer])
-        finished = _finish(tokens, answer, record.ends_in_answer, tokenizer, train_on_source, limits)
-        if train_on_source and len(record.pieces) == 1 and record.pieces[0].excluded:
-            finished = _without_excluded(finished, record.pieces[0], answer, tokenizer, limits)
-        encoded.append(finished)
+        tokens, answer = _closed(tokens, answer, record, tokenizer, train_on_source)
+        if split and _is_text(record) and limits.whole is not None and len(tokens) > limits.whole and limits.target is None:
+            encoded.append(Encoded(_split(tokens, answer, len(before), limits.whole), len(tokens), True, True))
+        else:
+            finished = _limited(tokens, answer, tokenizer.eos_token_id, train_on_source, limits)
+            if train_on_source and len(record.pieces) == 1 and record.pieces[0].excluded:
+                finished = _without_excluded(finished, record.pieces[0], answer, tokenizer, limits)
+            encoded.append(finished)
     return encoded
 
 
@@ -222,7 +240,7 @@ def _without_excluded(encoded: Encoded, piece: Piece, answer: np.ndarray, tokeni
     mask[:shared] &= ~excluded[:shared]
     eos = tokenizer.eos_token_id
     teaches = bool((mask & (encoded.example.tokens != eos)).any())
-    return replace(encoded, example=Example(encoded.example.tokens, mask), teaches=teaches)
+    return replace(encoded, examples=(Example(encoded.example.tokens, mask),), teaches=teaches)
 
 
 def _overlaps(offsets: np.ndarray, piece: Piece) -> np.ndarray:
@@ -238,48 +256,78 @@ def _overlaps(offsets: np.ndarray, piece: Piece) -> np.ndarray:
     return answer
 
 
-def _finish(
-    tokens: np.ndarray,
-    answer: np.ndarray,
-    ends_in_answer: bool,
-    tokenizer: "PreTrainedTokenizerBase",
-    train_on_source: bool,
-    limits: Limits,
-) -> Encoded:
-    eos = tokenizer.eos_token_id
+def _closed(
+    tokens: np.ndarray, answer: np.ndarray, record: Rendered, tokenizer: "PreTrainedTokenizerBase", train_on_source: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sequence with EOS after its last answer, if it ends in one, or after a text that is learned as a whole."""
     learned = np.flatnonzero(answer)
-    if ends_in_answer and len(learned):
-        tokens, answer = _end_with_eos(tokens, answer, int(learned[-1]) + 1, eos)
+    if record.ends_in_answer and len(learned):
+        end = int(learned[-1]) + 1
     elif train_on_source and not len(learned) and len(tokens):
-        tokens, answer = _end_with_eos(tokens, answer, len(tokens), eos)
+        end = len(tokens)
+    else:
+        return tokens, answer
+    # The text may end in EOS and a line end, which is learned if the whole text is.
+    closed = bool(tokenizer.eos_token) and record.pieces[-1].text.rstrip().endswith(str(tokenizer.eos_token))
+    if closed and (answer & (tokens == tokenizer.eos_token_id)).any():
+        return tokens, answer
+    return _end_with_eos(tokens, answer, end, tokenizer.eos_token_id)
+
+
+def _is_text(record: Rendered) -> bool:
+    """Return whether a record is one text without turns, all of which is learned."""
+    return (
+        record.template == "plain"
+        and len(record.pieces) == 1
+        and record.pieces[0].answers == ((0, len(record.pieces[0].text)),)
+    )
+
+
+def _split(tokens: np.ndarray, answer: np.ndarray, start: int, most: int) -> tuple[Example, ...]:
+    """Return the rows of a text that starts with so many tokens of the tokenizer; each has at most `most` tokens."""
+    before = max(start, 1)  # tokens that each row has before those that it teaches
+    if most <= before:
+        raise DataError(f"max_length: expected more than {before} tokens, with which each row starts, found {most}")
+    count = -(-(len(tokens) - before) // (most - before))
+    edges = np.linspace(before, len(tokens), count + 1).round().astype(int)
+    rows = []
+    for first, last in itertools.pairwise(edges.tolist()):
+        context = slice(0, start) if start else slice(first - 1, first)
+        mask = np.concatenate([np.zeros(before, bool), answer[first:last]])
+        rows.append(Example(np.concatenate([tokens[context], tokens[first:last]]), mask))
+    return tuple(rows)
+
+
+def _limited(tokens: np.ndarray, answer: np.ndarray, eos: Any, train_on_source: bool, limits: Limits) -> Encoded:
+    """Return the sequence as an example within the limits."""
     full_length = len(tokens)
     source = int(np.argmax(answer)) if answer.any() else full_length
     if limits.source is not None and source > limits.source:
         tokens, answer = (np.concatenate([part[: limits.source], part[source:]]) for part in (tokens, answer))
         source = limits.source
-    most = min(
-        math.inf if limits.whole is None else limits.whole,
-        math.inf if limits.target is None else source + limits.target,
-    )
+    most = limits.most(source)
     long = len(tokens) > most or len(tokens) < full_length
     if len(tokens) > most:
-        tokens, answer = _cut(tokens, np.ones_like(answer) if train_on_source else answer, int(most), eos)
+        tokens, answer = _cut(tokens, answer, int(most), eos, train_on_source)
     mask = np.ones(len(tokens), bool) if train_on_source else answer.copy()
     mask[:1] = False
-    return Encoded(Example(tokens, mask), full_length, long, bool((mask & (tokens != eos)).any()))
+    return Encoded((Example(tokens, mask),), full_length, long, bool((mask & (tokens != eos)).any()))
 
 
-def _cut(tokens: np.ndarray, answer: np.ndarray, most: int, eos: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The sequence up to the last answer token that fits, closed by EOS, in at most `most` tokens."""
+def _cut(
+    tokens: np.ndarray, answer: np.ndarray, most: int, eos: Any, train_on_source: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sequence up to the last learned token that fits, with EOS after it if an answer ends there."""
     kept = np.flatnonzero(answer[:most])
-    end = int(kept[-1]) + 1 if len(kept) else most
-    # A whole turn that closes with EOS may fill the last place; anything else makes room for it.
-    end = end if tokens[end - 1] == eos else min(end, most - 1)
-    return _end_with_eos(tokens[:end], answer[:end], end, eos)
+    end = int(kept[-1]) + 1 if len(kept) and not train_on_source else most
+    ended = bool(answer[end - 1]) and not answer[end]
+    if ended and end < most:
+        return _end_with_eos(tokens[:end], answer[:end], end, eos)
+    return tokens[:end], answer[:end]
 
 
 def _end_with_eos(tokens: np.ndarray, answer: np.ndarray, end: int, eos: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The sequence up to `end`, closed by a learned EOS; one that is closed there already stays as it is."""
+    """Return the sequence up to `end`, closed by a learned EOS; one that is closed there already stays as it is."""
     if end and tokens[end - 1] == eos:
         return tokens, answer
     return np.append(tokens[:end], np.int32(eos)), np.append(answer[:end], True)

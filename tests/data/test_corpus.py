@@ -7,6 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.data import DataError, encode, encode_all, load_records, train_eval_split
+from qlora_jax.errors import OptionError
 
 SHORT = {"question": "Why?", "answer": "So."}
 LONG = {"question": "Why?", "answer": "So it is. " * 50}
@@ -43,8 +44,8 @@ def test_long_rows_may_be_dropped_or_refused(chatml: PreTrainedTokenizerFast) ->
     assert "1 left out: over 40 tokens" in str(report)
     with pytest.raises(DataError, match=r"row 2 \(counted from 0\): expected at most 40 tokens, found \d+"):
         encode_all([SHORT, UNANSWERED, LONG], chatml, max_length=40, on_long="error", progress=False)
-    with pytest.raises(DataError, match="on_long: expected one of truncate, drop, error, found 'split'"):
-        encode_all([SHORT], chatml, max_length=40, on_long="split", progress=False)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(OptionError, match="on_long: expected one of split, cut, error, drop, found 'truncate'"):
+        encode_all([SHORT], chatml, max_length=40, on_long="truncate", progress=False)  # pyright: ignore[reportArgumentType]
 
 
 def test_nothing_to_learn_at_all(chatml: PreTrainedTokenizerFast) -> None:

@@ -152,8 +152,14 @@ def test_a_template_that_fails_names_the_row(make_chatml: Make) -> None:
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"conversations": [{"from": "narrator", "value": "Hi"}]}, "message 0, from: expected one of human, .*'narrator'"),
-        ({"conversations": [{"from": "human", "value": 3}]}, "'conversations', message 0, value: expected text, found int"),
+        (
+            {"conversations": [{"from": "narrator", "value": "Hi"}]},
+            "message 0, from: expected user, assistant, .*'narrator'",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": {}}]},
+            "'conversations', message 0, value: expected text, found dict",
+        ),
         ({"conversations": [{"from": "human"}]}, r"message 0: expected the keys role and content, found \['from'\]"),
         ({"conversations": "Hi"}, "column 'conversations': expected a list of messages, found str"),
         (
