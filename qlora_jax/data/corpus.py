@@ -20,7 +20,7 @@ from qlora_jax.data.messages import is_answer, unread_keys
 from qlora_jax.data.odd_rows import OnBadRow, RowAccount, RowTally
 from qlora_jax.data.render import Rendered, Template, render
 from qlora_jax.data.schemas import Record, parse
-from qlora_jax.data.values import table_row
+from qlora_jax.data.values import check_characters, table_row
 from qlora_jax.errors import DataError, OptionError
 
 if TYPE_CHECKING:
@@ -183,9 +183,12 @@ def rendered_rows(record: Record, tokenizer: "PreTrainedTokenizerBase", template
     """Return the texts of a record.
 
     Raises:
-        DataError: the template does not support it.
+        DataError: the template does not support it, or its text has halves of characters, which have no bytes.
     """
-    return render([record], tokenizer, template)[0]
+    (parts,) = render([record], tokenizer, template)
+    for piece in (piece for part in parts for piece in part.pieces):
+        check_characters(piece.text)
+    return parts
 
 
 def unused_names(record: Record, template: Template, tokenizer: Any) -> set[str]:

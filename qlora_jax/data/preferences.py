@@ -35,7 +35,7 @@ from qlora_jax.data.odd_rows import OnBadRow, RowAccount, RowTally
 from qlora_jax.data.pieces import Piece
 from qlora_jax.data.render import Rendered, Template
 from qlora_jax.data.schemas import Record, present_columns
-from qlora_jax.data.values import described
+from qlora_jax.data.values import check_characters, described
 from qlora_jax.errors import DataError, OptionError
 
 if TYPE_CHECKING:
@@ -253,6 +253,7 @@ def _render_one(
 ) -> Rendered:
     if not pair.prompt:
         text = answers[0]["content"]
+        check_characters(pair.before + text)
         before = (Piece(pair.before),) if pair.before else ()
         return Rendered((*before, Piece(text, ((0, len(text)),))), "plain", True)
     if template == "auto":
