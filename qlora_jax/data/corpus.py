@@ -5,7 +5,6 @@ parallel). A record that cannot be used is an error that contains its number, or
 record that is only too long, or that has nothing to learn, is counted.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields
@@ -193,8 +192,7 @@ def rendered_rows(record: Record, tokenizer: "PreTrainedTokenizerBase", template
 
 def unused_names(record: Record, template: Template, tokenizer: Any) -> set[str]:
     """Return the columns of a record, and the keys of its messages, that nothing reads."""
-    source = json.dumps(tokenizer.chat_template) if template == "chat" else None
-    return {*record.unused, *unread_keys(record.messages, source)}
+    return {*record.unused, *unread_keys(record.messages, tokenizer, chat=template == "chat")}
 
 
 class _Totals:
