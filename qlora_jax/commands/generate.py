@@ -43,7 +43,7 @@ class PromptOptions:
     """Template of the prompt; if left out, that of the adapter's training, else the chat template if the tokenizer has one.
     With plain, the model continues the prompt as it is."""
     chat_template: str | None = None
-    """Chat template: a Jinja file or a name (chatml, llama3, gemma …), in place of the one that the adapter or the model has."""
+    """Chat template: a Jinja file or a name (chatml, llama3, gemma …), in place of that of the adapter or the model."""
     interactive: bool = False
     """Chat in the terminal, with history. An empty line or Ctrl-D ends the chat, Ctrl-C ends one answer."""
 

@@ -10,7 +10,7 @@ used, by the same rule for rows to train on and for prompts.
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from qlora_jax.data.chat_checks import check_prompt
+from qlora_jax.data.chat_checks import Dropped, check_prompt
 from qlora_jax.data.chat_forms import Form, forms_of
 from qlora_jax.data.messages import Message, for_template
 from qlora_jax.errors import DataError
@@ -79,16 +79,19 @@ def first_form(messages: Sequence[Message], render: Callable[[Form], T]) -> T:
     """Return what `render` returns for the first form of a conversation that it can render.
 
     Raises:
-        DataError: no form can be rendered; the error is that of the conversation as it is.
+        DataError: no form can be rendered. The error is the last about a part that the template drops, if there is one;
+            else it is that of the conversation as it is.
     """
     first: DataError | None = None
+    dropped: DataError | None = None
     for form in forms_of(messages):
         try:
             return render(form)
+        except Dropped as error:
+            dropped = error
         except DataError as error:
             first = first or error
-    assert first is not None  # the conversation itself is the first form
-    raise first
+    raise dropped or first or DataError("expected at least one message, found none")
 
 
 def with_reasoning(message: Message) -> Message:

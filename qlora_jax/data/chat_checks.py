@@ -15,11 +15,25 @@ from qlora_jax.data.chat_forms import text_of
 from qlora_jax.data.messages import Message, called_names
 from qlora_jax.errors import DataError
 
-__all__ = ["check_answer", "check_message", "check_prompt", "check_tools", "forms_of_text", "tool_name", "written"]
+__all__ = [
+    "REASONING_TAGS",
+    "Dropped",
+    "check_answer",
+    "check_message",
+    "check_prompt",
+    "check_tools",
+    "forms_of_text",
+    "tool_name",
+    "written",
+]
 
-_REASONING_TAGS = re.compile(r"</?(?:think|thinking|thought|reasoning|reason)>|\[/?THINK\]")
+REASONING_TAGS = re.compile(r"</?(?:think|thinking|thought|reasoning|reason)>|\[/?THINK\]")
 _WHITE_SPACE = re.compile(r"\s+")
 _TRY = "choose a chat template that writes it (chat_template: a file, or a name such as chatml)"
+
+
+class Dropped(DataError):
+    """A chat template leaves out a part of a conversation."""
 
 
 def check_prompt(messages: Sequence[Message], tools: Sequence[Any], text: str) -> None:
@@ -34,7 +48,7 @@ def check_tools(tools: Sequence[Any], text: str) -> None:
     """Raise DataError if the name of a tool is not in the text."""
     for tool in tools:
         if (name := tool_name(tool)) not in text:
-            raise DataError(f"the chat template drops the tools of this conversation, found no {name!r} in its text; {_TRY}")
+            raise Dropped(f"the chat template drops the tools of this conversation, found no {name!r} in its text; {_TRY}")
 
 
 def tool_name(tool: Any) -> str:
@@ -62,8 +76,8 @@ def check_answer(index: int, message: Message, text: str) -> None:
             raise _dropped(what, index, message, part)
 
 
-def _dropped(what: str, index: int, message: Message, part: str) -> DataError:
-    return DataError(
+def _dropped(what: str, index: int, message: Message, part: str) -> Dropped:
+    return Dropped(
         f"the chat template drops the {what} of message {index} ({message['role']}), "
         f"found no {_short(part)} in its text; {_TRY}"
     )
@@ -85,7 +99,7 @@ def forms_of_text(text: str) -> tuple[str, ...]:
 
 def _parts(message: Message) -> Iterator[tuple[str, str]]:
     content = text_of(message)
-    for part in _REASONING_TAGS.split(content):
+    for part in REASONING_TAGS.split(content):
         yield "content", part
     reasoning = message.get("reasoning_content")
     if isinstance(reasoning, str):

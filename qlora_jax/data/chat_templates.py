@@ -78,7 +78,7 @@ def _check_source(path: Path, source: str) -> None:
         render_jinja_template(conversations=[[_QUESTION]], chat_template=source, add_generation_prompt=True)
     except jinja2.TemplateSyntaxError as error:
         raise OptionError(
-            f"chat_template: {path}, line {error.lineno}: expected a Jinja program, found an error of syntax: {error.message}"
+            f"chat_template: {path}, line {error.lineno}: expected a Jinja program, found a syntax error: {error.message}"
         ) from error
     except Exception:  # it may refuse this conversation, which shows when it renders the data
         return
