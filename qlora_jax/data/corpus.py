@@ -5,7 +5,6 @@ parallel). A record that cannot be used is an error that contains its number, or
 record that is only too long, or that has nothing to learn, is counted.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields
@@ -20,7 +19,7 @@ from qlora_jax.data.messages import is_answer, unread_keys
 from qlora_jax.data.odd_rows import OnBadRow, RowAccount, RowTally
 from qlora_jax.data.render import Rendered, Template, render
 from qlora_jax.data.schemas import Record, parse
-from qlora_jax.data.values import table_row
+from qlora_jax.data.values import check_characters, table_row
 from qlora_jax.errors import DataError, OptionError
 
 if TYPE_CHECKING:
@@ -183,15 +182,17 @@ def rendered_rows(record: Record, tokenizer: "PreTrainedTokenizerBase", template
     """Return the texts of a record.
 
     Raises:
-        DataError: the template does not support it.
+        DataError: the template does not support it, or its text has halves of characters, which have no bytes.
     """
-    return render([record], tokenizer, template)[0]
+    (parts,) = render([record], tokenizer, template)
+    for piece in (piece for part in parts for piece in part.pieces):
+        check_characters(piece.text)
+    return parts
 
 
 def unused_names(record: Record, template: Template, tokenizer: Any) -> set[str]:
     """Return the columns of a record, and the keys of its messages, that nothing reads."""
-    source = json.dumps(tokenizer.chat_template) if template == "chat" else None
-    return {*record.unused, *unread_keys(record.messages, source)}
+    return {*record.unused, *unread_keys(record.messages, tokenizer, chat=template == "chat")}
 
 
 class _Totals:

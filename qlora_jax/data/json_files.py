@@ -6,7 +6,7 @@ from itertools import chain, islice
 from typing import Any
 
 from qlora_jax.data.file_input import DamagedRow, Input, Row, RowOrDamage, kind_of, not_utf8, shortened
-from qlora_jax.data.values import loads
+from qlora_jax.data.values import check_characters, loads
 from qlora_jax.errors import DataError
 
 __all__ = ["read_json"]
@@ -117,10 +117,7 @@ def _checked_row(value: object, place: str, text: str) -> RowOrDamage:
     if "\\ud" in text or "\\uD" in text:  # halves of characters can only be written as escapes
         for name, part in value.items():
             try:
-                json.dumps({name: part}, ensure_ascii=False, default=str).encode()
-            except UnicodeEncodeError as error:
-                half = f"\\u{ord(error.object[error.start]):04x}"
-                return DamagedRow(
-                    f"{place}, key {name!r}: expected whole characters, found {half}, half of a surrogate pair"
-                )
+                check_characters(json.dumps({name: part}, ensure_ascii=False, default=str))
+            except DataError as error:
+                return DamagedRow(f"{place}, key {name!r}: {error}")
     return value

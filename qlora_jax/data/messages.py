@@ -109,16 +109,18 @@ def for_template(message: Message) -> Message:
     return {name: part for name, part in message.items() if name != _NOT_LEARNED}
 
 
-def unread_keys(messages: Sequence[Message], template: str | None) -> set[str]:
-    """Return the keys of messages that nothing reads.
+def unread_keys(messages: Sequence[Message], tokenizer: Any, *, chat: bool) -> set[str]:
+    """Return the keys of messages, with a value, that nothing reads.
 
     Args:
         messages: the messages.
-        template: the source of the chat template that writes them; None: they are written without one, by role and content.
+        tokenizer: has the chat template.
+        chat: whether the chat template writes them, which may read any key; otherwise only role and content are read.
     """
     keys = {name for message in messages for name, part in message.items() if part not in ("", [], {})}
     keys -= {"role", "content", "tool_calls", _NOT_LEARNED}
-    return {name for name in keys if template is None or re.search(rf"\b{re.escape(name)}\b", template) is None}
+    source = json.dumps(tokenizer.chat_template) if keys and chat else ""  # several templates may have names
+    return {name for name in keys if re.search(rf"\b{re.escape(name)}\b", source) is None}
 
 
 def _checked_message(value: object, place: str) -> Message:

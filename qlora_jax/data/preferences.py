@@ -2,7 +2,7 @@
 
     columns                        contents of a pair
     prompt, chosen, rejected       three texts, joined as they are; or messages and two lists of messages
-    question, chosen, rejected     a question (also instruction and input) and two answers
+    question, chosen, rejected     a question (also instruction and input, with context) and two answers
     chosen, rejected               two texts `\\n\\nHuman: … \\n\\nAssistant: …` (hh-rlhf); two other texts, without a
                                    prompt; or two lists of messages
 
@@ -11,7 +11,7 @@ or with the template chat or guanaco, a prompt of text is a question.
 
 The two conversations must be equal up to an answer of the assistant. The part before it is the prompt; this answer and the
 answers after it are learned, each with its end-of-turn token. A pair with equal answers, or whose first difference is not in
-an answer, cannot be used. A pair whose answers are equal within `max_length` tokens, or beyond them, is left out and counted.
+an answer, cannot be used. A pair whose answers do not differ within `max_length` tokens is left out and counted.
 
 The prompt consists of the tokens at the start of both sequences that are equal and not learned. Chats are tokenized in one
 piece, as in training on answers. If the first characters of an answer and the last ones of the prompt form one token, the
@@ -35,7 +35,7 @@ from qlora_jax.data.odd_rows import OnBadRow, RowAccount, RowTally
 from qlora_jax.data.pieces import Piece
 from qlora_jax.data.render import Rendered, Template
 from qlora_jax.data.schemas import Record, present_columns
-from qlora_jax.data.values import described
+from qlora_jax.data.values import check_characters, described
 from qlora_jax.errors import DataError, OptionError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 PREFERENCE_COLUMNS = ("chosen", "rejected")
 # Columns that hold the prompt; of several, the first one is used.
 _PROMPTS = ("prompt", "question", "instruction")
-_USED = {*PREFERENCE_COLUMNS, *_PROMPTS, "input", *MORE}
+_USED = {*PREFERENCE_COLUMNS, *_PROMPTS, "input", "context", *MORE}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -158,6 +158,8 @@ def _parse(row: Any, template: Template) -> _Pair:
     column = next((name for name in _PROMPTS if name in present), None)
     unused = tuple(name for name, value in present.items() if name not in _USED and value not in ("", [], {}))
     unused += tuple(name for name in _PROMPTS if name in present and name != column)
+    more = {"question": ("context",), "instruction": ("input", "context")}.get(column or "", ())
+    unused += tuple(name for name in ("input", "context") if present.get(name) and name not in more)
     before, tools = earlier_messages(present), tools_of(present)
     answers = [present[name] for name in PREFERENCE_COLUMNS]
     texts = all(_is_text(value) for value in answers)
@@ -210,7 +212,9 @@ def _prompt(row: Mapping[str, Any], column: str | None) -> tuple[Message, ...]:
         return ()
     if not _is_text(row[column]):
         return checked_messages(row[column], column)
-    text = column_text(row, column) if column != "instruction" else joined_texts(row, "instruction", "input")
+    column_text(row, column)
+    parts = {"question": ("context", "question"), "instruction": ("instruction", "input", "context")}
+    text = joined_texts(row, *parts.get(column, (column,)))
     if not _TURN.match(text):
         return ({"role": "user", "content": text},)
     turns = split_dialogue(text)
@@ -253,6 +257,7 @@ def _render_one(
 ) -> Rendered:
     if not pair.prompt:
         text = answers[0]["content"]
+        check_characters(pair.before + text)
         before = (Piece(pair.before),) if pair.before else ()
         return Rendered((*before, Piece(text, ((0, len(text)),))), "plain", True)
     if template == "auto":

@@ -21,7 +21,7 @@ from qlora_jax.data.chat import check_has_template, first_form
 from qlora_jax.data.chat_forms import Form
 from qlora_jax.data.chat_rows import conversation_rows
 from qlora_jax.data.messages import Message, is_answer
-from qlora_jax.data.pieces import CannotRender, Piece
+from qlora_jax.data.pieces import CannotRender, Piece, Span
 from qlora_jax.data.schemas import SCHEMAS, TURN_MARKER, Record, Template
 from qlora_jax.errors import DataError
 
@@ -139,7 +139,9 @@ def _marked(text: str) -> Piece:
 
 def join_guanaco(messages: Sequence[Message]) -> Piece:
     """Return the text of a conversation; a system message becomes a first line."""
-    text, answers = "", []
+    text = ""
+    answers: list[Span] = []
+    excluded: list[Span] = []
     for index, message in enumerate(messages):
         role, content = message["role"], message["content"]
         if role == "system" and index == 0:
@@ -149,14 +151,14 @@ def join_guanaco(messages: Sequence[Message]) -> Piece:
             text += ("" if not text or after_system else " ") + _MARKER_OF_ROLE[role]
             # The position is counted and not searched, because a message may contain a marker.
             start, text = len(text), f"{text} {content}"
-            if is_answer(message):
-                answers.append((start, len(text)))
+            if role == "assistant":
+                (answers if is_answer(message) else excluded).append((start, len(text)))
         else:
             raise DataError(
                 f"template 'guanaco': expected the roles user and assistant, and system first, "
                 f"found {role!r} at message {index}"
             )
-    return Piece(text, tuple(answers))
+    return Piece(text, tuple(answers), tuple(excluded))
 
 
 def render_alpaca(record: Record) -> Rendered:

@@ -15,7 +15,7 @@ from typing import Any
 
 from qlora_jax.errors import DataError
 
-__all__ = ["WrittenFloat", "checked_text", "described", "from_json", "is_missing", "loads", "table_row"]
+__all__ = ["WrittenFloat", "check_characters", "checked_text", "described", "from_json", "is_missing", "loads", "table_row"]
 
 # The longest Python literal that is read as a list of messages; the parser needs much memory for each character.
 _LONGEST_LITERAL = 1_000_000
@@ -83,6 +83,15 @@ def checked_text(value: object, place: str) -> str:
         case datetime.date() | datetime.time():
             return value.isoformat()
     raise DataError(f"{place}: expected text, found {described(value)}")
+
+
+def check_characters(text: str) -> None:
+    """Raise DataError if a text has half of a character, a surrogate without its pair: it has no bytes in UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise DataError(f"expected whole characters, found {half}, half of a surrogate pair") from None
 
 
 def described(value: object) -> str:
