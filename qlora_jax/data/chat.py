@@ -79,16 +79,16 @@ def first_form(messages: Sequence[Message], render: Callable[[Form], T]) -> T:
     """Return what `render` returns for the first form of a conversation that it can render.
 
     Raises:
-        DataError: no form can be rendered. The error is the last about a part that the template drops, if there is one;
-            else it is that of the conversation as it is.
+        DataError: no form can be rendered. The error is about the part that the template drops in the form of which it
+            writes most, if it accepts one; else it is that of the conversation as it is.
     """
     first: DataError | None = None
-    dropped: DataError | None = None
+    dropped: Dropped | None = None
     for form in forms_of(messages):
         try:
             return render(form)
         except Dropped as error:
-            dropped = error
+            dropped = error if dropped is None or error.index > dropped.index else dropped
         except DataError as error:
             first = first or error
     raise dropped or first or DataError("expected at least one message, found none")

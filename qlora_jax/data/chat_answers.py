@@ -124,7 +124,8 @@ def _search(
     if text.startswith(prompt):
         return _after_prompt(prompt, text[len(prompt) :], len(messages))
     content = _common(text, probed)  # where the message's own text starts
-    last = _place_of(before[-1], prompt)
+    # The header may hold the text of a short message once more, so it is looked for before the header first.
+    last = _place_of(before[-1], prompt[: _common(bare, prompt)]) or _place_of(before[-1], prompt)
     header = prompt.removeprefix(bare) if bare and prompt.startswith(bare) else ""
     if last is not None:
         for ending in (prompt[last[0] :], header):

@@ -33,7 +33,11 @@ _TRY = "choose a chat template that writes it (chat_template: a file, or a name 
 
 
 class Dropped(DataError):
-    """A chat template leaves out a part of a conversation."""
+    """A chat template leaves out a part of a conversation: of message number `index`, or the tools (-1)."""
+
+    def __init__(self, reason: str, index: int = -1) -> None:
+        super().__init__(reason)
+        self.index = index
 
 
 def check_prompt(messages: Sequence[Message], tools: Sequence[Any], text: str) -> None:
@@ -77,10 +81,8 @@ def check_answer(index: int, message: Message, text: str) -> None:
 
 
 def _dropped(what: str, index: int, message: Message, part: str) -> Dropped:
-    return Dropped(
-        f"the chat template drops the {what} of message {index} ({message['role']}), "
-        f"found no {_short(part)} in its text; {_TRY}"
-    )
+    place = f"message {index} ({message['role']})"
+    return Dropped(f"the chat template drops the {what} of {place}, found no {_short(part)} in its text; {_TRY}", index)
 
 
 def written(part: str, text: str) -> bool:

@@ -160,8 +160,9 @@ def encode_prompt(
         text = alpaca_prompt(messages[0]["content"]) if template == "alpaca" else messages[0]["content"]
     else:
         raise DataError(f"template: expected auto, chat, guanaco, alpaca or plain, found {template!r}")
+    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     start = [] if template == "chat" else start_tokens(tokenizer)
-    return np.asarray(start + tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+    return np.asarray(_missing_start(tokens, start) + tokens, np.int32)
 
 
 def encode_rendered(
@@ -179,12 +180,15 @@ def encode_rendered(
     start = start_tokens(tokenizer)
     encoded = []
     for record in rendered:
-        before = [] if record.template == "chat" else start
-        parts = [(np.asarray(before, np.int32), np.full(len(before), PROMPT)), *(next(tokenized) for _ in record.pieces)]
+        parts = [next(tokenized) for _ in record.pieces]
+        first = next((tokens.tolist() for tokens, _ in parts if len(tokens)), [])
+        before = [] if record.template == "chat" else _missing_start(first, start)
+        parts = [(np.asarray(before, np.int32), np.full(len(before), PROMPT)), *parts]
         tokens, kinds = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         tokens, kinds = _closed(tokens, kinds, record, tokenizer, train_on_source)
         if split and _is_text(record) and limits.whole is not None and len(tokens) > limits.whole and limits.target is None:
-            encoded.append(Encoded(_split(tokens, kinds == ANSWER, len(before), limits.whole), len(tokens), True, True))
+            own = len(start) if tokens[: len(start)].tolist() == start else 0
+            encoded.append(Encoded(_split(tokens, kinds == ANSWER, own, limits.whole), len(tokens), True, True))
         else:
             encoded.append(_limited(tokens, kinds, tokenizer.eos_token_id, train_on_source, limits))
     return encoded
@@ -198,6 +202,11 @@ def start_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         if full[start : start + len(bare)] == bare:
             return full[:start]
     return []
+
+
+def _missing_start(tokens: Sequence[int], start: list[int]) -> list[int]:
+    """The beginning of sequence that a text lacks: none if whoever wrote the text has put it there."""
+    return [] if list(tokens[: len(start)]) == start else start
 
 
 def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> None:
