@@ -31,6 +31,7 @@ ANSWERS = (
     "summary",
 )
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns", "history")
+_MOST_NEAREST = 2  # how many schemas a message names
 _PREFERENCES = {"chosen": ("chosen", "preferred", "accepted", "winner", "better"),
                 "rejected": ("rejected", "dispreferred", "refused", "loser", "worse")}  # fmt: skip
 
@@ -142,7 +143,8 @@ def nearest_schema(found: Collection[str], schemas: Mapping[str, Collection[str]
             near[name] = len(columns) - len(given), given
     most = max((own for own, _ in near.values()), default=0)
     nearest = [f"{name} (--columns {' '.join(given)})" for name, (own, given) in near.items() if own == most]
-    return f"the nearest: {', '.join(nearest)}" if nearest else ""
+    nearest.sort(key=lambda text: not text.startswith("question/answer"))  # the one that fits most data, of several
+    return f"the nearest: {', '.join(nearest[:_MOST_NEAREST])}" if nearest else ""
 
 
 def _alike(column: str) -> list[tuple[str, ...]]:

@@ -25,20 +25,24 @@ The first token of a sequence is nobody's target: it is never marked as learned.
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qlora_jax.data.chat import chat_prompt
 from qlora_jax.data.messages import Message
-from qlora_jax.data.pieces import Piece
+from qlora_jax.data.pieces import Piece, Span
 from qlora_jax.data.records import DataError
 from qlora_jax.data.render import Rendered, Template, alpaca_prompt, join_guanaco, render
 from qlora_jax.data.schemas import parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+# What a token belongs to.
+PROMPT, ANSWER, EXCLUDED = np.int8(0), np.int8(1), np.int8(2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,16 +183,14 @@ def encode_rendered(
         parts = [next(tokenized) for _ in record.pieces]
         first = next((tokens.tolist() for tokens, _ in parts if len(tokens)), [])
         before = [] if record.template == "chat" else _missing_start(first, start)
-        tokens = np.concatenate([np.asarray(before, np.int32), *(tokens for tokens, _ in parts)])
-        answer = np.concatenate([np.zeros(len(before), bool), *(answer for _, answer in parts)])
-        tokens, answer = _closed(tokens, answer, record, tokenizer, train_on_source)
+        parts = [(np.asarray(before, np.int32), np.full(len(before), PROMPT)), *parts]
+        tokens, kinds = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        tokens, kinds = _closed(tokens, kinds, record, tokenizer, train_on_source)
         if split and _is_text(record) and limits.whole is not None and len(tokens) > limits.whole and limits.target is None:
-            encoded.append(Encoded(_split(tokens, answer, len(before), limits.whole), len(tokens), True, True))
+            own = len(start) if tokens[: len(start)].tolist() == start else 0
+            encoded.append(Encoded(_split(tokens, kinds == ANSWER, own, limits.whole), len(tokens), True, True))
         else:
-            finished = _limited(tokens, answer, tokenizer.eos_token_id, train_on_source, limits)
-            if train_on_source and len(record.pieces) == 1 and record.pieces[0].excluded:
-                finished = _without_excluded(finished, record.pieces[0], answer, tokenizer, limits)
-            encoded.append(finished)
+            encoded.append(_limited(tokens, kinds, tokenizer.eos_token_id, train_on_source, limits))
     return encoded
 
 
@@ -229,55 +231,48 @@ def _tokenize(pieces: Sequence[Piece], tokenizer: Any) -> list[tuple[np.ndarray,
         verbose=False,
     )
     return [
-        (np.asarray(tokens, np.int32), _overlaps(np.asarray(offsets, np.int64).reshape(-1, 2), piece))
+        (np.asarray(tokens, np.int32), _kinds(np.asarray(offsets, np.int64).reshape(-1, 2), piece))
         for tokens, offsets, piece in zip(batch["input_ids"], batch["offset_mapping"], pieces, strict=True)
     ]
 
 
-def _without_excluded(encoded: Encoded, piece: Piece, answer: np.ndarray, tokenizer: Any, limits: Limits) -> Encoded:
-    """The same without the loss of the excluded ranges of a chat's only piece, where prompts are learned too."""
-    ((_, excluded),) = _tokenize([Piece(piece.text, piece.excluded)], tokenizer)
-    excluded = excluded & ~answer
-    source = int(np.argmax(answer)) if answer.any() else len(answer)
-    if limits.source is not None and source > limits.source:  # these tokens were left out
-        excluded = np.concatenate([excluded[: limits.source], excluded[source:]])
-    mask = encoded.example.loss_mask.copy()
-    shared = min(len(mask), len(excluded))
-    mask[:shared] &= ~excluded[:shared]
-    eos = tokenizer.eos_token_id
-    teaches = bool((mask & (encoded.example.tokens != eos)).any())
-    return replace(encoded, examples=(Example(encoded.example.tokens, mask),), teaches=teaches)
-
-
-def _overlaps(offsets: np.ndarray, piece: Piece) -> np.ndarray:
-    """bool [n]: the tokens whose characters overlap an answer's."""
+def _kinds(offsets: np.ndarray, piece: Piece) -> np.ndarray:
+    """int8 [n]: the kind of each token: of an answer, of an excluded range, or of the prompt."""
     if piece.answers == ((0, len(piece.text)),):
-        return np.ones(len(offsets), bool)
+        return np.full(len(offsets), ANSWER)
+    kinds = np.full(len(offsets), PROMPT)
+    kinds[_overlaps(offsets, piece.excluded)] = EXCLUDED
+    kinds[_overlaps(offsets, piece.answers)] = ANSWER
+    return kinds
+
+
+def _overlaps(offsets: np.ndarray, ranges: Sequence[Span]) -> np.ndarray:
+    """bool [n]: the tokens whose characters overlap a range."""
     first, last = offsets[:, 0], offsets[:, 1]
-    answer = np.zeros(len(offsets), bool)
-    for start, end in piece.answers:
-        answer |= (first < end) & (last > start)
+    within = np.zeros(len(offsets), bool)
+    for start, end in ranges:
+        within |= (first < end) & (last > start)
         # Tokenizers that trim offsets give a token of white space no characters, at the place where it ended.
-        answer |= (first == last) & (start < first) & (first <= end)
-    return answer
+        within |= (first == last) & (start < first) & (first <= end)
+    return within
 
 
 def _closed(
-    tokens: np.ndarray, answer: np.ndarray, record: Rendered, tokenizer: "PreTrainedTokenizerBase", train_on_source: bool
+    tokens: np.ndarray, kinds: np.ndarray, record: Rendered, tokenizer: "PreTrainedTokenizerBase", train_on_source: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the sequence with EOS after its last answer, if it ends in one, or after a text that is learned as a whole."""
-    learned = np.flatnonzero(answer)
+    learned = np.flatnonzero(kinds == ANSWER)
     if record.ends_in_answer and len(learned):
         end = int(learned[-1]) + 1
     elif train_on_source and not len(learned) and len(tokens):
         end = len(tokens)
     else:
-        return tokens, answer
+        return tokens, kinds
     # The text may end in EOS and a line end, which is learned if the whole text is.
     closed = bool(tokenizer.eos_token) and record.pieces[-1].text.rstrip().endswith(str(tokenizer.eos_token))
-    if closed and (answer & (tokens == tokenizer.eos_token_id)).any():
-        return tokens, answer
-    return _end_with_eos(tokens, answer, end, tokenizer.eos_token_id)
+    if closed and ((kinds == ANSWER) & (tokens == tokenizer.eos_token_id)).any():
+        return tokens, kinds
+    return _end_with_eos(tokens, kinds, end, tokenizer.eos_token_id)
 
 
 def _is_text(record: Rendered) -> bool:
@@ -304,36 +299,33 @@ def _split(tokens: np.ndarray, answer: np.ndarray, start: int, most: int) -> tup
     return tuple(rows)
 
 
-def _limited(tokens: np.ndarray, answer: np.ndarray, eos: Any, train_on_source: bool, limits: Limits) -> Encoded:
+def _limited(tokens: np.ndarray, kinds: np.ndarray, eos: Any, train_on_source: bool, limits: Limits) -> Encoded:
     """Return the sequence as an example within the limits."""
     full_length = len(tokens)
-    source = int(np.argmax(answer)) if answer.any() else full_length
+    source = int(np.argmax(kinds == ANSWER)) if (kinds == ANSWER).any() else full_length
     if limits.source is not None and source > limits.source:
-        tokens, answer = (np.concatenate([part[: limits.source], part[source:]]) for part in (tokens, answer))
+        tokens, kinds = (np.concatenate([part[: limits.source], part[source:]]) for part in (tokens, kinds))
         source = limits.source
     most = limits.most(source)
     long = len(tokens) > most or len(tokens) < full_length
     if len(tokens) > most:
-        tokens, answer = _cut(tokens, answer, int(most), eos, train_on_source)
-    mask = np.ones(len(tokens), bool) if train_on_source else answer.copy()
+        tokens, kinds = _cut(tokens, kinds, int(most), eos, train_on_source)
+    mask = kinds != EXCLUDED if train_on_source else kinds == ANSWER
     mask[:1] = False
     return Encoded((Example(tokens, mask),), full_length, long, bool((mask & (tokens != eos)).any()))
 
 
-def _cut(
-    tokens: np.ndarray, answer: np.ndarray, most: int, eos: Any, train_on_source: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def _cut(tokens: np.ndarray, kinds: np.ndarray, most: int, eos: Any, train_on_source: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return the sequence up to the last learned token that fits, with EOS after it if an answer ends there."""
-    kept = np.flatnonzero(answer[:most])
+    kept = np.flatnonzero(kinds[:most] == ANSWER)
     end = int(kept[-1]) + 1 if len(kept) and not train_on_source else most
-    ended = bool(answer[end - 1]) and not answer[end]
-    if ended and end < most:
-        return _end_with_eos(tokens[:end], answer[:end], end, eos)
-    return tokens[:end], answer[:end]
+    if kinds[end - 1] == ANSWER and kinds[end] != ANSWER and end < most:
+        return _end_with_eos(tokens[:end], kinds[:end], end, eos)
+    return tokens[:end], kinds[:end]
 
 
-def _end_with_eos(tokens: np.ndarray, answer: np.ndarray, end: int, eos: Any) -> tuple[np.ndarray, np.ndarray]:
+def _end_with_eos(tokens: np.ndarray, kinds: np.ndarray, end: int, eos: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return the sequence up to `end`, closed by a learned EOS; one that is closed there already stays as it is."""
     if end and tokens[end - 1] == eos:
-        return tokens, answer
-    return np.append(tokens[:end], np.int32(eos)), np.append(answer[:end], True)
+        return tokens, kinds
+    return np.append(tokens[:end], np.int32(eos)), np.append(kinds[:end], ANSWER)

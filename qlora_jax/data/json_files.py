@@ -49,11 +49,11 @@ def _row_of_line(line: bytes, place: str) -> RowOrDamage:
     except UnicodeDecodeError as error:
         return DamagedRow(not_utf8(place, error))
     except json.JSONDecodeError as error:
-        return DamagedRow(
-            f"{place}, column {error.colno}: expected one JSON object a line, found {shortened(text)!r} ({error.msg})"
-        )
+        place = f"{place}, column {error.colno}"
+        return DamagedRow(f"{place}: expected one JSON object a line, found {shortened(text.strip())!r} ({error.msg})")
     except ValueError as error:
-        return DamagedRow(f"{place}: expected one JSON object a line, found {shortened(text)!r} ({error})")
+        found = shortened(text.strip())
+        return DamagedRow(f"{place}: expected one JSON object a line, found {found!r} ({error})")
 
 
 def _rows_of_document(lines: list[tuple[int, bytes]], source: Input) -> Iterator[RowOrDamage]:

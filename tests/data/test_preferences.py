@@ -59,6 +59,43 @@ def test_texts_without_a_prompt_are_learned_whole(inst: PreTrainedTokenizerFast)
     assert learned(pair.chosen, inst) == "Yes</s>"
 
 
+@pytest.mark.parametrize("template", ["auto", "plain"])
+def test_texts_are_joined_as_they_are(chatml: PreTrainedTokenizerFast, template: Any) -> None:
+    """As the trainers of others do: a prompt of text may have its template already."""
+    prompt, answers = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n", ("Yes<|im_end|>\n", "No")
+    row = dict(zip(("prompt", "chosen", "rejected"), (prompt, *answers), strict=True))
+    (pair,), report = encode_preferences([row], chatml, max_length=100, template=template)
+    assert report.templates == {"plain": 1}
+    assert chatml.decode(pair.prompt) == prompt
+    for example, answer in ((pair.chosen, answers[0]), (pair.rejected, answers[1] + "<|im_end|>")):
+        assert chatml.decode(example.tokens) == prompt + answer
+        assert learned(example, chatml) == answer
+    # With the template chat, the prompt is a question.
+    (pair,), _ = encode_preferences([row | {"prompt": "Q"}], chatml, max_length=100, template="chat")
+    assert chatml.decode(pair.prompt) == prompt
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"prompt": "Q", "system": "S"},
+        {"question": "Q", "system": "S"},
+        {"instruction": "Q", "system_prompt": "S"},
+        {"prompt": [USER], "system": "S"},
+        {"prompt": [{"role": "system", "content": "S"}, USER]},
+        {"prompt": "Q", "history": [{"role": "system", "content": "S"}]},
+    ],
+)
+def test_columns_beside_a_pair(chatml: PreTrainedTokenizerFast, more: dict[str, Any]) -> None:
+    (pair,), report = encode_preferences([{"chosen": "Yes", "rejected": "No!"} | more], chatml, max_length=100)
+    assert chatml.decode(pair.prompt).startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>")
+    assert report.odd.unused == {}
+    row = {"question": "Q", "context": "C", "chosen": [GOOD], "rejected": BAD, "score": 1, "instruction": "Q"}
+    (pair,), report = encode_preferences([row], chatml, max_length=100)
+    assert "user\nC\n\nQ<|im_end|>" in str(chatml.decode(pair.prompt))
+    assert report.odd.unused == {"score": 1, "instruction": 1}
+
+
 TEXT = st.text(st.sampled_from("ab .\nü🙂"), min_size=1, max_size=12).filter(lambda text: text.strip())
 
 
