@@ -147,6 +147,8 @@ def _checked_message(value: object, place: str) -> Message:
             )
         else:
             content = _content(content, role, f"{place}, {content_key}")
+    if "tool_call_id" in parts:
+        parts["tool_call_id"] = checked_text(parts["tool_call_id"], f"{place}, tool_call_id")
     learned = _is_learned(parts, role, place)
     message = {"role": role, "content": content}
     if calls:
@@ -226,9 +228,11 @@ def _checked_calls(calls: object, place: str) -> list[Any]:
             arguments = from_json(arguments, f"{place}, arguments of {function['name']}") or {}
         if not isinstance(arguments, Mapping):
             raise DataError(f"{place}, arguments of {function['name']}: expected an object, found {described(arguments)}")
-        rest = {name: part for name, part in call.items() if name not in ("function", "name", "arguments", "parameters")}
+        used = ("function", "name", "arguments", "parameters")
+        rest = {name: part for name, part in call.items() if name not in used and part is not None}
+        for name in ("id", "type"):
+            if name in rest:
+                rest[name] = checked_text(rest[name], f"{place}, {name}")
         called = {"name": function["name"], "arguments": dict(arguments)}
-        checked.append(
-            {"type": "function"} | {name: part for name, part in rest.items() if part is not None} | {"function": called}
-        )
+        checked.append({"type": "function"} | rest | {"function": called})
     return checked

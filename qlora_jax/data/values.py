@@ -75,7 +75,7 @@ def checked_text(value: object, place: str) -> str:
             return "true" if value else "false"
         case WrittenFloat():
             return value.written
-        case int() | float() | decimal.Decimal():
+        case int() | float() | decimal.Decimal() if not is_missing(value):
             return str(value)
         case datetime.datetime() if value.time() == datetime.time() and value.tzinfo is None:
             # The JSON reader of `datasets`, which hub data sets come through, makes a time at midnight of a date.
