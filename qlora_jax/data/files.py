@@ -32,7 +32,8 @@ from qlora_jax.errors import DataError
 
 __all__ = ["EXTENSIONS", "DamagedRow", "Row", "RowOrDamage", "file_kind", "read_file"]
 
-_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+_FIRST_BYTES = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ", ".zst": b"\x28\xb5\x2f\xfd"}
+_COMPRESSIONS = tuple(_FIRST_BYTES)
 _PARQUET_ROWS = 1000  # rows that are converted at a time
 
 
@@ -69,8 +70,10 @@ def read_file(path: Path, *, skip: int = 0, notes: list[str] | None = None) -> I
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a file, decompressed by its extension, and name it in the errors of decompression."""
-    compression = path.suffix.lower()
+    """Open a file, decompressed if its first bytes say so, and name it in the errors of decompression."""
+    with path.open("rb") as file:
+        start = file.read(6)
+    compression = next((name for name, first in _FIRST_BYTES.items() if start.startswith(first)), "")
     try:
         if compression == ".zst":
             import pyarrow
@@ -83,10 +86,10 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         with file:
             yield file
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: expected a whole {compression} file, found: {error}") from error
+        raise DataError(f"{path}: expected a whole file, compressed as {compression}, found: {error}") from error
     except OSError as error:
-        if compression in _COMPRESSIONS and error.errno is None:  # from bz2 and from Arrow
-            raise DataError(f"{path}: expected a whole {compression} file, found: {error}") from error
+        if compression and error.errno is None:  # from bz2 and from Arrow
+            raise DataError(f"{path}: expected a whole file, compressed as {compression}, found: {error}") from error
         raise
 
 
@@ -117,8 +120,12 @@ def _rows_of_table(path: Path, reader: Any, before: int) -> Iterator[RowOrDamage
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            line = reader.line_num + before
-            raise DataError(f'{path}, line {line}: expected fields quoted with ", found: {error}') from error
+            place = f"line {reader.line_num + before}"
+            wrong = f'{place}: expected fields quoted with ", found: {error}'
+            if "end of data" in str(error) or not header:  # all lines from the quote on would be one field
+                raise DataError(f"{path}, {wrong}") from error
+            fields = []
+            yield DamagedRow(f"{path.name}, {wrong}")
         finally:
             csv.field_size_limit(limit)
         if fields is None:

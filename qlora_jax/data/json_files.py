@@ -6,7 +6,7 @@ from itertools import chain, islice
 from typing import Any
 
 from qlora_jax.data.file_input import DamagedRow, Input, Row, RowOrDamage, kind_of, not_utf8, shortened
-from qlora_jax.data.values import check_characters, loads
+from qlora_jax.data.values import DECODER, check_characters, loads
 from qlora_jax.errors import DataError
 
 __all__ = ["read_json"]
@@ -64,6 +64,11 @@ def _rows_of_document(lines: list[tuple[int, bytes]], source: Input) -> Iterator
         text = whole.decode()
         value = loads(text)
     except ValueError as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and opening == b"{":
+            objects = _objects_of(text)  # as jq prints them
+            if objects is not None:
+                yield from (_checked_row(row, f"{path.name}, object {index}", text) for index, row in enumerate(objects))
+                return
         full = [(number, line) for number, line in lines if line.strip()]
         if full[0][1].strip() not in _BRACKETS and (opening != b"[" or source.kind != ".json"):
             yield from (_row_of_line(line, f"{path.name}, line {number}") for number, line in full)
@@ -82,6 +87,18 @@ def _rows_of_document(lines: list[tuple[int, bytes]], source: Input) -> Iterator
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a JSON array of objects, found {kind_of(value)}")
     yield from (_checked_row(row, f"{path.name}, element {index}", text) for index, row in enumerate(value))
+
+
+def _objects_of(text: str) -> list[Any] | None:
+    """Return the objects that a text contains one after the other; None if it contains anything else."""
+    objects, position, starts = [], 0, json.decoder.WHITESPACE
+    while (position := starts.match(text, position).end()) < len(text):  # pyright: ignore[reportOptionalMemberAccess]
+        try:
+            value, position = DECODER.raw_decode(text, position)
+        except (ValueError, RecursionError):
+            return None
+        objects.append(value)
+    return objects
 
 
 def _rows_of_object(value: Row, source: Input) -> list[Any]:

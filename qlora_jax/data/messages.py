@@ -22,6 +22,7 @@ from qlora_jax.errors import DataError
 
 __all__ = [
     "CONTENT_KEYS",
+    "REASONING_KEYS",
     "ROLES",
     "ROLE_KEYS",
     "Message",
@@ -40,6 +41,8 @@ Message = dict[str, Any]
 
 ROLE_KEYS = ("role", "from", "speaker", "author")
 CONTENT_KEYS = ("content", "value", "text", "parts", "message")
+# Keys of the reasoning before an answer. Templates read one of the first two.
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 # Keys that say whether an answer is learned, of OpenAI and Mistral (weight), axolotl (train, training) and ms-swift (loss).
 LEARNED_KEYS = ("weight", "train", "training", "loss")
 # The names of each role, in lower case and with underscores. A function call is an assistant's message of JSON text.
@@ -120,7 +123,9 @@ def unread_keys(messages: Sequence[Message], tokenizer: Any, *, chat: bool) -> s
     keys = {name for message in messages for name, part in message.items() if part not in ("", [], {})}
     keys -= {"role", "content", "tool_calls", _NOT_LEARNED}
     source = json.dumps(tokenizer.chat_template) if keys and chat else ""  # several templates may have names
-    return {name for name in keys if re.search(rf"\b{re.escape(name)}\b", source) is None}
+    unread = {name for name in keys if re.search(rf"\b{re.escape(name)}\b", source) is None}
+    # A template gets the reasoning under all of its names.
+    return unread - set(REASONING_KEYS) if any(key in source for key in REASONING_KEYS) else unread
 
 
 def _checked_message(value: object, place: str) -> Message:
@@ -147,6 +152,8 @@ def _checked_message(value: object, place: str) -> Message:
             )
         else:
             content = _content(content, role, f"{place}, {content_key}")
+    if "tool_call_id" in parts:
+        parts["tool_call_id"] = checked_text(parts["tool_call_id"], f"{place}, tool_call_id")
     learned = _is_learned(parts, role, place)
     message = {"role": role, "content": content}
     if calls:
@@ -226,9 +233,11 @@ def _checked_calls(calls: object, place: str) -> list[Any]:
             arguments = from_json(arguments, f"{place}, arguments of {function['name']}") or {}
         if not isinstance(arguments, Mapping):
             raise DataError(f"{place}, arguments of {function['name']}: expected an object, found {described(arguments)}")
-        rest = {name: part for name, part in call.items() if name not in ("function", "name", "arguments", "parameters")}
+        used = ("function", "name", "arguments", "parameters")
+        rest = {name: part for name, part in call.items() if name not in used and part is not None}
+        for name in ("id", "type"):
+            if name in rest:
+                rest[name] = checked_text(rest[name], f"{place}, {name}")
         called = {"name": function["name"], "arguments": dict(arguments)}
-        checked.append(
-            {"type": "function"} | {name: part for name, part in rest.items() if part is not None} | {"function": called}
-        )
+        checked.append({"type": "function"} | rest | {"function": called})
     return checked

@@ -15,7 +15,17 @@ from typing import Any
 
 from qlora_jax.errors import DataError
 
-__all__ = ["WrittenFloat", "check_characters", "checked_text", "described", "from_json", "is_missing", "loads", "table_row"]
+__all__ = [
+    "DECODER",
+    "WrittenFloat",
+    "check_characters",
+    "checked_text",
+    "described",
+    "from_json",
+    "is_missing",
+    "loads",
+    "table_row",
+]
 
 # The longest Python literal that is read as a list of messages; the parser needs much memory for each character.
 _LONGEST_LITERAL = 1_000_000
@@ -32,6 +42,10 @@ class WrittenFloat(float):
         return number
 
 
+# Floating-point numbers are `WrittenFloat`, and NaN is None.
+DECODER = json.JSONDecoder(parse_float=WrittenFloat, parse_constant=lambda name: None if name == "NaN" else float(name))
+
+
 def loads(text: str) -> Any:
     """Return the value of a JSON text, with floating-point numbers as `WrittenFloat` and NaN as None.
 
@@ -39,7 +53,7 @@ def loads(text: str) -> Any:
         ValueError: the text is not JSON, or is nested too deeply.
     """
     try:
-        return json.loads(text, parse_float=WrittenFloat, parse_constant=lambda name: None if name == "NaN" else float(name))
+        return DECODER.decode(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -75,7 +89,7 @@ def checked_text(value: object, place: str) -> str:
             return "true" if value else "false"
         case WrittenFloat():
             return value.written
-        case int() | float() | decimal.Decimal():
+        case int() | float() | decimal.Decimal() if not is_missing(value):
             return str(value)
         case datetime.datetime() if value.time() == datetime.time() and value.tzinfo is None:
             # The JSON reader of `datasets`, which hub data sets come through, makes a time at midnight of a date.

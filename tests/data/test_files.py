@@ -122,7 +122,7 @@ def test_compressed_files(tmp_path: Path, compress: Any, kind: str) -> None:
     assert load_records(str(path)).to_list() == expected
     assert list(stream_records(str(path)).skip(1)) == expected[1:]
     write(path, packed[: len(packed) - 9])
-    with pytest.raises(DataError, match=rf"rows{kind}{extension}: expected a whole .* file, found"):
+    with pytest.raises(DataError, match=rf"rows{kind}{extension}: expected a whole (Parquet )?file"):
         load_records(str(path))
 
 
@@ -156,6 +156,27 @@ def test_an_array_in_a_file_of_lines(tmp_path: Path) -> None:
     rows = list(read_file(write(tmp_path / "a.jsonl", '{"question": "Q\n' + lines(*QA))))
     assert rows[1:] == QA
     assert isinstance(rows[0], DamagedRow)
+
+
+def test_files_are_read_by_what_they_hold(tmp_path: Path) -> None:
+    packed = gzip.compress(lines(*QA).encode())
+    assert load_records(str(write(tmp_path / "a.jsonl", packed))).to_list() == QA
+    assert load_records(str(write(tmp_path / "a.jsonl.gz", lines(*QA)))).to_list() == QA
+    # As jq prints objects.
+    for name in ("a.json", "a.jsonl"):
+        path = write(tmp_path / name, "\n".join(json.dumps(row, indent=2) for row in QA))
+        assert load_records(str(path)).to_list() == QA
+        with pytest.raises(DataError, match=r"line 5, column 1: expected a JSON object, found"):
+            load_records(str(write(tmp_path / name, path.read_text()[:-3])))
+
+
+def test_a_quote_that_is_out_of_place(tmp_path: Path) -> None:
+    rows = 'question,answer\nQ,A\nQ,"A" b\nR,"B"\n'
+    first, damaged, last = open_source(str(write(tmp_path / "a.csv", rows))).records
+    assert (first, last) == ({"question": "Q", "answer": "A"}, {"question": "R", "answer": "B"})
+    assert damaged.reason.startswith('a.csv, line 3: expected fields quoted with ", found: ')
+    with pytest.raises(DataError, match=r"a\.csv, line 5: expected fields quoted"):
+        open_source(str(write(tmp_path / "a.csv", rows + 'R,"B\n')))
 
 
 def test_tables_of_spreadsheets_and_pandas(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import CHATML
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.data import DataError, encode_all, encode_all_seq2seq, encode_preferences, open_source
@@ -30,6 +29,17 @@ CHAT = [
 MORE = {"system": "Be kind.", "history": [["Hi?", "Hello."]], "context": "Lima is dry.", "tools": "[]", "id": 7}
 ROWS: dict[str, dict[str, Any]] = {
     "messages": {"messages": CHAT, "tools": [], "id": "x"},
+    "messages, calls": {
+        "messages": [
+            CHAT[1],
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": {"sky": "clear"}},
+            {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": '{"city": "Rome"}'}},
+            {"role": "function", "name": "weather", "content": "rain"},
+            CHAT[4],
+        ],
+        "functions": [{"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}],
+    },
     "alpaca": {"instruction": "Add.", "input": "2, 3", "output": "5"} | MORE,
     "question/answer": {"question": "Add 2, 3.", "answer": "5"} | MORE,
     "input/output": {"input": "Add 2, 3.", "output": 5.5, "context": "Numbers."},
@@ -70,12 +80,14 @@ ROLES = [
 
 @pytest.fixture(scope="module")
 def tokenizer(make_chatml: Any) -> PreTrainedTokenizerFast:
-    return make_chatml(
-        CHATML.replace(
-            "{{ '<|im_start|>' + message['role']", "{% if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}"
-            "{{ '<|im_start|>' + message['role']"
-        )
-    )  # fmt: skip
+    """ChatML, which also writes tools and calls."""
+    written = (
+        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}{% for call in message['tool_calls'] or [] %}"
+    )
+    written += "{{ call.function | tojson }}{% endfor %}{{ '<|im_end|>\n' }}"
+    tools = "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
+    header = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    return make_chatml(tools + "{% for message in messages %}" + written + "{% endfor %}" + header)
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -148,6 +160,8 @@ def test_mutated_rows(form: str, tokenizer: PreTrainedTokenizerFast, tmp_path: P
         except DataError as error:
             starts = ("row 0 (counted from 0): ", "records: expected", "preference pairs: expected")
             assert str(error).startswith(starts), (index, error)  # noqa: PT017
+            continue
+        if "calls" in form:  # what is learned of calls is the template's writing of them
             continue
         pairs = [(pair.chosen, pair.rejected) for pair in examples] if encode is encode_preferences else [examples]
         for example in (one for pair in pairs for one in pair):
