@@ -1,9 +1,11 @@
 """Whether the text that a chat template wrote holds all of a conversation.
 
-Templates change white space, write texts as JSON strings, and move the reasoning in an answer. So texts are compared
-without white space, as they are and in JSON's escapes, and the parts of an answer around the tags of its reasoning one by
-one. A template also drops the reasoning of earlier answers, in prompts as well: only of an answer that is learned, all of
-it has to be there.
+Templates change white space and case, write texts as JSON strings, take switches out of messages (`/think`, `/no_think`),
+and move the reasoning in an answer. So texts are compared without white space, switches and case, as they are and in JSON's
+escapes, and the parts of an answer around the tags of its reasoning one by one.
+
+A template also drops the reasoning of earlier answers, in prompts as well. So only an answer that is learned has to be there
+with all of its parts.
 """
 
 import json
@@ -28,7 +30,7 @@ __all__ = [
 ]
 
 REASONING_TAGS = re.compile(r"</?(?:think|thinking|thought|reasoning|reason)>|\[/?THINK\]")
-_WHITE_SPACE = re.compile(r"\s+")
+_NOT_COMPARED = re.compile(r"\s+|/(?:no_?)?think\b")
 _TRY = "choose a chat template that writes it (chat_template: a file, or a name such as chatml)"
 
 
@@ -125,7 +127,7 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 
 def _squeezed(text: str) -> str:
-    return _WHITE_SPACE.sub("", text)
+    return _NOT_COMPARED.sub("", text).casefold()
 
 
 def _short(text: str) -> str:

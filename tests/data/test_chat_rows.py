@@ -206,6 +206,16 @@ def test_what_a_template_drops_is_named() -> None:
         learned(half, [*TALK[:2], user("A longer question?"), answer("Yes.")])
 
 
+def test_what_a_template_changes_is_not_dropped() -> None:
+    changes = CHATML.replace("message.content +", "message.content.replace('/no_think', '').title() | trim | tojson +")
+    talk = [system("be brief. /no_think"), user('a "fruit"?\n'), answer("Pear.")]
+    ((row,),) = learned(changes, talk, "<|im_end|>")
+    assert row == (
+        '<|im_start|>system\n"Be Brief."<|im_end|>\n<|im_start|>user\n"A \\"Fruit\\"?"<|im_end|>\n<|im_start|>assistant\n',
+        '"Pear."<|im_end|>',
+    )
+
+
 def test_tools_that_are_only_called_are_said() -> None:
     calls = CHATML.replace(
         "message.content +", "message.content + (message.tool_calls | tojson if message.tool_calls else '') +"
