@@ -6,8 +6,8 @@ reasoning, Phi-3 writes EOS after the last answer only) gives more rows. Every a
 
 An EOS token directly after an answer belongs to it, even if the template writes that only before a further turn.
 
-If the template has `{% generation %}` tags, of each answer only the ranges within tags are learned, with the end-of-turn
-token if the tags leave that out.
+If the template has `{% generation %}` tags, of each answer only the ranges within tags are learned: with the end-of-turn
+token if the tags leave that out, with a line end after it if they enclose it, and without the header of the answer.
 """
 
 import re
@@ -175,8 +175,9 @@ def _within_tags(row: ChatRow, messages: Sequence[Message], tokenizer: Any, tool
     closing = re.compile(rf"(?:\s|{'|'.join(special)})*\Z" if special else r"\s*\Z")
     spans: list[Span] = []
     for start, end in row.piece.answers:
+        stop = len(text) - len(text[end:].lstrip())  # a line end is learned if it is within tags
         for tag_start, tag_end in tags:
-            first, last = max(start, tag_start), min(end, tag_end)
+            first, last = max(start, tag_start), min(stop, tag_end)
             if first < last:
-                spans.append((first, end if closing.match(text[last:end]) else last))
+                spans.append((first, max(last, end) if closing.match(text[last:end]) else last))
     return replace(row, piece=replace(row.piece, answers=tuple(spans)))

@@ -168,6 +168,18 @@ def test_sources_are_learned_once_in_several_rows() -> None:
     assert [text for _, text in runs(third, tokenizer)] == ["A fish?<|end|>\n<|assistant|>\nCod.<|end|>\n</s>"]
 
 
+def test_tags_of_whole_messages_are_learned_without_the_header() -> None:
+    tagged = (
+        LOOP + "{% if message.role == 'assistant' %}{% generation %}{{ '<|im_start|>assistant\n' + message.content }}"
+        "{{ '<|im_end|>\n' }}{% endgeneration %}{% else %}{{ '<|im_start|>user\n' + message.content + '<|im_end|>\n' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    tokenizer = letters_for(tagged, "<|im_end|>")
+    (example,), _ = encoded(tokenizer, TALK[:4])
+    assert [text for _, text in runs(example, tokenizer)] == ["Pear.<|im_end|>\n", "Oak.<|im_end|>\n"]
+    assert (example.tokens == tokenizer.eos_token_id).sum() == 4
+
+
 def test_a_first_message_of_the_assistant_is_context() -> None:
     tokenizer = letters_for(CHATML, "<|im_end|>")
     (example,), report = encoded(tokenizer, [answer("Hello."), *TALK[:2]])
