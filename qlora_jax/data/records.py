@@ -208,7 +208,7 @@ def _files_of_split(splits: dict[str, list[Path]], split: str, place: str) -> li
 
 def rows_of_table(table: "Dataset") -> Rows:
     """Return the rows of a table of `datasets`."""
-    rows: Iterable[Any] = table  # it is iterable, but its type does not declare it
+    rows: Any = table  # it is iterable, but its type does not declare it
     return Rows(lambda: map(table_row, rows), len(table), tuple(table.column_names))
 
 
