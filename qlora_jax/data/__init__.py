@@ -28,7 +28,7 @@ from pathlib import Path
 
 from qlora_jax.data.batch import Batch, BatchIterator, batches, bucket_length, pack, padding_share
 from qlora_jax.data.chat import chat_prompt
-from qlora_jax.data.chat_templates import CHAT_TEMPLATES, read_chat_template
+from qlora_jax.data.chat_templates import CHAT_TEMPLATES, read_chat_template, unknown_markers
 from qlora_jax.data.columns import ColumnNames
 from qlora_jax.data.corpus import NothingToLearn, OnLong, Report, encode_all, train_eval_split
 from qlora_jax.data.format import Example, Limits, encode, encode_prompt
@@ -118,4 +118,5 @@ __all__ = [
     "stream_records",
     "stream_source",
     "train_eval_split",
+    "unknown_markers",
 ]

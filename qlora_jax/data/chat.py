@@ -12,17 +12,23 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qlora_jax.data.chat_checks import Dropped, check_prompt
 from qlora_jax.data.chat_forms import Form, forms_of
-from qlora_jax.data.messages import Message, for_template
+from qlora_jax.data.messages import REASONING_KEYS, Message, for_template
 from qlora_jax.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["WAY_OUT", "chat_prompt", "chat_text", "check_has_template", "first_form", "reason_of", "with_reasoning"]
+__all__ = [
+    "WAY_OUT",
+    "chat_prompt",
+    "chat_text",
+    "check_has_template",
+    "first_form",
+    "reason_of",
+    "with_reasoning",
+]
 
 WAY_OUT = "choose another chat template (chat_template: a file, or a name such as chatml), or the template guanaco"
-# The keys under which data sets write the reasoning before an answer. Templates read the first one or the second one.
-REASONING = ("reasoning_content", "thinking", "reasoning")
 T = TypeVar("T")
 
 
@@ -72,10 +78,10 @@ def chat_prompt(
         check_prompt(form.messages, tools, text)
         return text, form.notes
 
-    return first_form(messages, render)
+    return first_form(messages, tokenizer, render)
 
 
-def first_form(messages: Sequence[Message], render: Callable[[Form], T]) -> T:
+def first_form(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", render: Callable[[Form], T]) -> T:
     """Return what `render` returns for the first form of a conversation that it can render.
 
     Raises:
@@ -84,7 +90,8 @@ def first_form(messages: Sequence[Message], render: Callable[[Form], T]) -> T:
     """
     first: DataError | None = None
     dropped: Dropped | None = None
-    for form in forms_of(messages):
+    # A template that reads parts asks for their type.
+    for form in forms_of(messages, parts="type" in str(tokenizer.chat_template)):
         try:
             return render(form)
         except Dropped as error:
@@ -97,7 +104,7 @@ def first_form(messages: Sequence[Message], render: Callable[[Form], T]) -> T:
 def with_reasoning(message: Message) -> Message:
     """Return a message as templates read it: its reasoning, if it has any, is under each of the keys that they know."""
     message = for_template(message)
-    found = next((value for key in REASONING if isinstance(value := message.get(key), str)), None)
+    found = next((value for key in REASONING_KEYS if isinstance(value := message.get(key), str)), None)
     return message if found is None else message | {"reasoning_content": found, "thinking": message.get("thinking", found)}
 
 

@@ -125,15 +125,19 @@ def _search(
         return _after_prompt(prompt, text[len(prompt) :], len(messages))
     content = _common(text, probed)  # where the message's own text starts
     # The header may hold the text of a short message once more, so it is looked for before the header first.
-    last = _place_of(before[-1], prompt[: _common(bare, prompt)]) or _place_of(before[-1], prompt)
-    header = prompt.removeprefix(bare) if bare and prompt.startswith(bare) else ""
-    if last is not None:
-        for ending in (prompt[last[0] :], header):
-            place = text.rfind(ending, 0, content) if ending.strip() else -1
-            if place >= 0 and (ending != header or _is_after(before[-1], text, place)):
-                return _after_prompt(prompt, text[place + len(ending) :], None, bare)
+    header = _common(bare, prompt)
+    last = _place_of(before[-1], prompt[:header]) or _place_of(before[-1], prompt) or (header, header)
+    ending = prompt[last[0] :]
+    place = text.rfind(ending, 0, content)
+    if ending.strip() and text.count(ending, 0, content) < prompt.count(ending):
+        place = -1  # it is that of an earlier turn with the same question
+    if place < 0 and _common(bare, text) >= last[1] and prompt[header:].strip():
+        ending = prompt[header:]
+        place = text.find(ending, last[1], content)
+    if place >= 0 and ending.strip():
+        return _after_prompt(prompt, text[place + len(ending) :], None, bare)
     start = _start_of_marker(text, min(content, _common(prompt, text)), tokenizer)
-    if last is None or start < last[1]:
+    if start < last[1]:
         number = len(messages) - 1
         raise DataError(
             f"the chat template does not write its own generation prompt before message {number} (assistant), "
@@ -150,12 +154,6 @@ def _place_of(message: Message, text: str) -> Span | None:
         if start >= 0:
             return start, start + len(form)
     return None
-
-
-def _is_after(message: Message, text: str, place: int) -> bool:
-    """Return whether a place in a text is after a message, and no other text is between them."""
-    found = _place_of(message, text[:place])
-    return found is not None and len(_MARKER.sub("", text[found[1] : place]).strip()) < 20
 
 
 def _drops_reasoning(message: Message, text: str) -> bool:

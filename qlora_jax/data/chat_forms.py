@@ -41,10 +41,16 @@ class Form:
     notes: tuple[str, ...] = ()
 
 
-def forms_of(messages: Messages) -> Iterator[Form]:
-    """Yield the conversation as it is, then in every form that differs from it in one or two of the details."""
+def forms_of(messages: Messages, *, parts: bool = True) -> Iterator[Form]:
+    """Yield the conversation as it is, then in every form that differs from it in one or two of the details.
+
+    Args:
+        messages: the conversation.
+        parts: whether content as a list of parts is among the forms.
+    """
+    known = [change for change in _CHANGES if parts or change is not _content_in_parts]
     for count in range(3):
-        for changes in itertools.combinations(_CHANGES, count):
+        for changes in itertools.combinations(known, count):
             form: Form | None = Form(tuple(messages))
             for change in changes:
                 form = None if form is None else change(form)

@@ -11,6 +11,7 @@ that a model always sees it, and sees it once. A file holds a Jinja program, or 
 """
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,11 @@ from qlora_jax.errors import OptionError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CHAT_TEMPLATES", "read_chat_template"]
+__all__ = ["CHAT_TEMPLATES", "read_chat_template", "unknown_markers"]
 
 _FOLDER = Path(__file__).with_name("chat_templates")
 CHAT_TEMPLATES = tuple(sorted(path.stem for path in _FOLDER.glob("*.jinja")))
+_MARKER = re.compile(r"<\|[^<>|\s]+\|>|<(?:start|end)_of_turn>")
 _QUESTION = {"role": "user", "content": "Hi"}
 
 
@@ -57,6 +59,12 @@ def read_chat_template(name: str | Path, tokenizer: "PreTrainedTokenizerBase") -
     source = _from_json(path, text) if text.lstrip().startswith('{"') or path.suffix.lower() == ".json" else text
     _check_source(path, source)
     return source
+
+
+def unknown_markers(source: str, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Return the markers that a chat template writes and that are no tokens of a tokenizer, in order of appearance."""
+    known = tokenizer.get_vocab()
+    return [marker for marker in dict.fromkeys(_MARKER.findall(source)) if marker not in known]
 
 
 def _from_json(path: Path, text: str) -> str:

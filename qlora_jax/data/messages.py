@@ -22,6 +22,7 @@ from qlora_jax.errors import DataError
 
 __all__ = [
     "CONTENT_KEYS",
+    "REASONING_KEYS",
     "ROLES",
     "ROLE_KEYS",
     "Message",
@@ -40,6 +41,8 @@ Message = dict[str, Any]
 
 ROLE_KEYS = ("role", "from", "speaker", "author")
 CONTENT_KEYS = ("content", "value", "text", "parts", "message")
+# Keys of the reasoning before an answer. Templates read one of the first two.
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 # Keys that say whether an answer is learned, of OpenAI and Mistral (weight), axolotl (train, training) and ms-swift (loss).
 LEARNED_KEYS = ("weight", "train", "training", "loss")
 # The names of each role, in lower case and with underscores. A function call is an assistant's message of JSON text.
@@ -120,7 +123,9 @@ def unread_keys(messages: Sequence[Message], tokenizer: Any, *, chat: bool) -> s
     keys = {name for message in messages for name, part in message.items() if part not in ("", [], {})}
     keys -= {"role", "content", "tool_calls", _NOT_LEARNED}
     source = json.dumps(tokenizer.chat_template) if keys and chat else ""  # several templates may have names
-    return {name for name in keys if re.search(rf"\b{re.escape(name)}\b", source) is None}
+    unread = {name for name in keys if re.search(rf"\b{re.escape(name)}\b", source) is None}
+    # A template gets the reasoning under all of its names.
+    return unread - set(REASONING_KEYS) if any(key in source for key in REASONING_KEYS) else unread
 
 
 def _checked_message(value: object, place: str) -> Message:

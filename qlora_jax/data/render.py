@@ -101,7 +101,7 @@ def _render_chat(index: int, record: Record, tokenizer: "PreTrainedTokenizerBase
         )
 
     try:
-        return first_form(record.messages, rows_of)
+        return first_form(record.messages, tokenizer, rows_of)
     except DataError as error:
         raise CannotRender(index, str(error)) from error
 

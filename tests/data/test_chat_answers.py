@@ -4,12 +4,13 @@ The 26 templates of the fast tests take about 4 seconds, most of it for compilin
 """
 
 import json
+import random
 import re
 from typing import Any
 
 import numpy as np
 import pytest
-from peer_templates import CALL, CONVERSATIONS, TOOL, letters_for, trl_templates, user
+from peer_templates import CALL, CONVERSATIONS, RESULT, TOOL, answer, letters_for, system, trl_templates, user
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.data import DataError, Example, Report, encode_all
@@ -143,3 +144,59 @@ def test_answers_are_what_follows_the_prompts_of_inference(name: str, source: st
             check_ids(examples, peer, tokenizer)
         check_against_tags(examples, peer, tokenizer)
         assert (report.kept, report.examples) == (1, len(examples))
+
+
+WORDS = (
+    "Pear.",
+    "n",
+    "think",
+    "assistant",
+    "  spaced  ",
+    "<b>bold</b>",
+    '{"a": 1}',
+    "ü 🙂",
+    "- a\n- b\n",
+    "\n",
+    "",
+    "Oak\n\nTree",
+)
+
+
+def random_conversation(draw: random.Random) -> list[dict[str, Any]]:
+    """Return turns of odd texts, twice the same among them, with calls, reasoning and answers that are not learned."""
+    messages = [system(draw.choice(WORDS))] if draw.random() < 0.3 else []
+    for number in range(draw.randint(1, 4)):
+        messages.append(user(f"question {number}" if draw.random() < 0.4 else draw.choice(WORDS)))
+        if draw.random() < 0.1:
+            messages += [answer(draw.choice(WORDS), tool_calls=[CALL]), RESULT | {"content": draw.choice(WORDS)}]
+        more: dict[str, Any] = {"weight": 0} if draw.random() < 0.1 else {}
+        thought = f"thought {number}" if draw.random() < 0.3 else ""
+        text = draw.choice(WORDS)
+        if thought and draw.random() < 0.5:
+            messages.append(answer(text, reasoning_content=thought, **more))
+        else:
+            messages.append(answer(f"<think>\n{thought}\n</think>\n\n{text}" if thought else text, **more))
+    return messages
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("name", "source"), trl_templates())
+def test_random_conversations_are_learned_rightly_or_refused(name: str, source: str) -> None:
+    tokenizer, draw, done = letters_for(source), random.Random(7), 0
+    for _ in range(30):
+        messages = random_conversation(draw)
+        tools = [TOOL] if any("tool_calls" in message for message in messages) else None
+        try:
+            examples, _ = encoded(tokenizer, messages, tools=tools)
+        except DataError:
+            continue
+        found = [run for example in examples for run in runs(example, tokenizer)]
+        assert not any("question" in learned for _, learned in found)
+        if "endgeneration" not in source:
+            learned = [message for message in messages if message["role"] == "assistant" and message.get("weight", 1)]
+            assert len(found) <= len(learned)  # an answer of white space may be no text at all
+            for message in learned:
+                parts = [*re.split("</?think>", message["content"]), message.get("reasoning_content", "")]
+                assert any(all("".join(part.split()) in "".join(text.split()) for part in parts) for _, text in found)
+        done += 1
+    assert done

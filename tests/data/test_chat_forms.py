@@ -82,3 +82,4 @@ def test_the_conversation_itself_is_the_first_form() -> None:
     assert len(forms) == 1 + 4 + 6
     assert messages[0] == system("Be brief.")  # nothing is changed in place
     assert len(list(forms_of(TALK[1:]))) == 2
+    assert len(list(forms_of(TALK[1:], parts=False))) == 1

@@ -9,7 +9,7 @@ from peer_templates import CONVERSATIONS, TOOL, letters_for, trl_templates, user
 from test_chat_answers import Peer, check_against_inference, encoded
 from tokenizers import processors
 
-from qlora_jax.data import CHAT_TEMPLATES, encode_prompt, read_chat_template
+from qlora_jax.data import CHAT_TEMPLATES, encode_prompt, read_chat_template, unknown_markers
 from qlora_jax.errors import OptionError
 
 PEERS = {str(case.values[0]): str(case.values[1]) for case in trl_templates()}
@@ -103,6 +103,16 @@ def test_files_that_are_no_template(tmp_path: Path, text: bytes, message: str) -
     with pytest.raises(OptionError, match=rf"chat_template: {tmp_path}/mine.*{message}") as error:
         read_chat_template(tmp_path / "mine", letters_for(""))
     assert "\n" not in str(error.value)
+
+
+def test_markers_that_are_no_tokens() -> None:
+    tokenizer = letters_for("<|im_start|>")
+    assert unknown_markers(
+        "{{ '<|im_start|>' + '<think>' + '<|im_end|>' + '<end_of_turn>' + '<|im_end|>' }}", tokenizer
+    ) == [
+        "<|im_end|>",
+        "<end_of_turn>",
+    ]
 
 
 def test_an_unknown_name() -> None:
