@@ -91,8 +91,11 @@ def _rows_of_document(lines: list[tuple[int, bytes]], source: Input) -> Iterator
 
 def _objects_of(text: str) -> list[Any] | None:
     """Return the objects that a text contains one after the other; None if it contains anything else."""
-    objects, position, starts = [], 0, json.decoder.WHITESPACE
-    while (position := starts.match(text, position).end()) < len(text):  # pyright: ignore[reportOptionalMemberAccess]
+    objects, position, length = [], 0, len(text.rstrip())
+    while position < length:
+        if text[position].isspace():
+            position += 1
+            continue
         try:
             value, position = DECODER.raw_decode(text, position)
         except (ValueError, RecursionError):

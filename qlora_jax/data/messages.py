@@ -155,7 +155,7 @@ def _checked_message(value: object, place: str) -> Message:
     if "tool_call_id" in parts:
         parts["tool_call_id"] = checked_text(parts["tool_call_id"], f"{place}, tool_call_id")
     learned = _is_learned(parts, role, place)
-    message = {"role": role, "content": content}
+    message: Message = {"role": role, "content": content}
     if calls:
         message["tool_calls"] = _checked_calls(calls, f"{place}, {calls_key}")
     return message | parts if learned else not_learned(message | parts)

@@ -16,7 +16,8 @@ from qlora_jax.errors import DataError, list_names
 __all__ = ["Odd", "OnBadRow", "RowAccount", "RowTally"]
 
 OnBadRow = Literal["error", "skip"]
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 _MOST_REASONS = 5  # how many reasons a message spells out
 _LONGEST = 300  # characters of a reason
 

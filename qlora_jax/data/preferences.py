@@ -262,13 +262,13 @@ def _render_one(
         return Rendered((*before, Piece(text, ((0, len(text)),))), "plain", True)
     if template == "auto":
         template = "guanaco" if tokenizer.chat_template is None else "chat"
-    parts = rendered_rows(_record(pair, answers), tokenizer, template)
-    if len(parts) > 1:
+    first, *others = rendered_rows(_record(pair, answers), tokenizer, template)
+    if others:
         raise DataError(
             "the chat template rewrites earlier turns, so that several answers of a column are no single text: expected one "
-            f"answer in each column, found {len(parts)}"
+            f"answer in each column, found {1 + len(others)}"
         )
-    return parts[0]
+    return first
 
 
 def _record(pair: _Pair, answers: Sequence[Message]) -> Record:

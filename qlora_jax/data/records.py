@@ -134,7 +134,7 @@ def stream_records(source: str, split: str | None = None) -> RowStream:
 
 def load_hub_records(hub: str, split: str, options: dict[str, str]) -> "Dataset":
     """Return the table of a hub data set; `options` are more arguments for `datasets.load_dataset`."""
-    table = _load(hub, split, f"hub data set {hub}", **options)
+    table = _load(hub, split, f"hub data set {hub}", saved=False, **options)
     if len(table) == 0:
         raise DataError(f"{hub}: expected at least one row in split {split!r}, found none")
     return table
@@ -208,7 +208,8 @@ def _files_of_split(splits: dict[str, list[Path]], split: str, place: str) -> li
 
 def rows_of_table(table: "Dataset") -> Rows:
     """Return the rows of a table of `datasets`."""
-    return Rows(lambda: (table_row(row) for row in table), len(table), tuple(table.column_names))
+    rows: Any = table  # it is iterable, but its type does not declare it
+    return Rows(lambda: map(table_row, rows), len(table), tuple(table.column_names))
 
 
 def _load_table(source: str, path: Path, split: str) -> "Dataset":
@@ -227,7 +228,7 @@ def _looks_like_a_path(source: str) -> bool:
     return file_kind(Path(source)) is not None or source.startswith((os.sep, ".", "~")) or HUB_NAME.fullmatch(source) is None
 
 
-def _load(reader: str, split: str, place: str, *, saved: bool = False, **options: Any) -> Any:
+def _load(reader: str, split: str, place: str, saved: bool = False, **options: Any) -> Any:
     """Return a Dataset, or with `streaming=True` an IterableDataset; `saved`: `save_to_disk` wrote it."""
     import datasets
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
