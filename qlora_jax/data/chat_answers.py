@@ -36,7 +36,7 @@ __all__ = ["Answer", "find_answers"]
 
 _PROBE = "\ue000 an answer that no conversation contains"
 _OPENED = re.compile(r"<(think|thinking|thought|reasoning|reason)>\s*\Z")
-_MARKER = re.compile(r"<[^<>\s]{1,60}>|\[[A-Z_/]{1,60}\]")
+_MARKER = re.compile(r"<[^<>\s]{1,60}>|〈[^〈〉\s]{1,60}〉|\[[A-Z_/]{1,60}\]")
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _search(
         place = text.find(ending, last[1], content)
     if place >= 0 and ending.strip():
         return _after_prompt(prompt, text[place + len(ending) :], None, bare)
-    start = _start_of_marker(text, min(content, _common(prompt, text)), tokenizer)
+    start = _start_of_marker(text, min(content, _common(prompt, text)))
     if start < last[1]:
         number = len(messages) - 1
         raise DataError(
@@ -182,18 +182,20 @@ def _with_reasoning(message: Message, prompt: str, probed: str) -> str | None:
     return probed[len(prompt) : place] + content + ending
 
 
-def _start_of_marker(text: str, position: int, tokenizer: Any) -> int:
-    """Return the position, or the start of the marker or the added token that it is within."""
-    markers = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    pattern = re.compile("|".join([_MARKER.pattern, *map(re.escape, sorted(markers, key=len, reverse=True))]))
-    starts = [found.start() for found in pattern.finditer(text) if found.start() < position < found.end()]
-    return min(starts, default=position)
+def _start_of_marker(text: str, position: int) -> int:
+    """Return the position, or the start of the marker that it is within."""
+    near = max(0, position - 64)
+    found = (match for match in _MARKER.finditer(text, near, position + 64) if match.start() < position < match.end())
+    return next((match.start() for match in found), position)
 
 
 def _common(one: str, other: str) -> int:
     """Return how many characters two texts have in common at their start."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((index for index, (left, right) in pairs if left != right), min(len(one), len(other)))
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
 
 
 def _around(text: str, position: int) -> str:

@@ -171,13 +171,24 @@ def _within_tags(row: ChatRow, messages: Sequence[Message], tokenizer: Any, tool
         raise DataError(f"the chat template refuses this conversation: {reason_of(error)}; {WAY_OUT}") from error
     if text != row.piece.text:  # the template has tags in a branch that was not taken, or writes the time
         return row
-    special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    closing = re.compile(rf"(?:\s|{'|'.join(special)})*\Z" if special else r"\s*\Z")
     spans: list[Span] = []
     for start, end in row.piece.answers:
         stop = len(text) - len(text[end:].lstrip())  # a line end is learned if it is within tags
         for tag_start, tag_end in tags:
             first, last = max(start, tag_start), min(stop, tag_end)
             if first < last:
-                spans.append((first, max(last, end) if closing.match(text[last:end]) else last))
+                spans.append((first, max(last, end) if _is_closing(text[last:end], tokenizer) else last))
     return replace(row, piece=replace(row.piece, answers=tuple(spans)))
+
+
+def _is_closing(text: str, tokenizer: Any) -> bool:
+    """Return whether a text has nothing but special tokens and white space."""
+    if not text.strip():
+        return True
+    special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    while text := text.lstrip():
+        found = max((token for token in special if text.startswith(token)), key=len, default="")
+        if not found:
+            return False
+        text = text[len(found) :]
+    return True
