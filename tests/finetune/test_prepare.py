@@ -233,8 +233,14 @@ def test_pairs_need_data(dpo_options: Options) -> None:
         prepare(but(dpo_options, "data", data=None), progress=False)
 
 
-def test_the_chat_template_of_the_options_writes_the_data(options: Options) -> None:
-    prepared = prepare(but(options, "data", chat_template="zephyr"), progress=False)
+def test_the_chat_template_of_the_options_writes_the_data(
+    options: Options, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"instruction": f"{n}?", "output": "yes"} for n in range(4)]
+    alpaca = but(options, "data", data=write_rows(tmp_path, rows), chat_template="chatml", held_out=0, max_length=256)
+    prepare(but(alpaca, "run", output=tmp_path / "alpaca", memory_check=False), progress=False)
+    assert any("most rows, which have the form alpaca; --template chat uses it" in message for message in caplog.messages)
+    prepared = prepare(but(but(options, "data", chat_template="zephyr"), "run", memory_check=False), progress=False)
     tokenizer = prepared.pretrained.tokenizer
     assert prepared.adapter_metadata.template == "chat"
     text = str(tokenizer.decode(next(prepared.batches)["inputs"][0].tolist()))
