@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from qlora_jax.data.batch import Batch, batches
+from qlora_jax.data.columns import nearest_schema
 from qlora_jax.data.corpus import plain_rows, rendered_rows, unused_names
 from qlora_jax.data.format import Example, Limits, encode_rendered
 from qlora_jax.data.messages import Message, checked_messages, not_learned
@@ -154,7 +155,10 @@ def encode_preferences(
 def _parse(row: Any, template: Template) -> _Pair:
     present = present_columns(row)
     if not present.keys() >= set(PREFERENCE_COLUMNS):
-        raise DataError(f"expected the columns chosen and rejected, found {sorted(map(str, present))}")
+        near = nearest_schema(present, {"preference pairs": PREFERENCE_COLUMNS})
+        raise DataError(
+            f"expected the columns chosen and rejected, found {sorted(map(str, present))}{f'; {near}' if near else ''}"
+        )
     column = next((name for name in _PROMPTS if name in present), None)
     unused = tuple(name for name, value in present.items() if name not in _USED and value not in ("", [], {}))
     unused += tuple(name for name in _PROMPTS if name in present and name != column)
