@@ -1,6 +1,7 @@
 """Preference pairs (pairs.py) → a common prompt, a chosen and a rejected sequence, and batches of both.
 
-The answers after the prompt are learned, each with its end-of-turn token. A pair whose answers do not differ within `max_length` tokens is left out and counted.
+The answers after the prompt are learned, each with its end-of-turn token. A pair whose answers do not differ within
+`max_length` tokens is left out and counted.
 
 The prompt consists of the tokens at the start of both sequences that are equal and not learned. Chats are tokenized in one
 piece, as in training on answers. If the first characters of an answer and the last ones of the prompt form one token, the
