@@ -154,7 +154,7 @@ def test_a_line_that_is_no_json_is_left_out(
     source = objective_of(options, tiny_llama).training(2)
     while not any("at the end of the rows" in message for message in caplog.messages):
         next(source)
-    place = "rows.jsonl, line 2, column 1: expected one JSON object a line"
+    place = "rows.jsonl, line 2, column 14: expected one JSON object a line"
     assert sum(place in message for message in caplog.messages) == (1 if held_out_rows else 2)
     assert "line 123: expected a JSON object, found list ['a']" in caplog.messages[-1]
     assert "not used: more" in caplog.messages[-1]
