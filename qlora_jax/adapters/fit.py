@@ -1,6 +1,5 @@
 """Checks that a checkpoint, an adapter and a model belong together. Only names and shapes are compared."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,11 +7,12 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from qlora_jax.adapters.files import Adapter
+from qlora_jax.adapters.files import EMBEDDING_NAMES, Adapter
 from qlora_jax.adapters.names import rows_name
-from qlora_jax.adapters.places import adapter_modules, places_of, variable_at
+from qlora_jax.adapters.places import adapted_layers, places_of, variable_at
 from qlora_jax.adapters.virtual_tokens import prompt_problems
 from qlora_jax.checkpoint.checkpoint import Checkpoint
+from qlora_jax.checkpoint.json_files import read_json_object
 from qlora_jax.checkpoint.load import check_tensors, with_tied
 from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.models import FAMILIES, Model, families_with, tied_head
@@ -42,10 +42,10 @@ def check_family(adapter: Adapter, family: str) -> None:
         family: the model_type of the model that the adapter is to be used with.
     """
     base = _family_of_base(adapter)
-    named = families_with(adapter.modules)
+    named = families_with(name for name in adapter.modules if name.rpartition(".")[2] not in EMBEDDING_NAMES)
     if base is not None and base != family:
         found = f"one of a {base} model, {adapter.base}"
-    elif named and family in FAMILIES and family not in named:
+    elif adapter.modules and named and family in FAMILIES and family not in named:
         found = f"one whose modules are named as in {', '.join(named)} (e.g. {adapter.modules[0]}), base {adapter.base!r}"
     else:
         return
@@ -99,11 +99,11 @@ def check_scaling(adapter: Adapter, model: Model) -> None:
     The scaling is part of the model's graph, not of its state: with another one the model would compute something else.
     """
     method = adapter.method
-    for mapping, found in adapter_modules(model):
-        if not isinstance(method, LoRA) or not isinstance(found, LowRankAdapter):
+    for adapted in adapted_layers(model):
+        if not isinstance(method, LoRA) or not isinstance(adapted.adapter, LowRankAdapter):
             continue
-        spec = found.spec
-        for module, rank, scaling in zip(mapping.modules(), spec.ranks, spec.scalings, strict=True):
+        spec = adapted.adapter.spec
+        for module, rank, scaling in zip(adapted.modules, spec.ranks, spec.scalings, strict=True):
             expected = method.scaling_of(module)
             if rank and not math.isclose(scaling, expected):
                 raise CheckpointError(
@@ -128,7 +128,7 @@ def _family_of_base(adapter: Adapter) -> str | None:
     if not adapter.base:
         return None
     try:
-        kind = json.loads((Path(adapter.base).expanduser() / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
+        kind = read_json_object(Path(adapter.base).expanduser() / "config.json").get("model_type")
+    except (OSError, ValueError, RuntimeError):  # no such file, or a damaged one, or no home folder
         return None
-    return kind if kind in FAMILIES else None
+    return kind if isinstance(kind, str) and kind in FAMILIES else None

@@ -187,6 +187,7 @@ class Pretrained:
             self.base.name,
             scaling=self.scaling,
             subtracted=subtracted,
+            text_prefix=self.checkpoint.text_prefix,
             template=None if self.adapter_metadata is None else self.adapter_metadata.template,
             resized_embeddings=ResizedEmbeddings(resized) if resized else None,
         )

@@ -31,7 +31,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         if isinstance(error, CheckpointError) and str(error).startswith(path.name):
             raise
-        raise CheckpointError(f"{path.name}: is malformed: expected a JSON object, found: {error}.") from error
+        raise CheckpointError(f"{path.name}: is malformed: expected a JSON object, found {error}.") from error
 
 
 def parse_json_object(text: bytes) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def parse_json_object(text: bytes) -> dict[str, Any]:
     except RecursionError:
         raise CheckpointError("JSON that is nested too deeply") from None
     except ValueError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(f"other text: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"a {type(value).__name__}")
     return value

@@ -82,7 +82,7 @@ def load_model(
     model, subtracted = load(
         checkpoint, spec, attention=attention, subtracted=subtracted, mesh=mesh, seed=seed, progress=progress
     )
-    model.origin = Origin(checkpoint.name, subtracted=subtracted)
+    model.origin = Origin(checkpoint.name, subtracted=subtracted, text_prefix=checkpoint.text_prefix)
     return model
 
 

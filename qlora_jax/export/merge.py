@@ -44,6 +44,7 @@ from qlora_jax.checkpoint.initialize import rewrite_for
 from qlora_jax.checkpoint.load import find, with_copy, with_tied
 from qlora_jax.checkpoint.tokenizer import save_tokenizer
 from qlora_jax.errors import CheckpointError, OptionError
+from qlora_jax.export.biases import with_biases
 from qlora_jax.export.generation import GENERATION, generation_config
 from qlora_jax.export.merge_tensor import TensorMerge, merged_tensors
 from qlora_jax.export.shards import Entry, bytes_of, split_into_shards, write_json, write_shard
@@ -180,6 +181,8 @@ def make_plan(checkpoint: Checkpoint, how: TensorMerge, dtype: MergedDtype, shar
         check_family(adapter, checkpoint.model_config.family)  # before names of another family are looked for
     abstract = ModelSpec(checkpoint.model_config, None, method=None if adapter is None else adapter.method).abstract()
     check_all(checkpoint, adapter, abstract)
+    checkpoint = with_biases(checkpoint, adapter)
+    mappings = checkpoint.model_config.parameter_mappings
     names = [name for mapping in mappings for name in mapping.names()]
     linear = frozenset(name for mapping in mappings if mapping.linear for name in mapping.names())
     head = tied_head(mappings) if abstract.trainable.unties else None
@@ -192,6 +195,7 @@ def make_plan(checkpoint: Checkpoint, how: TensorMerge, dtype: MergedDtype, shar
         how,
         linear=linear,
         packed=_packed_embeddings(checkpoint) if how.from_embedding_storage != "none" else frozenset(),
+        adapted={"embed_out": "lm_head"},
         retrained=retrained_parameters(adapter, abstract.trainable, mappings),
     )
     entries: dict[str, dict[str, Entry]] = {

@@ -50,7 +50,12 @@ def retrained_parameters(
     for mapping in trained.full:
         names = [str(tied_head(mappings))] if mapping.path == TIED_HEAD else by_path[mapping.path].names()
         for name, theirs in zip(names, mapping.names(), strict=True):
-            result[name] = Retrained(adapter.tensors[PREFIX + theirs])
+            if PREFIX + theirs in adapter.tensors:  # not the bias of a layer that was no target
+                result[name] = Retrained(adapter.tensors[PREFIX + theirs])
+    for mapping in trained.linear:
+        result |= {
+            name: Retrained(adapter.tensors[PREFIX + name]) for name in mapping.names() if PREFIX + name in adapter.tensors
+        }
     for mapping, rows in trained.rows:
         result[by_path[mapping.path].name] = Retrained(adapter.tensors[rows_name(mapping.modules()[0])], rows)
     return result

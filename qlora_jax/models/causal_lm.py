@@ -8,6 +8,7 @@ in their attention (window, position embedding), the program contains each kind 
 its kind.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -27,11 +28,10 @@ from qlora_jax.models.decoder import DecoderLayer, make_norm
 from qlora_jax.models.kv_cache import KVCache, empty_cache
 from qlora_jax.models.neftune import neftune_noise
 from qlora_jax.models.origin import Origin
-from qlora_jax.models.parameter_mapping import linear_modules
 from qlora_jax.models.prompts import with_prompt
 from qlora_jax.models.shape import method_for, positions_left
 from qlora_jax.models.stack import Remat, by_layer, rematerialise, stack
-from qlora_jax.models.trainable import EMBEDDING, HEAD, add_deltas, trainable_base
+from qlora_jax.models.trainable import EMBEDDING, HEAD, adapters_of, add_deltas, trainable_base
 from qlora_jax.nn import (
     AttentionImplementation,
     Delta,
@@ -60,7 +60,8 @@ class CausalLM(nnx.Module):
         origin: the checkpoint of the model, and what loading changed; None for a model with random weights.
         trained: the parameters of the base that train in addition to the adapters of linear layers.
         prompt: the virtual tokens, or their keys and values, that come before every row; None: no virtual tokens.
-        head_delta: the trainable difference of an output head that is otherwise tied to the embedding, or None.
+        head_delta, head_adapter: the trainable difference of an output head that is otherwise tied to the embedding, of all
+            its values or of low rank, or None.
         attention: kernel of the causal attention.
         remat: which residuals the backward pass of training saves, and which it recomputes: "full" saves only the inputs of
             the layers, "offload" saves them in host memory, "dots" saves the results of all products, "none" saves
@@ -97,7 +98,7 @@ class CausalLM(nnx.Module):
         """
         method = method_for(method, config)
         self.trainable = trainable = trainable_base(method, config.parameter_mappings, vocabulary=config.vocab_size)
-        adapters = {} if method is None else method.targets(linear_modules(config.parameter_mappings))
+        adapters = adapters_of(method, config.parameter_mappings)
 
         def make_layer(layer_rngs: nnx.Rngs, layer: Array) -> DecoderLayer:
             def linear(name: str, inputs: int, outputs: int, *, use_bias: bool) -> Linear:
@@ -116,8 +117,9 @@ class CausalLM(nnx.Module):
 
         self.layers = stack(make_layer, config.num_hidden_layers, rngs)
         rows = trainable.rows_of(EMBEDDING)
+        sizes = (config.vocab_size, config.hidden_size)
         self.embed_tokens = Embedding(
-            config.vocab_size, config.hidden_size, rows=rows, storage=embedding_storage, dtype=dtype, rngs=rngs
+            *sizes, rows=rows, adapter=adapters.get("embed_tokens"), storage=embedding_storage, dtype=dtype, rngs=rngs
         )
         self.norm = make_norm(config, config.hidden_size, dtype)
         if config.tie_word_embeddings:
@@ -125,9 +127,11 @@ class CausalLM(nnx.Module):
         else:
             rows = trainable.rows_of(HEAD)
             self.lm_head = Embedding(
-                config.vocab_size, config.hidden_size, rows=rows, storage=embedding_storage, dtype=dtype, rngs=rngs
+                *sizes, rows=rows, adapter=adapters.get("lm_head"), storage=embedding_storage, dtype=dtype, rngs=rngs
             )
         self.head_delta: Delta | None = None
+        own = adapters.get("lm_head") if config.tie_word_embeddings and not trainable.tied else None
+        self.head_adapter = None if own is None else own.make(*sizes, rngs=rngs)
         self.prompt = None if method is None else method.make_prompt(rngs)
         add_deltas(self, trainable)
         self.config = config
@@ -302,9 +306,13 @@ class CausalLM(nnx.Module):
         if self.lm_head is not None:
             return self.lm_head.matrix
         embedding = self.embed_tokens.matrix
-        if embedding.rows is not None or self.trainable.tied:
+        if self.trainable.tied:
             return embedding
-        return VocabularyMatrix(embedding.weight, None if self.head_delta is None else self.head_delta[...])
+        low_rank = None if self.head_adapter is None else self.head_adapter.low_rank()
+        if embedding.rows is not None:  # which are those of both
+            return dataclasses.replace(embedding, low_rank=low_rank)
+        delta = None if self.head_delta is None else self.head_delta[...]
+        return VocabularyMatrix(embedding.weight, delta, low_rank=low_rank)
 
     def _embed(self, tokens: Array) -> Array:
         x = self.embed_tokens(tokens)

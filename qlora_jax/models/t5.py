@@ -21,12 +21,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Shaped
 
 from qlora_jax.models.origin import Origin
-from qlora_jax.models.parameter_mapping import linear_modules
 from qlora_jax.models.shape import method_for
 from qlora_jax.models.stack import Remat, by_layer, rematerialise
 from qlora_jax.models.t5_config import T5Config
 from qlora_jax.models.t5_layers import T5Layer, T5Stack, random_keys
-from qlora_jax.models.trainable import add_deltas, trainable_base
+from qlora_jax.models.trainable import adapters_of, add_deltas, trainable_base
 from qlora_jax.nn import (
     AttentionImplementation,
     Embedding,
@@ -106,7 +105,7 @@ class T5(nnx.Module):
         self.trainable = trainable = trainable_base(
             method, config.parameter_mappings, vocabulary=config.vocab_size, embeddings=False
         )
-        adapters = {} if method is None else method.targets(linear_modules(config.parameter_mappings))
+        adapters = adapters_of(method, config.parameter_mappings, embeddings=False)
 
         def make_stack(side: str, layers: int, *, cross: bool) -> T5Stack:
             def make_layer(layer_rngs: nnx.Rngs, layer: Array) -> T5Layer:
