@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.adapters.files import EMBEDDING_NAMES, Adapter
-from qlora_jax.adapters.names import rows_name
+from qlora_jax.adapters.names import rows_name, tensor_name
 from qlora_jax.adapters.places import adapted_layers, places_of, variable_at
 from qlora_jax.adapters.virtual_tokens import prompt_problems
 from qlora_jax.checkpoint.checkpoint import Checkpoint
@@ -18,6 +18,7 @@ from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.models import FAMILIES, Model, families_with, tied_head
 from qlora_jax.models.trainable import EMBEDDING
 from qlora_jax.peft import LoRA, LowRankAdapter
+from qlora_jax.peft.lora_embedding import EMBEDDING_A, EMBEDDING_B
 
 __all__ = ["check_all", "check_family", "check_fit", "check_scaling"]
 
@@ -77,7 +78,7 @@ def check_fit(adapter: Adapter, model: Model) -> None:
         for name, place in places.items()
     }
     missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected and not _is_copied_row(name, found, model)]
+    extra = [name for name in found if name not in expected and not _is_copy(name, found, model)]
     misshapen = [
         f"{name}: expected {list(expected[name])}, found {list(found[name].shape)}"
         for name in expected
@@ -113,14 +114,21 @@ def check_scaling(adapter: Adapter, model: Model) -> None:
                 )
 
 
-def _is_copied_row(name: str, tensors: Mapping[str, np.ndarray], model: Model) -> bool:
-    """Return whether these are the rows of a head that is the token embedding, which PEFT writes a second time."""
+def _is_copy(name: str, tensors: Mapping[str, np.ndarray], model: Model) -> bool:
+    """Return whether a tensor is that of a head which is the token embedding, written a second time by PEFT."""
     head = tied_head(model.config.parameter_mappings)
-    if head is None or name not in (rows_name(head.removesuffix(".weight")), rows_name("lm_head")):
+    if head is None:
         return False
-    embedding = next(mapping for mapping in model.config.parameter_mappings if mapping.path == EMBEDDING)
-    rows = tensors.get(rows_name(embedding.modules()[0]))
-    return rows is not None and np.array_equal(rows, tensors[name])
+    embedding = next(mapping for mapping in model.config.parameter_mappings if mapping.path == EMBEDDING).modules()[0]
+    if name in (rows_name(head.removesuffix(".weight")), rows_name("lm_head")):
+        original = tensors.get(rows_name(embedding))
+    elif name in (tensor_name("lm_head", "lora_A.weight"), tensor_name("lm_head", "lora_B.weight")):
+        suffix = EMBEDDING_B if name.endswith("lora_A.weight") else EMBEDDING_A
+        found = tensors.get(tensor_name(embedding, suffix))
+        original = None if found is None else found.T
+    else:
+        return False
+    return original is not None and np.array_equal(original, tensors[name])
 
 
 def _family_of_base(adapter: Adapter) -> str | None:

@@ -96,7 +96,8 @@ def _merged(checkpoint: Checkpoint, name: str, how: TensorMerge) -> np.ndarray:
         tensor = tensor if stored is None else np.asarray(stored).T
     if name in how.linear and how.from_dequantized is not None and name not in checkpoint.quantized:
         tensor = _through_quantization(tensor, how.from_dequantized)
-    found = {} if adapter is None else adapter.of_module(how.adapted.get(module, module))
+    module = how.adapted.get(module, module)
+    found = {} if adapter is None else adapter.of_module(module)
     if adapter is None or not found:
         return tensor
     if kind == "bias":

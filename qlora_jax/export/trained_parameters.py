@@ -8,7 +8,7 @@ import numpy as np
 from qlora_jax.adapters.files import Adapter
 from qlora_jax.adapters.names import PREFIX, rows_name
 from qlora_jax.models import ParameterMapping, TrainableBase, tied_head
-from qlora_jax.models.trainable import TIED_HEAD
+from qlora_jax.models.trainable import EMBEDDING, TIED_HEAD
 
 __all__ = ["Retrained", "retrained_parameters"]
 
@@ -57,5 +57,7 @@ def retrained_parameters(
             name: Retrained(adapter.tensors[PREFIX + name]) for name in mapping.names() if PREFIX + name in adapter.tensors
         }
     for mapping, rows in trained.rows:
+        if mapping.path == EMBEDDING and trained.unties and (head := tied_head(mappings)) is not None and head not in result:
+            result[head] = Retrained(adapter.tensors[rows_name(mapping.modules()[0])], rows)
         result[by_path[mapping.path].name] = Retrained(adapter.tensors[rows_name(mapping.modules()[0])], rows)
     return result

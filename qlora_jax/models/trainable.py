@@ -12,6 +12,7 @@ remain common to both. LoRA on a tied head or embedding likewise changes one of 
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -86,7 +87,7 @@ def trainable_base(
     full += tuple(mapping for mapping in _trained_biases(method, mappings) if mapping not in full)
     linear = tuple(mapping for mapping in chosen if mapping.linear)
     adapted = tuple(key for key in adapters_of(method, mappings, embeddings=embeddings) if key in EMBEDDING_KEYS)
-    tied = method.ensure_weight_tying and embeddings and tied_head(mappings) is not None
+    tied = embeddings and _stays_tied(method, mappings)
     if tied and any(mapping.path in (EMBEDDING, TIED_HEAD) for mapping in full):  # one copy trains, which is both
         embedding = next(mapping for mapping in mappings if mapping.path == EMBEDDING)
         full = (embedding, *(mapping for mapping in full if mapping.path not in (EMBEDDING, TIED_HEAD)))
@@ -110,7 +111,7 @@ def adapters_of(method: Method | None, mappings: Sequence[ParameterMapping], *, 
         return dict(method.targets(linear_modules(mappings)))
     vocabulary = _vocabulary_modules(mappings) if embeddings and method.adapts_embeddings else {}
     found = dict(method.targets(linear_modules(mappings) | vocabulary))
-    if "lm_head" in found and method.ensure_weight_tying and tied_head(mappings) is not None:
+    if "lm_head" in found and _stays_tied(method, mappings):
         head = found.pop("lm_head")
         found.setdefault("embed_tokens", dataclasses.replace(head, head=False))
     for mapping in linear_mappings(mappings):
@@ -119,6 +120,19 @@ def adapters_of(method: Method | None, mappings: Sequence[ParameterMapping], *, 
                 mapping.layers or 1, None if all(used) else used, packed=True
             )
     return found
+
+
+def _stays_tied(method: Method, mappings: Sequence[ParameterMapping]) -> bool:
+    """Return whether a tied head remains so when it is adapted; PEFT knows it, and the embedding, by Llama's names only."""
+    if not method.ensure_weight_tying or tied_head(mappings) is None:
+        return False
+    targets = getattr(method, "target_modules", ())
+    if isinstance(targets, str) and any(
+        re.fullmatch(targets, name) for name in ("embed_tokens", "lm_head", "model.embed_tokens")
+    ):
+        return True
+    names = (*method.modules_to_save, *(() if isinstance(targets, str) else targets))
+    return any(name.rpartition(".")[2] in ("embed_tokens", "lm_head") for name in names)
 
 
 def _vocabulary_modules(mappings: Sequence[ParameterMapping]) -> dict[str, list[str]]:
