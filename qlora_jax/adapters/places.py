@@ -19,7 +19,7 @@ from qlora_jax.models import CausalLM, Model, ParameterMapping, linear_mappings
 from qlora_jax.models.trainable import EMBEDDING, HEAD, TIED_HEAD
 from qlora_jax.nn import Linear
 from qlora_jax.peft import AdapterModule, module_matches
-from qlora_jax.quant import PackedEmbedding, QuantizedTensor, dequantize, embedding_lookup
+from qlora_jax.quant import MixedStack, PackedEmbedding, QuantizedTensor, dequantize, embedding_lookup
 
 __all__ = ["Adapted", "Place", "adapted_layers", "places_of", "variable_at"]
 
@@ -134,7 +134,9 @@ def variable_at(model: Any, path: tuple[str, ...]) -> Any:
 
 def dense_matrix(value: Any, layer: int | None = None) -> Any:
     """Return a linear layer's matrix `[in, out]` dense; of a stack, that of one layer."""
-    if layer is not None:
+    if isinstance(value, MixedStack):
+        value = value.matrix(layer or 0)
+    elif layer is not None:
         value = jax.tree.map(lambda leaf: leaf[layer], value)
     return dequantize(value, jnp.float32) if isinstance(value, QuantizedTensor) else value
 

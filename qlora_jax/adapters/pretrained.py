@@ -122,7 +122,13 @@ class Pretrained:
     def spec(self) -> ModelSpec:
         """The description of the model that `load` makes."""
         return ModelSpec(
-            self.checkpoint.model_config, self.quantization, self.embedding_storage, self.method, self.dtype, self.remat
+            self.checkpoint.model_config,
+            self.quantization,
+            self.embedding_storage,
+            self.method,
+            self.dtype,
+            self.remat,
+            frozenset() if self.quantization is None else self.checkpoint.dense_modules,
         )
 
     @cached_property

@@ -76,6 +76,14 @@ class Checkpoint:
         """
         return self.family.config(self.config)
 
+    @property
+    def dense_modules(self) -> frozenset[str]:
+        """The full names of the linear layers that are dense in a checkpoint whose others are quantised."""
+        if not self.quantized:
+            return frozenset()
+        names = (name for mapping in self.model_config.parameter_mappings if mapping.linear for name in mapping.names())
+        return frozenset(name.rpartition(".")[0] for name in names if name not in self.quantized)
+
 
 def unknown_tensor(place: str, name: str, known: Mapping[str, object]) -> CheckpointError:
     """Return the error of `read` for a name that the checkpoint at `place` does not have."""

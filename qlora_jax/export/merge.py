@@ -185,6 +185,9 @@ def make_plan(checkpoint: Checkpoint, how: TensorMerge, dtype: MergedDtype, shar
     mappings = checkpoint.model_config.parameter_mappings
     names = [name for mapping in mappings for name in mapping.names()]
     linear = frozenset(name for mapping in mappings if mapping.linear for name in mapping.names())
+    # A checkpoint that is written with the quantisation that it has keeps its dense layers.
+    kept = checkpoint.dense_modules if quantization == checkpoint.quantization else frozenset[str]()
+    dense = frozenset(name for name in linear if name.rpartition(".")[0] in kept)
     head = tied_head(mappings) if abstract.trainable.unties else None
     config = checkpoint.config
     if head is not None:  # the head was tied to the token embedding, and is not any more
@@ -194,18 +197,19 @@ def make_plan(checkpoint: Checkpoint, how: TensorMerge, dtype: MergedDtype, shar
     how = dataclasses.replace(
         how,
         linear=linear,
+        dense=dense,
         packed=_packed_embeddings(checkpoint) if how.from_embedding_storage != "none" else frozenset(),
         adapted={"embed_out": "lm_head"},
         retrained=retrained_parameters(adapter, abstract.trainable, mappings),
     )
     entries: dict[str, dict[str, Entry]] = {
         name: {name: (how.dtype, tuple(checkpoint.shapes[name]))}
-        if quantization is None or name not in linear
+        if quantization is None or name not in linear - dense
         else quantized_shapes(name, checkpoint.shapes[name], quantization)
         for name in names
     }
     shards = split_into_shards(entries, shard_bytes)
-    return MergePlan(checkpoint, how, entries, shards, _config(checkpoint, config, dtype, quantization))
+    return MergePlan(checkpoint, how, entries, shards, _config(checkpoint, config, dtype, quantization, kept))
 
 
 def _write_folder(plan: MergePlan, output: Path, tokenizer: PreTrainedTokenizerFast | None, *, progress: bool) -> None:
@@ -264,7 +268,11 @@ def _packed_embeddings(checkpoint: Checkpoint) -> frozenset[str]:
 
 
 def _config(
-    checkpoint: Checkpoint, config: dict[str, Any], dtype: MergedDtype, quantization: Quantization | None
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    dtype: MergedDtype,
+    quantization: Quantization | None,
+    dense: frozenset[str],
 ) -> dict[str, Any]:
     """Return the config.json for weights of that storage. The dtype is written under its old and its new name."""
     dropped = ("quantization_config", "_name_or_path", "_model_name_or_path")
@@ -272,5 +280,5 @@ def _config(
     if not result.get("architectures"):
         result["architectures"] = [checkpoint.family.architecture]
     if quantization is not None:
-        result["quantization_config"] = quantization_config(quantization, dtype)
+        result["quantization_config"] = quantization_config(quantization, dtype, sorted(dense))
     return result | {"dtype": dtype, "torch_dtype": dtype}

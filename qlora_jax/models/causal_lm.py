@@ -9,6 +9,7 @@ its kind.
 """
 
 import dataclasses
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -28,9 +29,10 @@ from qlora_jax.models.decoder import DecoderLayer, make_norm
 from qlora_jax.models.kv_cache import KVCache, empty_cache
 from qlora_jax.models.neftune import neftune_noise
 from qlora_jax.models.origin import Origin
+from qlora_jax.models.parameter_mapping import linear_modules
 from qlora_jax.models.prompts import with_prompt
 from qlora_jax.models.shape import method_for, positions_left
-from qlora_jax.models.stack import Remat, by_layer, rematerialise, stack
+from qlora_jax.models.stack import Remat, by_layer, rematerialise, scanned_layers, stack, with_dense_layers
 from qlora_jax.models.trainable import EMBEDDING, HEAD, adapters_of, add_deltas, trainable_base
 from qlora_jax.nn import (
     AttentionImplementation,
@@ -78,6 +80,7 @@ class CausalLM(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         attention: AttentionImplementation = "xla",
         remat: Remat = "full",
+        dense_modules: Collection[str] = (),
         rngs: nnx.Rngs,
     ) -> None:
         """Create a model with random weights; under `nnx.eval_shape` this needs no memory.
@@ -90,6 +93,7 @@ class CausalLM(nnx.Module):
             dtype: dtype of activations and of dense weights.
             attention: kernel of the causal attention.
             remat: which residuals are saved; see the attribute.
+            dense_modules: the full names of linear layers that stay dense although the others are quantised.
             rngs: random number generators; the stream `params` is used.
 
         Raises:
@@ -99,6 +103,8 @@ class CausalLM(nnx.Module):
         method = method_for(method, config)
         self.trainable = trainable = trainable_base(method, config.parameter_mappings, vocabulary=config.vocab_size)
         adapters = adapters_of(method, config.parameter_mappings)
+        stacks = linear_modules(config.parameter_mappings)
+        dense_stacks = {key for key, names in stacks.items() if all(name in dense_modules for name in names)}
 
         def make_layer(layer_rngs: nnx.Rngs, layer: Array) -> DecoderLayer:
             def linear(name: str, inputs: int, outputs: int, *, use_bias: bool) -> Linear:
@@ -106,7 +112,7 @@ class CausalLM(nnx.Module):
                     inputs,
                     outputs,
                     use_bias=use_bias,
-                    quantization=quantization,
+                    quantization=None if f"layers.{name}" in dense_stacks else quantization,
                     adapter=adapters.get(f"layers.{name}"),
                     layer=layer,
                     dtype=dtype,
@@ -116,6 +122,7 @@ class CausalLM(nnx.Module):
             return DecoderLayer(config, linear, dtype)
 
         self.layers = stack(make_layer, config.num_hidden_layers, rngs)
+        with_dense_layers(self, config.parameter_mappings, dense_modules)
         rows = trainable.rows_of(EMBEDDING)
         sizes = (config.vocab_size, config.hidden_size)
         self.embed_tokens = Embedding(
@@ -188,10 +195,12 @@ class CausalLM(nnx.Module):
         prompt = with_prompt(self.prompt, self.config, x, positions, segment_ids, key)
         rotations = rotations_of(self.config, prompt.positions)
         graph, layers = nnx.split(self.layers)
+        layers, layer_of = scanned_layers(layers)
         chunks = chunk_count(prompt.x.shape[0] * prompt.x.shape[1] // devices_of_context(), self.remat)
 
         def run_layer(x: Array, inputs: tuple[Any, Array | None, Array | None, Any]) -> tuple[Array, None]:
             state, layer_key, kind, prefix = inputs
+            state = layer_of(state)
             state = gather(state) if chunks == 1 else fetch_to_device(gather(state))
 
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:

@@ -11,6 +11,7 @@ adapter trains, which has its own dropout.
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Shaped
 
 from qlora_jax.models.origin import Origin
+from qlora_jax.models.parameter_mapping import linear_modules
 from qlora_jax.models.shape import method_for
 from qlora_jax.models.stack import Remat, by_layer, rematerialise
 from qlora_jax.models.t5_config import T5Config
@@ -83,6 +85,7 @@ class T5(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         attention: AttentionImplementation = "xla",
         remat: Remat = "full",
+        dense_modules: Collection[str] = (),
         rngs: nnx.Rngs,
     ) -> None:
         """Create a model with random weights; under `nnx.eval_shape` this needs no memory.
@@ -95,6 +98,7 @@ class T5(nnx.Module):
             dtype: dtype of activations and of dense weights.
             attention: has no effect, because XLA computes attention with a bias on every platform.
             remat: which residuals are saved; see `CausalLM`.
+            dense_modules: the full names of linear layers that stay dense; all layers of a stack stay dense with them.
             rngs: random number generators; the stream `params` is used.
 
         Raises:
@@ -106,6 +110,8 @@ class T5(nnx.Module):
             method, config.parameter_mappings, vocabulary=config.vocab_size, embeddings=False
         )
         adapters = adapters_of(method, config.parameter_mappings, embeddings=False)
+        stacks = linear_modules(config.parameter_mappings)
+        dense_stacks = {key for key, names in stacks.items() if any(name in dense_modules for name in names)}
 
         def make_stack(side: str, layers: int, *, cross: bool) -> T5Stack:
             def make_layer(layer_rngs: nnx.Rngs, layer: Array) -> T5Layer:
@@ -114,7 +120,7 @@ class T5(nnx.Module):
                         inputs,
                         outputs,
                         use_bias=use_bias,
-                        quantization=quantization,
+                        quantization=None if f"{side}.layers.{name}" in dense_stacks else quantization,
                         adapter=adapters.get(f"{side}.layers.{name}"),
                         layer=layer,
                         dtype=dtype,
