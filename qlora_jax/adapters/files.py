@@ -1,7 +1,8 @@
 """The files of an adapter, in PEFT's format.
 
     adapter_config.json          the method and its fields (peft_config.py)
-    adapter_model.safetensors    (older: adapter_model.bin) float32 tensors; for LoRA one pair for each linear module, under its Hugging Face name:
+    adapter_model.safetensors    float32 tensors (older: adapter_model.bin); for LoRA one pair for each linear module, under
+                                 its Hugging Face name:
         base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight    [r, in]
         base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight    [out, r]
                                  parameters that are trained as a whole, and trained rows of an embedding:
@@ -18,7 +19,8 @@ Writing. Both files are written beside their final places, flushed, read back an
 memory; only then are they renamed, the configuration last. A failure therefore never leaves an adapter that is empty or half
 written: afterwards there is either the whole new adapter, or an error and what was there before.
 
-Reading. Names as other programs write them are understood (held.py). All problems of the files that do not depend on the model are reported in one error.
+Reading. Names as other programs write them are understood (held.py). All problems of the files that do not depend on the
+model are reported in one error.
 """
 
 import dataclasses

@@ -93,8 +93,8 @@ def with_token_rows(checkpoint: Checkpoint, tokens: Sequence[int]) -> Checkpoint
 def resized_for_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     """Return the checkpoint with the layers, the embedding and the head that an adapter needs.
 
-    Layers are repeated where the adapter says so. Embeddings that PEFT had resized are taken from the adapter's files. Rows are appended where the adapter trained rows beyond
-    those of the checkpoint.
+    Layers are repeated where the adapter says so. Embeddings that PEFT had resized are taken from the adapter's files. Rows
+    are appended where the adapter trained rows beyond those of the checkpoint.
 
     Raises:
         CheckpointError: the adapter's embeddings or rows are those of another base.

@@ -121,7 +121,7 @@ def _read_folder(folder: Path, problems: list[str]) -> dict[str, Tensor]:
             problems.append(str(error))
             return {}
     elif complete := _complete_shards(folder):
-        names_of = dict.fromkeys(complete, set[str]())
+        names_of = {name: set[str]() for name in complete}
     else:
         problems.append(_no_weights(folder))
         return {}

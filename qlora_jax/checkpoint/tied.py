@@ -1,7 +1,8 @@
 """Heads that config.json says to be the token embedding: whether they are.
 
-Checkpoints whose head was trained or merged by itself often keep `tie_word_embeddings: true` in their config.json. The values
-decide, as they do in transformers: where the file has a head of its own and any value of it differs, the head is used.
+Checkpoints whose head was trained or merged by itself often keep `tie_word_embeddings: true` in their config.json. The
+values decide, as they do in transformers: where the file has a head of its own and any value of it differs, the head is
+used.
 """
 
 import dataclasses

@@ -50,8 +50,8 @@ class Options:
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: MergedDtype | Literal["auto", "4bit"] = "auto"
-    """Type of the merged weights; auto: that of the base. With 4bit, linear layers have the storage of the base (nf4 for a dense base), which
-    transformers with bitsandbytes can read, and all other weights are bfloat16."""
+    """Type of the merged weights; auto: that of the base. With 4bit, linear layers have the storage of the base (nf4 for a
+    dense base), which transformers with bitsandbytes can read, and all other weights are bfloat16."""
     base: Literal["original", "dequantized"] = "original"
     """Weights to which the adapter is added: those of the checkpoint, or the same after quantisation to 4 bits and back."""
     data_type: DataType | Literal["none"] | None = None

@@ -47,5 +47,5 @@ def with_biases(checkpoint: Checkpoint, adapter: Adapter | None) -> Checkpoint:
             )
     raise UnsupportedError(
         f"{checkpoint.name}: expected layers with a bias for an adapter with lora_bias, found none in a "
-        f"{checkpoint.model_config.family} ({list_names(sorted(needed))}): it cannot be merged; use the adapter beside the base"
+        f"{checkpoint.model_config.family} ({list_names(sorted(needed))}): it cannot be merged; use it beside the base"
     )

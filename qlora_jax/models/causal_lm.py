@@ -8,7 +8,6 @@ in their attention (window, position embedding), the program contains each kind 
 its kind.
 """
 
-import dataclasses
 from collections.abc import Collection
 from functools import partial
 from typing import Any
@@ -29,10 +28,9 @@ from qlora_jax.models.decoder import DecoderLayer, make_norm
 from qlora_jax.models.kv_cache import KVCache, empty_cache
 from qlora_jax.models.neftune import neftune_noise
 from qlora_jax.models.origin import Origin
-from qlora_jax.models.parameter_mapping import linear_modules
 from qlora_jax.models.prompts import with_prompt
 from qlora_jax.models.shape import method_for, positions_left
-from qlora_jax.models.stack import Remat, by_layer, rematerialise, scanned_layers, stack, with_dense_layers
+from qlora_jax.models.stack import Remat, by_layer, rematerialise, scanned_layers, stack, storage_by_stack, with_dense_layers
 from qlora_jax.models.trainable import EMBEDDING, HEAD, adapters_of, add_deltas, trainable_base
 from qlora_jax.nn import (
     AttentionImplementation,
@@ -103,8 +101,7 @@ class CausalLM(nnx.Module):
         method = method_for(method, config)
         self.trainable = trainable = trainable_base(method, config.parameter_mappings, vocabulary=config.vocab_size)
         adapters = adapters_of(method, config.parameter_mappings)
-        stacks = linear_modules(config.parameter_mappings)
-        dense_stacks = {key for key, names in stacks.items() if all(name in dense_modules for name in names)}
+        storage = storage_by_stack(config.parameter_mappings, quantization, dense_modules)
 
         def make_layer(layer_rngs: nnx.Rngs, layer: Array) -> DecoderLayer:
             def linear(name: str, inputs: int, outputs: int, *, use_bias: bool) -> Linear:
@@ -112,7 +109,7 @@ class CausalLM(nnx.Module):
                     inputs,
                     outputs,
                     use_bias=use_bias,
-                    quantization=None if f"layers.{name}" in dense_stacks else quantization,
+                    quantization=storage[f"layers.{name}"],
                     adapter=adapters.get(f"layers.{name}"),
                     layer=layer,
                     dtype=dtype,
@@ -318,10 +315,8 @@ class CausalLM(nnx.Module):
         if self.trainable.tied:
             return embedding
         low_rank = None if self.head_adapter is None else self.head_adapter.low_rank()
-        if embedding.rows is not None:  # which are those of both
-            return dataclasses.replace(embedding, low_rank=low_rank)
-        delta = None if self.head_delta is None else self.head_delta[...]
-        return VocabularyMatrix(embedding.weight, delta, low_rank=low_rank)
+        delta, rows = (None if self.head_delta is None else self.head_delta[...]), embedding.rows
+        return VocabularyMatrix(embedding.weight, delta if rows is None else embedding.delta, rows, low_rank)
 
     def _embed(self, tokens: Array) -> Array:
         x = self.embed_tokens(tokens)

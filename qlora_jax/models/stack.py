@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from qlora_jax.models.parameter_mapping import ParameterMapping, linear_mappings
+from qlora_jax.models.parameter_mapping import ParameterMapping, linear_mappings, linear_modules
 from qlora_jax.nn import gather
 from qlora_jax.nn.parallel import devices_of_context
-from qlora_jax.quant import MixedStack, MixedTensor, QuantizedTensor, index_in_stack, mixed_stack
+from qlora_jax.quant import MixedStack, MixedTensor, Quantization, QuantizedTensor, index_in_stack, mixed_stack
 
 Remat = Literal["none", "dots", "full", "offload"]
 Layer = TypeVar("Layer", bound=nnx.Module)
@@ -93,6 +93,23 @@ def scanned_layers(layers: Any) -> tuple[Any, Callable[[Any], Any]]:
         return _sliced(state) if several else state
 
     return (scanned, jnp.arange(count)), layer
+
+
+def storage_by_stack(
+    mappings: Sequence[ParameterMapping], quantization: Quantization | None, dense: Collection[str], *, mixed: bool = True
+) -> dict[str, Quantization | None]:
+    """Return the storage of each stack of linear layers, by the keys of `linear_modules`; None: dense.
+
+    Args:
+        dense: the full names of the linear modules that stay dense.
+        mixed: whether a stack of which some layers are dense is stored in 4 bits (`with_dense_layers`); otherwise all of its
+            layers are dense.
+    """
+    found = {}
+    for key, names in linear_modules(mappings).items():
+        kept = [name in dense for name in names]
+        found[key] = None if all(kept) or (any(kept) and not mixed) else quantization
+    return found
 
 
 def with_dense_layers(module: Any, mappings: Sequence[ParameterMapping], dense: Collection[str]) -> None:

@@ -22,9 +22,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Shaped
 
 from qlora_jax.models.origin import Origin
-from qlora_jax.models.parameter_mapping import linear_modules
 from qlora_jax.models.shape import method_for
-from qlora_jax.models.stack import Remat, by_layer, rematerialise
+from qlora_jax.models.stack import Remat, by_layer, rematerialise, storage_by_stack
 from qlora_jax.models.t5_config import T5Config
 from qlora_jax.models.t5_layers import T5Layer, T5Stack, random_keys
 from qlora_jax.models.trainable import adapters_of, add_deltas, trainable_base
@@ -110,8 +109,7 @@ class T5(nnx.Module):
             method, config.parameter_mappings, vocabulary=config.vocab_size, embeddings=False
         )
         adapters = adapters_of(method, config.parameter_mappings, embeddings=False)
-        stacks = linear_modules(config.parameter_mappings)
-        dense_stacks = {key for key, names in stacks.items() if any(name in dense_modules for name in names)}
+        storage = storage_by_stack(config.parameter_mappings, quantization, dense_modules, mixed=False)
 
         def make_stack(side: str, layers: int, *, cross: bool) -> T5Stack:
             def make_layer(layer_rngs: nnx.Rngs, layer: Array) -> T5Layer:
@@ -120,7 +118,7 @@ class T5(nnx.Module):
                         inputs,
                         outputs,
                         use_bias=use_bias,
-                        quantization=None if f"{side}.layers.{name}" in dense_stacks else quantization,
+                        quantization=storage[f"{side}.layers.{name}"],
                         adapter=adapters.get(f"{side}.layers.{name}"),
                         layer=layer,
                         dtype=dtype,

@@ -203,7 +203,7 @@ def _trained_in_full(method: Method, mappings: Sequence[ParameterMapping], embed
         for mapping in found:
             if not embeddings and mapping.path == ("shared", "weight"):
                 raise OptionError(
-                    f"modules_to_save {entry!r}: expected the head, norms or linear layers, found the embedding of both stacks"
+                    f"modules_to_save {entry!r}: expected the head, norms or linear layers, found that of both stacks"
                 )
             if not mapping.linear and mapping.path[-1] != "bias" and not all(matched[mapping]):
                 count = f"{sum(matched[mapping])} of the {mapping.layers}"

@@ -1,4 +1,4 @@
-"""Full fine-tuning, as a baseline: every parameter of a decoder trains; and linear layers that train in full beside adapters.
+"""Full fine-tuning, as a baseline: every parameter of a decoder trains. Linear layers may also train so beside adapters.
 
     y = x (W + D) (+ bias + d)        D, d float32, initialized with zeros; embeddings, output heads and norms: `nn.delta`
 

@@ -13,8 +13,8 @@
                      steps (loftq.py)
     eva              A holds the r principal directions of the layer's inputs on the training data, B is zero (eva.py)
 
-The first three need only a random key. pissa, pissa_niter_N, olora and loftq read the original weights while these are loaded
-(checkpoint/initialize.py).
+The first three need only a random key. pissa, pissa_niter_N, olora and loftq read the original weights while these are
+loaded (checkpoint/initialize.py).
 """
 
 import re

@@ -1,8 +1,8 @@
 """Regular expressions in the configurations of adapters: whether they are valid, and whether matching them ends.
 
-Some expressions take a time that grows exponentially with the length of the text, such as `(a+)+$`. Python cannot interrupt a
-match. An expression with several repetitions is therefore tried on names of modules in a process of its own, which is stopped
-after a few seconds.
+Some expressions take a time that grows exponentially with the length of the text, such as `(a+)+$`. Python cannot interrupt
+a match. An expression with several repetitions is therefore tried on names of modules in a process of its own, which is
+stopped after a few seconds.
 """
 
 import re

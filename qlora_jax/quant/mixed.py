@@ -5,9 +5,9 @@ layers has two parts, each of which is a stack of its own:
 
     packed [a, in, out] in 4 bits      dense [b, in, out]      places: for each of the a + b layers, where it is
 
-A scan over layers cannot slice the two parts together. `index_in_stack` therefore takes a `MixedStack` out of the scanned tree,
-and gives each layer a `MixedTensor`: the whole stack and the index of the layer. A product chooses its part at run time; its
-gradient with respect to x does the same, and saves no matrix.
+A scan over layers cannot slice the two parts together. `index_in_stack` therefore takes a `MixedStack` out of the scanned
+tree, and gives each layer a `MixedTensor`: the whole stack and the index of the layer. A product chooses its part at run
+time; its gradient with respect to x does the same, and saves no matrix.
 """
 
 import dataclasses

@@ -184,7 +184,7 @@ _token_losses.defvjp(_forward, _backward)
 def _losses_and_gradients(
     table: VocabularyMatrix, hidden: Array, targets: Array, weights: Array, settings: _Settings
 ) -> tuple[Array, Array, Changes]:
-    """Return the losses `[n]`, and the gradients of their sum with respect to the hidden states and to the head's changes."""
+    """Return the losses `[n]`, and the gradients of their sum with respect to the hidden states and the head's changes."""
     cap, axis = settings.cap, settings.axis
 
     def of_chunks(chunk: int, table: VocabularyMatrix, hidden: Array, targets: Array, weights: Array) -> tuple[Any, ...]:
