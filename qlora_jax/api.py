@@ -132,7 +132,7 @@ def merge(
     folder: str | Path,
     *,
     revision: str | None = None,
-    dtype: "MergedDtype" = "bfloat16",
+    dtype: "MergedDtype | None" = None,
     quantization: Quantization | None = None,
     base: Literal["original", "dequantized"] = "original",
     progress: bool = True,
@@ -144,7 +144,7 @@ def merge(
         adapter: a folder or a repository id of an adapter; None exports the base as it is.
         folder: a folder that does not exist yet or is empty.
         revision: branch, tag or commit of the base's repository.
-        dtype: dtype of the weights.
+        dtype: dtype of the weights; that of the base if None.
         quantization: storage of the linear layers in bitsandbytes' 4 bits; None writes them in `dtype`.
         base: the values to merge into: those of the checkpoint ("original"), or those that they had in training after they
             were quantised ("dequantized").

@@ -49,6 +49,7 @@ def save_adapter(
     base_model_name_or_path: str | None = None,
     resized_embeddings: Mapping[str, np.ndarray] | None = None,
     subtracted: Subtracted | None = None,
+    text_prefix: str | None = None,
 ) -> Path:
     """Write the adapter of a model in PEFT's format; return the folder.
 
@@ -61,6 +62,7 @@ def save_adapter(
         resized_embeddings: those of the `Adapter` that the model was loaded from, where it has any and `model.origin` does
             not hold them.
         subtracted: what was subtracted from the base, where `model.origin` does not hold it.
+        text_prefix: that of the checkpoint (`Checkpoint.text_prefix`), where `model.origin` does not hold it.
 
     Raises:
         OptionError: the model has no adapter, or its method changes the base but nothing is known of what was subtracted.
@@ -77,6 +79,8 @@ def save_adapter(
         raise OptionError("expected a model that was made with a method, found none")
     if subtracted is None and model.origin is not None:
         subtracted = model.origin.subtracted
+    if text_prefix is None and model.origin is not None:
+        text_prefix = model.origin.text_prefix
     if resized_embeddings is None and model.origin is not None and model.origin.resized_embeddings is not None:
         resized_embeddings = model.origin.resized_embeddings.tensors
     if subtracted is not None:
@@ -94,6 +98,7 @@ def save_adapter(
         task_type="SEQ_2_SEQ_LM" if isinstance(model, T5) else "CAUSAL_LM",
         resized_embeddings=resized_embeddings,
         encoder=None if model.prompt is None else encoder_tensors(model.prompt),
+        text_prefix=text_prefix,
     )
 
 

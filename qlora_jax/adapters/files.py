@@ -1,7 +1,8 @@
 """The files of an adapter, in PEFT's format.
 
     adapter_config.json          the method and its fields (peft_config.py)
-    adapter_model.safetensors    float32 tensors; for LoRA one pair for each linear module, under its Hugging Face name:
+    adapter_model.safetensors    float32 tensors (older: adapter_model.bin); for LoRA one pair for each linear module, under
+                                 its Hugging Face name:
         base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight    [r, in]
         base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight    [out, r]
                                  parameters that are trained as a whole, and trained rows of an embedding:
@@ -18,7 +19,8 @@ Writing. Both files are written beside their final places, flushed, read back an
 memory; only then are they renamed, the configuration last. A failure therefore never leaves an adapter that is empty or half
 written: afterwards there is either the whole new adapter, or an error and what was there before.
 
-Reading. All problems of the files that do not depend on the model are reported in one error.
+Reading. Names as other programs write them are understood (held.py). All problems of the files that do not depend on the
+model are reported in one error.
 """
 
 import dataclasses
@@ -34,17 +36,18 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from qlora_jax.adapters.names import PREFIX, ROWS, adapted_modules, split_name, tensor_name
-from qlora_jax.adapters.peft_config import CONFIG, TaskType, config_of, read_adapter_config, resolve_adapter
+from qlora_jax.adapters.held import PICKLED, WEIGHTS, read_held
+from qlora_jax.adapters.names import PREFIX, ROWS, adapted_modules, in_text_part, peft_name, split_name, tensor_name
+from qlora_jax.adapters.peft_config import CONFIG, TaskType, adapter_config, config_of, resolve_adapter
 from qlora_jax.adapters.virtual_tokens import ENCODER, read_encoder
 from qlora_jax.checkpoint.hub import Snapshot
+from qlora_jax.checkpoint.tokenizer import VOCABULARY_FILES
 from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.peft import Method
 from qlora_jax.peft.prompt import EMBEDDINGS
 
 __all__ = ["Adapter", "read_adapter", "write_adapter"]
 
-WEIGHTS = "adapter_model.safetensors"
 EMBEDDING_NAMES = ("embed_tokens", "embed_in", "shared", "lm_head", "embed_out")
 # The base's own embeddings (resized_base.py): one that the adapter does not train, trains a copy of, or trains rows of.
 EMBEDDING_ENDINGS = (".weight", ".original_module.weight", ".token_adapter.base_layer.weight")
@@ -79,8 +82,8 @@ class Adapter:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the adapter was saved with a tokenizer of its own."""
-        return self.snapshot is not None and (self.snapshot.path / "tokenizer.json").is_file()
+        """Whether the adapter was saved with a tokenizer of its own, in any form."""
+        return self.snapshot is not None and any((self.snapshot.path / name).is_file() for name in VOCABULARY_FILES)
 
     def of_module(self, module: str) -> dict[str, np.ndarray]:
         """Return the tensors of a linear module by their suffixes, e.g. "lora_A.weight"; empty where it has no adapter."""
@@ -97,6 +100,7 @@ def write_adapter(
     task_type: TaskType = "CAUSAL_LM",
     resized_embeddings: Mapping[str, np.ndarray] | None = None,
     encoder: Mapping[str, np.ndarray] | None = None,
+    text_prefix: str | None = None,
 ) -> Path:
     """Write an adapter and verify its files, as the module describes; return the folder. An adapter in it is replaced.
 
@@ -107,6 +111,7 @@ def write_adapter(
         task_type: the task by which PEFT chooses its wrapper around the base.
         resized_embeddings: see `Adapter`.
         encoder: see `Adapter`.
+        text_prefix: what the base puts before the names of its text part (`Checkpoint.text_prefix`); None: nothing.
 
     Raises:
         CheckpointError: nothing to save, values that are not finite or of another rank, or files that could not be written
@@ -117,9 +122,15 @@ def write_adapter(
     problems = _problems_of_tensors(tensors, method)
     if problems:
         raise CheckpointError.of(f"{folder}: adapter not saved", problems)
-    config = config_of(adapted_modules(tensors, method), method, base_model_name_or_path, task_type)
+    modules = adapted_modules(tensors, method)
+    if text_prefix is not None:
+        names = {module: in_text_part(module, text_prefix) for module in modules}
+        method = method.renamed(names).with_targets([*names.values()])
+    config = config_of(modules, method, base_model_name_or_path, task_type)
     text = json.dumps(config, indent=2) + "\n"
-    tensors = {**tensors, **(resized_embeddings or {})}
+    tensors = {**{peft_name(name, modules): tensor for name, tensor in tensors.items()}, **(resized_embeddings or {})}
+    if text_prefix is not None:
+        tensors = {PREFIX + in_text_part(name.removeprefix(PREFIX), text_prefix): tensor for name, tensor in tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as temporary:
@@ -156,15 +167,13 @@ def read_adapter(name: str | Path | Snapshot) -> Adapter:
             values do not fit the method; all in one message.
     """
     snapshot = resolve_adapter(name)
-    config, path = read_adapter_config(snapshot), snapshot.path
-    method, file = config.method, path / WEIGHTS
-    if not file.is_file():
-        pickled = " only adapter_model.bin, which is pickled and not read" if (path / "adapter_model.bin").is_file() else ""
-        raise CheckpointError(f"{snapshot.name}: expected {WEIGHTS} beside {CONFIG}, found{pickled or ' none'}.")
-    try:
-        found = safetensors.numpy.load_file(file)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{snapshot.name}: {WEIGHTS} is damaged: {error}.") from error
+    held = read_held(snapshot)
+    config, path = adapter_config(snapshot, held), snapshot.path
+    method = config.method
+    if held is None:
+        raise CheckpointError(f"{snapshot.name}: expected {WEIGHTS} or {PICKLED} beside {CONFIG}, found none.")
+    held.warn(snapshot.name)
+    found = {name: tensor.read() for name, tensor in held.tensors.items()}
     resized = {name: tensor for name, tensor in found.items() if _is_embedding_of_base(name, method)}
     tensors = {name: tensor for name, tensor in found.items() if name not in resized and not _is_copy(name, found)}
     problems = _problems_of_tensors(tensors, method)
@@ -216,10 +225,13 @@ def _problems_of_tensors(tensors: Mapping[str, np.ndarray], method: Method) -> l
 
 
 def _is_trained_besides(tensor: str, method: Method) -> bool:
-    """Return whether a tensor belongs to a module that modules_to_save or trainable_token_indices names."""
+    """Return whether a tensor belongs to a module that modules_to_save, bias or trainable_token_indices names."""
     if tensor.endswith(ROWS):
         return bool(method.trainable_tokens())
-    return any(tensor.rpartition(".")[0].endswith(name) for name in method.modules_to_save)
+    if method.bias != "none" and tensor.endswith(".bias"):
+        return True
+    parts = tensor.split(".")[:-1]
+    return any(".".join(parts[:end]).endswith(name) for end in range(1, len(parts) + 1) for name in method.modules_to_save)
 
 
 def _write(path: Path, content: bytes) -> None:

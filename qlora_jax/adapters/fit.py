@@ -1,6 +1,5 @@
 """Checks that a checkpoint, an adapter and a model belong together. Only names and shapes are compared."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,16 +7,18 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from qlora_jax.adapters.files import Adapter
-from qlora_jax.adapters.names import rows_name
-from qlora_jax.adapters.places import adapter_modules, places_of, variable_at
+from qlora_jax.adapters.files import EMBEDDING_NAMES, Adapter
+from qlora_jax.adapters.names import rows_name, tensor_name
+from qlora_jax.adapters.places import adapted_layers, places_of, variable_at
 from qlora_jax.adapters.virtual_tokens import prompt_problems
 from qlora_jax.checkpoint.checkpoint import Checkpoint
+from qlora_jax.checkpoint.json_files import read_json_object
 from qlora_jax.checkpoint.load import check_tensors, with_tied
 from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.models import FAMILIES, Model, families_with, tied_head
 from qlora_jax.models.trainable import EMBEDDING
 from qlora_jax.peft import LoRA, LowRankAdapter
+from qlora_jax.peft.lora_embedding import EMBEDDING_A, EMBEDDING_B
 
 __all__ = ["check_all", "check_family", "check_fit", "check_scaling"]
 
@@ -42,10 +43,10 @@ def check_family(adapter: Adapter, family: str) -> None:
         family: the model_type of the model that the adapter is to be used with.
     """
     base = _family_of_base(adapter)
-    named = families_with(adapter.modules)
+    named = families_with(name for name in adapter.modules if name.rpartition(".")[2] not in EMBEDDING_NAMES)
     if base is not None and base != family:
         found = f"one of a {base} model, {adapter.base}"
-    elif named and family in FAMILIES and family not in named:
+    elif adapter.modules and named and family in FAMILIES and family not in named:
         found = f"one whose modules are named as in {', '.join(named)} (e.g. {adapter.modules[0]}), base {adapter.base!r}"
     else:
         return
@@ -77,7 +78,7 @@ def check_fit(adapter: Adapter, model: Model) -> None:
         for name, place in places.items()
     }
     missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected and not _is_copied_row(name, found, model)]
+    extra = [name for name in found if name not in expected and not _is_copy(name, found, model)]
     misshapen = [
         f"{name}: expected {list(expected[name])}, found {list(found[name].shape)}"
         for name in expected
@@ -99,11 +100,11 @@ def check_scaling(adapter: Adapter, model: Model) -> None:
     The scaling is part of the model's graph, not of its state: with another one the model would compute something else.
     """
     method = adapter.method
-    for mapping, found in adapter_modules(model):
-        if not isinstance(method, LoRA) or not isinstance(found, LowRankAdapter):
+    for adapted in adapted_layers(model):
+        if not isinstance(method, LoRA) or not isinstance(adapted.adapter, LowRankAdapter):
             continue
-        spec = found.spec
-        for module, rank, scaling in zip(mapping.modules(), spec.ranks, spec.scalings, strict=True):
+        spec = adapted.adapter.spec
+        for module, rank, scaling in zip(adapted.modules, spec.ranks, spec.scalings, strict=True):
             expected = method.scaling_of(module)
             if rank and not math.isclose(scaling, expected):
                 raise CheckpointError(
@@ -113,14 +114,21 @@ def check_scaling(adapter: Adapter, model: Model) -> None:
                 )
 
 
-def _is_copied_row(name: str, tensors: Mapping[str, np.ndarray], model: Model) -> bool:
-    """Return whether these are the rows of a head that is the token embedding, which PEFT writes a second time."""
+def _is_copy(name: str, tensors: Mapping[str, np.ndarray], model: Model) -> bool:
+    """Return whether a tensor is that of a head which is the token embedding, written a second time by PEFT."""
     head = tied_head(model.config.parameter_mappings)
-    if head is None or name not in (rows_name(head.removesuffix(".weight")), rows_name("lm_head")):
+    if head is None:
         return False
-    embedding = next(mapping for mapping in model.config.parameter_mappings if mapping.path == EMBEDDING)
-    rows = tensors.get(rows_name(embedding.modules()[0]))
-    return rows is not None and np.array_equal(rows, tensors[name])
+    embedding = next(mapping for mapping in model.config.parameter_mappings if mapping.path == EMBEDDING).modules()[0]
+    if name in (rows_name(head.removesuffix(".weight")), rows_name("lm_head")):
+        original = tensors.get(rows_name(embedding))
+    elif name in (tensor_name("lm_head", "lora_A.weight"), tensor_name("lm_head", "lora_B.weight")):
+        suffix = EMBEDDING_B if name.endswith("lora_A.weight") else EMBEDDING_A
+        found = tensors.get(tensor_name(embedding, suffix))
+        original = None if found is None else found.T
+    else:
+        return False
+    return original is not None and np.array_equal(original, tensors[name])
 
 
 def _family_of_base(adapter: Adapter) -> str | None:
@@ -128,7 +136,7 @@ def _family_of_base(adapter: Adapter) -> str | None:
     if not adapter.base:
         return None
     try:
-        kind = json.loads((Path(adapter.base).expanduser() / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
+        kind = read_json_object(Path(adapter.base).expanduser() / "config.json").get("model_type")
+    except (OSError, ValueError, RuntimeError):  # no such file, or a damaged one, or no home folder
         return None
-    return kind if kind in FAMILIES else None
+    return kind if isinstance(kind, str) and kind in FAMILIES else None

@@ -5,12 +5,12 @@ base_model.model.model.norm.weight                                           PRE
 base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta     PREFIX, module, ROWS
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from qlora_jax.peft import Method
 from qlora_jax.peft.prompt import EMBEDDINGS
 
-__all__ = ["PREFIX", "ROWS", "adapted_modules", "rows_name", "split_name", "tensor_name"]
+__all__ = ["PREFIX", "ROWS", "adapted_modules", "in_text_part", "peft_name", "rows_name", "split_name", "tensor_name"]
 
 PREFIX = "base_model.model."
 ROWS = ".token_adapter.trainable_tokens_delta"
@@ -40,3 +40,14 @@ def adapted_modules(tensors: Iterable[str], method: Method) -> list[str]:
     """Return the full names of the modules whose adapters have tensors of these names."""
     split = [split_name(name, method) for name in tensors]
     return list(dict.fromkeys(module for module, suffix in split if suffix is not None and module))
+
+
+def peft_name(tensor: str, adapted: Sequence[str]) -> str:
+    """Return the name under which PEFT loads a tensor: it moves the bias of an adapted module into `base_layer`."""
+    module = tensor.removeprefix(PREFIX).removesuffix(".bias")
+    return f"{PREFIX}{module}.base_layer.bias" if tensor.endswith(".bias") and module in adapted else tensor
+
+
+def in_text_part(name: str, prefix: str) -> str:
+    """Return the name of a tensor or module of a language model within a model that also reads pictures or sound."""
+    return prefix + name.removeprefix("model.") if name.startswith("model.") else name

@@ -1,20 +1,24 @@
 """PEFT's adapter_config.json: the method that it describes, and the fields that all methods have."""
 
 import dataclasses
-import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from qlora_jax.adapters.held import Held, read_held
+from qlora_jax.adapters.names import PREFIX, split_name
 from qlora_jax.adapters.virtual_tokens import with_encoder
 from qlora_jax.checkpoint.hub import Snapshot, resolve
-from qlora_jax.errors import CheckpointError
+from qlora_jax.checkpoint.json_files import read_json_object
+from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.peft import FieldErrors, LoRA, Method, peft_methods
 
 __all__ = [
     "CONFIG",
     "AdapterConfig",
     "TaskType",
+    "adapter_config",
     "config_of",
     "read_adapter_config",
     "read_adapter_method",
@@ -24,6 +28,7 @@ __all__ = [
 TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"]  # by which PEFT chooses its wrapper around the base
 
 CONFIG = "adapter_config.json"
+_SUFFIX = re.compile(r"\.(?:lora_|ia3_l)")  # where the name of a tensor's module ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +58,43 @@ def read_adapter_config(name: str | Path | Snapshot) -> AdapterConfig:
         CheckpointError: there is no adapter, or its method or a field is not supported; the message names every such field.
     """
     snapshot = resolve_adapter(name)
+    return adapter_config(snapshot, read_held(snapshot))
+
+
+def adapter_config(snapshot: Snapshot, held: Held | None) -> AdapterConfig:
+    """Return the parsed adapter_config.json of an adapter whose weights are opened (None: it has none).
+
+    The names in a configuration may be those of a larger model, match nothing, or be left out. The tensors then say which
+    modules are adapted.
+
+    Raises:
+        CheckpointError: see `read_adapter_config`.
+    """
     fields = _read_json(snapshot)
+    names = {} if held is None else {name: tensor.stored for name, tensor in held.tensors.items()}
+    if fields.get("target_modules") is None and fields.get("peft_type") == LoRA.peft_type:
+        modules = {tensor.removeprefix(PREFIX).rpartition(".lora_")[0] for tensor in names if ".lora_" in tensor}
+        fields = fields | ({"target_modules": sorted(modules)} if modules else {})
     method = with_encoder(_method_of(snapshot.name, fields), snapshot.path)
+    method = method.renamed(_renamed_modules(names, method))
+    base, revision, task = (fields.get(name) for name in ("base_model_name_or_path", "revision", "task_type"))
     return AdapterConfig(
         method,
-        base_model_name_or_path=fields.get("base_model_name_or_path") or None,
-        revision=fields.get("revision") or None,
-        task_type=fields.get("task_type") or None,
+        base_model_name_or_path=base if isinstance(base, str) and base else None,
+        revision=revision if isinstance(revision, str) and revision else None,
+        task_type=task if isinstance(task, str) and task else None,
     )
+
+
+def _renamed_modules(names: Mapping[str, str], method: Method) -> dict[str, str]:
+    """Return our name of each adapted module by the name that it has in the files, where the two differ in their prefix."""
+    found: dict[str, str] = {}
+    for ours, stored in names.items():
+        module, suffix = split_name(ours, method)
+        theirs = _SUFFIX.split(stored.removeprefix(PREFIX), maxsplit=1)[0]
+        if suffix is not None and module and theirs != module:
+            found[theirs] = module
+    return found
 
 
 def read_adapter_method(name: str | Path | Snapshot) -> Method:
@@ -99,16 +133,13 @@ def config_of(modules: Sequence[str], method: Method, base: str | None, task_typ
 
 def _read_json(snapshot: Snapshot) -> dict[str, Any]:
     try:
-        config = json.loads((snapshot.path / CONFIG).read_text(encoding="utf-8"))
+        return read_json_object(snapshot.path / CONFIG)
     except FileNotFoundError:
-        raise CheckpointError(f"{snapshot.name}: is no adapter: it has no {CONFIG}.") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{snapshot.name}: {CONFIG} is malformed: expected a JSON object, found: {error}.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{snapshot.name}: {CONFIG} is malformed: expected a JSON object, found {type(config).__name__}."
-        )
-    return config
+        inner = sorted(path.parent.name for path in snapshot.path.glob(f"*/{CONFIG}"))
+        hint = f" Its folders {list_names(inner)} hold adapters: give one of them." if inner else ""
+        raise CheckpointError(f"{snapshot.name}: is no adapter: it has no {CONFIG}.{hint}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{snapshot.name}: {error}") from error
 
 
 def _method_of(name: str, config: Mapping[str, Any]) -> Method:

@@ -8,20 +8,20 @@ which tensors of the files a stacked variable stands for.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.adapters.names import PREFIX, rows_name, tensor_name
-from qlora_jax.models import Model, ParameterMapping, linear_mappings
-from qlora_jax.models.trainable import EMBEDDING, TIED_HEAD
+from qlora_jax.models import CausalLM, Model, ParameterMapping, linear_mappings
+from qlora_jax.models.trainable import EMBEDDING, HEAD, TIED_HEAD
 from qlora_jax.nn import Linear
-from qlora_jax.peft import AdapterModule
-from qlora_jax.quant import PackedEmbedding, embedding_lookup
+from qlora_jax.peft import AdapterModule, module_matches
+from qlora_jax.quant import MixedStack, PackedEmbedding, QuantizedTensor, dequantize, embedding_lookup
 
-__all__ = ["Place", "adapter_modules", "places_of", "variable_at"]
+__all__ = ["Adapted", "Place", "adapted_layers", "places_of", "variable_at"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Place:
         base: path of the frozen parameter that the variable is a change of; None: the variable is no change.
         base_index: index of the tensor in the value of that parameter.
         offset: a number that is added to the value in the files where `base` is None.
+        linear: whether `base` is the matrix, or the stack of matrices, of a linear layer, which may be stored in 4 bits.
     """
 
     path: tuple[str, ...]
@@ -43,6 +44,7 @@ class Place:
     base: tuple[str, ...] | None = None
     base_index: Any = ()
     offset: float = 0.0
+    linear: bool = False
 
     def read(self, value: np.ndarray) -> np.ndarray:
         """Return the tensor's part of the variable's value, in the orientation of the files."""
@@ -54,6 +56,9 @@ class Place:
         if self.base is None:
             return np.float32(self.offset)
         value = variable_at(model, self.base).get_value()
+        if self.linear:
+            found = np.asarray(jax.device_get(dense_matrix(value, *self.base_index[:1])), np.float32)
+            return found.T if self.transposed else found
         packed = isinstance(value, PackedEmbedding)  # of a packed embedding only rows can be trained
         found = embedding_lookup(value, jnp.asarray(self.base_index)) if packed else value[self.base_index]
         found = np.asarray(jax.device_get(found), np.float32)
@@ -62,11 +67,13 @@ class Place:
 
 def places_of(model: Model) -> dict[str, Place]:
     """Return the place of each tensor of the files in a model, which may be abstract, by the tensor's name."""
-    places = {name: place for mapping, adapter in adapter_modules(model) for name, place in _in_module(mapping, adapter)}
+    places = {name: place for adapted in adapted_layers(model) for name, place in _in_module(adapted)}
     for mapping in model.trainable.full:
         base = EMBEDDING if mapping.path == TIED_HEAD else mapping.path
         path = TIED_HEAD if mapping.path == TIED_HEAD else (*base[:-1], f"{base[-1]}_delta")
         for layer, name in enumerate(mapping.names()):
+            if not _is_saved(model, mapping, name):
+                continue
             index = (layer,) if mapping.stacked else ()
             places[PREFIX + name] = Place(path, index, base=base, base_index=index)
     for mapping, tokens in model.trainable.rows:
@@ -76,12 +83,46 @@ def places_of(model: Model) -> dict[str, Place]:
     return places
 
 
-def adapter_modules(model: Model) -> Iterator[tuple[ParameterMapping, AdapterModule]]:
-    """Return (mapping of the linear layer, its adapter) for each linear layer that has an adapter."""
-    for mapping in linear_mappings(model.config.parameter_mappings):
+class Adapted(NamedTuple):
+    """A linear layer, a stack of them, the token embedding or the head, with its adapter.
+
+    Attributes:
+        path: attribute names from the model to the adapter.
+        modules: the full names of the modules, by layer.
+        stacked: whether the adapter is that of a stack.
+        adapter: the adapter.
+    """
+
+    path: tuple[str, ...]
+    modules: list[str]
+    stacked: bool
+    adapter: AdapterModule
+
+
+def adapted_layers(model: Model) -> Iterator[Adapted]:
+    """Yield every layer of a model that has an adapter."""
+    mappings = model.config.parameter_mappings
+    for mapping in linear_mappings(mappings):
         layer = variable_at(model, mapping.path[:-1])
         if isinstance(layer, Linear) and isinstance(layer.adapter, AdapterModule):
-            yield mapping, layer.adapter
+            yield Adapted((*mapping.path[:-1], "adapter"), mapping.modules(), mapping.stacked, layer.adapter)
+    if not isinstance(model, CausalLM):
+        return
+    for mapping in (mapping for mapping in mappings if mapping.path in (EMBEDDING, HEAD)):
+        adapter = variable_at(model, (mapping.path[0], "adapter"))
+        if isinstance(adapter, AdapterModule):
+            modules = ["lm_head"] if mapping.path == HEAD else mapping.modules()
+            yield Adapted((mapping.path[0], "adapter"), modules, False, adapter)
+    if isinstance(model.head_adapter, AdapterModule):
+        yield Adapted(("head_adapter",), ["lm_head"], False, model.head_adapter)
+
+
+def _is_saved(model: Model, mapping: ParameterMapping, name: str) -> bool:
+    """Return whether files hold this tensor of a parameter that trains in full: not biases of layers that are no targets."""
+    method = model.method
+    if method is None or method.bias != "lora_only" or mapping.path[-1] != "bias" or not mapping.stacked:
+        return True
+    return module_matches(method, name.removesuffix(".bias"))  # pyright: ignore[reportArgumentType]
 
 
 def variable_at(model: Any, path: tuple[str, ...]) -> Any:
@@ -91,13 +132,22 @@ def variable_at(model: Any, path: tuple[str, ...]) -> Any:
     return model
 
 
-def _in_module(mapping: ParameterMapping, adapter: AdapterModule) -> Iterator[tuple[str, Place]]:
-    path, modules = (*mapping.path[:-1], "adapter"), mapping.modules()
-    for part in adapter.file_parts():
-        index = (part.layer, *part.index) if mapping.stacked else part.index
+def dense_matrix(value: Any, layer: int | None = None) -> Any:
+    """Return a linear layer's matrix `[in, out]` dense; of a stack, that of one layer."""
+    if isinstance(value, MixedStack):
+        value = value.matrix(layer or 0)
+    elif layer is not None:
+        value = jax.tree.map(lambda leaf: leaf[layer], value)
+    return dequantize(value, jnp.float32) if isinstance(value, QuantizedTensor) else value
+
+
+def _in_module(adapted: Adapted) -> Iterator[tuple[str, Place]]:
+    path, modules = adapted.path, adapted.modules
+    for part in adapted.adapter.file_parts():
+        index = (part.layer, *part.index) if adapted.stacked else part.index
         place = Place((*path, part.attribute), index, part.transposed, offset=part.offset)
         if part.changes:
-            place = dataclasses.replace(place, base=mapping.path, base_index=index)
+            place = dataclasses.replace(place, base=(*path[:-1], "weight"), base_index=index, linear=True)
         if part.changes_own is not None:
             place = dataclasses.replace(place, base=(*path, part.changes_own), base_index=index)
         yield tensor_name(modules[part.layer], part.suffix), place

@@ -122,7 +122,13 @@ class Pretrained:
     def spec(self) -> ModelSpec:
         """The description of the model that `load` makes."""
         return ModelSpec(
-            self.checkpoint.model_config, self.quantization, self.embedding_storage, self.method, self.dtype, self.remat
+            self.checkpoint.model_config,
+            self.quantization,
+            self.embedding_storage,
+            self.method,
+            self.dtype,
+            self.remat,
+            frozenset() if self.quantization is None else self.checkpoint.dense_modules,
         )
 
     @cached_property
@@ -187,6 +193,7 @@ class Pretrained:
             self.base.name,
             scaling=self.scaling,
             subtracted=subtracted,
+            text_prefix=self.checkpoint.text_prefix,
             template=None if self.adapter_metadata is None else self.adapter_metadata.template,
             resized_embeddings=ResizedEmbeddings(resized) if resized else None,
         )

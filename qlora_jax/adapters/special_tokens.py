@@ -20,6 +20,7 @@ import numpy as np
 
 from qlora_jax.adapters.files import Adapter
 from qlora_jax.adapters.names import PREFIX
+from qlora_jax.adapters.replicated import with_replicated_layers
 from qlora_jax.adapters.resized_base import embedding_names, with_resized_embeddings
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.errors import CheckpointError, OptionError, UnsupportedError
@@ -90,15 +91,15 @@ def with_token_rows(checkpoint: Checkpoint, tokens: Sequence[int]) -> Checkpoint
 
 
 def resized_for_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
-    """Return the checkpoint with the embedding and head that an adapter needs.
+    """Return the checkpoint with the layers, the embedding and the head that an adapter needs.
 
-    Those that PEFT had resized are taken from the adapter's files. Rows are appended where the adapter trained rows beyond
-    those of the checkpoint.
+    Layers are repeated where the adapter says so. Embeddings that PEFT had resized are taken from the adapter's files. Rows
+    are appended where the adapter trained rows beyond those of the checkpoint.
 
     Raises:
         CheckpointError: the adapter's embeddings or rows are those of another base.
     """
-    checkpoint = with_resized_embeddings(checkpoint, adapter)
+    checkpoint = with_resized_embeddings(with_replicated_layers(checkpoint, adapter.method), adapter)
     size = checkpoint.config.get("vocab_size", 0)
     tokens = {token for _, tokens in adapter.method.trainable_tokens() for token in tokens}
     beyond = sorted(token for token in tokens.union(range(size, _trained_rows(checkpoint, adapter))) if token >= size)

@@ -9,6 +9,8 @@ quantised matrix `name` (`….weight`) is several tensors:
     name.nested_absmax, name.nested_quant_map  float32 [ceil(blocks / 256)], [256]; under double quantisation
     name.quant_state.bitsandbytes__nf4         uint8: JSON with quant_type, blocksize, dtype, shape, nested_offset …
 
+Layers that the file holds dense (`llm_int8_skip_modules`, "dynamic" quantisation) stay dense.
+
 For the rest of the program the folder is a `Checkpoint` whose shapes are those of the matrices: `read` returns dequantised
 values, `read_quantized` the codes and scales.
 """
@@ -16,7 +18,7 @@ values, `read_quantized` the codes and scales.
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -24,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.checkpoint.checkpoint import Checkpoint
+from qlora_jax.checkpoint.json_files import parse_json_object
 from qlora_jax.errors import CheckpointError, UnsupportedError
 from qlora_jax.quant import (
     SCALE_BLOCK_SIZE,
@@ -61,6 +64,8 @@ def is_quantized(config: Mapping[str, Any]) -> bool:
     stated = config.get("quantization_config")
     if stated is None:
         return False
+    if not isinstance(stated, dict):
+        raise CheckpointError(f"config.json: quantization_config: expected an object, found {str(stated)[:80]!r}")
     method, four_bits = stated.get("quant_method", "bitsandbytes"), stated.get("load_in_4bit", False)
     if method != "bitsandbytes" or not four_bits:
         what = method if method != "bitsandbytes" else "bitsandbytes in 8 bits"
@@ -172,8 +177,12 @@ def quantized_shapes(
     return shapes | {f"{name}{_STATE}{quantization.data_type}": (uint8, (_STATE_BYTES,))}
 
 
-def quantization_config(quantization: Quantization, dtype: str) -> dict[str, Any]:
-    """Return the `quantization_config` of config.json for such weights, for transformers."""
+def quantization_config(quantization: Quantization, dtype: str, dense: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the `quantization_config` of config.json for such weights, for transformers.
+
+    Args:
+        dense: the full names of the linear layers that are not quantised.
+    """
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -184,7 +193,7 @@ def quantization_config(quantization: Quantization, dtype: str) -> dict[str, Any
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": None,
+        "llm_int8_skip_modules": [*dense, "lm_head"] if dense else None,
         "llm_int8_threshold": 6.0,
     }
 
@@ -199,22 +208,25 @@ def _read_state(
 ) -> Stored | None:
     """Return how a matrix is stored; None after adding its disagreements with the shapes of its tensors to `problems`."""
     try:
-        state = json.loads(checkpoint.read(state_name).tobytes())
-        rows, columns = map(int, state["shape"])
+        state = parse_json_object(checkpoint.read(state_name).tobytes())
+        rows, columns = _whole(state, "shape", 2)
+        (block_size,) = _whole(state, "blocksize", 1)
         nested = "nested_offset" in state
         if state["quant_type"] not in _DATA_TYPES:
             raise CheckpointError(f"quant_type: expected {' or '.join(_DATA_TYPES)}, found {state['quant_type']}")
-        quantization = Quantization(cast(DataType, state["quant_type"]), int(state["blocksize"]), nested)
+        quantization = Quantization(cast(DataType, state["quant_type"]), block_size, nested)
         offset = float(state["nested_offset"]) if nested else None
+        if offset is not None and not math.isfinite(offset):
+            raise CheckpointError(f"nested_offset: expected a finite number, found {offset}")
         if nested and state["nested_blocksize"] != SCALE_BLOCK_SIZE:
             raise CheckpointError(f"nested_blocksize: expected {SCALE_BLOCK_SIZE}, found {state['nested_blocksize']}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         problems.append(f"{state_name}: expected JSON with quant_type, blocksize and the [out, in] shape, found: {error!r}")
         return None
-    blocks = math.ceil(rows * columns / quantization.block_size)
+    blocks = -(-rows * columns // quantization.block_size)
     expected = {parts["absmax"]: blocks, parts["quant_map"]: 16}
     if nested:
-        expected |= {parts["nested_absmax"]: math.ceil(blocks / SCALE_BLOCK_SIZE), parts["nested_quant_map"]: 256}
+        expected |= {parts["nested_absmax"]: -(-blocks // SCALE_BLOCK_SIZE), parts["nested_quant_map"]: 256}
     wrong = [
         f"{part}: expected {size} values, found {'none' if part not in checkpoint.shapes else _size(checkpoint, part)}"
         for part, size in expected.items()
@@ -226,6 +238,15 @@ def _read_state(
         wrong.append(f"{name}: expected {(rows * columns + 1) // 2} bytes for {[rows, columns]}, found {count} values")
     problems += wrong
     return None if wrong else Stored((rows, columns), quantization, offset)
+
+
+def _whole(state: Mapping[str, Any], name: str, count: int) -> list[int]:
+    """Return so many whole numbers of a state, above 0."""
+    value = state[name]
+    found = value if isinstance(value, list) else [value]
+    if len(found) != count or any(type(number) is not int or not 0 < number < 2**40 for number in found):
+        raise CheckpointError(f"{name}: expected {count} whole numbers above 0, found {str(value)[:80]}")
+    return found
 
 
 def _size(checkpoint: Checkpoint, name: str) -> int:

@@ -14,7 +14,7 @@ configuration has the form of Hugging Face's `config.json`: a loader that is wri
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -40,6 +40,9 @@ class Checkpoint:
         quantization: how the weights of a checkpoint that is quantised already are stored; None for a plain one.
         quantized: the names of the tensors that are quantised; the other tensors are floats.
         read_quantized: returns the codes and scales of one quantised tensor, `[in, out]`.
+        dtypes: the dtype in which a tensor is stored, by name, for the tensors that are stored as plain numbers.
+        text_prefix: what the whole model puts before the names of the modules, where this is the text part of a model that
+            also reads pictures or sound; None: it is a whole model.
         snapshot: the files that the checkpoint was opened from; None for a checkpoint that was made in memory.
     """
 
@@ -50,6 +53,8 @@ class Checkpoint:
     quantization: Quantization | None = None
     quantized: frozenset[str] = frozenset()
     read_quantized: Callable[[str], QuantizedTensor] | None = None
+    dtypes: Mapping[str, np.dtype] = field(default_factory=dict)
+    text_prefix: str | None = None
     snapshot: Snapshot | None = None
 
     @cached_property
@@ -70,6 +75,14 @@ class Checkpoint:
             QLoRAError: a field of the config has no meaning here.
         """
         return self.family.config(self.config)
+
+    @property
+    def dense_modules(self) -> frozenset[str]:
+        """The full names of the linear layers that are dense in a checkpoint whose others are quantised."""
+        if not self.quantized:
+            return frozenset()
+        names = (name for mapping in self.model_config.parameter_mappings if mapping.linear for name in mapping.names())
+        return frozenset(name.rpartition(".")[0] for name in names if name not in self.quantized)
 
 
 def unknown_tensor(place: str, name: str, known: Mapping[str, object]) -> CheckpointError:

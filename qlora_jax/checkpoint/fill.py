@@ -5,6 +5,7 @@ write to the next, so that they are never copied.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from qlora_jax.checkpoint.initialize import Rewrite, Rewritten
 from qlora_jax.models import ParameterMapping
 from qlora_jax.nn import frozen_sharding
 from qlora_jax.quant import (
+    MixedStack,
     PackedEmbedding,
     QuantizedTensor,
     empty_embedding,
@@ -51,10 +53,25 @@ class Filled(NamedTuple):
 
 def fill_stack(checkpoint: Checkpoint, mapping: ParameterMapping, value: Any, bar: tqdm, rewrite: Rewrite | None) -> Filled:
     """Return the filled value of a stacked mapping. `value` is its buffer, which is donated."""
+    names = mapping.names()
+    if not isinstance(value, MixedStack):
+        return _fill(checkpoint, names, value, mapping, bar, rewrite)
+    packed = [name for name, place in zip(names, value.places, strict=True) if place >= 0]
+    dense = [name for name, place in zip(names, value.places, strict=True) if place < 0]
+    one = _fill(checkpoint, packed, value.packed, mapping, bar, rewrite)
+    other = _fill(checkpoint, dense, value.dense, mapping, bar, rewrite)
+    mixed = MixedStack(one.value, other.value, value.places)
+    return Filled(mixed, one.not_finite + other.not_finite, one.records | other.records)
+
+
+def _fill(
+    checkpoint: Checkpoint, names: Sequence[str], value: Any, mapping: ParameterMapping, bar: tqdm, rewrite: Rewrite | None
+) -> Filled:
+    """Return the filled value of a stack of these tensors."""
     insert = _insert_quantized if isinstance(value, QuantizedTensor) else _insert_dense
     not_finite: list[str] = []
     records: dict[str, Rewritten] = {}
-    for layer, name in enumerate(mapping.names()):
+    for layer, name in enumerate(names):
         if name in checkpoint.quantized and isinstance(value, QuantizedTensor) and checkpoint.read_quantized is not None:
             one = dataclasses.replace(checkpoint.read_quantized(name), dtype=value.dtype)
             value = jax.block_until_ready(_write_quantized(value, one, layer))

@@ -1,4 +1,4 @@
-"""Adapters that are initialised from the original weights (PiSSA, LoftQ), while these are loaded.
+"""Adapters that are initialised from the original weights (PiSSA, OLoRA, LoftQ), while these are loaded.
 
 The loader gives each linear matrix to a `Rewrite` before it stores it. The result says what to store in its place, what the
 adapter's A and B are, and what was subtracted. The loader collects these results, one matrix at a time, and
@@ -19,7 +19,7 @@ from qlora_jax.errors import OptionError
 from qlora_jax.models import Model, linear_mappings
 from qlora_jax.nn import Linear
 from qlora_jax.peft import LoRA, LowRankAdapter, Method, Subtracted, module_matches
-from qlora_jax.peft.initialization import pissa_iterations
+from qlora_jax.peft.initialization import pissa_iterations, qr_update
 from qlora_jax.peft.loftq import loftq
 from qlora_jax.peft.pissa import best_update, subtract_update
 from qlora_jax.quant import Quantization, dequantize, quantize
@@ -119,6 +119,8 @@ def _initialize(method: LoRA, quantization: Quantization | None, module: str, w:
         if quantization is not None and name == "loftq":
             rounded = partial(_rounded, quantization=quantization)
             subtracted, initial = loftq(w, scaling, rank=rank, iterations=method.loftq_iter, rounded=rounded)
+        elif name == "olora":
+            subtracted = initial = qr_update(w, rank=rank)
         else:
             subtracted = initial = best_update(w, scaling, rank=rank, iterations=pissa_iterations(name))
     except ValueError as error:

@@ -8,7 +8,6 @@ and little more than the largest tensor.
 
 import dataclasses
 import re
-import warnings
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.fill import fill_dense, fill_embedding, fill_stack, zeros
 from qlora_jax.checkpoint.initialize import Rewrite, Rewritten, rewrite_for, subtracted_from, with_initial_adapter
 from qlora_jax.errors import CheckpointError, list_names
-from qlora_jax.models import Model, ModelConfig, ModelSpec, Origin, Remat
+from qlora_jax.models import Model, ModelConfig, ModelSpec, Origin, Remat, tied_head
 from qlora_jax.nn import AdapterConstant, AttentionImplementation, Linear, ReadsWeight, WeightConstant, put_on_mesh
 from qlora_jax.peft import Method, Subtracted
 from qlora_jax.quant import EmbeddingStorage, PackedEmbedding, Quantization, embedding_shape
@@ -56,7 +55,8 @@ def load_model(
 
     Args:
         quantization: storage of the linear layers; None keeps them dense. A checkpoint that is quantised already cannot be
-            quantised again: give its own quantization (`storage_of`), or None for dense values.
+            quantised again: give its own quantization (`storage_of`), or None for dense values. Those of its layers that are
+            dense stay dense.
         embedding_storage: storage of the token embedding and the output head.
         method: the method of fine-tuning; None for a model without an adapter.
         dtype: dtype of activations and dense weights; that of the platform if None.
@@ -78,11 +78,12 @@ def load_model(
         method,
         default_dtype() if dtype is None else dtype,
         remat,
+        frozenset() if quantization is None else checkpoint.dense_modules,
     )
     model, subtracted = load(
         checkpoint, spec, attention=attention, subtracted=subtracted, mesh=mesh, seed=seed, progress=progress
     )
-    model.origin = Origin(checkpoint.name, subtracted=subtracted)
+    model.origin = Origin(checkpoint.name, subtracted=subtracted, text_prefix=checkpoint.text_prefix)
     return model
 
 
@@ -228,19 +229,6 @@ def _check_storage(checkpoint: Checkpoint, quantization: Quantization | None) ->
             f"{checkpoint.name}: is quantised already: expected {own} or dense layers, found {quantization}; values "
             "in 4 bits are not quantised again"
         )
-    dense = [
-        name
-        for mapping in checkpoint.model_config.parameter_mappings
-        if mapping.linear
-        for name in mapping.names()
-        if name not in checkpoint.quantized
-    ]
-    if dense:
-        warnings.warn(
-            f"{checkpoint.name}: {len(dense)} linear layers are dense in this checkpoint ({list_names(dense)}); they are "
-            "quantised like the others",
-            stacklevel=3,
-        )
 
 
 def check_tensors(checkpoint: Checkpoint, frozen: Any) -> None:
@@ -262,13 +250,14 @@ def check_tensors(checkpoint: Checkpoint, frozen: Any) -> None:
             expected[name] = shape[::-1] if mapping.linear else shape
     found = checkpoint.shapes
     missing = [name for name in expected if name not in found]
-    tied = "lm_head.weight" if config.tie_word_embeddings else None  # a copy of the token embedding
+    # A head that is the token embedding may be in the files too, under either of its names.
+    tied = {"lm_head.weight", tied_head(config.parameter_mappings)} if config.tie_word_embeddings else set()
     extra = [
         name
         for name in found
         if name not in expected
         and not any(re.fullmatch(pattern, name) for pattern in checkpoint.family.ignored)
-        and name != tied
+        and name not in tied
     ]
     misshapen = [
         f"{name}: expected {expected[name]}, found {tuple(found[name])}"

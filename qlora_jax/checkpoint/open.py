@@ -10,7 +10,10 @@ __all__ = ["open_checkpoint"]
 
 
 def open_checkpoint(name: str | Path | Snapshot, revision: str | None = None) -> Checkpoint:
-    """Return an opened checkpoint. Only headers are read.
+    """Return an opened checkpoint. Only headers are read, and a head that may be the token embedding.
+
+    Of a model that also reads pictures or sound, the part that models text is opened (text_part.py). A head that differs
+    from the token embedding is used, although config.json says that the two are one (tied.py).
 
     Args:
         name: a folder of safetensors, a GGUF file, a repository id, or a snapshot that was resolved before.
@@ -27,7 +30,9 @@ def open_checkpoint(name: str | Path | Snapshot, revision: str | None = None) ->
         return dataclasses.replace(open_gguf(snapshot.path, name=snapshot.name), snapshot=snapshot)
     from qlora_jax.checkpoint.bitsandbytes import is_quantized, open_quantized
     from qlora_jax.checkpoint.safetensors import open_safetensors_folder
+    from qlora_jax.checkpoint.text_part import text_part
+    from qlora_jax.checkpoint.tied import with_own_head
 
     checkpoint = open_safetensors_folder(snapshot.path, name=snapshot.name)
     checkpoint = open_quantized(checkpoint) if is_quantized(checkpoint.config) else checkpoint
-    return dataclasses.replace(checkpoint, snapshot=snapshot)
+    return dataclasses.replace(with_own_head(text_part(checkpoint)), snapshot=snapshot)

@@ -9,15 +9,18 @@ Byte layout of a .safetensors file, little endian:
                   without gaps, and the file ends where the last one does: a short file has been truncated.
 
 A folder holds `model.safetensors`, or shards with `model.safetensors.index.json`:
-{"weight_map": {name: shard}}.
+{"weight_map": {name: shard}}. The index says which files belong to the model. Which tensors they hold, their headers say:
+an index may list a tensor that its shard lacks, or leave one out, as indexes do that were made for another version of the
+model. Whether every tensor of the model is there is checked against the model (checkpoint/load.py).
 
-`open_safetensors_folder` reads the headers (kilobytes a shard), checks them against the index and against the sizes of the
-files, and reports all problems in one error. `read` opens the shard and reads one tensor into a new array. It uses no memory
-map, because the pages of a map that were read count as resident memory as long as the map exists.
+`open_safetensors_folder` reads the headers (kilobytes a shard), checks them against the sizes of the files, and reports all
+problems in one error. `read` opens the shard and reads one tensor into a new array. It uses no memory map, because the pages
+of a map that were read count as resident memory as long as the map exists. `read_safetensors` and `read_tensor` do the
+same for one file, such as that of an adapter.
 """
 
-import json
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,12 +28,14 @@ import ml_dtypes
 import numpy as np
 
 from qlora_jax.checkpoint.checkpoint import Checkpoint, unknown_tensor
+from qlora_jax.checkpoint.index import INDEX, SINGLE, shards_of_index
+from qlora_jax.checkpoint.json_files import parse_json_object, read_json_object
 from qlora_jax.errors import CheckpointError
 
-__all__ = ["open_safetensors_folder"]
+__all__ = ["Tensor", "open_safetensors_folder", "read_safetensors", "read_tensor"]
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+MAX_AXES = 32  # as many as NumPy can always hold
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit; beyond it the length itself is damaged
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
@@ -68,8 +73,8 @@ def open_safetensors_folder(folder: Path, name: str | None = None) -> Checkpoint
     """Return an opened folder, after checking everything that headers show; `name` is used in messages."""
     place = name or str(folder)
     problems: list[str] = []
-    config = _read_json_object(folder / "config.json", problems)
-    tensors = _read_headers(folder, problems)
+    config = _read_json(folder / "config.json", problems)
+    tensors = _read_folder(folder, problems)
     if problems:
         raise CheckpointError.of(place, problems)
     assert config is not None
@@ -77,12 +82,18 @@ def open_safetensors_folder(folder: Path, name: str | None = None) -> Checkpoint
     def read(tensor_name: str) -> np.ndarray:
         if tensor_name not in tensors:
             raise unknown_tensor(place, tensor_name, tensors)
-        return _read_tensor(tensor_name, tensors[tensor_name])
+        return read_tensor(tensor_name, tensors[tensor_name])
 
-    return Checkpoint(place, config, {key: tensor.shape for key, tensor in tensors.items()}, read)
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    return Checkpoint(place, config, shapes, read, dtypes={key: tensor.dtype for key, tensor in tensors.items()})
 
 
-def _read_tensor(name: str, tensor: Tensor) -> np.ndarray:
+def read_tensor(name: str, tensor: Tensor) -> np.ndarray:
+    """Return one tensor of a file whose header was read.
+
+    Raises:
+        CheckpointError: the file has become shorter since.
+    """
     array = np.empty(tensor.shape, tensor.dtype)
     with open(tensor.file, "rb", buffering=0) as file:
         file.seek(tensor.offset)
@@ -99,52 +110,50 @@ def _read_tensor(name: str, tensor: Tensor) -> np.ndarray:
     return array
 
 
-def _read_headers(folder: Path, problems: list[str]) -> dict[str, Tensor]:
+def _read_folder(folder: Path, problems: list[str]) -> dict[str, Tensor]:
+    """Return the tensors of a folder by name, after adding what is wrong with its files to `problems`."""
     if (folder / SINGLE).is_file():
-        return _read_header(folder / SINGLE, problems) or {}
-    if not (folder / INDEX).is_file():
+        return read_safetensors(folder / SINGLE, problems) or {}
+    if (folder / INDEX).is_file():
+        try:
+            names_of = shards_of_index(folder / INDEX)
+        except CheckpointError as error:
+            problems.append(str(error))
+            return {}
+    elif complete := _complete_shards(folder):
+        names_of = {name: set[str]() for name in complete}
+    else:
         problems.append(_no_weights(folder))
         return {}
-    index = _read_json_object(folder / INDEX, problems)
-    if index is None:
-        return {}
-    names_of = _names_by_shard(index.get("weight_map"))
-    if names_of is None:
-        problems.append(
-            f"{INDEX}: is malformed: expected an object 'weight_map' from tensor names to names of "
-            ".safetensors files in this folder."
-        )
-        return {}
     tensors: dict[str, Tensor] = {}
+    lost: dict[str, set[str]] = {}
     for shard, promised in names_of.items():
         if not (folder / shard).is_file():
-            problems.append(f"{shard}: is missing ({len(promised)} of the tensors in {INDEX} are in it).")
+            lost[shard] = promised
             continue
-        found = _read_header(folder / shard, problems)
-        if found is None:
-            continue
-        if absent := sorted(promised - found.keys()):
-            problems.append(f"{shard}: lacks {_listed(absent)}, which {INDEX} places in it.")
-        if extra := sorted(found.keys() - promised):
-            problems.append(f"{shard}: holds {_listed(extra)}, which {INDEX} does not place in it.")
-        tensors.update(found)
+        for name, tensor in (read_safetensors(folder / shard, problems) or {}).items():
+            if name not in tensors or name in promised:
+                tensors[name] = tensor
+            elif name not in names_of[tensors[name].file.name]:
+                problems.append(f"{shard}: holds {name!r}, which {tensors[name].file.name} holds too.")
+    for shard, promised in lost.items():
+        if absent := promised - tensors.keys():
+            problems.append(f"{shard}: is missing ({len(absent)} of the tensors in {INDEX} are in it).")
     return tensors
 
 
-def _names_by_shard(weight_map: object) -> dict[str, set[str]] | None:
-    if not isinstance(weight_map, dict) or not weight_map:
-        return None
-    names_of: dict[str, set[str]] = {}
-    for tensor, shard in weight_map.items():
-        # A plain file name: an index must not reach outside its folder.
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or "/" in shard or "\\" in shard:
-            return None
-        names_of.setdefault(shard, set()).add(tensor)
-    return names_of
+def _complete_shards(folder: Path) -> list[str]:
+    """Return the shards model-00001-of-N to model-N-of-N of a folder without an index, if they are all there."""
+    found = sorted(path.name for path in folder.glob("model-*-of-*.safetensors") if SHARD.fullmatch(path.name))
+    count = int(found[0][-17:-12]) if found else 0
+    return found if found == [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] else []
 
 
-def _read_header(path: Path, problems: list[str]) -> dict[str, Tensor] | None:
-    """Return the tensors of one file; None after adding what is wrong with the file to `problems`."""
+def read_safetensors(path: Path, problems: list[str]) -> dict[str, Tensor] | None:
+    """Return the tensors of one file by name; None after adding what is wrong with the file to `problems`.
+
+    Only the header is read; `read_tensor` reads a tensor.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
@@ -163,12 +172,9 @@ def _read_header(path: Path, problems: list[str]) -> dict[str, Tensor] | None:
             return None
         text = file.read(length)
     try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        problems.append(f"{path.name}: has a corrupt header: expected {length:,} bytes of JSON, found: {error}.")
-        return None
-    if not isinstance(header, dict):
-        problems.append(f"{path.name}: has a corrupt header: expected a JSON object, found a {type(header).__name__}.")
+        header = parse_json_object(text)
+    except CheckpointError as error:
+        problems.append(f"{path.name}: has a corrupt header: expected {length:,} bytes of JSON, an object, found: {error}.")
         return None
     header.pop("__metadata__", None)
 
@@ -181,7 +187,8 @@ def _read_header(path: Path, problems: list[str]) -> dict[str, Tensor] | None:
             dtype = DTYPES.get(entry["dtype"])
             shape = tuple(entry["shape"])
             begin, end = entry["data_offsets"]
-            if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+            sizes = (*shape, begin, end)
+            if len(shape) > MAX_AXES or not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
                 raise ValueError
         except (TypeError, KeyError, ValueError):
             wrong.append(f"tensor {name!r}: expected dtype, shape and data_offsets, found {str(entry)[:120]}")
@@ -217,19 +224,14 @@ def _read_header(path: Path, problems: list[str]) -> dict[str, Tensor] | None:
     return tensors
 
 
-def _read_json_object(path: Path, problems: list[str]) -> dict | None:
+def _read_json(path: Path, problems: list[str]) -> dict | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except FileNotFoundError:
         problems.append(f"{path.name}: is missing.")
-        return None
-    except (ValueError, RecursionError, OSError) as error:
-        problems.append(f"{path.name}: is malformed: expected a JSON object, found: {error}.")
-        return None
-    if not isinstance(value, dict):
-        problems.append(f"{path.name}: is malformed: expected a JSON object, found a {type(value).__name__}.")
-        return None
-    return value
+    except CheckpointError as error:
+        problems.append(str(error))
+    return None
 
 
 def _no_weights(folder: Path) -> str:

@@ -23,7 +23,7 @@ from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.errors import OptionError
 from qlora_jax.export.drift import logit_drift, sample_logits
-from qlora_jax.export.merge import MergedDtype
+from qlora_jax.export.merge import MergedDtype, own_dtype
 from qlora_jax.export.pretrained import merge_pretrained
 from qlora_jax.quant import DataType, Quantization
 
@@ -49,9 +49,9 @@ class Options:
     """Folder, .gguf file or hub id of the base model; SmolLM2-135M-Instruct if left out."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    dtype: MergedDtype | Literal["4bit"] = "bfloat16"
-    """Type of the merged weights. With 4bit, linear layers have the storage of the base (nf4 for a dense base), which
-    transformers with bitsandbytes can read, and all other weights are bfloat16."""
+    dtype: MergedDtype | Literal["auto", "4bit"] = "auto"
+    """Type of the merged weights; auto: that of the base. With 4bit, linear layers have the storage of the base (nf4 for a
+    dense base), which transformers with bitsandbytes can read, and all other weights are bfloat16."""
     base: Literal["original", "dequantized"] = "original"
     """Weights to which the adapter is added: those of the checkpoint, or the same after quantisation to 4 bits and back."""
     data_type: DataType | Literal["none"] | None = None
@@ -84,15 +84,16 @@ def merge_adapter(options: Options) -> None:
         raise OptionError(f"--sample {options.sample}: expected some text, found none")
 
     packed = (quantization or Quantization()) if options.dtype == "4bit" else None
+    kind = own_dtype(pretrained.checkpoint) if options.dtype == "auto" else options.dtype
     merge_pretrained(
         pretrained,
         options.output,
-        dtype="bfloat16" if options.dtype == "4bit" else options.dtype,
+        dtype="bfloat16" if kind == "4bit" else kind,
         quantization=packed,
         base=options.base,
     )
     source = pretrained.base.name
-    print(f"Merged {options.adapter} into {source} ({options.base} weights, {options.dtype}): {options.output}")
+    print(f"Merged {options.adapter} into {source} ({options.base} weights, {kind}): {options.output}")
     if not options.compare:
         return
     # One model at a time: the logits of the first are on the host before the second is loaded.

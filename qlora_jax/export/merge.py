@@ -12,6 +12,7 @@ Without an adapter a checkpoint, for instance a GGUF file, is exported as a fold
 bitsandbytes' 4 bits (bitsandbytes.py).
 
     config.json                        the checkpoint's, with the new dtype (and quantization_config)
+    generation_config.json             the checkpoint's, with every token that ends a text (generation.py)
     model.safetensors                  or, above `shard_bytes` in all:
     model-00001-of-00002.safetensors   …, with model.safetensors.index.json: which file holds which tensor
     tokenizer.json …                   where a tokenizer is given
@@ -22,6 +23,7 @@ The folder is written under a temporary name beside its own and renamed at the e
 """
 
 import dataclasses
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,15 +44,17 @@ from qlora_jax.checkpoint.initialize import rewrite_for
 from qlora_jax.checkpoint.load import find, with_copy, with_tied
 from qlora_jax.checkpoint.tokenizer import save_tokenizer
 from qlora_jax.errors import CheckpointError, OptionError
+from qlora_jax.export.biases import with_biases
+from qlora_jax.export.generation import GENERATION, generation_config
 from qlora_jax.export.merge_tensor import TensorMerge, merged_tensors
 from qlora_jax.export.shards import Entry, bytes_of, split_into_shards, write_json, write_shard
 from qlora_jax.export.trained_parameters import retrained_parameters
-from qlora_jax.models import T5, ModelSpec, tied_head
+from qlora_jax.models import ModelSpec, tied_head
 from qlora_jax.models.trainable import EMBEDDING
 from qlora_jax.peft import Subtracted
 from qlora_jax.quant import EmbeddingStorage, PackedEmbedding, Quantization
 
-__all__ = ["MergedDtype", "merge"]
+__all__ = ["MergedDtype", "merge", "own_dtype"]
 
 MergedDtype = Literal["bfloat16", "float16", "float32"]
 SHARD_BYTES = 5_000_000_000
@@ -71,6 +75,7 @@ class MergePlan:
         entries: what each tensor of the checkpoint is written as, by its name: dtype and shape, by names in the file.
         shards: the names of the tensors of each file.
         config: the new config.json.
+        generation: the new generation_config.json; None: there is none.
     """
 
     checkpoint: Checkpoint
@@ -78,6 +83,7 @@ class MergePlan:
     entries: Mapping[str, Mapping[str, Entry]]
     shards: Mapping[str, Sequence[str]]
     config: dict[str, Any]
+    generation: dict[str, Any] | None = None
 
     @property
     def size(self) -> int:
@@ -90,7 +96,7 @@ def merge(
     adapter: Adapter | None,
     output: str | Path,
     *,
-    dtype: MergedDtype = "bfloat16",
+    dtype: MergedDtype | None = None,
     quantization: Quantization | None = None,
     from_dequantized: Quantization | None = None,
     from_embedding_storage: EmbeddingStorage = "none",
@@ -104,7 +110,7 @@ def merge(
     Args:
         adapter: None exports the checkpoint as it is.
         output: a folder that does not exist yet or is empty.
-        dtype: dtype of the weights.
+        dtype: dtype of the weights; that of the checkpoint (`own_dtype`) if None.
         quantization: storage of the linear layers, for transformers with bitsandbytes; None writes them in `dtype`.
         from_dequantized: how the base was quantised in training; the adapter is merged into those values in place of the
             original ones.
@@ -120,6 +126,8 @@ def merge(
         QLoRAError: an unsupported architecture, dtype or data type.
     """
     output = Path(output)
+    if dtype is None:
+        dtype = own_dtype(checkpoint)
     if dtype not in _DTYPES:
         raise OptionError(f"unknown dtype {dtype!r}; expected one of {', '.join(get_args(MergedDtype))}")
     if output.exists() and (not output.is_dir() or next(output.iterdir(), None) is not None):
@@ -134,8 +142,27 @@ def merge(
     rewrite = rewrite_for(method, subtracted, from_dequantized or Quantization())
     how = TensorMerge(adapter, _DTYPES[dtype], quantization, from_dequantized, from_embedding_storage, rewrite)
     plan = make_plan(checkpoint, how, dtype, shard_bytes)
+    plan = dataclasses.replace(plan, generation=generation_config(checkpoint, tokenizer))
     _write_folder(plan, output, tokenizer, progress=progress)
     return output
+
+
+def own_dtype(checkpoint: Checkpoint) -> MergedDtype:
+    """Return the dtype of a checkpoint's weights: the one that config.json names, as transformers loads them, else that of
+    most of its linear matrices; "bfloat16" where these are packed."""
+    for field in ("dtype", "torch_dtype"):
+        stated = str(checkpoint.config.get(field)).removeprefix("torch.")
+        for name in get_args(MergedDtype):
+            if stated == name:
+                return name
+    sizes = dict.fromkeys(get_args(MergedDtype), 0)
+    for name in (
+        name for mapping in checkpoint.model_config.parameter_mappings if mapping.linear for name in mapping.names()
+    ):
+        if (kind := str(checkpoint.dtypes.get(name))) in sizes:
+            sizes[kind] += math.prod(checkpoint.shapes[name])
+    largest: MergedDtype = max(sizes, key=lambda name: sizes[name])
+    return largest if sizes[largest] else "bfloat16"
 
 
 def make_plan(checkpoint: Checkpoint, how: TensorMerge, dtype: MergedDtype, shard_bytes: int) -> MergePlan:
@@ -154,8 +181,13 @@ def make_plan(checkpoint: Checkpoint, how: TensorMerge, dtype: MergedDtype, shar
         check_family(adapter, checkpoint.model_config.family)  # before names of another family are looked for
     abstract = ModelSpec(checkpoint.model_config, None, method=None if adapter is None else adapter.method).abstract()
     check_all(checkpoint, adapter, abstract)
+    checkpoint = with_biases(checkpoint, adapter)
+    mappings = checkpoint.model_config.parameter_mappings
     names = [name for mapping in mappings for name in mapping.names()]
     linear = frozenset(name for mapping in mappings if mapping.linear for name in mapping.names())
+    # A checkpoint that is written with the quantisation that it has keeps its dense layers.
+    kept = checkpoint.dense_modules if quantization == checkpoint.quantization else frozenset[str]()
+    dense = frozenset(name for name in linear if name.rpartition(".")[0] in kept)
     head = tied_head(mappings) if abstract.trainable.unties else None
     config = checkpoint.config
     if head is not None:  # the head was tied to the token embedding, and is not any more
@@ -165,17 +197,19 @@ def make_plan(checkpoint: Checkpoint, how: TensorMerge, dtype: MergedDtype, shar
     how = dataclasses.replace(
         how,
         linear=linear,
+        dense=dense,
         packed=_packed_embeddings(checkpoint) if how.from_embedding_storage != "none" else frozenset(),
+        adapted={"embed_out": "lm_head"},
         retrained=retrained_parameters(adapter, abstract.trainable, mappings),
     )
     entries: dict[str, dict[str, Entry]] = {
         name: {name: (how.dtype, tuple(checkpoint.shapes[name]))}
-        if quantization is None or name not in linear
+        if quantization is None or name not in linear - dense
         else quantized_shapes(name, checkpoint.shapes[name], quantization)
         for name in names
     }
     shards = split_into_shards(entries, shard_bytes)
-    return MergePlan(checkpoint, how, entries, shards, _config(checkpoint, config, dtype, quantization))
+    return MergePlan(checkpoint, how, entries, shards, _config(checkpoint, config, dtype, quantization, kept))
 
 
 def _write_folder(plan: MergePlan, output: Path, tokenizer: PreTrainedTokenizerFast | None, *, progress: bool) -> None:
@@ -201,6 +235,8 @@ def _write_folder(plan: MergePlan, output: Path, tokenizer: PreTrainedTokenizerF
                 {"metadata": {"total_size": plan.size}, "weight_map": dict(sorted(weight_map.items()))},
             )
         write_json(temporary / "config.json", plan.config)
+        if plan.generation is not None:
+            write_json(temporary / GENERATION, plan.generation)
         if tokenizer is not None:
             save_tokenizer(tokenizer, temporary)
         os.replace(temporary, output)
@@ -232,14 +268,17 @@ def _packed_embeddings(checkpoint: Checkpoint) -> frozenset[str]:
 
 
 def _config(
-    checkpoint: Checkpoint, config: dict[str, Any], dtype: MergedDtype, quantization: Quantization | None
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    dtype: MergedDtype,
+    quantization: Quantization | None,
+    dense: frozenset[str],
 ) -> dict[str, Any]:
     """Return the config.json for weights of that storage. The dtype is written under its old and its new name."""
     dropped = ("quantization_config", "_name_or_path", "_model_name_or_path")
     result = {name: value for name, value in config.items() if name not in dropped}
     if not result.get("architectures"):
-        kind = "ForConditionalGeneration" if checkpoint.family.model is T5 else "ForCausalLM"
-        result["architectures"] = [f"{result['model_type'].capitalize()}{kind}"]
+        result["architectures"] = [checkpoint.family.architecture]
     if quantization is not None:
-        result["quantization_config"] = quantization_config(quantization, dtype)
+        result["quantization_config"] = quantization_config(quantization, dtype, sorted(dense))
     return result | {"dtype": dtype, "torch_dtype": dtype}

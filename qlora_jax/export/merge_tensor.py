@@ -37,7 +37,9 @@ class TensorMerge:
         from_dequantized, from_embedding_storage: how the base was stored in training; see `merge`.
         rewrite: how the linear matrices were changed before they were stored in training; None: not at all.
         linear: the names of the linear matrices.
+        dense: the names of those among them that stay dense in a file whose others are quantised.
         packed: the names of the embeddings that `from_embedding_storage` is about.
+        adapted: the adapter's name of a module that the checkpoint calls otherwise.
         retrained: values that replace those of the checkpoint, by name.
     """
 
@@ -48,7 +50,9 @@ class TensorMerge:
     from_embedding_storage: EmbeddingStorage
     rewrite: Rewrite | None
     linear: frozenset[str] = frozenset()
+    dense: frozenset[str] = frozenset()
     packed: frozenset[str] = frozenset()
+    adapted: Mapping[str, str] = dataclasses.field(default_factory=dict)
     retrained: Mapping[str, Retrained] = dataclasses.field(default_factory=dict)
 
 
@@ -59,14 +63,15 @@ def merged_tensors(checkpoint: Checkpoint, name: str, how: TensorMerge) -> dict[
         CheckpointError: values that are not finite, or are too large for the dtype.
     """
     linear, quantization = name in how.linear, how.quantization
-    unchanged = how.adapter is None or not how.adapter.of_module(name.rsplit(".", 1)[0])
+    adapted = how.adapter is not None and how.adapter.of_module(name.rsplit(".", 1)[0])
+    unchanged = not adapted and name not in how.retrained
     if linear and unchanged and name in checkpoint.quantized and quantization == checkpoint.quantization:
         assert checkpoint.read_quantized is not None
         return quantized_tensors(name, checkpoint.read_quantized(name), how.dtype.name)
     tensor = _merged(checkpoint, name, how)
     if not np.isfinite(tensor).all():
         raise CheckpointError(f"{checkpoint.name}: tensor {name} holds NaN or infinite values.")
-    if linear and quantization is not None:
+    if linear and quantization is not None and name not in how.dense:
         return quantized_tensors(name, _quantized(tensor, quantization), how.dtype.name)
     with np.errstate(over="ignore"):  # reported below, with the tensor's name
         rounded = tensor.astype(how.dtype, copy=False)
@@ -86,19 +91,20 @@ def _merged(checkpoint: Checkpoint, name: str, how: TensorMerge) -> np.ndarray:
         tensor = _through_packing(tensor, how.from_embedding_storage)
     if name in how.retrained:
         tensor = how.retrained[name].put(tensor)
+        if name in how.linear:  # a matrix that was trained as a whole, and not in 4 bits
+            return tensor
     if name in how.linear and how.rewrite is not None:
         stored = how.rewrite(module, jnp.asarray(tensor, jnp.float32).T).stored
         tensor = tensor if stored is None else np.asarray(stored).T
-    if name in how.linear and how.from_dequantized is not None and name not in checkpoint.quantized:
+    if name in how.linear and how.from_dequantized is not None and not checkpoint.quantized:
         tensor = _through_quantization(tensor, how.from_dequantized)
+    module = how.adapted.get(module, module)
     found = {} if adapter is None else adapter.of_module(module)
     if adapter is None or not found:
         return tensor
-    if name in how.linear:
-        return adapter.method.merged(tensor, module, found)
     if kind == "bias":
         return adapter.method.merged_bias(tensor, module, found)
-    return tensor
+    return adapter.method.merged(tensor, module, found)
 
 
 def _quantized(matrix: np.ndarray, quantization: Quantization) -> QuantizedTensor:

@@ -15,7 +15,7 @@ def merge_pretrained(
     pretrained: Pretrained,
     output: str | Path,
     *,
-    dtype: MergedDtype = "bfloat16",
+    dtype: MergedDtype | None = None,
     quantization: Quantization | None = None,
     base: Literal["original", "dequantized"] = "original",
     progress: bool = True,
@@ -24,7 +24,7 @@ def merge_pretrained(
 
     Args:
         output: a folder that does not exist yet or is empty.
-        dtype: dtype of the weights.
+        dtype: dtype of the weights; that of the base if None.
         quantization: storage of the linear layers, for transformers with bitsandbytes; None writes them in `dtype`.
         base: the values to merge the adapter into: those of the checkpoint, or those that they had in training after they
             were quantised (`pretrained.quantization`, `pretrained.embedding_storage`).

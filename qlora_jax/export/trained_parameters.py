@@ -8,7 +8,7 @@ import numpy as np
 from qlora_jax.adapters.files import Adapter
 from qlora_jax.adapters.names import PREFIX, rows_name
 from qlora_jax.models import ParameterMapping, TrainableBase, tied_head
-from qlora_jax.models.trainable import TIED_HEAD
+from qlora_jax.models.trainable import EMBEDDING, TIED_HEAD
 
 __all__ = ["Retrained", "retrained_parameters"]
 
@@ -50,7 +50,14 @@ def retrained_parameters(
     for mapping in trained.full:
         names = [str(tied_head(mappings))] if mapping.path == TIED_HEAD else by_path[mapping.path].names()
         for name, theirs in zip(names, mapping.names(), strict=True):
-            result[name] = Retrained(adapter.tensors[PREFIX + theirs])
+            if PREFIX + theirs in adapter.tensors:  # not the bias of a layer that was no target
+                result[name] = Retrained(adapter.tensors[PREFIX + theirs])
+    for mapping in trained.linear:
+        result |= {
+            name: Retrained(adapter.tensors[PREFIX + name]) for name in mapping.names() if PREFIX + name in adapter.tensors
+        }
     for mapping, rows in trained.rows:
+        if mapping.path == EMBEDDING and trained.unties and (head := tied_head(mappings)) is not None and head not in result:
+            result[head] = Retrained(adapter.tensors[rows_name(mapping.modules()[0])], rows)
         result[by_path[mapping.path].name] = Retrained(adapter.tensors[rows_name(mapping.modules()[0])], rows)
     return result

@@ -33,6 +33,7 @@ def save_trained(trained: TrainedRun) -> Path:
             base_model_name_or_path=base,
             resized_embeddings=None if resumed is None else resumed.resized_embeddings,
             subtracted=trained.subtracted,
+            text_prefix=run.pretrained.checkpoint.text_prefix,
         )
     folder = output / "model"
     shutil.rmtree(folder, ignore_errors=True)  # left by this same run, if it was killed while it wrote

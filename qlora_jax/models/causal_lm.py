@@ -8,6 +8,7 @@ in their attention (window, position embedding), the program contains each kind 
 its kind.
 """
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -27,11 +28,10 @@ from qlora_jax.models.decoder import DecoderLayer, make_norm
 from qlora_jax.models.kv_cache import KVCache, empty_cache
 from qlora_jax.models.neftune import neftune_noise
 from qlora_jax.models.origin import Origin
-from qlora_jax.models.parameter_mapping import linear_modules
 from qlora_jax.models.prompts import with_prompt
 from qlora_jax.models.shape import method_for, positions_left
-from qlora_jax.models.stack import Remat, by_layer, rematerialise, stack
-from qlora_jax.models.trainable import EMBEDDING, HEAD, add_deltas, trainable_base
+from qlora_jax.models.stack import Remat, by_layer, rematerialise, scanned_layers, stack, storage_by_stack, with_dense_layers
+from qlora_jax.models.trainable import EMBEDDING, HEAD, adapters_of, add_deltas, trainable_base
 from qlora_jax.nn import (
     AttentionImplementation,
     Delta,
@@ -60,7 +60,8 @@ class CausalLM(nnx.Module):
         origin: the checkpoint of the model, and what loading changed; None for a model with random weights.
         trained: the parameters of the base that train in addition to the adapters of linear layers.
         prompt: the virtual tokens, or their keys and values, that come before every row; None: no virtual tokens.
-        head_delta: the trainable difference of an output head that is otherwise tied to the embedding, or None.
+        head_delta, head_adapter: the trainable difference of an output head that is otherwise tied to the embedding, of all
+            its values or of low rank, or None.
         attention: kernel of the causal attention.
         remat: which residuals the backward pass of training saves, and which it recomputes: "full" saves only the inputs of
             the layers, "offload" saves them in host memory, "dots" saves the results of all products, "none" saves
@@ -77,6 +78,7 @@ class CausalLM(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         attention: AttentionImplementation = "xla",
         remat: Remat = "full",
+        dense_modules: Collection[str] = (),
         rngs: nnx.Rngs,
     ) -> None:
         """Create a model with random weights; under `nnx.eval_shape` this needs no memory.
@@ -89,6 +91,7 @@ class CausalLM(nnx.Module):
             dtype: dtype of activations and of dense weights.
             attention: kernel of the causal attention.
             remat: which residuals are saved; see the attribute.
+            dense_modules: the full names of linear layers that stay dense although the others are quantised.
             rngs: random number generators; the stream `params` is used.
 
         Raises:
@@ -97,7 +100,8 @@ class CausalLM(nnx.Module):
         """
         method = method_for(method, config)
         self.trainable = trainable = trainable_base(method, config.parameter_mappings, vocabulary=config.vocab_size)
-        adapters = {} if method is None else method.targets(linear_modules(config.parameter_mappings))
+        adapters = adapters_of(method, config.parameter_mappings)
+        storage = storage_by_stack(config.parameter_mappings, quantization, dense_modules)
 
         def make_layer(layer_rngs: nnx.Rngs, layer: Array) -> DecoderLayer:
             def linear(name: str, inputs: int, outputs: int, *, use_bias: bool) -> Linear:
@@ -105,7 +109,7 @@ class CausalLM(nnx.Module):
                     inputs,
                     outputs,
                     use_bias=use_bias,
-                    quantization=quantization,
+                    quantization=storage[f"layers.{name}"],
                     adapter=adapters.get(f"layers.{name}"),
                     layer=layer,
                     dtype=dtype,
@@ -115,9 +119,11 @@ class CausalLM(nnx.Module):
             return DecoderLayer(config, linear, dtype)
 
         self.layers = stack(make_layer, config.num_hidden_layers, rngs)
+        with_dense_layers(self, config.parameter_mappings, dense_modules)
         rows = trainable.rows_of(EMBEDDING)
+        sizes = (config.vocab_size, config.hidden_size)
         self.embed_tokens = Embedding(
-            config.vocab_size, config.hidden_size, rows=rows, storage=embedding_storage, dtype=dtype, rngs=rngs
+            *sizes, rows=rows, adapter=adapters.get("embed_tokens"), storage=embedding_storage, dtype=dtype, rngs=rngs
         )
         self.norm = make_norm(config, config.hidden_size, dtype)
         if config.tie_word_embeddings:
@@ -125,9 +131,11 @@ class CausalLM(nnx.Module):
         else:
             rows = trainable.rows_of(HEAD)
             self.lm_head = Embedding(
-                config.vocab_size, config.hidden_size, rows=rows, storage=embedding_storage, dtype=dtype, rngs=rngs
+                *sizes, rows=rows, adapter=adapters.get("lm_head"), storage=embedding_storage, dtype=dtype, rngs=rngs
             )
         self.head_delta: Delta | None = None
+        own = adapters.get("lm_head") if config.tie_word_embeddings and not trainable.tied else None
+        self.head_adapter = None if own is None else own.make(*sizes, rngs=rngs)
         self.prompt = None if method is None else method.make_prompt(rngs)
         add_deltas(self, trainable)
         self.config = config
@@ -184,10 +192,12 @@ class CausalLM(nnx.Module):
         prompt = with_prompt(self.prompt, self.config, x, positions, segment_ids, key)
         rotations = rotations_of(self.config, prompt.positions)
         graph, layers = nnx.split(self.layers)
+        layers, layer_of = scanned_layers(layers)
         chunks = chunk_count(prompt.x.shape[0] * prompt.x.shape[1] // devices_of_context(), self.remat)
 
         def run_layer(x: Array, inputs: tuple[Any, Array | None, Array | None, Any]) -> tuple[Array, None]:
             state, layer_key, kind, prefix = inputs
+            state = layer_of(state)
             state = gather(state) if chunks == 1 else fetch_to_device(gather(state))
 
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
@@ -302,9 +312,11 @@ class CausalLM(nnx.Module):
         if self.lm_head is not None:
             return self.lm_head.matrix
         embedding = self.embed_tokens.matrix
-        if embedding.rows is not None or self.trainable.tied:
+        if self.trainable.tied:
             return embedding
-        return VocabularyMatrix(embedding.weight, None if self.head_delta is None else self.head_delta[...])
+        low_rank = None if self.head_adapter is None else self.head_adapter.low_rank()
+        delta, rows = (None if self.head_delta is None else self.head_delta[...]), embedding.rows
+        return VocabularyMatrix(embedding.weight, delta if rows is None else embedding.delta, rows, low_rank)
 
     def _embed(self, tokens: Array) -> Array:
         x = self.embed_tokens(tokens)

@@ -37,6 +37,7 @@ class Family:
         ignored: regular expressions of tensors that old checkpoints contain and the model does not need.
         model: the class of the model; it takes the result of `config` and the arguments of `CausalLM`.
         linear: regular expression of the full names of the linear modules.
+        architecture: the name of transformers' class.
         tied: (name of a tensor, name of the tensor that it equals) where config.json ties the two and the file may hold
             only the second.
     """
@@ -46,21 +47,33 @@ class Family:
     model: Callable[..., Model] = CausalLM
     linear: str = r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
     tied: tuple[str, str] | None = None
+    architecture: str = "LlamaForCausalLM"
 
 
 FAMILIES: dict[str, Family] = {  # by model_type
     "llama": Family(llama_config, llama.IGNORED),
-    "mistral": Family(mistral_config),
-    "qwen2": Family(qwen2_config),
-    "qwen3": Family(qwen3_config),
-    "gemma": Family(gemma_config),
-    "gemma2": Family(gemma2_config),
-    "gemma3_text": Family(gemma3_config),
-    "phi3": Family(phi3_config, linear=r"model\.layers\.\d+\.(self_attn\.(qkv|o)_proj|mlp\.(gate_up|down)_proj)"),
-    "smollm3": Family(smollm3_config),
-    "gpt_neox": Family(gpt_neox_config, gpt_neox.IGNORED, linear=r"gpt_neox\.layers\.\d+\..*"),
+    "mistral": Family(mistral_config, architecture="MistralForCausalLM"),
+    "qwen2": Family(qwen2_config, architecture="Qwen2ForCausalLM"),
+    "qwen3": Family(qwen3_config, architecture="Qwen3ForCausalLM"),
+    "gemma": Family(gemma_config, architecture="GemmaForCausalLM"),
+    "gemma2": Family(gemma2_config, architecture="Gemma2ForCausalLM"),
+    "gemma3_text": Family(gemma3_config, architecture="Gemma3ForCausalLM"),
+    "phi3": Family(
+        phi3_config,
+        linear=r"model\.layers\.\d+\.(self_attn\.(qkv|o)_proj|mlp\.(gate_up|down)_proj)",
+        architecture="Phi3ForCausalLM",
+    ),
+    "smollm3": Family(smollm3_config, architecture="SmolLM3ForCausalLM"),
+    "gpt_neox": Family(
+        gpt_neox_config, gpt_neox.IGNORED, linear=r"gpt_neox\.layers\.\d+\..*", architecture="GPTNeoXForCausalLM"
+    ),
     "t5": Family(
-        t5_config, T5_IGNORED, T5, linear=r"(encoder|decoder)\.block\.\d+\..*", tied=("lm_head.weight", "shared.weight")
+        t5_config,
+        T5_IGNORED,
+        T5,
+        linear=r"(encoder|decoder)\.block\.\d+\..*",
+        tied=("lm_head.weight", "shared.weight"),
+        architecture="T5ForConditionalGeneration",
     ),
 }
 

@@ -35,6 +35,8 @@ class Origin:
         scaling: the scaling of positions that was added to the checkpoint's config; None: none.
         subtracted: the LoRA matrices that were subtracted from the weights (PiSSA, LoftQ); None: none.
         template: the form of the prompts that the adapter was trained with; None: unknown.
+        text_prefix: what the whole model puts before the names of its text part, of which this is a model; None: it is a
+            whole model.
         resized_embeddings: the embeddings of the adapter that the model was loaded with; None: those of the checkpoint.
     """
 
@@ -42,4 +44,5 @@ class Origin:
     scaling: RopeScaling | None = None
     subtracted: Subtracted | None = None
     template: str | None = None
+    text_prefix: str | None = None
     resized_embeddings: ResizedEmbeddings | None = None

@@ -30,6 +30,7 @@ class ModelSpec:
         method: the method of fine-tuning; None: a model without an adapter.
         dtype: dtype of activations and dense weights.
         remat: which residuals the backward pass saves; see `CausalLM`.
+        dense_modules: the full names of linear layers that stay dense although the others are quantised.
     """
 
     config: ModelConfig
@@ -38,6 +39,7 @@ class ModelSpec:
     method: Method | None = LoRA()
     dtype: DTypeLike = "bfloat16"
     remat: Remat = "full"
+    dense_modules: frozenset[str] = frozenset()
 
     def build(self, rngs: nnx.Rngs, attention: AttentionImplementation | None = None) -> Model:
         """Return the model with random weights.
@@ -56,6 +58,7 @@ class ModelSpec:
             dtype=jnp.dtype(self.dtype),
             attention=attention or default_implementation(),
             remat=self.remat,
+            dense_modules=self.dense_modules,
             rngs=rngs,
         )
 

@@ -4,7 +4,7 @@ The constructor is mapped with `jax.vmap`, and `jax.lax.scan` runs the layers, s
 as long as compiling one layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from qlora_jax.models.parameter_mapping import ParameterMapping, linear_mappings, linear_modules
 from qlora_jax.nn import gather
 from qlora_jax.nn.parallel import devices_of_context
-from qlora_jax.quant import index_in_stack
+from qlora_jax.quant import MixedStack, MixedTensor, Quantization, QuantizedTensor, index_in_stack, mixed_stack
 
 Remat = Literal["none", "dots", "full", "offload"]
 Layer = TypeVar("Layer", bound=nnx.Module)
@@ -71,5 +72,75 @@ def by_layer(layers: Any) -> tuple[Any, Callable[[Any, Array], Any]]:
     several devices, a layer's leaves are sliced and gathered.
     """
     if devices_of_context() > 1:
-        return layers, lambda state, _: gather(state)
+        scanned, layer_of = index_in_stack(layers, packed=False)
+        return scanned, lambda state, index: gather(_sliced(layer_of(state, index)))
     return index_in_stack(layers)
+
+
+def scanned_layers(layers: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Return, for training, what to scan over for stacked `layers`, and a function from its slice to one layer's state.
+
+    Stacks of mixed storage (`quant.mixed`) cannot be sliced by a scan, and are indexed.
+    """
+    if not any(isinstance(leaf, MixedStack) for leaf in jax.tree.leaves(layers, is_leaf=_is_mixed)):
+        return layers, lambda state: state
+    scanned, layer_of = index_in_stack(layers, packed=False)
+    count = next(leaf.shape[0] for leaf in jax.tree.leaves(layers, is_leaf=_is_mixed))
+    several = devices_of_context() > 1
+
+    def layer(part: tuple[Any, Array]) -> Any:
+        state = layer_of(*part)
+        return _sliced(state) if several else state
+
+    return (scanned, jnp.arange(count)), layer
+
+
+def storage_by_stack(
+    mappings: Sequence[ParameterMapping], quantization: Quantization | None, dense: Collection[str], *, mixed: bool = True
+) -> dict[str, Quantization | None]:
+    """Return the storage of each stack of linear layers, by the keys of `linear_modules`; None: dense.
+
+    Args:
+        dense: the full names of the linear modules that stay dense.
+        mixed: whether a stack of which some layers are dense is stored in 4 bits (`with_dense_layers`); otherwise all of its
+            layers are dense.
+    """
+    found = {}
+    for key, names in linear_modules(mappings).items():
+        kept = [name in dense for name in names]
+        found[key] = None if all(kept) or (any(kept) and not mixed) else quantization
+    return found
+
+
+def with_dense_layers(module: Any, mappings: Sequence[ParameterMapping], dense: Collection[str]) -> None:
+    """Make the stacks of 4-bit matrices of a module under construction mixed, where some of their layers stay dense.
+
+    Args:
+        dense: the full names of the linear modules that stay dense.
+    """
+    for mapping in linear_mappings(mappings):
+        layers = [layer for layer, name in enumerate(mapping.modules()) if name in dense]
+        if not layers:
+            continue
+        owner = module
+        for name in mapping.path[:-1]:
+            owner = getattr(owner, name)
+        if isinstance(owner.weight.get_value(), QuantizedTensor):
+            owner.weight.set_value(mixed_stack(owner.weight.get_value(), layers))
+
+
+def _is_mixed(leaf: Any) -> bool:
+    return isinstance(leaf, MixedStack)
+
+
+def _sliced(state: Any) -> Any:
+    """Return a layer's state whose mixed matrices are stacks of one matrix of either kind, which can be gathered."""
+
+    def slice_of(leaf: Any) -> Any:
+        if not isinstance(leaf, MixedTensor):
+            return leaf
+        quantized, packed, dense = leaf.parts()
+        one = jax.tree.map(lambda part: part[None], (packed, dense))
+        return MixedTensor(MixedStack(*one, (0, -1)), jnp.where(quantized, 0, 1))
+
+    return jax.tree.map(slice_of, state, is_leaf=lambda leaf: isinstance(leaf, MixedTensor))

@@ -11,6 +11,7 @@ adapter trains, which has its own dropout.
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -21,12 +22,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Shaped
 
 from qlora_jax.models.origin import Origin
-from qlora_jax.models.parameter_mapping import linear_modules
 from qlora_jax.models.shape import method_for
-from qlora_jax.models.stack import Remat, by_layer, rematerialise
+from qlora_jax.models.stack import Remat, by_layer, rematerialise, storage_by_stack
 from qlora_jax.models.t5_config import T5Config
 from qlora_jax.models.t5_layers import T5Layer, T5Stack, random_keys
-from qlora_jax.models.trainable import add_deltas, trainable_base
+from qlora_jax.models.trainable import adapters_of, add_deltas, trainable_base
 from qlora_jax.nn import (
     AttentionImplementation,
     Embedding,
@@ -84,6 +84,7 @@ class T5(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         attention: AttentionImplementation = "xla",
         remat: Remat = "full",
+        dense_modules: Collection[str] = (),
         rngs: nnx.Rngs,
     ) -> None:
         """Create a model with random weights; under `nnx.eval_shape` this needs no memory.
@@ -96,6 +97,7 @@ class T5(nnx.Module):
             dtype: dtype of activations and of dense weights.
             attention: has no effect, because XLA computes attention with a bias on every platform.
             remat: which residuals are saved; see `CausalLM`.
+            dense_modules: the full names of linear layers that stay dense; all layers of a stack stay dense with them.
             rngs: random number generators; the stream `params` is used.
 
         Raises:
@@ -106,7 +108,8 @@ class T5(nnx.Module):
         self.trainable = trainable = trainable_base(
             method, config.parameter_mappings, vocabulary=config.vocab_size, embeddings=False
         )
-        adapters = {} if method is None else method.targets(linear_modules(config.parameter_mappings))
+        adapters = adapters_of(method, config.parameter_mappings, embeddings=False)
+        storage = storage_by_stack(config.parameter_mappings, quantization, dense_modules, mixed=False)
 
         def make_stack(side: str, layers: int, *, cross: bool) -> T5Stack:
             def make_layer(layer_rngs: nnx.Rngs, layer: Array) -> T5Layer:
@@ -115,7 +118,7 @@ class T5(nnx.Module):
                         inputs,
                         outputs,
                         use_bias=use_bias,
-                        quantization=quantization,
+                        quantization=storage[f"{side}.layers.{name}"],
                         adapter=adapters.get(f"{side}.layers.{name}"),
                         layer=layer,
                         dtype=dtype,

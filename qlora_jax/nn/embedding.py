@@ -1,6 +1,7 @@
 """The vocabulary matrix, `[vocabulary, features]` with one row for each token: the input embedding and the output head.
 
-    used matrix = weight + delta          delta: the trainable difference of all rows, of some rows, or absent
+    used matrix = weight + delta + (down up)ᵀ     delta: the trainable difference of all rows, of some rows, or absent
+                                                  down, up: a trainable difference of low rank (LoRA), or absent
 
 The weight is dense, or quantised to 8 or 4 bits (`quant.embedding`). A quantised weight is dequantised only in the rows that
 are looked up; as output head, slice by slice. Some rows of a quantised weight can train, but not all rows, because the
@@ -8,6 +9,7 @@ float32 difference would take many times the memory of the weight.
 """
 
 import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +44,13 @@ class VocabularyMatrix:
         weight: `[vocabulary, features]`, dense or quantised.
         delta: float32 difference, `[vocabulary, features]` or one row for each of `rows`; None: no row trains.
         rows: indices of the rows that delta is added to, all different; None: all rows, which requires a dense weight.
+        low_rank: (down `[features, r]`, up `[r, vocabulary]`), float32, whose product is added transposed; None: absent.
     """
 
     weight: Array | PackedEmbedding
     delta: Array | None = None
     rows: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    low_rank: tuple[Array, Array] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,14 +60,18 @@ class VocabularyMatrix:
     def __call__(self, tokens: Int[Array, "*tokens"]) -> Float[Array, "*tokens d"]:
         """Look token ids up: int32 `[...]` to `[..., features]` in the dtype of the weight."""
         found = embedding_lookup(self.weight, tokens)
-        if self.delta is None:
+        if self.delta is None and self.low_rank is None:
             return found
-        if self.rows is None:
-            change = self.delta[tokens]
-        else:
+        result = found.astype(jnp.float32)
+        if self.delta is not None and self.rows is None:
+            result = result + self.delta[tokens]
+        elif self.delta is not None:
             hit = tokens[..., None] == jnp.asarray(self.rows).reshape((1,) * tokens.ndim + (-1,))
-            change = jnp.einsum("...r,rd->...d", hit.astype(jnp.float32), self.delta)
-        return (found.astype(jnp.float32) + change).astype(found.dtype)
+            result = result + jnp.einsum("...r,rd->...d", hit.astype(jnp.float32), self.delta)
+        if self.low_rank is not None:
+            down, up = self.low_rank
+            result = result + jnp.einsum("...r,dr->...d", jnp.moveaxis(up[:, tokens], 0, -1), down)
+        return result.astype(found.dtype)
 
     def logits(self, hidden: Float[Array, "*rows d"], dtype: DTypeLike | None = None) -> Float[Array, "*rows v"]:
         """Return hidden `[..., features]` times the transposed matrix, `[..., vocabulary]`: the output head.
@@ -79,6 +87,9 @@ class VocabularyMatrix:
             logits = embedding_matmul(flat, matrix.weight, dtype)
         else:
             logits = einsum("nd,vd->nv", flat, matrix.weight.astype(hidden.dtype), dtype)
+        if matrix.low_rank is not None:
+            down, up = (part.astype(hidden.dtype) for part in matrix.low_rank)
+            logits = logits + einsum("nr,rv->nv", flat @ down, up, dtype)
         logits = logits.reshape(*hidden.shape[:-1], -1)
         if matrix.delta is None:
             return logits
@@ -98,6 +109,9 @@ class VocabularyMatrix:
             sums = embedding_rows_sum(share, matrix.weight, dtype)
         else:
             sums = einsum("nv,vd->nd", share, matrix.weight.astype(share.dtype), dtype)
+        if matrix.low_rank is not None:
+            down, up = (part.astype(share.dtype) for part in matrix.low_rank)
+            sums = sums + einsum("nr,dr->nd", einsum("nv,rv->nr", share, up, share.dtype), down, dtype)
         if matrix.delta is None:
             return sums
         of_rows = share[:, jnp.asarray(self.rows)]
@@ -114,12 +128,28 @@ class VocabularyMatrix:
         if isinstance(self.weight, PackedEmbedding):
             found = type(self.weight).__name__
             raise OptionError(f"embedding: expected a dense one if all its rows train, found {found}")
-        return VocabularyMatrix(add_delta(self.weight, self.delta))
+        return VocabularyMatrix(add_delta(self.weight, self.delta), low_rank=self.low_rank)
 
     def split_rows(self, axis: str) -> tuple["VocabularyMatrix", P]:
         """Return the matrix in a form whose rows can be split over a mesh axis, and the partition spec of its leaves."""
         weight = with_single_scales(self.weight)
         return dataclasses.replace(self, weight=weight), P(None, axis) if isinstance(weight, QuantizedTensor) else P(axis)
+
+
+class LowRank(Protocol):
+    """An `nnx.Module` with a trainable difference of low rank from a vocabulary matrix."""
+
+    def low_rank(self) -> tuple[Array, Array]:
+        """Return (down `[features, r]`, up `[r, vocabulary]`), float32; see `VocabularyMatrix`."""
+        ...
+
+
+class MakesLowRank(Protocol):
+    """The configuration of a difference of low rank."""
+
+    def make(self, vocabulary: int, features: int, *, rngs: nnx.Rngs) -> LowRank:
+        """Return a new difference, which changes nothing yet."""
+        ...
 
 
 class Embedding(nnx.Module):
@@ -129,6 +159,7 @@ class Embedding(nnx.Module):
         weight: `nnx.Param` holding a dense array or a quantised matrix.
         weight_delta: float32 `Delta`, `[vocabulary, features]` or one row for each of `rows`; None: no row trains.
         rows: the token ids whose rows train; None: all or none.
+        adapter: the trainable difference of low rank, or None.
     """
 
     def __init__(
@@ -137,6 +168,7 @@ class Embedding(nnx.Module):
         features: int,
         *,
         rows: tuple[int, ...] | None = None,
+        adapter: MakesLowRank | None = None,
         storage: EmbeddingStorage = "none",
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -147,6 +179,7 @@ class Embedding(nnx.Module):
             vocabulary: number of tokens.
             features: features of an embedding.
             rows: token ids whose rows train; None: none.
+            adapter: the configuration of a difference of low rank; None: there is none.
             storage: how the weight is stored: "none" (dense), "int8" or "nf4".
             dtype: dtype of a dense weight, and of the looked-up rows of a quantised one.
             rngs: random number generators; the stream `params` is used.
@@ -158,12 +191,14 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(quantize_embedding(weight, storage))
         self.weight_delta = None if rows is None else Delta(jnp.zeros((len(rows), features), jnp.float32))
         self.rows = rows
+        self.adapter: LowRank | None = None if adapter is None else adapter.make(vocabulary, features, rngs=rngs)
 
     @property
     def matrix(self) -> VocabularyMatrix:
         """The weight with its trainable difference."""
         delta = None if self.weight_delta is None else self.weight_delta[...]
-        return VocabularyMatrix(self.weight.get_value(), delta, None if delta is None else self.rows)
+        low_rank = None if self.adapter is None else self.adapter.low_rank()
+        return VocabularyMatrix(self.weight.get_value(), delta, None if delta is None else self.rows, low_rank)
 
     def __call__(self, tokens: Int[Array, "*tokens"]) -> Float[Array, "*tokens d"]:
         """Look token ids up: int32 `[...]` to `[..., features]` in the dtype of the weight."""

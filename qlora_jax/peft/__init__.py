@@ -1,12 +1,12 @@
 """Methods of parameter-efficient fine-tuning, one file each, on the layers of `nn`; `method.py` is their interface."""
 
 from qlora_jax.peft.dora import DoRALinear, DoRASpec
-from qlora_jax.peft.full import FullFineTuning
+from qlora_jax.peft.full import FullFineTuning, FullLinearSpec
 from qlora_jax.peft.ia3 import IA3, IA3Linear
 from qlora_jax.peft.initialization import reads_weights
 from qlora_jax.peft.lora import LoRA
 from qlora_jax.peft.lora_linear import LoRALinear, LoRASpec, LowRankAdapter, lora_update
-from qlora_jax.peft.method import AdapterModule, FieldErrors, FilePart, Method, ModelShape
+from qlora_jax.peft.method import EMBEDDING_KEYS, AdapterModule, FieldErrors, FilePart, Method, ModelShape
 from qlora_jax.peft.option import Option, by_name, option_problems
 from qlora_jax.peft.p_tuning import PTuning
 from qlora_jax.peft.prefix_tuning import PrefixTuning
@@ -33,6 +33,7 @@ def peft_methods() -> dict[str, type[Method]]:
 
 __all__ = [
     "ALL_LINEAR",
+    "EMBEDDING_KEYS",
     "IA3",
     "METHODS",
     "AdapterModule",
@@ -41,6 +42,7 @@ __all__ = [
     "FieldErrors",
     "FilePart",
     "FullFineTuning",
+    "FullLinearSpec",
     "IA3Linear",
     "LoRA",
     "LoRALinear",

@@ -32,7 +32,7 @@ from jax.typing import DTypeLike
 from qlora_jax.nn import AdapterConstant, Linear, WeightConstant, checkpoint_name
 from qlora_jax.peft.lora_linear import LoRASpec, apply_dropout, initialize_lora, lora_file_parts, lora_update
 from qlora_jax.peft.method import FilePart
-from qlora_jax.quant import QuantizedTensor, dequantize, matmul
+from qlora_jax.quant import MixedStack, QuantizedTensor, dequantize, matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +115,8 @@ def column_norms(weight: Any) -> Array:
 
     The matrices of a stack are dequantised one at a time.
     """
+    if isinstance(weight, MixedStack):
+        return jnp.stack([column_norms(weight.matrix(layer)) for layer in range(weight.shape[0])])
     if weight.ndim > 2:
         return jax.lax.map(column_norms, weight)
     dense = dequantize(weight, jnp.float32) if isinstance(weight, QuantizedTensor) else weight.astype(jnp.float32)

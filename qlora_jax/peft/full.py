@@ -1,4 +1,4 @@
-"""Full fine-tuning, as a baseline: every parameter of a decoder trains.
+"""Full fine-tuning, as a baseline: every parameter of a decoder trains. Linear layers may also train so beside adapters.
 
     y = x (W + D) (+ bias + d)        D, d float32, initialized with zeros; embeddings, output heads and norms: `nn.delta`
 
@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 
 from qlora_jax.errors import OptionError, UnsupportedError
-from qlora_jax.nn import Delta, Linear, add_delta
+from qlora_jax.nn import AdapterConstant, Delta, Linear, add_delta
 from qlora_jax.peft.method import FieldErrors, FilePart, Method
 from qlora_jax.quant import QuantizedTensor, matmul
 
@@ -63,13 +63,17 @@ class FullLinearSpec:
 
     Attributes:
         layers: number of layers in the stack.
+        used: for each layer, whether its matrix trains; None: all of them do.
+        packed: whether the matrices may be stored in 4 bits, which then remain as they are beside the change.
     """
 
     layers: int = 1
+    used: tuple[bool, ...] | None = None
+    packed: bool = False
 
     def make(self, in_features: int, out_features: int, *, layer: int | Array = 0, rngs: nnx.Rngs) -> "FullLinear":
         """Return a change of zeros for one layer."""
-        return FullLinear(in_features, out_features, self.layers)
+        return FullLinear(in_features, out_features, spec=self, layer=layer)
 
 
 class FullLinear(nnx.Module):
@@ -77,21 +81,29 @@ class FullLinear(nnx.Module):
 
     Attributes:
         delta: float32 `Delta` `[in, out]`.
-        layers: number of layers in the stack.
+        used: float32 `AdapterConstant`, 1 if the layer's matrix trains, else 0; None if those of all layers do.
+        spec: the description of the stack.
     """
 
-    def __init__(self, in_features: int, out_features: int, layers: int) -> None:
+    def __init__(self, in_features: int, out_features: int, *, spec: FullLinearSpec, layer: int | Array) -> None:
+        self.spec = spec
         self.delta = Delta(jnp.zeros((in_features, out_features), jnp.float32))
-        self.layers = layers
+        used = None if spec.used is None else jnp.asarray(np.asarray(spec.used, np.float32))[layer]
+        self.used = None if used is None else AdapterConstant(used)
 
     def __call__(self, x: Array, linear: Linear, key: Array | None) -> Array:
         weight = linear.weight.get_value()
-        if not isinstance(weight, Array):  # a 4-bit matrix, or a layer of a stack of 4-bit matrices
-            found = "4-bit ones" if isinstance(weight, QuantizedTensor) else type(weight).__name__
-            raise OptionError(f"full fine-tuning: expected dense linear layers (data_type none), found {found}")
-        return linear.with_bias(matmul(x, add_delta(weight, self.delta[...])))
+        delta = self.delta[...] if self.used is None else self.delta[...] * self.used[...]
+        if isinstance(weight, Array):
+            return linear.with_bias(matmul(x, add_delta(weight, delta)))
+        if self.spec.packed:
+            return linear.base(x) + matmul(x, delta.astype(x.dtype))
+        # A 4-bit matrix, or a layer of a stack of 4-bit matrices.
+        found = "4-bit ones" if isinstance(weight, QuantizedTensor) else type(weight).__name__
+        raise OptionError(f"full fine-tuning: expected dense linear layers (data_type none), found {found}")
 
     def file_parts(self) -> Iterator[FilePart]:
         """See `method.AdapterModule`."""
-        for layer in range(self.layers):
-            yield FilePart(layer, "weight", "delta", transposed=True, changes=True)
+        for layer in range(self.spec.layers):
+            if self.spec.used is None or self.spec.used[layer]:
+                yield FilePart(layer, "weight", "delta", transposed=True, changes=True)

@@ -23,7 +23,8 @@ from qlora_jax.nn import AdapterConstant, Linear
 from qlora_jax.peft.fields import Fields, as_list, as_names, is_list, is_names
 from qlora_jax.peft.method import FilePart, Method, ModelShape
 from qlora_jax.peft.option import Option
-from qlora_jax.peft.targets import ALL_LINEAR, choose, known_names
+from qlora_jax.peft.patterns import pattern_error
+from qlora_jax.peft.targets import ALL_LINEAR, choose, known_names, renamed_targets
 
 # The (target_modules, feedforward_modules) that PEFT 0.21 uses for each model_type if none are named.
 DEFAULTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -76,17 +77,15 @@ class IA3(Method):
     exclude_modules: str | tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
     init_ia3_weights: bool = True
+    from_files: bool = dataclasses.field(default=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.target_modules is not None and not self.target_modules:
             raise OptionError("IA3 target_modules: expected names, a regular expression or 'all-linear', found none")
         for field in ("target_modules", "feedforward_modules", "exclude_modules"):
             value = getattr(self, field)
-            if isinstance(value, str):
-                try:
-                    re.compile(value)
-                except re.error as error:
-                    raise OptionError(f"IA3 {field} {value!r}: no regular expression: {error}") from error
+            if isinstance(value, str) and (error := pattern_error(value)):
+                raise OptionError(f"IA3 {field} {value[:200]!r}: {error}")
 
     def for_model(self, shape: ModelShape) -> "IA3":
         """See `Method`."""
@@ -117,6 +116,19 @@ class IA3(Method):
             modules_to_save=values["modules_to_save"],
         )
 
+    def renamed(self, modules: Mapping[str, str]) -> "IA3":
+        """See `Method`."""
+        targets = None if self.target_modules is None else renamed_targets(self, modules)  # pyright: ignore[reportArgumentType]
+        if targets is None:
+            return self
+        feedforward = tuple(ours for theirs, ours in modules.items() if self.is_feedforward(theirs))
+        return dataclasses.replace(self, target_modules=targets, feedforward_modules=feedforward)
+
+    def with_targets(self, modules: Sequence[str]) -> "IA3":
+        """See `Method`."""
+        feedforward = tuple(name for name in modules if self.is_feedforward(name))
+        return dataclasses.replace(self, target_modules=tuple(modules), feedforward_modules=feedforward, exclude_modules=())
+
     @property
     def default_learning_rate(self) -> float:
         """The learning rate of the paper."""
@@ -139,7 +151,7 @@ class IA3(Method):
         if self.target_modules is None or self.feedforward_modules is None:
             raise ValueError("IA3: expected target_modules and feedforward_modules, found none: for_model chooses them")
         chosen = choose(self, layers)  # pyright: ignore[reportArgumentType]
-        named = self.feedforward_modules
+        named = () if self.from_files else self.feedforward_modules
         for name in (named,) if isinstance(named, str) else named:
             if not any(_is_feedforward(named if isinstance(named, str) else (name,), module) for module in chosen):
                 raise OptionError(f"IA3 feedforward_modules {name!r} matches no target; {known_names(layers)}")
@@ -173,7 +185,7 @@ class IA3(Method):
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> "IA3":
         """See `Method`."""
-        fields = Fields(config, read=_READ, expected={"fan_in_fan_out": (False, None)})
+        fields = Fields(config, read=_READ, inert=frozenset(("fan_in_fan_out",)))  # of Conv1D layers
         names = "names or one regular expression"
         targets = fields.get("target_modules", lambda x: x is None or is_names(x), names)
         feedforward = fields.get("feedforward_modules", lambda x: x is None or is_names(x), names)
@@ -189,6 +201,7 @@ class IA3(Method):
             exclude_modules=as_names(excluded),
             modules_to_save=tuple(saved),
             init_ia3_weights=ones,
+            from_files=True,
         )
 
     def to_peft(self, modules: Sequence[str]) -> dict[str, Any]:

@@ -7,21 +7,26 @@
     pissa            A B holds the r largest singular values of the original weight; they are subtracted from the base
                      (pissa.py)
     pissa_niter_N    as pissa, with the singular values approximated by N subspace iterations
+    olora            A B holds the first r columns of Q and rows of R of the original weight's QR decomposition (of W as
+                     [out, in]: B' = Q_r, A' = R_r); they are subtracted from the base (Büyükakyüz 2024)
     loftq            A B approximates the quantisation error of the original weight by r singular values, in alternating
                      steps (loftq.py)
     eva              A holds the r principal directions of the layer's inputs on the training data, B is zero (eva.py)
 
-The first three need only a random key. pissa, pissa_niter_N and loftq read the original weights while these are loaded
-(checkpoint/initialize.py).
+The first three need only a random key. pissa, pissa_niter_N, olora and loftq read the original weights while these are
+loaded (checkpoint/initialize.py).
 """
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-_NAMES = ("gaussian", "orthogonal", "pissa", "loftq", "eva")
+from qlora_jax.errors import OptionError
+
+_NAMES = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")
 _PISSA = re.compile(r"pissa(_niter_(?P<iterations>[1-9]\d*))?")
 
 
@@ -34,13 +39,26 @@ def initialization_error(name: object) -> str | None:
 
 def reads_weights(name: bool | str) -> bool:
     """Return whether this initialization is computed from the original weights."""
-    return isinstance(name, str) and (name == "loftq" or _PISSA.fullmatch(name) is not None)
+    return isinstance(name, str) and (name in ("loftq", "olora") or _PISSA.fullmatch(name) is not None)
 
 
 def pissa_iterations(name: str) -> int | None:
     """Return N of pissa_niter_N, or None for exact singular values."""
     match = _PISSA.fullmatch(name)
     return int(match["iterations"]) if match and match["iterations"] else None
+
+
+@partial(jax.jit, static_argnames="rank")
+def qr_update(w: Array, *, rank: int) -> tuple[Array, Array]:
+    """Return float32 A `[in, r]` and B `[r, out]` of OLoRA for a weight `[in, out]`.
+
+    Raises:
+        OptionError: the rank is larger than a side of w.
+    """
+    if rank > min(w.shape):
+        raise OptionError(f"expected a rank of at most {min(w.shape)} for {w.shape}, found {rank}")
+    q, r = jnp.linalg.qr(w.astype(jnp.float32).T)
+    return r[:rank].T, q[:, :rank].T
 
 
 def orthogonal(key: Array, in_features: int, out_features: int, rank: int) -> tuple[Array, Array]:

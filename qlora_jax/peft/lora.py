@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
 import numpy as np
 from flax import nnx
@@ -14,9 +14,11 @@ from qlora_jax.errors import OptionError
 from qlora_jax.peft.dora import MAGNITUDE, DoRALinear, DoRASpec
 from qlora_jax.peft.initialization import initialization_error, reads_weights
 from qlora_jax.peft.lora_config import read_lora, write_lora
-from qlora_jax.peft.lora_linear import LoRALinear, LoRASpec
-from qlora_jax.peft.method import Method
-from qlora_jax.peft.targets import ALL_LINEAR, choose, known_names, pattern_matches
+from qlora_jax.peft.lora_embedding import EMBEDDING_A, EMBEDDING_B, EmbeddingSpec
+from qlora_jax.peft.lora_linear import LORA_BIAS, LoRALinear, LoRASpec
+from qlora_jax.peft.method import EMBEDDING_KEYS, Bias, Method
+from qlora_jax.peft.patterns import pattern_error
+from qlora_jax.peft.targets import ALL_LINEAR, choose, known_names, pattern_matches, renamed_targets
 
 Number = TypeVar("Number", int, float)
 
@@ -40,9 +42,14 @@ class LoRA(Method):
         alpha_pattern: pairs (regular expression, alpha), by the same rule.
         init_lora_weights: initialization of A and B (initialization.py).
         loftq_iter: number of alternating steps of LoftQ.
-        modules_to_save: ends of the names of embeddings, output heads and norms that train in full.
+        modules_to_save: ends of the names of embeddings, output heads, norms and linear layers that train in full.
+        bias: the biases of the base that train: "none", "lora_only" (those of the targets) or "all".
+        lora_bias: whether B has a bias, by which the scaled update is shifted.
+        ensure_weight_tying: whether a head that is tied to the token embedding stays so: what trains of one is that of both.
+        layer_replication: ranges of layers (start, end) of which the model is made; empty: its own layers.
         trainable_token_indices: token ids whose rows of the input embedding train; or pairs (end of the name of an embedding
             or output head, token ids).
+        from_files: see `Method`.
 
     Raises:
         OptionError: rank < 1, alpha <= 0, dropout outside [0, 1), no target, an invalid regular expression, a pattern given
@@ -54,6 +61,7 @@ class LoRA(Method):
     title: ClassVar = "A LoRA adapter"
     summary: ClassVar = "two matrices beside each linear layer"
     peft_type: ClassVar = "LORA"
+    adapts_embeddings: ClassVar = True
 
     rank: int = 16
     alpha: float = 32.0
@@ -70,6 +78,11 @@ class LoRA(Method):
     trainable_token_indices: tuple[int, ...] | tuple[tuple[str, tuple[int, ...]], ...] = ()
     init_lora_weights: bool | str = True
     loftq_iter: int = 1
+    bias: Bias = "none"
+    lora_bias: bool = False
+    ensure_weight_tying: bool = False
+    layer_replication: tuple[tuple[int, int], ...] = dataclasses.field(default=(), metadata={"of_files": True})
+    from_files: bool = dataclasses.field(default=False, compare=False, repr=False, metadata={"of_files": True})
 
     def __post_init__(self) -> None:
         for where, rank in (("rank", self.rank), *((f"rank_pattern {name!r}", r) for name, r in self.rank_pattern)):
@@ -80,6 +93,12 @@ class LoRA(Method):
                 raise OptionError(f"LoRA {where}: expected a number above 0, found {alpha}")
         if not 0 <= self.dropout < 1:
             raise OptionError(f"LoRA dropout: expected 0 <= dropout < 1, found {self.dropout}")
+        if self.bias not in get_args(Bias):
+            raise OptionError(f"LoRA bias: expected one of {', '.join(get_args(Bias))}, found {self.bias!r}")
+        if self.lora_bias and self.use_dora:
+            raise OptionError("LoRA lora_bias: expected none beside use_dora, found both")
+        if any(start < 0 or end <= start for start, end in self.layer_replication):
+            raise OptionError(f"LoRA layer_replication: expected pairs 0 <= start < end, found {self.layer_replication}")
         if not self.target_modules:
             raise OptionError("LoRA target_modules: expected names, a regular expression or 'all-linear', found none")
         self._check_patterns()
@@ -128,10 +147,8 @@ class LoRA(Method):
         patterns += [("exclude_modules", self.exclude_modules)] if isinstance(self.exclude_modules, str) else []
         patterns += [("target", self.target_modules)] if isinstance(self.target_modules, str) else []
         for field, pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise OptionError(f"LoRA {field} {pattern!r}: no regular expression: {error}") from error
+            if error := pattern_error(pattern):
+                raise OptionError(f"LoRA {field} {pattern[:200]!r}: {error}")
 
     @property
     def scaling(self) -> float:
@@ -165,29 +182,65 @@ class LoRA(Method):
         """See `Method`."""
         return dataclasses.replace(self, dropout=dropout)
 
+    def renamed(self, modules: Mapping[str, str]) -> "LoRA":
+        """See `Method`."""
+        targets = renamed_targets(self, modules)
+        changed: dict[str, Any] = {}
+        for field, default in (("rank_pattern", self.rank), ("alpha_pattern", self.alpha)):
+            patterns = getattr(self, field)
+            own = tuple(
+                (re.escape(ours), value)
+                for theirs, ours in modules.items()
+                if (value := _first_match(patterns, theirs, default)) != _first_match(patterns, ours, default)
+            )
+            if own:
+                names = {name for name, _ in own}
+                changed[field] = (*own, *((name, value) for name, value in patterns if name not in names))
+        if targets is not None:
+            return dataclasses.replace(self, **changed).with_targets(targets)
+        return dataclasses.replace(self, **changed) if changed else self
+
+    def with_targets(self, modules: Sequence[str]) -> "LoRA":
+        """See `Method`."""
+        anywhere = {"exclude_modules": (), "layers_to_transform": (), "layers_pattern": ()}
+        return dataclasses.replace(self, target_modules=tuple(modules), **anywhere)
+
     @property
     def suffixes(self) -> tuple[str, ...]:
-        return ("lora_A.weight", "lora_B.weight", *((MAGNITUDE,) if self.use_dora else ()))
+        return (
+            *("lora_A.weight", "lora_B.weight"),
+            *((MAGNITUDE,) if self.use_dora else ()),
+            *((LORA_BIAS,) if self.lora_bias else ()),
+            *(EMBEDDING_A, EMBEDDING_B),
+        )
 
     def shape_error(self, module: str, suffix: str, shape: tuple[int, ...]) -> str | None:
         """See `Method`."""
-        if suffix == MAGNITUDE:
+        if suffix in (MAGNITUDE, LORA_BIAS):
             return None if len(shape) == 1 else "expected a vector"
         if len(shape) != 2:
             return "expected a matrix"
-        rank, found = self.rank_of(module), shape[self.suffixes.index(suffix)]
+        rank, found = self.rank_of(module), shape[0 if suffix in ("lora_A.weight", EMBEDDING_A) else 1]
         return None if found == rank else f"expected r = {rank} as in the configuration"
 
     def merged(self, weight: np.ndarray, module: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
         """See `Method`."""
-        a, b, *magnitude = (tensors[suffix].astype(np.float32) for suffix in self.suffixes)
-        update = b @ a
-        update *= np.float32(self.scaling_of(module))
+        if EMBEDDING_A in tensors:
+            update = (tensors[EMBEDDING_B].astype(np.float32) @ tensors[EMBEDDING_A].astype(np.float32)).T
+        else:
+            update = tensors["lora_B.weight"].astype(np.float32) @ tensors["lora_A.weight"].astype(np.float32)
+        update = np.multiply(update, np.float32(self.scaling_of(module)), out=update)
         update += weight.astype(np.float32, copy=False)
-        for m in magnitude:
+        if MAGNITUDE in tensors:
             norm = np.linalg.norm(update, axis=1)
-            update *= (m / np.where(norm > 0, norm, 1))[:, None]
+            update *= (tensors[MAGNITUDE].astype(np.float32) / np.where(norm > 0, norm, 1))[:, None]
         return update
+
+    def merged_bias(self, bias: np.ndarray, module: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """See `Method`."""
+        if LORA_BIAS not in tensors:
+            return bias
+        return bias.astype(np.float32) + np.float32(self.scaling_of(module)) * tensors[LORA_BIAS].astype(np.float32)
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> "LoRA":
@@ -198,37 +251,48 @@ class LoRA(Method):
         """See `Method`."""
         return write_lora(self, modules)
 
-    def targets(self, layers: Mapping[str, Sequence[str]]) -> "dict[str, LoRASpec] | dict[str, DoRASpec]":
-        """See `Method`."""
+    def targets(self, layers: Mapping[str, Sequence[str]]) -> "dict[str, Any]":
+        """See `Method`. The values are `LoRASpec`s, `DoRASpec`s and, of embeddings, `EmbeddingSpec`s."""
         chosen = choose(self, layers)
         for field, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            for pattern, _ in patterns:
+            for pattern, _ in () if self.from_files else patterns:
                 if not any(pattern_matches(pattern, name) for name in chosen):
                     raise OptionError(
                         f"LoRA {field} {pattern!r} matches no linear layer that gets an adapter; {known_names(layers)}"
                     )
-        specs = {}
+        specs: dict[str, Any] = {}
         for key, stacked in layers.items():
             if chosen.isdisjoint(stacked):
                 continue
             ranks = tuple(self.rank_of(name) if name in chosen else 0 for name in stacked)
             scalings = tuple(self.scaling_of(name) if name in chosen else 0.0 for name in stacked)
-            specs[key] = LoRASpec(ranks, scalings, self.dropout, self.init_lora_weights)
-        return {key: DoRASpec(spec) for key, spec in specs.items()} if self.use_dora else specs
+            spec = LoRASpec(ranks, scalings, self.dropout, self.init_lora_weights, self.lora_bias)
+            if key in EMBEDDING_KEYS:
+                self._check_embedding(stacked[0])
+                specs[key] = EmbeddingSpec(spec, head=key == "lm_head")
+            else:
+                specs[key] = DoRASpec(spec) if self.use_dora else spec
+        return specs
+
+    def _check_embedding(self, module: str) -> None:
+        """Raise OptionError where the adapter of an embedding or output head is not one that `EmbeddingSpec` describes."""
+        if self.use_dora or self.lora_bias or self.reads_original_weights:
+            name = "use_dora" if self.use_dora else "lora_bias" if self.lora_bias else f"{self.init_lora_weights}"
+            raise OptionError(f"LoRA {name}: expected linear layers of the decoder layers as targets, found {module}")
 
     def make(
         self, in_features: int, out_features: int, *, layer: int | Array = 0, rngs: nnx.Rngs
     ) -> LoRALinear | DoRALinear:
         """Return the adapter of a single layer outside a model; it has no name, so no pattern or target applies."""
-        spec = LoRASpec((self.rank,), (self.scaling,), self.dropout, self.init_lora_weights)
+        spec = LoRASpec((self.rank,), (self.scaling,), self.dropout, self.init_lora_weights, self.lora_bias)
         return (DoRASpec(spec) if self.use_dora else spec).make(in_features, out_features, layer=layer, rngs=rngs)
 
     def _scaling(self, rank: int, alpha: float) -> float:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-# The command line has an option for every field.
-LoRA.lora_options = tuple(field.name for field in dataclasses.fields(LoRA))
+# The command line has an option for every field that is not only found in files.
+LoRA.lora_options = tuple(field.name for field in dataclasses.fields(LoRA) if not field.metadata.get("of_files"))
 
 
 def _first_match(patterns: tuple[tuple[str, Number], ...], module: str, default: Number) -> Number:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from qlora_jax.peft.fields import (
     Fields,
@@ -17,6 +17,7 @@ from qlora_jax.peft.fields import (
     is_whole,
 )
 from qlora_jax.peft.initialization import reads_weights
+from qlora_jax.peft.method import Bias
 from qlora_jax.peft.targets import ALL_LINEAR
 
 # Fields of PEFT that do not change the mathematics: descriptions of the run, settings that act only at initialization, and
@@ -27,6 +28,7 @@ _INERT = frozenset(
         "base_model_name_or_path",
         "corda_config",
         "eva_config",
+        "fan_in_fan_out",  # of Conv1D layers, which no model here has; PEFT resets it for linear ones
         "inference_mode",
         "loftq_config",
         "lora_ga_config",
@@ -40,15 +42,11 @@ _INERT = frozenset(
         "velora_config",
     )
 )
-# Fields that are supported at these values only.
-_EXPECTED: dict[str, tuple[object, ...]] = {
-    "bias": ("none", None),
-}
 
-
-# The initializations of saved adapters that can be loaded: those that leave the base weights unchanged, and pissa, whose
-# changed base can be computed again from the original weights.
-_LOADABLE_INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "pissa")
+# The initializations of saved adapters that can be loaded: those that leave the base weights unchanged, and pissa and olora,
+# whose changed base can be computed again from the original weights.
+_LOADABLE_INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica", "pissa", "olora")
+_PLAIN = (False, None, "mica")  # those among them that have no meaning once A and B are trained
 
 
 def _same(value: Any) -> Any:
@@ -117,8 +115,18 @@ _FIELDS: dict[str, _Field] = {
     ),
     "use_rslora": _Field("use_rslora", _is_flag, "true or false", False),
     "use_dora": _Field("use_dora", _is_flag, "true or false", False),
+    "bias": _Field("bias", lambda x: x in get_args(Bias), f"one of {', '.join(get_args(Bias))}", "none"),
+    "lora_bias": _Field("lora_bias", _is_flag, "true or false", False),
+    "ensure_weight_tying": _Field("ensure_weight_tying", _is_flag, "true or false", False),
+    "layer_replication": _Field(
+        "layer_replication",
+        lambda x: is_list(x, lambda pair: is_list(pair, is_whole) and len(pair) == 2),
+        "pairs of layers (start, end)",
+        [],
+        lambda x: tuple((start, end) for start, end in x),
+    ),
 }
-_READ = frozenset((*_FIELDS, "init_lora_weights", "ensure_weight_tying", "peft_type"))
+_READ = frozenset((*_FIELDS, "init_lora_weights", "peft_type"))
 
 
 def read_lora(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,20 +135,19 @@ def read_lora(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         FieldErrors: fields with no meaning here, or values of another kind.
     """
-    fields = Fields(config, read=_READ, inert=_INERT, expected=_EXPECTED)
+    fields = Fields(config, read=_READ, inert=_INERT)
     found = {name: fields.get(name, field.fits, field.expected, field.default) for name, field in _FIELDS.items()}
-    if found["modules_to_save"] and config.get("ensure_weight_tying"):
-        fields.problems.append("ensure_weight_tying = true beside modules_to_save is not supported")
     initialization = config.get("init_lora_weights")
     if initialization not in _LOADABLE_INITIALIZATIONS:
         fields.problems.append(
-            f"init_lora_weights = {json.dumps(initialization)} is not supported: it changed the weights of the base"
+            f"init_lora_weights = {json.dumps(initialization)[:80]} is not supported: it changed the weights of the base; "
+            "PEFT converts such an adapter (path_initial_model_for_weight_conversion of save_pretrained)"
         )
     fields.check()
     if found["layers_to_transform"] == []:  # older versions of PEFT wrote the pattern all the same, with no meaning
         found["layers_pattern"] = []
     values = {field.name: field.read(found[name]) for name, field in _FIELDS.items()}
-    return values | {"init_lora_weights": initialization or True}
+    return values | {"init_lora_weights": True if initialization in _PLAIN else initialization, "from_files": True}
 
 
 # The settings of EVA that eva.py implements: ranks are not redistributed (rho 1), and every token except padding counts.
@@ -166,18 +173,19 @@ def write_lora(lora: Any, modules: Sequence[str]) -> dict[str, Any]:
     # The patterns keep their order, because the first that matches applies.
     return {
         "alpha_pattern": {name: _number(alpha) for name, alpha in lora.alpha_pattern},
-        "bias": "none",
+        "bias": lora.bias,
+        **({"ensure_weight_tying": True} if lora.ensure_weight_tying else {}),
         **({"eva_config": _EVA} if lora.init_lora_weights == "eva" else {}),
         "exclude_modules": as_list(lora.exclude_modules),
         "fan_in_fan_out": False,
         # pissa and loftq change the base, but saved files fit the original weights (adapters/weight_init.py).
         "init_lora_weights": True if reads_weights(lora.init_lora_weights) else lora.init_lora_weights,
-        "layer_replication": None,
+        "layer_replication": [list(pair) for pair in lora.layer_replication] or None,
         "layers_pattern": as_list(lora.layers_pattern),
         "layers_to_transform": list(lora.layers_to_transform) or None,
         "loftq_config": {},
         "lora_alpha": _number(lora.alpha),
-        "lora_bias": False,
+        "lora_bias": lora.lora_bias,
         "lora_dropout": lora.dropout,
         "megatron_config": None,
         "megatron_core": "megatron.core",

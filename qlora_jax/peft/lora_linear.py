@@ -27,6 +27,8 @@ from qlora_jax.peft.initialization import orthogonal
 from qlora_jax.peft.method import FilePart
 from qlora_jax.quant import matmul
 
+LORA_BIAS = "lora_B.bias"  # the suffix of the tensor's name in adapter files
+
 
 @dataclasses.dataclass(frozen=True)
 class LoRASpec:
@@ -38,12 +40,14 @@ class LoRASpec:
         dropout: fraction of the inputs that is zeroed while training.
         initialization: value of `init_lora_weights`. Those that need more than a random key (initialization.py) start here
             with A uniform and B zero.
+        bias: whether B has a bias b: y = x W + s * ((x A) B + b).
     """
 
     ranks: tuple[int, ...]
     scalings: tuple[float, ...]
     dropout: float
     initialization: bool | str = True
+    bias: bool = False
 
     @property
     def rank(self) -> int:
@@ -82,6 +86,8 @@ class LoRALinear(nnx.Module):
         spec: the ranks and scalings of all layers of the stack.
         factors: float32 `AdapterConstant` `[r]` with the factor s of each column of A, or None if all layers of the stack
             have the same rank and scaling.
+        lora_bias: float32 `nnx.LoRAParam` `[out]`, the bias of B; None where B has none.
+        bias_factor: float32 `AdapterConstant`, the factor s of the bias, where `factors` are not None.
     """
 
     def __init__(
@@ -91,10 +97,16 @@ class LoRALinear(nnx.Module):
         a, b, factors = initialize_lora(spec, in_features, out_features, layer=layer, rngs=rngs)
         self.factors = None if factors is None else AdapterConstant(factors)
         self.lora_a, self.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
+        self.lora_bias = nnx.LoRAParam(jnp.zeros((out_features,), jnp.float32)) if spec.bias else None
+        factor = None if factors is None or not spec.bias else jnp.asarray(spec.scalings, jnp.float32)[layer]
+        self.bias_factor = None if factor is None else AdapterConstant(factor)
 
     def __call__(self, x: Array, linear: Linear, key: Array | None) -> Array:
         scaling = self.spec.scalings[0] if self.factors is None else self.factors[...]
         update = lora_update(x, self.lora_a[...], self.lora_b[...], scaling, self.spec.dropout, key)
+        if self.lora_bias is not None:
+            factor = self.spec.scalings[0] if self.bias_factor is None else self.bias_factor[...]
+            update = update + (factor * self.lora_bias[...]).astype(update.dtype)
         return linear.base(x) + update
 
     def file_parts(self) -> Iterator[FilePart]:
@@ -136,6 +148,8 @@ def lora_file_parts(spec: LoRASpec) -> Iterator[FilePart]:
         if rank:
             yield FilePart(layer, "lora_A.weight", "lora_a", (slice(None), slice(rank)), transposed=True)
             yield FilePart(layer, "lora_B.weight", "lora_b", (slice(rank), slice(None)), transposed=True)
+            if spec.bias:
+                yield FilePart(layer, LORA_BIAS, "lora_bias")
 
 
 def init_lora_a(key: Array, in_features: int, rank: int) -> Array:

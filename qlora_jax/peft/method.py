@@ -8,7 +8,7 @@ modules say how PEFT's files name their parameters (`file_parts`).
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 from flax import nnx
@@ -20,6 +20,8 @@ from qlora_jax.peft.option import Option
 if TYPE_CHECKING:
     from qlora_jax.peft.prompt import Prompt
 
+Bias = Literal["none", "lora_only", "all"]
+EMBEDDING_KEYS = ("embed_tokens", "lm_head")  # keys of the token embedding and the output head in `Method.targets`
 # (end of the name of an embedding or output head, or None for the input embedding; the token ids whose rows train)
 TrainableTokens = tuple[tuple[str | None, tuple[int, ...]], ...]
 
@@ -96,13 +98,19 @@ class Method(Protocol):
         learning_rate_factor: a factor on LoRA's default learning rate, where the method has no default of its own.
         is_full: whether all parameters of the model train and a model is saved, not an adapter.
         is_prefix: whether the virtual tokens are keys and values of every layer.
+        adapts_embeddings: whether the method also has adapters for the token embedding and the output head (`targets`).
 
     Attributes:
+        from_files: whether this is the method of an adapter that exists. Its tensors then say what it adapts, and names of
+            its configuration that match nothing are no error.
         modules_to_save: ends of the names of embeddings, output heads and norms that train in full.
         rank: the inner size of a low-rank update (LoRA's r); 0 for a method without one.
         use_dora: whether a low-rank update is DoRA's.
         init_lora_weights: the initialization of a low-rank update, by PEFT's names.
         virtual_tokens: how many virtual tokens stand before those of the text.
+        bias: the biases of the base that train: none, those of the adapted linear layers, or all.
+        layer_replication: ranges of layers (start, end) of which the model is made, in this order; empty: its own layers.
+        ensure_weight_tying: whether a head that is tied to the token embedding remains so when one of them is adapted.
         init_text: a text whose tokens the virtual tokens start from; None: there is none.
     """
 
@@ -119,7 +127,12 @@ class Method(Protocol):
     learning_rate_factor: ClassVar[float] = 1.0
     is_full: ClassVar[bool] = False
     is_prefix: ClassVar[bool] = False
+    adapts_embeddings: ClassVar[bool] = False
 
+    from_files: bool = False
+    bias: Bias = "none"
+    layer_replication: tuple[tuple[int, int], ...] = ()
+    ensure_weight_tying: bool = False
     modules_to_save: tuple[str, ...] = ()
     rank: int = 0
     use_dora: bool = False
@@ -133,7 +146,8 @@ class Method(Protocol):
         """Return what makes the adapter of each stack of linear layers that gets one.
 
         Args:
-            layers: for the key of each stack, the full names of the modules that it stacks.
+            layers: for the key of each stack, the full names of the modules that it stacks. For a method that adapts
+                embeddings also the token embedding and the output head, under `EMBEDDING_KEYS`.
 
         Raises:
             OptionError: the method names a module that does not exist.
@@ -218,6 +232,18 @@ class Method(Protocol):
         Raises:
             UnsupportedError: the method does not work with such a model.
         """
+        return self
+
+    def renamed(self, modules: Mapping[str, str]) -> "Method":
+        """Return the method that selects modules by our names as this one does by those of an adapter's files.
+
+        Args:
+            modules: our full name of a module by its full name in the files, for the modules where the two differ.
+        """
+        return self
+
+    def with_targets(self, modules: Sequence[str]) -> "Method":
+        """Return the method with these full names of modules as its targets, where it has targets."""
         return self
 
     def with_dropout(self, dropout: float) -> "Method":

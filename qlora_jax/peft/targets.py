@@ -8,7 +8,7 @@ PEFT 0.21).
     rank_pattern, …       the first regular expression that matches the end of the name, from a dot on, applies
 
 PEFT ignores an entry that selects nothing. Here it is an error, because a misspelt name would silently leave a layer
-untrained.
+untrained; except in the configuration of an adapter that exists (`from_files`), whose tensors say what it adapts.
 """
 
 import re
@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from qlora_jax.errors import OptionError
+from qlora_jax.peft.method import EMBEDDING_KEYS
 
 ALL_LINEAR = "all-linear"
 
@@ -31,6 +32,8 @@ class Targets(Protocol):
     def layers_to_transform(self) -> tuple[int, ...]: ...
     @property
     def layers_pattern(self) -> tuple[str, ...]: ...
+    @property
+    def from_files(self) -> bool: ...
 
 
 def name_matches(names: Sequence[str], module: str) -> bool:
@@ -56,13 +59,17 @@ def choose(targets: Targets, layers: Mapping[str, Sequence[str]]) -> set[str]:
 
     Args:
         targets: the selecting fields of a method.
-        layers: for each stacked linear layer, the full names of the modules that it stacks.
+        layers: see `Method.targets`. "all-linear" selects none of `EMBEDDING_KEYS`.
 
     Raises:
         OptionError: a name, a pattern or a layer number selects nothing.
     """
     names, kind = [name for stacked in layers.values() for name in stacked], type(targets).__name__
-    chosen = {name for name in names if module_matches(targets, name)}
+    linear = {name for key, stacked in layers.items() if key not in EMBEDDING_KEYS for name in stacked}
+    wanted = linear if targets.target_modules == ALL_LINEAR else names
+    chosen = {name for name in wanted if module_matches(targets, name)}
+    if targets.from_files:
+        return chosen
 
     def check(field: str, entries: str | tuple[str, ...]) -> None:
         if entries == ALL_LINEAR:
@@ -106,3 +113,16 @@ def _layer_number(targets: Targets, module: str) -> int | None:
     if not targets.layers_pattern and (match := re.match(r".*?\.[^.]*\.(?P<number>\d+)\.", module)):
         return int(match["number"])
     return None
+
+
+def renamed_targets(targets: Targets, modules: Mapping[str, str]) -> tuple[str, ...] | None:
+    """Return the targets that select by our names of modules what `targets` selects by the names in an adapter's files.
+
+    Args:
+        modules: our names by those of the files; see `Method.renamed`.
+
+    Returns:
+        full names; None where `targets` selects the same by our names.
+    """
+    wanted = [ours for theirs, ours in modules.items() if module_matches(targets, theirs) or module_matches(targets, ours)]
+    return None if all(module_matches(targets, ours) for ours in wanted) else tuple(wanted)

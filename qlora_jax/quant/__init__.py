@@ -19,6 +19,7 @@ from qlora_jax.quant.embedding import (
     write_embedding_rows,
 )
 from qlora_jax.quant.matmul import matmul, with_implementation
+from qlora_jax.quant.mixed import MixedStack, MixedTensor, mixed_stack
 from qlora_jax.quant.spec import Quantization
 from qlora_jax.quant.stacked import StackedTensor, index_in_stack
 from qlora_jax.quant.tensor import Implementation, QuantizedTensor, dequantize, quantize, with_double_quantization
@@ -33,6 +34,8 @@ __all__ = [
     "EmbeddingStorage",
     "Implementation",
     "Int8Embedding",
+    "MixedStack",
+    "MixedTensor",
     "PackedEmbedding",
     "Quantization",
     "QuantizedTensor",
@@ -50,6 +53,7 @@ __all__ = [
     "from_blocks",
     "index_in_stack",
     "matmul",
+    "mixed_stack",
     "quantize",
     "quantize_blockwise",
     "quantize_embedding",

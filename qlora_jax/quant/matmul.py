@@ -29,6 +29,7 @@ from jaxtyping import Float
 from qlora_jax.errors import UnsupportedError
 from qlora_jax.quant import kernels, tiles
 from qlora_jax.quant.dense_matmul import dense_matmul, einsum
+from qlora_jax.quant.mixed import MixedTensor, mixed_matmul
 from qlora_jax.quant.stacked import StackedTensor
 from qlora_jax.quant.tensor import Implementation, QuantizedTensor, dequantize
 
@@ -37,7 +38,7 @@ FEW_ROWS = 64  # the most rows of x for which "auto" prefers the kernel
 
 def matmul(
     x: Float[Array, "*rows k"],
-    w: Float[Array, "k n"] | QuantizedTensor | StackedTensor,
+    w: Float[Array, "k n"] | QuantizedTensor | StackedTensor | MixedTensor,
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*rows n"]:
@@ -60,6 +61,8 @@ def matmul(
     if isinstance(w, QuantizedTensor | StackedTensor):
         packed = w.stack if isinstance(w, StackedTensor) else w
         y: Array = _einsum(_chosen(rows, packed, implementation or packed.implementation), rows, w)
+    elif isinstance(w, MixedTensor):
+        y = mixed_matmul(rows, w)
     else:
         y = dense_matmul(rows, w)
     return y.reshape(*x.shape[:-1], y.shape[-1])

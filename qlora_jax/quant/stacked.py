@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax import Array
 
+from qlora_jax.quant.mixed import MixedStack, MixedTensor
 from qlora_jax.quant.tensor import QuantizedTensor
 
 
@@ -41,21 +42,27 @@ class StackedTensor:
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, self.index, keepdims=False), self.stack)
 
 
-def index_in_stack(layers: Any) -> tuple[Any, Callable[[Any, Array], Any]]:
+def index_in_stack(layers: Any, *, packed: bool = True) -> tuple[Any, Callable[[Any, Array], Any]]:
     """Return (scanned, layer_of) for a scan over stacked layers that does not slice their 4-bit matrices.
 
     `jax.lax.scan` runs over `scanned`. In its body, layer_of(slice of scanned, index of the layer) returns a tree like one
-    layer, in which each 4-bit matrix is a `StackedTensor`.
+    layer, in which each 4-bit matrix is a `StackedTensor`, and each matrix of a `MixedStack` a `MixedTensor`.
+
+    Args:
+        packed: whether stacks that are 4-bit as a whole are indexed too; otherwise the scan slices them.
     """
-    leaves, tree = jax.tree.flatten(layers, is_leaf=_is_packed)
-    scanned = [None if _is_packed(leaf) else leaf for leaf in leaves]
+
+    def is_kept(leaf: Any) -> bool:
+        return isinstance(leaf, MixedStack) or (packed and isinstance(leaf, QuantizedTensor))
+
+    def indexed(leaf: Any, index: Array) -> Any:
+        return MixedTensor(leaf, index) if isinstance(leaf, MixedStack) else StackedTensor(leaf, index)
+
+    leaves, tree = jax.tree.flatten(layers, is_leaf=is_kept)
+    scanned = [None if is_kept(leaf) else leaf for leaf in leaves]
 
     def layer_of(parts: Any, index: Array) -> Any:
         pairs = zip(leaves, parts, strict=True)
-        return tree.unflatten([StackedTensor(leaf, index) if _is_packed(leaf) else part for leaf, part in pairs])
+        return tree.unflatten([indexed(leaf, index) if is_kept(leaf) else part for leaf, part in pairs])
 
     return scanned, layer_of
-
-
-def _is_packed(leaf: Any) -> bool:
-    return isinstance(leaf, QuantizedTensor)

@@ -7,7 +7,7 @@ logits exist:
     logits = h Wᵀ        loss = w (logsumexp(logits) - h·W[target])        dh = w (softmax(logits) - e[target]) W
 
 This takes two matrix products a chunk instead of the three of a recomputing backward pass; the saved residual is dh, which
-is as large as h. The head is frozen: no gradient of it is formed. Where an adapter trains a change of the head
+is as large as h. The head is frozen: no gradient of it is formed. Where an adapter trains changes of the head
 (nn.embedding), the backward pass computes the logits once more.
 
 Each chunk reads the whole head twice. The size of a chunk is therefore the number of tokens whose logits take a fixed amount
@@ -72,7 +72,7 @@ def token_losses(
 
     Args:
         hidden: the hidden states after the last norm.
-        head: the output head, dense or packed. Of its parts only the delta, if it has one, gets a gradient.
+        head: the output head, dense or packed. Of its parts only the trainable changes, if it has any, get a gradient.
         targets: the token to predict at each place.
         weights: the factor on each loss, float32; 0 for tokens that are not learned.
         chunk: how many of this device's tokens have their logits in memory at a time; None: by the rows of the head and the
@@ -82,13 +82,14 @@ def token_losses(
             `jax.shard_map`; None: the head is whole.
 
     Raises:
-        UnsupportedError: the rows of a head with a delta are spread.
+        UnsupportedError: the rows of a head with a trainable change are spread.
     """
     table = head if isinstance(head, VocabularyMatrix) else VocabularyMatrix(head)
-    if axis is not None and table.delta is not None:
+    changes = (table.delta, table.low_rank)
+    if axis is not None and changes != (None, None):
         raise UnsupportedError("token_losses: expected a head without a delta where its rows are spread, found one")
     settings = _Settings(table.rows, chunk, cap, axis)
-    losses: Any = _token_losses(hidden, table.weight, table.delta, targets, weights, settings)
+    losses: Any = _token_losses(hidden, table.weight, changes, targets, weights, settings)
     return losses
 
 
@@ -133,9 +134,16 @@ class _Settings:
     axis: str | None
 
 
+Changes = tuple[Array | None, tuple[Array, Array] | None]  # the delta and the change of low rank of a head
+
+
+def _head(weight: Any, changes: Changes, settings: _Settings) -> VocabularyMatrix:
+    return VocabularyMatrix(weight, changes[0], settings.rows, changes[1])
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _token_losses(
-    hidden: Array, weight: Any, delta: Array | None, targets: Array, weights: Array, settings: _Settings
+    hidden: Array, weight: Any, changes: Changes, targets: Array, weights: Array, settings: _Settings
 ) -> Array:
     cap, axis = settings.cap, settings.axis
 
@@ -146,28 +154,28 @@ def _token_losses(
 
         return jax.lax.map(run, _chunks(chunk, hidden, targets, weights)).reshape(-1)[: hidden.shape[0]]
 
-    head = VocabularyMatrix(weight, delta, settings.rows).with_delta()
+    head = _head(weight, changes, settings).with_delta()
     return _with_chunk(losses, settings.chunk, axis, head, hidden, targets, weights)
 
 
 def _forward(
-    hidden: Array, weight: Any, delta: Array | None, targets: Array, weights: Array, settings: _Settings
+    hidden: Array, weight: Any, changes: Changes, targets: Array, weights: Array, settings: _Settings
 ) -> tuple[Array, Any]:
-    if delta is None:
+    if changes == (None, None):
         losses, gradient, _ = _losses_and_gradients(VocabularyMatrix(weight), hidden, targets, weights, settings)
         return losses, gradient
     # The gradient of the head sums over tokens, whose own factors are known only in the backward pass.
-    losses: Any = _token_losses(hidden, weight, delta, targets, weights, settings)
-    return losses, (hidden, weight, delta, targets, weights)
+    losses: Any = _token_losses(hidden, weight, changes, targets, weights, settings)
+    return losses, (hidden, weight, changes, targets, weights)
 
 
 def _backward(settings: _Settings, residuals: Any, cotangent: Array) -> tuple[Any, ...]:
     if not isinstance(residuals, tuple):
         return (residuals * cotangent[:, None]).astype(residuals.dtype), None, None, None, None
-    hidden, weight, delta, targets, weights = residuals
-    head = VocabularyMatrix(weight, delta, settings.rows)
-    _, of_hidden, of_delta = _losses_and_gradients(head, hidden, targets, weights * cotangent, settings)
-    return of_hidden, None, of_delta, None, None
+    hidden, weight, changes, targets, weights = residuals
+    head = _head(weight, changes, settings)
+    _, of_hidden, of_changes = _losses_and_gradients(head, hidden, targets, weights * cotangent, settings)
+    return of_hidden, None, of_changes, None, None
 
 
 _token_losses.defvjp(_forward, _backward)
@@ -175,14 +183,14 @@ _token_losses.defvjp(_forward, _backward)
 
 def _losses_and_gradients(
     table: VocabularyMatrix, hidden: Array, targets: Array, weights: Array, settings: _Settings
-) -> tuple[Array, Array, Array | None]:
-    """Return the losses `[n]`, and the gradients of their sum with respect to the hidden states and to the head's delta."""
+) -> tuple[Array, Array, Changes]:
+    """Return the losses `[n]`, and the gradients of their sum with respect to the hidden states and the head's changes."""
     cap, axis = settings.cap, settings.axis
 
     def of_chunks(chunk: int, table: VocabularyMatrix, hidden: Array, targets: Array, weights: Array) -> tuple[Any, ...]:
-        head, rows = table.with_delta(), None if table.rows is None else jnp.asarray(table.rows)
+        head = table.with_delta()
 
-        def run(of_delta: Array | None, part: tuple[Array, Array, Array]) -> tuple[Array | None, tuple[Array, Array]]:
+        def run(sums: Any, part: tuple[Array, Array, Array]) -> tuple[Any, tuple[Array, Array]]:
             h, target, weight = _gathered(axis, *part)
             losses, logits, log_normalizer = _chunk_loss(head, h, target, weight, cap, axis)
             # The 1 of the target is subtracted in float32: for a confident token nothing of the difference would survive
@@ -193,19 +201,36 @@ def _losses_and_gradients(
                 share = share * (1 - (logits / cap) ** 2)
             share = (share * weight[:, None]).astype(h.dtype)
             of_hidden = _summed(axis, share, head)
-            if of_delta is not None:
-                trained = share if rows is None else share[:, rows]
-                of_delta = of_delta + jnp.einsum("nr,nd->rd", trained, h, preferred_element_type=jnp.float32)
-            return of_delta, (_own(axis, losses), of_hidden)
+            sums = jax.tree.map(jnp.add, sums, _of_changes(table, share, h))
+            return sums, (_own(axis, losses), of_hidden)
 
-        start = None if table.delta is None else jnp.zeros(table.delta.shape, jnp.float32)
+        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (table.delta, table.low_rank))
         chunks: Any = _chunks(chunk, hidden, targets, weights)
-        of_delta, (losses, gradients) = jax.lax.scan(run, start, chunks)
+        of_changes, (losses, gradients) = jax.lax.scan(run, start, chunks)
         count, features = hidden.shape
-        return losses.reshape(-1)[:count], gradients.reshape(-1, features)[:count], of_delta
+        return losses.reshape(-1)[:count], gradients.reshape(-1, features)[:count], of_changes
 
-    losses, of_hidden, of_delta = _with_chunk(of_chunks, settings.chunk, axis, table, hidden, targets, weights)
-    return losses, of_hidden, of_delta
+    losses, of_hidden, of_changes = _with_chunk(of_chunks, settings.chunk, axis, table, hidden, targets, weights)
+    return losses, of_hidden, of_changes
+
+
+def _of_changes(table: VocabularyMatrix, share: Array, h: Array) -> Changes:
+    """Return the gradients of a chunk's losses with respect to the head's changes, float32.
+
+    Args:
+        share: the gradients with respect to the logits, `[n, vocabulary]`.
+        h: the hidden states, `[n, features]`.
+    """
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    of_delta = of_low_rank = None
+    if table.delta is not None:
+        trained = share if table.rows is None else share[:, jnp.asarray(table.rows)]
+        of_delta = product("nr,nd->rd", trained, h)
+    if table.low_rank is not None:
+        down, up = (part.astype(h.dtype) for part in table.low_rank)
+        inner = product("nv,rv->nr", share, up).astype(h.dtype)
+        of_low_rank = product("nd,nr->dr", h, inner), product("nr,nv->rv", (h @ down), share)
+    return of_delta, of_low_rank
 
 
 def _with_chunk(run: Callable[..., Any], chunk: int | None, axis: str | None, head: VocabularyMatrix, *arrays: Array) -> Any:

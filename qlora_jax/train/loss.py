@@ -132,10 +132,11 @@ def _loss_and_accuracy(model: Any, hidden: Array, batch: Batch) -> tuple[Array, 
 def _over_rows_with_head(head: Any, function: Callable[..., Array], *arrays: Array) -> Array:
     """Return `function(head, *arrays, axis)`, with the rows of the arrays spread over the devices.
 
-    The rows of the head are spread too where their number allows it and no delta of the head trains.
+    The rows of the head are spread too where their number allows it and no change of the head trains.
     """
     devices = devices_of_context()
     head = head if isinstance(head, VocabularyMatrix) else VocabularyMatrix(head)
-    axis = AXIS if devices > 1 and head.delta is None and head.shape[0] % devices == 0 else None
+    trains = head.delta is not None or head.low_rank is not None
+    axis = AXIS if devices > 1 and not trains and head.shape[0] % devices == 0 else None
     head, spread = head.split_rows(AXIS) if axis is not None else (head, None)
     return over_rows(partial(function, axis=axis), head, *arrays, spread=spread)

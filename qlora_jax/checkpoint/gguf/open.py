@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from qlora_jax.checkpoint.checkpoint import Checkpoint, unknown_tensor
@@ -55,7 +56,9 @@ def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
         return values - np.float32(family.norm_offset) if family.norm_offset and stored.endswith("norm.weight") else values
 
     shapes = {hf: header.tensors[stored].shape for hf, stored in names.items()}
-    return Checkpoint(place, config, shapes, read)
+    dense = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+    kinds = {hf: dense.get(header.tensors[stored].type.name) for hf, stored in names.items()}
+    return Checkpoint(place, config, shapes, read, dtypes={name: np.dtype(kind) for name, kind in kinds.items() if kind})
 
 
 def _part(stored: str) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from qlora_jax.errors import OptionError
 from qlora_jax.peft import ALL_LINEAR, LoRA
+from qlora_jax.peft.method import Bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,8 @@ class LoRAOptions:
     dropout: float = LoRA.dropout
     """Share of the adapter's inputs that is zeroed while training."""
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
-    """Names of linear layers, or the last parts of names; all-linear: every linear layer but the output head."""
+    """Names of linear layers, the token embedding or the output head, or the last parts of names; all-linear: every linear
+    layer but the output head."""
     target_regex: str | None = None
     """One regular expression over whole module names, instead of target-modules."""
     use_rslora: bool = LoRA.use_rslora
@@ -26,8 +28,8 @@ class LoRAOptions:
     use_dora: bool = LoRA.use_dora
     """DoRA: train the lengths of the weights' columns by themselves."""
     init_lora_weights: str | None = None
-    """Initialization of A and B, by PEFT's names: gaussian or orthogonal; pissa, pissa_niter_N or loftq, from the original
-    weights; eva, from the training data. If left out, A is uniform and B zero."""
+    """Initialization of A and B, by PEFT's names: gaussian or orthogonal; pissa, pissa_niter_N, olora or loftq, from the
+    original weights; eva, from the training data. If left out, A is uniform and B zero."""
     loftq_iter: int = LoRA.loftq_iter
     """Iterations of LoftQ."""
     exclude_modules: tuple[str, ...] = ()
@@ -41,7 +43,13 @@ class LoRAOptions:
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     """Alphas of single modules, in the same form."""
     modules_to_save: tuple[str, ...] = ()
-    """Ends of the names of embeddings, heads and norms that are trained as a whole and saved."""
+    """Ends of the names of embeddings, heads, norms and linear layers that are trained as a whole and saved."""
+    bias: Bias = LoRA.bias
+    """Biases of the base that are trained: lora_only, those of the linear layers with an adapter; all."""
+    lora_bias: bool = LoRA.lora_bias
+    """Give B a bias, which is trained too."""
+    ensure_weight_tying: bool = LoRA.ensure_weight_tying
+    """Keep a head tied to the token embedding when one of the two is a target or trained as a whole."""
     trainable_token_indices: tuple[int, ...] = ()
     """Tokens whose embeddings are trained; where the head is tied to the embedding, its rows too."""
     special_tokens: tuple[str, ...] = ()
@@ -56,7 +64,7 @@ class LoRAOptions:
         """
         if self.target_regex is not None and self.target_modules != (ALL_LINEAR,):
             raise OptionError("target_modules and target_regex: expected one of them, found both")
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(LoRA)}
+        values = {name: getattr(self, name) for name in LoRA.lora_options}
         if self.target_regex is not None:
             values["target_modules"] = self.target_regex
         elif self.target_modules == (ALL_LINEAR,):
