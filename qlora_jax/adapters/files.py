@@ -14,18 +14,16 @@
         prompt_embeddings    [rows, features]
     prompt_encoder.safetensors   the encoder that made the virtual tokens, where there is one
 
-Writing. Both files are written beside their final places, flushed, read back and compared bit for bit with the values in
-memory; only then are they renamed, the configuration last. A failure therefore never leaves an adapter that is empty or half
-written: afterwards there is either the whole new adapter, or an error and what was there before.
+Writing. All files are written in a temporary folder, read back, compared bit for bit with the values in memory, and flushed;
+only then does the folder get its name (checkpoint/whole_folder.py). A failure therefore never leaves an adapter that is
+empty or half written: afterwards there is either the whole new adapter, or an error and what was there before.
 
 Reading. All problems of the files that do not depend on the model are reported in one error.
 """
 
 import dataclasses
 import json
-import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,7 @@ from qlora_jax.adapters.names import PREFIX, ROWS, adapted_modules, split_name, 
 from qlora_jax.adapters.peft_config import CONFIG, TaskType, config_of, read_adapter_config, resolve_adapter
 from qlora_jax.adapters.virtual_tokens import ENCODER, read_encoder
 from qlora_jax.checkpoint.hub import Snapshot
+from qlora_jax.checkpoint.whole_folder import TOKENIZER_FILES, whole_folder, writing_errors
 from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.peft import Method
 from qlora_jax.peft.prompt import EMBEDDINGS
@@ -45,6 +44,8 @@ from qlora_jax.peft.prompt import EMBEDDINGS
 __all__ = ["Adapter", "read_adapter", "write_adapter"]
 
 WEIGHTS = "adapter_model.safetensors"
+# All files of an adapter. Others in a folder into which an adapter is written stay there.
+ADAPTER_FILES = frozenset({CONFIG, WEIGHTS, ENCODER, "qlora_jax.json", "README.md", *TOKENIZER_FILES})
 EMBEDDING_NAMES = ("embed_tokens", "embed_in", "shared", "lm_head", "embed_out")
 # The base's own embeddings (resized_base.py): one that the adapter does not train, trains a copy of, or trains rows of.
 EMBEDDING_ENDINGS = (".weight", ".original_module.weight", ".token_adapter.base_layer.weight")
@@ -97,6 +98,7 @@ def write_adapter(
     task_type: TaskType = "CAUSAL_LM",
     resized_embeddings: Mapping[str, np.ndarray] | None = None,
     encoder: Mapping[str, np.ndarray] | None = None,
+    beside: Sequence[Callable[[Path], None]] = (),
 ) -> Path:
     """Write an adapter and verify its files, as the module describes; return the folder. An adapter in it is replaced.
 
@@ -107,6 +109,8 @@ def write_adapter(
         task_type: the task by which PEFT chooses its wrapper around the base.
         resized_embeddings: see `Adapter`.
         encoder: see `Adapter`.
+        beside: functions that write further files of the adapter into the folder that they are given: its metadata, its
+            tokenizer, its card.
 
     Raises:
         CheckpointError: nothing to save, values that are not finite or of another rank, or files that could not be written
@@ -118,30 +122,16 @@ def write_adapter(
     if problems:
         raise CheckpointError.of(f"{folder}: adapter not saved", problems)
     config = config_of(adapted_modules(tensors, method), method, base_model_name_or_path, task_type)
-    text = json.dumps(config, indent=2) + "\n"
     tensors = {**tensors, **(resized_embeddings or {})}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as temporary:
-            weights_file, config_file = Path(temporary) / WEIGHTS, Path(temporary) / CONFIG
-            _write(weights_file, safetensors.numpy.save(dict(tensors), {"format": "pt"}))
-            _write(config_file, text.encode())
-            _verify(folder, weights_file, tensors, config_file, config)
-            # The configuration makes a folder an adapter. A different one is removed first, so that it is never beside the
-            # new weights.
-            if (folder / CONFIG).exists() and (folder / CONFIG).read_bytes() != text.encode():
-                (folder / CONFIG).unlink()
-            (folder / ENCODER).unlink(missing_ok=True)
-            if encoder:
-                _write(Path(temporary) / ENCODER, safetensors.numpy.save(dict(encoder), {"format": "pt"}))
-                os.replace(Path(temporary) / ENCODER, folder / ENCODER)
-            os.replace(weights_file, folder / WEIGHTS)
-            os.replace(config_file, folder / CONFIG)
-    except OSError as error:
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        raise CheckpointError(
-            f"{folder}: adapter not saved: {error.strerror or error} (it needs {size:,} bytes)."
-        ) from error
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with writing_errors(folder, size), whole_folder(folder, marker=CONFIG, own=ADAPTER_FILES) as new:
+        (new / WEIGHTS).write_bytes(safetensors.numpy.save(dict(tensors), {"format": "pt"}))
+        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _verify(folder, new / WEIGHTS, tensors, new / CONFIG, config)
+        if encoder:
+            (new / ENCODER).write_bytes(safetensors.numpy.save(dict(encoder), {"format": "pt"}))
+        for write in beside:
+            write(new)
     return folder
 
 
@@ -220,13 +210,6 @@ def _is_trained_besides(tensor: str, method: Method) -> bool:
     if tensor.endswith(ROWS):
         return bool(method.trainable_tokens())
     return any(tensor.rpartition(".")[0].endswith(name) for name in method.modules_to_save)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _verify(

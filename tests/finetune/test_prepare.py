@@ -158,7 +158,13 @@ BAD_TARGETS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
 
 def check_refused(flags: Sequence[str], expected: str, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One line on stderr, or a list of several problems, and nothing written."""
-    arguments = [*flags, "--output", str(output)]
+    chosen: dict[str, list[str]] = {}  # the flags of a case replace those of the run that it changes
+    for flag in flags:
+        if flag.startswith("--"):
+            chosen[last := flag] = []
+        else:
+            chosen[last].append(flag)
+    arguments = [part for flag, values in chosen.items() for part in (flag, *values)] + ["--output", str(output)]
     assert cli.run(partial(prepare, progress=False), Options, "", arguments) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -229,9 +235,9 @@ def test_pairs_need_data(dpo_options: Options) -> None:
         prepare(but(dpo_options, "data", data=None), progress=False)
 
 
-def test_an_encoder_decoder_has_no_new_special_tokens(seq2seq_options: Options) -> None:
+def test_an_encoder_decoder_has_no_new_special_tokens(seq2seq_options: Options, tmp_path: Path) -> None:
     """This is found before the data are read."""
-    unread = but(seq2seq_options, "data", data="none.jsonl")
+    unread = but(seq2seq_options, "data", data=write(tmp_path, "{"))
     with pytest.raises(ValueError, match="special_tokens: expected a decoder-only model, found t5"):
         prepare(but(unread, "lora", special_tokens=("<|a|>",)), progress=False)
 

@@ -63,6 +63,9 @@ def read_corpus(
         DataError, OSError: data that cannot be used, or nothing to train on.
     """
     data = options.data
+    held_out: list[T] = []
+    if data.eval_data is not None:  # first, since it is read sooner than what is trained on: it may be missing
+        held_out, _ = read_source(data.eval_data, data.eval_split, encode)
     forms: dict[Template, int] = {}
     named: list[tuple[int, T]] = []
     for index, source in enumerate(data.sources or (PLAIN_ANSWERS,)):
@@ -70,10 +73,7 @@ def read_corpus(
         named += [(index, example) for example in examples]
         for form, count in account.templates.items():
             forms[form] = forms.get(form, 0) + count
-    held_out: list[T] = []
-    if data.eval_data is not None:
-        held_out, _ = read_source(data.eval_data, data.eval_split, encode)
-    elif data.held_out > 0:
+    if data.eval_data is None and data.held_out > 0:
         named, out = train_eval_split(named, eval_count=_held_out_count(data, len(named)), seed=options.run.seed)
         held_out = [example for _, example in out]
     named, held_out = _sample(named, data.max_train_samples, options.run.seed), held_out[: data.max_eval_samples]
