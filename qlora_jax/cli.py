@@ -52,7 +52,8 @@ def run(
         description: text at the head of the help.
         arguments: the command line without the name of the program; `sys.argv` if None.
         program: name of the program in its help; taken from `sys.argv` if None.
-        saved: returns what of the command's work is saved, for the message of an interruption.
+        saved: returns what of the command's work is saved, for the message of an interruption. The command then ends at
+            once, except in blocks of `interrupts`; otherwise KeyboardInterrupt is raised in it.
     """
     silence_absent_devices()
     with Interrupts() as interrupts:
@@ -60,7 +61,7 @@ def run(
             try:
                 parsed = parse(options, description=description, arguments=arguments, program=program)
                 if saved is not None:
-                    interrupts.describe = partial(saved, parsed)
+                    interrupts.describe, interrupts.at_once = partial(saved, parsed), True
                 result = main(parsed)
             except (ValueError, OSError, subprocess.SubprocessError) as error:
                 if interrupts.received is not None:

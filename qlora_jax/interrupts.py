@@ -1,13 +1,14 @@
 """Ctrl-C and SIGTERM: one signal ends a command, with one line on stderr and the exit code 130 or 143.
 
-    while packages are imported    the process ends at once, since nothing is to be cleaned up   (`end_while_importing`)
-    while a command works          `Interrupted` is raised, so that temporary files are removed  (`Interrupts`)
-    within a block that saves      the block is told, and stops when it has saved; the next      (`deferred`)
-                                   signal raises `Interrupted`
+    while packages are imported      the process ends at once                                       (`end_while_importing`)
+    while a command works            the process ends at once, with a line that says what is saved  (`Interrupts`)
+    within a block that cleans up    `Interrupted` is raised, so that temporary files are removed   (`cleaning_up`)
+    within a step of training        it is finished and saved first; the next signal raises         (`deferred`)
 
-Python drops an exception that is raised in a destructor or in a callback of a library, and some libraries catch every
-exception. Therefore a thread watches for signals too, and ends the process if it still runs some seconds after the signal.
-The thread is woken through a pipe (`signal.set_wakeup_fd`), also while the main thread is inside a compiler.
+An exception is not enough: Python drops one that is raised in a destructor or in a callback of a library, and libraries
+catch every exception, as JAX does while it looks for devices. Where nothing is to be cleaned up, the process therefore ends
+without one. Otherwise a thread watches, and ends the process if it still runs some seconds after the signal. The thread is
+woken through a pipe (`signal.set_wakeup_fd`), also while the main thread is inside a compiler.
 
 Nothing is installed on import: a program that uses the package as a library keeps its own handlers.
 """
@@ -24,10 +25,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn, Self
 
-__all__ = ["Deferral", "Interrupted", "Interrupts", "deferred", "end_while_importing", "plain_interrupt"]
+__all__ = ["Interrupted", "Interrupts", "cleaning_up", "deferred", "end_while_importing", "plain_interrupt"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE_SECONDS = 5.0  # the time to clean up after a signal
+_SHORT_SECONDS = 0.3  # the time for the main thread to end the process itself
 REPEAT_SECONDS = 0.5  # signals that follow sooner count as one: a shell and a launcher may both pass on the same Ctrl-C
 
 
@@ -69,14 +71,18 @@ class Interrupts:
     """What signals do while a command works; a context manager for the main thread.
 
     Attributes:
-        describe: returns what is saved so far, for the message.
+        describe: returns what is saved so far, for the message. It may be called in any thread, at any point of the work.
+        at_once: whether a signal ends the process at once; otherwise it always raises `Interrupted`.
         received: the first signal; None: there was none.
+        cleanups: how many blocks have to clean up.
     """
 
     def __init__(self) -> None:
         self.describe: Callable[[], str] = str
+        self.at_once = False
         self.received: int | None = None
-        self._said = False
+        self.cleanups = 0
+        self._ending = threading.Lock()  # never released: who holds it says that the process ends
         self._before: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
         self._raised_at = 0.0
@@ -110,17 +116,23 @@ class Interrupts:
         if isinstance(interruption, Interrupted) and self.received is None:
             self._start_grace(interruption.number)
         text = str(interruption) if isinstance(interruption, KeyboardInterrupt) else ""
-        if not self._said:
-            self._said = True
+        if self._ending.acquire(blocking=False):
             print(_line(text or self._description()), end="", file=sys.stderr, flush=True)
         return 128 + (self.received or signal.SIGINT)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.received is None:
             self.received, self._raised_at = number, time.monotonic()
-            raise Interrupted(number=number)
-        if time.monotonic() - self._raised_at >= REPEAT_SECONDS:
-            self._end(number)
+            if not self._ends_at_once():
+                raise Interrupted(number=number)
+        elif time.monotonic() - self._raised_at < REPEAT_SECONDS:
+            return
+        with contextlib.suppress(Exception):  # the interrupted code may be writing
+            sys.stdout.flush()
+        self._end(number)
+
+    def _ends_at_once(self) -> bool:
+        return self.at_once and not self.cleanups
 
     def _on_unraisable(self, unraisable: Any) -> None:
         if self.received is not None and isinstance(unraisable.exc_value, Interrupted):
@@ -145,7 +157,7 @@ class Interrupts:
                 if signals := [byte for byte in found if byte in SIGNALS]:
                     now, number = time.monotonic(), signals[-1]
                     count, last = count + (now - last >= REPEAT_SECONDS), now
-                    deadline = now + GRACE_SECONDS
+                    deadline = now + (_SHORT_SECONDS if self._ends_at_once() else GRACE_SECONDS)
             else:
                 owner = getattr(signal.getsignal(number), "__self__", None)
                 if owner is self or (isinstance(owner, Deferral) and count > 1):
@@ -161,10 +173,10 @@ class Interrupts:
             return ""
 
     def _end(self, number: int) -> NoReturn:
-        if self._said:
-            os._exit(128 + number)
-        self._said = True
-        _end(number, self._description())
+        if self._ending.acquire(blocking=False):
+            _end(number, self._description())
+        time.sleep(_SHORT_SECONDS)  # another thread is about to end the process
+        os._exit(128 + number)
 
 
 class Deferral:
@@ -209,6 +221,20 @@ def deferred(note: str) -> Iterator[Deferral]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextmanager
+def cleaning_up() -> Iterator[None]:
+    """Let a signal in the block raise `Interrupted`, so that the block can remove what it has begun to write."""
+    owner = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+    if not isinstance(owner, Interrupts):
+        yield
+        return
+    owner.cleanups += 1
+    try:
+        yield
+    finally:
+        owner.cleanups -= 1
 
 
 @contextmanager

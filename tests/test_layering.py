@@ -16,6 +16,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "interrupts": frozenset(),
     **{name: frozenset(LAYERS[:index]) for index, name in enumerate(LAYERS)},
+    "checkpoint": _BELOW_MODELS | {"models", "interrupts"},
     "platforms": frozenset(),
     "renamed_options": frozenset(),
     "cli": frozenset({"interrupts", "platforms", "renamed_options"}),

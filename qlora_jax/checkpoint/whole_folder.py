@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qlora_jax.errors import CheckpointError
+from qlora_jax.interrupts import cleaning_up
 
 __all__ = ["TOKENIZER_FILES", "remove_abandoned", "temporary_folder", "whole_folder", "writing_errors"]
 
@@ -77,7 +78,8 @@ def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
     else:
         raise OSError(errno.EAGAIN, "temporary folders are removed by another process", str(parent))
     try:
-        yield path
+        with cleaning_up():
+            yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
         os.close(handle)

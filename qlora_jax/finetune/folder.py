@@ -8,8 +8,8 @@ its first file.
 The length of a run and the split of a step's rows over devices and micro-batches may change when it resumes.
 """
 
+import dataclasses
 import json
-import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from qlora_jax.checkpoint.whole_folder import remove_abandoned, temporary_folder
 from qlora_jax.cli import to_dict
 from qlora_jax.errors import OptionError
 from qlora_jax.finetune.options.options import Options
+from qlora_jax.finetune.options.run import RunOptions
 from qlora_jax.renamed_options import replace_old_names
 from qlora_jax.train.state_store import latest_step
 
@@ -40,8 +41,6 @@ _FREE = {
     "watch": ("mmlu_every", "mmlu_batch_size", "sample_every", "report_to", "push_to_hub", "hub_private"),
 }
 _ROWS = "rows_of_step"  # recorded in the group "run"
-
-_logger = logging.getLogger(__name__)
 
 
 def claim(options: Options) -> None:
@@ -67,7 +66,7 @@ def claim(options: Options) -> None:
     if options.run.overwrite:
         return
     before = _read(record)
-    if different := _differences(before, options):
+    if different := [*_differences(before, options), *_other_rows(before, options)]:
         raise OptionError(
             f"--output {folder}: holds another run ({'; '.join(different)}); "
             "choose another folder, or --overwrite to delete it"
@@ -149,10 +148,9 @@ def record_of(options: Options) -> dict[str, Any]:
 
 
 def _differences(before: dict[str, dict[str, Any]], options: Options) -> list[str]:
-    """Return the options that decide the result of a run and are others than recorded."""
-    now, defaults = record_of(options), to_dict(Options())
-    now["run"].pop(_ROWS)
-    different = [
+    """Return the options that decide the result of a run, however its steps are split, and are others than recorded."""
+    now, defaults = to_dict(options), to_dict(Options())
+    return [
         f"{group}.{name}: {there!r} there, {value!r} here"
         for group, values in now.items()
         for name, value in values.items()
@@ -161,15 +159,18 @@ def _differences(before: dict[str, dict[str, Any]], options: Options) -> list[st
         and (there := before.get(group, {}).get(name, defaults[group][name])) != value
         and not _same_path(there, value)
     ]
+
+
+def _other_rows(before: dict[str, dict[str, Any]], options: Options) -> list[str]:
+    """Return the number of rows of a step, if it is another than recorded."""
     run, rows, devices = before.get("run", {}), options.run.rows_of_step(jax.device_count()), jax.device_count()
     there = run.get(_ROWS)
     if there is None:  # recorded by an earlier version, then on as many devices as now
-        default = defaults["run"]
-        there = run.get("batch_size", default["batch_size"]) * devices
-        there *= run.get("accumulation_steps", default["accumulation_steps"])
-    if there != rows:
-        different.append(f"rows of a step (batch_size x accumulation_steps x {devices} devices): {there} there, {rows} here")
-    return different
+        split = {name: run.get(name, getattr(RunOptions, name)) for name in ("batch_size", "accumulation_steps")}
+        there = dataclasses.replace(options.run, **split).rows_of_step(devices)
+    if there == rows:
+        return []
+    return [f"rows of a step (batch_size x accumulation_steps x {devices} devices): {there} there, {rows} here"]
 
 
 def _has_other_length(before: dict[str, dict[str, Any]], options: Options) -> bool:
