@@ -75,6 +75,7 @@ class Interrupts:
         at_once: whether a signal ends the process at once; otherwise it always raises `Interrupted`.
         received: the first signal; None: there was none.
         cleanups: how many blocks have to clean up.
+        handled: whether a block has dealt with the last signal and goes on.
     """
 
     def __init__(self) -> None:
@@ -82,6 +83,7 @@ class Interrupts:
         self.at_once = False
         self.received: int | None = None
         self.cleanups = 0
+        self.handled = False
         self._ending = threading.Lock()  # never released: who holds it says that the process ends
         self._before: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
@@ -160,11 +162,11 @@ class Interrupts:
                     deadline = now + (_SHORT_SECONDS if self._ends_at_once() else GRACE_SECONDS)
             else:
                 owner = getattr(signal.getsignal(number), "__self__", None)
-                if owner is self or (isinstance(owner, Deferral) and count > 1):
+                if not self.handled and (owner is self or (isinstance(owner, Deferral) and count > 1)):
                     self._end(number)
                 if not isinstance(owner, Deferral):
-                    count = 0  # other handlers, as of a chat, make of a signal what they like
-                deadline = None
+                    count = 0  # other handlers make of a signal what they like
+                self.handled, deadline = False, None
 
     def _description(self) -> str:
         try:
@@ -226,8 +228,8 @@ def deferred(note: str) -> Iterator[Deferral]:
 @contextmanager
 def cleaning_up() -> Iterator[None]:
     """Let a signal in the block raise `Interrupted`, so that the block can remove what it has begun to write."""
-    owner = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
-    if not isinstance(owner, Interrupts):
+    owner = _installed()
+    if owner is None:
         yield
         return
     owner.cleanups += 1
@@ -237,13 +239,25 @@ def cleaning_up() -> Iterator[None]:
         owner.cleanups -= 1
 
 
+def _installed() -> Interrupts | None:
+    owner = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+    return owner if isinstance(owner, Interrupts) else None
+
+
 @contextmanager
 def plain_interrupt() -> Iterator[None]:
     """Let Ctrl-C raise KeyboardInterrupt in the block, which catches it and goes on."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    owner = _installed()
+
+    def on_signal(*_: object) -> NoReturn:
+        if owner is not None:
+            owner.handled = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, on_signal)
     try:
         yield
     finally:

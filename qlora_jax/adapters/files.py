@@ -36,7 +36,7 @@ from qlora_jax.adapters.names import PREFIX, ROWS, adapted_modules, split_name, 
 from qlora_jax.adapters.peft_config import CONFIG, TaskType, config_of, read_adapter_config, resolve_adapter
 from qlora_jax.adapters.virtual_tokens import ENCODER, read_encoder
 from qlora_jax.checkpoint.hub import Snapshot
-from qlora_jax.checkpoint.whole_folder import TOKENIZER_FILES, whole_folder, writing_errors
+from qlora_jax.checkpoint.whole_folder import whole_folder, writing_errors
 from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.peft import Method
 from qlora_jax.peft.prompt import EMBEDDINGS
@@ -44,8 +44,8 @@ from qlora_jax.peft.prompt import EMBEDDINGS
 __all__ = ["Adapter", "read_adapter", "write_adapter"]
 
 WEIGHTS = "adapter_model.safetensors"
-# All files of an adapter. Others in a folder into which an adapter is written stay there.
-ADAPTER_FILES = frozenset({CONFIG, WEIGHTS, ENCODER, "qlora_jax.json", "README.md", *TOKENIZER_FILES})
+# What belongs to these weights alone. Other files of a folder into which an adapter is written stay there.
+ADAPTER_FILES = frozenset({CONFIG, WEIGHTS, ENCODER, "qlora_jax.json"})
 EMBEDDING_NAMES = ("embed_tokens", "embed_in", "shared", "lm_head", "embed_out")
 # The base's own embeddings (resized_base.py): one that the adapter does not train, trains a copy of, or trains rows of.
 EMBEDDING_ENDINGS = (".weight", ".original_module.weight", ".token_adapter.base_layer.weight")
