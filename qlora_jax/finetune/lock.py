@@ -45,8 +45,9 @@ def locked(folder: Path) -> Iterator[None]:
     path = folder / NAME
     handle = _acquire(path, folder)
     try:
-        os.truncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        with contextlib.suppress(OSError):  # a full disk, say; the lock holds nevertheless
+            os.truncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
         path.unlink(missing_ok=True)

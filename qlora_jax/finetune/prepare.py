@@ -107,7 +107,7 @@ def prepare(options: Options, *, progress: bool = True) -> PreparedRun:
     )
     metadata = _adapter_metadata(options, pretrained, objective)
     batches = objective.training(options.run.rows_of_step(jax.device_count()))
-    steps = _count_steps(options, batches)
+    steps = count_steps(options, batches)
     learning_rate = _learning_rate(options, pretrained, steps)
     find_position(options, batches, steps)
     check_prompts(options, objective.prompts)
@@ -197,7 +197,7 @@ def _adapter_metadata(options: Options, pretrained: Pretrained, objective: Objec
     return metadata
 
 
-def _count_steps(options: Options, batches: Batches) -> int:
+def count_steps(options: Options, batches: Batches) -> int:
     """Return the number of steps of the whole run: `max_steps`, or as many as its epochs have."""
     run = options.run
     if run.max_steps is not None:

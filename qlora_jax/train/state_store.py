@@ -16,6 +16,9 @@ import logging
 import os
 import re
 import shutil
+import sys
+import threading
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +35,7 @@ T = TypeVar("T")
 _CHECKSUMS = "checksums"
 _UNFINISHED = "*.orbax-checkpoint-tmp*"  # the names that Orbax gives to what it has not completed
 _POSITION = "the position in the data"
+_LATE_SECONDS = 0.5
 
 
 def latest_step(folder: Path) -> int | None:
@@ -185,14 +189,27 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _without_tracebacks() -> Iterator[None]:
-    """Drop the messages of Orbax's threads in the block; they log the error that it raises with a traceback each."""
-    logger = logging.getLogger("absl")
+    """Drop the tracebacks of Orbax's threads in the block; the error that they report is raised in it.
+
+    The threads log them, and threads of its library in C++ print them, some of these a moment after the error was raised:
+    they find the event loop of the block closed.
+    """
+    logger, hooks = logging.getLogger("absl"), (sys.excepthook, threading.excepthook)
 
     def drop(record: logging.LogRecord) -> bool:
         return record.exc_info is None and record.levelno < logging.ERROR
 
     logger.addFilter(drop)
+    sys.excepthook = threading.excepthook = _ignore
     try:
         yield
+    except Exception:
+        time.sleep(_LATE_SECONDS)
+        raise
     finally:
         logger.removeFilter(drop)
+        sys.excepthook, threading.excepthook = hooks
+
+
+def _ignore(*_: object) -> None:
+    pass
