@@ -17,11 +17,10 @@ import os
 import re
 import shutil
 import sys
-import threading
-import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +34,6 @@ T = TypeVar("T")
 _CHECKSUMS = "checksums"
 _UNFINISHED = "*.orbax-checkpoint-tmp*"  # the names that Orbax gives to what it has not completed
 _POSITION = "the position in the data"
-_LATE_SECONDS = 0.5
 
 
 def latest_step(folder: Path) -> int | None:
@@ -189,27 +187,26 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _without_tracebacks() -> Iterator[None]:
-    """Drop the tracebacks of Orbax's threads in the block; the error that they report is raised in it.
+    """Drop the tracebacks of Orbax's threads in the block, which log them; the error that they report is raised in it.
 
-    The threads log them, and threads of its library in C++ print them, some of these a moment after the error was raised:
-    they find the event loop of the block closed.
+    After an error, threads of its library in C++ find the event loop of the block closed, and print that. They may do so at
+    any later time, so that this message is dropped until the process ends.
     """
-    logger, hooks = logging.getLogger("absl"), (sys.excepthook, threading.excepthook)
+    logger = logging.getLogger("absl")
 
     def drop(record: logging.LogRecord) -> bool:
         return record.exc_info is None and record.levelno < logging.ERROR
 
+    before = sys.excepthook
     logger.addFilter(drop)
-    sys.excepthook = threading.excepthook = _ignore
+    sys.excepthook = partial(_hook, before)
     try:
         yield
-    except Exception:
-        time.sleep(_LATE_SECONDS)
-        raise
+        sys.excepthook = before
     finally:
         logger.removeFilter(drop)
-        sys.excepthook, threading.excepthook = hooks
 
 
-def _ignore(*_: object) -> None:
-    pass
+def _hook(before: Callable[..., object], kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        before(kind, error, trace)
