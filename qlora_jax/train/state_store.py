@@ -197,16 +197,16 @@ def _without_tracebacks() -> Iterator[None]:
     def drop(record: logging.LogRecord) -> bool:
         return record.exc_info is None and record.levelno < logging.ERROR
 
-    before = sys.excepthook
+    before = sys.unraisablehook
     logger.addFilter(drop)
-    sys.excepthook = partial(_hook, before)
+    sys.unraisablehook = partial(_hook, before)
     try:
         yield
-        sys.excepthook = before
+        sys.unraisablehook = before
     finally:
         logger.removeFilter(drop)
 
 
-def _hook(before: Callable[..., object], kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        before(kind, error, trace)
+def _hook(before: Callable[[Any], object], unraisable: Any) -> None:
+    if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+        before(unraisable)

@@ -150,7 +150,7 @@ def test_a_failing_write_leaves_what_was_there(
 
 @pytest.fixture(autouse=True)
 def _hook_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
 
 
 def test_a_disk_that_is_too_small_is_found_before(
