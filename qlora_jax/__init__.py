@@ -8,35 +8,35 @@ generate, generate_seq2seq, Sampling                  text from a model
 Linear, LoRA, quantize, dequantize, matmul            the layers and functions alone
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from qlora_jax.adapters.bind import load_adapter, save_adapter
-from qlora_jax.adapters.peft_config import AdapterConfig, read_adapter_config, read_adapter_method
-from qlora_jax.api import from_pretrained, merge, save_pretrained
-from qlora_jax.checkpoint.load import load_model
-from qlora_jax.checkpoint.open import open_checkpoint
-from qlora_jax.checkpoint.tokenizer import load_tokenizer
-from qlora_jax.errors import CheckpointError, QLoRAError
-from qlora_jax.models import T5, CausalLM, DecoderConfig, T5Config
-from qlora_jax.nn import Linear
-from qlora_jax.peft import LoRA
-from qlora_jax.quant import Quantization, QuantizedTensor, dequantize, matmul, quantize
-from qlora_jax.serve import Sampling, generate, generate_seq2seq
-from qlora_jax.train import (
-    TrainState,
-    adamw,
-    create_state,
-    host_offload,
-    jit_eval_step,
-    jit_train_step,
-    language_model_loss,
-    seq2seq_loss,
-    split,
-    train_step,
-)
-
 if TYPE_CHECKING:
+    from qlora_jax.adapters.bind import load_adapter, save_adapter
+    from qlora_jax.adapters.peft_config import AdapterConfig, read_adapter_config, read_adapter_method
+    from qlora_jax.api import from_pretrained, merge, save_pretrained
+    from qlora_jax.checkpoint.load import load_model
+    from qlora_jax.checkpoint.open import open_checkpoint
+    from qlora_jax.checkpoint.tokenizer import load_tokenizer
+    from qlora_jax.errors import CheckpointError, QLoRAError
     from qlora_jax.finetune import Options, finetune
+    from qlora_jax.models import T5, CausalLM, DecoderConfig, T5Config
+    from qlora_jax.nn import Linear
+    from qlora_jax.peft import LoRA
+    from qlora_jax.quant import Quantization, QuantizedTensor, dequantize, matmul, quantize
+    from qlora_jax.serve import Sampling, generate, generate_seq2seq
+    from qlora_jax.train import (
+        TrainState,
+        adamw,
+        create_state,
+        host_offload,
+        jit_eval_step,
+        jit_train_step,
+        language_model_loss,
+        seq2seq_loss,
+        split,
+        train_step,
+    )
 
 __version__ = "0.1.0"
 
@@ -82,13 +82,51 @@ __all__ = [
     "train_step",
 ]
 
+# The module of each name. It is imported when the name is used: that takes seconds, and a command handles signals before.
+_MODULES = {
+    "adapters.bind": ("load_adapter", "save_adapter"),
+    "adapters.peft_config": ("AdapterConfig", "read_adapter_config", "read_adapter_method"),
+    "api": ("from_pretrained", "merge", "save_pretrained"),
+    "checkpoint.load": ("load_model",),
+    "checkpoint.open": ("open_checkpoint",),
+    "checkpoint.tokenizer": ("load_tokenizer",),
+    "errors": ("CheckpointError", "QLoRAError"),
+    "models": ("T5", "CausalLM", "DecoderConfig", "T5Config"),
+    "nn": ("Linear",),
+    "peft": ("LoRA",),
+    "quant": ("Quantization", "QuantizedTensor", "dequantize", "matmul", "quantize"),
+    "serve": ("Sampling", "generate", "generate_seq2seq"),
+    "train": (
+        "TrainState",
+        "adamw",
+        "create_state",
+        "host_offload",
+        "jit_eval_step",
+        "jit_train_step",
+        "language_model_loss",
+        "seq2seq_loss",
+        "split",
+        "train_step",
+    ),
+    "finetune": ("Options",),
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Import the training job when it is used: it needs packages that take seconds to import."""
-    if name in ("Options", "finetune"):
-        import importlib
+    """Import a public name, or a module of the package, when it is used."""
+    for module, names in _MODULES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"qlora_jax.{module}"), name)
+            globals()[name] = value
+            return value
+    try:
+        # Importing a module makes it an attribute of the package. `finetune` is a module that can be called; see there.
+        return importlib.import_module(f"qlora_jax.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"qlora_jax.{name}":
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 
-        # `qlora_jax.finetune` is a package that can be called; see there.
-        package = importlib.import_module("qlora_jax.finetune")
-        return package if name == "finetune" else package.Options
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,7 @@
 """The calls that a user of Hugging Face's libraries expects: `from_pretrained`, `save_pretrained`, `merge`."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -9,10 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from qlora_jax.adapters.bind import save_adapter
-from qlora_jax.adapters.metadata import AdapterMetadata, QuantizationChoice
+from qlora_jax.adapters.bind import metadata_of, save_adapter
+from qlora_jax.adapters.metadata import QuantizationChoice
 from qlora_jax.adapters.pretrained import AS_TRAINED, open_pretrained
-from qlora_jax.adapters.weight_init import converted_from
 from qlora_jax.checkpoint.tokenizer import save_tokenizer
 from qlora_jax.errors import OptionError
 from qlora_jax.models import Model, Remat
@@ -92,7 +92,7 @@ def save_pretrained(
 ) -> Path:
     """Write a model's adapter in PEFT's format, and how its base was stored; return the folder.
 
-    `from_pretrained(base, folder)` loads the same model again. `save_adapter` writes PEFT's files alone.
+    `from_pretrained(base, folder)` loads the same model again.
 
     Args:
         model: a model with an adapter.
@@ -107,23 +107,14 @@ def save_pretrained(
         OptionError: the model has no adapter.
         CheckpointError: values that are not finite, or files that could not be written.
     """
-    origin, method = model.origin, model.method
-    name = base_model_name_or_path or (None if origin is None else origin.name)
-    folder = save_adapter(model, folder, base_model_name_or_path=name)
-    assert method is not None  # `save_adapter` raises where there is none
-    subtracted = None if origin is None else origin.subtracted
-    if template is None and origin is not None:
-        template = origin.template
-    AdapterMetadata(
-        model.quantization,
-        template,
-        model.embedding_storage,
-        converted_from(method) if subtracted is None else subtracted.initialization,
-        None if origin is None else origin.scaling,
-    ).save(folder)
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, folder)
-    return folder
+    name = base_model_name_or_path or (None if model.origin is None else model.origin.name)
+    return save_adapter(
+        model,
+        folder,
+        base_model_name_or_path=name,
+        metadata=metadata_of(model, template=template),
+        beside=() if tokenizer is None else (partial(save_tokenizer, tokenizer),),
+    )
 
 
 def merge(

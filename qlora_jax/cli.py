@@ -16,12 +16,14 @@ import sys
 import tomllib
 import typing
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from qlora_jax.errors import OptionError
+from qlora_jax.interrupts import Interrupts
 from qlora_jax.platforms import silence_absent_devices
 from qlora_jax.renamed_options import RENAMED_OPTIONS
 
@@ -37,27 +39,39 @@ def run(
     arguments: Sequence[str] | None = None,
     *,
     program: str | None = None,
+    saved: Callable[[T], str] | None = None,
 ) -> int:
     """Parse a command line, call `main` with the options and return the exit code.
 
     The exit code is what `main` returns where that is an integer, else 0. A ValueError (all errors of the package
-    are), an OSError or a failed process becomes one line on stderr and exit code 1. An interruption becomes exit code 130.
+    are), an OSError or a failed process becomes one line on stderr and exit code 1. Ctrl-C becomes exit code 130 and SIGTERM
+    143, whatever error a library makes of them.
 
     Args:
         main: takes an instance of `options`.
         description: text at the head of the help.
         arguments: the command line without the name of the program; `sys.argv` if None.
         program: name of the program in its help; taken from `sys.argv` if None.
+        saved: returns what of the command's work is saved, for the message of an interruption. The command then ends at
+            once, except in blocks of `interrupts`; otherwise KeyboardInterrupt is raised in it.
     """
     silence_absent_devices()
-    try:
-        result = main(parse(options, description=description, arguments=arguments, program=program))
-    except (ValueError, OSError, subprocess.SubprocessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as interruption:
-        print(f"\ninterrupted{f': {interruption}' if str(interruption) else ''}", file=sys.stderr)
-        return 130
+    with Interrupts() as interrupts:
+        try:
+            try:
+                parsed = parse(options, description=description, arguments=arguments, program=program)
+                if saved is not None:
+                    interrupts.describe, interrupts.at_once = partial(saved, parsed), True
+                result = main(parsed)
+            except (ValueError, OSError, subprocess.SubprocessError) as error:
+                if interrupts.received is not None:
+                    raise
+                print(f"error: {error}", file=sys.stderr)
+                return 1
+        except BaseException as error:
+            if interrupts.received is None and not isinstance(error, KeyboardInterrupt):
+                raise
+            return interrupts.say(error)
     return result if isinstance(result, int) else 0
 
 
@@ -77,12 +91,13 @@ def parse(
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     config, arguments = _split_config(arguments)
     _check_flags(options, arguments)
+    arguments = _with_lists_added_up(arguments, _options_of(options))
     required = any(_is_required(field) for field in dataclasses.fields(options))  # type: ignore[arg-type]
     default: Any = tyro.MISSING_NONPROP if required else options()
     if config is not None:
         default = from_toml(options, config)
     # tyro makes a flag of each key of a default that is a mapping, and none of the mapping itself.
-    arguments = _with_values(arguments, _optional_switches(options))
+    arguments = _with_values(arguments, _optional_switches(_options_of(options)))
     parsed = tyro.cli(
         Annotated[options, tyro.conf.OmitArgPrefixes],  # type: ignore[valid-type]
         prog=program,
@@ -140,17 +155,17 @@ def to_dict(options: Any) -> dict[str, Any]:
     return _plain(dataclasses.asdict(options))
 
 
-def _option_names(options: type[Any]) -> set[str]:
-    """Return the names of all options, those of groups included."""
-    names: set[str] = set()
+def _options_of(options: type[Any]) -> dict[str, Any]:
+    """Return the types of all options by name, those of groups included."""
+    found: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(options).items():
-        names |= _option_names(hint) if dataclasses.is_dataclass(hint) and isinstance(hint, type) else {name}
-    return names
+        found |= _options_of(hint) if dataclasses.is_dataclass(hint) and isinstance(hint, type) else {name: hint}
+    return found
 
 
 def _check_flags(options: type[Any], arguments: Sequence[str]) -> None:
     """Raise OptionError for a flag that was renamed."""
-    names = _option_names(options)
+    names = _options_of(options)
     for argument in arguments:
         if not argument.startswith("--"):
             continue
@@ -161,15 +176,45 @@ def _check_flags(options: type[Any], arguments: Sequence[str]) -> None:
             raise OptionError(f"{flag}: was renamed to --{new.replace('_', '-')}")
 
 
-def _optional_switches(options: type[Any]) -> set[str]:
+def _with_lists_added_up(arguments: list[str], options: dict[str, Any]) -> list[str]:
+    """Return the command line with the values of a list's repeated flag after its first one; tyro would use the last alone.
+
+    Raises:
+        OptionError: an option of one value is given more than once.
+    """
+    flags: list[list[str]] = [[]]  # what comes before the first flag, and then each flag with its values
+    for argument in arguments:
+        if argument.startswith("--"):
+            flags.append([argument])
+        else:
+            flags[-1].append(argument)
+    first: dict[str, list[str]] = {}
+    for given in flags[1:]:
+        flag = given[0].partition("=")[0]
+        name = flag.removeprefix("--").replace("-", "_")
+        name = name if name in options else name.removeprefix("no_")
+        if name not in options:  # tyro has an error for it
+            continue
+        before = first.setdefault(name, given)
+        if before is given:
+            continue
+        if not _is_list(options[name]):
+            raise OptionError(f"{flag}: expected once, found twice: {' '.join(before)} and {' '.join(given)}")
+        for one in (before, given):
+            one[:1] = one[0].split("=", 1)
+        before += given[1:]
+        given.clear()
+    return [argument for given in flags for argument in given]
+
+
+def _is_list(hint: Any) -> bool:
+    """Return whether an option takes several values."""
+    return typing.get_origin(hint) in (tuple, list, dict) or any(map(_is_list, typing.get_args(hint)))
+
+
+def _optional_switches(options: dict[str, Any]) -> set[str]:
     """Return the names of the flags whose value is yes, no or None."""
-    flags: set[str] = set()
-    for name, hint in typing.get_type_hints(options).items():
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            flags |= _optional_switches(hint)
-        elif set(typing.get_args(hint)) == {bool, type(None)}:
-            flags.add(name.replace("_", "-"))
-    return flags
+    return {name.replace("_", "-") for name, hint in options.items() if set(typing.get_args(hint)) == {bool, type(None)}}
 
 
 def _with_values(arguments: list[str], switches: set[str]) -> list[str]:

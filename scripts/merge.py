@@ -5,7 +5,7 @@ The command is in qlora_jax/commands/merge.py.
 
 import sys
 
-from qlora_jax.commands.merge import main
+from qlora_jax.commands import run_script
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script("merge"))

@@ -104,6 +104,47 @@ def test_the_equals_form(tmp_path: Path) -> None:
     assert parsed(f"--config={path}", "--count=1") == parsed("--config", path, "--count", "1")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--names", "a", "--names", "b"], ("a", "b")),
+        (["--names", "a", "b", "--count", "1", "--names=c", "--names", "d", "e"], ("a", "b", "c", "d", "e")),
+        (["--names=a=b", "--names", "--rate", "2", "--names", "c"], ("a=b", "c")),
+    ],
+)
+def test_the_values_of_repeated_lists_add_up(arguments: list[str], names: tuple[str, ...]) -> None:
+    assert parsed(*arguments).inner.names == names
+
+
+def test_repeated_tables_and_sources_add_up() -> None:
+    flags = ["--rank-pattern", "q_proj", "4", "--data", "a.jsonl", "--rank-pattern", "v_proj", "8", "--data=b.jsonl"]
+    read = parse(FinetuneOptions, description=None, arguments=flags)
+    assert read.lora.rank_pattern == {"q_proj": 4, "v_proj": 8}
+    assert read.data.data == ("a.jsonl", "b.jsonl")
+    assert parse(FinetuneOptions, description=None, arguments=["--data", "a.jsonl"]).data.sources == ("a.jsonl",)
+
+
+def test_lists_of_flags_replace_those_of_the_file(tmp_path: Path) -> None:
+    path = toml(tmp_path, EVERYTHING)
+    assert parsed("--config", path, "--names", "r", "--names", "s").inner.names == ("r", "s")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--count", "1", "--count", "2"], "--count: expected once, found twice: --count 1 and --count 2"),
+        (["--count=1", "--rate", "2", "--count=1"], "--count: expected once, found twice: --count=1 and --count=1"),
+        (["--fast", "--no-fast"], "--no-fast: expected once, found twice: --fast and --no-fast"),
+        (["--limit", "1", "--limit", "2"], "--limit: expected once, found twice"),
+        (["--place", "a", "--place", "b"], "--place: expected once, found twice"),
+    ],
+)
+def test_a_repeated_option_of_one_value_is_an_error(arguments: list[str], message: str) -> None:
+    with pytest.raises(OptionError) as error:
+        parsed(*arguments)
+    assert str(error.value).startswith(message)
+
+
 def test_dashes_are_underscores(tmp_path: Path) -> None:
     @dataclasses.dataclass(frozen=True)
     class Long:

@@ -14,18 +14,21 @@ _BELOW_MODELS = frozenset(LAYERS[: LAYERS.index("models")])
 # What each part of the package may import of the others.
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
+    "interrupts": frozenset(),
     **{name: frozenset(LAYERS[:index]) for index, name in enumerate(LAYERS)},
+    "checkpoint": _BELOW_MODELS | {"models", "interrupts"},
     "platforms": frozenset(),
     "renamed_options": frozenset(),
-    "cli": frozenset({"platforms", "renamed_options"}),
+    "cli": frozenset({"interrupts", "platforms", "renamed_options"}),
     "data": frozenset(),
-    "train": _BELOW_MODELS | {"data"},
+    "train": _BELOW_MODELS | {"data", "interrupts"},
     "evaluate": _BELOW_MODELS | {"data"},
     "serve": _BELOW_MODELS | {"data"},
     "plan": _BELOW_MODELS | {"models", "train", "serve"},
-    "finetune": frozenset(LAYERS) | {"cli", "renamed_options", "data", "train", "evaluate", "serve", "plan"},
+    "finetune": frozenset(LAYERS) | {"cli", "interrupts", "renamed_options", "data", "train", "evaluate", "serve", "plan"},
     "api": frozenset(LAYERS) | {"data", "train", "serve"},
-    "commands": frozenset(LAYERS) | {"cli", "platforms", "data", "train", "evaluate", "serve", "plan", "finetune"},
+    "commands": frozenset(LAYERS)
+    | {"cli", "interrupts", "platforms", "data", "train", "evaluate", "serve", "plan", "finetune"},
     "__init__": frozenset(LAYERS) | {"api", "data", "train", "evaluate", "serve", "finetune"},
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))

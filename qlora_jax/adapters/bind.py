@@ -1,6 +1,6 @@
 """Moves an adapter between a model and its files: what a run saves, and what merging and serving load."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -11,14 +11,15 @@ from flax import nnx
 
 from qlora_jax.adapters.files import Adapter, read_adapter, write_adapter
 from qlora_jax.adapters.fit import check_fit, check_scaling
+from qlora_jax.adapters.metadata import AdapterMetadata
 from qlora_jax.adapters.places import places_of, variable_at
 from qlora_jax.adapters.virtual_tokens import encoder_tensors, fill_prompt, prompt_tensors
-from qlora_jax.adapters.weight_init import to_plain_lora
+from qlora_jax.adapters.weight_init import converted_from, to_plain_lora
 from qlora_jax.errors import OptionError
 from qlora_jax.models import T5, Model
 from qlora_jax.peft import LoRA, Subtracted
 
-__all__ = ["adapter_tensors", "load_adapter", "save_adapter"]
+__all__ = ["adapter_tensors", "load_adapter", "metadata_of", "save_adapter"]
 
 AnyModel = TypeVar("AnyModel", bound=Model)
 
@@ -50,8 +51,10 @@ def save_adapter(
     resized_embeddings: Mapping[str, np.ndarray] | None = None,
     subtracted: Subtracted | None = None,
     text_prefix: str | None = None,
+    metadata: AdapterMetadata | None = None,
+    beside: Sequence[Callable[[Path], None]] = (),
 ) -> Path:
-    """Write the adapter of a model in PEFT's format; return the folder.
+    """Write the adapter of a model in PEFT's format, with qlora_jax.json beside it; return the folder.
 
     An adapter whose initialization was subtracted from the base (PiSSA, LoftQ) is written as one ordinary LoRA of twice the
     rank for the original weights. The files are verified (see `write_adapter`), and an adapter in `folder` is replaced.
@@ -63,6 +66,8 @@ def save_adapter(
             not hold them.
         subtracted: what was subtracted from the base, where `model.origin` does not hold it.
         text_prefix: that of the checkpoint (`Checkpoint.text_prefix`), where `model.origin` does not hold it.
+        metadata: how the adapter was trained; as the model says (`metadata_of`), if None.
+        beside: see `write_adapter`.
 
     Raises:
         OptionError: the model has no adapter, or its method changes the base but nothing is known of what was subtracted.
@@ -83,6 +88,8 @@ def save_adapter(
         text_prefix = model.origin.text_prefix
     if resized_embeddings is None and model.origin is not None and model.origin.resized_embeddings is not None:
         resized_embeddings = model.origin.resized_embeddings.tensors
+    if metadata is None:
+        metadata = metadata_of(model, subtracted=subtracted)
     if subtracted is not None:
         tensors, method = to_plain_lora(tensors, cast(LoRA, method), subtracted)  # only LoRA subtracts anything
     elif method.changes_base:
@@ -99,7 +106,28 @@ def save_adapter(
         resized_embeddings=resized_embeddings,
         encoder=None if model.prompt is None else encoder_tensors(model.prompt),
         text_prefix=text_prefix,
+        beside=(metadata.save, *beside),
     )
+
+
+def metadata_of(model: Model, *, template: str | None = None, subtracted: Subtracted | None = None) -> AdapterMetadata:
+    """Return how a model's adapter was trained, as far as the model knows.
+
+    Args:
+        model: a model that was made with a method.
+        template: the form of the prompts; that of the adapter that the model was loaded with, if None.
+        subtracted: what was subtracted from the base, where `model.origin` does not hold it.
+    """
+    origin, method = model.origin, model.method
+    if origin is not None:
+        subtracted = origin.subtracted if subtracted is None else subtracted
+        template = origin.template if template is None else template
+    if subtracted is not None:
+        initialization = subtracted.initialization
+    else:
+        initialization = None if method is None else converted_from(method)
+    scaling = None if origin is None else origin.scaling
+    return AdapterMetadata(model.quantization, template, model.embedding_storage, initialization, scaling)
 
 
 def load_adapter(model: AnyModel, folder: str | Path | Adapter) -> AnyModel:

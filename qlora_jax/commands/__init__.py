@@ -5,14 +5,17 @@
     qlora-jax train --model …     run it
 
 Each command is a module of this package with a dataclass of its options and a `main` that returns an exit code. Only the
-module of the chosen command is imported.
+module of the chosen command is imported, after Ctrl-C and SIGTERM are taken care of.
 """
 
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
-__all__ = ["COMMANDS", "main"]
+from qlora_jax.interrupts import end_while_importing
+
+__all__ = ["COMMANDS", "main", "run_script"]
 
 COMMANDS = {
     "train": "fine-tune a language model with QLoRA",
@@ -39,4 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: unknown command {name!r}: expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return importlib.import_module(f"qlora_jax.commands.{name}").main(rest, program=f"qlora-jax {name}")
+    return _module(name).main(rest, program=f"qlora-jax {name}")
+
+
+def run_script(name: str) -> int:
+    """Run a command with the arguments of this process, as scripts/NAME.py does, and return its exit code."""
+    return _module(name).main()
+
+
+def _module(name: str) -> ModuleType:
+    """Import the module of a command, which takes seconds."""
+    end_while_importing()
+    return importlib.import_module(f"qlora_jax.commands.{name}")

@@ -24,6 +24,7 @@ from qlora_jax import cli
 from qlora_jax.adapters.pretrained import PretrainedOptions
 from qlora_jax.data import Template, chat_prompt, encode_prompt, read_chat_template
 from qlora_jax.errors import OptionError
+from qlora_jax.interrupts import plain_interrupt
 from qlora_jax.models import T5, Model
 from qlora_jax.serve import Sampling, generate, generate_seq2seq, stream_text
 
@@ -189,7 +190,8 @@ def chat(loaded: Loaded, options: Options) -> None:
             write(piece)
 
         try:
-            answer(loaded, options, [prompt_tokens(loaded, messages)], write_and_record)
+            with plain_interrupt():
+                answer(loaded, options, [prompt_tokens(loaded, messages)], write_and_record)
         except KeyboardInterrupt:  # the incomplete answer stays in the history
             write(" …")
         except ValueError as error:  # too long

@@ -70,7 +70,12 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None, *, program: str | None = None) -> int:
     """Run the command and return its exit code."""
-    return cli.run(merge_adapter, Options, __doc__, arguments, program=program)
+    return cli.run(merge_adapter, Options, __doc__, arguments, program=program, saved=saved_work)
+
+
+def saved_work(options: Options) -> str:
+    """Return whether the folder is written, for the message of an interruption."""
+    return f"{options.output} is {'written' if (options.output / 'config.json').exists() else 'not written'}"
 
 
 def merge_adapter(options: Options) -> None:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 from qlora_jax import cli
 from qlora_jax.finetune import Options, finetune
+from qlora_jax.finetune.folder import saved_work
 
 __all__ = ["Options", "main"]
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str | None = None) -> int:
     """Run the command and return its exit code."""
-    return cli.run(finetune, Options, __doc__, arguments, program=program)
+    return cli.run(finetune, Options, __doc__, arguments, program=program, saved=saved_work)

@@ -19,12 +19,12 @@ bitsandbytes' 4 bits (bitsandbytes.py).
 
 Memory. Tensors are merged and written one at a time: the host holds the adapter and up to three float32 copies of a matrix.
 
-The folder is written under a temporary name beside its own and renamed at the end: it is whole or absent.
+The folder is written under a temporary name beside its own and renamed at the end (checkpoint/whole_folder.py): it is whole
+or absent.
 """
 
 import dataclasses
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +43,7 @@ from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.initialize import rewrite_for
 from qlora_jax.checkpoint.load import find, with_copy, with_tied
 from qlora_jax.checkpoint.tokenizer import save_tokenizer
+from qlora_jax.checkpoint.whole_folder import whole_folder, writing_errors
 from qlora_jax.errors import CheckpointError, OptionError
 from qlora_jax.export.biases import with_biases
 from qlora_jax.export.generation import GENERATION, generation_config
@@ -218,34 +219,25 @@ def _write_folder(plan: MergePlan, output: Path, tokenizer: PreTrainedTokenizerF
     Raises:
         CheckpointError: it could not be written.
     """
-    temporary = output.with_name(f".{output.name}.writing-{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
-        free = shutil.disk_usage(temporary).free
+    with writing_errors(output, plan.size), whole_folder(output, marker="config.json") as new:
+        free = shutil.disk_usage(new).free
         if free < plan.size:
             raise CheckpointError(f"{output}: expected {plan.size:,} free bytes for the merged model, found {free:,}.")
         with tqdm(total=len(plan.entries), desc="merging", unit="tensor", disable=not progress, leave=False) as bar:
             for file, names in plan.shards.items():
                 stored = {part: entry for name in names for part, entry in plan.entries[name].items()}
-                write_shard(temporary / file, stored, _tensors_of(plan, names, bar))
+                write_shard(new / file, stored, _tensors_of(plan, names, bar))
         if len(plan.shards) > 1:
             weight_map = {part: file for file, names in plan.shards.items() for name in names for part in plan.entries[name]}
             write_json(
-                temporary / "model.safetensors.index.json",
+                new / "model.safetensors.index.json",
                 {"metadata": {"total_size": plan.size}, "weight_map": dict(sorted(weight_map.items()))},
             )
-        write_json(temporary / "config.json", plan.config)
+        write_json(new / "config.json", plan.config)
         if plan.generation is not None:
-            write_json(temporary / GENERATION, plan.generation)
+            write_json(new / GENERATION, plan.generation)
         if tokenizer is not None:
-            save_tokenizer(tokenizer, temporary)
-        os.replace(temporary, output)
-    except OSError as error:
-        raise CheckpointError(
-            f"{output}: could not be written: {error.strerror or error} (the weights need {plan.size:,} bytes)."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            save_tokenizer(tokenizer, new)
 
 
 def _tensors_of(plan: MergePlan, names: Sequence[str], bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:

@@ -24,12 +24,16 @@ from qlora_jax.data import read_chat_template, unknown_markers
 from qlora_jax.errors import OptionError, list_names
 from qlora_jax.evaluate import Prompts
 from qlora_jax.finetune.folder import claim
+from qlora_jax.finetune.lock import check_unlocked
 from qlora_jax.finetune.memory import check_memory
 from qlora_jax.finetune.objectives import Batches, Objective, Setting, objective_kind
 from qlora_jax.finetune.options.context import warn_beyond
 from qlora_jax.finetune.options.options import Options
+from qlora_jax.finetune.options.run import RunOptions
 from qlora_jax.finetune.reporting.callbacks import check_prompts, check_reporting
 from qlora_jax.finetune.reporting.mmlu import read_prompts
+from qlora_jax.finetune.resume import find_position
+from qlora_jax.finetune.sources import check_sources
 from qlora_jax.finetune.step import batch_spec, step_spec
 from qlora_jax.finetune.virtual_tokens import check_rows, first_tokens
 from qlora_jax.models import ModelConfig, ModelSpec, method_for, positions_left
@@ -50,7 +54,7 @@ class PreparedRun:
         pretrained: the base with its tokenizer, the method, and the adapter that the run continues from.
         spec: the training step.
         objective: the data, and how answers and scores are made.
-        batches: the batches to train on.
+        batches: the batches to train on, at the position of the newest checkpoint.
         steps: the number of steps of the whole run.
         learning_rate: the learning rate by step.
         adapter_metadata: what is recorded beside the adapter.
@@ -89,7 +93,9 @@ def prepare(options: Options, *, progress: bool = True) -> PreparedRun:
         OSError: files that cannot be read or written.
     """
     options.check()
+    check_unlocked(options.run.output)
     claim(options)
+    check_sources(options.data)
     pretrained, spec = _open(options)
     config, method, tokenizer = pretrained.checkpoint.model_config, method_of(pretrained), pretrained.tokenizer
     initial_tokens = first_tokens(method, tokenizer, config, options.run.seed)
@@ -102,8 +108,10 @@ def prepare(options: Options, *, progress: bool = True) -> PreparedRun:
         batch=batch_spec(options, length=objective.length, source_length=objective.source_length),
     )
     metadata = _adapter_metadata(options, pretrained, objective)
-    batches = objective.training(rows_of_step(options))
-    steps = _count_steps(options, batches)
+    batches = objective.training(options.run.rows_of_step(jax.device_count()))
+    steps = count_steps(options, batches)
+    learning_rate = _learning_rate(options, pretrained, steps)
+    find_position(options, batches, steps)
     check_prompts(options, objective.prompts)
     if options.run.memory_check:
         check_memory(spec)
@@ -114,7 +122,7 @@ def prepare(options: Options, *, progress: bool = True) -> PreparedRun:
         objective=objective,
         batches=batches,
         steps=steps,
-        learning_rate=_learning_rate(options, pretrained, steps),
+        learning_rate=learning_rate,
         adapter_metadata=metadata,
         initial_tokens=initial_tokens,
         questions=questions,
@@ -126,11 +134,6 @@ def method_of(pretrained: Pretrained) -> Method:
     """Return the method of a model that is opened for training."""
     assert pretrained.method is not None
     return pretrained.method
-
-
-def rows_of_step(options: Options) -> int:
-    """Return the rows of one step on all devices."""
-    return options.run.batch_size * options.run.accumulation_steps * jax.device_count()
 
 
 def _open(options: Options) -> tuple[Pretrained, StepSpec[ModelSpec]]:
@@ -217,18 +220,20 @@ def _adapter_metadata(options: Options, pretrained: Pretrained, objective: Objec
     return metadata
 
 
-def _count_steps(options: Options, batches: Batches) -> int:
-    """Return the number of steps of the whole run."""
-    steps, most = 0, options.run.max_steps
-    for epoch in range(options.run.epochs):
-        if most is not None and steps >= most:  # counting the batches of an epoch means to pack it
-            break
-        count = batches.batches_in_epoch(epoch)
-        if count is None:
-            assert most is not None  # as `options.check` has made sure
-            return most
-        steps += count
-    return steps if most is None else min(steps, most)
+def count_steps(options: Options, batches: Batches) -> int:
+    """Return the number of steps of the whole run: `max_steps`, or as many as its epochs have."""
+    run = options.run
+    if run.max_steps is not None:
+        if run.epochs != RunOptions.epochs:
+            _logger.info("max_steps %d decides how long the run is; epochs %g is not used.", run.max_steps, run.epochs)
+        return run.max_steps
+    part, whole = math.modf(run.epochs)
+    counts = [batches.batches_in_epoch(epoch) for epoch in range(int(whole) + (part > 0))]
+    if None in counts:
+        raise OptionError("max_steps: expected a number with data of unknown length, found none")
+    if part:
+        counts[-1] = math.ceil(round(counts[-1] * part, 6))  # 0.1 is not exact
+    return sum(counts)
 
 
 def _learning_rate(options: Options, pretrained: Pretrained, steps: int) -> optax.Schedule:
@@ -237,4 +242,15 @@ def _learning_rate(options: Options, pretrained: Pretrained, steps: int) -> opta
     kind = objective_kind(options.objective.objective, checkpoint.model_config)
     parameters = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     peak = chosen.peak_learning_rate(parameters, kind, method_of(pretrained))
-    return learning_rate_schedule(chosen.schedule, peak, steps, round(steps * chosen.warmup_ratio))
+    if chosen.weight_decay:
+        _logger.info("weight_decay %g pulls towards %s.", chosen.weight_decay, _decay_target(method_of(pretrained)))
+    return learning_rate_schedule(chosen.schedule, peak, steps, chosen.warmup(steps))
+
+
+def _decay_target(method: Method) -> str:
+    """Return what weight decay pulls a model towards: the model holds changes of the base, which it makes smaller."""
+    if method.virtual_tokens:
+        return "virtual tokens of zeros"
+    if method.changes_base:
+        return "the base without what init_lora_weights took out of its weights"
+    return "the base model as it is (whatever trains is held as a change of it)"

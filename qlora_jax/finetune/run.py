@@ -10,19 +10,24 @@
     <output>/model                                   instead, after full fine-tuning
     <output>/eval_results.json                       the metrics of the held-out data
 
-The same options with the same folder resume a run that was stopped.
+The same options with the same folder resume a run that was stopped. More epochs or steps extend a run that is finished.
 """
 
+import errno
 from pathlib import Path
 
-from qlora_jax.errors import OptionError
+from qlora_jax.errors import CheckpointError, OptionError
 from qlora_jax.finetune.finish import finish
+from qlora_jax.finetune.folder import claim, saved_work
+from qlora_jax.finetune.lock import locked
 from qlora_jax.finetune.messages import messages_on_stderr
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.prepare import prepare
 from qlora_jax.finetune.training import train
 
 __all__ = ["finetune"]
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # a full or broken disk
 
 
 def finetune(options: Options, *, progress: bool = True) -> Path:
@@ -34,9 +39,19 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
 
     Raises:
         QLoRAError: options, data or files that cannot be used, before any long work; or a loss that diverged.
-        OSError: files that cannot be read or written.
+        OSError: files that cannot be read, or a folder that cannot be written.
+        Interrupted: after Ctrl-C or SIGTERM during training, once the step is done and saved.
     """
     if not isinstance(options, Options):
         raise OptionError(f"options: expected Options(…), found {options!r}")
     with messages_on_stderr():
-        return finish(train(prepare(options, progress=progress)))
+        run = prepare(options, progress=progress)
+        with locked(options.run.output):
+            claim(options)  # another run may have ended here in the meantime
+            try:
+                return finish(train(run))
+            except OSError as error:
+                if error.errno not in _UNWRITABLE:
+                    raise
+                place = error.filename or options.run.output
+                raise CheckpointError(f"{place}: cannot be written: {error.strerror}; {saved_work(options)}") from error

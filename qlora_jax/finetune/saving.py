@@ -1,10 +1,13 @@
 """Saves what a run trained: the folder of an adapter, or after full fine-tuning that of a model.
 
-<output>/adapter    PEFT's files, read back and compared
-<output>/model      a Hugging Face folder in the compute dtype of the run
+<output>/adapter    PEFT's files, read back and compared, with qlora_jax.json, the tokenizer where it is needed, and the card
+<output>/model      a Hugging Face folder in the compute dtype of the run, with the card
+
+Either is complete before it has its name.
 """
 
-import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -12,36 +15,63 @@ import jax.numpy as jnp
 
 from qlora_jax.adapters.bind import adapter_tensors, save_adapter
 from qlora_jax.adapters.files import Adapter
+from qlora_jax.checkpoint.tokenizer import save_tokenizer
+from qlora_jax.checkpoint.whole_folder import TOKENIZER_FILES, whole_folder, writing_errors
 from qlora_jax.export.merge import MergedDtype, merge
 from qlora_jax.finetune.training import TrainedRun
 
 __all__ = ["save_trained"]
 
 
-def save_trained(trained: TrainedRun) -> Path:
+_MODEL_FILES = frozenset({"config.json", "README.md", "model.safetensors", *TOKENIZER_FILES})
+
+
+def save_trained(trained: TrainedRun, write_card: Callable[[Path], None]) -> Path:
     """Save what was trained; return its folder.
+
+    Args:
+        trained: the run.
+        write_card: writes the card into the folder that it is given.
 
     Raises:
         CheckpointError: the files could not be written.
     """
-    run, model, output = trained.prepared, trained.model, trained.prepared.options.run.output
-    base, resumed = run.pretrained.base.name, run.pretrained.adapter
-    if not run.method.is_full:
-        return save_adapter(
-            model,
-            output / "adapter",
-            base_model_name_or_path=base,
-            resized_embeddings=None if resumed is None else resumed.resized_embeddings,
-            subtracted=trained.subtracted,
-            text_prefix=run.pretrained.checkpoint.text_prefix,
-        )
-    folder = output / "model"
-    shutil.rmtree(folder, ignore_errors=True)  # left by this same run, if it was killed while it wrote
-    return merge(
-        run.pretrained.checkpoint,
-        Adapter(base, run.method, None, adapter_tensors(model)),
+    run = trained.prepared
+    folder = run.options.run.output / ("model" if run.method.is_full else "adapter")
+    with writing_errors(folder):
+        if run.method.is_full:
+            _save_model(trained, folder, write_card)
+        else:
+            _save_adapter(trained, folder, write_card)
+    return folder
+
+
+def _save_adapter(trained: TrainedRun, folder: Path, write_card: Callable[[Path], None]) -> None:
+    run, resumed = trained.prepared, trained.prepared.pretrained.adapter
+    own_tokenizer = resumed is not None and resumed.has_tokenizer
+    other_template = run.options.data.chat_template is not None
+    needs_tokenizer = run.method.trainable_tokens() or run.options.lora.special_tokens or own_tokenizer or other_template
+    save_adapter(
+        trained.model,
         folder,
-        dtype=cast(MergedDtype, jnp.dtype(model.head.weight.dtype).name),  # the compute dtype of the run
-        tokenizer=run.pretrained.tokenizer,
-        progress=run.progress,
+        base_model_name_or_path=run.pretrained.base.name,
+        resized_embeddings=None if resumed is None else resumed.resized_embeddings,
+        subtracted=trained.subtracted,
+        text_prefix=run.pretrained.checkpoint.text_prefix,
+        metadata=run.adapter_metadata,
+        beside=[*([partial(save_tokenizer, run.pretrained.tokenizer)] if needs_tokenizer else []), write_card],
     )
+
+
+def _save_model(trained: TrainedRun, folder: Path, write_card: Callable[[Path], None]) -> None:
+    run, model = trained.prepared, trained.model
+    with whole_folder(folder, marker="config.json", own=_MODEL_FILES) as new:
+        merge(
+            run.pretrained.checkpoint,
+            Adapter(run.pretrained.base.name, run.method, None, adapter_tensors(model)),
+            new,
+            dtype=cast(MergedDtype, jnp.dtype(model.head.weight.dtype).name),  # the compute dtype of the run
+            tokenizer=run.pretrained.tokenizer,
+            progress=run.progress,
+        )
+        write_card(new)

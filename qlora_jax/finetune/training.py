@@ -13,10 +13,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from qlora_jax.adapters.files import Adapter
-from qlora_jax.finetune.folder import start
+from qlora_jax.finetune.folder import CHECKPOINTS, start
 from qlora_jax.finetune.initial_model import load_initial_model
-from qlora_jax.finetune.prepare import PreparedRun, rows_of_step
+from qlora_jax.finetune.prepare import PreparedRun
 from qlora_jax.finetune.reporting.callbacks import reporting_callbacks
+from qlora_jax.finetune.reporting.picture import LossPicture
 from qlora_jax.models import Model
 from qlora_jax.nn import copy_to_device, data_mesh, mesh_context, put_on_mesh
 from qlora_jax.peft import Subtracted
@@ -34,12 +35,11 @@ from qlora_jax.train import (
     create_state,
     evaluation,
     mean_metrics,
-    plot_losses,
     precompile,
     split,
 )
 from qlora_jax.train import train as train_loop
-from qlora_jax.train.state_store import StateStore
+from qlora_jax.train.state_store import StateStore, latest_step
 
 __all__ = ["TrainedRun", "train"]
 
@@ -55,6 +55,8 @@ class TrainedRun:
         prepared: the run.
         graphdef, adapter, frozen: the trained model in parts, as `train.split` returns them.
         rows: the rows of metrics.jsonl.
+        last_step: the last step.
+        picture: the drawing of the losses.
         initial_adapter: the adapter before training, where the base alone is another function; None: the base alone.
         subtracted: what was subtracted from the weights of the base before these were stored; None: nothing.
     """
@@ -64,6 +66,8 @@ class TrainedRun:
     adapter: Any
     frozen: Any
     rows: list[dict[str, Any]]
+    last_step: int
+    picture: LossPicture
     initial_adapter: Adapter | None
     subtracted: Subtracted | None
 
@@ -76,7 +80,7 @@ class TrainedRun:
     def chosen_step(self) -> int:
         """The step whose adapter is saved: that of the lowest held-out loss with early stopping, else the last one."""
         patience = self.prepared.options.run.early_stopping_patience
-        return (best_evaluation(self.rows)[0] if patience else None) or self.rows[-1]["step"]
+        return (best_evaluation(self.rows)[0] if patience else None) or self.last_step
 
 
 def train(run: PreparedRun) -> TrainedRun:
@@ -88,7 +92,7 @@ def train(run: PreparedRun) -> TrainedRun:
         CheckpointError: weights that are NaN or infinite.
         DivergedError: the loss or the gradient is not finite.
         OSError: files that cannot be written.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the step is done and saved.
+        Interrupted: after Ctrl-C or SIGTERM, once the step is done and saved.
     """
     with closing(_precompile(run)) as precompiled:
         model, initial_adapter, subtracted = load_initial_model(run)
@@ -96,8 +100,9 @@ def train(run: PreparedRun) -> TrainedRun:
         del model
         _logger.info("%s", _describe(run, adapter, frozen))
         with mesh_context(data_mesh()):
-            adapter, rows = _train_adapter(run, graphdef, adapter, frozen, precompiled)
-    return TrainedRun(run, graphdef, adapter, frozen, rows, initial_adapter, subtracted)
+            picture = LossPicture(run.options.run.output / "loss.png", run.spec.objective.unit)
+            adapter, rows, last = _train_adapter(run, (graphdef, adapter, frozen), precompiled, picture)
+    return TrainedRun(run, graphdef, adapter, frozen, rows, last, picture, initial_adapter, subtracted)
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ def _precompile(run: PreparedRun) -> Precompiled:
         run.learning_rate,
         evaluate=run.objective.held_out is not None,
         # A run that resumes trains first.
-        evaluate_first=not any((run.options.run.output / "checkpoints").glob("[0-9]*")),
+        evaluate_first=latest_step(run.options.run.output / CHECKPOINTS) is None,
         mesh=data_mesh(),
     )
 
@@ -127,25 +132,28 @@ def _precompile(run: PreparedRun) -> Precompiled:
 def _describe(run: PreparedRun, adapter: Any, frozen: Any) -> str:
     trainable = sum(leaf.size for leaf in jax.tree.leaves(adapter))
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(frozen))
+    devices = jax.devices()
     return (
         f"{trainable:,} trainable parameters; frozen weights {weights / 2**20:,.0f} MiB; {run.steps} steps of "
-        f"{rows_of_step(run.options)} × {run.objective.row} on {jax.device_count()} {jax.devices()[0].device_kind}"
+        f"{run.options.run.rows_of_step(len(devices))} × {run.objective.row} on {len(devices)} {devices[0].device_kind}"
     )
 
 
 def _train_adapter(
-    run: PreparedRun, graphdef: Any, adapter: Any, frozen: Any, precompiled: Precompiled
-) -> tuple[Any, list[dict[str, Any]]]:
+    run: PreparedRun, parts: tuple[Any, Any, Any], precompiled: Precompiled, picture: LossPicture
+) -> tuple[Any, list[dict[str, Any]], int]:
     """Run the loop, from the start or from the last checkpoint.
 
     Args:
         run: the run.
-        graphdef, adapter, frozen: the model in parts, as `train.split` returns them.
+        parts: the model as (graphdef, adapter, frozen), as `train.split` returns them.
         precompiled: the programs of the run.
+        picture: the drawing of the losses.
 
     Returns:
-        The trained adapter (with early stopping, that of the lowest held-out loss) and the rows of the log.
+        The trained adapter (with early stopping, that of the lowest held-out loss), the rows of the log, and the last step.
     """
+    graphdef, adapter, frozen = parts
     options, spec, output = run.options.run, run.spec, run.options.run.output
     tx = spec.optimizer.build(run.learning_rate)
     state = create_state(tx, adapter, options.seed)
@@ -156,10 +164,11 @@ def _train_adapter(
         best = StateStore(output / "best", keep=1) if options.early_stopping_patience else None
         if best is not None:
             open_files.enter_context(closing(best))
-        store = open_files.enter_context(closing(StateStore(output / "checkpoints", keep=options.keep)))
+        store = open_files.enter_context(closing(StateStore(output / CHECKPOINTS, keep=options.keep)))
         if store.latest_step() is not None:
             state, position = store.restore(state)
-            run.batches.set_state(position)
+            if run.batches.get_state() != position:  # `prepare` has moved them there
+                run.batches.set_state(position)
             _logger.info("Resuming %s after step %d of %d.", output, int(state.step), run.steps)
         log = open_files.enter_context(closing(MetricsLog(output / "metrics.jsonl", resume_at=int(state.step))))
         checkpoints = _Checkpoints(store, best, log)
@@ -167,7 +176,7 @@ def _train_adapter(
 
         def save(step: int, state: TrainState, position: dict[str, Any]) -> None:
             checkpoints.save(step, state, position)
-            plot_losses(log.rows, output / "loss.png", spec.objective.unit)
+            picture.draw(log.rows)
 
         cadence = Cadence(run.steps, options.save_every, options.early_stopping_patience)
         state = train_loop(
@@ -185,9 +194,10 @@ def _train_adapter(
                 ),
             ],
         )
+        adapter = state.adapter
         if best is not None and best.latest_step() is not None:
-            return copy_to_device(_best_adapter(run, best, state, cadence.exhausted(log.rows))), log.rows
-        return copy_to_device(state.adapter), log.rows
+            adapter = _best_adapter(run, best, state, cadence.exhausted(log.rows))
+        return copy_to_device(adapter), log.rows, int(state.step)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ written.
 """
 
 import json
+import logging
 import math
 import resource
 import sys
@@ -16,6 +17,8 @@ from typing import Any
 import jax
 
 from qlora_jax.train.step import TOKENS, Unit
+
+_logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -28,11 +31,12 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, *, resume_at: int) -> None:
-        """Open the file with its rows up to step `resume_at`; a run that starts anew (0) begins with no rows."""
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        before = [
-            json.loads(line) for line in text.split("\n")[:-1]
-        ]  # without a last line that is incomplete, since the run was killed
+        """Open the file with its rows up to step `resume_at`; a run that starts anew (0) begins with no rows.
+
+        A last line that is incomplete, since the run was killed, is dropped. Other damaged lines are left out with a
+        warning: they are records, which no later step depends on.
+        """
+        before = _read_rows(path) if path.exists() else []
         self.rows: list[dict[str, Any]] = [row for row in before if row["step"] <= resume_at] if resume_at > 0 else []
         self.reached = max((row["step"] for row in before), default=-1)
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
@@ -40,19 +44,55 @@ class MetricsLog:
         temporary = path.with_name(f".{path.name}.writing")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = path.open("ab", buffering=0)  # a buffer that cannot be written would fail once more at the exit
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append a row to the file and pass it to the listeners."""
+        """Append a row to the file and pass it to the listeners.
+
+        Raises:
+            OSError: the file cannot be written, e.g. because the disk is full.
+        """
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        line = (json.dumps(row) + "\n").encode()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         for listener in self.listeners:
             listener(row)
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file of JSON lines that can be read."""
+    *lines, _ = path.read_bytes().split(b"\n")
+    rows, damaged = [], []
+    for number, line in enumerate(lines, 1):
+        row = _parse(line)
+        if row is None:
+            damaged.append(number)
+        else:
+            rows.append(row)
+    if damaged:
+        _logger.warning("%s: left out %d damaged lines, the first is line %d.", path, len(damaged), damaged[0])
+    return rows
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return the row of a line; None if it has none: each row has a step, and the loss of an evaluation is a number."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    losses = [row[name] for name in ("loss", "eval_loss") if name in row]
+    return row if all(type(loss) in (int, float) for loss in losses) else None
 
 
 def best_evaluation(rows: Sequence[dict[str, Any]]) -> tuple[int | None, int]:
@@ -72,7 +112,7 @@ def best_evaluation(rows: Sequence[dict[str, Any]]) -> tuple[int | None, int]:
 
 
 def plot_losses(rows: list[dict[str, Any]], path: Path, unit: Unit = TOKENS) -> None:
-    """Draw the training loss of every step, its running mean, and the held-out loss."""
+    """Draw the training loss of every step, its running mean, and the held-out loss, as a PNG file."""
     training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
     from matplotlib.figure import Figure  # its import takes a second, which only callers that draw should wait for
@@ -93,7 +133,12 @@ def plot_losses(rows: list[dict[str, Any]], path: Path, unit: Unit = TOKENS) -> 
     axes.set(xlabel="step", ylabel=f"loss (nats, mean over {unit.name})")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        figure.savefig(temporary, dpi=120, format="png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def peak_memory_bytes() -> int:

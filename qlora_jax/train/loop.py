@@ -13,11 +13,8 @@ that a run that is killed at any moment can resume as if it had not been.
 """
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from qlora_jax.errors import DivergedError
+from qlora_jax.interrupts import Interrupted, deferred
 from qlora_jax.train.log import MetricsLog, best_evaluation, peak_memory_bytes
 from qlora_jax.train.step import TOKENS, TrainState, Unit
 
@@ -169,7 +167,7 @@ def train(
 
     Raises:
         DivergedError: the loss or the gradient norm is not finite.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the step is done and saved.
+        Interrupted: after Ctrl-C or SIGTERM, once the step is done and saved; at once after a second signal.
     """
     log, first = records.log, int(state.step)
     saved = first if first else None
@@ -181,13 +179,13 @@ def train(
             log.add({"step": 0, **before})
     if cadence.exhausted(log.rows):  # the run had stopped, and was killed before it ended
         return state
-    bar = tqdm(total=cadence.steps, initial=first, desc="training", unit="step", disable=not records.progress)
-    with bar, _deferred_interrupt() as interrupted:
+    bar, step = tqdm(total=cadence.steps, initial=first, desc="training", unit="step", disable=not records.progress), first
+    with bar, deferred("this step is finished and saved first; once more stops at once") as signals:
         for step in range(first + 1, cadence.steps + 1):
             state, values, speed = _run_step(step_fn, state, frozen, data)
             _check_finite(step, values, saved)
             row = records.row(step, values, tokens_per_second=speed)
-            last, interrupt = step == cadence.steps, interrupted.is_set()
+            last, interrupt = step == cadence.steps, signals.number is not None
             for callback in callbacks:
                 stopping = cadence.patience > 0 and cadence.exhausted([*log.rows, row])
                 if last or stopping or _due(step, callback.every):
@@ -200,10 +198,10 @@ def train(
                 saved = step
             bar.set_postfix_str(_describe(row, values, records.unit, callbacks))
             bar.update()
-            if exhausted:
+            if exhausted or interrupt:
                 break
-            if interrupt and not last:
-                raise KeyboardInterrupt(f"stopped after step {step}, which is saved")
+    if signals.number is not None:  # also one that arrived while the last step was saved
+        raise Interrupted(f"stopped after step {step}, which is saved", signals.number)
     return state
 
 
@@ -237,28 +235,6 @@ def _run_step(
     state, metrics = step_fn(state, frozen, data.put(batch))
     values = {name: float(value) for name, value in metrics.items()}  # waits for the step
     return state, values, tokens / (time.perf_counter() - start)
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Set the event at Ctrl-C or SIGTERM instead of stopping in the middle of a step; a second signal acts at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # other threads may not set a handler
-        yield event
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def remember(number: int, _: Any) -> None:
-        event.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, remember)
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _due(step: int, every: int) -> bool:

@@ -17,7 +17,6 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from qlora_jax.adapters import files as adapter_files
 from qlora_jax.adapters.bind import adapter_tensors, load_adapter, save_adapter
 from qlora_jax.adapters.files import read_adapter, write_adapter
 from qlora_jax.adapters.peft_config import read_adapter_method
@@ -459,26 +458,27 @@ def another(saved: Path) -> dict[str, np.ndarray]:
 def test_what_does_not_reach_the_disk_is_an_error_and_keeps_the_old_adapter(
     saved: Path, monkeypatch: pytest.MonkeyPatch, failure: str
 ) -> None:
-    def write(path: Path, content: bytes) -> None:
-        if path.name == CONFIG:
-            path.write_bytes(content)
-        elif failure == "full disk":
+    whole = Path.write_bytes
+
+    def write(path: Path, content: bytes) -> int:
+        if failure == "full disk":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        elif failure == "written as zeros":  # the header is right, the data is not
-            path.write_bytes(content[:-256] + bytes(256))
+        if failure == "written as zeros":  # the header is right, the data is not
+            content = content[:-256] + bytes(256)
         elif failure == "cut off":
-            path.write_bytes(content[: len(content) // 2])
+            content = content[: len(content) // 2]
         else:
-            path.write_bytes(safetensors.numpy.save({}))
+            content = safetensors.numpy.save({})
+        return whole(path, content)
 
     before, tensors = contents(saved), another(saved)
-    monkeypatch.setattr(adapter_files, "_write", write)
-    with pytest.raises(CheckpointError, match=r"adapter not saved: (No space left|what was written)"):
+    monkeypatch.setattr(Path, "write_bytes", write)
+    with pytest.raises(CheckpointError, match=r"not saved: (No space left|what was written)"):
         write_adapter(tensors, saved, method=read_adapter_method(saved))
     assert contents(saved) == before
-    with pytest.raises(CheckpointError, match="adapter not saved"):
+    with pytest.raises(CheckpointError, match="not saved"):
         write_adapter(tensors, saved / "new", method=read_adapter_method(saved))
-    assert list((saved / "new").iterdir()) == []
+    assert contents(saved) == before, "nothing is left"
 
 
 def test_an_adapter_replaces_another(saved: Path) -> None:
@@ -491,14 +491,16 @@ def test_an_adapter_replaces_another(saved: Path) -> None:
 
 
 def test_new_weights_are_never_paired_with_an_old_configuration(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace, lora, tensors = os.replace, read_adapter_method(saved), another(saved)
+    """Where files of other origin are beside the adapter, so that it is replaced file by file."""
+    (saved / "notes.txt").write_text("mine")
+    rename, lora, tensors = os.rename, read_adapter_method(saved), another(saved)
 
     def fail_for_config(source: Path, target: Path) -> None:
         if Path(target).name == CONFIG:
             raise OSError(errno.EIO, "Input/output error")
-        replace(source, target)
+        rename(source, target)
 
-    monkeypatch.setattr(os, "replace", fail_for_config)
+    monkeypatch.setattr(os, "rename", fail_for_config)
     with pytest.raises(CheckpointError, match="Input/output error"):
         write_adapter(tensors, saved, method=LoRA(rank=4, alpha=1, target_modules=lora.target_modules))
     with pytest.raises(CheckpointError, match="is no adapter"):

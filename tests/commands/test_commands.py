@@ -34,7 +34,7 @@ def test_every_command_is_a_module_and_a_script() -> None:
     modules = {path.stem for path in (ROOT / "qlora_jax" / "commands").glob("*.py")} - {"__init__", "__main__"}
     assert modules == set(COMMANDS) == {path.stem for path in (ROOT / "scripts").glob("*.py")}
     for name in COMMANDS:
-        assert f"from qlora_jax.commands.{name} import main" in (ROOT / "scripts" / f"{name}.py").read_text("utf-8")
+        assert f'run_script("{name}")' in (ROOT / "scripts" / f"{name}.py").read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

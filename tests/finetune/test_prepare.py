@@ -9,18 +9,18 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
-from runs import FinishedRun, but
+from runs import but
 
 from qlora_jax import cli
 from qlora_jax.adapters.files import write_adapter
 from qlora_jax.adapters.names import tensor_name
+from qlora_jax.errors import OptionError
 from qlora_jax.finetune import DataOptions, LoRAOptions, Options, TuningOptions
-from qlora_jax.finetune.folder import claim, start
-from qlora_jax.finetune.prepare import prepare
+from qlora_jax.finetune.prepare import count_steps, prepare
 from qlora_jax.peft import LoRA
 
 
@@ -173,7 +173,13 @@ BAD_TARGETS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
 
 def check_refused(flags: Sequence[str], expected: str, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One line on stderr, or a list of several problems, and nothing written."""
-    arguments = [*flags, "--output", str(output)]
+    chosen: dict[str, list[str]] = {}  # the flags of a case replace those of the run that it changes
+    for flag in flags:
+        if flag.startswith("--"):
+            chosen[last := flag] = []
+        else:
+            chosen[last].append(flag)
+    arguments = [part for flag, values in chosen.items() for part in (flag, *values)] + ["--output", str(output)]
     assert cli.run(partial(prepare, progress=False), Options, "", arguments) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -259,9 +265,9 @@ def test_the_chat_template_of_the_options_writes_the_data(
     assert "<|assistant|>\n" in text
 
 
-def test_an_encoder_decoder_has_no_new_special_tokens(seq2seq_options: Options) -> None:
+def test_an_encoder_decoder_has_no_new_special_tokens(seq2seq_options: Options, tmp_path: Path) -> None:
     """This is found before the data are read."""
-    unread = but(seq2seq_options, "data", data="none.jsonl")
+    unread = but(seq2seq_options, "data", data=write(tmp_path, "{"))
     with pytest.raises(ValueError, match="special_tokens: expected a decoder-only model, found t5"):
         prepare(but(unread, "lora", special_tokens=("<|a|>",)), progress=False)
 
@@ -308,70 +314,77 @@ def test_a_damaged_model(make_tiny_llama: Callable[..., Path], options: Options)
     assert not options.run.output.exists()
 
 
-# Whose folder it is
+# How long a run is, and its learning rate
 
 
-def test_a_finished_run_is_not_repeated(finished_sft: FinishedRun) -> None:
-    with pytest.raises(ValueError, match=r"holds a finished run; .*--overwrite"):
-        prepare(finished_sft.options, progress=False)
+class Unchanging:
+    """Batches of which each epoch has seven, and which take any position."""
 
+    def batches_in_epoch(self, epoch: int = 0) -> int:
+        return 7
 
-def test_the_folder_of_another_run(options: Options) -> None:
-    start(options)
-    with pytest.raises(ValueError, match=r"another run .*lora\.rank: 4 there, 5 here.*--overwrite"):
-        prepare(but(options, "lora", rank=5), progress=False)
-    claim(options)
-    claim(but(but(options, "lora", rank=5), "run", overwrite=True))
-
-
-def test_overwrite_deletes_nothing_before_the_new_run_begins(options: Options, tmp_path: Path) -> None:
-    """A mistake in the new command costs nothing, and files that are no run's stay in any case."""
-    output, mine = options.run.output, but(options, "run", overwrite=True)
-    start(mine)
-    for name in ("notes.txt", "metrics.jsonl"):
-        (output / name).write_text("mine")
-    before = {path: path.read_bytes() for path in output.rglob("*")}
-    with pytest.raises(OSError, match=r"none\.jsonl"):
-        prepare(but(mine, "data", data=str(tmp_path / "none.jsonl")), progress=False)
-    prepare(but(mine, "lora", rank=5), progress=False)
-    assert {path: path.read_bytes() for path in output.rglob("*")} == before
-    start(but(mine, "lora", rank=5))
-    assert sorted(path.name for path in output.iterdir()) == ["notes.txt", "options.json"]
+    def set_state(self, state: dict[str, Any]) -> None:
+        raise ValueError("examples: saved 24, now 23")
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", r"options\.json: is damaged"), ("[1]", "expected the options of a run, found other JSON")]
+    ("fields", "steps"),
+    [
+        ({"max_steps": 50}, 50),
+        ({"max_steps": 50, "epochs": 1}, 50),
+        ({"max_steps": 3, "epochs": 100}, 3),
+        ({"max_steps": None}, 14),
+        ({"max_steps": None, "epochs": 0.5}, 4),
+        ({"max_steps": None, "epochs": 0.01}, 1),
+        ({"max_steps": None, "epochs": 1.1}, 8),
+        ({"max_steps": None, "epochs": 3}, 21),
+    ],
 )
-def test_a_damaged_record(options: Options, text: str, message: str) -> None:
-    options.run.output.mkdir()
-    (options.run.output / "options.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        prepare(options, progress=False)
-    start(but(options, "run", overwrite=True))
-    claim(options)
+def test_the_number_of_steps(options: Options, fields: dict[str, Any], steps: int) -> None:
+    """`max_steps` alone, else so many epochs, rounded up as transformers does."""
+    assert count_steps(but(options, "run", **fields), cast(Any, Unchanging())) == steps
 
 
-def test_a_run_older_than_an_option_is_resumed(options: Options) -> None:
-    start(options)
-    path = options.run.output / "options.json"
-    record = json.loads(path.read_text())
-    for name in ("group_by_length", "weights", "source_max_length"):
-        del record["data"][name]
-    path.write_text(json.dumps(record))
-    claim(options)
+def test_missing_held_out_data_are_found_before_any_are_read(options: Options, tmp_path: Path) -> None:
+    missing = str(tmp_path / "none.jsonl")
+    with pytest.raises(OSError, match=r"none\.jsonl: expected a data file or a folder, found nothing at"):
+        prepare(but(options, "data", data=write(tmp_path, "{"), eval_data=missing, held_out=0.0), progress=False)
 
 
-def test_a_file_is_no_folder(options: Options) -> None:
-    options.run.output.write_text("")
-    for output in (options.run.output, options.run.output / "run"):
-        with pytest.raises(ValueError, match="expected a folder, found"):
-            prepare(but(options, "run", output=output), progress=False)
+@pytest.mark.parametrize(("fields", "steps"), [({"warmup_steps": 5}, 5), ({"warmup_steps": 0}, 0), ({}, 3)])
+def test_the_warm_up(options: Options, fields: dict[str, Any], steps: int) -> None:
+    assert but(options, "optimizer", **fields).optimizer.warmup(100) == steps
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_other_files_are_never_touched(options: Options, overwrite: bool) -> None:
-    options.run.output.mkdir()
-    (options.run.output / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="expected an empty folder or a run to resume, found other files"):
-        prepare(but(options, "run", overwrite=overwrite), progress=False)
-    assert (options.run.output / "thesis.tex").exists()
+@pytest.mark.parametrize(
+    ("group", "fields", "message"),
+    [
+        ("optimizer", {"warmup_steps": -1}, "warmup_steps: expected at least 0, found -1"),
+        (
+            "optimizer",
+            {"warmup_steps": 2, "warmup_ratio": 0.1},
+            "warmup_ratio: expected none beside warmup_steps, found 0.1",
+        ),
+        ("run", {"epochs": 0}, "epochs: expected a number above 0 and at most 100,000, found 0"),
+        ("run", {"epochs": float("nan")}, "epochs: expected a number above 0"),
+        ("run", {"epochs": 1e9}, "epochs: expected a number above 0 and at most 100,000, found 1e"),
+        ("run", {"max_steps": 0}, "max_steps: expected at least 1, found 0"),
+    ],
+)
+def test_lengths_that_mean_nothing(options: Options, group: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        but(options, group, **fields)
+
+
+def test_a_warm_up_longer_than_the_run(options: Options) -> None:
+    with pytest.raises(OptionError, match="warm-up: expected between 0 and the 3 steps of the run, found 4"):
+        prepare(but(options, "optimizer", warmup_steps=4), progress=False)
+
+
+def test_what_weight_decay_pulls_towards(options: Options, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "qlora_jax")
+    decayed = but(options, "optimizer", weight_decay=0.1)
+    prepare(decayed, progress=False)
+    assert "weight_decay 0.1 pulls towards the base model as it is" in caplog.text
+    prepare(but(decayed, "lora", init_lora_weights="pissa"), progress=False)
+    assert "pulls towards the base without what init_lora_weights took out of its weights" in caplog.text

@@ -21,6 +21,8 @@ from qlora_jax.adapters.files import read_adapter
 from qlora_jax.adapters.peft_config import read_adapter_method
 from qlora_jax.cli import parse
 from qlora_jax.finetune import Options, finetune, training
+from qlora_jax.finetune.reporting import picture
+from qlora_jax.train import learning_rate_schedule
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train.py"
 
@@ -128,14 +130,14 @@ def write_config(options: Options, folder: Path, packing: bool) -> Path:
     return path
 
 
-def start(flags: list[str], output: Path) -> subprocess.Popen[str]:
+def start(flags: list[str], output: Path, **environment: str) -> subprocess.Popen[str]:
     """The command in a process of its own."""
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), *flags, "--output", str(output)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
     )
 
 
@@ -156,7 +158,7 @@ def test_an_interrupted_run_saves_the_step_that_it_is_in(options: Options, tmp_p
         wait_for_step(output, 3, process)
         process.send_signal(number)
         _, errors = process.communicate(timeout=500)
-    assert process.returncode == 130, errors
+    assert process.returncode == 128 + number, errors
     last = rows_of(output)[-1]["step"]
     assert errors.splitlines()[-1] == f"interrupted: stopped after step {last}, which is saved"
     assert [path.name for path in (output / "checkpoints").iterdir()] == [str(last)]
@@ -185,6 +187,68 @@ def test_grouped_by_length_resumes(options: Options, tmp_path: Path, capsys: pyt
     assert "\x1b" not in shown
     assert "Resuming" in shown
     assert without_timing(rows_of(grouped.run.output)) == without_timing(rows_of(whole.run.output))
+
+
+@pytest.mark.integration
+def test_a_finished_run_is_extended(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """More steps of a constant rate: bit for bit the run of that length; the first one ends within an epoch."""
+    mine = but(but(options, "data", held_out=0.0), "run", eval_every=0, save_every=0)
+    whole = but(mine, "run", max_steps=5, output=tmp_path / "whole")
+    finetune(whole, progress=False)
+    short = but(mine, "run", max_steps=None, epochs=0.5)
+    finetune(short, progress=False)
+    assert len(rows_of(mine.run.output)) == 4, "half of an epoch of seven steps, rounded up"
+    capsys.readouterr()
+    finetune(but(mine, "run", max_steps=5), progress=False)
+    assert "Extending the finished run in" in (shown := capsys.readouterr().err)
+    assert "from 4 to 5 steps; from here on, the learning rate is that of a run of 5." in shown
+    assert without_timing(rows_of(mine.run.output)) == without_timing(rows_of(whole.run.output))
+    expected = read_adapter(whole.run.output / "adapter").tensors
+    for name, tensor in read_adapter(mine.run.output / "adapter").tensors.items():
+        np.testing.assert_array_equal(tensor, expected[name])
+    with pytest.raises(ValueError, match="holds a finished run"):
+        finetune(but(mine, "run", max_steps=5), progress=False)
+    names = {path.name for path in mine.run.output.iterdir()}
+    assert names == {"adapter", "checkpoints", "completed", "loss.png", "metrics.jsonl", "options.json"}
+
+
+@pytest.mark.integration
+def test_the_schedule_of_an_extended_run(options: Options) -> None:
+    """From the first new step on, the learning rate is that of a run of the new length, and the optimizer goes on."""
+    mine = but(but(options, "optimizer", schedule="cosine", warmup_steps=2), "run", max_steps=4, epochs=9)
+    finetune(mine, progress=False)
+    finetune(but(mine, "run", max_steps=8), progress=False)
+    found = [row["learning_rate"] for row in rows_of(mine.run.output)[1:]]
+    rates = {steps: learning_rate_schedule("cosine", 1e-2, steps, 2) for steps in (4, 8)}
+    np.testing.assert_allclose(found, [float(rates[4 if step < 4 else 8](step)) for step in range(8)], rtol=1e-6)
+
+
+@pytest.mark.integration
+def test_a_run_goes_on_with_another_split_on_another_number_of_devices(options: Options, tmp_path: Path) -> None:
+    """Eight rows a step: 4 x 2 on one device, then 2 x 1 on four; to rounding, the losses of a run in one piece."""
+    mine = but(but(options, "data", held_out=0.0), "run", eval_every=0, save_every=0)
+    whole = but(mine, "run", batch_size=4, accumulation_steps=2, max_steps=4, output=tmp_path / "whole")
+    finetune(whole, progress=False)
+    finetune(but(whole, "run", max_steps=2, output=mine.run.output), progress=False)
+    flags = ["--model", str(mine.model.model), "--data", str(mine.data.data), "--rank", "4", "--alpha", "8"]
+    flags += ["--max-length", "64", "--held-out", "0", "--learning-rate", "1e-2", "--eval-every", "0", "--save-every", "0"]
+    flags += ["--samples", "0", "--max-steps", "4", "--batch-size", "2"]
+    with start(flags, mine.run.output, XLA_FLAGS="--xla_force_host_platform_device_count=4") as process:
+        _, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, errors
+    assert "4 steps of 8 × 64 tokens on 4 cpu" in errors
+    losses, expected = ([row["loss"] for row in rows_of(run.run.output)] for run in (mine, whole))
+    np.testing.assert_allclose(losses, expected, rtol=2e-5)
+
+
+@pytest.mark.integration
+def test_a_picture_that_cannot_be_drawn_does_not_stop_a_run(
+    options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(picture, "plot_losses", lambda *_: 1 / 0)
+    finetune(options, progress=False)
+    assert capsys.readouterr().err.count("loss.png: cannot be drawn (division by zero); the run goes on") == 1
+    assert (options.run.output / "completed").exists()
 
 
 def test_a_finished_run_ends_again_and_overwrite_begins_anew(options: Options) -> None:

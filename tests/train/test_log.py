@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from qlora_jax.train import MetricsLog, peak_memory_bytes, perplexity, plot_losses
+from qlora_jax.train import MetricsLog, best_evaluation, peak_memory_bytes, perplexity, plot_losses
 
 
 def steps(path: Path) -> list[int]:
@@ -50,6 +50,44 @@ def test_a_cut_last_line_is_dropped(tmp_path: Path, cut: int) -> None:
     path.write_text(text[:-cut])
     write(path, 5, resume_at=5)
     assert steps(path)[:5] == list(range(5))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"\x00" * 40 + b"\n",  # as after a power failure
+        b'{"step": 6, "loss": 0.\n',
+        b"[1]\n",
+        b'{"loss": 1.0}\n',
+        b'{"step": true}\n',
+        b'{"step": "6"}\n',
+        b'{"step": 6, "eval_loss": "low"}\n',
+        b'{"step": 6, "loss": null}\n',
+        b'{"step": 6, "text": "\xff"}\n',
+        b"[" * 100_000 + b"\n",
+    ],
+)
+@pytest.mark.parametrize("last", [True, False])
+def test_a_damaged_line_does_not_block_a_resume(
+    tmp_path: Path, damage: bytes, last: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, 5)
+    whole = path.read_bytes()
+    path.write_bytes(whole + damage if last else damage + whole)
+    log = write(path, 8, resume_at=5)
+    assert steps(path) == list(range(9))
+    assert best_evaluation(log.rows) == (None, 0)
+    assert f"left out 1 damaged lines, the first is line {7 if last else 1}." in caplog.text
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", resume_at=0)
+    log.close()
+    log._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
+        log.add({"step": 1})
+    log.close()
 
 
 def test_a_cut_line_that_ends_like_a_whole_one(tmp_path: Path) -> None:

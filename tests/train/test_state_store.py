@@ -1,8 +1,12 @@
 """Checkpoints of a run: what comes back is what was saved, bit for bit and where it lay, or there is a clear error."""
 
+import collections
 import dataclasses
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ import pytest
 
 from qlora_jax.errors import CheckpointError
 from qlora_jax.train import TrainState, adamw, host_offload, init_state
-from qlora_jax.train.state_store import StateStore
+from qlora_jax.train.state_store import StateStore, latest_step
 
 POSITION = {"epoch": 1, "batch": 2, "data": {"seed": 0, "checksum": 2**32 - 1, "packing": True}}
 
@@ -142,6 +146,106 @@ def test_a_failing_write_leaves_what_was_there(
             store.save(10, make_state(10), POSITION)
     restored, _ = open_store().restore(make_state())
     assert_same(restored, make_state(5))
+
+
+@pytest.fixture(autouse=True)
+def _hook_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+
+
+def test_a_disk_that_is_too_small_is_found_before(
+    open_store: Callable[..., StateStore], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nothing of the checkpoint is left; without the check before, Orbax leaves a folder."""
+    store = open_store()
+    store.save(5, make_state(5), POSITION)
+    usage = collections.namedtuple("usage", "total used free")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage(9, 8, 1))
+        with pytest.raises(CheckpointError, match=r"step 10 \(it needs [\d,]+ bytes, and 1 are free\); that of step 5 is"):
+            store.save(10, make_state(10), POSITION)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["5"]
+
+
+@pytest.mark.integration
+def test_a_write_that_fails_is_one_line(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk; libraries' threads print nothing."""
+    program = (
+        "import resource, sys, numpy as np; from pathlib import Path; from qlora_jax.train.state_store import StateStore\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); store = StateStore(Path(sys.argv[1]), keep=1)\n"
+        "try: store.save(1, {str(n): np.random.default_rng(n).random(9_000) for n in range(20)}, {})\n"
+        "except ValueError as error: print(error)\n"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program, str(tmp_path / "checkpoints")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("cannot save the checkpoint of step 1 (File too large); no checkpoint was saved before\n")
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_the_position_alone(open_store: Callable[..., StateStore], tmp_path: Path) -> None:
+    """It is read without the state, and without a change of the folder."""
+    open_store().save(5, make_state(5), POSITION)
+    (tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp").mkdir()
+    store = StateStore(tmp_path / "checkpoints", keep=3, create=False)
+    assert store.position() == POSITION
+    store.close()
+    assert latest_step(tmp_path / "checkpoints") == 5
+    assert (tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp").exists()
+    open_store()
+    assert not (tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp").exists()
+
+
+def test_no_checkpoint_yet(tmp_path: Path) -> None:
+    assert latest_step(tmp_path / "none") is None
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_checksums(open_store: Callable[..., StateStore], tmp_path: Path) -> None:
+    state = make_state(5)
+    open_store().save(5, state, POSITION)
+    shutil.rmtree(tmp_path / "checkpoints" / "5" / "checksums")
+    store = open_store()
+    assert store.position() == POSITION
+    assert_same(store.restore(make_state())[0], state)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_flipped_byte_is_found(open_store: Callable[..., StateStore], tmp_path: Path) -> None:
+    """Each file of the checkpoint, in turn: an error that names it, or the values that were saved. (About 4 s of CPU.)"""
+    state = make_state(5)
+    open_store().save(5, state, POSITION)
+    folder, draws, found = tmp_path / "checkpoints", np.random.default_rng(0), 0
+    for path in sorted(path for path in (folder / "5").rglob("*") if path.is_file()):
+        before = path.read_bytes()
+        for place in draws.integers(0, len(before), 3):
+            path.write_bytes(before[:place] + bytes([before[place] ^ 1 << draws.integers(8)]) + before[place + 1 :])
+            store = open_store()
+            if store.latest_step() is None:
+                continue
+            try:
+                restored, position = store.restore(make_state())
+            except CheckpointError:
+                found += 1
+            else:
+                assert_same(restored, state)
+                assert position == POSITION
+        path.write_bytes(before)
+    assert found >= 6
+
+
+def test_a_value_that_changed_is_found_by_its_checksum(open_store: Callable[..., StateStore], tmp_path: Path) -> None:
+    """Values of a whole checkpoint under the checksums of another one, as if the files had no checks of their own."""
+    store = open_store()
+    store.save(5, make_state(5), POSITION)
+    store.save(10, make_state(10), POSITION | {"batch": 3})
+    for item, names in (("state", "adapter.a, adapter.b, opt_state"), ("data", "the position in the data")):
+        folder = tmp_path / item
+        shutil.copytree(tmp_path / "checkpoints", folder)
+        shutil.rmtree(folder / "10" / item)
+        shutil.copytree(folder / "5" / item, folder / "10" / item)
+        with pytest.raises(CheckpointError, match=rf"step 10: these are not the values that were saved: {names}.*delete"):
+            open_store(folder=folder).restore(make_state())
 
 
 def truncate(path: Path) -> None:

@@ -23,13 +23,17 @@ class OptimizerOptions:
     schedule: Schedule = "constant"
     """Course of the learning rate after the warm-up."""
     warmup_ratio: float = 0.03
-    """Share of the steps in which the learning rate rises."""
+    """Share of the steps in which the learning rate rises, unless warmup-steps is given."""
+    warmup_steps: int | None = None
+    """Number of steps in which the learning rate rises, instead of a share of them."""
     beta1: float | None = None
     """Decay of the first moment; 0.9 if left out."""
     beta2: float | None = None
     """Decay of the second moment; 0.999 if left out, 0.99 for lion."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay: each step takes off learning rate x decay of everything that trains. That pulls towards the
+    base model as it is, also with method full and for modules-to-save, whose changes decay and not their weights; with pissa
+    and loftq towards the base without what they took out of it; with virtual tokens towards zero vectors."""
     loraplus_lr_ratio: float | None = None
     """LoRA+: factor on the learning rate of LoRA's B, of norms and of DoRA's magnitudes; no factor if left out."""
     max_grad_norm: float = 0.3
@@ -51,6 +55,11 @@ class OptimizerOptions:
             problems.append(f"loraplus_lr_ratio: expected a number above 0, found {self.loraplus_lr_ratio}")
         if not 0 <= self.warmup_ratio <= 1:
             problems.append(f"warmup_ratio: expected 0 to 1, found {self.warmup_ratio}")
+        if self.warmup_steps is not None:
+            if self.warmup_steps < 0:
+                problems.append(f"warmup_steps: expected at least 0, found {self.warmup_steps}")
+            if self.warmup_ratio != OptimizerOptions.warmup_ratio:
+                problems.append(f"warmup_ratio: expected none beside warmup_steps, found {self.warmup_ratio}")
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             if beta is not None and self.optimizer == "adafactor":
                 problems.append(f"{name}: expected none with the optimizer adafactor, found {beta}")
@@ -63,6 +72,10 @@ class OptimizerOptions:
             problems.append(f"neftune_alpha: expected a number of at least 0, found {self.neftune_alpha}")
         if problems:
             raise OptionError("; ".join(problems))
+
+    def warmup(self, steps: int) -> int:
+        """Return the number of steps in which the learning rate rises, in a run of so many steps."""
+        return round(steps * self.warmup_ratio) if self.warmup_steps is None else self.warmup_steps
 
     def peak_learning_rate(self, parameters: int, objective: ObjectiveKind, method: Method) -> float:
         """Return the highest learning rate of a run on a base model of so many parameters."""

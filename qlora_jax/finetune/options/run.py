@@ -5,6 +5,8 @@ from pathlib import Path
 
 from qlora_jax.errors import OptionError
 
+MOST_EPOCHS = 100_000  # each is shuffled, and packed, to count the steps of a run
+
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
@@ -14,10 +16,10 @@ class RunOptions:
     """Folder of the run."""
     overwrite: bool = False
     """Delete the run that the folder holds."""
-    epochs: int = 2
-    """Passes over the training data."""
+    epochs: float = 2.0
+    """Passes over the training data, such as 3 or 0.5, unless max-steps is given. More of them extend a finished run."""
     max_steps: int | None = None
-    """Stop after so many steps, even within an epoch."""
+    """Number of steps of the run, instead of epochs, in as many passes as they take. More of them extend a finished run."""
     batch_size: int = 2
     """Rows of one micro-batch on each device."""
     accumulation_steps: int = 1
@@ -40,16 +42,22 @@ class RunOptions:
     """Number of held-out prompts whose answers before and after training are shown; 0 for none."""
 
     def __post_init__(self) -> None:
-        least = {"epochs": 1, "batch_size": 1, "accumulation_steps": 1, "keep": 1}
+        least = {"batch_size": 1, "accumulation_steps": 1, "keep": 1}
         least |= dict.fromkeys(("seed", "eval_every", "early_stopping_patience", "save_every", "samples"), 0)
         low = [
             f"{name}: expected at least {bound}, found {getattr(self, name)}"
             for name, bound in least.items()
             if getattr(self, name) < bound
         ]
+        if not 0 < self.epochs <= MOST_EPOCHS:
+            low.append(f"epochs: expected a number above 0 and at most {MOST_EPOCHS:,}, found {self.epochs:g}")
         if self.max_steps is not None and self.max_steps < 1:
             low.append(f"max_steps: expected at least 1, found {self.max_steps}")
         if self.early_stopping_patience and self.eval_every == 0:
             low.append("early_stopping_patience: expected eval_every of at least 1, found 0")
         if low:
             raise OptionError("; ".join(low))
+
+    def rows_of_step(self, devices: int) -> int:
+        """Return the rows of one step on so many devices."""
+        return self.batch_size * self.accumulation_steps * devices

@@ -1,0 +1,67 @@
+"""What is found in the folder of a run that goes on: whether the data are the same, and whether steps are left."""
+
+import logging
+
+from qlora_jax.errors import OptionError
+from qlora_jax.finetune.folder import CHECKPOINTS, finished_error, is_finished
+from qlora_jax.finetune.objectives import Batches
+from qlora_jax.finetune.options.options import Options
+from qlora_jax.train.state_store import StateStore, latest_step
+
+__all__ = ["find_position"]
+
+_logger = logging.getLogger(__name__)
+
+
+def find_position(options: Options, batches: Batches, steps: int) -> int:
+    """Move the batches to the position of the newest checkpoint, and return its step; 0 for a run that starts anew.
+
+    Args:
+        options: the options of the run, whose folder `claim` has checked.
+        batches: the batches to train on.
+        steps: the number of steps of the whole run.
+
+    Raises:
+        OptionError: other data than those that the run began with; no steps left of a finished run; more steps done than
+            the run is to have.
+        CheckpointError: the checkpoint is damaged.
+    """
+    folder = options.run.output
+    if options.run.overwrite or not folder.exists():
+        return 0
+    done, finished = latest_step(folder / CHECKPOINTS), is_finished(folder)
+    if done is None:
+        if finished:
+            raise OptionError(
+                f"--output {folder}: holds a finished run without its {CHECKPOINTS}, from which it could be extended; "
+                "choose another folder, or --overwrite to delete it"
+            )
+        return 0
+    if done > steps:
+        raise OptionError(
+            f"--output {folder}: holds a run of which {done} steps are done: expected at least as many, found {steps}; "
+            "choose another folder, or --overwrite to delete it"
+        )
+    if finished and done == steps:
+        raise finished_error(folder)
+    store = StateStore(folder / CHECKPOINTS, keep=options.run.keep, create=False)
+    try:
+        position = store.position()
+    finally:
+        store.close()
+    try:
+        batches.set_state(position)
+    except (ValueError, KeyError, TypeError) as error:
+        raise OptionError(
+            f"--output {folder}: holds a run on other data than these ({error}); "
+            "choose another folder, or --overwrite to delete it"
+        ) from error
+    if finished:
+        _logger.info(
+            "Extending the finished run in %s from %d to %d steps; from here on, the learning rate is that of a run of %d.",
+            folder,
+            done,
+            steps,
+            steps,
+        )
+    return done
