@@ -38,6 +38,7 @@ from qlora_jax.adapters.names import PREFIX, ROWS, adapted_modules, split_name, 
 from qlora_jax.adapters.peft_config import CONFIG, TaskType, config_of, read_adapter_config, resolve_adapter
 from qlora_jax.adapters.virtual_tokens import ENCODER, read_encoder
 from qlora_jax.checkpoint.hub import Snapshot
+from qlora_jax.checkpoint.tokenizer_files import has_tokenizer
 from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.peft import Method
 from qlora_jax.peft.prompt import EMBEDDINGS
@@ -80,7 +81,7 @@ class Adapter:
     @property
     def has_tokenizer(self) -> bool:
         """Whether the adapter was saved with a tokenizer of its own."""
-        return self.snapshot is not None and (self.snapshot.path / "tokenizer.json").is_file()
+        return self.snapshot is not None and has_tokenizer(self.snapshot.path)
 
     def of_module(self, module: str) -> dict[str, np.ndarray]:
         """Return the tensors of a linear module by their suffixes, e.g. "lora_A.weight"; empty where it has no adapter."""
