@@ -133,8 +133,8 @@ def _fetched(repository: str, revision: str | None, storage: str | None) -> tupl
     if len(chosen) != 1:
         wanted = "one GGUF file" if storage is None else f"one GGUF file with {storage!r} in its name"
         raise CheckpointError(
-            f"{repository}: expected {wanted}, found {len(chosen)} among {list_names(names) or 'no GGUF files'}. Name one of "
-            f"them: {repository}/{(chosen or names or ['FILE.gguf'])[0]}"
+            f"{repository}: expected {wanted}, found {len(chosen)} among {list_names(names) or 'no GGUF files'}. Name "
+            f"one: {repository}/{(chosen or names or ['FILE.gguf'])[0]}"
         )
     folder = _download(repository, revision, _parts_pattern(chosen[0]))
     return folder, folder / chosen[0]
