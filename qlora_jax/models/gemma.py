@@ -53,8 +53,8 @@ def gemma_config(config: Mapping[str, Any]) -> DecoderConfig:
 def gemma2_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Return the configuration in the config.json of a Gemma 2; raises the errors of `llama_config`."""
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-    given = {name: config.get(name, cap) for name, cap in caps.items()}  # null means no cap
-    fields = Fields("Gemma 2", config, _DEFAULTS)
+    fields = Fields("Gemma 2", config, _DEFAULTS | caps)
+    given = {name: None if config.get(name, cap) is None else fields[name] for name, cap in caps.items()}  # null: no cap
     rope = fields.rope(fields["head_dim"])
     count = fields["num_hidden_layers"]
     types = fields.layer_types(["full_attention" if layer % 2 else "sliding_attention" for layer in range(count)])

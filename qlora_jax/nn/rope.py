@@ -39,6 +39,25 @@ _REQUIRED = {  # fields that each scaling needs
 }
 
 
+_READ = {  # fields that each scaling reads
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+    "longrope": ("long_factor", "short_factor", "original_max_position_embeddings", "factor", "attention_factor"),
+    "llama3": _REQUIRED["llama3"],
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class RotaryEmbedding:
     """The rotary position embedding of a model.
@@ -51,7 +70,7 @@ class RotaryEmbedding:
 
     Raises:
         UnsupportedError: an unknown scaling type.
-        CheckpointError: a field that the scaling needs is missing.
+        CheckpointError: a field that the scaling needs is missing, or is no number within its bounds.
     """
 
     head_dim: int
@@ -79,11 +98,44 @@ class RotaryEmbedding:
     def __post_init__(self) -> None:
         fields = dict(self.scaling)
         kind = fields.get("rope_type", "default")
-        if kind not in _REQUIRED:
+        if not isinstance(kind, str) or kind not in _REQUIRED:
             raise UnsupportedError(f"rope_type {kind!r} is not supported; expected one of {', '.join(_REQUIRED)}")
         missing = [name for name in _REQUIRED[kind] if name not in fields]
         if missing:
             raise CheckpointError(f"rope_type {kind!r} needs the fields {', '.join(missing)}; found {sorted(fields)}")
+        problems = [text for name in _READ[kind] if name in fields and (text := self._problem(name, fields[name]))]
+        if not problems:
+            problems = self._contradictions(kind, fields)
+        if problems:
+            raise CheckpointError(f"rope_type {kind!r}: {'; '.join(problems)}")
+
+    def _problem(self, name: str, value: Any) -> str | None:
+        """Return what is wrong with the value of a field of the scaling; None where it is right."""
+        match name:
+            case "truncate":
+                expected, right = "true or false", type(value) is bool
+            case "original_max_position_embeddings":
+                expected, right = "a whole number above 1", type(value) is int and 1 < value < 2**31
+            case "long_factor" | "short_factor":
+                expected = f"{self.head_dim // 2} numbers above 0"
+                right = isinstance(value, tuple) and len(value) == self.head_dim // 2 and all(map(_is_positive, value))
+            case "mscale" | "mscale_all_dim":
+                expected, right = "a number from 0 on", value == 0 or _is_positive(value)
+            case _:
+                expected, right = "a number above 0", _is_positive(value)
+        return None if right else f"{name}: expected {expected}, found {str(value)[:60]}"
+
+    def _contradictions(self, kind: str, fields: Mapping[str, Any]) -> list[str]:
+        """Return what is wrong with numbers that are right each by itself."""
+        if kind == "llama3" and fields["low_freq_factor"] >= fields["high_freq_factor"]:
+            return [f"expected low_freq_factor below high_freq_factor, found {fields['low_freq_factor']}"]
+        if kind == "yarn" and self.theta <= 1:
+            return [f"expected rope_theta above 1, found {self.theta}"]
+        if kind == "dynamic" and self.head_dim < 4:
+            return [f"expected at least 4 rotated features, found {self.head_dim}"]
+        if kind == "longrope" and self.context is not None and self.context < 2:
+            return [f"expected a context of at least 2 tokens, found {self.context}"]
+        return []
 
     @property
     def context(self) -> int | None:
@@ -178,6 +230,10 @@ def _llama3(plain: np.ndarray, fields: Mapping[str, Any]) -> np.ndarray:
     between = (1 - smooth) * plain / factor + smooth * plain
     slow, fast = wavelength > original / low, wavelength < original / high
     return np.where(slow, plain / factor, np.where(fast, plain, between)).astype(np.float32)
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e30
 
 
 def text_lengths(positions: Int[Array, "b t"]) -> Int[Array, "b t"]:

@@ -24,6 +24,7 @@ ROPE_TENSORS = {"llama": (ROPE_FREQUENCIES,), "smollm3": (ROPE_FREQUENCIES,), "p
 
 # llama.cpp knows these two models by their number of layers; their scores are scaled by another size than that of a head.
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
+MANY_LAYERS = 1024  # which no model has: of fewer layers, the missing tensors are listed
 TOKEN_IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
@@ -95,6 +96,7 @@ def _values_without(metadata: Metadata, config: Mapping[str, Any]) -> dict[str, 
         "attention.value_length_swa": head_dim,
         "rope.dimension_count_swa": metadata.get("rope.dimension_count", head_dim),
         "rope.freq_base_swa": config["rope_theta"],
+        "rope.scaling.yarn_ext_factor": float(metadata.get("rope.scaling.type") == "yarn"),
     }
 
 
@@ -109,7 +111,7 @@ def _sizes(metadata: Metadata) -> dict[str, Any]:
     partial = metadata.architecture in ("phi3", "gptneox")
     if rotated != head_dim and not (partial and rotated < head_dim):
         metadata.problem("rope.dimension_count", f"expected the size of a head, {head_dim}, found {rotated}.")
-    if (layers := metadata.count("block_count")) > len(header.tensors):
+    if (layers := metadata.count("block_count")) > max(len(header.tensors), MANY_LAYERS):
         metadata.problem("block_count", f"expected at most the {len(header.tensors)} tensors of the file, found {layers}.")
     tokens = header.metadata.get("tokenizer.ggml.tokens")
     norm = "layer_norm_epsilon" if metadata.architecture == "gptneox" else "layer_norm_rms_epsilon"

@@ -33,13 +33,8 @@ class Metadata:
         return self.header.metadata.get(f"{self.architecture}.{key}", default)
 
     def count(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        """Return a whole number of at least `least`, or that of a list with one for each layer, if they are all equal.
-
-        Where it is wrong, the problem is recorded and `least` returned.
-        """
+        """Return a whole number of at least `least`. Where it is wrong, the problem is recorded and `least` returned."""
         value = self.get(key, default)
-        if isinstance(value, list) and value and all(item == value[0] for item in value):
-            value = value[0]
         if type(value) is int and least <= value <= LARGEST:
             return value
         self.problem(key, f"expected one number, found {_described(value)}.")
@@ -87,10 +82,10 @@ def _described(value: object) -> str:
 def _changes_nothing(key: str, value: Any, without: Mapping[str, Any]) -> bool:
     if isinstance(value, list):
         return all(_changes_nothing(key, item, without) for item in value)
+    if key == "rope.scaling.yarn_ext_factor":  # how much of YaRN is applied; -1: as the type of the scaling says
+        return value == -1 or (value == 0 and not without[key])
     if value in (0, "", "none") or (key in without and value == without[key]):
         return True
     if key == "attention.chunk_size":  # chunks of at least the whole context
         return type(value) is int and value >= without["context_length"]
-    return type(value) in (int, float) and (
-        (value == 1 and key.endswith(FACTORS)) or (value == -1 and key == "rope.scaling.yarn_ext_factor")
-    )
+    return type(value) in (int, float) and value == 1 and key.endswith(FACTORS)
