@@ -48,7 +48,7 @@ _NAMED_BY_CLASS: dict[str, tuple[str | None, str, str, str | None]] = {
     "Llama": ("<s>", "</s>", "<unk>", None),
     "CodeLlama": ("<s>", "</s>", "<unk>", None),
     "GPT2": ("<|endoftext|>", "<|endoftext|>", "<|endoftext|>", None),
-    "GPTNeoX": ("<|endoftext|>", "<|endoftext|>", "<|endoftext|>", None),
+    "GPTNeoX": ("<|endoftext|>", "<|endoftext|>", "<|endoftext|>", "<|padding|>"),
     "Qwen2": (None, "<|endoftext|>", "<|endoftext|>", "<|endoftext|>"),
     "Gemma": ("<bos>", "<eos>", "<unk>", "<pad>"),
     "T5": (None, "</s>", "<unk>", "<pad>"),
