@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["BOUNDS", "Bound"]
+__all__ = ["BOUNDS", "Bound", "shortened"]
 
 Kind = Literal["size", "number", "flag", "text", "texts", "flags", "object"]
 _LONGEST = 2**31 - 1
@@ -48,7 +48,7 @@ class Bound:
                 expected, right = "a list of 0 and 1", _is_list(value, (bool, int), self.most)
             case "object":
                 expected, right = "an object", isinstance(value, dict)
-        return None if right else f"expected {expected}, found {_shortened(value)}"
+        return None if right else f"expected {expected}, found {shortened(value)}"
 
     @property
     def stand_in(self) -> Any:
@@ -62,7 +62,8 @@ def _is_list(value: Any, kinds: tuple[type, ...], most: float) -> bool:
     return isinstance(value, list | tuple) and len(value) <= most and all(type(item) in kinds for item in value)
 
 
-def _shortened(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """Return a value as a message shows it, in at most 60 characters."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # a number of thousands of digits, or lists in lists

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from qlora_jax.errors import CheckpointError, QLoRAError
-from qlora_jax.models.bounds import BOUNDS
+from qlora_jax.models.bounds import BOUNDS, shortened
 from qlora_jax.models.parameter_mapping import ParameterMapping
 from qlora_jax.nn import Activation, RotaryEmbedding
 
@@ -141,7 +141,7 @@ class Fields:
     def expect(self, name: str, supported: Any) -> None:
         """Record a problem if the field is present and its value is not the only supported one."""
         if (value := self.values.get(name, supported)) != supported:
-            self.problems.append(f"{name}: expected {supported!r}, found {value!r}")
+            self._record(f"{name}: expected {supported!r}, found {shortened(value)}")
 
     def check(self) -> None:
         """Raise CheckpointError with all problems, if there are any."""
@@ -152,7 +152,7 @@ class Fields:
         """Return the activation that a field names."""
         value = self[name]
         if value not in ACTIVATIONS:
-            self.problems.append(f"{name}: expected one of {', '.join(ACTIVATIONS)}, found {value!r}")
+            self._record(f"{name}: expected one of {', '.join(ACTIVATIONS)}, found {shortened(value)}")
         return ACTIVATIONS.get(value, "silu")
 
     def rope(self, head_dim: int, *, of: str | None = None) -> RotaryEmbedding:
@@ -203,9 +203,10 @@ class Fields:
         types = self.get("layer_types", default)
         wrong = sorted({str(kind) for kind in types} - {"full_attention", "sliding_attention"})
         if wrong:
-            self.problems.append(f"layer_types: expected full_attention or sliding_attention, found {', '.join(wrong)}")
+            found = shortened(", ".join(wrong[:8]))
+            self._record(f"layer_types: expected full_attention or sliding_attention, found {found}")
         if len(types) != self["num_hidden_layers"]:
-            self.problems.append(f"layer_types: expected {self['num_hidden_layers']} of them, found {len(types)}")
+            self._record(f"layer_types: expected {self['num_hidden_layers']} of them, found {len(types)}")
         return types
 
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -149,6 +150,27 @@ def test_a_row_outgrows_the_context_alone_as_in_a_batch(kind: str) -> None:
     prompts = random_prompts((38, 30, 5, 70))
     alone = [generate(graphdef, state, [prompt], max_new_tokens=30)[0] for prompt in prompts]
     assert generate(graphdef, state, prompts, max_new_tokens=30) == alone
+
+
+@pytest.mark.integration
+def test_longrope_equals_transformers_beyond_the_context(torch: Any, tmp_path: Path) -> None:
+    """transformers makes the cache of Phi-3 again, too."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 256}
+    rope = SCALINGS["longrope"] | {"rope_type": "longrope", "rope_theta": 1e4}
+    ends = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    torch.manual_seed(0)
+    peer = Phi3ForCausalLM(Phi3Config(**sizes, **heads, **ends, rope_parameters=rope, original_max_position_embeddings=40))
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter.normal_(0, 0.15) if parameter.ndim == 2 else parameter.add_(0.1)
+    peer.save_pretrained(tmp_path)
+    (prompt,) = random_prompts((30,))
+    expected = peer.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)[0, 30:].tolist()
+    model = load_model(open_checkpoint(str(tmp_path)), quantization=None, dtype=jnp.float32, progress=False)
+    assert generate(*nnx.split(model), [prompt], max_new_tokens=30) == [expected]
 
 
 @pytest.mark.integration
