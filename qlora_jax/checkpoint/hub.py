@@ -32,6 +32,7 @@ ACCEPTED = (
     "model.safetensors.index.json), a .gguf file, or a Hugging Face hub id such as owner/name "
     "(of GGUF files owner/name/FILE.gguf)."
 )
+LONGEST = 500  # characters of a path or of the name of a file on the hub, for messages too
 PART = r"[A-Za-z0-9][\w.-]*"
 HUB_ID = re.compile(rf"(?P<repository>{PART}(/{PART})?)(:(?P<storage>{PART}))?")
 HUB_FILE = re.compile(rf"(?P<repository>{PART}/{PART})/(?P<file>.+\.gguf)", re.IGNORECASE)
@@ -74,6 +75,8 @@ def resolve(name: str | Path | Snapshot, revision: str | None = None) -> Snapsho
     """
     if isinstance(name, Snapshot):
         return name
+    if not str(name).strip():
+        raise CheckpointError(f"model: expected a name, found {str(name)!r}: no such file or folder. {ACCEPTED}")
     path = Path(name).expanduser()
     check_regular(path)
     if _exists(path):
@@ -89,8 +92,10 @@ def resolve(name: str | Path | Snapshot, revision: str | None = None) -> Snapsho
     if text != str(name):  # an address as a browser shows it
         text = re.sub(r"/(resolve|blob|tree)/[^/]+/?", "/", text).split("?")[0].rstrip("/")
     by_file, by_id = HUB_FILE.fullmatch(text), HUB_ID.fullmatch(text)
-    if by_file is None and (by_id is None or text.lower().endswith(".gguf")):
-        raise CheckpointError(f"{text}: no such file or folder (looked at {path.absolute()}). {ACCEPTED}")
+    if len(text) > LONGEST or (by_file is None and (by_id is None or text.lower().endswith(".gguf"))):
+        raise CheckpointError(
+            f"{text[:LONGEST]}: no such file or folder (looked at {str(path.absolute())[:LONGEST]}). {ACCEPTED}"
+        )
     if by_file is not None:
         folder = _download(by_file["repository"], revision, _parts_pattern(by_file["file"]))
         found = folder / by_file["file"]
@@ -155,8 +160,10 @@ def _listed(repository: str, revision: str | None, folder: Path) -> list[str]:
 
     try:
         names = HfApi().list_repo_files(repository, revision=revision)
-    except Exception:  # without a network, the files that are cached
+    except Exception as error:  # without a network, the files that are cached
         names = [str(path.relative_to(folder)) for path in folder.rglob("*.gguf")]
+        if not names:
+            raise _unreachable(repository, revision, error) from error
     return _models(names)
 
 
@@ -194,9 +201,13 @@ def _download(repository: str, revision: str | None, patterns: Sequence[str]) ->
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
     # The hub and the HTTP client beneath it raise many types, which change with their versions.
     except Exception as error:
-        reason = str(error).strip().splitlines() or [""]
-        at = f" at revision {revision!r}" if revision is not None else ""
-        raise CheckpointError(
-            f"{repository}: tried as a local path (there is none at {Path(repository).absolute()}) and as a "
-            f"Hugging Face hub id{at} ({type(error).__name__}: {reason[0]}). {ACCEPTED}"
-        ) from error
+        raise _unreachable(repository, revision, error) from error
+
+
+def _unreachable(repository: str, revision: str | None, error: Exception) -> CheckpointError:
+    reason = str(error).strip().splitlines() or [""]
+    at = f" at revision {revision!r}" if revision is not None else ""
+    return CheckpointError(
+        f"{repository}: tried as a local path (there is none at {Path(repository).absolute()}) and as a "
+        f"Hugging Face hub id{at} ({type(error).__name__}: {reason[0]}). {ACCEPTED}"
+    )
