@@ -11,6 +11,7 @@ many storage types; the name then says which file:
     owner/name                        its only GGUF file
     owner/name/model-Q4_K_M.gguf      that file
     owner/name:Q4_K_M                 the file with this storage type in its name
+    owner/name:folder                 what is in that folder of the repository, a model or an adapter
 
 A split file counts as one, and all its parts are fetched.
 """
@@ -34,13 +35,12 @@ ACCEPTED = (
 )
 LONGEST = 500  # characters of a path or of the name of a file on the hub, for messages too
 PART = r"[A-Za-z0-9][\w.-]*"
-HUB_ID = re.compile(rf"(?P<repository>{PART}(/{PART})?)(:(?P<storage>{PART}))?")
+HUB_ID = re.compile(rf"(?P<repository>{PART}(/{PART})?)(:(?P<inner>[\w-][\w.-]*(/[\w-][\w.-]*)*))?")
 HUB_FILE = re.compile(rf"(?P<repository>{PART}/{PART})/(?P<file>.+\.gguf)", re.IGNORECASE)
 HUB_ADDRESS = re.compile(r"(https?://)?(huggingface\.co|hf\.co)/")
 # The small files of a model, its config and its tokenizer, or of an adapter; pickled weights of models are never fetched.
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
-ADAPTER_FILES = ("adapter_model.safetensors", "prompt_encoder.safetensors")
-OLD_ADAPTER = "adapter_model.bin"
+ADAPTER, ENCODER, OLD_ADAPTER = "adapter_model.safetensors", "prompt_encoder.safetensors", "adapter_model.bin"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Files beside a model that are no language models: projections of pictures, calibration data, drafts.
 NO_MODEL = re.compile(r"(^|[-_./])(mmproj|imatrix|ggml-vocab)", re.IGNORECASE)
@@ -103,8 +103,8 @@ def resolve(name: str | Path | Snapshot, revision: str | None = None) -> Snapsho
             raise CheckpointError(f"{by_file['repository']}: has no file {by_file['file']}. {ACCEPTED}")
     else:
         assert by_id is not None
-        folder, found = _fetched(by_id["repository"], revision, by_id["storage"])
-    check_folder(folder)
+        folder, found = _fetched(by_id["repository"], revision, by_id["inner"])
+    check_folder(found if found.is_dir() else found.parent)
     # The hub's cache holds each commit in a folder of its own: snapshots/<commit>.
     return Snapshot(str(name), found, folder.name if folder.parent.name == "snapshots" else None)
 
@@ -116,42 +116,56 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _fetched(repository: str, revision: str | None, storage: str | None) -> tuple[Path, Path]:
-    """Return (the folder of a repository's files, the folder itself or the GGUF file in it) after fetching the weights."""
-    folder = _download(repository, revision, SMALL_FILES)
+def _fetched(repository: str, revision: str | None, inner: str | None) -> tuple[Path, Path]:
+    """Return (the folder of a repository's files, the folder or the GGUF file to open in it) after fetching the weights."""
+    small = [*SMALL_FILES, *([] if inner is None else [f"{inner}/{name}" for name in SMALL_FILES])]
+    folder = _download(repository, revision, small)
     if folder.parent.name == "snapshots":  # from here on the commit: the branch may move
         revision = folder.name
+    prefix, storage = "", inner
+    if inner is not None and (folder / inner).is_dir():
+        prefix, storage = f"{inner}/", None
+    own = folder / prefix
     if storage is None:
-        if (folder / "adapter_config.json").is_file():
-            folder = _download(repository, revision, ADAPTER_FILES)
-            if not (folder / ADAPTER_FILES[0]).is_file():
-                folder = _download(repository, revision, [OLD_ADAPTER])
-            return folder, folder
-        weights = _shards(folder / INDEX) or [SINGLE]
-        folder = _download(repository, revision, weights)
-        if any((folder / name).is_file() for name in weights):
-            return folder, folder
-    names = _listed(repository, revision, folder)
+        for needed, more in _weights(own):
+            if not all((own / name).is_file() for name in needed):  # they may be in the cache
+                folder = _download(repository, revision, [prefix + name for name in (*needed, *more)])
+            if any(any(own.glob(name)) for name in (*needed, *more)):
+                return folder, own
+        if (own / "adapter_config.json").is_file():
+            return folder, own  # opening it says what is missing
+    names = [name for name in _listed(repository, revision, folder) if name.startswith(prefix)]
     chosen = [name for name in names if storage is None or storage.lower() in Path(name).name.lower()]
     if not chosen and storage is None:
-        return folder, folder  # opening it says what is missing
+        return folder, own
     if len(chosen) != 1:
         wanted = "one GGUF file" if storage is None else f"one GGUF file with {storage!r} in its name"
         raise CheckpointError(
             f"{repository}: expected {wanted}, found {len(chosen)} among {list_names(names) or 'no GGUF files'}. Name "
             f"one: {repository}/{(chosen or names or ['FILE.gguf'])[0]}"
         )
-    folder = _download(repository, revision, _parts_pattern(chosen[0]))
+    if not (folder / chosen[0]).is_file() or FIRST_PART.search(chosen[0]):
+        folder = _download(repository, revision, _parts_pattern(chosen[0]))
     return folder, folder / chosen[0]
 
 
-def _shards(index: Path) -> list[str]:
+def _weights(folder: Path) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Return the (files, patterns of more files) of weights that belong to the small files in a folder, and those to fetch
+    where there are none of the first."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return [((ADAPTER,), (ENCODER,)), ((OLD_ADAPTER,), ())]
+    adapter = (ADAPTER, ENCODER) if (folder / "adapter_config.json").is_file() else ()
+    shards = _shards(folder / INDEX)
+    return [(shards, adapter)] if shards else [((SINGLE,), ("model-?????-of-?????.safetensors", *adapter))]
+
+
+def _shards(index: Path) -> tuple[str, ...]:
     """Return the files that an index names; none where it is missing or damaged, which opening the folder reports."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        return []
-    return sorted(name for name in names if isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name))
+        return ()
+    return tuple(sorted(name for name in names if isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name)))
 
 
 def _listed(repository: str, revision: str | None, folder: Path) -> list[str]:

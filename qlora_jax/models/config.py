@@ -167,7 +167,8 @@ class Fields:
         partial = scaling.pop("partial_rotary_factor", None) or self.get("partial_rotary_factor", 1.0)
         rotated = int(head_dim * self.checked("partial_rotary_factor", partial))
         if rotated < 2 or rotated % 2:
-            self._record(f"head_dim: expected an even number of rotated features, found {rotated}")
+            if not self.problems:  # else it follows from a size that is wrong or missing
+                self._record(f"head_dim: expected an even number of rotated features, found {rotated}")
             rotated = 2
         if (original := self.get("original_max_position_embeddings")) is not None:
             scaling.setdefault("original_max_position_embeddings", original)

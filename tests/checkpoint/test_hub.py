@@ -85,6 +85,30 @@ def test_of_an_adapter(hub: Callable[..., Hub], weights: str) -> None:
     assert made.fetched == {"adapter_config.json", weights}
 
 
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_of_an_adapter_in_a_folder(hub: Callable[..., Hub], weights: str) -> None:
+    made = hub(f"last/{weights}", f"other/{weights}", "model.safetensors", **{"last/adapter_config__json": {}})
+    assert resolve("owner/name:last").path == made.snapshot / "last"
+    assert made.fetched == {"last/adapter_config.json", f"last/{weights}"}
+
+
+def test_files_in_the_cache_are_not_asked_for_again(hub: Callable[..., Hub]) -> None:
+    made = hub("model.safetensors", config__json={})
+    resolve("owner/name")
+    made.revisions.clear()
+    assert resolve("owner/name").path == made.snapshot
+    assert made.revisions == [None]
+
+
+def test_a_shard_that_is_not_in_the_cache_is_fetched(hub: Callable[..., Hub]) -> None:
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    made = hub("model-1.safetensors", "model-2.safetensors", config__json={}, model__safetensors__index__json=index)
+    resolve("owner/name")
+    (made.snapshot / "model-2.safetensors").unlink()
+    resolve("owner/name")
+    assert "model-2.safetensors" in made.fetched
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
