@@ -79,7 +79,7 @@ def stop_ids(base: str | Path | Snapshot, tokenizer: "PreTrainedTokenizerFast") 
 
     Args:
         base: the files of the model; config.json and generation_config.json are read where they exist. Of a GGUF file that
-            names no end of a turn, the tokens with the usual names are taken, with a warning.
+            names no end of a turn, the tokens with the usual names are taken; `load_tokenizer` warns of it.
 
     Raises:
         CheckpointError: one of these files is damaged.
@@ -87,7 +87,7 @@ def stop_ids(base: str | Path | Snapshot, tokenizer: "PreTrainedTokenizerFast") 
     path = resolve(base).path
     stated: list[tuple[object, Any]] = [(path, tokenizer.eos_token_id)]
     if path.is_file():
-        stated += [(path, index) for index in end_ids(path, read_header(path).metadata)]
+        stated += [(path, index) for index in end_ids(read_header(path).metadata)[0]]
     else:
         for file in (path / "config.json", path / "generation_config.json"):
             stated.append((file, (read_object(file) or {}).get("eos_token_id")))

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from qlora_jax.checkpoint.gguf.header import read_header
-from qlora_jax.checkpoint.gguf.vocabulary import conclude_eos, conclude_pre
+from qlora_jax.checkpoint.gguf.vocabulary import conclude_eos, conclude_pre, warn_of_ends
 from qlora_jax.errors import CheckpointError
 
 if TYPE_CHECKING:  # imported where it is used: transformers takes a second, and PyTorch with it where that is installed
@@ -92,6 +92,7 @@ def gguf_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
     facts = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     architecture = str(metadata.get("general.architecture"))
     _check_metadata(path, facts)
+    warn_of_ends(path, metadata)
     if facts.get("eos_token_id") is None:
         facts["eos_token_id"] = conclude_eos(path, facts)
     split = None

@@ -11,14 +11,14 @@ of EOS, or no id for the end of a turn. Each conclusion here comes with a warnin
                     and EOS is none
 """
 
-import warnings
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import pre_tokenizers
 
-__all__ = ["conclude_eos", "conclude_pre", "end_ids"]
+__all__ = ["conclude_eos", "conclude_pre", "end_ids", "warn_of_ends"]
 
 TURN_NAMES = (
     "<|eot_id|>",
@@ -46,6 +46,7 @@ FINEST_FIRST = ("tekken", "qwen2", "smollm", "gpt-4o", "llama-bpe", "gpt-2")
 SAMPLE = 20_000  # tokens that are tried
 ENOUGH = 500  # tokens with anything to cut, from which the vocabulary is large enough
 TOLERATED = 1e-3  # part of the tokens: some vocabularies were given words by hand
+_logger = logging.getLogger(__name__)
 # (a token that only these vocabularies have, or an architecture; its pre-tokenizer)
 BY_TOKEN = {
     "<|begin_of_text|>": "llama-bpe",
@@ -79,10 +80,11 @@ def conclude_pre(
         known = set(tokens)
         pre = next((name for token, name in BY_TOKEN.items() if token in known), BY_ARCHITECTURE.get(architecture, "gpt-2"))
         how = "by its special tokens and its architecture"
-    warnings.warn(
-        f"{place}: does not name its pre-tokenizer (tokenizer.ggml.pre): {pre!r} is used, {how}; files of newer converters "
-        "name it",
-        stacklevel=2,
+    _logger.warning(
+        "%s: does not name its pre-tokenizer (tokenizer.ggml.pre): %r is used, %s; files of newer converters name it",
+        place,
+        pre,
+        how,
     )
     return pre
 
@@ -93,27 +95,29 @@ def conclude_eos(place: Path, facts: Mapping[str, Any]) -> int | None:
     name = next((name for name in END_NAMES if name in ids), None)
     if name is None:
         return None
-    warnings.warn(f"{place}: names no end of a text (tokenizer.ggml.eos_token_id): {name!r} is used", stacklevel=2)
+    _logger.warning("%s: names no end of a text (tokenizer.ggml.eos_token_id): %r is used", place, name)
     return ids[name]
 
 
-def end_ids(place: Path, metadata: Mapping[str, Any]) -> list[Any]:
-    """Return the ids of a file's tokens that end a text, a turn or a message; warn where they are known by name alone."""
+def end_ids(metadata: Mapping[str, Any]) -> tuple[list[Any], list[str]]:
+    """Return (the ids of a file's tokens that end a text, a turn or a message; the tokens that are known by name alone)."""
     stated = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
     tokens = metadata.get("tokenizer.ggml.tokens")
     if stated[1] is not None or not isinstance(tokens, list):
-        return stated
+        return stated, []
     eos = stated[0]
-    if type(eos) is int and eos < len(tokens) and tokens[eos] in TURN_NAMES:
-        return stated
-    names = set(TURN_NAMES).intersection(tokens)
-    found = [index for index, token in enumerate(tokens) if token in names]
-    if found:
-        listed = ", ".join(repr(tokens[index]) for index in found)
-        warnings.warn(
-            f"{place}: names no end of a turn (tokenizer.ggml.eot_token_id): answers also end with {listed}", stacklevel=2
-        )
-    return [*stated, *found]
+    if type(eos) is int and 0 <= eos < len(tokens) and tokens[eos] in TURN_NAMES:
+        return stated, []
+    found = [index for index, token in enumerate(tokens) if isinstance(token, str) and token in TURN_NAMES]
+    return [*stated, *found], [tokens[index] for index in found]
+
+
+def warn_of_ends(place: Path, metadata: Mapping[str, Any]) -> None:
+    """Log a warning where the end of a turn is known by the name of its token alone."""
+    _, names = end_ids(metadata)
+    if names:
+        listed = ", ".join(map(repr, names))
+        _logger.warning("%s: names no end of a turn (tokenizer.ggml.eot_token_id): answers also end with %s", place, listed)
 
 
 def _cuttable(tokens: Sequence[str], kinds: Sequence[int] | None) -> Iterator[str]:
