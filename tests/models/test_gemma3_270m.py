@@ -66,9 +66,11 @@ def adapter(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         Options(
             model=ModelOptions(model=str(path), dtype="float32"),
             lora=LoRAOptions(rank=8),
-            data=DataOptions(data=str(folder / "data.jsonl"), max_length=64),
+            data=DataOptions(data=str(folder / "data.jsonl"), max_length=64, held_out=0),
             optimizer=OptimizerOptions(learning_rate=2e-3),
-            run=RunOptions(output=folder / "run", max_steps=20, epochs=3, batch_size=1),
+            run=RunOptions(
+                output=folder / "run", max_steps=20, epochs=3, batch_size=1, samples=0, memory_check=False, save_every=0
+            ),
         ),
         progress=False,
     )
