@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_jax import cli
 from qlora_jax.adapters.pretrained import PretrainedOptions
-from qlora_jax.data import Template, encode_prompt
+from qlora_jax.data import Template, chat_prompt, encode_prompt, read_chat_template
 from qlora_jax.errors import OptionError
 from qlora_jax.models import T5, Model
 from qlora_jax.serve import Sampling, generate, generate_seq2seq, stream_text
@@ -42,6 +42,8 @@ class PromptOptions:
     template: Template | None = None
     """Template of the prompt; if left out, that of the adapter's training, else the chat template if the tokenizer has one.
     With plain, the model continues the prompt as it is."""
+    chat_template: str | None = None
+    """Chat template: a Jinja file or a name (chatml, llama3, gemma …), in place of that of the adapter or the model."""
     interactive: bool = False
     """Chat in the terminal, with history. An empty line or Ctrl-D ends the chat, Ctrl-C ends one answer."""
 
@@ -128,11 +130,15 @@ def load(options: Options) -> Loaded:
     """Load the model with its adapter, its tokenizer and the tokens that end an answer."""
     pretrained = options.model.open()
     tokenizer, metadata = pretrained.tokenizer, pretrained.adapter_metadata
+    if options.prompt.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(options.prompt.chat_template, tokenizer)
     template = cast(Template | None, options.prompt.template or (metadata and metadata.template))
     if template in (None, "auto"):
         template = "plain" if tokenizer.chat_template is None else "chat"
     # Raises an error if the template cannot express such a conversation.
     encode_prompt([*opening(options), user("?")], tokenizer, template=template)
+    for note in chat_prompt([*opening(options), user("?")], tokenizer)[1] if template == "chat" else ():
+        print(f"[{note}]", file=sys.stderr)
     model = pretrained.load(progress=sys.stderr.isatty())
     graphdef, state = nnx.split(model)
     eos_ids = pretrained.stop_ids

@@ -1,37 +1,35 @@
-"""Rendering a conversation with the tokenizer's chat template, and finding the character ranges of the answers.
+"""Text of conversations by the tokenizer's chat template, in the form in which the template takes them.
 
-The answers are found in one of two ways.
-1. If the template has `{% generation %}` tags, their ranges are the answers. A range is extended over the end-of-turn token
-   if the tags exclude it.
-2. Otherwise, answer i is the text that `messages[:i + 1]` adds to `messages[:i]` with a generation prompt. Both must be
-   prefixes of the complete text; if they are not (some templates rewrite earlier turns), an error is raised. White space at
-   the end of an answer is not part of it: ChatML's line end after `<|im_end|>` belongs to the template, and a model should
-   not generate a token for it.
-
-Tools are passed to the template, which accepts one list of tools for all conversations of a call. So conversations with the
-same tools are rendered together. If a template omits a tool or a call, its name is missing in the text, which is an error.
+A chat template is a program that comes with a model. It may refuse a conversation, or leave a part of it out without a
+word. So the text of each conversation is checked (chat_checks.py): all messages must be in it. If the template refuses the
+conversation, or drops a part, the conversation is offered in the other forms that templates are known to expect
+(chat_forms.py), for example with the system message at the start of the first user turn. The first form that passes is
+used, by the same rule for rows to train on and for prompts.
 """
 
-import json
-import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
-
-from qlora_jax.data.messages import Message, called_names
-from qlora_jax.data.pieces import CannotRender, Piece, Span
-from qlora_jax.data.schemas import Record
+from qlora_jax.data.chat_checks import Dropped, check_prompt
+from qlora_jax.data.chat_forms import Form, forms_of
+from qlora_jax.data.messages import REASONING_KEYS, Message, for_template
 from qlora_jax.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_GENERATION_TAG = re.compile(r"\{%-?\+?\s*generation\s*-?%\}")
-_PROBE = "An answer that no template contains 7351"
-# The errors that a template's code raises for messages that it does not support, such as text + None.
-_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, KeyError, IndexError, AttributeError)
+__all__ = [
+    "WAY_OUT",
+    "chat_prompt",
+    "chat_text",
+    "check_has_template",
+    "first_form",
+    "reason_of",
+    "with_reasoning",
+]
+
+WAY_OUT = "choose another chat template (chat_template: a file, or a name such as chatml), or the template guanaco"
+T = TypeVar("T")
 
 
 def chat_text(
@@ -44,150 +42,73 @@ def chat_text(
     """Return the text of each conversation by the chat template; with `prompt`, the header of the next answer is added.
 
     Raises:
-        DataError: the tokenizer has no chat template.
+        DataError: the tokenizer has no chat template, or the template refuses a conversation.
     """
     if not conversations:
         return []
+    check_has_template(tokenizer)
+    batch = [[with_reasoning(message) for message in conversation] for conversation in conversations]
+    try:
+        texts = tokenizer.apply_chat_template(batch, tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt)
+    except Exception as error:  # the template is a program of others, which may fail in any way
+        raise DataError(f"the chat template refuses this conversation: {reason_of(error)}; {WAY_OUT}") from error
+    return cast(list[str], texts)
+
+
+def check_has_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise DataError if the tokenizer has no chat template."""
     if tokenizer.chat_template is None:
         raise DataError(
-            "template 'chat': expected a tokenizer with a chat template, found one without; "
-            "choose the template guanaco, alpaca or plain"
+            "template 'chat': expected a tokenizer with a chat template, found one without; choose one (chat_template: a "
+            "file, or a name such as chatml), or the template guanaco, alpaca or plain"
         )
-    batch = [list(conversation) for conversation in conversations]
-    return cast(
-        list[str],
-        tokenizer.apply_chat_template(batch, tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt),
-    )
 
 
-def render_chats(records: Sequence[Record], indices: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> list[Piece]:
-    """Return the piece of `records[index]` for each index.
+def chat_prompt(
+    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Any] = ()
+) -> tuple[str, tuple[str, ...]]:
+    """Return (the text that a model continues with its answer, notes on the form of the conversation).
 
     Raises:
-        CannotRender: the chat template does not support a record.
+        DataError: the tokenizer has no chat template, or the template cannot write the conversation.
     """
-    by_tools: dict[str, list[int]] = {}
-    for index in indices:
-        if not records[index].messages:
-            found = "a text without turns" if "text" in records[index].fields else "no messages"
-            raise CannotRender(index, f"template 'chat': expected a conversation, found {found}")
-        by_tools.setdefault(json.dumps(records[index].tools, sort_keys=True), []).append(index)
-    pieces: dict[int, Piece] = {}
-    for group in by_tools.values():
-        pieces |= zip(group, _render_alike(records, group, tokenizer), strict=True)
-    for index in indices:
-        _check_tools_are_there(index, records[index], pieces[index].text)
-    return [pieces[index] for index in indices]
+
+    def render(form: Form) -> tuple[str, tuple[str, ...]]:
+        (text,) = chat_text([form.messages], tokenizer, prompt=True, tools=tools)
+        check_prompt(form.messages, tools, text)
+        return text, form.notes
+
+    return first_form(messages, tokenizer, render)
 
 
-def _render_alike(records: Sequence[Record], indices: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> list[Piece]:
-    """Return the pieces of conversations with the same tools."""
-    tools = records[indices[0]].tools
-    conversations = [records[index].messages for index in indices]
-    find = _tagged_answers if _has_generation_tags(tokenizer) else _answers_by_prefix
-    try:
-        found = find(conversations, tokenizer, tools)
-    except (*_TEMPLATE_ERRORS, CannotRender):
-        # One of the conversations causes the error. Render them one by one to find it.
-        found = []
-        for index, conversation in zip(indices, conversations, strict=True):
-            try:
-                found.extend(find([conversation], tokenizer, tools))
-            except _TEMPLATE_ERRORS as error:
-                raise CannotRender(index, f"the chat template refuses this conversation: {error}") from error
-            except CannotRender as error:
-                raise CannotRender(index, str(error)) from error
-    return found
+def first_form(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", render: Callable[[Form], T]) -> T:
+    """Return what `render` returns for the first form of a conversation that it can render.
+
+    Raises:
+        DataError: no form can be rendered. The error is about the part that the template drops in the form of which it
+            writes most, if it accepts one; else it is that of the conversation as it is.
+    """
+    first: DataError | None = None
+    dropped: Dropped | None = None
+    # A template that reads parts asks for their type.
+    for form in forms_of(messages, parts="type" in str(tokenizer.chat_template)):
+        try:
+            return render(form)
+        except Dropped as error:
+            dropped = error if dropped is None or error.index > dropped.index else dropped
+        except DataError as error:
+            first = first or error
+    raise dropped or first or DataError("expected at least one message, found none")
 
 
-def _check_tools_are_there(index: int, record: Record, text: str) -> None:
-    names = [str(tool.get("function", tool).get("name", "")) for tool in record.tools]
-    names += [name for message in record.messages for name in called_names(message)]
-    for name in names:
-        if name not in text:
-            raise CannotRender(
-                index,
-                f"template 'chat': expected a chat template that writes tools and calls, found no {name!r} in it",
-            )
+def with_reasoning(message: Message) -> Message:
+    """Return a message as templates read it: its reasoning, if it has any, is under each of the keys that they know."""
+    message = for_template(message)
+    found = next((value for key in REASONING_KEYS if isinstance(value := message.get(key), str)), None)
+    return message if found is None else message | {"reasoning_content": found, "thinking": message.get("thinking", found)}
 
 
-def _template_source(tokenizer: Any) -> str | None:
-    return None if tokenizer.chat_template is None else tokenizer.get_chat_template()
-
-
-def _has_generation_tags(tokenizer: Any) -> bool:
-    source = _template_source(tokenizer)
-    return source is not None and _GENERATION_TAG.search(source) is not None
-
-
-def _tagged_answers(conversations: Sequence[Sequence[Message]], tokenizer: Any, tools: Sequence[Any] = ()) -> list[Piece]:
-    # These are the ranges of `apply_chat_template(return_assistant_tokens_mask=True)`. Its conversion from characters to
-    # tokens is not used: if a range starts or ends in white space and the tokenizer trims offsets, no token is found there,
-    # and the mask is empty or extends to the end of the sequence.
-    texts, ranges = cast(
-        tuple[list[str], list[list[Span]]],
-        render_jinja_template(
-            conversations=[list(conversation) for conversation in conversations],
-            tools=list(tools) or None,
-            chat_template=_template_source(tokenizer),
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-        ),
-    )
-    ending = _end_of_turn(tokenizer)
-    return [
-        Piece(
-            text,
-            tuple((start, end + len(ending) if text.startswith(ending, end) else end) for start, end in spans),
-        )
-        for text, spans in zip(texts, ranges, strict=True)
-    ]
-
-
-def _end_of_turn(tokenizer: Any) -> str:
-    """Return the text that the template writes after an answer, up to and including a special token; else an empty text."""
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
-    text = chat_text([messages], tokenizer, prompt=False)[0]
-    tail = text[text.rindex(_PROBE) + len(_PROBE) :] if _PROBE in text else ""
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    longest_first = sorted(special, key=len, reverse=True)
-    match = re.match(r"\s*(?:" + "|".join(map(re.escape, longest_first)) + ")", tail) if special else None
-    return match.group() if match else ""
-
-
-def _answers_by_prefix(conversations: Sequence[Sequence[Message]], tokenizer: Any, tools: Sequence[Any] = ()) -> list[Piece]:
-    # All prefixes of all conversations are rendered in two calls.
-    answers = [
-        (row, turn)
-        for row, conversation in enumerate(conversations)
-        for turn, message in enumerate(conversation)
-        if message["role"] == "assistant"
-    ]
-    for _, turn in answers:
-        if turn == 0:
-            raise CannotRender(0, "template 'chat': expected a message before the first answer, found none")
-    before = chat_text([conversations[row][:turn] for row, turn in answers], tokenizer, prompt=True, tools=tools)
-    inner = [(row, turn) for row, turn in answers if turn + 1 < len(conversations[row])]
-    conversations_and_parts = [*conversations, *(conversations[row][: turn + 1] for row, turn in inner)]
-    texts = chat_text(conversations_and_parts, tokenizer, prompt=False, tools=tools)
-    whole, after_inner = (
-        texts[: len(conversations)],
-        dict(zip(inner, texts[len(conversations) :], strict=True)),
-    )
-    spans: list[list[Span]] = [[] for _ in conversations]
-    for (row, turn), start in zip(answers, before, strict=True):
-        end = after_inner.get((row, turn), whole[row])
-        if not (whole[row].startswith(end) and end.startswith(start)):
-            raise CannotRender(
-                0,
-                f"template 'chat': at message {turn} the tokenizer's chat template does not continue its "
-                "own generation prompt, so the answer cannot be told from the rest: expected a text "
-                f"that starts in {_tail(start)!r}, found {_tail(whole[row][: len(start)])!r}; mark the "
-                "answers with {% generation %} in the template, or choose the template guanaco",
-            )
-        spans[row].append((len(start), max(len(start), len(end.rstrip()))))
-    return [Piece(text, tuple(found)) for text, found in zip(whole, spans, strict=True)]
-
-
-def _tail(text: str) -> str:
-    return text if len(text) <= 60 else "…" + text[-60:]
+def reason_of(error: Exception) -> str:
+    """Return in one line why a template failed."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return text if " " in text else f"{type(error).__name__} {text}".strip()

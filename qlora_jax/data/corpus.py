@@ -1,83 +1,93 @@
-"""All records → examples, with a report of the records that were truncated or skipped, and why.
+"""All records → examples, with a report of the records that were split, cut or left out, and why.
 
 Records are processed in chunks: they are parsed, rendered, and tokenized by one call of the fast tokenizer (which works in
-parallel). A row that cannot be used is an error that contains the row's number. A row that is only too long, or that has
-nothing to learn, is counted.
+parallel). A record that cannot be used is an error that contains its number, or it is left out and counted (odd_rows.py). A
+record that is only too long, or that has nothing to learn, is counted.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
 from tqdm import tqdm
 
-from qlora_jax.data.format import Example, Limits, encode_rendered
-from qlora_jax.data.pieces import CannotRender
+from qlora_jax.data.format import Encoded, Example, Limits, encode_rendered
+from qlora_jax.data.messages import is_answer, unread_keys
+from qlora_jax.data.odd_rows import OnBadRow, RowAccount, RowTally
 from qlora_jax.data.render import Rendered, Template, render
 from qlora_jax.data.schemas import Record, parse
+from qlora_jax.data.values import check_characters, table_row
 from qlora_jax.errors import DataError, OptionError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-OnLong = Literal["truncate", "drop", "error"]
+OnLong = Literal["split", "cut", "error", "drop"]
 CHUNK = 1000
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Report:
-    """The numbers of records that were used, truncated and skipped. Token counts are those of the used examples."""
+    """The numbers of records that were used, split, cut and left out. Token counts are those of the examples."""
 
     rows: int
     kept: int  # records that became examples
-    truncated: int
+    examples: int  # more than `kept` if texts were split, or if a chat template rewrites earlier turns of conversations
+    split: int  # records that were too long and became several examples
+    truncated: int  # examples that were too long and were cut
     dropped_long: int
     without_target: int  # records with nothing to learn, for any reason
     without_answer: int  # the part of these that has no turn of the assistant
     tokens: int
     learned_tokens: int
-    longest_row: int  # in tokens, before truncation
+    longest_row: int  # in tokens, before it was split or cut
     limits: Limits
-    forms: dict[str, int]  # "schema as template" → rows
-    templates: dict[Template, int]  # template → rows
+    forms: dict[str, int]  # "schema as template" → records
+    templates: dict[Template, int]  # template → records
+    notes: dict[str, int] = field(default_factory=dict)  # what a user should know of how records were rendered → records
+    odd: RowAccount = field(default_factory=RowAccount)
 
     def __add__(self, other: "Report") -> "Report":
         """Return the report of the records of both, which were read with the same options."""
-        return Report(
-            rows=self.rows + other.rows,
-            kept=self.kept + other.kept,
-            truncated=self.truncated + other.truncated,
-            dropped_long=self.dropped_long + other.dropped_long,
-            without_target=self.without_target + other.without_target,
-            without_answer=self.without_answer + other.without_answer,
-            tokens=self.tokens + other.tokens,
-            learned_tokens=self.learned_tokens + other.learned_tokens,
-            longest_row=max(self.longest_row, other.longest_row),
-            limits=self.limits,
-            forms=dict(Counter(self.forms) + Counter(other.forms)),
-            templates=dict(Counter(self.templates) + Counter(other.templates)),
-        )
+        counts = ("forms", "templates", "notes")
+        sums: dict[str, Any] = {
+            one.name: getattr(self, one.name) + getattr(other, one.name)
+            for one in fields(self)
+            if one.name not in (*counts, "limits")
+        }
+        sums |= {name: dict(Counter(getattr(self, name)) + Counter(getattr(other, name))) for name in counts}
+        return Report(**sums | {"longest_row": max(self.longest_row, other.longest_row), "limits": self.limits})
+
+    def check_bad_rows(self) -> None:
+        """Raise DataError if more than one row in ten cannot be used."""
+        self.odd.check(self.rows)
 
     def __str__(self) -> str:
         forms = ", ".join(f"{form}{f' ({count})' if len(self.forms) > 1 else ''}" for form, count in self.forms.items())
         share = 100 * self.learned_tokens / max(1, self.tokens)
+        longest = f"{self.limits} (the longest had {self.longest_row:,})"
         parts = [f"{self.kept:,} of {self.rows:,} rows kept{f': {forms}' if self.kept else ''}"]
+        if self.split:
+            parts.append(f"{self.split:,} split, over {longest}")
+        if self.examples > self.kept:
+            parts.append(f"they became {self.examples:,} examples")
+        parts += [f"{note} ({count:,} {'row' if count == 1 else 'rows'})" for note, count in self.notes.items()]
         if self.truncated:
-            parts.append(f"{self.truncated:,} cut to {self.limits} (the longest had {self.longest_row:,})")
+            parts.append(f"{self.truncated:,} cut to {longest}")
         if self.dropped_long:
-            parts.append(f"{self.dropped_long:,} left out: over {self.limits} (the longest had {self.longest_row:,})")
+            parts.append(f"{self.dropped_long:,} left out: over {longest}")
         if self.without_answer:
             parts.append(f"{self.without_answer:,} left out: no answer to learn")
         if empty := self.without_target - self.without_answer:
             parts.append(f"{empty:,} left out: nothing to learn in {self.limits}")
         if self.kept:
             parts.append(f"{self.tokens:,} tokens, {self.learned_tokens:,} of them learned ({share:.0f} %)")
-        return "; ".join(parts)
+        return "; ".join([*parts, *self.odd.sentences()])
 
 
 class NothingToLearn(DataError):
@@ -95,7 +105,8 @@ def encode_all(
     max_length: int,
     template: Template = "auto",
     train_on_source: bool = False,
-    on_long: OnLong = "truncate",
+    on_long: OnLong = "split",
+    on_bad_row: OnBadRow = "error",
     source_max_length: int | None = None,
     target_max_length: int | None = None,
     first_row: int = 0,
@@ -109,104 +120,149 @@ def encode_all(
         max_length: the most tokens of an example.
         template: how conversations are written as text.
         train_on_source: whether the text before the answers is learned too.
-        on_long: what to do with an example that is too long.
+        on_long: what to do with a record that is too long: split a text without turns and cut a conversation, cut both,
+            raise an error, or leave it out.
+        on_bad_row: what to do with a record that cannot be used: raise an error, or leave it out and count it;
+            `Report.check_bad_rows` raises an error if these are too many.
         source_max_length: the most tokens before the first learned token; None: no limit.
         target_max_length: the most tokens from the first learned token on; None: no limit.
         first_row: the number of the first record in error messages.
         progress: whether to show a progress bar.
 
     Raises:
-        DataError: a row cannot be used, or no row has anything to learn (NothingToLearn).
+        DataError: a record cannot be used or is too long, where that is an error, or none has anything to learn
+            (NothingToLearn).
     """
     limits = Limits(max_length, source_max_length, target_max_length)
-    if on_long not in get_args(OnLong):
-        raise DataError(f"on_long: expected one of {', '.join(get_args(OnLong))}, found {on_long!r}")
+    check_on_long(on_long)
+    tally, totals = RowTally(on_bad_row), _Totals()
     examples: list[Example] = []
-    forms: Counter[str] = Counter()
-    templates: Counter[Template] = Counter()
-    rows = first_row
-    truncated = dropped_long = without_target = without_answer = longest_row = 0
     total = len(records) if isinstance(records, Sized) else None
     with tqdm(total=total, desc="tokenizing", unit=" rows", disable=not progress) as bar:
-        for chunk in _chunks(records):
-            parsed = [_parse(row, rows + index) for index, row in enumerate(chunk)]
-            trainable = [record for record in parsed if train_on_source or _has_target(record)]
-            without_answer += len(parsed) - len(trainable)
-            rendered = _render(trainable, parsed, rows, tokenizer, template)
-            encoded = encode_rendered(rendered, tokenizer, train_on_source=train_on_source, limits=limits)
-            forms.update(f"{record.schema} as {form.template}" for record, form in zip(trainable, rendered, strict=True))
-            templates.update(form.template for form in rendered)
-            for record, result in zip(trainable, encoded, strict=True):
-                longest_row = max(longest_row, result.full_length)
-                if result.long and on_long == "error":
-                    raise _too_long(_row_number(record, parsed, rows), result.full_length, limits)
-                if result.long and on_long == "drop":
-                    dropped_long += 1
-                elif not result.teaches:
-                    without_target += 1
-                else:
-                    truncated += result.long
-                    examples.append(result.example)
-            rows += len(chunk)
+        for chunk in _chunks(plain_rows(records)):
+            rendered: list[tuple[int, tuple[Rendered, ...]]] = []
+            for number, row in enumerate(chunk, first_row + totals.counts["rows"]):
+                if (record := tally.attempt(number, parse, row)) is None:
+                    continue
+                if not (train_on_source or _has_target(record)):
+                    totals.counts["without_answer"] += 1
+                    continue
+                if (parts := tally.attempt(number, rendered_rows, record, tokenizer, template)) is None:
+                    continue
+                tally.unused(unused_names(record, parts[0].template, tokenizer))
+                totals.add_rendered(record, parts)
+                rendered.append((number, parts))
+            flat = [part for _, parts in rendered for part in parts]
+            encoded = iter(
+                encode_rendered(flat, tokenizer, train_on_source=train_on_source, limits=limits, split=on_long == "split")
+            )
+            for number, parts in rendered:
+                examples += totals.kept(number, list(islice(encoded, len(parts))), on_long, limits)
+            totals.counts["rows"] += len(chunk)
             bar.update(len(chunk))
-    report = Report(
-        rows=rows - first_row,
-        kept=len(examples),
-        truncated=truncated,
-        dropped_long=dropped_long,
-        without_target=without_target + without_answer,
-        without_answer=without_answer,
-        tokens=sum(len(example) for example in examples),
-        learned_tokens=sum(int(example.loss_mask.sum()) for example in examples),
-        longest_row=longest_row,
-        limits=limits,
-        forms=dict(forms),
-        templates=dict(templates),
-    )
+    report = totals.report(examples, limits, tally.account())
     if not examples:
         raise NothingToLearn(report)
     return examples, report
 
 
-def _too_long(row: int, length: int, limits: Limits) -> DataError:
-    return DataError(
-        f"row {row} (counted from 0): expected at most {limits}, found {length}; "
-        "raise the limit, or choose on_long truncate or drop"
-    )
+def check_on_long(on_long: str) -> None:
+    """Raise OptionError for an unknown way to treat long records."""
+    if on_long not in get_args(OnLong):
+        raise OptionError(f"on_long: expected one of {', '.join(get_args(OnLong))}, found {on_long!r}")
 
 
-def _chunks(records: Iterable[Any]) -> Iterator[list[Any]]:
-    rest = iter(records)
-    while chunk := list(islice(rest, CHUNK)):
+def plain_rows(records: "Iterable[Any] | Dataset") -> Iterator[Any]:
+    """Return the rows of a list, a stream or a table; those of a table of `datasets` are without its nulls."""
+    rows: Iterable[Any] = records  # a Dataset is iterable, but its type does not declare it
+    return map(table_row, rows) if hasattr(records, "features") else iter(rows)
+
+
+def rendered_rows(record: Record, tokenizer: "PreTrainedTokenizerBase", template: Template) -> tuple[Rendered, ...]:
+    """Return the texts of a record.
+
+    Raises:
+        DataError: the template does not support it, or its text has halves of characters, which have no bytes.
+    """
+    (parts,) = render([record], tokenizer, template)
+    for piece in (piece for part in parts for piece in part.pieces):
+        check_characters(piece.text)
+    return parts
+
+
+def unused_names(record: Record, template: Template, tokenizer: Any) -> set[str]:
+    """Return the columns of a record, and the keys of its messages, that nothing reads."""
+    return {*record.unused, *unread_keys(record.messages, tokenizer, chat=template == "chat")}
+
+
+class _Totals:
+    """The numbers of a `Report`, while records are read."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._forms: Counter[str] = Counter()
+        self._templates: Counter[Template] = Counter()
+        self._notes: Counter[str] = Counter()
+        self._longest_row = 0
+
+    def add_rendered(self, record: Record, parts: Sequence[Rendered]) -> None:
+        """Count the form of a record."""
+        self._forms[f"{record.schema} as {parts[0].template}"] += 1
+        self._templates[parts[0].template] += 1
+        self._notes.update(note for part in parts for note in part.notes)
+
+    def kept(self, number: int, results: Sequence[Encoded], on_long: OnLong, limits: Limits) -> list[Example]:
+        """Return the examples of the record of this number, and count what became of it."""
+        self._longest_row = max(self._longest_row, *(result.full_length for result in results))
+        long = [result for result in results if result.long]
+        if long and on_long == "error":
+            raise DataError(
+                f"row {number} (counted from 0): expected at most {limits}, found {long[0].full_length}; "
+                "raise the limit, or choose on_long split, cut or drop"
+            )
+        if long and on_long == "drop":
+            self.counts["dropped_long"] += 1
+            return []
+        teaching = [result for result in results if result.teaches]
+        if not teaching:
+            self.counts["without_target"] += 1
+            return []
+        self.counts["kept"] += 1
+        self.counts["split"] += any(len(result.examples) > 1 for result in teaching)
+        self.counts["truncated"] += sum(result.long and len(result.examples) == 1 for result in teaching)
+        return [example for result in teaching for example in result.examples]
+
+    def report(self, examples: Sequence[Example], limits: Limits, odd: RowAccount) -> Report:
+        """Return the report of all records."""
+        return Report(
+            rows=self.counts["rows"],
+            kept=self.counts["kept"],
+            examples=len(examples),
+            split=self.counts["split"],
+            truncated=self.counts["truncated"],
+            dropped_long=self.counts["dropped_long"],
+            without_target=self.counts["without_target"] + self.counts["without_answer"],
+            without_answer=self.counts["without_answer"],
+            tokens=sum(len(example) for example in examples),
+            learned_tokens=sum(int(example.loss_mask.sum()) for example in examples),
+            longest_row=self._longest_row,
+            limits=limits,
+            forms=dict(self._forms),
+            templates=dict(self._templates),
+            notes=dict(self._notes),
+            odd=odd,
+        )
+
+
+def _chunks(records: Iterator[Any]) -> Iterator[list[Any]]:
+    while chunk := list(islice(records, CHUNK)):
         yield chunk
-
-
-def _parse(row: Mapping[str, Any], number: int) -> Record:
-    try:
-        return parse(row)
-    except DataError as error:
-        raise DataError(f"row {number} (counted from 0): {error}") from error
-
-
-def _render(
-    records: Sequence[Record], parsed: Sequence[Record], first: int, tokenizer: "PreTrainedTokenizerBase", template: Template
-) -> list[Rendered]:
-    """Render some of the parsed records, whose rows count from `first` in error messages."""
-    try:
-        return render(records, tokenizer, template)
-    except CannotRender as error:
-        number = _row_number(records[error.index], parsed, first)
-        raise DataError(f"row {number} (counted from 0): {error}") from error
-
-
-def _row_number(record: Record, parsed: Sequence[Record], first: int) -> int:
-    return first + next(index for index, other in enumerate(parsed) if other is record)
 
 
 def _has_target(record: Record) -> bool:
     # All of a text without turns is a target.
     no_turns = "text" in record.fields and not record.messages
-    return no_turns or any(message["role"] == "assistant" for message in record.messages)
+    return no_turns or any(is_answer(message) for message in record.messages)
 
 
 def train_eval_split(

@@ -9,10 +9,17 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Piece:
-    """A text that is tokenized separately, and its half-open character ranges that are learned."""
+    """A text that is tokenized separately, with half-open ranges of its characters.
+
+    Attributes:
+        text: the text.
+        answers: what is learned.
+        excluded: what is not learned even if prompts are learned too, such as an answer that another row teaches.
+    """
 
     text: str
     answers: tuple[Span, ...] = ()
+    excluded: tuple[Span, ...] = ()
 
 
 class CannotRender(DataError):

@@ -1,14 +1,17 @@
 """Preference pairs → a common prompt, a chosen and a rejected sequence, and batches of both.
 
     columns                        contents of a pair
-    prompt, chosen, rejected       a question and two answers (texts); or messages and two lists of messages
+    prompt, chosen, rejected       three texts, joined as they are; or messages and two lists of messages
+    question, chosen, rejected     a question (also instruction and input, with context) and two answers
     chosen, rejected               two texts `\\n\\nHuman: … \\n\\nAssistant: …` (hh-rlhf); two other texts, without a
                                    prompt; or two lists of messages
 
+More columns are those of questions and answers: the system message, a history, tools (more_columns.py). With one of them,
+or with the template chat or guanaco, a prompt of text is a question.
+
 The two conversations must be equal up to an answer of the assistant. The part before it is the prompt; this answer and the
 answers after it are learned, each with its end-of-turn token. A pair with equal answers, or whose first difference is not in
-an answer, is an error that contains the row's number. If truncation to `max_length` removes the answer of a pair or makes
-the two sequences equal, the pair is skipped and counted.
+an answer, cannot be used. A pair whose answers do not differ within `max_length` tokens is left out and counted.
 
 The prompt consists of the tokens at the start of both sequences that are equal and not learned. Chats are tokenized in one
 piece, as in training on answers. If the first characters of an answer and the last ones of the prompt form one token, the
@@ -18,23 +21,31 @@ prompt ends before that token.
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from qlora_jax.data.batch import Batch, batches
+from qlora_jax.data.corpus import plain_rows, rendered_rows, unused_names
 from qlora_jax.data.format import Example, Limits, encode_rendered
-from qlora_jax.data.messages import Message, checked_messages, checked_tools
-from qlora_jax.data.pieces import CannotRender, Piece
-from qlora_jax.data.render import Rendered, Template, render
-from qlora_jax.data.schemas import Record
-from qlora_jax.errors import DataError
+from qlora_jax.data.messages import Message, checked_messages, not_learned
+from qlora_jax.data.more_columns import MORE, column_text, earlier_messages, joined_texts, tools_of
+from qlora_jax.data.odd_rows import OnBadRow, RowAccount, RowTally
+from qlora_jax.data.pieces import Piece
+from qlora_jax.data.render import Rendered, Template
+from qlora_jax.data.schemas import Record, present_columns
+from qlora_jax.data.values import check_characters, described
+from qlora_jax.errors import DataError, OptionError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+PREFERENCE_COLUMNS = ("chosen", "rejected")
+# Columns that hold the prompt; of several, the first one is used.
+_PROMPTS = ("prompt", "question", "instruction")
+_USED = {*PREFERENCE_COLUMNS, *_PROMPTS, "input", "context", *MORE}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -50,30 +61,42 @@ class PreferenceExample:
 
 @dataclass(frozen=True)
 class PreferenceReport:
-    """The numbers of pairs that were used, truncated and skipped."""
+    """The numbers of pairs that were used, cut and left out."""
 
     rows: int
     kept: int  # pairs that became examples
     truncated: int
-    without_difference: int  # after truncation
+    without_difference: int  # after they were cut
     max_length: int
     templates: dict[Template, int]  # template → pairs
+    notes: dict[str, int] = field(default_factory=dict)  # what a user should know of how pairs were rendered → pairs
+    odd: RowAccount = field(default_factory=RowAccount)
+
+    def check_bad_rows(self) -> None:
+        """Raise DataError if more than one row in ten cannot be used."""
+        self.odd.check(self.rows)
 
     def __str__(self) -> str:
-        parts = [f"{self.kept:,} of {self.rows:,} pairs kept"]
+        forms = f" as {', '.join(self.templates)}" if self.kept else ""
+        parts = [f"{self.kept:,} of {self.rows:,} pairs kept{forms}"]
+        parts += [f"{note} ({count:,} {'pair' if count == 1 else 'pairs'})" for note, count in self.notes.items()]
         if self.truncated:
             parts.append(f"{self.truncated:,} cut to {self.max_length:,} tokens")
         if self.without_difference:
             parts.append(f"{self.without_difference:,} left out: no two answers in {self.max_length:,} tokens")
-        return "; ".join(parts)
+        return "; ".join([*parts, *self.odd.sentences()])
 
 
 @dataclass(frozen=True)
 class _Pair:
+    """A pair; without messages in the prompt, the answers are plain texts after the text `before`."""
+
     prompt: tuple[Message, ...]
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
     tools: tuple[Any, ...] = ()
+    before: str = ""
+    unused: tuple[str, ...] = ()
 
 
 def encode_preferences(
@@ -82,6 +105,7 @@ def encode_preferences(
     *,
     max_length: int,
     template: Template = "auto",
+    on_bad_row: OnBadRow = "error",
 ) -> tuple[list[PreferenceExample], PreferenceReport]:
     """Return (the pairs of all records, in order; a report).
 
@@ -90,46 +114,83 @@ def encode_preferences(
         tokenizer: a fast tokenizer.
         max_length: the most tokens of a sequence.
         template: how conversations are written as text; "auto" is the chat template if the tokenizer has one, else guanaco.
-            Two texts without turns are always plain.
+            Texts without turns are then plain, because they may be rendered already.
+        on_bad_row: what to do with a record that is no pair: raise an error, or leave it out and count it.
 
     Raises:
-        DataError: a row is not a preference pair, or no pair remains.
+        DataError: a row is not a preference pair, where that is an error, or no pair remains.
     """
-    if template == "auto":
-        template = "guanaco" if tokenizer.chat_template is None else "chat"
-    rows: Iterable[Any] = records  # a Dataset is iterable, but its type does not declare it
-    pairs = [_parse(row, index) for index, row in enumerate(rows)]
-    with_turns = [index for index, pair in enumerate(pairs) if pair.prompt]
-    rendered = {
-        index: (_plain(pair.chosen), _plain(pair.rejected)) for index, pair in enumerate(pairs) if not pair.prompt
-    } | _render([pairs[index] for index in with_turns], with_turns, tokenizer, template)
-    flat = [text for index in range(len(pairs)) for text in rendered[index]]
+    if template not in get_args(Template):
+        raise OptionError(f"template: expected one of {', '.join(get_args(Template))}, found {template!r}")
+    tally, rows = RowTally(on_bad_row), 0
+    flat: list[Rendered] = []
+    for rows, row in enumerate(plain_rows(records), start=1):
+        pair = tally.attempt(rows - 1, _parse, row, template)
+        rendered = None if pair is None else tally.attempt(rows - 1, _render, pair, tokenizer, template)
+        if pair is not None and rendered is not None:
+            flat += rendered
+            tally.unused({*pair.unused, *unused_names(_record(pair, pair.chosen), rendered[0].template, tokenizer)})
     encoded = encode_rendered(flat, tokenizer, limits=Limits(max_length))
     examples, truncated = [], 0
     for chosen, rejected in zip(encoded[::2], encoded[1::2], strict=True):
         if chosen.teaches and rejected.teaches and not np.array_equal(chosen.example.tokens, rejected.example.tokens):
             truncated += chosen.long or rejected.long
             examples.append(_with_prompt(chosen.example, rejected.example))
-    templates: Counter[Template] = Counter(text.template for text in flat[::2])
-    report = PreferenceReport(len(pairs), len(examples), truncated, len(pairs) - len(examples), max_length, dict(templates))
+    report = PreferenceReport(
+        rows=rows,
+        kept=len(examples),
+        truncated=truncated,
+        without_difference=len(flat) // 2 - len(examples),
+        max_length=max_length,
+        templates=dict(Counter(text.template for text in flat[::2])),
+        notes=dict(Counter(note for text in flat[::2] for note in text.notes)),
+        odd=tally.account(),
+    )
     if not examples:
         raise DataError(f"preference pairs: expected at least one, found none: {report}")
     return examples, report
 
 
-def _parse(row: Mapping[str, Any], index: int) -> _Pair:
-    try:
-        return _parse_row({name: value for name, value in row.items() if value is not None})
-    except DataError as error:
-        raise DataError(f"row {index} (counted from 0): {error}") from error
+def _parse(row: Any, template: Template) -> _Pair:
+    present = present_columns(row)
+    if not present.keys() >= set(PREFERENCE_COLUMNS):
+        raise DataError(f"expected the columns chosen and rejected, found {sorted(map(str, present))}")
+    column = next((name for name in _PROMPTS if name in present), None)
+    unused = tuple(name for name, value in present.items() if name not in _USED and value not in ("", [], {}))
+    unused += tuple(name for name in _PROMPTS if name in present and name != column)
+    more = {"question": ("context",), "instruction": ("input", "context")}.get(column or "", ())
+    unused += tuple(name for name in ("input", "context") if present.get(name) and name not in more)
+    before, tools = earlier_messages(present), tools_of(present)
+    answers = [present[name] for name in PREFERENCE_COLUMNS]
+    texts = all(_is_text(value) for value in answers)
+    if texts and column == "prompt" and template in ("auto", "plain") and not before and not tools:
+        prompt = present["prompt"]
+        if _is_text(prompt) and not _TURN.match(str(prompt)):
+            chosen, rejected = ((_answer(column_text(present, name)),) for name in PREFERENCE_COLUMNS)
+            _check_different(chosen, rejected)
+            return _Pair((), chosen, rejected, before=column_text(present, "prompt"), unused=unused)
+    asked = _prompt(present, column)
+    chosen, rejected = ((*before, *_conversation(present, name, asked)) for name in PREFERENCE_COLUMNS)
+    same = _first_difference(chosen, rejected)
+    return _Pair(chosen[:same], chosen[same:], rejected[same:], tools, unused=unused)
 
 
-def _parse_row(row: Mapping[str, Any]) -> _Pair:
-    if not {"chosen", "rejected"} <= row.keys():
-        raise DataError(f"expected the columns chosen and rejected, found {sorted(row)}")
-    chosen, rejected = (_conversation(row, column) for column in ("chosen", "rejected"))
+def _is_text(value: object) -> bool:
+    return not isinstance(value, list | tuple | Mapping)
+
+
+def _answer(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _check_different(chosen: Sequence[Message], rejected: Sequence[Message]) -> None:
     if chosen == rejected:
         raise DataError("expected two different answers, chosen and rejected, found equal ones")
+
+
+def _first_difference(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
+    """Return the number of messages that both conversations start with, after which both go on with an answer."""
+    _check_different(chosen, rejected)
     same = 0
     while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
         same += 1
@@ -142,27 +203,36 @@ def _parse_row(row: Mapping[str, Any]) -> _Pair:
             )
     if same == 0 and max(len(chosen), len(rejected)) > 1:
         raise DataError("expected a message before the answers, found none")
-    return _Pair(chosen[:same], chosen[same:], rejected[same:], checked_tools(row.get("tools")))
+    return same
 
 
-def _conversation(row: Mapping[str, Any], column: str) -> tuple[Message, ...]:
+def _prompt(row: Mapping[str, Any], column: str | None) -> tuple[Message, ...]:
+    """Return the messages of the prompt, which is a text, hh-rlhf's dialogue, or a list of messages."""
+    if column is None:
+        return ()
+    if not _is_text(row[column]):
+        return checked_messages(row[column], column)
+    column_text(row, column)
+    parts = {"question": ("context", "question"), "instruction": ("instruction", "input", "context")}
+    text = joined_texts(row, *parts.get(column, (column,)))
+    if not _TURN.match(text):
+        return ({"role": "user", "content": text},)
+    turns = split_dialogue(text)
+    # `\n\nAssistant:` with nothing after it is only the header of the answer.
+    return turns[:-1] if turns[-1] == _answer("") else turns
+
+
+def _conversation(row: Mapping[str, Any], column: str, before: tuple[Message, ...]) -> tuple[Message, ...]:
     """Return the complete conversation that ends with the answers of a column."""
-    prompt, value = row.get("prompt"), row[column]
-    if isinstance(prompt, str):
-        before = split_dialogue(prompt) if _TURN.match(prompt) else ({"role": "user", "content": prompt},)
-        # `\n\nAssistant:` with nothing after it is only the header of the answer.
-        before = before[:-1] if before[-1] == {"role": "assistant", "content": ""} else before
-    else:
-        before = () if prompt is None else checked_messages(prompt, "prompt")
-    if isinstance(value, str):
-        if prompt is None and _TURN.match(value):
-            return split_dialogue(value)
-        return (*before, {"role": "assistant", "content": value})
+    value = row[column]
+    if _is_text(value):
+        text = column_text(row, column)
+        return split_dialogue(text) if not before and _TURN.match(text) else (*before, _answer(text))
     messages = checked_messages(value, column)
     if not messages or messages[0]["role"] == "assistant":
         return (*before, *messages)
     if any(message not in messages for message in before):
-        raise DataError(f"column {column!r}: expected a conversation that holds the prompt, found {messages!r:.60}")
+        raise DataError(f"column {column!r}: expected a conversation that holds the prompt, found {described(messages)}")
     return messages
 
 
@@ -176,31 +246,33 @@ def split_dialogue(text: str) -> tuple[Message, ...]:
     )
 
 
-def _plain(answer: Sequence[Message]) -> Rendered:
-    text = answer[0]["content"]
-    return Rendered((Piece(text, ((0, len(text)),)),), "plain", True)
+def _render(pair: _Pair, tokenizer: "PreTrainedTokenizerBase", template: Template) -> tuple[Rendered, Rendered]:
+    """Return the two texts of a pair; only the answers after the prompt are learned, not those within it."""
+    chosen, rejected = (_render_one(pair, answers, tokenizer, template) for answers in (pair.chosen, pair.rejected))
+    return chosen, rejected
 
 
-def _render(
-    pairs: Sequence[_Pair], rows: Sequence[int], tokenizer: "PreTrainedTokenizerBase", template: Template
-) -> dict[int, tuple[Rendered, Rendered]]:
-    """Return the two rendered texts of each row; only the answers after the prompt are learned, not those within it."""
-    both = [(pair, answers) for pair in pairs for answers in (pair.chosen, pair.rejected)]
-    records = [Record("messages", (*pair.prompt, *answers), {}, pair.tools) for pair, answers in both]
-    try:
-        rendered = render(records, tokenizer, template)
-    except CannotRender as error:
-        raise DataError(f"row {rows[error.index // 2]} (counted from 0): {error}") from error
-    learned = [
-        _learn_last_answers(text, sum(message["role"] == "assistant" for message in answers))
-        for text, (_, answers) in zip(rendered, both, strict=True)
-    ]
-    return dict(zip(rows, zip(learned[::2], learned[1::2], strict=True), strict=True))
+def _render_one(
+    pair: _Pair, answers: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", template: Template
+) -> Rendered:
+    if not pair.prompt:
+        text = answers[0]["content"]
+        check_characters(pair.before + text)
+        before = (Piece(pair.before),) if pair.before else ()
+        return Rendered((*before, Piece(text, ((0, len(text)),))), "plain", True)
+    if template == "auto":
+        template = "guanaco" if tokenizer.chat_template is None else "chat"
+    first, *others = rendered_rows(_record(pair, answers), tokenizer, template)
+    if others:
+        raise DataError(
+            "the chat template rewrites earlier turns, so that several answers of a column are no single text: expected one "
+            f"answer in each column, found {1 + len(others)}"
+        )
+    return first
 
 
-def _learn_last_answers(rendered: Rendered, count: int) -> Rendered:
-    *before, last = rendered.pieces
-    return Rendered((*before, Piece(last.text, last.answers[-count:])), rendered.template, rendered.ends_in_answer)
+def _record(pair: _Pair, answers: Sequence[Message]) -> Record:
+    return Record("messages", (*map(not_learned, pair.prompt), *answers), {}, pair.tools)
 
 
 def _with_prompt(chosen: Example, rejected: Example) -> PreferenceExample:

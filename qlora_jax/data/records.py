@@ -1,33 +1,80 @@
-"""Reading rows from files and from the hub; all errors of a local file are found before any long work starts.
+"""The rows of files, folders and hub data sets, at once (`load_records`) or as a stream (`stream_records`).
 
 1. `source` is the path of an existing file, the path of an existing folder, or the id of a data set on the hub.
-2. A local text file is first read line by line by the checks below. They know the line number, which the Arrow readers of
-   `datasets` do not report, so the error of a damaged file contains the line.
-3. Then `datasets.load_dataset` reads the file into a memory-mapped table.
-
-All CSV and TSV columns are read as text, because type inference would change the answer "NA" to null and "8.50" to 8.5.
+2. Files are read by files.py, with their own types, and are read again in every pass over them: they are never completely in
+   memory. `load_records` reads them once before, to count the rows and to find what is damaged.
+3. A folder is its data files (folders.py), read as each file itself is read.
+4. Hub data sets are read by `datasets` (Arrow tables).
 """
 
-import csv
-import json
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_jax.errors import DataError
+from qlora_jax.data.files import DamagedRow, RowOrDamage, file_kind, read_file
+from qlora_jax.data.folders import is_described, is_saved, splits_of_folder
+from qlora_jax.data.streams import FileStream, HubStream, RowStream
+from qlora_jax.data.values import table_row
+from qlora_jax.errors import DataError, list_names
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset
+
+__all__ = ["Rows", "load_hub_records", "load_records", "open_rows", "rows_of_table", "stream_records"]
 
 # A hub id is `name` or `owner/name`; a text with more slashes is a path.
 HUB_NAME = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 
 
-def load_records(source: str, split: str | None = None) -> "Dataset":
-    """Return the rows of a local file (JSON lines, JSON, CSV, TSV, Parquet), a folder of such files, or a hub data set.
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a source; each iteration reads them anew.
+
+    Attributes:
+        read: returns the rows of the source from its start.
+        kept: the ranges of these rows that belong to the split; None: all of them.
+        total: the number of rows of the source.
+        column_names: the columns that occur in the source.
+        damage: what is wrong with the first row that is damaged; None if none is.
+        notes: what should be said of the source.
+    """
+
+    read: Callable[[], Iterator[RowOrDamage]]
+    total: int
+    column_names: tuple[str, ...]
+    damage: str | None = None
+    notes: tuple[str, ...] = ()
+    kept: tuple[range, ...] | None = None
+
+    def __len__(self) -> int:
+        return self.total if self.kept is None else sum(map(len, self.kept))
+
+    def __iter__(self) -> Iterator[Any]:
+        for part in (range(self.total),) if self.kept is None else self.kept:
+            yield from islice(self.read(), part.start, part.stop)
+
+    def select(self, indices: Iterable[int]) -> list[Any]:
+        """Return the rows with these indices, in the order of the indices."""
+        wanted = list(indices)
+        needed = set(wanted)
+        found = {index: row for index, row in enumerate(self) if index in needed}
+        return [found[index] for index in wanted]
+
+    def to_list(self) -> list[Any]:
+        """Return all rows."""
+        return list(self)
+
+    def mapped(self, change: Callable[[RowOrDamage], RowOrDamage]) -> "Rows":
+        """Return the rows after a change of each."""
+        return replace(self, read=lambda: map(change, self.read()))
+
+
+def load_records(source: str, split: str | None = None) -> Rows:
+    """Return the rows of a local file, a folder of files, or a hub data set.
 
     Args:
         source: path of a file or folder, or id of a hub data set.
@@ -35,74 +82,163 @@ def load_records(source: str, split: str | None = None) -> "Dataset":
             also the name of the only split of a local file.
 
     Raises:
-        DataError: the file is damaged or of an unknown kind.
+        DataError: a file or a row of it is damaged, or the file is of an unknown kind.
         FileNotFoundError: there is no such file, folder or data set.
         ConnectionError: the hub cannot be reached.
     """
-    path = Path(source).expanduser()
-    split = split or "train"
-    if path.is_file():
-        reader, check = _reader_of(path)
-        options = check(path)
-        records = _load(reader, split, str(path), data_files=str(path), **options)
-    elif path.is_dir():
-        records = _load(str(path), split, str(path))
-    elif _looks_like_a_path(source):
-        raise FileNotFoundError(f"{source}: expected a data file or a folder, found nothing at {path.absolute()}")
-    else:
-        records = _load(source, split, f"{source!r} (no such local file, so taken as a hub data set)")
-    return _with_rows(records, source, split)
+    rows = open_rows(source, split)
+    if rows.damage is not None:
+        raise DataError(rows.damage)
+    return rows
 
 
-def stream_records(source: str, split: str | None = None) -> "IterableDataset":
-    """Return the rows of a JSON lines or Parquet file or of a hub data set as a stream, which is never completely in memory.
-
-    A file is not checked first, because it would have to be read twice. Errors in a row are found when the row is read.
-    See `load_records` for arguments and errors.
-    """
+def open_rows(source: str, split: str | None = None) -> Rows:
+    """Return the rows as `load_records` does, with a `DamagedRow` in the place of each row that is damaged."""
     path, split = Path(source).expanduser(), split or "train"
     if path.is_file():
-        if path.suffix.lower() not in STREAMED:
-            raise DataError(f"{path}: expected with streaming a {' or '.join(STREAMED)} file, found {path.suffix!r}")
-        return _load(STREAMED[path.suffix.lower()], split, str(path), data_files=str(path), streaming=True)
-    if path.is_dir() or _looks_like_a_path(source):
-        found = "a folder" if path.is_dir() else "nothing"
-        raise FileNotFoundError(f"{source}: expected a file or a hub data set, found {found} at {path.absolute()}")
-    return _load(source, split, f"{source!r} (no such local file, so taken as a hub data set)", streaming=True)
+        rows = _rows_of_files({"train": [path]}, split, str(path))
+    elif path.is_dir() and not is_described(path):
+        splits, unknown = splits_of_folder(path)
+        rows = _rows_of_files(splits, split, str(path))
+        others = [file for name, files in splits.items() if name not in re.findall(r"\w+", split) for file in files]
+        unread = [str(file.relative_to(path)) for file in [*others, *unknown]]
+        rows = replace(rows, notes=(*rows.notes, *([f"not read: {list_names(unread)}"] if unread else [])))
+    else:
+        rows = rows_of_table(_load_table(source, path, split))
+    if len(rows) == 0:
+        raise DataError(f"{source}: expected at least one row in split {split!r}, found none")
+    return rows
+
+
+def stream_records(source: str, split: str | None = None) -> RowStream:
+    """Return the rows of a file, a folder of files or a hub data set as a stream, which is never completely in memory.
+
+    A file is not checked first, because it would have to be read twice: a damaged row is a `DamagedRow` in the stream. The
+    rows of a JSON file that are not one a line are in memory together. See `load_records` for arguments and errors.
+    """
+    path, split = Path(source).expanduser(), split or "train"
+    if path.is_file() or (path.is_dir() and not is_described(path)):
+        splits = {"train": [path]} if path.is_file() else splits_of_folder(path)[0]
+        files = _files_of_split(splits, split, str(path))
+        for file in files:
+            if file_kind(file) is None:
+                next(read_file(file))  # which raises the error
+        return FileStream(files)
+    if _looks_like_a_path(source) or path.is_dir():
+        found = "a folder that is read by `datasets`" if path.is_dir() else "nothing"
+        raise FileNotFoundError(
+            f"{source}: expected with streaming a file, a folder or a hub data set, found {found} at {path.absolute()}"
+        )
+    return HubStream(_load(source, split, _hub_place(source), streaming=True))
 
 
 def load_hub_records(hub: str, split: str, options: dict[str, str]) -> "Dataset":
-    """Return the rows of a hub data set; `options` are more arguments for `datasets.load_dataset`."""
-    return _with_rows(_load(hub, split, f"hub data set {hub}", **options), hub, split)
+    """Return the table of a hub data set; `options` are more arguments for `datasets.load_dataset`."""
+    table = _load(hub, split, f"hub data set {hub}", saved=False, **options)
+    if len(table) == 0:
+        raise DataError(f"{hub}: expected at least one row in split {split!r}, found none")
+    return table
 
 
-def _with_rows(records: "Dataset", source: str, split: str) -> "Dataset":
-    if len(records) == 0:
-        raise DataError(f"{source}: expected at least one row in split {split!r}, found none")
-    return records
+# Files and folders
 
 
-def _looks_like_a_path(source: str) -> bool:
-    return (
-        Path(source).suffix.lower() in READERS or source.startswith((os.sep, ".", "~")) or HUB_NAME.fullmatch(source) is None
+def _rows_of_files(splits: dict[str, list[Path]], split: str, place: str) -> Rows:
+    """Return the rows of a split, after one pass over its files."""
+    if split in splits:
+        return _scanned(splits[split], place)
+    # Importing `datasets` takes about a second, and a plain name does not need it.
+    from datasets import ReadInstruction
+
+    named = [name for name in splits if name in re.findall(r"\w+", split)]
+    parts = [_scanned(splits[name], place) for name in named]
+    firsts = {name: sum(map(len, parts[:index])) for index, name in enumerate(named)}
+    try:
+        lengths = dict(zip(named, map(len, parts), strict=True)) or dict.fromkeys(splits, 0)
+        found = ReadInstruction.from_spec(split).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        known = f"; the folder has the splits {', '.join(splits)}" if len(splits) > 1 or "train" not in splits else ""
+        raise DataError(f"{place}: cannot be loaded with split {split!r}: {error}{known}") from error
+    kept = tuple(range(firsts[one.splitname] + one.from_, firsts[one.splitname] + one.to) for one in found)
+    files = [file for name in named for file in splits[name]]
+    return Rows(
+        read=lambda: _read_files(files),
+        total=sum(map(len, parts)),
+        column_names=tuple(dict.fromkeys(name for part in parts for name in part.column_names)),
+        damage=next((part.damage for part in parts if part.damage), None),
+        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+        kept=kept,
     )
 
 
-def _reader_of(path: Path) -> tuple[str, Callable[[Path], dict[str, Any]]]:
-    extension = path.suffix.lower()
-    if extension not in READERS:
-        raise DataError(f"{path}: expected one of the extensions {', '.join(READERS)}, found {extension or 'none'!r}")
-    return READERS[extension]
+def _scanned(files: Sequence[Path], place: str) -> Rows:
+    """Return all rows of some files, after one pass over them.
+
+    Raises:
+        DataError: a file cannot be read, or none of them has a row.
+    """
+    total, columns, notes = 0, dict[str, None](), list[str]()
+    damage = None
+    for file in files:
+        for row in read_file(file, notes=notes):
+            total += 1
+            if isinstance(row, DamagedRow):
+                damage = damage or f"{file.parent}{os.sep}{row.reason}"
+            else:
+                columns.update(dict.fromkeys(row))
+    if not total:
+        size = sum(file.stat().st_size for file in files)
+        raise DataError(f"{place}: expected at least one row, found {f'none in {size} bytes' if size else 'an empty file'}")
+    return Rows(lambda: _read_files(files), total, tuple(columns), damage, tuple(notes))
 
 
-def _load(reader: str, split: str, place: str, **options: Any) -> Any:
-    """Return a Dataset, or with `streaming=True` an IterableDataset."""
-    # Importing `datasets` takes about a second, and batching and serving do not need it.
+def _read_files(files: Sequence[Path]) -> Iterator[RowOrDamage]:
+    for file in files:
+        yield from read_file(file)
+
+
+def _files_of_split(splits: dict[str, list[Path]], split: str, place: str) -> list[Path]:
+    if split not in splits:
+        raise DataError(f"{place}: cannot be streamed with split {split!r}: expected one of {', '.join(splits)}")
+    return splits[split]
+
+
+# Tables of `datasets`
+
+
+def rows_of_table(table: "Dataset") -> Rows:
+    """Return the rows of a table of `datasets`."""
+    rows: Any = table  # it is iterable, but its type does not declare it
+    return Rows(lambda: map(table_row, rows), len(table), tuple(table.column_names))
+
+
+def _load_table(source: str, path: Path, split: str) -> "Dataset":
+    if path.is_dir():
+        return _load(str(path), split, str(path), saved=is_saved(path))
+    if _looks_like_a_path(source):
+        raise FileNotFoundError(f"{source}: expected a data file or a folder, found nothing at {path.absolute()}")
+    return _load(source, split, _hub_place(source))
+
+
+def _hub_place(source: str) -> str:
+    return f"{source!r} (no such local file, so taken as a hub data set)"
+
+
+def _looks_like_a_path(source: str) -> bool:
+    return file_kind(Path(source)) is not None or source.startswith((os.sep, ".", "~")) or HUB_NAME.fullmatch(source) is None
+
+
+def _load(reader: str, split: str, place: str, saved: bool = False, **options: Any) -> Any:
+    """Return a Dataset, or with `streaming=True` an IterableDataset; `saved`: `save_to_disk` wrote it."""
     import datasets
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     try:
-        loaded = datasets.load_dataset(reader, split=split, **options)
+        if saved:
+            loaded = datasets.load_from_disk(reader)
+            loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) and split in loaded else loaded
+        else:
+            loaded = datasets.load_dataset(reader, split=split, **options)
     except DatasetNotFoundError as error:
         raise FileNotFoundError(f"{place}: expected a file or a data set on the hub, found neither: {error}") from error
     except DatasetGenerationError as error:
@@ -115,135 +251,3 @@ def _load(reader: str, split: str, place: str, **options: Any) -> Any:
     if not isinstance(loaded, (datasets.Dataset, datasets.IterableDataset)):
         raise DataError(f"{place}: expected one split, found a {type(loaded).__name__} for split {split!r}")
     return loaded
-
-
-# The checks. Each returns the additional options that `load_dataset` needs for the file.
-
-
-def _decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text without its line end); raise DataError at the first byte that is not UTF-8."""
-    offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                # A byte-order mark is harmless in the first line only.
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                place = offset + error.start
-                raise DataError(
-                    f"{path}, line {number}: expected UTF-8 text, found byte 0x{line[error.start]:02x} "
-                    f"at byte {place} of the file; convert it, for example with iconv"
-                ) from error
-            offset += len(line)
-            yield number, text.rstrip("\r\n")
-
-
-def _check_json_lines(path: Path) -> dict[str, Any]:
-    rows = 0
-    for number, line in _decoded_lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}, column {error.colno}: expected one JSON object a line, "
-                f"found {_shortened(line)!r} ({error.msg})"
-            ) from error
-        _check_is_object(row, f"{path}, line {number}")
-        rows += 1
-    _check_some_rows(path, rows)
-    return {}
-
-
-def _check_json(path: Path) -> dict[str, Any]:
-    text = "\n".join(line for _, line in _decoded_lines(path))
-    if not text.lstrip().startswith("["):
-        return _check_json_lines(path)
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}, line {error.lineno}, column {error.colno}: expected a JSON array of objects, "
-            f"found {_shortened(text[error.pos :])!r} ({error.msg})"
-        ) from error
-    for index, row in enumerate(rows):
-        _check_is_object(row, f"{path}, element {index}")
-    _check_some_rows(path, len(rows))
-    return {}
-
-
-def _check_delimited(separator: str) -> Callable[[Path], dict[str, Any]]:
-    def check(path: Path) -> dict[str, Any]:
-        # The limit is a setting of the whole process, so it is changed for this file only.
-        limit = csv.field_size_limit(sys.maxsize)
-        try:
-            # Line ends are added again, because inside quotes they belong to the field.
-            lines = csv.reader((line + "\n" for _, line in _decoded_lines(path)), delimiter=separator, strict=True)
-            return _check_table(path, lines, separator)
-        except csv.Error as error:
-            raise DataError(f'{path}: expected fields quoted with ", found: {error}') from error
-        finally:
-            csv.field_size_limit(limit)
-
-    return check
-
-
-def _check_table(path: Path, lines: Any, separator: str) -> dict[str, Any]:
-    from datasets import Features, Value
-
-    header: list[str] = []
-    rows = 0
-    for fields in lines:
-        if not fields:
-            continue
-        if not header:
-            header = fields
-            repeated = sorted({name for name in header if header.count(name) > 1})
-            if repeated or "" in header:
-                raise DataError(f"{path}, line 1: expected one name for each column, found {header}")
-        elif len(fields) != len(header):
-            raise DataError(
-                f"{path}, line {lines.line_num}: expected {len(header)} fields ({', '.join(header)}), found {len(fields)}"
-            )
-        else:
-            rows += 1
-    _check_some_rows(path, rows)
-    features = Features({name: Value("string") for name in header})
-    return {"sep": separator, "keep_default_na": False, "features": features}
-
-
-def _check_parquet(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        start = file.read(4)
-    if not start:
-        _check_some_rows(path, 0)
-    if start != b"PAR1":
-        raise DataError(f"{path}: expected a Parquet file (first bytes PAR1), found {start!r}")
-    return {}
-
-
-def _check_is_object(row: object, place: str) -> None:
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: expected a JSON object, found {type(row).__name__} {_shortened(repr(row))}")
-
-
-def _check_some_rows(path: Path, rows: int) -> None:
-    if rows == 0:
-        size = path.stat().st_size
-        found = "an empty file" if size == 0 else f"none in {size} bytes"
-        raise DataError(f"{path}: expected at least one row, found {found}")
-
-
-def _shortened(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else text[:limit] + "…"
-
-
-STREAMED = {".jsonl": "json", ".parquet": "parquet"}
-READERS: dict[str, tuple[str, Callable[[Path], dict[str, Any]]]] = {
-    ".jsonl": ("json", _check_json_lines),
-    ".json": ("json", _check_json),
-    ".csv": ("csv", _check_delimited(",")),
-    ".tsv": ("csv", _check_delimited("\t")),
-    ".parquet": ("parquet", _check_parquet),
-}

@@ -17,9 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
-from qlora_jax.data.chat import render_chats
-from qlora_jax.data.messages import Message
-from qlora_jax.data.pieces import CannotRender, Piece
+from qlora_jax.data.chat import check_has_template, first_form
+from qlora_jax.data.chat_forms import Form
+from qlora_jax.data.chat_rows import conversation_rows
+from qlora_jax.data.messages import Message, is_answer
+from qlora_jax.data.pieces import CannotRender, Piece, Span
 from qlora_jax.data.schemas import SCHEMAS, TURN_MARKER, Record, Template
 from qlora_jax.errors import DataError
 
@@ -41,17 +43,19 @@ _MARKER_OF_ROLE = {"user": "### Human:", "assistant": "### Assistant:"}
 
 @dataclass(frozen=True)
 class Rendered:
-    """A record as text.
+    """A record, or a part of one, as the text of one row.
 
     Attributes:
         pieces: the text.
         template: the template that was used, never "auto".
         ends_in_answer: whether the end of the text is learned.
+        notes: what a user should know about the record; in its first row only.
     """
 
     pieces: tuple[Piece, ...]
     template: Template
     ends_in_answer: bool
+    notes: tuple[str, ...] = ()
 
 
 def choose_template(record: Record, template: Template, tokenizer: "PreTrainedTokenizerBase") -> Template:
@@ -67,21 +71,39 @@ def choose_template(record: Record, template: Template, tokenizer: "PreTrainedTo
     return SCHEMAS[record.schema].template(record, tokenizer.chat_template is not None)
 
 
-def render(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", template: Template) -> list[Rendered]:
-    """Return every record as text. Chats are rendered together, which saves most of their cost.
+def render(
+    records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", template: Template
+) -> list[tuple[Rendered, ...]]:
+    """Return the rows of every record: one, or several for a conversation whose earlier turns the chat template rewrites.
 
     Raises:
         CannotRender: the template does not support a record.
     """
-    chosen = [choose_template(record, template, tokenizer) for record in records]
-    chats = [index for index, name in enumerate(chosen) if name == "chat"]
-    chat_pieces = dict(zip(chats, render_chats(records, chats, tokenizer), strict=True))
-    return [
-        Rendered((chat_pieces[index],), "chat", record.messages[-1]["role"] == "assistant")
-        if name == "chat"
-        else _render_one(index, record, name)
-        for index, (record, name) in enumerate(zip(records, chosen, strict=True))
-    ]
+    rows = []
+    for index, record in enumerate(records):
+        name = choose_template(record, template, tokenizer)
+        rows.append(_render_chat(index, record, tokenizer) if name == "chat" else (_render_one(index, record, name),))
+    return rows
+
+
+def _render_chat(index: int, record: Record, tokenizer: "PreTrainedTokenizerBase") -> tuple[Rendered, ...]:
+    if not record.messages:
+        found = "a text without turns" if "text" in record.fields else "no messages"
+        raise CannotRender(index, f"template 'chat': expected a conversation, found {found}")
+    check_has_template(tokenizer)
+
+    def rows_of(form: Form) -> tuple[Rendered, ...]:
+        learned = [turn for turn, message in enumerate(form.messages) if is_answer(message)]
+        rows, notes = conversation_rows(form.messages, learned, tokenizer, record.tools)
+        notes = (*form.notes, *notes)
+        return tuple(
+            Rendered((row.piece,), "chat", row.ends_in_answer, () if number else notes) for number, row in enumerate(rows)
+        )
+
+    try:
+        return first_form(record.messages, tokenizer, rows_of)
+    except DataError as error:
+        raise CannotRender(index, str(error)) from error
 
 
 def _render_one(index: int, record: Record, template: str) -> Rendered:
@@ -117,7 +139,9 @@ def _marked(text: str) -> Piece:
 
 def join_guanaco(messages: Sequence[Message]) -> Piece:
     """Return the text of a conversation; a system message becomes a first line."""
-    text, answers = "", []
+    text = ""
+    answers: list[Span] = []
+    excluded: list[Span] = []
     for index, message in enumerate(messages):
         role, content = message["role"], message["content"]
         if role == "system" and index == 0:
@@ -128,13 +152,13 @@ def join_guanaco(messages: Sequence[Message]) -> Piece:
             # The position is counted and not searched, because a message may contain a marker.
             start, text = len(text), f"{text} {content}"
             if role == "assistant":
-                answers.append((start, len(text)))
+                (answers if is_answer(message) else excluded).append((start, len(text)))
         else:
             raise DataError(
                 f"template 'guanaco': expected the roles user and assistant, and system first, "
                 f"found {role!r} at message {index}"
             )
-    return Piece(text, tuple(answers))
+    return Piece(text, tuple(answers), tuple(excluded))
 
 
 def render_alpaca(record: Record) -> Rendered:

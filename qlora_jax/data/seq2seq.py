@@ -7,23 +7,25 @@
     targets     p q E . .
     loss_mask   1 1 1 0 0
 
-A text that is too long is truncated and still ends in EOS, as with T5's tokenizer. Records of all schemas become pairs: the
-last answer is the target, and all text before it is the source.
+A source that is too long is cut and still ends in EOS, as with T5's tokenizer. A target that is cut has no EOS, because the
+model would learn to stop within a word. Records of all schemas become pairs: the last answer is the target, and all text
+before it is the source.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qlora_jax.data.batch import Batch, batches
-from qlora_jax.data.corpus import OnLong
+from qlora_jax.data.corpus import OnLong, check_on_long, plain_rows, rendered_rows, unused_names
 from qlora_jax.data.format import Example
-from qlora_jax.data.pieces import CannotRender
-from qlora_jax.data.render import Rendered, Template, render
-from qlora_jax.data.schemas import parse
+from qlora_jax.data.messages import is_answer
+from qlora_jax.data.odd_rows import OnBadRow, RowAccount, RowTally
+from qlora_jax.data.render import Rendered, Template
+from qlora_jax.data.schemas import Record, parse
 from qlora_jax.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Seq2SeqExample:
-    """A tokenized pair; source and target end in EOS."""
+    """A tokenized pair; the source ends in EOS, and so does a target that is not cut."""
 
     source: np.ndarray  # int32 [n]
     target: np.ndarray  # int32 [m]
@@ -47,7 +49,7 @@ def encode_seq2seq(
     max_source_length: int | None = None,
     max_target_length: int | None = None,
 ) -> Seq2SeqExample:
-    """Tokenize one pair; lengths include EOS.
+    """Tokenize one pair; lengths include EOS, which a target that is cut has not.
 
     Raises:
         DataError: the tokenizer has no EOS token, or a length is below 1.
@@ -59,15 +61,16 @@ def encode_seq2seq(
     def encode(text: str, limit: int | None) -> np.ndarray:
         if limit is not None and limit < 1:
             raise DataError(f"longest source or target: expected at least 1 token, found {limit}")
-        tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
-        return np.asarray([*(tokens if limit is None else tokens[: limit - 1]), eos], np.int32)
+        tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
+        return np.asarray([*tokens, eos], np.int32)
 
-    return Seq2SeqExample(encode(source, max_source_length), encode(target, max_target_length))
+    whole = Seq2SeqExample(encode(source, max_source_length), encode(target, max_target_length))
+    return _cut(whole, max_source_length, max_target_length)
 
 
 @dataclass(frozen=True)
 class Seq2SeqReport:
-    """The numbers of records that were used, truncated and skipped; lengths are in tokens with EOS, before truncation."""
+    """The numbers of records that were used, cut and left out; lengths are in tokens with EOS, before any cut."""
 
     rows: int
     kept: int  # records that became examples
@@ -77,18 +80,25 @@ class Seq2SeqReport:
     longest: tuple[int, int]  # source, target
     limits: tuple[int, int]
     templates: dict[Template, int]  # template → rows
+    notes: dict[str, int] = field(default_factory=dict)  # what a user should know of how rows were rendered → rows
+    odd: RowAccount = field(default_factory=RowAccount)
+
+    def check_bad_rows(self) -> None:
+        """Raise DataError if more than one row in ten cannot be used."""
+        self.odd.check(self.rows)
 
     def __str__(self) -> str:
         limits = "{:,} source and {:,} target tokens".format(*self.limits)
         longest = "(the longest had {:,} and {:,})".format(*self.longest)
         parts = [f"{self.kept:,} of {self.rows:,} rows kept as pairs of source and target: {', '.join(self.templates)}"]
+        parts += [f"{note} ({count:,} {'row' if count == 1 else 'rows'})" for note, count in self.notes.items()]
         if self.truncated:
             parts.append(f"{self.truncated:,} cut to {limits} {longest}")
         if self.dropped_long:
             parts.append(f"{self.dropped_long:,} left out: over {limits} {longest}")
         if self.without_target:
-            parts.append(f"{self.without_target:,} left out: empty targets")
-        return "; ".join(parts)
+            parts.append(f"{self.without_target:,} left out: no target")
+        return "; ".join([*parts, *self.odd.sentences()])
 
 
 def encode_all_seq2seq(
@@ -98,9 +108,10 @@ def encode_all_seq2seq(
     max_source_length: int,
     max_target_length: int,
     template: Template = "auto",
-    on_long: OnLong = "truncate",
+    on_long: OnLong = "cut",
+    on_bad_row: OnBadRow = "error",
 ) -> tuple[list[Seq2SeqExample], Seq2SeqReport]:
-    """Return (the examples of all records whose target is not empty, in order; a report).
+    """Return (the examples of all records that have a target, in order; a report).
 
     Args:
         records: the rows.
@@ -108,25 +119,31 @@ def encode_all_seq2seq(
         max_source_length: the most tokens of a source, including EOS.
         max_target_length: the most tokens of a target, including EOS.
         template: how conversations are written as text.
-        on_long: what to do with a pair that is too long.
+        on_long: what to do with a pair that is too long; a pair cannot be split, so "split" cuts it.
+        on_bad_row: what to do with a record that is no pair: raise an error, or leave it out and count it.
 
     Raises:
-        DataError: a row is not a pair of texts, a row is too long and `on_long` is "error", or no row remains.
+        DataError: a row is not a pair of texts or is too long, where that is an error, or no row remains.
     """
-    if on_long not in get_args(OnLong):
-        raise DataError(f"on_long: expected one of {', '.join(get_args(OnLong))}, found {on_long!r}")
+    check_on_long(on_long)
     limits, longest = (max_source_length, max_target_length), (0, 0)
     examples: list[Seq2SeqExample] = []
     templates: Counter[Template] = Counter()
+    notes: Counter[str] = Counter()
+    tally = RowTally(on_bad_row)
     rows = truncated = dropped_long = without_target = 0
-    everything: Iterable[Any] = records  # a Dataset is iterable, but its type does not declare it
-    for rows, row in enumerate(everything, start=1):
-        try:
-            (rendered,) = render([parse(row)], tokenizer, template)
-            source, target = split_target(rendered)
-        except (DataError, CannotRender) as error:
-            raise DataError(f"row {rows - 1} (counted from 0): {error}") from error
+    for rows, row in enumerate(plain_rows(records), start=1):
+        if (record := tally.attempt(rows - 1, parse, row)) is None:
+            continue
+        if record.messages and not any(map(is_answer, record.messages)):
+            without_target += 1
+            continue
+        if (found := tally.attempt(rows - 1, _texts, record, tokenizer, template)) is None:
+            continue
+        (source, target), rendered = found
         templates[rendered.template] += 1
+        notes.update(rendered.notes)
+        tally.unused(unused_names(record, rendered.template, tokenizer))
         if not target.strip():
             without_target += 1
             continue
@@ -137,19 +154,34 @@ def encode_all_seq2seq(
         if long and on_long == "error":
             raise DataError(
                 f"row {rows - 1} (counted from 0): expected at most {limits[0]:,} source and {limits[1]:,} target tokens, "
-                f"found {lengths[0]:,} and {lengths[1]:,}; raise the limits, or choose on_long truncate or drop"
+                f"found {lengths[0]:,} and {lengths[1]:,}; raise the limits, or choose on_long cut or drop"
             )
         if long and on_long == "drop":
             dropped_long += 1
             continue
         truncated += long
-        if long:
-            full = Seq2SeqExample(_truncated(full.source, limits[0]), _truncated(full.target, limits[1]))
-        examples.append(full)
-    report = Seq2SeqReport(rows, len(examples), truncated, dropped_long, without_target, longest, limits, dict(templates))
+        examples.append(_cut(full, *limits))
+    report = Seq2SeqReport(
+        rows=rows,
+        kept=len(examples),
+        truncated=truncated,
+        dropped_long=dropped_long,
+        without_target=without_target,
+        longest=longest,
+        limits=limits,
+        templates=dict(templates),
+        notes=dict(notes),
+        odd=tally.account(),
+    )
     if not examples:
         raise DataError(f"records: expected at least one pair of source and target, found none: {report}")
     return examples, report
+
+
+def _texts(record: Record, tokenizer: "PreTrainedTokenizerBase", template: Template) -> tuple[tuple[str, str], Rendered]:
+    """Return (source and target of a record, the text that they are from), which is the one of its last answer."""
+    rendered = rendered_rows(record, tokenizer, template)[-1]
+    return split_target(rendered), rendered
 
 
 def split_target(rendered: Rendered) -> tuple[str, str]:
@@ -169,8 +201,12 @@ def split_target(rendered: Rendered) -> tuple[str, str]:
     return source, last.text[start:end]
 
 
-def _truncated(tokens: np.ndarray, limit: int) -> np.ndarray:
-    return tokens if len(tokens) <= limit else np.append(tokens[: limit - 1], tokens[-1])
+def _cut(pair: Seq2SeqExample, most_source: int | None, most_target: int | None) -> Seq2SeqExample:
+    """Return the pair within limits: the source with its EOS, the target without it if it is cut."""
+    source = pair.source
+    if most_source is not None and len(source) > most_source:
+        source = np.append(source[: most_source - 1], source[-1])
+    return Seq2SeqExample(source, pair.target[:most_target])
 
 
 class Seq2SeqBatches:

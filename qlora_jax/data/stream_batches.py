@@ -1,11 +1,11 @@
 """Batches of a data set that is larger than memory: rows are read, tokenized and packed during training.
 
-    rows      r0 r1 r2 …                                        an IterableDataset, read from start to end, repeatedly
+    rows      r0 r1 r2 …                                        a stream, read from start to end, repeatedly
     buffer    the next `buffer` rows, as examples               only these are in memory
     batches   those of batch.py for these examples: shuffled by (seed, pass, buffer), packed or padded
 
 A buffer is used completely before the next one is read. So the position is small and exact: the start of this buffer's rows
-(`IterableDataset.state_dict`, which finds it again without reading the shards before it) and the number of the next batch.
+(`RowStream.state_dict`, which finds it again without reading the files before it) and the number of the next batch.
 Resuming reads and tokenizes one buffer again, and checks that its contents are the same. A sliding shuffle buffer, as in
 `IterableDataset.shuffle`, would have to be saved completely.
 
@@ -15,19 +15,17 @@ The disadvantages: examples are shuffled only within a buffer, and the last batc
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grain
 import numpy as np
 
 from qlora_jax.data.batch import Batch, BatchIterator, batches
 from qlora_jax.data.format import Example
+from qlora_jax.data.streams import RowStream
 from qlora_jax.errors import DataError, OptionError
 
-if TYPE_CHECKING:
-    from datasets import IterableDataset
-
-Row = dict[str, Any]
+Row = Any  # a row, or a `DamagedRow` in its place
 
 
 def read_rows(rows: Iterable[Row], count: int, first: int, source: str) -> list[Row]:
@@ -44,6 +42,8 @@ def read_rows(rows: Iterable[Row], count: int, first: int, source: str) -> list[
     """
     try:
         return list(islice(rows, count))
+    except DataError:
+        raise
     except Exception as error:  # the readers of files and the network code in `datasets` raise many kinds of errors
         raise DataError(
             f"{source}, in the {count} rows from row {first} on (counted from 0): expected rows that can be read, "
@@ -70,7 +70,7 @@ class StreamBatches(grain.DatasetIterator[Batch]):
 
     def __init__(
         self,
-        open_rows: Callable[[], "IterableDataset"],
+        open_rows: Callable[[], RowStream],
         encode: Callable[[list[Row], int], list[Example]],
         *,
         buffer: int,

@@ -55,15 +55,15 @@ def read_trees(rows: "Iterable[_Row] | Dataset") -> Trees:
     """
     messages: dict[str, _Row] = {}
     for index, row in enumerate(cast(Iterable[_Row], rows)):
-        name = checked_text(row["message_id"], f"row {index} (counted from 0), column 'message_id'")
+        name = checked_text(row.get("message_id"), f"row {index} (counted from 0), column 'message_id'")
         if name in messages:
             raise DataError(f"row {index} (counted from 0): expected a message_id of its own, found {name} again")
-        if row["role"] not in _ROLES:
+        if row.get("role") not in _ROLES:
             raise DataError(f"message {name}, role: expected one of {', '.join(_ROLES)}, found {row['role']!r}")
-        checked_text(row["text"], f"message {name}, text")
+        checked_text(row.get("text"), f"message {name}, text")
         messages[name] = row
     replies = _replies(messages)
-    roots = [name for name, row in messages.items() if not row["parent_id"]]
+    roots = [name for name, row in messages.items() if not row.get("parent_id")]
     _check_no_loop(messages, roots, replies)
     conversations, without_answer, not_ready = [], 0, 0
     for root in roots:
@@ -84,12 +84,12 @@ def read_trees(rows: "Iterable[_Row] | Dataset") -> Trees:
 def _replies(messages: Mapping[str, _Row]) -> dict[str, list[str]]:
     replies: dict[str, list[str]] = {name: [] for name in messages}
     for name, row in messages.items():
-        parent = row["parent_id"]
+        parent = row.get("parent_id")
         if not parent:  # None, or in a CSV file an empty text
             continue
         if parent not in messages:
             raise DataError(f"message {name}: expected its parent among the messages, found no {parent}")
-        if messages[parent]["role"] == row["role"]:
+        if messages[parent]["role"] == row.get("role"):
             raise DataError(f"message {name}: expected another role than its parent {parent}, found {row['role']!r} twice")
         replies[parent].append(name)
     return replies

@@ -124,7 +124,10 @@ def read_questions(
     if limit is not None and limit < total:
         chosen = sorted(np.random.default_rng(seed).choice(total, limit, replace=False).tolist())
     whole = {"subject", "input", "output"} <= set(rows.column_names)
-    questions = [_question(rows[int(index)], f"{source}, row {index} (counted from 0)") for index in chosen]
+    questions = [
+        _question(row, f"{source}, row {index} (counted from 0)")
+        for index, row in zip(chosen, rows.select(chosen), strict=True)
+    ]
     if whole:
         if shots not in (None, 0) or examples is not None:
             raise DataError(f"{source}: expected no shots and no examples for whole prompts, which have theirs; found some")

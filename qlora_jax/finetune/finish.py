@@ -57,7 +57,8 @@ def _save(trained: TrainedRun) -> Path:
     if not method.is_full:  # the config of a model says itself how its weights are stored
         run.adapter_metadata.save(folder)
     own_tokenizer = pretrained.adapter is not None and pretrained.adapter.has_tokenizer
-    if method.trainable_tokens() or run.options.lora.special_tokens or own_tokenizer:
+    other_template = run.options.data.chat_template is not None
+    if method.trainable_tokens() or run.options.lora.special_tokens or own_tokenizer or other_template:
         save_tokenizer(pretrained.tokenizer, folder)
     size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
     _logger.info("Saved the %s (%.1f MiB): %s", "model" if method.is_full else "adapter", size, folder)

@@ -15,11 +15,13 @@ import math
 import jax
 import numpy as np
 import optax
+from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.adapters.metadata import AdapterMetadata
 from qlora_jax.adapters.pretrained import Pretrained, open_unchecked
 from qlora_jax.adapters.weight_init import converted_from
-from qlora_jax.errors import OptionError
+from qlora_jax.data import read_chat_template, unknown_markers
+from qlora_jax.errors import OptionError, list_names
 from qlora_jax.evaluate import Prompts
 from qlora_jax.finetune.folder import claim
 from qlora_jax.finetune.memory import check_memory
@@ -154,12 +156,27 @@ def _open(options: Options) -> tuple[Pretrained, StepSpec[ModelSpec]]:
     if options.optimizer.loraplus_lr_ratio is not None and not method.rank:
         raise OptionError(f"loraplus_lr_ratio: expected none with {method.peft_type}, which has no A and B")
     pretrained = pretrained.with_method(method).with_special_tokens(options.lora.special_tokens)
+    _set_chat_template(options.data.chat_template, pretrained.tokenizer)
     config, method = pretrained.checkpoint.model_config, method_of(pretrained).with_tokenizer(pretrained.base.name)
     method = method_for(method, config) or method
     spec = step_spec(options, config, jax.default_backend(), method=method, quantization=pretrained.quantization)
     pretrained = dataclasses.replace(pretrained, method=method, dtype=spec.model.dtype, remat=spec.model.remat)
     pretrained.check()
     return pretrained, dataclasses.replace(spec, model=pretrained.spec)
+
+
+def _set_chat_template(name: str | None, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Give the tokenizer a chat template, and say if it writes markers that are no tokens; None leaves it its own."""
+    if name is None:
+        return
+    tokenizer.chat_template = read_chat_template(name, tokenizer)
+    if unknown := unknown_markers(tokenizer.chat_template, tokenizer):
+        _logger.warning(
+            "The chat template %s writes markers that are no tokens of this tokenizer, so each takes several tokens: %s. "
+            "--special-tokens adds them.",
+            name,
+            list_names(unknown),
+        )
 
 
 def _with_positions_left(config: ModelConfig, method: Method) -> ModelConfig:

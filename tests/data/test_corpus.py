@@ -1,12 +1,15 @@
 """Whole data sets: the account adds up, unusable rows are named, the held-out rows stay the same."""
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.data import DataError, encode, encode_all, load_records, train_eval_split
+from qlora_jax.errors import OptionError
 
 SHORT = {"question": "Why?", "answer": "So."}
 LONG = {"question": "Why?", "answer": "So it is. " * 50}
@@ -43,8 +46,63 @@ def test_long_rows_may_be_dropped_or_refused(chatml: PreTrainedTokenizerFast) ->
     assert "1 left out: over 40 tokens" in str(report)
     with pytest.raises(DataError, match=r"row 2 \(counted from 0\): expected at most 40 tokens, found \d+"):
         encode_all([SHORT, UNANSWERED, LONG], chatml, max_length=40, on_long="error", progress=False)
-    with pytest.raises(DataError, match="on_long: expected one of truncate, drop, error, found 'split'"):
-        encode_all([SHORT], chatml, max_length=40, on_long="split", progress=False)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(OptionError, match="on_long: expected one of split, cut, error, drop, found 'truncate'"):
+        encode_all([SHORT], chatml, max_length=40, on_long="truncate", progress=False)  # pyright: ignore[reportArgumentType]
+
+
+BOOK = "Once upon a time, in a house by the river; nobody knew when. " * 12
+
+
+@pytest.mark.parametrize("max_length", [16, 17, 40, 63, 64, 1000])
+@pytest.mark.parametrize("column", ["text", "completion"])
+def test_a_long_text_is_split_and_each_token_is_learned_once(
+    chatml: PreTrainedTokenizerFast, inst: PreTrainedTokenizerFast, max_length: int, column: str
+) -> None:
+    for tokenizer in (chatml, inst):  # without and with a token before a text
+        whole = encode({column: BOOK}, tokenizer)
+        examples, report = encode_all([{column: BOOK}], tokenizer, max_length=max_length, progress=False)
+        learned = np.concatenate([example.tokens[example.loss_mask] for example in examples])
+        np.testing.assert_array_equal(learned, whole.tokens[1:])
+        assert whole.tokens[-1] == tokenizer.eos_token_id
+        assert (learned == tokenizer.eos_token_id).sum() == 1
+        assert all(len(example) <= max_length for example in examples)
+        # As few rows as possible, each of which starts with the token before its first one or with the tokenizer's own.
+        assert len(examples) == -(-(len(whole) - 1) // (max_length - 1))
+        for before, example in itertools.pairwise(examples):
+            own = tokenizer is inst
+            assert example.tokens[0] == (tokenizer.bos_token_id if own else before.tokens[-1])
+            assert len(example) - len(before) in (-1, 0, 1)
+        split = len(examples) > 1
+        assert (report.kept, report.split, report.truncated, report.examples) == (1, int(split), 0, len(examples))
+        assert ("; 1 split, over " in str(report)) == split
+        cut, report = encode_all([{column: BOOK}], tokenizer, max_length=max_length, on_long="cut", progress=False)
+        np.testing.assert_array_equal(cut[0].tokens, whole.tokens[:max_length])
+        assert (report.split, report.truncated) == (0, int(split))
+
+
+def test_what_has_turns_is_cut(chatml: PreTrainedTokenizerFast) -> None:
+    for row in (
+        LONG,
+        {"prompt": "Why?", "completion": BOOK},
+        {"text": f"### Human: Why? ### Assistant: {BOOK}"},
+        {"completion": f"### Human: Why? ### Assistant: {BOOK}"},
+    ):
+        (example,), report = encode_all([row], chatml, max_length=40, progress=False)
+        whole = encode(row, chatml)
+        np.testing.assert_array_equal(example.tokens, whole.tokens[:40])
+        assert report.truncated == 1
+        assert chatml.eos_token_id not in example.tokens[-10:]
+    # Limits of the two parts are for cutting.
+    options: dict[str, Any] = {"max_length": 40, "target_max_length": 20, "progress": False}
+    (example,), _ = encode_all([{"text": BOOK}], chatml, **options)
+    assert len(example) == 20
+
+
+def test_an_end_that_is_written_is_the_only_one(chatml: PreTrainedTokenizerFast) -> None:
+    for completion in ("A", "A<|im_end|>", "A<|im_end|>\n", "A<|im_end|> \n\n"):
+        example = encode({"prompt": "Q", "completion": completion}, chatml)
+        assert (example.tokens == chatml.eos_token_id).sum() == 1
+        assert str(chatml.decode(example.tokens)) == "Q" + (completion if "<" in completion else "A<|im_end|>")
 
 
 def test_nothing_to_learn_at_all(chatml: PreTrainedTokenizerFast) -> None:

@@ -200,17 +200,18 @@ def test_template_with_its_own_beginning_gets_no_second_one(inst: PreTrainedToke
 
 def test_refusal_of_the_template_is_passed_on_with_the_row(inst: PreTrainedTokenizerFast) -> None:
     good = {"messages": CHAT["messages"][1:]}
+    refused = {"messages": [{"role": "tool", "content": "Hm."}, *CHAT["messages"][1:]]}
     with pytest.raises(DataError, match=r"row 1 \(counted from 0\): the chat template refuses .*Only user and"):
-        encode_all([good, CHAT, good], inst, max_length=200, progress=False)
+        encode_all([good, refused, good], inst, max_length=200, progress=False)
 
 
-def test_template_that_rewrites_earlier_turns_is_an_error(make_chatml: Make) -> None:
+def test_template_that_drops_earlier_turns_is_an_error(make_chatml: Make) -> None:
     forgetful = make_chatml(
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
         "{{ message['content'] if loop.last else 'gone' }}{{ '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>' }}{% endif %}"
     )
-    with pytest.raises(DataError, match=r"does not continue its own generation prompt, .*mark the answers with"):
+    with pytest.raises(DataError, match="the chat template does not write its own generation prompt before message 2 "):
         encode(CHAT, forgetful)
     opens = {"messages": [{"role": "assistant", "content": "Hello"}]}
     with pytest.raises(DataError, match="expected a message before the first answer"):
@@ -289,14 +290,13 @@ def test_quoted_tokens_and_markers_move_no_mask(chatml: PreTrainedTokenizerFast)
     assert learned_runs(example, chatml) == [" A turn.<|im_end|>"]
 
 
-def test_cut_in_an_answer_ends_in_a_learned_end(bare: PreTrainedTokenizerFast) -> None:
+def test_an_answer_that_is_cut_has_no_end(bare: PreTrainedTokenizerFast) -> None:
     whole = encode(ALPACA | {"output": "five six seven eight"}, bare)
     for length in range(len(whole) - 3, len(whole)):
         cut = encode(ALPACA | {"output": "five six seven eight"}, bare, max_length=length)
-        assert len(cut) == length
-        assert cut.tokens[-1] == bare.eos_token_id
         assert cut.loss_mask[-1]
-        np.testing.assert_array_equal(cut.tokens[:-1], whole.tokens[: length - 1])
+        np.testing.assert_array_equal(cut.tokens, whole.tokens[:length])
+    assert bare.eos_token_id not in cut.tokens
 
 
 def test_cut_in_a_question_ends_after_the_answer_before(chatml: PreTrainedTokenizerFast) -> None:
@@ -344,8 +344,11 @@ def test_any_conversation(
     short = encode(record, chatml, template=template, max_length=length)
     assert len(short) <= length
     if whole.loss_mask[:length].any():
-        assert short.tokens[-1] == chatml.eos_token_id
         assert short.loss_mask[-1]
+        # EOS is only where the whole sequence has one, or directly after an answer.
+        shared = min(len(short), next((i for i in range(len(short)) if short.tokens[i] != whole.tokens[i]), len(short)))
+        assert shared >= len(short) - 1
+        assert shared == len(short) or (short.tokens[-1] == chatml.eos_token_id and not whole.loss_mask[shared])
 
 
 def test_prompts_are_what_examples_start_with(

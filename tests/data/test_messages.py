@@ -132,7 +132,7 @@ def test_sharegpt_with_a_function_call(make_chatml: Make) -> None:
 
 
 def test_tools_that_the_template_leaves_out_are_an_error(tagged: PreTrainedTokenizerFast, make_chatml: Make) -> None:
-    with pytest.raises(DataError, match=r"row 1 .*expected a chat template that writes tools and calls, found no 'weather'"):
+    with pytest.raises(DataError, match=r"row 1 .*drops the call of message 1 .*, found no 'weather'"):
         encode_all([{"question": "Q", "answer": "A"}, {"messages": OPENAI}], tagged, max_length=500, progress=False)
     with pytest.raises(DataError, match="'guanaco': expected a conversation without tools"):
         encode({"messages": OPENAI}, make_chatml(TOOLS_TEMPLATE), template="guanaco")
@@ -152,8 +152,14 @@ def test_a_template_that_fails_names_the_row(make_chatml: Make) -> None:
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"conversations": [{"from": "narrator", "value": "Hi"}]}, "message 0, from: expected one of human, .*'narrator'"),
-        ({"conversations": [{"from": "human", "value": 3}]}, "'conversations', message 0, value: expected text, found int"),
+        (
+            {"conversations": [{"from": "narrator", "value": "Hi"}]},
+            "message 0, from: expected user, assistant, .*'narrator'",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": {}}]},
+            "'conversations', message 0, value: expected text, found dict",
+        ),
         ({"conversations": [{"from": "human"}]}, r"message 0: expected the keys role and content, found \['from'\]"),
         ({"conversations": "Hi"}, "column 'conversations': expected a list of messages, found str"),
         (
@@ -177,3 +183,116 @@ def test_a_template_that_fails_names_the_row(make_chatml: Make) -> None:
 def test_wrong_messages(row: dict[str, Any], expected: str) -> None:
     with pytest.raises(DataError, match=expected):
         parse(row)
+
+
+def messages_of(*messages: Any) -> list[Any]:
+    return list(parse({"messages": list(messages)}).messages)
+
+
+@pytest.mark.parametrize(
+    ("names", "role"),
+    [
+        (("user", "human", "Human", " USER ", "prompter", "customer"), "user"),
+        (("assistant", "gpt", "GPT", "model", "bot", "ai", "chatgpt", "chatbot"), "assistant"),
+        (("system", "System", "developer"), "system"),
+        (("tool", "function", "observation", "ipython", "function response", "tool-response", "FUNCTION_RESULT"), "tool"),
+    ],
+)
+def test_roles_by_every_common_name(names: tuple[str, ...], role: str) -> None:
+    for name in names:
+        for role_key, content_key in (("role", "content"), ("from", "value"), ("from", "content"), ("role", "text")):
+            assert messages_of({role_key: name, content_key: "x"}) == [{"role": role, "content": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": " b"}], "a b"),
+        ([{"type": "input_text", "text": "a"}, "b"], "ab"),
+        ([{"text": "a"}], "a"),
+        ({"type": "text", "text": "a"}, "a"),
+        ({"content_type": "text", "parts": ["a", "b"]}, "ab"),
+        (["a"], "a"),
+        (5, "5"),
+        (True, "true"),
+    ],
+)
+def test_contents_of_parts(content: Any, text: str) -> None:
+    assert messages_of({"role": "user", "content": content}) == [{"role": "user", "content": text}]
+    assert messages_of({"from": "gpt", "value": content}) == [{"role": "assistant", "content": text}]
+    assert messages_of({"role": "model", "parts": [{"text": text}]}) == [{"role": "assistant", "content": text}]
+
+
+def test_what_a_tool_returns_may_be_any_value() -> None:
+    for value, text in (({"t": 5}, '{"t": 5}'), ([{"t": 5}], '[{"t": 5}]'), ([], "[]"), ("ü", "ü"), ([{"text": "a"}], "a")):
+        assert messages_of({"role": "tool", "content": value}) == [{"role": "tool", "content": text}]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"content": None, "function_call": {"name": "weather", "arguments": '{"city": "Lima"}'}},
+        {"function_call": {"name": "weather", "arguments": {"city": "Lima"}}},
+        {"content": "", "tool_calls": [{"name": "weather", "arguments": {"city": "Lima"}}], "function_call": None},
+        {"content": None, "tool_calls": {"function": {"name": "weather", "parameters": {"city": "Lima"}}}},
+    ],
+)
+def test_calls_of_the_older_form(call: dict[str, Any]) -> None:
+    (message,) = messages_of({"role": "assistant"} | call)
+    called = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Lima"}}}
+    assert message == {"role": "assistant", "content": "", "tool_calls": [called]}
+    text = messages_of({"role": "tool_call", "content": json.dumps({"name": "weather", "arguments": {"city": "Lima"}})})
+    assert text == [message]
+    assert messages_of({"role": "function", "name": "weather", "content": "sun"}) == [
+        {"role": "tool", "content": "sun", "name": "weather"}
+    ]
+
+
+def test_functions_are_tools() -> None:
+    row = {"messages": OPENAI, "functions": [TOOL["function"]]}
+    assert parse(row).tools == parse({"messages": OPENAI, "tools": [TOOL]}).tools == (TOOL,)
+
+
+@pytest.mark.parametrize(
+    ("mark", "learned"),
+    [
+        ({"weight": 0}, False),
+        ({"weight": 0.0}, False),
+        ({"weight": "0"}, False),
+        ({"train": False}, False),
+        ({"training": "false"}, False),
+        ({"loss": False}, False),
+        ({"weight": 1}, True),
+        ({"train": True}, True),
+        ({"weight": None}, True),
+        ({"loss": 1.25}, True),
+        ({"weight": 1, "train": False}, False),
+    ],
+)
+@pytest.mark.parametrize("template", ["chat", "guanaco"])
+def test_answers_that_are_not_learned(chatml: Any, tagged: Any, mark: dict[str, Any], learned: bool, template: Any) -> None:
+    turns = [("human", "Peru?"), ("gpt", "Quito."), ("human", "Sure?"), ("gpt", "No: Lima.")]
+    row = {"conversations": [{"from": name, "value": text} for name, text in turns]}
+    plain = [{"role": ROLES[name], "content": text} for name, text in turns]
+    row["conversations"][1] |= mark
+    row["conversations"][0] |= {"weight": 0}  # says nothing new of a question
+    for tokenizer in (chatml, tagged):
+        example, whole = (encode(one, tokenizer, template=template) for one in (row, {"messages": plain}))
+        np.testing.assert_array_equal(example.tokens, whole.tokens)
+        edges = np.flatnonzero(np.diff(example.loss_mask.astype(int)) == 1) + 1
+        runs = [str(tokenizer.decode(example.tokens[edge : edge + 1])) for edge in edges]
+        assert len(runs) == (2 if learned else 1)
+        difference = str(tokenizer.decode(whole.tokens[whole.loss_mask & ~example.loss_mask]))
+        assert difference.strip() == ("" if learned else "Quito.<|im_end|>" if template == "chat" else "Quito.")
+        everything = encode(row, tokenizer, template=template, train_on_source=True)
+        hidden = str(tokenizer.decode(everything.tokens[1:][~everything.loss_mask[1:]])).strip()
+        assert hidden == difference.strip()
+
+
+ROLES = {"human": "user", "gpt": "assistant"}
+
+
+def test_a_mark_of_an_answer_that_says_nothing_is_an_error() -> None:
+    for mark in ({"weight": 0.5}, {"weight": "half"}, {"train": "yes"}, {"weight": []}):
+        with pytest.raises(DataError, match=r"message 0, (weight|train): expected 0 or 1 \(false or true\), found"):
+            messages_of({"role": "assistant", "content": "A"} | mark)

@@ -16,7 +16,8 @@ USER, GOOD, BAD = (
     {"role": role, "content": text} for role, text in (("user", "Q"), ("assistant", "Yes"), ("assistant", "No!"))
 )
 FORMS: dict[str, dict[str, Any]] = {
-    "texts": {"prompt": "Q", "chosen": "Yes", "rejected": "No!"},
+    "a question": {"question": "Q", "chosen": "Yes", "rejected": "No!"},
+    "an instruction": {"instruction": "Q", "input": "", "chosen": "Yes", "rejected": "No!"},
     "hh-rlhf": {"chosen": "\n\nHuman: Q\n\nAssistant: Yes", "rejected": "\n\nHuman: Q\n\nAssistant: No!"},
     "hh-rlhf prompt": {"prompt": "\n\nHuman: Q\n\nAssistant:", "chosen": "Yes", "rejected": "No!"},
     "messages": {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
@@ -32,7 +33,7 @@ def learned(example: Example, tokenizer: PreTrainedTokenizerFast) -> str:
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_the_same_pair(form: str, chatml: PreTrainedTokenizerFast) -> None:
     (pair,), report = encode_preferences([FORMS[form]], chatml, max_length=100)
-    assert str(report) == "1 of 1 pairs kept"
+    assert str(report) == "1 of 1 pairs kept as chat"
     assert chatml.decode(pair.prompt) == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
     for example, answer in ((pair.chosen, GOOD), (pair.rejected, BAD)):
         alone = encode({"messages": [USER, answer]}, chatml)
@@ -56,6 +57,43 @@ def test_texts_without_a_prompt_are_learned_whole(inst: PreTrainedTokenizerFast)
     (pair,), _ = encode_preferences([{"chosen": "Yes", "rejected": "No!"}], inst, max_length=20)
     assert pair.prompt.tolist() == [inst.bos_token_id]
     assert learned(pair.chosen, inst) == "Yes</s>"
+
+
+@pytest.mark.parametrize("template", ["auto", "plain"])
+def test_texts_are_joined_as_they_are(chatml: PreTrainedTokenizerFast, template: Any) -> None:
+    """As the trainers of others do: a prompt of text may have its template already."""
+    prompt, answers = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n", ("Yes<|im_end|>\n", "No")
+    row = dict(zip(("prompt", "chosen", "rejected"), (prompt, *answers), strict=True))
+    (pair,), report = encode_preferences([row], chatml, max_length=100, template=template)
+    assert report.templates == {"plain": 1}
+    assert chatml.decode(pair.prompt) == prompt
+    for example, answer in ((pair.chosen, answers[0]), (pair.rejected, answers[1] + "<|im_end|>")):
+        assert chatml.decode(example.tokens) == prompt + answer
+        assert learned(example, chatml) == answer
+    # With the template chat, the prompt is a question.
+    (pair,), _ = encode_preferences([row | {"prompt": "Q"}], chatml, max_length=100, template="chat")
+    assert chatml.decode(pair.prompt) == prompt
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"prompt": "Q", "system": "S"},
+        {"question": "Q", "system": "S"},
+        {"instruction": "Q", "system_prompt": "S"},
+        {"prompt": [USER], "system": "S"},
+        {"prompt": [{"role": "system", "content": "S"}, USER]},
+        {"prompt": "Q", "history": [{"role": "system", "content": "S"}]},
+    ],
+)
+def test_columns_beside_a_pair(chatml: PreTrainedTokenizerFast, more: dict[str, Any]) -> None:
+    (pair,), report = encode_preferences([{"chosen": "Yes", "rejected": "No!"} | more], chatml, max_length=100)
+    assert chatml.decode(pair.prompt).startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>")
+    assert report.odd.unused == {}
+    row = {"question": "Q", "context": "C", "chosen": [GOOD], "rejected": BAD, "score": 1, "instruction": "Q"}
+    (pair,), report = encode_preferences([row], chatml, max_length=100)
+    assert "user\nC\n\nQ<|im_end|>" in str(chatml.decode(pair.prompt))
+    assert report.odd.unused == {"score": 1, "instruction": 1}
 
 
 TEXT = st.text(st.sampled_from("ab .\nü🙂"), min_size=1, max_size=12).filter(lambda text: text.strip())
@@ -86,14 +124,15 @@ def test_any_pair(
             assert len(example) <= most
             np.testing.assert_array_equal(example.tokens[: len(pair.prompt)], pair.prompt)
             assert not example.loss_mask[: len(pair.prompt)].any()
-            assert example.tokens[np.flatnonzero(example.loss_mask)[-1]] == tokenizer.eos_token_id
+            whole = encode({"prompt": prompt, "completion": chosen if example is pair.chosen else rejected}, tokenizer)
+            np.testing.assert_array_equal(example.tokens, whole.tokens[: len(example)])
 
 
 def test_a_cut_that_leaves_no_difference_is_counted(chatml: PreTrainedTokenizerFast) -> None:
-    rows = [FORMS["texts"], {"prompt": "Q " * 50, "chosen": "Yes", "rejected": "No!"}]
+    rows = [FORMS["a question"], {"question": "Q " * 50, "chosen": "Yes", "rejected": "No!"}]
     pairs, report = encode_preferences(rows, chatml, max_length=40)
     assert len(pairs) == 1
-    assert str(report) == "1 of 2 pairs kept; 1 left out: no two answers in 40 tokens"
+    assert str(report) == "1 of 2 pairs kept as chat; 1 left out: no two answers in 40 tokens"
     with pytest.raises(DataError, match="preference pairs: expected at least one, found none: 0 of 1 pairs kept"):
         encode_preferences(rows[1:], chatml, max_length=40)
 
@@ -108,7 +147,7 @@ def test_a_cut_that_leaves_no_difference_is_counted(chatml: PreTrainedTokenizerF
         ({"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, "expected two different answers"),
         ({"chosen": "A"}, r"expected the columns chosen and rejected, found \['chosen'\]"),
         ({"chosen": "A", "rejected": None}, r"expected the columns chosen and rejected, found \['chosen'\]"),
-        ({"chosen": "A", "rejected": 3}, "column 'rejected': expected a list of messages, found int"),
+        ({"chosen": "A", "rejected": {}}, "column 'rejected', message 0: expected the keys role and content"),
         (
             {"chosen": [USER, GOOD], "rejected": [{"role": "user", "content": "R"}, BAD]},
             "column 'chosen', message 0: expected the assistant's answer as the first difference of chosen and rejected",
@@ -124,14 +163,14 @@ def test_a_cut_that_leaves_no_difference_is_counted(chatml: PreTrainedTokenizerF
 )
 def test_bad_pairs_name_their_row(chatml: PreTrainedTokenizerFast, row: dict[str, Any], expected: str) -> None:
     with pytest.raises(DataError, match=rf"^row 1 \(counted from 0\): {expected}"):
-        encode_preferences([FORMS["texts"], row], chatml, max_length=100)
+        encode_preferences([FORMS["a question"], row], chatml, max_length=100)
 
 
 def test_a_template_that_refuses_names_its_row(inst: PreTrainedTokenizerFast) -> None:
-    system = {"role": "system", "content": "S"}
+    system = {"role": "tool", "content": "S"}
     row = {"chosen": [system, USER, GOOD], "rejected": [system, USER, BAD]}
     with pytest.raises(DataError, match=r"row 2 \(counted from 0\): the chat template refuses .*Only user and"):
-        encode_preferences([{"chosen": "A", "rejected": "B"}, FORMS["texts"], row], inst, max_length=100)
+        encode_preferences([{"chosen": "A", "rejected": "B"}, FORMS["a question"], row], inst, max_length=100)
 
 
 def pairs(count: int) -> list[PreferenceExample]:

@@ -49,8 +49,7 @@ def test_messages_of_unlike_keys(tmp_path: Path) -> None:
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
         {"messages": [{"role": "user", "content": "Hi", "name": "Ada"}]},
     ]
-    loaded = load_records(write(tmp_path / "rows.jsonl", lines(*rows)))
-    assert loaded[0]["messages"][1]["content"] == "Hello"
+    assert load_records(write(tmp_path / "rows.jsonl", lines(*rows))).to_list() == rows
 
 
 def test_a_split_may_be_asked_for(tmp_path: Path) -> None:
@@ -92,13 +91,13 @@ def test_a_folder_is_read_as_a_data_set(tmp_path: Path) -> None:
         ("a.csv", "q,a\n1,2\n1,2,3\n", r"a\.csv, line 3: expected 2 fields \(q, a\), found 3"),
         ("a.csv", 'q,a\n"two\nlines",2\n1\n', r"a\.csv, line 4: expected 2 fields \(q, a\), found 1"),
         ("a.csv", "q,q\n1,2\n", r"a\.csv, line 1: expected one name for each column, found \['q', 'q'\]"),
-        ("a.csv", 'q,a\n"open,2\n', r"a\.csv: expected fields quoted with"),
+        ("a.csv", 'q,a\n"open,2\n', r"a\.csv, line 2: expected fields quoted with"),
         ("a.parquet", "text", r"a\.parquet: expected a Parquet file \(first bytes PAR1\), found b'text'"),
         ("a.parquet", "PAR1 but cut off", r"a\.parquet"),
         (
-            "a.txt",
+            "a.xlsx",
             "text",
-            r"a\.txt: expected one of the extensions \.jsonl, \.json, \.csv, \.tsv, \.parquet, found '\.txt'",
+            r"a\.xlsx: expected one of the extensions \.jsonl, .*, perhaps with \.gz, .* after it, found '\.xlsx'",
         ),
         ("a", "text", r"expected one of the extensions .*, found 'none'"),
     ],
@@ -111,20 +110,15 @@ def test_faults_name_their_place(tmp_path: Path, name: str, content: str, expect
 def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
     first = lines({"text": "für"}).encode()
     path = write(tmp_path / "a.jsonl", first + '{"text": "für"}\n'.encode("latin-1"))
-    place = len(first) + len('{"text": "f')
-    with pytest.raises(DataError, match=rf"a\.jsonl, line 2: expected UTF-8 text, found byte 0xfc at byte {place} "):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl, line 2: expected UTF-8 text, found byte 0xfc at byte 11 of the line; conv"
+    ):
         load_records(path)
 
 
 def test_unlike_types_in_one_column(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", lines({"text": {"a": 1}}, {"text": "b"}))
-    # Some versions of datasets keep such a column as JSON, and lose nothing; others refuse the file.
-    try:
-        outcome: object = load_records(path).to_list()
-    except DataError as error:
-        outcome = str(error).partition(", found: ")[0]
-    refused = f"{path}: expected rows with the same columns and types"
-    assert outcome in ([{"text": {"a": 1}}, {"text": "b"}], refused)
+    rows = [{"text": {"a": 1}}, {"text": "b"}, {"text": None, "more": [1, "x"]}]
+    assert load_records(write(tmp_path / "a.jsonl", lines(*rows))).to_list() == rows
 
 
 @pytest.mark.parametrize("source", ["missing.jsonl", "./missing", "/missing/file", "a/b/c", "~/missing.csv"])

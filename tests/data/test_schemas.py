@@ -62,19 +62,42 @@ def test_unknown_columns_are_listed_with_the_known_ones() -> None:
     known = "; ".join(f"{schema.name}: {', '.join(schema.columns)}" for schema in SCHEMAS.values())
     assert "alpaca: instruction, output; " in known
     with pytest.raises(DataError) as caught:
-        detect_schema(["prompt", "reply"])
+        detect_schema(["title", "body"])
     assert str(caught.value) == (
-        f"unknown schema: found the columns ['prompt', 'reply'], expected all those of one of: {known}"
+        f"unknown schema: found the columns ['body', 'title']; expected all those of one of: {known} "
+        "(--columns OURS=THEIRS renames columns)"
     )
     with pytest.raises(DataError, match=r"null here: \['answer'\]"):
         parse({"question": "Q", "answer": None})
 
 
 @pytest.mark.parametrize(
+    ("columns", "nearest"),
+    [
+        (["prompt", "reply"], "prompt/completion (--columns completion=reply)"),
+        (
+            ["prompt", "response"],
+            "instruction/response (--columns instruction=prompt), prompt/completion (--columns completion=response)",
+        ),
+        (["dialogue", "id"], "messages (--columns messages=dialogue), sharegpt (--columns conversations=dialogue)"),
+        (["Question", "answer"], "question/answer (--columns question=Question)"),
+        (["query", "answer"], "question/answer (--columns question=query)"),
+    ],
+)
+def test_the_nearest_schema_is_named(columns: list[str], nearest: str) -> None:
+    with pytest.raises(DataError) as caught:
+        detect_schema(columns)
+    assert str(caught.value) == f"unknown schema: found the columns {sorted(columns)}; the nearest: {nearest}"
+
+
+@pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"text": 3}, "column 'text': expected text, found int 3"),
-        ({"question": "Q", "answer": 8.5}, "column 'answer': expected text, found float 8.5"),
+        ({"text": [3]}, r"column 'text': expected text, found list \[3\]"),
+        ({"question": "Q", "answer": {"a": 8.5}}, "column 'answer': expected text, found dict {'a': 8.5}"),
+        ([1], r"expected an object with named columns, found list \[1\]"),
+        (None, "expected an object with named columns, found null"),
+        ({"question": None}, r"expected a row with a value, found nothing but nulls in \['question'\]"),
         ({"messages": "Hi"}, "column 'messages': expected a list of messages, found str"),
         ({"messages": ["Hi"]}, "message 0: expected an object with role and content, found str"),
         (

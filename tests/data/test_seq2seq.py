@@ -99,9 +99,9 @@ def test_records_of_all_schemas_become_pairs() -> None:
     assert [pair.source.tolist() for pair in found] == [[1, 2, 0]] * 3
     assert [pair.target.tolist() for pair in found] == [[3, 0]] * 3
     assert report.templates == {"plain": 3}
-    (flat,) = render([parse(rows[3])], tokenizer, "auto")
+    ((flat,),) = render([parse(rows[3])], tokenizer, "auto")
     assert split_target(flat) == (rows[3]["text"][:-1], "e")
-    (alpaca,) = render([parse({"instruction": "Add.", "input": "1 2", "output": "3"})], tokenizer, "auto")
+    ((alpaca,),) = render([parse({"instruction": "Add.", "input": "1 2", "output": "3"})], tokenizer, "auto")
     assert split_target(alpaca) == (ALPACA_PROMPT_WITH_INPUT.format(instruction="Add.", input="1 2"), "3")
 
 
@@ -111,8 +111,8 @@ def test_what_becomes_of_long_and_empty_rows() -> None:
     rows.append({"input": "a", "output": "b"})
     found, report = encode_all_seq2seq(rows, tokenizer, **PAIR)
     assert [pair.source.tolist() for pair in found] == [[1, 2, 3, 4, 5, 6, 1, 0], [1, 0], [1, 0]]
-    assert [pair.target.tolist() for pair in found] == [[1, 0], [1, 2, 3, 0], [2, 0]]
-    text = "2 cut to 8 source and 4 target tokens (the longest had 10 and 5); 1 left out: empty targets"
+    assert [pair.target.tolist() for pair in found] == [[1, 0], [1, 2, 3, 4], [2, 0]]
+    text = "2 cut to 8 source and 4 target tokens (the longest had 10 and 5); 1 left out: no target"
     assert str(report) == f"3 of 4 rows kept as pairs of source and target: plain; {text}"
     found, report = encode_all_seq2seq(rows, tokenizer, **PAIR, on_long="drop")
     assert (len(found), report.dropped_long, report.truncated) == (1, 2, 0)

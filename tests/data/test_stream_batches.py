@@ -159,18 +159,22 @@ def test_another_buffer_or_other_data_do_not_go_on(file: Path) -> None:
 def test_a_row_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"number": 0, "size": 5}\n{"number": 1, "si', encoding="utf-8")
-    with pytest.raises(DataError, match=r"in the 10 rows from row 0 on \(counted from 0\): expected rows that can be read"):
-        next(stream(path))
+    rows = list(stream_records(str(path)))
+    assert rows[0] == {"number": 0, "size": 5}
+    assert "line 2, column 15: expected one JSON object a line" in rows[1].reason
+    path.with_suffix(".csv").write_text('a,b\n"1,2\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows\.csv, line 2: expected fields quoted"):
+        next(stream(path.with_suffix(".csv")))
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("rows.csv", r"expected with streaming a \.jsonl or \.parquet file, found '\.csv'"),
-        ("none.jsonl", "expected a file or a hub data set, found nothing"),
+        ("rows.doc", r"rows\.doc: expected one of the extensions \.jsonl, .* found '\.doc'"),
+        ("none.jsonl", "expected with streaming a file, a folder or a hub data set, found nothing"),
     ],
 )
 def test_what_cannot_be_streamed(tmp_path: Path, name: str, expected: str) -> None:
-    (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "rows.doc").write_text("a,b\n1,2\n")
     with pytest.raises((DataError, FileNotFoundError), match=expected):
         stream_records(str(tmp_path / name))

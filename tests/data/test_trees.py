@@ -78,7 +78,7 @@ def test_trees_without_an_answer_are_counted() -> None:
         (message("b", "a", "assistant"), "row 7 .*: expected a message_id of its own, found b again"),
         (message("x", "a", "moderator"), "message x, role: expected one of prompter, assistant, found 'moderator'"),
         (message("x", "a", "assistant", rank="high"), "message x, rank: expected a number, found 'high'"),
-        (message("x", "a", "assistant", text=None), "message x, text: expected text, found NoneType"),
+        (message("x", "a", "assistant", text=None), "message x, text: expected text, found null"),
     ],
 )
 def test_what_is_no_tree_names_its_message(row: dict[str, Any], expected: str) -> None:

@@ -26,7 +26,8 @@ from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.cli import parse
 from qlora_jax.commands.train import main
-from qlora_jax.data import Example, encode_all
+from qlora_jax.data import Example, encode_all, read_chat_template
+from qlora_jax.export.pretrained import merge_pretrained
 from qlora_jax.finetune import LoRAOptions, Options, finetune
 from qlora_jax.finetune.finish import finish
 from qlora_jax.finetune.objectives.corpus import Corpus, read_corpus
@@ -132,6 +133,21 @@ def test_new_special_tokens_are_trained_saved_and_used(options: Options, tmp_pat
     merged_rows = result.read("model.embed_tokens.weight")[size:]
     np.testing.assert_allclose(merged_rows.astype(np.float32), rows, rtol=0.01, atol=1e-3)
     assert len(load_tokenizer(tmp_path / "merged")) == size + 2
+
+
+@pytest.mark.integration
+def test_a_chat_template_is_saved_and_used(options: Options, tmp_path: Path) -> None:
+    """Generation and a further run find it beside the adapter, and merging writes it."""
+    folder = finetune(but(options, "data", chat_template="gemma"), progress=False)
+    opened = open_pretrained(options.model.model, str(folder))
+    assert opened.tokenizer.chat_template == read_chat_template("gemma", opened.tokenizer)
+    assert opened.adapter_metadata is not None
+    assert opened.adapter_metadata.template == "chat"
+    further = but(but(dataclasses.replace(options, lora=LoRAOptions()), "model", adapter=str(folder)), "run", max_steps=1)
+    second = finetune(but(further, "run", output=tmp_path / "further"), progress=False)
+    assert load_tokenizer(second).chat_template == opened.tokenizer.chat_template
+    merge_pretrained(opened, tmp_path / "merged", progress=False)
+    assert load_tokenizer(tmp_path / "merged").chat_template == opened.tokenizer.chat_template
 
 
 @pytest.mark.integration

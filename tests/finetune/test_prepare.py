@@ -51,6 +51,10 @@ BAD: dict[str, tuple[Callable[[Path, str], list[str]], str]] = {
     ),
     "missing data": (lambda folder, model: ["--data", f"{folder}/none.jsonl"], "none.jsonl: expected a data file"),
     "empty data": (lambda folder, model: ["--data", write(folder, "")], "expected at least one row, found an empty file"),
+    "unknown chat template": (
+        lambda folder, model: ["--chat-template", "chatlm"],
+        "chat_template: expected a file or one of chatml, gemma,",
+    ),
     "malformed line": (lambda folder, model: ["--data", write(folder, ROW + '{"question": \n')], "data.jsonl, line 2"),
     "unknown schema": (
         lambda folder, model: ["--data", write(folder, '{"title": "x", "body": "y"}\n' * 3)],
@@ -227,6 +231,15 @@ def test_data_options_that_mean_nothing(fields: dict[str, Any], expected: str) -
 def test_pairs_need_data(dpo_options: Options) -> None:
     with pytest.raises(ValueError, match=r"data: expected preference pairs \(chosen, rejected\) .*, found none"):
         prepare(but(dpo_options, "data", data=None), progress=False)
+
+
+def test_the_chat_template_of_the_options_writes_the_data(options: Options) -> None:
+    prepared = prepare(but(options, "data", chat_template="zephyr"), progress=False)
+    tokenizer = prepared.pretrained.tokenizer
+    assert prepared.adapter_metadata.template == "chat"
+    text = str(tokenizer.decode(next(prepared.batches)["inputs"][0].tolist()))
+    assert text.startswith("<|user|>\n")
+    assert "<|assistant|>\n" in text
 
 
 def test_an_encoder_decoder_has_no_new_special_tokens(seq2seq_options: Options) -> None:

@@ -129,7 +129,8 @@ GOOD = {"question": "1?", "answer": "one"}
 @pytest.mark.parametrize(("place", "held_out_rows"), [(0, 4), (5, 4), (110, 4), (110, 0)])
 def test_a_bad_row_is_named_with_its_file(options: Options, tiny_llama: Path, place: int, held_out_rows: int) -> None:
     """Among those held out, among those looked at before the run, and while it trains."""
-    rows = but(options, [GOOD] * place + [{"question": "1?", "reply": "x"}] + [GOOD] * 3, held_out_rows=held_out_rows)
+    bad = [GOOD] * place + [{"question": "1?", "reply": "x"}] + [GOOD] * 3
+    rows = but(options, bad, held_out_rows=held_out_rows, on_bad_row="error")
 
     def train() -> None:
         source = objective_of(rows, tiny_llama).training(2)
@@ -140,13 +141,28 @@ def test_a_bad_row_is_named_with_its_file(options: Options, tiny_llama: Path, pl
         train()
 
 
-@pytest.mark.parametrize(("held_out_rows", "first"), [(2, 0), (0, 0)])
-def test_a_line_that_is_no_json(options: Options, tiny_llama: Path, held_out_rows: int, first: int) -> None:
-    broken = but(options, [GOOD], held_out_rows=held_out_rows)
+@pytest.mark.parametrize("held_out_rows", [0, 2])
+def test_a_line_that_is_no_json_is_left_out(
+    options: Options, tiny_llama: Path, held_out_rows: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "qlora_jax")
     path = Path(str(options.data.data))
-    path.write_text(path.read_text() + '{"question": \n', encoding="utf-8")
-    with pytest.raises(DataError, match=rf"^{path}, in the \d+ rows from row {first} on .*: expected rows that can be read"):
-        objective_of(broken, tiny_llama)
+    good = json.dumps(GOOD) + "\n"
+    late = good.replace("}", ', "more": {"a": [1, "x"]}}')  # a column that the first rows lack
+    options = but(options, [], held_out_rows=held_out_rows, shuffle_buffer=50)
+    path.write_text(good + '{"question": \n' + good * 120 + '["a"]\n' + late * 20, encoding="utf-8")
+    source = objective_of(options, tiny_llama).training(2)
+    while not any("at the end of the rows" in message for message in caplog.messages):
+        next(source)
+    place = "rows.jsonl, line 2, column 1: expected one JSON object a line"
+    assert sum(place in message for message in caplog.messages) == (1 if held_out_rows else 2)
+    assert "line 123: expected a JSON object, found list ['a']" in caplog.messages[-1]
+    assert "not used: more" in caplog.messages[-1]
+    path.write_text(good * 3 + '{"question": \n' * 3, encoding="utf-8")
+    with pytest.raises(
+        DataError, match=rf"^{path}, 3 of 6 rows cannot be used, more than one in ten|3 of 4 rows|found none: 0 of"
+    ):
+        objective_of(options, tiny_llama)
 
 
 def test_rows_that_teach_nothing_are_told(options: Options, tiny_llama: Path, caplog: pytest.LogCaptureFixture) -> None:

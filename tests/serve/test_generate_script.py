@@ -188,6 +188,12 @@ def test_what_the_model_is_asked(folder: Path, capsys: pytest.CaptureFixture[str
     assert run(capsys, "--model", folder, "--template", "plain", "--prompt", "Hi")[0] == 0
     assert asked[-1]["texts"] == ["Hi"]
 
+    # A template that has no system role: the message stands in the user's turn, which is said once.
+    gemma = ["--model", folder, "--chat-template", "gemma"]
+    code, _, err = run(capsys, *gemma, "--system", "Be.", "--prompt", "Hi")
+    assert asked[-1]["texts"] == ["<start_of_turn>user\nBe.\n\nHi<end_of_turn>\n<start_of_turn>model\n"]
+    assert (code, err.count("[system message written at the start of the first user turn")) == (0, 1)
+
     monkeypatch.setattr("sys.stdin", Terminal("one\ntwo\n\nthree\n"))
     code, out, _ = run(capsys, "--model", folder, "--interactive")
     assert (code, out) == (0, "> good 你\n> good 你\n> ")
@@ -202,6 +208,8 @@ def test_bad_input_is_one_line(
     other = write_small_adapter(tmp_path / "other", 2 * HIDDEN)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
     hello = ["--prompt", "Hello"]
+    refusing = tmp_path / "refusing.jinja"
+    refusing.write_text("{{ raise_exception('No.\\nNot today.') }}", "utf-8")
     for arguments, message in (
         (["--model", tmp_path / "none.gguf", *hello], "no such file or folder"),
         (["--model", folder, "--adapter", tmp_path, *hello], "is no adapter"),
@@ -210,6 +218,11 @@ def test_bad_input_is_one_line(
         (["--model", folder, "--max-new-tokens", 0, *hello], "max_new_tokens: expected at least 1, found 0"),
         (["--model", folder, "--template", "plain", "--system", "Be.", *hello], "expected one user message, found 2"),
         (["--model", folder, "--data-type", "none", "--block-size", 32, *hello], "expected a 4-bit data type, found dense"),
+        (
+            ["--model", folder, "--chat-template", refusing, *hello],
+            "refuses this conversation: No. Not today; choose another",
+        ),
+        (["--model", folder, "--chat-template", "none", *hello], "chat_template: expected a file or one of chatml, gemma,"),
         (["--model", folder], "empty prompt: number 1 of 1"),
         (["--model", folder, "--interactive"], "expected a terminal"),
         (["--model", folder, "--interactive", *hello], "--interactive takes no --prompt"),

@@ -13,12 +13,21 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.data import PLAIN_ANSWERS, DataError, Example, Template, mix, open_source, show_examples, train_eval_split
+from qlora_jax.data import (
+    PLAIN_ANSWERS,
+    DataError,
+    Example,
+    Rows,
+    Source,
+    Template,
+    mix,
+    open_source,
+    show_examples,
+    train_eval_split,
+)
 from qlora_jax.errors import OptionError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from qlora_jax.finetune.options.data import DataOptions
     from qlora_jax.finetune.options.options import Options
 
@@ -41,8 +50,12 @@ class Account(Protocol):
     @property
     def templates(self) -> dict[Template, int]: ...
 
+    def check_bad_rows(self) -> None:
+        """Raise DataError if too many rows cannot be used."""
+        ...
 
-Encode = Callable[["Dataset | list[dict[str, Any]]"], tuple[list[T], Account]]
+
+Encode = Callable[[Rows | list[dict[str, Any]]], tuple[list[T], Account]]
 
 
 def read_corpus(
@@ -63,17 +76,21 @@ def read_corpus(
         DataError, OSError: data that cannot be used, or nothing to train on.
     """
     data = options.data
+    held_out: list[T] = []
+    if data.eval_data is not None:  # first, since it is read sooner than what is trained on: it may be missing
+        held_out, _ = read_source(data.eval_data, open_source(data.eval_data, data.eval_split, data.column_names), encode)
     forms: dict[Template, int] = {}
     named: list[tuple[int, T]] = []
+    columns: set[str] = set()
     for index, source in enumerate(data.sources or (PLAIN_ANSWERS,)):
-        examples, account = read_source(source, data.split, encode)
+        opened = open_source(source, data.split, data.column_names)
+        columns.update(opened.columns)
+        examples, account = read_source(source, opened, encode)
         named += [(index, example) for example in examples]
         for form, count in account.templates.items():
             forms[form] = forms.get(form, 0) + count
-    held_out: list[T] = []
-    if data.eval_data is not None:
-        held_out, _ = read_source(data.eval_data, data.eval_split, encode)
-    elif data.held_out > 0:
+    data.column_names.check(columns)
+    if data.eval_data is None and data.held_out > 0:
         named, out = train_eval_split(named, eval_count=_held_out_count(data, len(named)), seed=options.run.seed)
         held_out = [example for _, example in out]
     named, held_out = _sample(named, data.max_train_samples, options.run.seed), held_out[: data.max_eval_samples]
@@ -86,11 +103,11 @@ def read_corpus(
     return Corpus(training, held_out, max(forms, key=forms.__getitem__))
 
 
-def read_source(source: str, split: str | None, encode: Encode[T]) -> tuple[list[T], Account]:
-    """Return the examples of one source, with an account of its rows."""
-    opened = open_source(source, split)
+def read_source(source: str, opened: Source, encode: Encode[T]) -> tuple[list[T], Account]:
+    """Return the examples of one source that is open, with an account of its rows, which is logged."""
     with named_errors(source):
         examples, account = encode(opened.records)
+        account.check_bad_rows()
     _logger.info("%s: %s%s", source, f"{opened.note}; " if opened.note else "", account)
     return examples, account
 

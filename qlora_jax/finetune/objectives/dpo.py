@@ -31,7 +31,13 @@ def read_dpo(setting: Setting) -> Objective:
     options, data, tokenizer = setting.options, setting.options.data, setting.tokenizer
     if not data.sources:
         raise OptionError("data: expected preference pairs (chosen, rejected) with objective dpo, found none")
-    encode = partial(encode_preferences, tokenizer=tokenizer, max_length=data.max_length, template=data.template)
+    encode = partial(
+        encode_preferences,
+        tokenizer=tokenizer,
+        max_length=data.max_length,
+        template=data.template,
+        on_bad_row=data.on_bad_row,
+    )
     corpus = read_corpus(options, tokenizer, encode, lambda pair: (pair.chosen, pair.rejected))
     both = itertools.chain.from_iterable((pair.chosen, pair.rejected) for pair in [*corpus.training, *corpus.held_out])
     length, pad_id = bucket_length(list(both), data.max_length), cast(int, tokenizer.pad_token_id)

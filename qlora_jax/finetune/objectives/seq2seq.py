@@ -37,6 +37,7 @@ def read_seq2seq(setting: Setting) -> Objective:
         max_target_length=data.target_max_length or data.max_length,
         template=data.template,
         on_long=data.on_long,
+        on_bad_row=data.on_bad_row,
     )
     corpus = read_corpus(options, tokenizer, encode, lambda pair: (_joined(pair),))
     pairs = [*corpus.training, *corpus.held_out]

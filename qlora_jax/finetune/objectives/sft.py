@@ -36,6 +36,7 @@ def read_sft(setting: Setting) -> Objective:
         template=data.template,
         train_on_source=data.train_on_source,
         on_long=data.on_long,
+        on_bad_row=data.on_bad_row,
         source_max_length=data.source_max_length,
         target_max_length=data.target_max_length,
         progress=setting.progress,

@@ -5,16 +5,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora_jax.data import TREE_COLUMNS, DataError, Example, NothingToLearn, Report, StreamBatches, read_rows, stream_records
+from qlora_jax.data import (
+    TREE_COLUMNS,
+    ColumnNames,
+    DataError,
+    Example,
+    NothingToLearn,
+    Report,
+    RowStream,
+    StreamBatches,
+    open_source,
+    read_rows,
+    stream_records,
+    stream_source,
+)
 from qlora_jax.finetune.objectives.corpus import Corpus, named_errors, read_source
 
 if TYPE_CHECKING:
-    from datasets import IterableDataset
-
     from qlora_jax.finetune.options.data import DataOptions
     from qlora_jax.finetune.options.options import Options
 
 SAMPLE = 100  # rows that are read before the run
+ROWS_TO_JUDGE = 1000  # rows after which those that cannot be used are compared with all, and not only at the end of a pass
 _logger = logging.getLogger(__name__)
 
 
@@ -24,12 +36,17 @@ class Stream:
 
     source: str
     split: str | None
+    columns: ColumnNames
     held_out_rows: int
     encode: Callable[..., tuple[list[Example], Report]]
 
-    def rows(self) -> "IterableDataset":
+    def open(self) -> RowStream:
+        """Return all rows."""
+        return stream_source(self.source, self.split, self.columns)
+
+    def rows(self) -> RowStream:
         """Return the rows to train on."""
-        return stream_records(self.source, self.split).skip(self.held_out_rows)
+        return self.open().skip(self.held_out_rows)
 
     def batches(self, options: "Options", *, rows: int, pad_id: int) -> StreamBatches:
         """Return batches of so many rows.
@@ -39,7 +56,7 @@ class Stream:
         """
         total: Report | None = None
 
-        def encode(records: list[dict[str, Any]], first: int) -> list[Example]:
+        def encode(records: list[Any], first: int) -> list[Example]:
             nonlocal total
             with named_errors(self.source):
                 try:
@@ -49,11 +66,18 @@ class Stream:
                     last = first + len(records) - 1
                     _logger.info("%s, rows %d to %d (counted from 0): %s", self.source, first, last, report)
             total = report if total is None else total + report
+            if total.rows >= ROWS_TO_JUDGE:
+                check(total)
             return examples
+
+        def check(report: Report) -> None:
+            with named_errors(self.source):
+                report.check_bad_rows()
 
         def pass_ended() -> None:
             nonlocal total
             if total is not None:
+                check(total)
                 _logger.info("%s: at the end of the rows to train on: %s", self.source, total)
             total = None
 
@@ -82,28 +106,34 @@ def open_stream(data: "DataOptions", encode: Callable[..., tuple[list[Example], 
         DataError, OSError: data that cannot be used, or nothing to train on.
     """
     source, held_out = data.sources[0], []
-    stream = Stream(source, data.split, 0 if data.eval_data is not None else data.held_out_rows, encode)
+    columns = data.column_names
+    stream = Stream(source, data.split, columns, 0 if data.eval_data is not None else data.held_out_rows, encode)
     if data.eval_data is not None:
-        held_out, _ = read_source(data.eval_data, data.eval_split, encode)
+        held_out, _ = read_source(data.eval_data, open_source(data.eval_data, data.eval_split, columns), encode)
     elif stream.held_out_rows:
-        first = _first_rows(stream_records(source, data.split), stream.held_out_rows, 0, source)
+        first = _first_rows(stream.open(), stream.held_out_rows, 0, source)
         with named_errors(source):
             held_out, report = encode(first, progress=False)
+            report.check_bad_rows()
         _logger.info("%s: held out are the first rows: %s", source, report)
+    if columns.pairs:
+        named = _first_rows(stream_records(source, data.split), SAMPLE, 0, source)
+        columns.check({name for row in named if isinstance(row, dict) for name in row})
     rows = _first_rows(stream.rows(), SAMPLE, stream.held_out_rows, source)
     if not rows:
         raise DataError(f"{source}: expected rows beyond those held out (held_out_rows {stream.held_out_rows}), found none")
     with named_errors(source):
         _, report = encode(rows, first_row=stream.held_out_rows, progress=False)
+        report.check_bad_rows()
     _logger.info("%s: streamed; of its first rows to train on %s", source, report)
     form = max(report.templates, key=report.templates.__getitem__)
     return stream, Corpus([], held_out[: data.max_eval_samples], form)
 
 
-def _first_rows(stream: "IterableDataset", count: int, number: int, source: str) -> list[dict[str, Any]]:
+def _first_rows(stream: RowStream, count: int, number: int, source: str) -> list[Any]:
     """Return at most `count` rows; `number` is the number of the first one in messages."""
-    rows = read_rows(stream.take(count), count, number, source)
-    if any(row.keys() >= TREE_COLUMNS for row in rows):
+    rows = read_rows(iter(stream), count, number, source)
+    if any(isinstance(row, dict) and row.keys() >= TREE_COLUMNS for row in rows):
         raise DataError(
             f"{source}: streaming: expected rows that stand alone, found message trees "
             f"(columns {', '.join(sorted(TREE_COLUMNS))}), which are read whole"

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from pathlib import Path
 
-from qlora_jax.data import NAMED, Limits, OnLong, Template, check_weights
+from qlora_jax.data import NAMED, ColumnNames, Limits, OnBadRow, OnLong, Template, check_weights, column_names
 from qlora_jax.errors import OptionError
 
 
@@ -13,8 +13,13 @@ class DataOptions:
     """The data to train on and to evaluate."""
 
     data: str | tuple[str, ...] | None = None
-    """JSONL, JSON, CSV, TSV or Parquet files, hub ids, or names that the QLoRA authors use (oasst1, alpaca …); the
-    instructions that are part of the package if left out."""
+    """JSONL, JSON, CSV, TSV, Parquet or text files, also compressed (.gz, .zst …), folders of them, hub ids, or names that
+    the QLoRA authors use (oasst1, alpaca …); the instructions that are part of the package if left out."""
+    columns: tuple[str, ...] = ()
+    """Names of the data's columns, as OURS=THEIRS: question=query answer=reply."""
+    on_bad_row: OnBadRow = "skip"
+    """What to do with a row that cannot be used: leave it out, with an account of the reasons, or stop with an error. More
+    than one such row in ten is an error in any case."""
     weights: tuple[float, ...] = ()
     """Shares of several sources in the training data, in any unit; by their numbers of rows if left out."""
     split: str | None = None
@@ -31,14 +36,18 @@ class DataOptions:
     """Evaluate on at most so many held-out examples, the first ones."""
     template: Template = "auto"
     """The template that makes text of records; auto: the one of their schema."""
+    chat_template: str | None = None
+    """Chat template: a Jinja file or a name (chatml, llama3, gemma …), in place of the tokenizer's own; saved with the
+    adapter."""
     max_length: int = 512
     """The most tokens of one example; of an encoder-decoder: of its source, and of its target."""
     source_max_length: int | None = None
     """The most tokens of an example before its first answer."""
     target_max_length: int | None = None
     """The most tokens of an example from its first answer on."""
-    on_long: OnLong = "truncate"
-    """What to do with longer examples."""
+    on_long: OnLong = "split"
+    """What to do with longer examples: split a text without turns into rows and cut a conversation, cut both, stop with an
+    error, or leave them out."""
     train_on_source: bool = False
     """Learn the prompts as well as the answers."""
     packing: bool | None = None
@@ -47,8 +56,8 @@ class DataOptions:
     group_by_length: bool = False
     """Put examples of similar length into a batch, padded only to the longest of them; without packing."""
     streaming: bool = False
-    """Read, tokenize and pack one JSON lines or Parquet file or hub data set during training, for sets larger than memory;
-    needs max-steps, and starts again at the end of the data."""
+    """Read, tokenize and pack one file, folder or hub data set during training, for sets larger than memory; needs
+    max-steps, and starts again at the end of the data."""
     shuffle_buffer: int = 2000
     """Number of rows that streaming holds in memory, and within which it shuffles and packs."""
     held_out_rows: int = 100
@@ -65,6 +74,7 @@ class DataOptions:
                 raise OptionError(f"{name}: expected at least 1, found {most}")
         if self.data == ():
             raise OptionError("data: expected at least one source, found none")
+        column_names(self.columns)
         if self.weights:
             check_weights(self.weights, max(1, len(self.sources)))
         if self.eval_split is not None and self.eval_data is None:
@@ -99,6 +109,11 @@ class DataOptions:
     def packs(self) -> bool:
         """Whether examples are packed, where the objective allows it."""
         return not self.group_by_length if self.packing is None else self.packing
+
+    @property
+    def column_names(self) -> ColumnNames:
+        """The columns that are renamed."""
+        return column_names(self.columns)
 
     @property
     def sources(self) -> tuple[str, ...]:
