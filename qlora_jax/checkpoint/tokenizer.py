@@ -9,18 +9,16 @@ model has no embedding for more tokens. EOS remains only where no other token ex
 
 Tokens without an embedding. A tokenizer may have a few tokens more than the embedding has rows: all sizes of Gemma 3 share a
 tokenizer with a token for images, and a padding token is often added without resizing the model. Such a tokenizer is used;
-`check_ids` refuses the text in which such a token occurs.
+only the text in which such a token occurs is refused (data/token_ids.py).
 """
 
 import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from qlora_jax.checkpoint.files import read_object
 from qlora_jax.checkpoint.gguf.header import read_header
@@ -28,7 +26,7 @@ from qlora_jax.checkpoint.gguf.tokenizer import gguf_tokenizer
 from qlora_jax.checkpoint.gguf.vocabulary import end_ids
 from qlora_jax.checkpoint.hub import Snapshot, resolve
 from qlora_jax.checkpoint.tokenizer_files import folder_tokenizer
-from qlora_jax.errors import CheckpointError, DataError, list_names
+from qlora_jax.errors import CheckpointError, list_names
 
 if TYPE_CHECKING:  # imported where it is used: transformers takes a second, and PyTorch with it where that is installed
     from transformers import PreTrainedTokenizerFast
@@ -36,7 +34,7 @@ if TYPE_CHECKING:  # imported where it is used: transformers takes a second, and
 # Tokenizers need no PyTorch: without this transformers advises, on import, that it is missing.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-__all__ = ["check_ids", "check_tokenizer", "load_tokenizer", "save_tokenizer", "stop_ids"]
+__all__ = ["check_tokenizer", "load_tokenizer", "save_tokenizer", "stop_ids"]
 
 FEW, MANY = 16, 256  # tokens without an embedding, of the vocabulary and with added ones, that a tokenizer may have
 PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<PAD>", "<|padding|>", "<|finetune_right_pad_id|>", "<|endofpad|>")
@@ -134,22 +132,6 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerFast", config: Mapping[str, A
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= size:
         tokenizer.pad_token = _padding_choice(tokenizer, size) or tokenizer.eos_token
     _logger.info("%s: %d tokens have no embedding in this model: %s", place, len(beyond), list_names(list(beyond)))
-
-
-def check_ids(ids: Sequence[int] | np.ndarray, tokenizer: "PreTrainedTokenizerFast", size: int, place: str) -> None:
-    """Raise DataError where a text has a token for which the model has no embedding.
-
-    Args:
-        ids: the tokens of the text.
-        size: the rows of the embedding.
-        place: the text, for the message.
-    """
-    highest = int(np.max(ids, initial=-1))
-    if highest >= size:
-        raise DataError(
-            f"{place}: expected token ids below {size} (vocab_size, the rows of the embedding), found {highest}, the token "
-            f"{tokenizer.convert_ids_to_tokens(highest)!r}, for which this model has no embedding. Take it out of the text."
-        )
 
 
 def _separate_padding(tokenizer: "PreTrainedTokenizerFast") -> None:

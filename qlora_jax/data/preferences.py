@@ -18,7 +18,6 @@ piece, as in training on answers. If the first characters of an answer and the l
 prompt ends before that token.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ import numpy as np
 
 from qlora_jax.data.batch import Batch, batches
 from qlora_jax.data.corpus import plain_rows, rendered_rows, unused_names
+from qlora_jax.data.dialogue import is_dialogue, split_dialogue
 from qlora_jax.data.format import Example, Limits, encode_rendered
 from qlora_jax.data.messages import Message, checked_messages, not_learned
 from qlora_jax.data.more_columns import MORE, column_text, earlier_messages, joined_texts, tools_of
@@ -35,6 +35,7 @@ from qlora_jax.data.odd_rows import OnBadRow, RowAccount, RowTally
 from qlora_jax.data.pieces import Piece
 from qlora_jax.data.render import Rendered, Template
 from qlora_jax.data.schemas import Record, present_columns
+from qlora_jax.data.token_ids import check_ids
 from qlora_jax.data.values import check_characters, described
 from qlora_jax.errors import DataError, OptionError
 
@@ -46,8 +47,6 @@ PREFERENCE_COLUMNS = ("chosen", "rejected")
 # Columns that hold the prompt; of several, the first one is used.
 _PROMPTS = ("prompt", "question", "instruction")
 _USED = {*PREFERENCE_COLUMNS, *_PROMPTS, "input", "context", *MORE}
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +105,7 @@ def encode_preferences(
     max_length: int,
     template: Template = "auto",
     on_bad_row: OnBadRow = "error",
+    vocabulary: int | None = None,
 ) -> tuple[list[PreferenceExample], PreferenceReport]:
     """Return (the pairs of all records, in order; a report).
 
@@ -116,6 +116,7 @@ def encode_preferences(
         template: how conversations are written as text; "auto" is the chat template if the tokenizer has one, else guanaco.
             Texts without turns are then plain, because they may be rendered already.
         on_bad_row: what to do with a record that is no pair: raise an error, or leave it out and count it.
+        vocabulary: the number of tokens for which the model has an embedding; None: all.
 
     Raises:
         DataError: a row is not a preference pair, where that is an error, or no pair remains.
@@ -124,23 +125,30 @@ def encode_preferences(
         raise OptionError(f"template: expected one of {', '.join(get_args(Template))}, found {template!r}")
     tally, rows = RowTally(on_bad_row), 0
     flat: list[Rendered] = []
+    numbers: list[int] = []
     for rows, row in enumerate(plain_rows(records), start=1):
         pair = tally.attempt(rows - 1, _parse, row, template)
         rendered = None if pair is None else tally.attempt(rows - 1, _render, pair, tokenizer, template)
         if pair is not None and rendered is not None:
             flat += rendered
+            numbers.append(rows - 1)
             tally.unused({*pair.unused, *unused_names(_record(pair, pair.chosen), rendered[0].template, tokenizer)})
     encoded = encode_rendered(flat, tokenizer, limits=Limits(max_length))
-    examples, truncated = [], 0
-    for chosen, rejected in zip(encoded[::2], encoded[1::2], strict=True):
+    examples, truncated, equal = [], 0, 0
+    for number, chosen, rejected in zip(numbers, encoded[::2], encoded[1::2], strict=True):
+        ids = np.concatenate([chosen.example.tokens, rejected.example.tokens])
+        if not tally.attempt(number, check_ids, ids, tokenizer, vocabulary):
+            continue
         if chosen.teaches and rejected.teaches and not np.array_equal(chosen.example.tokens, rejected.example.tokens):
             truncated += chosen.long or rejected.long
             examples.append(_with_prompt(chosen.example, rejected.example))
+        else:
+            equal += 1
     report = PreferenceReport(
         rows=rows,
         kept=len(examples),
         truncated=truncated,
-        without_difference=len(flat) // 2 - len(examples),
+        without_difference=equal,
         max_length=max_length,
         templates=dict(Counter(text.template for text in flat[::2])),
         notes=dict(Counter(note for text in flat[::2] for note in text.notes)),
@@ -165,7 +173,7 @@ def _parse(row: Any, template: Template) -> _Pair:
     texts = all(_is_text(value) for value in answers)
     if texts and column == "prompt" and template in ("auto", "plain") and not before and not tools:
         prompt = present["prompt"]
-        if _is_text(prompt) and not _TURN.match(str(prompt)):
+        if _is_text(prompt) and not is_dialogue(str(prompt)):
             chosen, rejected = ((_answer(column_text(present, name)),) for name in PREFERENCE_COLUMNS)
             _check_different(chosen, rejected)
             return _Pair((), chosen, rejected, before=column_text(present, "prompt"), unused=unused)
@@ -215,7 +223,7 @@ def _prompt(row: Mapping[str, Any], column: str | None) -> tuple[Message, ...]:
     column_text(row, column)
     parts = {"question": ("context", "question"), "instruction": ("instruction", "input", "context")}
     text = joined_texts(row, *parts.get(column, (column,)))
-    if not _TURN.match(text):
+    if not is_dialogue(text):
         return ({"role": "user", "content": text},)
     turns = split_dialogue(text)
     # `\n\nAssistant:` with nothing after it is only the header of the answer.
@@ -227,23 +235,13 @@ def _conversation(row: Mapping[str, Any], column: str, before: tuple[Message, ..
     value = row[column]
     if _is_text(value):
         text = column_text(row, column)
-        return split_dialogue(text) if not before and _TURN.match(text) else (*before, _answer(text))
+        return split_dialogue(text) if not before and is_dialogue(text) else (*before, _answer(text))
     messages = checked_messages(value, column)
     if not messages or messages[0]["role"] == "assistant":
         return (*before, *messages)
     if any(message not in messages for message in before):
         raise DataError(f"column {column!r}: expected a conversation that holds the prompt, found {described(messages)}")
     return messages
-
-
-def split_dialogue(text: str) -> tuple[Message, ...]:
-    """Return the turns of a text in the form of hh-rlhf."""
-    markers = list(_TURN.finditer(text))
-    ends = [marker.start() for marker in markers[1:]] + [len(text)]
-    return tuple(
-        {"role": _ROLES[marker.group(1)], "content": text[marker.end() : end].strip()}
-        for marker, end in zip(markers, ends, strict=True)
-    )
 
 
 def _render(pair: _Pair, tokenizer: "PreTrainedTokenizerBase", template: Template) -> tuple[Rendered, Rendered]:

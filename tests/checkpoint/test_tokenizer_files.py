@@ -13,8 +13,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_jax.checkpoint.hub import resolve
-from qlora_jax.checkpoint.tokenizer import check_ids, check_tokenizer, load_tokenizer, save_tokenizer, stop_ids
+from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer, stop_ids
 from qlora_jax.checkpoint.tokenizer_files import has_tokenizer
+from qlora_jax.data import check_ids
 from qlora_jax.errors import CheckpointError, DataError
 
 TEXTS = ["In 2024, I'LL pay 123456!!\n\nOK  two  spaces", "<s>Grüße</s> <|im_end|>\n", " x", "Ab ab AB"]
@@ -275,10 +276,12 @@ def test_tokens_without_a_row(tmp_path: Path) -> None:
     size = backend.token_to_id("<image>")
     check_tokenizer(tokenizer, {"vocab_size": size})
     assert tokenizer.pad_token == "<unk>"
-    check_ids(tokenizer("a picture")["input_ids"], tokenizer, size, "row 3")
-    check_ids([], tokenizer, size, "row 3")
-    with pytest.raises(DataError, match=rf"row 3: expected token ids below {size} .*found {size}, the token '<image>'"):
-        check_ids(tokenizer("a <image>")["input_ids"], tokenizer, size, "row 3")
+    for ids in (tokenizer("a picture")["input_ids"], []):
+        assert check_ids(ids, tokenizer, size, "prompt: ")
+    ids = tokenizer("a <image>")["input_ids"]
+    assert check_ids(ids, tokenizer, None)
+    with pytest.raises(DataError, match=rf"prompt: expected tokens .*\(ids below {size}\), found '<image>' \({size}\)"):
+        check_ids(ids, tokenizer, size, "prompt: ")
 
 
 def test_an_end_without_a_row_is_refused(tmp_path: Path) -> None:
