@@ -39,7 +39,7 @@ from qlora_jax.adapters.names import PREFIX, ROWS, adapted_modules, in_text_part
 from qlora_jax.adapters.peft_config import CONFIG, TaskType, adapter_config, config_of, resolve_adapter
 from qlora_jax.adapters.virtual_tokens import ENCODER, read_encoder
 from qlora_jax.checkpoint.hub import Snapshot
-from qlora_jax.checkpoint.tokenizer import VOCABULARY_FILES
+from qlora_jax.checkpoint.tokenizer_files import has_tokenizer
 from qlora_jax.checkpoint.whole_folder import whole_folder, writing_errors
 from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.peft import Method
@@ -83,8 +83,8 @@ class Adapter:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the adapter was saved with a tokenizer of its own, in any form."""
-        return self.snapshot is not None and any((self.snapshot.path / name).is_file() for name in VOCABULARY_FILES)
+        """Whether the adapter was saved with a tokenizer of its own."""
+        return self.snapshot is not None and has_tokenizer(self.snapshot.path)
 
     def of_module(self, module: str) -> dict[str, np.ndarray]:
         """Return the tensors of a linear module by their suffixes, e.g. "lora_A.weight"; empty where it has no adapter."""

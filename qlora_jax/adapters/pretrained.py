@@ -34,6 +34,7 @@ from qlora_jax.checkpoint.hub import Snapshot, resolve
 from qlora_jax.checkpoint.load import checked_rewrite, default_dtype, load, storage_of
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, stop_ids
+from qlora_jax.checkpoint.tokenizer_files import chat_template_of
 from qlora_jax.errors import OptionError
 from qlora_jax.models import Model, ModelSpec, Origin, Remat, ResizedEmbeddings, RopeScaling
 from qlora_jax.peft import LoRA, Method, Subtracted
@@ -284,7 +285,10 @@ def open_unchecked(
         opened, subtracted = split_initialization(read_adapter(snapshot), metadata)
         check_family(opened, checkpoint.config["model_type"])  # before parameters of another family are looked for
         checkpoint = resized_for_adapter(checkpoint, opened)
-    tokenizer = load_tokenizer(snapshot if opened is not None and opened.has_tokenizer and snapshot is not None else base)
+    own = opened is not None and opened.has_tokenizer
+    tokenizer = load_tokenizer(snapshot if own and snapshot is not None else base)
+    if not own and snapshot is not None and (template := chat_template_of(snapshot.path)) is not None:
+        tokenizer.chat_template = template  # a folder may hold the template of its training alone
     check_tokenizer(tokenizer, checkpoint.config)
     return Pretrained(
         base,

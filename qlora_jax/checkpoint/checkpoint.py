@@ -13,6 +13,7 @@ configuration has the form of Hugging Face's `config.json`: a loader that is wri
 """
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +22,7 @@ import numpy as np
 
 from qlora_jax.checkpoint.hub import Snapshot
 from qlora_jax.errors import CheckpointError
-from qlora_jax.models import Family, ModelConfig, family_of
+from qlora_jax.models import DecoderConfig, Family, ModelConfig, family_of
 from qlora_jax.quant import Quantization, QuantizedTensor
 
 __all__ = ["Checkpoint", "unknown_tensor"]
@@ -73,8 +74,29 @@ class Checkpoint:
         Raises:
             UnsupportedError: the architecture is not supported.
             QLoRAError: a field of the config has no meaning here.
+            CheckpointError: the config describes a model that is far larger than the file.
         """
-        return self.family.config(self.config)
+        config = self.family.config(self.config)
+        self._check_size(config)
+        return config
+
+    def _check_size(self, config: ModelConfig) -> None:
+        """Compare the sizes in the config with the tensors, before anything as large as the config says is made."""
+        layers = (
+            config.num_hidden_layers if isinstance(config, DecoderConfig) else config.num_layers + config.num_decoder_layers
+        )
+        if layers > len(self.shapes):
+            raise CheckpointError(
+                f"{self.name}: config.json: expected at most as many layers as tensors, {len(self.shapes)}, found {layers}."
+            )
+        # Two weights of 4 bits are stored in one element.
+        held = 2 * sum(math.prod(shape) for shape in self.shapes.values())
+        for name, size in (("vocab_size", config.vocab_size), ("intermediate_size", config.intermediate_size)):
+            if size * config.hidden_size > held:
+                raise CheckpointError(
+                    f"{self.name}: config.json: expected a model of at most {held:,} parameters, found {name} {size:,} and "
+                    f"{config.hidden_size:,} features."
+                )
 
     @property
     def dense_modules(self) -> frozenset[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.hub import Snapshot, resolve
+from qlora_jax.models import with_model_type
 
 __all__ = ["open_checkpoint"]
 
@@ -21,6 +22,7 @@ def open_checkpoint(name: str | Path | Snapshot, revision: str | None = None) ->
 
     Raises:
         CheckpointError: the files are missing, damaged, or of an unsupported kind; all problems in one message.
+        UnsupportedError: config.json does not name an architecture that is supported.
     """
     snapshot = resolve(name, revision)
     # Only the format that is met is imported: reading a folder must not need the gguf package.
@@ -34,5 +36,6 @@ def open_checkpoint(name: str | Path | Snapshot, revision: str | None = None) ->
     from qlora_jax.checkpoint.tied import with_own_head
 
     checkpoint = open_safetensors_folder(snapshot.path, name=snapshot.name)
+    checkpoint = dataclasses.replace(checkpoint, config=with_model_type(checkpoint.config, checkpoint.name))
     checkpoint = open_quantized(checkpoint) if is_quantized(checkpoint.config) else checkpoint
     return dataclasses.replace(with_own_head(text_part(checkpoint)), snapshot=snapshot)

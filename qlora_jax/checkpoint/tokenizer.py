@@ -1,23 +1,32 @@
-"""The tokenizer of a checkpoint: read from Hugging Face's files, or built from a GGUF file's metadata (gguf/tokenizer.py).
+"""The tokenizer of a checkpoint: read from Hugging Face's files (tokenizer_files.py), or built from a GGUF file's metadata
+(gguf/tokenizer.py).
 
 Padding. Where labels are masked by token and the padding token is EOS, EOS is masked too, and the model never learns to
 stop. `load_tokenizer` therefore chooses another padding token from the vocabulary, by the first rule that finds one: a token
 that was made for it (`<pad>`, `<|finetune_right_pad_id|>` …), a special token that is reserved or unused, the unknown token,
 or another special token that is neither BOS, EOS nor part of the chat template. The vocabulary is never extended, since the
 model has no embedding for more tokens. EOS remains only where no other token exists (GPT-2 has one special token).
+
+Tokens without an embedding. A tokenizer may have a few tokens more than the embedding has rows: all sizes of Gemma 3 share a
+tokenizer with a token for images, and a padding token is often added without resizing the model. Such a tokenizer is used;
+only the text in which such a token occurs is refused (data/token_ids.py).
 """
 
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_jax.checkpoint.files import read_object
 from qlora_jax.checkpoint.gguf.header import read_header
 from qlora_jax.checkpoint.gguf.tokenizer import gguf_tokenizer
+from qlora_jax.checkpoint.gguf.vocabulary import end_ids
 from qlora_jax.checkpoint.hub import Snapshot, resolve
-from qlora_jax.errors import CheckpointError
+from qlora_jax.checkpoint.tokenizer_files import folder_tokenizer
+from qlora_jax.errors import CheckpointError, list_names
 
 if TYPE_CHECKING:  # imported where it is used: transformers takes a second, and PyTorch with it where that is installed
     from transformers import PreTrainedTokenizerFast
@@ -27,8 +36,9 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __all__ = ["check_tokenizer", "load_tokenizer", "save_tokenizer", "stop_ids"]
 
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
+FEW, MANY = 16, 256  # tokens without an embedding, of the vocabulary and with added ones, that a tokenizer may have
 PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<PAD>", "<|padding|>", "<|finetune_right_pad_id|>", "<|endofpad|>")
+_logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(name: str | Path | Snapshot, revision: str | None = None) -> "PreTrainedTokenizerFast":
@@ -42,7 +52,7 @@ def load_tokenizer(name: str | Path | Snapshot, revision: str | None = None) -> 
         CheckpointError: there is no tokenizer, or it cannot be read.
     """
     path = resolve(name, revision).path
-    tokenizer = gguf_tokenizer(path) if path.is_file() else _from_folder(path)
+    tokenizer = gguf_tokenizer(path) if path.is_file() else folder_tokenizer(path)
     _separate_padding(tokenizer)
     return tokenizer
 
@@ -66,56 +76,62 @@ def stop_ids(base: str | Path | Snapshot, tokenizer: "PreTrainedTokenizerFast") 
     """Return the ids of all tokens that a model calls the end of a text, which often includes the end of a turn.
 
     Args:
-        base: the files of the model; config.json and generation_config.json are read where they exist.
+        base: the files of the model; config.json and generation_config.json are read where they exist. Of a GGUF file that
+            names no end of a turn, the tokens with the usual names are taken; `load_tokenizer` warns of it.
 
     Raises:
         CheckpointError: one of these files is damaged.
     """
     path = resolve(base).path
-    stated: list[Any] = [tokenizer.eos_token_id]
+    stated: list[tuple[object, Any]] = [(path, tokenizer.eos_token_id)]
     if path.is_file():
-        stated.append(read_header(path).metadata.get("tokenizer.ggml.eot_token_id"))
-    for file in (path / "config.json", path / "generation_config.json"):
-        if file.is_file():
-            try:
-                stated.append(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
-            except (ValueError, AttributeError) as error:
-                raise CheckpointError(f"{file}: expected a JSON object, found: {error}") from error
-    return frozenset(index for value in stated for index in (value if isinstance(value, list) else [value])) - {None}
+        stated += [(path, index) for index in end_ids(read_header(path).metadata)[0]]
+    else:
+        for file in (path / "config.json", path / "generation_config.json"):
+            stated.append((file, (read_object(file) or {}).get("eos_token_id")))
+    ids: set[int] = set()
+    for place, value in stated:
+        for index in value if isinstance(value, list) else [value]:
+            if index is not None and (type(index) is not int or index < 0):
+                raise CheckpointError(f"{place}: eos_token_id: expected ids of tokens, found {str(value)[:80]}.")
+            ids |= set() if index is None else {index}
+    return frozenset(ids)
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerFast", config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where the tokenizer has a token for which the model of this config.json has no embedding."""
+    """Compare the vocabulary with the rows of the embedding of the model of this config.json.
+
+    A padding token without a row is replaced by another token.
+
+    Raises:
+        CheckpointError: so many tokens have no row that the tokenizer is that of another model, or those have none that
+            every text begins or ends with.
+    """
     size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
-    if not isinstance(size, int):
+    if type(size) is not int:
         raise CheckpointError(f"config: expected a number vocab_size, found {size!r}.")
-    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if highest >= size:
+    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= size}
+    if not beyond:
+        return
+    place, added = tokenizer.name_or_path or "tokenizer", tokenizer.get_added_vocab()
+    own = [token for token in beyond if token not in added]
+    if len(own) > max(FEW, len(tokenizer) // 100) or len(beyond) > max(MANY, len(tokenizer) // 10):
+        token, highest = max(beyond.items(), key=lambda item: item[1])
         raise CheckpointError(
-            f"{tokenizer.name_or_path or 'tokenizer'}: does not belong to this model: expected token ids "
-            f"below {size} (vocab_size, the rows of the embedding), found {highest} for {token!r}."
+            f"{place}: does not belong to this model: expected token ids below {size} (vocab_size, the rows of the "
+            f"embedding), found {len(beyond)} others, up to {highest} for {token!r}."
         )
-
-
-def _from_folder(folder: Path) -> "PreTrainedTokenizerFast":
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
+    needed = {*tokenizer("a")["input_ids"], tokenizer.eos_token_id} & set(beyond.values())
+    if needed:
+        names = list_names([repr(token) for token, index in beyond.items() if index in needed])
         raise CheckpointError(
-            f"{folder}: has no tokenizer: expected tokenizer.json (or {', '.join(VOCABULARY_FILES[1:])}), "
-            "found none of them."
+            f"{place}: {names}: every text has this token, and the model has no embedding for it: expected ids below {size} "
+            f"(vocab_size), found {list_names([str(index) for index in sorted(needed)])}. Name another eos_token in "
+            "tokenizer_config.json, or take the tokenizer of the base."
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    # The tokenizers library raises plain Exception for a damaged file.
-    except Exception as error:
-        raise CheckpointError(f"{folder}: its tokenizer cannot be read: {type(error).__name__}: {error}") from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise CheckpointError(
-            f"{folder}: expected a tokenizer that the tokenizers library can run (a tokenizer.json), found "
-            f"{type(tokenizer).__name__}."
-        )
-    return tokenizer
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= size:
+        tokenizer.pad_token = _padding_choice(tokenizer, size) or tokenizer.eos_token
+    _logger.info("%s: %d tokens have no embedding in this model: %s", place, len(beyond), list_names(list(beyond)))
 
 
 def _separate_padding(tokenizer: "PreTrainedTokenizerFast") -> None:
@@ -128,18 +144,19 @@ def _separate_padding(tokenizer: "PreTrainedTokenizerFast") -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _padding_choice(tokenizer: "PreTrainedTokenizerFast") -> str | None:
-    vocabulary = tokenizer.get_vocab()
+def _padding_choice(tokenizer: "PreTrainedTokenizerFast", size: int | None = None) -> str | None:
+    """Return the token of the first rule in this module's docstring, with an id below `size` where that is given."""
+    vocabulary = {token: index for token, index in tokenizer.get_vocab().items() if size is None or index < size}
     taken = {str(tokenizer.eos_token), str(tokenizer.bos_token)}
     for name in PAD_NAMES:
         if name in vocabulary and name not in taken:
             return name
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    added = sorted(tokenizer.added_tokens_decoder.items())
+    added = [item for item in sorted(tokenizer.added_tokens_decoder.items()) if str(item[1]) in vocabulary]
     spare = [str(token) for _, token in added if token.special and str(token) not in taken and str(token) not in template]
     for token in spare:
         if re.search("reserved|unused", token, re.IGNORECASE):
             return token
-    if tokenizer.unk_token is not None and str(tokenizer.unk_token) not in taken:
+    if tokenizer.unk_token in vocabulary and str(tokenizer.unk_token) not in taken:
         return str(tokenizer.unk_token)
     return spare[0] if spare else None

@@ -19,6 +19,7 @@ from flax import nnx
 
 from qlora_jax import cli
 from qlora_jax.adapters.pretrained import PretrainedOptions
+from qlora_jax.data import check_ids
 from qlora_jax.errors import OptionError
 from qlora_jax.evaluate import Prompts, Scores, encode_questions, evaluate_mmlu, read_questions
 from qlora_jax.models import CausalLM, causal_family_of, positions_left
@@ -103,6 +104,9 @@ def load(options: Options) -> tuple[CausalLM, Prompts, str]:
     room = positions_left(pretrained.checkpoint.model_config, pretrained.method)
     longest = asked.max_length if room is None else min(asked.max_length, room)
     prompts = encode_questions(questions.questions, pretrained.tokenizer, longest)
+    vocabulary = pretrained.checkpoint.model_config.vocab_size
+    for number, tokens in enumerate(prompts.tokens):
+        check_ids(tokens, pretrained.tokenizer, vocabulary, f"MMLU, prompt {number}: ")
     model = pretrained.load(mesh=data_mesh(), progress=sys.stderr.isatty())
     assert isinstance(model, CausalLM)  # `causal_family_of` raises an error for other models
     return model, prompts, f"{questions}; {prompts}"

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_jax import cli
 from qlora_jax.adapters.pretrained import PretrainedOptions
-from qlora_jax.data import Template, chat_prompt, encode_prompt, read_chat_template
+from qlora_jax.data import NAME_EOS, DataError, Template, chat_prompt, check_ids, encode_prompt, read_chat_template
 from qlora_jax.errors import OptionError
 from qlora_jax.interrupts import plain_interrupt
 from qlora_jax.models import T5, Model
@@ -78,6 +78,7 @@ class Loaded:
     tokenizer: PreTrainedTokenizerFast
     template: Template
     eos_ids: frozenset[int]
+    vocabulary: int  # tokens for which the model has an embedding
     max_positions: int | None
     decoder_start_id: int | None  # None for a model without an encoder
 
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str | None = None) 
 def generate_answers(options: Options) -> None:
     """Answer the prompts of the command line or of stdin, or chat in the terminal."""
     prompts = read_prompts(options.prompt)
-    loaded = load(options)
+    loaded = load(options, prompts)
     if options.prompt.interactive:
         chat(loaded, options)
     else:
@@ -127,8 +128,8 @@ def read_stdin() -> str:
         raise OptionError(f"stdin: expected UTF-8, found byte {data[error.start]:#04x} at {error.start}") from error
 
 
-def load(options: Options) -> Loaded:
-    """Load the model with its adapter, its tokenizer and the tokens that end an answer."""
+def load(options: Options, prompts: Sequence[str] = ()) -> Loaded:
+    """Load the model with its adapter, its tokenizer and the tokens that end an answer; check the prompts before."""
     pretrained = options.model.open()
     tokenizer, metadata = pretrained.tokenizer, pretrained.adapter_metadata
     if options.prompt.chat_template is not None:
@@ -137,15 +138,19 @@ def load(options: Options) -> Loaded:
     if template in (None, "auto"):
         template = "plain" if tokenizer.chat_template is None else "chat"
     # Raises an error if the template cannot express such a conversation.
-    encode_prompt([*opening(options), user("?")], tokenizer, template=template)
+    vocabulary = pretrained.checkpoint.model_config.vocab_size
+    for prompt in ("?", *prompts):
+        ids = encode_prompt([*opening(options), user(prompt)], tokenizer, template=template)
+        check_ids(ids, tokenizer, vocabulary, "prompt: ")
     for note in chat_prompt([*opening(options), user("?")], tokenizer)[1] if template == "chat" else ():
         print(f"[{note}]", file=sys.stderr)
     model = pretrained.load(progress=sys.stderr.isatty())
     graphdef, state = nnx.split(model)
     eos_ids = pretrained.stop_ids
+    first = [graphdef, state, tokenizer, template, eos_ids, vocabulary]
     if isinstance(model, T5):  # its length has no limit
-        return Loaded(graphdef, state, tokenizer, template, eos_ids, None, model.config.decoder_start_token_id)
-    return Loaded(graphdef, state, tokenizer, template, eos_ids, model.max_positions, None)
+        return Loaded(*first, None, model.config.decoder_start_token_id)
+    return Loaded(*first, model.max_positions, None)
 
 
 def answer_prompts(loaded: Loaded, options: Options, prompts: Sequence[str]) -> None:
@@ -251,7 +256,12 @@ def answer(
 def prompt_tokens(loaded: Loaded, messages: list[Message]) -> list[int]:
     """Return the tokens of a conversation up to the start of the answer, or those of an encoder-decoder's source."""
     tokens = encode_prompt(messages, loaded.tokenizer, template=loaded.template).tolist()
-    return tokens if loaded.decoder_start_id is None else [*tokens, cast(int, loaded.tokenizer.eos_token_id)]
+    check_ids(tokens, loaded.tokenizer, loaded.vocabulary, "prompt: ")
+    if loaded.decoder_start_id is None:
+        return tokens
+    if loaded.tokenizer.eos_token_id is None:
+        raise DataError(f"tokenizer: expected an end-of-sequence token, found none. {NAME_EOS}")
+    return [*tokens, cast(int, loaded.tokenizer.eos_token_id)]
 
 
 def opening(options: Options) -> list[Message]:

@@ -58,6 +58,7 @@ from qlora_jax.data.show import show_examples
 from qlora_jax.data.sources import Source, column_names, open_source, stream_source
 from qlora_jax.data.stream_batches import StreamBatches, read_rows
 from qlora_jax.data.streams import RowStream
+from qlora_jax.data.token_ids import NAME_EOS, check_ids
 from qlora_jax.data.trees import COLUMNS as TREE_COLUMNS
 from qlora_jax.data.trees import Trees, read_trees
 from qlora_jax.errors import DataError
@@ -67,6 +68,7 @@ PLAIN_ANSWERS = str(Path(__file__).with_name("plain_answers.jsonl"))
 __all__ = [
     "CHAT_TEMPLATES",
     "NAMED",
+    "NAME_EOS",
     "PLAIN_ANSWERS",
     "TREE_COLUMNS",
     "Batch",
@@ -95,6 +97,7 @@ __all__ = [
     "batches",
     "bucket_length",
     "chat_prompt",
+    "check_ids",
     "check_weights",
     "column_names",
     "detect_schema",

@@ -19,6 +19,7 @@ from qlora_jax.data.messages import is_answer, unread_keys
 from qlora_jax.data.odd_rows import OnBadRow, RowAccount, RowTally
 from qlora_jax.data.render import Rendered, Template, render
 from qlora_jax.data.schemas import Record, parse
+from qlora_jax.data.token_ids import check_ids
 from qlora_jax.data.values import check_characters, table_row
 from qlora_jax.errors import DataError, OptionError
 
@@ -109,6 +110,7 @@ def encode_all(
     on_bad_row: OnBadRow = "error",
     source_max_length: int | None = None,
     target_max_length: int | None = None,
+    vocabulary: int | None = None,
     first_row: int = 0,
     progress: bool = True,
 ) -> tuple[list[Example], Report]:
@@ -126,6 +128,7 @@ def encode_all(
             `Report.check_bad_rows` raises an error if these are too many.
         source_max_length: the most tokens before the first learned token; None: no limit.
         target_max_length: the most tokens from the first learned token on; None: no limit.
+        vocabulary: the number of tokens for which the model has an embedding; None: all.
         first_row: the number of the first record in error messages.
         progress: whether to show a progress bar.
 
@@ -157,7 +160,10 @@ def encode_all(
                 encode_rendered(flat, tokenizer, train_on_source=train_on_source, limits=limits, split=on_long == "split")
             )
             for number, parts in rendered:
-                examples += totals.kept(number, list(islice(encoded, len(parts))), on_long, limits)
+                results = list(islice(encoded, len(parts)))
+                ids = [example.tokens for result in results for example in result.examples]
+                if tally.attempt(number, check_ids, np.concatenate([*ids, [0]]), tokenizer, vocabulary):
+                    examples += totals.kept(number, results, on_long, limits)
             totals.counts["rows"] += len(chunk)
             bar.update(len(chunk))
     report = totals.report(examples, limits, tally.account())

@@ -36,6 +36,7 @@ from qlora_jax.data.pieces import Piece, Span
 from qlora_jax.data.records import DataError
 from qlora_jax.data.render import Rendered, Template, alpaca_prompt, join_guanaco, render
 from qlora_jax.data.schemas import parse
+from qlora_jax.data.token_ids import NAME_EOS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -216,7 +217,7 @@ def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> None:
             f"found {type(tokenizer).__name__}"
         )
     if tokenizer.eos_token_id is None:
-        raise DataError("tokenizer: expected an end-of-sequence token, found none; set tokenizer.eos_token")
+        raise DataError(f"tokenizer: expected an end-of-sequence token, found none. {NAME_EOS}")
 
 
 def _tokenize(pieces: Sequence[Piece], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:

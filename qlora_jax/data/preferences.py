@@ -24,6 +24,7 @@ from qlora_jax.data.pairs import Pair, parse_pair
 from qlora_jax.data.pieces import Piece
 from qlora_jax.data.render import Rendered, Template
 from qlora_jax.data.schemas import Record
+from qlora_jax.data.token_ids import check_ids
 from qlora_jax.data.values import check_characters
 from qlora_jax.errors import DataError, OptionError
 
@@ -76,6 +77,7 @@ def encode_preferences(
     max_length: int,
     template: Template = "auto",
     on_bad_row: OnBadRow = "error",
+    vocabulary: int | None = None,
 ) -> tuple[list[PreferenceExample], PreferenceReport]:
     """Return (the pairs of all records, in order; a report).
 
@@ -86,6 +88,7 @@ def encode_preferences(
         template: how conversations are written as text; "auto" is the chat template if the tokenizer has one, else guanaco.
             Texts without turns are then plain, because they may be rendered already.
         on_bad_row: what to do with a record that is no pair: raise an error, or leave it out and count it.
+        vocabulary: the number of tokens for which the model has an embedding; None: all.
 
     Raises:
         DataError: a row is not a preference pair, where that is an error, or no pair remains.
@@ -94,23 +97,30 @@ def encode_preferences(
         raise OptionError(f"template: expected one of {', '.join(get_args(Template))}, found {template!r}")
     tally, rows = RowTally(on_bad_row), 0
     flat: list[Rendered] = []
+    numbers: list[int] = []
     for rows, row in enumerate(plain_rows(records), start=1):
         pair = tally.attempt(rows - 1, parse_pair, row, template)
         rendered = None if pair is None else tally.attempt(rows - 1, _render, pair, tokenizer, template)
         if pair is not None and rendered is not None:
             flat += rendered
+            numbers.append(rows - 1)
             tally.unused({*pair.unused, *unused_names(_record(pair, pair.chosen), rendered[0].template, tokenizer)})
     encoded = encode_rendered(flat, tokenizer, limits=Limits(max_length))
-    examples, truncated = [], 0
-    for chosen, rejected in zip(encoded[::2], encoded[1::2], strict=True):
+    examples, truncated, equal = [], 0, 0
+    for number, chosen, rejected in zip(numbers, encoded[::2], encoded[1::2], strict=True):
+        ids = np.concatenate([chosen.example.tokens, rejected.example.tokens])
+        if not tally.attempt(number, check_ids, ids, tokenizer, vocabulary):
+            continue
         if chosen.teaches and rejected.teaches and not np.array_equal(chosen.example.tokens, rejected.example.tokens):
             truncated += chosen.long or rejected.long
             examples.append(_with_prompt(chosen.example, rejected.example))
+        else:
+            equal += 1
     report = PreferenceReport(
         rows=rows,
         kept=len(examples),
         truncated=truncated,
-        without_difference=len(flat) // 2 - len(examples),
+        without_difference=equal,
         max_length=max_length,
         templates=dict(Counter(text.template for text in flat[::2])),
         notes=dict(Counter(note for text in flat[::2] for note in text.notes)),

@@ -26,6 +26,7 @@ from qlora_jax.data.messages import is_answer
 from qlora_jax.data.odd_rows import OnBadRow, RowAccount, RowTally
 from qlora_jax.data.render import Rendered, Template
 from qlora_jax.data.schemas import Record, parse
+from qlora_jax.data.token_ids import NAME_EOS, check_ids
 from qlora_jax.errors import DataError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def encode_seq2seq(
     """
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):
-        raise DataError(f"tokenizer: expected one with an EOS token, found eos_token_id {eos!r}")
+        raise DataError(f"tokenizer: expected one with an EOS token, found eos_token_id {eos!r}. {NAME_EOS}")
 
     def encode(text: str, limit: int | None) -> np.ndarray:
         if limit is not None and limit < 1:
@@ -110,6 +111,7 @@ def encode_all_seq2seq(
     template: Template = "auto",
     on_long: OnLong = "cut",
     on_bad_row: OnBadRow = "error",
+    vocabulary: int | None = None,
 ) -> tuple[list[Seq2SeqExample], Seq2SeqReport]:
     """Return (the examples of all records that have a target, in order; a report).
 
@@ -121,6 +123,7 @@ def encode_all_seq2seq(
         template: how conversations are written as text.
         on_long: what to do with a pair that is too long; a pair cannot be split, so "split" cuts it.
         on_bad_row: what to do with a record that is no pair: raise an error, or leave it out and count it.
+        vocabulary: the number of tokens for which the model has an embedding; None: all.
 
     Raises:
         DataError: a row is not a pair of texts or is too long, where that is an error, or no row remains.
@@ -148,6 +151,8 @@ def encode_all_seq2seq(
             without_target += 1
             continue
         full = encode_seq2seq(source, target, tokenizer)
+        if not tally.attempt(rows - 1, check_ids, [*full.source, *full.target], tokenizer, vocabulary):
+            continue
         lengths = (len(full.source), len(full.target))
         longest = (max(longest[0], lengths[0]), max(longest[1], lengths[1]))
         long = lengths[0] > limits[0] or lengths[1] > limits[1]

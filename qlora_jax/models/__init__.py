@@ -2,7 +2,16 @@
 
 from qlora_jax.models.causal_lm import CausalLM
 from qlora_jax.models.config import AttentionKind, DecoderConfig
-from qlora_jax.models.families import FAMILIES, Family, Model, ModelConfig, causal_family_of, families_with, family_of
+from qlora_jax.models.families import (
+    FAMILIES,
+    Family,
+    Model,
+    ModelConfig,
+    causal_family_of,
+    families_with,
+    family_of,
+    with_model_type,
+)
 from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.origin import Origin, ResizedEmbeddings
 from qlora_jax.models.parameter_mapping import ParameterMapping, linear_mappings, linear_modules
@@ -46,4 +55,5 @@ __all__ = [
     "shape_of",
     "tied_head",
     "unscaled_context",
+    "with_model_type",
 ]

@@ -18,15 +18,27 @@ def layer_kinds(config: DecoderConfig) -> Int[Array, " layers"] | None:
 
 
 def rotations_of(
-    config: DecoderConfig, positions: Int[Array, "b t"]
+    config: DecoderConfig, positions: Int[Array, "b t"], lengths: Int[Array, "b t"] | None = None
 ) -> tuple[Float32[Array, "kinds b t r"], Float32[Array, "kinds b t r"]]:
-    """Return (cosine, sine) of the positions for each kind of attention; (1, 0) for a kind without position embedding."""
+    """Return (cosine, sine) of the positions for each kind of attention; (1, 0) for a kind without position embedding.
+
+    Args:
+        config: the configuration of the model.
+        positions: int32 `[b, t]`.
+        lengths: int32 `[b, t]` or `[b, 1]`, the lengths of the texts, for positions that do not show them; see `nn.rope`.
+    """
     ropes = [kind.rope for kind in config.kinds]
     some = next(rope for rope in ropes if rope is not None)
     shape = (*positions.shape, some.head_dim // 2)
-    rotations = [(jnp.ones(shape), jnp.zeros(shape)) if rope is None else rope(positions) for rope in ropes]
+    rotations = [(jnp.ones(shape), jnp.zeros(shape)) if rope is None else rope(positions, lengths) for rope in ropes]
     cosines, sines = zip(*rotations, strict=True)
     return jnp.stack(cosines), jnp.stack(sines)
+
+
+def cache_lasts(config: DecoderConfig, length: int) -> int | None:
+    """Return the length up to which the cached keys of a text of `length` tokens are right when it grows; None: always."""
+    lasts = [kind.rope.lasts(length) for kind in config.kinds if kind.rope is not None]
+    return min((last for last in lasts if last is not None), default=None)
 
 
 def of_kind(rotations: tuple[Array, Array], kind: Array | None) -> tuple[Array, Array]:

@@ -21,11 +21,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from qlora_jax.errors import OptionError
-from qlora_jax.models.attention_kinds import layer_kinds, of_kind, rotations_of
+from qlora_jax.models.attention_kinds import cache_lasts, layer_kinds, of_kind, rotations_of
 from qlora_jax.models.chunks import chunk_count
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import DecoderLayer, make_norm
-from qlora_jax.models.kv_cache import KVCache, empty_cache
+from qlora_jax.models.kv_cache import KVCache, cache_masks, empty_cache
 from qlora_jax.models.neftune import neftune_noise
 from qlora_jax.models.origin import Origin
 from qlora_jax.models.prompts import with_prompt
@@ -233,23 +233,12 @@ class CausalLM(nnx.Module):
         x, cache = self._extended(self._embed(tokens), jnp.where(positions < 0, positions, positions + virtual), cache)
         return self.logits(self.norm(x[:, -1])), cache
 
-    def _extended(self, x: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
+    def _extended(self, x: Array, positions: Array, cache: KVCache, lengths: Array | None = None) -> tuple[Array, KVCache]:
         """Return the last layer's output `[b, t, hidden_size]` for embedded tokens x, and the cache including them."""
         config, count = self.config, x.shape[1]
-        rotations = rotations_of(self.config, jnp.maximum(positions, 0))
-        filled = jax.lax.dynamic_update_slice(cache.filled, positions >= 0, (0, cache.length))
-        slots, own = jnp.arange(cache.filled.shape[1]), cache.length + jnp.arange(count)[:, None]
-        mask = filled[:, None, :] & (slots <= own)[None]
-        # Prompts are padded on the left, so distances between slots equal distances between positions, except for virtual
-        # tokens, whose slots are before the padding.
-        shifted = slots[None]
-        if self.prompt is not None:
-            padding = cache.length + count - 1 - positions[:, -1:]
-            shifted = jnp.where(shifted < self.prompt.virtual_tokens, shifted + padding, shifted)
-        shifted = shifted[:, None, :]
-        masks = jnp.stack(
-            [mask if kind.window is None else mask & (shifted > own[None] - kind.window) for kind in config.kinds]
-        )
+        rotations = rotations_of(self.config, jnp.maximum(positions, 0), lengths)
+        virtual = 0 if self.prompt is None else self.prompt.virtual_tokens
+        filled, masks = cache_masks(config, cache, positions, virtual)
         graph, layers = nnx.split(self.layers)
         scanned, layer_of = by_layer(layers)
 
@@ -275,8 +264,23 @@ class CausalLM(nnx.Module):
         (x, keys, values), _ = jax.lax.scan(run_layer, (x, cache.keys, cache.values), inputs)
         return x, KVCache(keys, values, filled, cache.length + count)
 
-    def init_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """Return a cache for `capacity` tokens per row that contains only the virtual tokens, if there are any."""
+    def cache_lasts(self, length: int) -> int | None:
+        """Return the length up to which the cache of a row of `length` tokens is right when the row grows; None: always.
+
+        A row that outgrows it needs a new cache: with LongRoPE and dynamic NTK all rotations depend on the length.
+        """
+        virtual = 0 if self.prompt is None else self.prompt.virtual_tokens
+        last = cache_lasts(self.config, length + virtual)
+        return None if last is None else last - virtual
+
+    def init_cache(self, batch_size: int, capacity: int, lengths: Int[Array, " b"] | None = None) -> KVCache:
+        """Return a cache for `capacity` tokens per row that contains only the virtual tokens, if there are any.
+
+        Args:
+            batch_size: the number of rows.
+            capacity: the most tokens of a row.
+            lengths: int32 `[b]`, the tokens of each row's prompt, for frequencies that depend on the length; None: short.
+        """
         config, dtype = self.config, self.embed_tokens.weight.dtype
         if self.prompt is None:
             return empty_cache(config, dtype, batch_size, capacity)
@@ -286,8 +290,12 @@ class CausalLM(nnx.Module):
             prefix = self.prompt.keys_and_values(config.num_hidden_layers, config.num_key_value_heads)
             keys, values = (x.swapaxes(1, 2)[:, None] for x in prefix)
         else:  # attention is causal, so the keys and values of virtual tokens do not depend on later tokens
-            positions = jnp.arange(n, dtype=jnp.int32)[None]
-            _, one = self._extended(self.prompt.embeddings(1, dtype), positions, empty_cache(config, dtype, 1, n))
+            # All rows have the same, unless their lengths decide on the rotations.
+            rows = 1 if lengths is None or cache_lasts(config, 1) is None else batch_size
+            positions = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (rows, n))
+            totals = None if rows == 1 or lengths is None else lengths[:, None] + n
+            embedded = self.prompt.embeddings(rows, dtype)
+            _, one = self._extended(embedded, positions, empty_cache(config, dtype, rows, n), totals)
             keys, values = one.keys, one.values
         return KVCache(
             cache.keys.at[:, :, :, :n].set(keys.astype(dtype)),

@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from qlora_jax.errors import CheckpointError
+from qlora_jax.errors import CheckpointError, QLoRAError
+from qlora_jax.models.bounds import BOUNDS, shortened
 from qlora_jax.models.parameter_mapping import ParameterMapping
 from qlora_jax.nn import Activation, RotaryEmbedding
 
@@ -113,20 +114,34 @@ class Fields:
         self.values: dict[str, Any] = {**defaults, **given}
 
     def __getitem__(self, name: str) -> Any:
-        """Return a required field; if it is missing, record a problem and return 1."""
+        """Return a required field; if it is missing or out of its bounds, record a problem and return a stand-in."""
         value = self.values.get(name)
-        if value is None and f"{name} is missing" not in self.problems:
-            self.problems.append(f"{name} is missing")
-        return 1 if value is None else value
+        if value is None:
+            self._record(f"{name} is missing")
+            return BOUNDS[name].stand_in if name in BOUNDS else 1
+        return self.checked(name, value)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return an optional field."""
-        return self.values.get(name, default)
+        """Return an optional field; if it is out of its bounds, record a problem and return a stand-in."""
+        value = self.values.get(name, default)
+        return None if value is None else self.checked(name, value)
+
+    def checked(self, name: str, value: Any) -> Any:
+        """Return a value if it is within the bounds of the field `name`; else record a problem and return a stand-in."""
+        bound = BOUNDS.get(name)
+        if bound is None or (problem := bound.problem(value)) is None:
+            return value
+        self._record(f"{name}: {problem}")
+        return bound.stand_in
+
+    def _record(self, problem: str) -> None:
+        if problem not in self.problems:
+            self.problems.append(problem)
 
     def expect(self, name: str, supported: Any) -> None:
         """Record a problem if the field is present and its value is not the only supported one."""
         if (value := self.values.get(name, supported)) != supported:
-            self.problems.append(f"{name}: expected {supported!r}, found {value!r}")
+            self._record(f"{name}: expected {supported!r}, found {shortened(value)}")
 
     def check(self) -> None:
         """Raise CheckpointError with all problems, if there are any."""
@@ -137,7 +152,7 @@ class Fields:
         """Return the activation that a field names."""
         value = self[name]
         if value not in ACTIVATIONS:
-            self.problems.append(f"{name}: expected one of {', '.join(ACTIVATIONS)}, found {value!r}")
+            self._record(f"{name}: expected one of {', '.join(ACTIVATIONS)}, found {shortened(value)}")
         return ACTIVATIONS.get(value, "silu")
 
     def rope(self, head_dim: int, *, of: str | None = None) -> RotaryEmbedding:
@@ -147,15 +162,20 @@ class Fields:
         """
         scaling = dict(self.get("rope_parameters") or self.get("rope_scaling") or {})
         if of is not None and of in scaling:
-            scaling = dict(scaling[of] or {})
-        theta = float(scaling.pop("rope_theta", None) or self.get("rope_theta") or 10000.0)
+            scaling = dict(self.checked("rope_parameters", scaling[of] or {}))
+        theta = float(self.checked("rope_theta", scaling.pop("rope_theta", None) or self.get("rope_theta") or 10000.0))
         partial = scaling.pop("partial_rotary_factor", None) or self.get("partial_rotary_factor", 1.0)
+        rotated = int(head_dim * self.checked("partial_rotary_factor", partial))
+        if rotated < 2 or rotated % 2:
+            if not self.problems:  # else it follows from a size that is wrong or missing
+                self._record(f"head_dim: expected an even number of rotated features, found {rotated}")
+            rotated = 2
         if (original := self.get("original_max_position_embeddings")) is not None:
             scaling.setdefault("original_max_position_embeddings", original)
         try:
-            return RotaryEmbedding.from_config(int(head_dim * partial), theta, self["max_position_embeddings"], scaling)
-        except ValueError as error:
-            self.problems.append(str(error))
+            return RotaryEmbedding.from_config(rotated, theta, self["max_position_embeddings"], scaling)
+        except QLoRAError as error:
+            self._record(str(error))
             return RotaryEmbedding.from_config(2, theta, 1, None)
 
     def sizes(self) -> dict[str, Any]:
@@ -163,7 +183,10 @@ class Fields:
         heads, hidden = self["num_attention_heads"], self["hidden_size"]
         kv_heads = self.get("num_key_value_heads", heads)
         if heads % kv_heads:
-            self.problems.append(f"{heads} attention heads are no multiple of {kv_heads} key-value heads")
+            self._record(f"{heads} attention heads are no multiple of {kv_heads} key-value heads")
+        head_dim = self.get("head_dim", hidden // heads)
+        if head_dim < 1:
+            self._record(f"head_dim: expected at least 1, found {hidden} features for {heads} attention heads")
         return {
             "vocab_size": self["vocab_size"],
             "hidden_size": hidden,
@@ -171,7 +194,7 @@ class Fields:
             "num_hidden_layers": self["num_hidden_layers"],
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
-            "head_dim": self.get("head_dim", hidden // heads),
+            "head_dim": max(head_dim, 1),
             "max_position_embeddings": self["max_position_embeddings"],
             "tie_word_embeddings": self.get("tie_word_embeddings", False),
         }
@@ -181,9 +204,10 @@ class Fields:
         types = self.get("layer_types", default)
         wrong = sorted({str(kind) for kind in types} - {"full_attention", "sliding_attention"})
         if wrong:
-            self.problems.append(f"layer_types: expected full_attention or sliding_attention, found {', '.join(wrong)}")
+            found = shortened(", ".join(wrong[:8]))
+            self._record(f"layer_types: expected full_attention or sliding_attention, found {found}")
         if len(types) != self["num_hidden_layers"]:
-            self.problems.append(f"layer_types: expected {self['num_hidden_layers']} of them, found {len(types)}")
+            self._record(f"layer_types: expected {self['num_hidden_layers']} of them, found {len(types)}")
         return types
 
 

@@ -78,6 +78,47 @@ FAMILIES: dict[str, Family] = {  # by model_type
 }
 
 
+# What config.json has in `architectures`, for a file without model_type.
+CLASSES: dict[str, str] = {
+    "LlamaForCausalLM": "llama",
+    "LLaMAForCausalLM": "llama",  # of the first conversions
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "GemmaForCausalLM": "gemma",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text",
+    "Phi3ForCausalLM": "phi3",
+    "SmolLM3ForCausalLM": "smollm3",
+    "GPTNeoXForCausalLM": "gpt_neox",
+    "T5ForConditionalGeneration": "t5",
+}
+
+
+def with_model_type(config: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Return a config.json with its model_type, which the class in `architectures` gives where the file has none.
+
+    Args:
+        config: the config.json.
+        place: the model, for the message.
+
+    Raises:
+        UnsupportedError: neither field names an architecture.
+    """
+    kind = config.get("model_type")
+    if isinstance(kind, str) and kind:
+        return dict(config)
+    listed = config.get("architectures")
+    classes = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    found = next((CLASSES[name] for name in classes if name in CLASSES), None)
+    if found is None:
+        raise UnsupportedError(
+            f"{place}: config.json: expected a model_type, found {kind!r} (architectures {listed!r}). If it is one of "
+            f'{", ".join(FAMILIES)}, add it to config.json: "model_type": "llama"'
+        )
+    return {**config, "model_type": found}
+
+
 def family_of(config: Mapping[str, Any]) -> Family:
     """Return the family of a Hugging Face config.json.
 
@@ -85,7 +126,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         UnsupportedError: the architecture is not supported; the message lists those that are.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         architectures = config.get("architectures")
         raise UnsupportedError(
             f"model_type {kind!r} (architectures {architectures}) is not supported; supported: {', '.join(FAMILIES)}"

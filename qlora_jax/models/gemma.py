@@ -53,15 +53,16 @@ def gemma_config(config: Mapping[str, Any]) -> DecoderConfig:
 def gemma2_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Return the configuration in the config.json of a Gemma 2; raises the errors of `llama_config`."""
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-    given = {name: config.get(name, cap) for name, cap in caps.items()}  # null means no cap
-    fields = Fields("Gemma 2", config, _DEFAULTS)
+    fields = Fields("Gemma 2", config, _DEFAULTS | caps)
+    given = {name: None if config.get(name, cap) is None else fields[name] for name, cap in caps.items()}  # null: no cap
     rope = fields.rope(fields["head_dim"])
     count = fields["num_hidden_layers"]
     types = fields.layer_types(["full_attention" if layer % 2 else "sliding_attention" for layer in range(count)])
     kinds = [AttentionKind(rope, fields["sliding_window"] if kind == "sliding_attention" else None) for kind in types]
+    scale = fields["query_pre_attn_scalar"] ** -0.5  # before `_config` reports what is wrong
     return dataclasses.replace(
         _config(fields, kinds, _POST_NORMS),
-        score_scale=fields["query_pre_attn_scalar"] ** -0.5,
+        score_scale=scale,
         score_cap=given["attn_logit_softcapping"],
         logit_cap=given["final_logit_softcapping"],
         post_norms=True,
@@ -83,13 +84,15 @@ def gemma3_config(config: Mapping[str, Any]) -> DecoderConfig:
         base, longest = fields["rope_local_base_freq"], fields["max_position_embeddings"]
         sliding_rope = RotaryEmbedding.from_config(fields["head_dim"], base, longest, None)
     sliding = AttentionKind(sliding_rope, fields["sliding_window"])
+    scale = fields["query_pre_attn_scalar"] ** -0.5  # before `_config` reports what is wrong
+    caps = [fields.get(name) for name in ("attn_logit_softcapping", "final_logit_softcapping")]
     return dataclasses.replace(
         _config(
             fields, [sliding if kind == "sliding_attention" else full for kind in types], (*_POST_NORMS, *_QUERY_KEY_NORMS)
         ),
-        score_scale=fields["query_pre_attn_scalar"] ** -0.5,
-        score_cap=fields.get("attn_logit_softcapping"),
-        logit_cap=fields.get("final_logit_softcapping"),
+        score_scale=scale,
+        score_cap=caps[0],
+        logit_cap=caps[1],
         post_norms=True,
         query_key_norm=True,
     )

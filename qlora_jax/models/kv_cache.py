@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Bool, Int
 
 from qlora_jax.models.config import DecoderConfig
 
@@ -36,4 +37,32 @@ def empty_cache(config: DecoderConfig, dtype: DTypeLike, batch_size: int, capaci
         jnp.zeros(shape, dtype),
         jnp.zeros((batch_size, capacity), bool),
         jnp.zeros((), jnp.int32),
+    )
+
+
+def cache_masks(
+    config: DecoderConfig, cache: KVCache, positions: Int[Array, "b t"], virtual_tokens: int
+) -> tuple[Bool[Array, "b capacity"], Bool[Array, "kinds b t capacity"]]:
+    """Return (the slots that contain a token after new ones were added, for each kind of attention the slots that each new
+    token attends to).
+
+    Args:
+        config: the configuration of the model.
+        cache: the cache without the new tokens.
+        positions: int32 `[b, t]` of the new tokens; negative for padding.
+        virtual_tokens: number of virtual tokens, which occupy the first slots.
+    """
+    count = positions.shape[1]
+    filled = jax.lax.dynamic_update_slice(cache.filled, positions >= 0, (0, cache.length))
+    slots, own = jnp.arange(cache.filled.shape[1]), cache.length + jnp.arange(count)[:, None]
+    mask = filled[:, None, :] & (slots <= own)[None]
+    # Prompts are padded on the left, so distances between slots equal distances between positions, except for virtual
+    # tokens, whose slots are before the padding.
+    shifted = slots[None]
+    if virtual_tokens:
+        padding = cache.length + count - 1 - positions[:, -1:]
+        shifted = jnp.where(shifted < virtual_tokens, shifted + padding, shifted)
+    shifted = shifted[:, None, :]
+    return filled, jnp.stack(
+        [mask if kind.window is None else mask & (shifted > own[None] - kind.window) for kind in config.kinds]
     )

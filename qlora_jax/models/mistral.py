@@ -12,6 +12,8 @@ def mistral_config(config: Mapping[str, Any]) -> DecoderConfig:
 
     If `sliding_window` is missing, the window is 4096; if it is null, there is no window.
     """
-    fields = Fields("Mistral", config, {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 131072})
-    kind = AttentionKind(fields.rope(fields.sizes()["head_dim"]), config.get("sliding_window", 4096))
+    defaults = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "sliding_window": 4096}
+    fields = Fields("Mistral", config, defaults)
+    window = None if config.get("sliding_window", 4096) is None else fields["sliding_window"]
+    kind = AttentionKind(fields.rope(fields.sizes()["head_dim"]), window)
     return llama_like(fields, [kind] * fields["num_hidden_layers"])

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qlora_jax.models.bounds import shortened
 from qlora_jax.models.config import ACTIVATIONS, Fields
 from qlora_jax.models.parameter_mapping import ParameterMapping
 from qlora_jax.nn import Activation
@@ -140,5 +141,7 @@ def _feed_forward(fields: Fields) -> tuple[Activation, bool]:
         name = "gelu_new"
     if gate not in ("", "gated") or name not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
-        fields.problems.append(f"feed_forward_proj: expected one of {known}, alone or after 'gated-', found {value!r}")
+        fields.problems.append(
+            f"feed_forward_proj: expected one of {known}, alone or after 'gated-', found {shortened(value)}"
+        )
     return ACTIVATIONS.get(name, "relu"), gate == "gated"

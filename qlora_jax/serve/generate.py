@@ -8,6 +8,11 @@
 
 Padding has negative positions. The model masks it, and the positions of each row's tokens count from 0.
 
+A cache that is outgrown. With LongRoPE and dynamic NTK the rotations of all tokens of a row depend on its length. When a row
+outgrows the length for which its cache is right (`LengthDependent.cache_lasts`), the cache is made again by a prefill of all
+tokens so far: once a row with LongRoPE, which has two lists of frequencies, and for each token beyond the context with
+dynamic NTK. So an answer is that of a forward pass over the whole text, whatever the other rows are.
+
 Compilation. Prefill, step and choose are jitted once, at the level of this module. The model is given as `nnx.split`
 returns it: the graph is a static argument that is compared by value, and the state is an ordinary argument. So weights are
 never constants of a program, and neither a second call nor another adapter of the same shape compiles anything. A new
@@ -19,7 +24,7 @@ and merge the model at every token.
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +58,19 @@ class Decoder(Protocol):
             positions: int32 `[b, t]`, negative for padding.
             cache: the cache of the tokens so far.
         """
+        ...
+
+
+@runtime_checkable
+class LengthDependent(Protocol):
+    """A `Decoder` whose cache may be right only for rows up to some length."""
+
+    def init_cache(self, batch_size: int, capacity: int, lengths: Array | None = None) -> Any:
+        """Return an empty cache for `capacity` tokens per row, whose prompts have `lengths`, int32 `[b]`."""
+        ...
+
+    def cache_lasts(self, length: int) -> int | None:
+        """Return the length up to which the cache of a row of `length` tokens is right when the row grows; None: always."""
         ...
 
 
@@ -93,12 +111,30 @@ def generate(
     lengths = np.array([[len(prompt)] for prompt in prompts], np.int32)
     positions = np.arange(-padded, 0, dtype=np.int32) + lengths
 
+    model = nnx.merge(graphdef, state)
+    longest, capacity = int(lengths.max()), round_up(padded + max_new_tokens)
+    cache_lasts = model.cache_lasts if isinstance(model, LengthDependent) else lambda _: None
+    lasts = [cache_lasts(len(prompt)) for prompt in prompts]
+    outgrown = any(last is not None and longest + max_new_tokens > last for last in lasts)
+    capacity += _BUCKET if outgrown else 0  # the padding of a prefill of tokens that begin in the middle of a bucket
+    answered: list[Array] = []
     key = jax.random.key(seed)
-    logits, cache = _prefill(graphdef, state, tokens, positions, capacity=round_up(padded + max_new_tokens))
+    logits, cache = _prefill(graphdef, state, tokens, positions, capacity=capacity)
 
     def advance(token: Array, step: int) -> Array:
-        nonlocal cache
-        logits, cache = decode_step(graphdef, state, token, lengths + step, cache)
+        nonlocal cache, lasts
+        if outgrown:
+            answered.append(token)
+        now = [len(prompt) + step + 1 for prompt in prompts]
+        if any(last is not None and length > last for length, last in zip(now, lasts, strict=True)):
+            lasts = [cache_lasts(length) for length in now]
+            width = round_up(max(now))
+            text = jnp.concatenate([tokens, jnp.stack(answered, axis=1)], axis=1)
+            text = jnp.pad(text, ((0, 0), (width, 0)))[:, -width:]  # only padding is cut off
+            del cache  # before there is another one
+            logits, cache = _prefill(graphdef, state, text, np.arange(-width, 0) + lengths + step + 1, capacity=capacity)
+        else:
+            logits, cache = decode_step(graphdef, state, token, lengths + step, cache)
         return choose(logits, key, step + 1, sampling=sampling)
 
     first = choose(logits, key, 0, sampling=sampling)
@@ -215,8 +251,11 @@ def stream_text(
 
 @partial(jax.jit, static_argnames=("graphdef", "capacity"))
 def _prefill(graphdef: Any, state: Any, tokens: Array, positions: Array, *, capacity: int) -> tuple[Array, Any]:
-    model: Decoder = nnx.merge(graphdef, state)
-    return model.decode(tokens, positions, model.init_cache(tokens.shape[0], capacity))
+    model = nnx.merge(graphdef, state)
+    rows, lengths = tokens.shape[0], positions[:, -1] + 1
+    by_length = isinstance(model, LengthDependent)
+    cache = model.init_cache(rows, capacity, lengths) if by_length else model.init_cache(rows, capacity)
+    return model.decode(tokens, positions, cache)
 
 
 @partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")

@@ -143,7 +143,7 @@ def halves_apart(matrix: np.ndarray, heads: int) -> np.ndarray:
 def problems_of(path: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         open_gguf(path)
-    assert str(path) in str(caught.value)
+    assert str(path.parent) in str(caught.value)
     return str(caught.value)
 
 
@@ -283,11 +283,153 @@ def test_metadata_problems_are_collected(tmp_path: Path):
     ("entries", "outer", "expected"),
     [
         ({"expert_count": 8}, {}, "mixture of experts"),
-        ({}, {"split.count": 3}, "one of 3 parts of a split file"),
+        ({}, {"split.count": 3}, "one of 3 parts of a split file: expected a name that ends in -00001-of-00003.gguf"),
     ],
 )
 def test_other_kinds_of_llama(tmp_path: Path, entries: dict, outer: dict, expected: str):
     assert expected in problems_of(write(tmp_path / "m.gguf", stored_tensors(), metadata(**entries), outer=outer))
+
+
+def write_split(folder: Path, tensors: dict[str, np.ndarray], most: int = 8) -> list[Path]:
+    """As llama-gguf-split does; the writer is the gguf package's own."""
+    writer = gguf.GGUFWriter(folder / "m.gguf", "llama", split_max_tensors=most)
+    for key, value in metadata().items():
+        _add(writer, f"llama.{key}", value)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(folder.glob("m-*.gguf"))
+
+
+def test_a_split_file_is_one_file(tmp_path: Path):
+    stored = stored_tensors()
+    whole = open_gguf(write(tmp_path / "w.gguf", stored))
+    parts = write_split(tmp_path, stored)
+    assert len(parts) == 3
+    for part in parts:
+        checkpoint = open_gguf(part)
+        assert (checkpoint.config, checkpoint.shapes.keys()) == (whole.config, whole.shapes.keys())
+        for name in whole.shapes:
+            np.testing.assert_array_equal(checkpoint.read(name), whole.read(name))
+    assert read_header(parts[2]).path == parts[0]  # which has the metadata
+
+
+def test_parts_that_do_not_belong_together(tmp_path: Path):
+    parts = write_split(tmp_path, stored_tensors())
+    other = tmp_path / "other"
+    other.mkdir()
+    parts_of_two = write_split(other, stored_tensors(), most=10)
+    assert len(parts_of_two) == 2
+    third = parts[2].read_bytes()
+    parts[2].unlink()
+    assert "one of 3 parts of a split file: not beside it are m-00003-of-00003.gguf" in problems_of(parts[0])
+    parts[2].write_bytes(parts[1].read_bytes())
+    assert "expected part 2 of 3 (split.no, split.count), found (1, 3)" in problems_of(parts[0])
+    parts[2].write_bytes(third[:-1])
+    assert "part m-00003-of-00003.gguf is truncated" in problems_of(parts[0])
+    parts[2].write_bytes(third)
+    parts[1].write_bytes(parts_of_two[1].read_bytes())
+    assert "expected part 1 of 3 (split.no, split.count), found (1, 2)" in problems_of(parts[0])
+
+
+HARMLESS = {
+    "leading_dense_block_count": 0,
+    "nextn_predict_layers": 0,
+    "attention.clamp_kqv": 0.0,
+    "attention.sliding_window": 0,
+    "attention.chunk_size": 8192,
+    "attention.key_length_swa": HEAD_DIM,
+    "attention.value_length_swa": HEAD_DIM,
+    "rope.dimension_count_swa": HEAD_DIM,
+    "embedding_length_out": HIDDEN,
+    "logit_scale": 1.0,
+    "embedding_scale": 1.0,
+    "residual_scale": 1.0,
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "expert_weights_scale": 0.0,
+    "rope.scaling.type": "none",
+    "rope.scaling.yarn_ext_factor": -1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+    "swiglu_clamp_exp": [0.0, 0.0],
+}
+HARMFUL = {
+    "attention.chunk_size": 16,
+    "embedding_length_out": HIDDEN // 2,
+    "rope.dimension_count_swa": HEAD_DIM // 2,
+    "nextn_predict_layers": 1,
+    "logit_scale": 0.5,
+    "attention.clamp_kqv": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.1,
+    "swiglu_clamp_exp": [0.0, 7.0],
+}
+
+
+def test_entries_that_change_nothing(tmp_path: Path):
+    plain = open_gguf(write(tmp_path / "m.gguf", stored_tensors())).config
+    assert open_gguf(write(tmp_path / "n.gguf", stored_tensors(), metadata(**HARMLESS))).config == plain
+
+
+@pytest.mark.parametrize("key", HARMFUL)
+def test_entries_that_might_change_something(tmp_path: Path, key: str):
+    text = problems_of(write(tmp_path / "m.gguf", stored_tensors(), metadata(**{key: HARMFUL[key]})))
+    assert f"metadata llama.{key}: expected none of this name, found" in text
+
+
+def test_yarn_with_a_factor_on_attention(tmp_path: Path):
+    entries = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 64,
+        "rope.scaling.attn_factor": 0.5,
+    }
+    rope = open_gguf(write(tmp_path / "m.gguf", stored_tensors(), metadata(**entries))).config["rope_parameters"]
+    assert rope["attention_factor"] == pytest.approx(0.5 * (1 + 0.1 * math.log(4)))
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ({"block_count": 10**9}, "llama.block_count: expected at most the 20 tensors of the file, found 1000000000"),
+        ({"block_count": 2.0}, "llama.block_count: expected one number, found 2.0"),
+        ({"embedding_length": 0}, "llama.embedding_length: expected one number, found 0"),
+        ({"attention.head_count": 0}, "llama.attention.head_count: expected one number, found 0"),
+        ({"attention.head_count_kv": 2**32 - 1}, "llama.attention.head_count_kv: expected one number, found 4294967295"),
+        ({"rope.freq_base": float("nan")}, "llama.rope.freq_base: expected one number, found nan"),
+        ({"attention.layer_norm_rms_epsilon": -1.0}, "rms_epsilon: expected one number, found -1.0"),
+        ({"context_length": "long"}, "llama.context_length: expected one number, found a str"),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 0.0}, "rope.scaling.factor: expected one number, found 0.0"),
+    ],
+)
+def test_numbers_out_of_bounds(tmp_path: Path, entries: dict[str, Any], expected: str):
+    assert expected in problems_of(write(tmp_path / "m.gguf", stored_tensors(), metadata(**entries)))
+
+
+def test_tensors_that_overlap(tmp_path: Path):
+    path = write(tmp_path / "m.gguf", stored_tensors())
+    content = bytearray(path.read_bytes())
+    at = content.index(b"blk.0.ffn_up.weight") + len(b"blk.0.ffn_up.weight") + 4 + 16 + 4
+    content[at : at + 8] = (int.from_bytes(content[at : at + 8], "little") - 32).to_bytes(8, "little")
+    path.write_bytes(content)
+    assert "tensor 'blk.0.ffn_up.weight': expected it after 'blk.0.ffn_gate.weight', which ends at byte" in problems_of(path)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "expected"),
+    [
+        (8, 2**40, "expected 1,099,511,627,776 values after offset"),  # tensors
+        (16, 2**40, "expected 1,099,511,627,776 values after offset"),  # entries
+    ],
+)
+def test_counts_are_compared_with_the_file(tmp_path: Path, at: int, value: int, expected: str):
+    path = write(tmp_path / "m.gguf", stored_tensors())
+    content = bytearray(path.read_bytes())
+    content[at : at + 8] = value.to_bytes(8, "little")
+    path.write_bytes(content)
+    assert expected in problems_of(path)
 
 
 def test_unknown_missing_and_misshapen_tensors_are_collected(tmp_path: Path):

@@ -1,5 +1,6 @@
 """Whole data sets: the account adds up, unusable rows are named, the held-out rows stay the same."""
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,15 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.data import DataError, encode, encode_all, load_records, train_eval_split
+from qlora_jax.data import (
+    DataError,
+    encode,
+    encode_all,
+    encode_all_seq2seq,
+    encode_preferences,
+    load_records,
+    train_eval_split,
+)
 from qlora_jax.errors import OptionError
 
 SHORT = {"question": "Why?", "answer": "So."}
@@ -164,3 +173,25 @@ def test_real_data_sets(chatml: PreTrainedTokenizerFast, shared_data: Path, name
         learned = np.flatnonzero(example.loss_mask)
         assert len(example) <= 1000
         assert example.tokens[learned[-1]] == chatml.eos_token_id
+
+
+def test_rows_with_a_token_without_an_embedding(chatml: PreTrainedTokenizerFast) -> None:
+    """They are rows that cannot be used, for each objective."""
+    tokenizer = copy.deepcopy(chatml)
+    tokenizer.add_tokens(["<image>"])
+    vocabulary = tokenizer.convert_tokens_to_ids("<image>")
+    bad = {"question": "What is on <image>?", "answer": "So."}
+    pair = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    cases: list[tuple[Any, Any, Any, dict[str, Any]]] = [
+        (encode_all, SHORT, bad, {"max_length": 40, "progress": False}),
+        (encode_preferences, pair, pair | {"rejected": "<image>"}, {"max_length": 40}),
+        (encode_all_seq2seq, SHORT, bad, {"max_source_length": 40, "max_target_length": 9}),
+    ]
+    for encode_rows, good, odd, limits in cases:
+        rows = [good] * 10 + [odd]
+        assert len(encode_rows(rows, tokenizer, **limits)[0]) == 11
+        examples, report = encode_rows(rows, tokenizer, on_bad_row="skip", vocabulary=vocabulary, **limits)
+        assert len(examples) == 10
+        assert "1 left out: cannot be used (row 10: expected tokens for which the model has an embedding" in str(report)
+        with pytest.raises(DataError, match=rf"row 10 .counted from 0.: .* found '<image>' .{vocabulary}."):
+            encode_rows(rows, tokenizer, vocabulary=vocabulary, **limits)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlora_jax.errors import QLoRAError
 from qlora_jax.nn import RMSNorm, RotaryEmbedding, rotate
 
 
@@ -52,6 +53,83 @@ def test_refused_configurations() -> None:
         embedding(rope_type="mrope")
     with pytest.raises(ValueError, match="'llama3' needs the fields factor, high_freq_factor, original_max"):
         embedding(rope_type="llama3", low_freq_factor=1.0)
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
+    "original_max_position_embeddings": 8,
+}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
+
+
+def rotations(rope: RotaryEmbedding, *positions: int) -> np.ndarray:
+    """`[2, 32, 8]`: cosine and sine of a row of 32 positions, padded as the batches of training are."""
+    row = [*positions, *[0] * (32 - len(positions))]
+    return np.stack(rope(jnp.asarray([row], jnp.int32)))[:, 0]
+
+
+@pytest.mark.parametrize("scaling", [LONGROPE, DYNAMIC])
+def test_each_text_has_the_frequencies_of_its_own_length(scaling: dict[str, object]) -> None:
+    """Packed into one row with a longer text, and followed by padding."""
+    rope = RotaryEmbedding.from_config(16, 100.0, 8, scaling)
+    short, long = range(6), range(20)
+    alone = rotations(rope, *short)[:, :6], rotations(rope, *long)[:, :20]
+    np.testing.assert_allclose(alone[0], rotations(embedding(), *short)[:, :6], atol=1e-6)
+    assert np.abs(alone[0] - alone[1][:, :6]).max() > 0.1
+    packed = rotations(rope, *short, *long, *short)
+    for start, expected in ((0, alone[0]), (6, alone[1]), (26, alone[0])):
+        np.testing.assert_array_equal(packed[:, start : start + expected.shape[1]], expected)
+
+
+def test_given_lengths_count() -> None:
+    rope = RotaryEmbedding.from_config(16, 100.0, 8, LONGROPE)
+    whole = np.stack(rope(jnp.arange(20)[None]))[:, :, :6]
+    np.testing.assert_array_equal(np.stack(rope(jnp.arange(6)[None], jnp.asarray([[20]]))), whole)
+
+
+def test_how_long_rotations_last() -> None:
+    plain, longrope = embedding(), RotaryEmbedding.from_config(16, 100.0, 64, LONGROPE)
+    dynamic = RotaryEmbedding.from_config(16, 100.0, 8, DYNAMIC)
+    assert [plain.lasts(length) for length in (1, 10**6)] == [None, None]
+    assert [longrope.lasts(length) for length in (1, 8, 9, 100)] == [8, 8, None, None]
+    assert [dynamic.lasts(length) for length in (1, 8, 9, 100)] == [8, 8, 9, 100]
+
+
+@pytest.mark.parametrize("name", ["su", "yarn"])
+def test_older_names_of_longrope(name: str) -> None:
+    fields = {key: value for key, value in LONGROPE.items() if key != "rope_type"}
+    assert embedding(**fields, type=name) == embedding(**LONGROPE)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        ({"rope_type": ["linear"]}, "is not supported"),
+        ({"rope_type": "linear", "factor": "2"}, "factor: expected a number above 0, found 2"),
+        ({"rope_type": "linear", "factor": 0}, "factor: expected a number above 0, found 0"),
+        ({"rope_type": "dynamic", "factor": float("inf")}, "factor: expected a number above 0, found inf"),
+        ({"rope_type": "yarn", "factor": 2.0, "beta_fast": None, "beta_slow": True}, "beta_slow: expected a number above 0"),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64.0}, "expected a whole number above 1"),
+        (LONGROPE | {"long_factor": [1.0] * 7}, "long_factor: expected 8 numbers above 0"),
+        (LONGROPE | {"short_factor": 1.0}, "short_factor: expected 8 numbers above 0"),
+        (LONGROPE | {"short_factor": [0.0] * 8}, "short_factor: expected 8 numbers above 0"),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 4.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+            "expected low_freq_factor below high_freq_factor",
+        ),
+    ],
+)
+def test_numbers_out_of_bounds(scaling: dict[str, object], expected: str) -> None:
+    with pytest.raises(QLoRAError, match=expected):
+        embedding(**scaling)
 
 
 def test_root_mean_square_norm() -> None:

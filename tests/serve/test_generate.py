@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.errors import CheckpointError
-from qlora_jax.models import CausalLM
+from qlora_jax.models import CausalLM, DecoderConfig
 from qlora_jax.models.llama import llama_config
 from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization
@@ -23,27 +24,26 @@ from qlora_jax.serve import Sampling, generate
 from qlora_jax.serve.generate import decode_step
 
 VOCABULARY = 97
-CONFIG = llama_config(
-    {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 512,
-    }
-)
+CONFIG_FIELDS: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512,
+}
+CONFIG = llama_config(CONFIG_FIELDS)
 # On both sides of a bucket's border, and as short as can be.
 LENGTHS = (1, 5, 63, 64)
 
 
-def build(**arguments: Any) -> CausalLM:
+def build(config: DecoderConfig = CONFIG, **arguments: Any) -> CausalLM:
     """Compiled: op by op it takes several times as long."""
 
     def make() -> CausalLM:
-        return CausalLM(CONFIG, rngs=nnx.Rngs(3), **arguments)
+        return CausalLM(config, rngs=nnx.Rngs(3), **arguments)
 
     graph, _ = nnx.split(nnx.eval_shape(make))
     return nnx.merge(graph, jax.jit(lambda: nnx.state(make()))())
@@ -96,6 +96,91 @@ def test_a_batch_equals_its_prompts_alone() -> None:
     prompts = random_prompts()
     alone = [generate(graphdef, state, [prompt], max_new_tokens=20)[0] for prompt in prompts]
     assert generate(graphdef, state, prompts, max_new_tokens=20) == alone
+
+
+SCALINGS = {
+    "longrope": {
+        "type": "su",
+        "short_factor": [1.0 + 0.1 * i for i in range(8)],
+        "long_factor": [1.0 + 0.9 * i for i in range(8)],
+        "original_max_position_embeddings": 40,
+    },
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+}
+
+
+@functools.cache
+def with_scaling(kind: str, **arguments: Any) -> CausalLM:
+    """A model whose frequencies depend on the length, from 41 tokens on."""
+    fields = CONFIG_FIELDS | {"max_position_embeddings": 40 if kind == "dynamic" else 512, "rope_scaling": SCALINGS[kind]}
+    return build(llama_config(fields), **arguments)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(graph: Any, state: Any, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    return nnx.merge(graph, state)(tokens, positions=positions)
+
+
+def without_cache(model: CausalLM, prompt: list[int], count: int) -> list[int]:
+    """Argmax over forward passes of texts that are exactly as long as they are: longer ones have other frequencies."""
+    tokens = list(prompt)
+    for _ in range(count):
+        padding = [0] * (64 - len(tokens))
+        positions = np.asarray([[*range(len(tokens)), *padding]], np.int32)
+        logits = forward(*nnx.split(model), np.asarray([tokens + padding], np.int32), positions)
+        tokens.append(int(np.asarray(logits)[0, len(tokens) - 1].argmax()))
+    return tokens[len(prompt) :]
+
+
+OUTGROWN = (36, 5, 44)  # the first begins below the context and crosses it, the others are on one side
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_rows_that_outgrow_the_context(kind: str) -> None:
+    """As if each text had been read at once, whatever is beside it."""
+    model, prompts = with_scaling(kind), random_prompts(OUTGROWN)
+    answers = generate(*nnx.split(model), prompts, max_new_tokens=8)
+    assert answers == [without_cache(model, prompt, 8) for prompt in prompts]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_a_row_outgrows_the_context_alone_as_in_a_batch(kind: str) -> None:
+    graphdef, state = nnx.split(with_scaling(kind))
+    prompts = random_prompts((38, 30, 5, 70))
+    alone = [generate(graphdef, state, [prompt], max_new_tokens=30)[0] for prompt in prompts]
+    assert generate(graphdef, state, prompts, max_new_tokens=30) == alone
+
+
+@pytest.mark.integration
+def test_longrope_equals_transformers_beyond_the_context(torch: Any, tmp_path: Path) -> None:
+    """transformers makes the cache of Phi-3 again, too."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 256}
+    rope = SCALINGS["longrope"] | {"rope_type": "longrope", "rope_theta": 1e4}
+    ends = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    torch.manual_seed(0)
+    peer = Phi3ForCausalLM(Phi3Config(**sizes, **heads, **ends, rope_parameters=rope, original_max_position_embeddings=40))
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter.normal_(0, 0.15) if parameter.ndim == 2 else parameter.add_(0.1)
+    peer.save_pretrained(tmp_path)
+    (prompt,) = random_prompts((30,))
+    expected = peer.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)[0, 30:].tolist()
+    model = load_model(open_checkpoint(str(tmp_path)), quantization=None, dtype=jnp.float32, progress=False)
+    assert generate(*nnx.split(model), [prompt], max_new_tokens=30) == [expected]
+
+
+@pytest.mark.integration
+def test_virtual_tokens_count_to_the_length() -> None:
+    """4 of them: a prompt of 32 tokens crosses the context of 40 with its 5th answered token."""
+    from qlora_jax.peft import PromptTuning
+
+    model, prompts = with_scaling("longrope", method=PromptTuning(virtual_tokens=4)), random_prompts((32, 5, 44))
+    answers = generate(*nnx.split(model), prompts, max_new_tokens=8)
+    assert answers == [without_cache(model, prompt, 8) for prompt in prompts]
 
 
 @pytest.fixture

@@ -1,17 +1,19 @@
 """Translates the metadata of a GGUF file to Hugging Face's config.json.
 
-Every entry that begins with the name of the architecture is either translated here or known to change nothing. Any other
-entry is an error, because it could stand for a factor that the model then lacks. Where llama.cpp has a constant in its code
-instead of an entry in the file (which layers of Gemma have a window, which layers of SmolLM3 have no positions), the
-constant is here.
+Every entry that begins with the name of the architecture is either translated here or known to change nothing
+(metadata.py). Where llama.cpp has a constant in its code instead of an entry in the file (which layers of Gemma have a
+window, which layers of SmolLM3 have no positions), the constant is here.
 """
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from qlora_jax.checkpoint.gguf.architectures import ARCHITECTURES
 from qlora_jax.checkpoint.gguf.header import Header
+from qlora_jax.checkpoint.gguf.metadata import Metadata
 from qlora_jax.checkpoint.gguf.values import read_values
 
 __all__ = ["ROPE_TENSORS", "read_config"]
@@ -20,66 +22,29 @@ __all__ = ["ROPE_TENSORS", "read_config"]
 ROPE_FREQUENCIES, ROPE_LONG, ROPE_SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_TENSORS = {"llama": (ROPE_FREQUENCIES,), "smollm3": (ROPE_FREQUENCIES,), "phi3": (ROPE_LONG, ROPE_SHORT)}
 
-# Entries that change nothing: how the context was trained, how an embedding model pools, a layout of the first converters,
-# and a flag that early converters wrote for all models, though only GPT-NeoX has parallel layers.
-HARMLESS = ("rope.scaling.finetuned", "pooling_type", "tensor_data_layout", "use_parallel_residual", "expert_used_count")
 # llama.cpp knows these two models by their number of layers; their scores are scaled by another size than that of a head.
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
+MANY_LAYERS = 1024  # which no model has: of fewer layers, the missing tensors are listed
 TOKEN_IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-
-
-class Metadata:
-    """The entries of the file's architecture. It records which entries were read, and which are wrong."""
-
-    def __init__(self, header: Header, architecture: str, problems: list[str]) -> None:
-        self.header, self.architecture, self.problems = header, architecture, problems
-        self.known: set[str] = {f"{architecture}.{key}" for key in HARMLESS}
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.known.add(f"{self.architecture}.{key}")
-        return self.header.metadata.get(f"{self.architecture}.{key}", default)
-
-    def number(self, key: str, default: float | None = None) -> Any:
-        value = self.get(key, default)
-        if type(value) in (int, float):
-            return value
-        found = "nothing" if value is None else f"a {type(value).__name__}"
-        self.problem(key, f"expected one number, found {found}.")
-        return 0
-
-    def problem(self, key: str, text: str) -> None:
-        self.problems.append(f"metadata {self.architecture}.{key}: {text}")
-
-    def check_all_known(self) -> None:
-        """Report each entry that was not read: it might change the mathematics."""
-        for name, value in self.header.metadata.items():
-            if name.startswith(f"{self.architecture}.") and name not in self.known:
-                text = f"{value!r}" if not isinstance(value, list) else f"{len(value)} values"
-                self.problems.append(f"metadata {name}: expected none of this name, found {text}.")
-
-    def has(self, *parts: str) -> bool:
-        """Return whether a tensor with one of these endings is in the file."""
-        return any(name.endswith(parts) for name in self.header.tensors)
 
 
 def read_config(header: Header, problems: list[str]) -> dict[str, Any]:
     """Return the config.json of a file; an empty one after adding everything that is wrong with the file to `problems`."""
     architecture = header.metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         problems.append(f"general.architecture: expected one of {', '.join(ARCHITECTURES)}; found {architecture!r}.")
         return {}
     if (kind := header.metadata.get("general.type", "model")) != "model":
         problems.append(f"general.type: expected 'model', found {kind!r}.")
         return {}
-    if (parts := header.metadata.get("split.count", 0)) > 1:
-        problems.append(f"is one of {parts} parts of a split file: join them first (llama-gguf-split --merge).")
-        return {}
     metadata = Metadata(header, architecture, problems)
-    if metadata.number("expert_count", 0) > 0:
+    if metadata.count("expert_count", 0, least=0) > 0:
         problems.append("is a mixture of experts; expected a dense model.")
         return {}
 
     config = _sizes(metadata)
+    if problems:  # the rest is computed from the sizes
+        return {}
     family = ARCHITECTURES[architecture]
     config |= {"architectures": [family.model_class], "model_type": family.model_type}
     match architecture:
@@ -96,9 +61,9 @@ def read_config(header: Header, problems: list[str]) -> dict[str, Any]:
             config |= _gemma(metadata, config)
         case "phi3":
             # The converter writes 0 for a model without a window. llama.cpp itself ignores the entry; the model has it.
-            config["sliding_window"] = metadata.number("attention.sliding_window", 0) or None
-            if (original := metadata.get("rope.scaling.original_context_length")) is not None:
-                config["original_max_position_embeddings"] = original
+            config["sliding_window"] = metadata.count("attention.sliding_window", 0, least=0) or None
+            if metadata.get("rope.scaling.original_context_length") is not None:
+                config["original_max_position_embeddings"] = metadata.count("rope.scaling.original_context_length")
         case "gptneox":
             config["hidden_act"] = "gelu"
             config["use_parallel_residual"] = bool(metadata.get("use_parallel_residual", True))
@@ -117,40 +82,57 @@ def read_config(header: Header, problems: list[str]) -> dict[str, Any]:
             config[f"{name}_token_id"] = token
     if metadata.get("attention.causal", True) is not True:
         metadata.problem("attention.causal", "expected true, found false.")
-    metadata.check_all_known()
+    metadata.check_all_known(_values_without(metadata, config))
     return {} if problems else config
+
+
+def _values_without(metadata: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that the model has without some entries of newer converters."""
+    head_dim = config["head_dim"]
+    return {
+        "context_length": config["max_position_embeddings"],
+        "embedding_length_out": config["hidden_size"],
+        "attention.key_length_swa": head_dim,
+        "attention.value_length_swa": head_dim,
+        "rope.dimension_count_swa": metadata.get("rope.dimension_count", head_dim),
+        "rope.freq_base_swa": config["rope_theta"],
+        "rope.scaling.yarn_ext_factor": float(metadata.get("rope.scaling.type") == "yarn"),
+    }
 
 
 def _sizes(metadata: Metadata) -> dict[str, Any]:
     """Return the fields that all architectures have."""
-    heads, hidden = metadata.number("attention.head_count"), metadata.number("embedding_length")
-    head_dim = metadata.number("attention.key_length", hidden // heads if heads else 0)
-    if (value := metadata.number("attention.value_length", head_dim)) != head_dim:
+    header = metadata.header
+    heads, hidden = metadata.count("attention.head_count"), metadata.count("embedding_length")
+    head_dim = metadata.count("attention.key_length", max(hidden // heads, 1))
+    if (value := metadata.count("attention.value_length", head_dim)) != head_dim:
         metadata.problem("attention.value_length", f"expected the size of a head, {head_dim}, found {value}.")
-    rotated = metadata.number("rope.dimension_count", head_dim)
+    rotated = metadata.count("rope.dimension_count", head_dim)
     partial = metadata.architecture in ("phi3", "gptneox")
-    if rotated != head_dim and not partial:
+    if rotated != head_dim and not (partial and rotated < head_dim):
         metadata.problem("rope.dimension_count", f"expected the size of a head, {head_dim}, found {rotated}.")
-    tokens = metadata.header.metadata.get("tokenizer.ggml.tokens")
+    if (layers := metadata.count("block_count")) > max(len(header.tensors), MANY_LAYERS):
+        metadata.problem("block_count", f"expected at most the {len(header.tensors)} tensors of the file, found {layers}.")
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
     norm = "layer_norm_epsilon" if metadata.architecture == "gptneox" else "layer_norm_rms_epsilon"
     config = {
-        "vocab_size": metadata.number("vocab_size", len(tokens) if isinstance(tokens, list) else None),
+        "vocab_size": metadata.count("vocab_size", len(tokens) if isinstance(tokens, list) else None),
         "hidden_size": hidden,
-        "intermediate_size": metadata.number("feed_forward_length"),
-        "num_hidden_layers": metadata.number("block_count"),
+        "intermediate_size": metadata.count("feed_forward_length"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": metadata.number("attention.head_count_kv", heads),
+        "num_key_value_heads": metadata.count("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
         "layer_norm_eps" if metadata.architecture == "gptneox" else "rms_norm_eps": metadata.number(f"attention.{norm}"),
-        "max_position_embeddings": metadata.number("context_length"),
-        "tie_word_embeddings": "output.weight" not in metadata.header.tensors,
+        "max_position_embeddings": metadata.count("context_length"),
+        "tie_word_embeddings": "output.weight" not in header.tensors,
         # Older readers of config.json look here; newer ones in rope_parameters.
         "rope_theta": metadata.number("rope.freq_base", 10000.0),
         # The dtype that reading returns; the packed types of the file have no name in config.json.
         "dtype": "float32",
     }
-    if partial and head_dim:
+    if partial:
         config["partial_rotary_factor"] = rotated / head_dim
     if metadata.architecture == "gptneox" and head_dim * heads != hidden:
         metadata.problem("attention.key_length", f"expected {hidden} / {heads}, found {head_dim}.")
@@ -159,7 +141,7 @@ def _sizes(metadata: Metadata) -> dict[str, Any]:
 
 def _llama(metadata: Metadata) -> dict[str, Any]:
     config: dict[str, Any] = {"attention_bias": metadata.has(".attn_q.bias"), "mlp_bias": metadata.has(".ffn_up.bias")}
-    if window := metadata.number("attention.sliding_window", 0):
+    if window := metadata.count("attention.sliding_window", 0, least=0):
         config = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
     return config
 
@@ -169,20 +151,21 @@ def _gemma(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
     if version == "gemma":
         return result
-    result["sliding_window"] = metadata.number("attention.sliding_window")
-    # The last layer of each group has no window.
-    pattern = metadata.get("attention.sliding_window_pattern", {"gemma2": 2, "gemma3": 6}[version])
-    near = pattern if isinstance(pattern, list) else [(layer + 1) % max(pattern, 1) != 0 for layer in range(layers)]
+    result["sliding_window"] = metadata.count("attention.sliding_window")
+    near = metadata.get("attention.sliding_window_pattern")
+    if not isinstance(near, list):  # a number: the last layer of each group of so many has no window
+        pattern = metadata.count("attention.sliding_window_pattern", {"gemma2": 2, "gemma3": 6}[version])
+        near = [(layer + 1) % pattern != 0 for layer in range(layers)]
     if len(near) != layers:
         metadata.problem("attention.sliding_window_pattern", f"expected {layers} values, found {len(near)}.")
     result["layer_types"] = ["sliding_attention" if windowed else "full_attention" for windowed in near]
     hidden, heads = config["hidden_size"], max(config["num_attention_heads"], 1)
     result["query_pre_attn_scalar"] = hidden // heads if layers == GEMMA_27B[version] else head_dim
-    if (scale := metadata.get("attention.scale")) is not None:
+    if (scale := metadata.optional_number("attention.scale")) is not None:
         result["query_pre_attn_scalar"] = scale**-2
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0} if version == "gemma2" else {}
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
-        result[cap] = metadata.get(cap, caps.get(cap))
+        result[cap] = caps.get(cap) if metadata.get(cap) is None else metadata.optional_number(cap)
     return result
 
 
@@ -197,7 +180,7 @@ def _rope(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
         return rope | _llama3(metadata, theta, config["head_dim"])
     if ROPE_LONG in factors and (ROPE_LONG in tensors or ROPE_SHORT in tensors):
         return rope | _longrope(metadata, config)
-    old = metadata.get("rope.scale_linear")  # the factor, in the first files
+    old = metadata.optional_number("rope.scale_linear")  # the factor, in the first files
     kind = metadata.get("rope.scaling.type", "none" if old is None else "linear")
     match kind:
         case "none":
@@ -207,10 +190,12 @@ def _rope(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
             return rope | {"rope_type": "linear", "factor": float(metadata.number("rope.scaling.factor", old))}
         case "yarn":
             rope |= {"rope_type": "yarn", "factor": float(metadata.number("rope.scaling.factor"))}
-            rope["original_max_position_embeddings"] = metadata.number("rope.scaling.original_context_length")
+            rope["original_max_position_embeddings"] = metadata.count("rope.scaling.original_context_length")
             for name in ("beta_fast", "beta_slow"):
-                if (value := metadata.get(f"rope.scaling.yarn_{name}")) is not None:
+                if (value := metadata.optional_number(f"rope.scaling.yarn_{name}")) is not None:
                     rope[name] = value
+            if (factor := metadata.optional_number("rope.scaling.attn_factor")) not in (None, 1):
+                rope["attention_factor"] = factor * (1 + 0.1 * math.log(max(rope["factor"], 1)))
             return rope
     metadata.problem("rope.scaling.type", f"expected none, linear or yarn, found {kind!r}.")
     return rope
@@ -220,8 +205,8 @@ def _longrope(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
     size = round(config["head_dim"] * config["partial_rotary_factor"]) // 2
     result: dict[str, Any] = {"rope_type": "longrope"}
     metadata.get("rope.scaling.type")  # the tensors show the type already
-    result["original_max_position_embeddings"] = metadata.number("rope.scaling.original_context_length")
-    if (factor := metadata.get("rope.scaling.attn_factor")) is not None:
+    result["original_max_position_embeddings"] = metadata.count("rope.scaling.original_context_length")
+    if (factor := metadata.optional_number("rope.scaling.attn_factor")) is not None:
         result["attention_factor"] = factor
     for name, stored in (("long_factor", ROPE_LONG), ("short_factor", ROPE_SHORT)):
         values = _values(metadata, stored)
@@ -248,11 +233,12 @@ def _llama3(metadata: Metadata, theta: float, head_dim: int) -> dict[str, Any]:
     """
     metadata.get("rope.scaling.type")  # some converters say "none" or "llama3" beside the divisors
     found = _values(metadata, ROPE_FREQUENCIES)
-    low, high, context, factor = 1.0, 4.0, 8192, float(found.max(initial=1.0))
+    usable = bool(np.all((found > 0) & np.isfinite(found)))
+    low, high, context, factor = 1.0, 4.0, 8192, float(found.max(initial=1.0)) if usable else 1.0
     wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     smooth = np.clip((context / wavelength - low) / (high - low), 0.0, 1.0)
     expected = 1 / ((1 - smooth) / factor + smooth)
-    if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-4):
+    if not usable or found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-4):
         metadata.problems.append(
             f"tensor {ROPE_FREQUENCIES!r}: expected {head_dim // 2} divisors of Llama 3.1's kind (low 1, "
             f"high 4, context 8192), found {np.array2string(found[:8], precision=4)} … ({found.size})."

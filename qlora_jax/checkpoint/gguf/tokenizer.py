@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from qlora_jax.checkpoint.gguf.header import read_header
+from qlora_jax.checkpoint.gguf.vocabulary import conclude_eos, conclude_pre, warn_of_ends
 from qlora_jax.errors import CheckpointError
 
 if TYPE_CHECKING:  # imported where it is used: transformers takes a second, and PyTorch with it where that is installed
@@ -56,6 +57,7 @@ CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{U
 SLASHED = REST.replace(r"[\r\n]*|", r"[\r\n/]*|", 1)
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 QWEN2 = Split(rf"{WORDS}|\p{{N}}|{REST}")
+UNNAMED: tuple[object, ...] = (None, "", "default")  # values of `tokenizer.ggml.pre` that name none
 SPLITS = {
     "gpt-2": Split(),
     "olmo": Split(),
@@ -88,10 +90,19 @@ def gguf_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
 
     metadata = read_header(path).metadata
     facts = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
-    split = _check_metadata(path, facts)
-    if split is None:
-        backend = _sentencepiece(facts, reversed_order=str(metadata.get("general.architecture")).startswith("gemma"))
+    architecture = str(metadata.get("general.architecture"))
+    _check_metadata(path, facts)
+    warn_of_ends(path, metadata)
+    if facts.get("eos_token_id") is None:
+        facts["eos_token_id"] = conclude_eos(path, facts)
+    split = None
+    if facts["model"] == "llama":
+        backend = _sentencepiece(facts, reversed_order=architecture.startswith("gemma"))
     else:
+        pre = facts.get("pre")
+        if pre in UNNAMED:
+            pre = conclude_pre(path, facts, architecture, lambda name: _pre_tokenizer(SPLITS[name]))
+        split = SPLITS[pre]
         backend = _byte_level(path, facts, split)
     tokens: list[str] = facts["tokens"]
     vocabulary = backend.get_vocab()
@@ -162,25 +173,25 @@ def _sentencepiece(facts: Mapping[str, Any], *, reversed_order: bool) -> Tokeniz
     return backend
 
 
-def _check_metadata(path: Path, facts: Mapping[str, Any]) -> Split | None:
-    """Return the pre-tokenizer (None for SentencePiece), after checking every entry that the other functions read."""
-    model, pre = facts.get("model"), facts.get("pre", "gpt-2")
+def _check_metadata(path: Path, facts: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where an entry that the other functions read is missing or of another kind."""
+    model, pre = facts.get("model"), facts.get("pre")
     if model not in ("gpt2", "llama"):
         raise CheckpointError(
             f"{path}: tokenizer.ggml.model: expected 'gpt2' (byte-level BPE) or 'llama' (SentencePiece's BPE), found "
             f"{model!r}. Take the tokenizer from the Hugging Face folder or hub id of the model instead."
         )
     problems: list[str] = []
-    if model == "gpt2" and pre not in SPLITS:
+    if model == "gpt2" and not (pre in UNNAMED or (isinstance(pre, str) and pre in SPLITS)):
         # A wrong pre-tokenizer gives tokens that look right but that the model was not trained on.
         problems.append(f"tokenizer.ggml.pre: expected one of {', '.join(SPLITS)}; found {pre!r}.")
     kinds: dict[str, tuple[type | tuple[type, ...], str]] = {"tokens": (str, "strings")}
-    if model == "gpt2":
-        kinds["merges"] = (str, "strings")
-    else:
-        kinds |= {"scores": ((int, float), "numbers"), "token_type": (int, "numbers")}
+    kinds["token_type"] = (int, "numbers")
+    kinds |= {"merges": (str, "strings")} if model == "gpt2" else {"scores": ((int, float), "numbers")}
     for key, (kind, what) in kinds.items():
         value = facts.get(key)
+        if value is None and key == "token_type" and model == "gpt2":
+            continue
         if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
             found = "nothing" if value is None else f"a {type(value).__name__} of other things"
             problems.append(f"tokenizer.ggml.{key}: expected a list of {what}, found {found}.")
@@ -191,15 +202,14 @@ def _check_metadata(path: Path, facts: Mapping[str, Any]) -> Split | None:
         if bad := [merge for merge in facts.get("merges", []) if merge.count(" ") != 1 and model == "gpt2"]:
             problems.append(f"tokenizer.ggml.merges: expected pairs, found {bad[0]!r} and {len(bad) - 1} more.")
         for key in ("token_type", "scores"):
-            if (given := len(facts.get(key, facts["tokens"]))) != count:
+            if isinstance(facts.get(key), list) and (given := len(facts.get(key, facts["tokens"]))) != count:
                 problems.append(f"tokenizer.ggml.{key}: expected {count}, one for each token, found {given}.")
         for key in ("bos", "eos", "unknown", "padding"):
             index = facts.get(f"{key}_token_id", 0)
-            if not isinstance(index, int) or not 0 <= index < count:
+            if type(index) is not int or not 0 <= index < count:
                 problems.append(f"tokenizer.ggml.{key}_token_id: expected a number below {count}, found {index!r}.")
     if problems:
         raise CheckpointError.of(path, problems)
-    return SPLITS[pre] if model == "gpt2" else None
 
 
 def _pre_tokenizer(split: Split) -> pre_tokenizers.PreTokenizer:

@@ -31,7 +31,7 @@ def read_values(header: Header, name: str, order: np.ndarray | None = None) -> n
     result = np.empty((rows, math.prod(tensor.shape) // max(rows, 1)), np.float32)
     row_bytes = tensor.size // max(rows, 1)
     band = max(1, BAND_BYTES // max(result.shape[1] * 4, 1))
-    with open(header.path, "rb", buffering=0) as file:
+    with open(tensor.file, "rb", buffering=0) as file:
         file.seek(tensor.offset)
         for first in range(0, rows, band):
             count = min(band, rows - first)
@@ -39,7 +39,7 @@ def read_values(header: Header, name: str, order: np.ndarray | None = None) -> n
             found = file.readinto(packed.data)
             if found != packed.size:
                 raise CheckpointError(
-                    f"{header.path}: changed after it was opened: tensor {name!r}: expected {packed.size:,} more "
+                    f"{tensor.file}: changed after it was opened: tensor {name!r}: expected {packed.size:,} more "
                     f"bytes at row {first}, found {found or 0:,}."
                 )
             values = gguf.quants.dequantize(packed, tensor.type)
@@ -59,14 +59,15 @@ def _rows(tensor: StoredTensor) -> int:
 def check_storage(header: Header) -> None:
     """Raise CheckpointError where the file ends early, or holds types that cannot be dequantised."""
     problems: list[str] = []
-    size = header.path.stat().st_size
-    cut = [name for name, tensor in header.tensors.items() if tensor.offset + tensor.size > size]
-    if cut:
-        expected = max(tensor.offset + tensor.size for tensor in header.tensors.values())
-        problems.append(
-            f"is truncated: expected {expected:,} bytes, found {size:,}; incomplete are {_quoted(cut)} "
-            f"({len(cut)} of {len(header.tensors)} tensors)."
-        )
+    for path in dict.fromkeys(tensor.file for tensor in header.tensors.values()):
+        ends = {name: tensor.offset + tensor.size for name, tensor in header.tensors.items() if tensor.file == path}
+        size = path.stat().st_size
+        if cut := [name for name, end in ends.items() if end > size]:
+            part = "" if path == header.path else f"part {path.name} "
+            problems.append(
+                f"{part}is truncated: expected {max(ends.values()):,} bytes, found {size:,}; incomplete are {_quoted(cut)} "
+                f"({len(cut)} of {len(ends)} tensors)."
+            )
     for storage in sorted({tensor.type for tensor in header.tensors.values()}):
         try:
             gguf.quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[storage][1]), np.uint8), storage)

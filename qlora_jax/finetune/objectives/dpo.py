@@ -37,6 +37,7 @@ def read_dpo(setting: Setting) -> Objective:
         max_length=data.max_length,
         template=data.template,
         on_bad_row=data.on_bad_row,
+        vocabulary=setting.config.vocab_size,
     )
     corpus = read_corpus(options, tokenizer, encode, lambda pair: (pair.chosen, pair.rejected))
     both = itertools.chain.from_iterable((pair.chosen, pair.rejected) for pair in [*corpus.training, *corpus.held_out])

@@ -38,6 +38,7 @@ def read_seq2seq(setting: Setting) -> Objective:
         template=data.template,
         on_long=data.on_long,
         on_bad_row=data.on_bad_row,
+        vocabulary=setting.config.vocab_size,
     )
     corpus = read_corpus(options, tokenizer, encode, lambda pair: (_joined(pair),))
     pairs = [*corpus.training, *corpus.held_out]

@@ -37,6 +37,7 @@ def read_sft(setting: Setting) -> Objective:
         train_on_source=data.train_on_source,
         on_long=data.on_long,
         on_bad_row=data.on_bad_row,
+        vocabulary=setting.config.vocab_size,
         source_max_length=data.source_max_length,
         target_max_length=data.target_max_length,
         progress=setting.progress,

@@ -1,0 +1,126 @@
+"""The kinds and bounds of the fields of config.json, checked where a field is read.
+
+A damaged or invented file must not decide how much memory or time reading it takes, nor fail somewhere in the arithmetic.
+So a size is a whole number (4096.0 is none), a factor is a positive finite number, and both have a largest value, which is
+far above that of any model.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["BOUNDS", "Bound", "shortened"]
+
+Kind = Literal["size", "number", "flag", "text", "texts", "flags", "object"]
+_LONGEST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a field may be.
+
+    Attributes:
+        kind: "size": a whole number; "number": a finite number above 0; "flag"; "text"; "texts", "flags": lists; "object".
+        most: the largest value of a size or a number, the largest length of a list.
+        least: the smallest value of a size.
+    """
+
+    kind: Kind
+    most: float = math.inf
+    least: int = 1
+
+    def problem(self, value: Any) -> str | None:
+        """Return what is wrong with a value; None where it is right."""
+        match self.kind:
+            case "size":
+                expected = f"a whole number from {self.least} to {self.most}"
+                right = type(value) is int and self.least <= value <= self.most
+            case "number":
+                expected = "a number above 0" + (f", at most {self.most:g}" if self.most < math.inf else "")
+                right = type(value) in (int, float) and 0 < value <= self.most and value < math.inf
+            case "flag":
+                expected, right = "true or false", type(value) in (bool, int) and value in (0, 1)
+            case "text":
+                expected, right = "a text", isinstance(value, str)
+            case "texts":
+                expected, right = "a list of texts", _is_list(value, (str,), self.most)
+            case "flags":
+                expected, right = "a list of 0 and 1", _is_list(value, (bool, int), self.most)
+            case "object":
+                expected, right = "an object", isinstance(value, dict)
+        return None if right else f"expected {expected}, found {shortened(value)}"
+
+    @property
+    def stand_in(self) -> Any:
+        """A value with which reading goes on, to find all that is wrong; the error comes afterwards."""
+        return {"size": self.least, "number": 1.0, "flag": False, "text": "", "texts": [], "flags": [], "object": {}}[
+            self.kind
+        ]
+
+
+def _is_list(value: Any, kinds: tuple[type, ...], most: float) -> bool:
+    return isinstance(value, list | tuple) and len(value) <= most and all(type(item) in kinds for item in value)
+
+
+def shortened(value: Any) -> str:
+    """Return a value as a message shows it, in at most 60 characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, or lists in lists
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+_LAYERS, _WIDTH, _HEADS = Bound("size", 2**12), Bound("size", 2**22), Bound("size", 2**14)
+_LENGTH, _POSITIVE, _FRACTION = Bound("size", _LONGEST), Bound("number", 1e12), Bound("number", 1.0)
+_FLAG, _TEXT, _ID = Bound("flag"), Bound("text"), Bound("size", _LONGEST, 0)
+
+BOUNDS: dict[str, Bound] = {
+    "vocab_size": Bound("size", 2**24),
+    "hidden_size": _WIDTH,
+    "intermediate_size": _WIDTH,
+    "d_model": _WIDTH,
+    "d_ff": _WIDTH,
+    "head_dim": _HEADS,
+    "d_kv": _HEADS,
+    "num_hidden_layers": _LAYERS,
+    "num_layers": _LAYERS,
+    "num_decoder_layers": _LAYERS,
+    "num_attention_heads": _HEADS,
+    "num_key_value_heads": _HEADS,
+    "num_heads": _HEADS,
+    "max_position_embeddings": _LENGTH,
+    "original_max_position_embeddings": _LENGTH,
+    "sliding_window": _LENGTH,
+    "sliding_window_pattern": _LENGTH,
+    "max_window_layers": Bound("size", _LONGEST, 0),
+    "no_rope_layer_interval": _LENGTH,
+    "relative_attention_num_buckets": Bound("size", 2**16),
+    "relative_attention_max_distance": _LENGTH,
+    "decoder_start_token_id": _ID,
+    "pad_token_id": _ID,
+    "rms_norm_eps": _FRACTION,
+    "layer_norm_eps": _FRACTION,
+    "layer_norm_epsilon": _FRACTION,
+    "rope_theta": _POSITIVE,
+    "rope_local_base_freq": _POSITIVE,
+    "rotary_emb_base": _POSITIVE,
+    "partial_rotary_factor": _FRACTION,
+    "rotary_pct": _FRACTION,
+    "query_pre_attn_scalar": _POSITIVE,
+    "attn_logit_softcapping": _POSITIVE,
+    "final_logit_softcapping": _POSITIVE,
+    "tie_word_embeddings": _FLAG,
+    "attention_bias": _FLAG,
+    "mlp_bias": _FLAG,
+    "use_sliding_window": _FLAG,
+    "use_parallel_residual": _FLAG,
+    "scale_decoder_outputs": _FLAG,
+    "hidden_act": _TEXT,
+    "hidden_activation": _TEXT,
+    "feed_forward_proj": _TEXT,
+    "layer_types": Bound("texts", 2**13),
+    "no_rope_layers": Bound("flags", 2**13),
+    "rope_parameters": Bound("object"),
+    "rope_scaling": Bound("object"),
+}
