@@ -1,6 +1,7 @@
 """Moves an adapter between a model and its files: what a run saves, and what merging and serving load."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -13,7 +14,7 @@ from qlora_jax.adapters.files import Adapter, read_adapter, write_adapter
 from qlora_jax.adapters.fit import check_fit, check_scaling
 from qlora_jax.adapters.metadata import AdapterMetadata
 from qlora_jax.adapters.places import places_of, variable_at
-from qlora_jax.adapters.virtual_tokens import encoder_tensors, fill_prompt, prompt_tensors
+from qlora_jax.adapters.virtual_tokens import fill_prompt, prompt_tensors, write_encoder
 from qlora_jax.adapters.weight_init import converted_from, to_plain_lora
 from qlora_jax.errors import OptionError
 from qlora_jax.models import T5, Model
@@ -104,9 +105,8 @@ def save_adapter(
         base_model_name_or_path=base_model_name_or_path,
         task_type="SEQ_2_SEQ_LM" if isinstance(model, T5) else "CAUSAL_LM",
         resized_embeddings=resized_embeddings,
-        encoder=None if model.prompt is None else encoder_tensors(model.prompt),
         text_prefix=text_prefix,
-        beside=(metadata.save, *beside),
+        beside=(partial(write_encoder, model.prompt), metadata.save, *beside),
     )
 
 

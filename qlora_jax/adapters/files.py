@@ -100,7 +100,6 @@ def write_adapter(
     base_model_name_or_path: str | None = None,
     task_type: TaskType = "CAUSAL_LM",
     resized_embeddings: Mapping[str, np.ndarray] | None = None,
-    encoder: Mapping[str, np.ndarray] | None = None,
     text_prefix: str | None = None,
     beside: Sequence[Callable[[Path], None]] = (),
 ) -> Path:
@@ -112,7 +111,6 @@ def write_adapter(
         base_model_name_or_path: path or repository id of the base, by which PEFT finds it.
         task_type: the task by which PEFT chooses its wrapper around the base.
         resized_embeddings: see `Adapter`.
-        encoder: see `Adapter`.
         text_prefix: what the base puts before the names of its text part (`Checkpoint.text_prefix`); None: nothing.
         beside: functions that write further files of the adapter into the folder that they are given: its metadata, its
             tokenizer, its card.
@@ -140,8 +138,6 @@ def write_adapter(
         (new / WEIGHTS).write_bytes(safetensors.numpy.save(dict(tensors), {"format": "pt"}))
         (new / CONFIG).write_text(text, encoding="utf-8")
         _verify(folder, new / WEIGHTS, tensors, new / CONFIG, config)
-        if encoder:
-            (new / ENCODER).write_bytes(safetensors.numpy.save(dict(encoder), {"format": "pt"}))
         for write in beside:
             write(new)
     return folder

@@ -22,7 +22,16 @@ from qlora_jax.errors import CheckpointError
 from qlora_jax.peft import Method, Prompt, PromptMethod
 from qlora_jax.peft.prompt import EMBEDDING, EMBEDDINGS, attribute_of
 
-__all__ = ["ENCODER", "encoder_tensors", "fill_prompt", "prompt_problems", "prompt_tensors", "read_encoder", "with_encoder"]
+__all__ = [
+    "ENCODER",
+    "encoder_tensors",
+    "fill_prompt",
+    "prompt_problems",
+    "prompt_tensors",
+    "read_encoder",
+    "with_encoder",
+    "write_encoder",
+]
 
 ENCODER = "prompt_encoder.safetensors"
 TOLERANCE = 1e-3  # between the values that an encoder makes here and those in the file
@@ -39,6 +48,12 @@ def encoder_tensors(prompt: Prompt) -> dict[str, np.ndarray]:
         return {}
     values = {name: jax.device_get(getattr(prompt, attribute_of(name))[...]) for name in prompt.names}
     return {name: np.ascontiguousarray(value, np.float32) for name, value in values.items()}
+
+
+def write_encoder(prompt: Prompt | None, folder: Path) -> None:
+    """Write the encoder of virtual tokens, if there is one, into the folder of their adapter."""
+    if prompt is not None and (encoder := encoder_tensors(prompt)):
+        (folder / ENCODER).write_bytes(safetensors.numpy.save(encoder, {"format": "pt"}))
 
 
 def with_encoder(method: Method, folder: Path) -> Method:
