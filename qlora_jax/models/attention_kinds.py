@@ -4,6 +4,10 @@ If layers differ in their attention (window, position embedding), the scanned pr
 layer's kind selects one at run time.
 """
 
+from collections.abc import Callable
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -45,3 +49,17 @@ def of_kind(rotations: tuple[Array, Array], kind: Array | None) -> tuple[Array, 
     """Return the (cosine, sine) of one kind, `[b, t, r]` each; None: the only kind."""
     cosine, sine = rotations
     return (cosine[0], sine[0]) if kind is None else (cosine[kind], sine[kind])
+
+
+def with_window(
+    attend: Callable[..., Array], config: DecoderConfig, kind: Array | None, q: Array, k: Array, v: Array
+) -> Array:
+    """Return `attend(q, k, v, window=…)` for the window of a layer's kind; None: the only kind.
+
+    The index `kind` is known at run time, the list of kinds at compile time: each window has a branch of its own.
+    """
+    windows = list(dict.fromkeys(kind.window for kind in config.kinds))
+    if kind is None or len(windows) == 1:
+        return attend(q, k, v, window=windows[0])
+    choice = np.asarray([windows.index(kind.window) for kind in config.kinds], np.int32)
+    return jax.lax.switch(jnp.asarray(choice)[kind], [partial(attend, window=window) for window in windows], q, k, v)

@@ -14,18 +14,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from qlora_jax.errors import OptionError
-from qlora_jax.models.attention_kinds import cache_lasts, layer_kinds, of_kind, rotations_of
+from qlora_jax.models.attention_kinds import cache_lasts, layer_kinds, of_kind, rotations_of, with_window
 from qlora_jax.models.chunks import chunk_count
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import DecoderLayer, make_norm
-from qlora_jax.models.kv_cache import KVCache, cache_masks, empty_cache
+from qlora_jax.models.kv_cache import KVCache, cache_masks, empty_cache, with_first_tokens
 from qlora_jax.models.neftune import neftune_noise
 from qlora_jax.models.origin import Origin
 from qlora_jax.models.prompts import with_prompt
@@ -229,16 +228,15 @@ class CausalLM(nnx.Module):
         Returns:
             (logits of the last token `[b, vocabulary]`, the cache including the new tokens).
         """
-        virtual = 0 if self.prompt is None else self.prompt.virtual_tokens
-        x, cache = self._extended(self._embed(tokens), jnp.where(positions < 0, positions, positions + virtual), cache)
+        shifted = jnp.where(positions < 0, positions, positions + self._virtual_tokens)
+        x, cache = self._extended(self._embed(tokens), shifted, cache)
         return self.logits(self.norm(x[:, -1])), cache
 
     def _extended(self, x: Array, positions: Array, cache: KVCache, lengths: Array | None = None) -> tuple[Array, KVCache]:
         """Return the last layer's output `[b, t, hidden_size]` for embedded tokens x, and the cache including them."""
         config, count = self.config, x.shape[1]
         rotations = rotations_of(self.config, jnp.maximum(positions, 0), lengths)
-        virtual = 0 if self.prompt is None else self.prompt.virtual_tokens
-        filled, masks = cache_masks(config, cache, positions, virtual)
+        filled, masks = cache_masks(config, cache, positions, self._virtual_tokens)
         graph, layers = nnx.split(self.layers)
         scanned, layer_of = by_layer(layers)
 
@@ -269,9 +267,8 @@ class CausalLM(nnx.Module):
 
         A row that outgrows it needs a new cache: with LongRoPE and dynamic NTK all rotations depend on the length.
         """
-        virtual = 0 if self.prompt is None else self.prompt.virtual_tokens
-        last = cache_lasts(self.config, length + virtual)
-        return None if last is None else last - virtual
+        last = cache_lasts(self.config, length + self._virtual_tokens)
+        return None if last is None else last - self._virtual_tokens
 
     def init_cache(self, batch_size: int, capacity: int, lengths: Int[Array, " b"] | None = None) -> KVCache:
         """Return a cache for `capacity` tokens per row that contains only the virtual tokens, if there are any.
@@ -297,12 +294,7 @@ class CausalLM(nnx.Module):
             embedded = self.prompt.embeddings(rows, dtype)
             _, one = self._extended(embedded, positions, empty_cache(config, dtype, rows, n), totals)
             keys, values = one.keys, one.values
-        return KVCache(
-            cache.keys.at[:, :, :, :n].set(keys.astype(dtype)),
-            cache.values.at[:, :, :, :n].set(values.astype(dtype)),
-            cache.filled.at[:, :n].set(True),
-            jnp.asarray(n, jnp.int32),
-        )
+        return with_first_tokens(cache, keys, values)
 
     def logits(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
         """Return the logits `[..., vocabulary]` of normalized hidden states `[..., hidden_size]`."""
@@ -335,12 +327,14 @@ class CausalLM(nnx.Module):
         """The largest number of tokens in a row, without virtual ones, that the positions allow; None: no limit."""
         return positions_left(self.config, None if self.prompt is None else self.prompt.method)
 
+    @property
+    def _virtual_tokens(self) -> int:
+        return 0 if self.prompt is None else self.prompt.virtual_tokens
+
     def _attend(
         self, q: Array, k: Array, v: Array, kind: Array | None, segment_ids: Array | None, shared: int, groups: int
     ) -> Array:
-        """Compute attention of one kind; the index `kind` is known at run time, the list of kinds at compile time."""
-        windows = list(dict.fromkeys(kind.window for kind in self.config.kinds))
-
+        """Compute attention of one kind."""
         attend = partial(
             partial(causal_attention, shared=shared) if groups == 1 else partial(shifted_group_attention, groups=groups),
             segment_ids=segment_ids,
@@ -348,10 +342,7 @@ class CausalLM(nnx.Module):
             cap=self.config.score_cap,
             implementation=self.attention,
         )
-        if kind is None or len(windows) == 1:
-            return attend(q, k, v, window=windows[0])
-        choice = np.asarray([windows.index(kind.window) for kind in self.config.kinds], np.int32)
-        return jax.lax.switch(jnp.asarray(choice)[kind], [partial(attend, window=window) for window in windows], q, k, v)
+        return with_window(attend, self.config, kind, q, k, v)
 
     @staticmethod
     def _positions(tokens: Array) -> Array:

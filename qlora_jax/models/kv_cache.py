@@ -66,3 +66,14 @@ def cache_masks(
     return filled, jnp.stack(
         [mask if kind.window is None else mask & (shifted > own[None] - kind.window) for kind in config.kinds]
     )
+
+
+def with_first_tokens(cache: KVCache, keys: Array, values: Array) -> KVCache:
+    """Return an empty cache with the keys and values `[layers, b or 1, kv_heads, n, head_dim]` of its first n tokens."""
+    n = keys.shape[3]
+    return KVCache(
+        cache.keys.at[:, :, :, :n].set(keys.astype(cache.keys.dtype)),
+        cache.values.at[:, :, :, :n].set(values.astype(cache.values.dtype)),
+        cache.filled.at[:, :n].set(True),
+        jnp.asarray(n, jnp.int32),
+    )
