@@ -128,7 +128,7 @@ def test_pairs_of_an_encoder_decoder(bare: PreTrainedTokenizerFast) -> None:
 
 def test_reasoning_is_used_under_each_of_its_names(make_chatml: Any) -> None:
     template = (
-        "{% for m in messages %}{{ m.role }}: {% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+        "{% for m in messages %}{{ m.role }}: {% if m.thinking %}<think>{{ m.thinking }}</think>{% endif %}"
         "{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
     for name in ("reasoning_content", "thinking", "reasoning"):
