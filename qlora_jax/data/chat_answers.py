@@ -63,10 +63,12 @@ def find_answers(
     learned: Collection[int],
     tokenizer: "PreTrainedTokenizerBase",
     tools: Sequence[Any],
+    removed: int = 0,
 ) -> tuple[dict[int, Answer], str]:
     """Return (the answers by their numbers, the text of the whole conversation).
 
-    An answer that is not learned is left out if the finished text does not start with its prompt.
+    An answer that is not learned is left out if the finished text does not start with its prompt. `removed` is the number of
+    messages that the data have before the first one, for errors.
 
     Raises:
         DataError: the template refuses the conversation, or an answer that is learned is not found.
@@ -79,10 +81,16 @@ def find_answers(
     answers = {}
     for turn, prompt in zip(turns, prompts, strict=True):
         text = texts[turn + 1]
-        if text.startswith(prompt) and not _drops_reasoning(messages[turn], text):
+        if text.startswith(prompt) and not _drops_reasoning(messages[turn], text[len(prompt) :]):
             answers[turn] = _after_prompt(prompt, text[len(prompt) :], turn + 1)
         elif turn in learned:
-            answers[turn] = _search(messages[: turn + 1], prompt, text, tokenizer, tools)
+            found = _search(messages[: turn + 1], prompt, text, tokenizer, tools)
+            if isinstance(found, str):
+                raise DataError(
+                    "the chat template does not write its own generation prompt before message "
+                    f"{turn + removed} (assistant), found {found}; {WAY_OUT}"
+                )
+            answers[turn] = found
     return answers, texts[len(messages)]
 
 
@@ -114,12 +122,18 @@ def _ended(answer: Answer, prompt: str, bare: str = "") -> Answer:
 
 def _search(
     messages: Sequence[Message], prompt: str, text: str, tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Any]
-) -> Answer:
-    """Return the last of the messages as an answer, if the finished text lacks its reasoning or does not start so."""
+) -> Answer | str:
+    """Return the last of the messages as an answer, if the finished text lacks its reasoning or does not start so.
+
+    If the answer cannot be found, return what is in the text in place of the prompt, in words.
+    """
     *before, message = messages
     probe = {"role": "assistant", "content": _PROBE}
     (probed, bare) = chat_text([[*before, probe], before], tokenizer, prompt=False, tools=tools)
-    if _drops_reasoning(message, text) and (rest := _with_reasoning(message, prompt, probed)) is not None:
+    if (
+        _drops_reasoning(message, text[_common(prompt, text) :])
+        and (rest := _with_reasoning(message, prompt, probed)) is not None
+    ):
         return _after_prompt(prompt, rest, None)
     if text.startswith(prompt):
         return _after_prompt(prompt, text[len(prompt) :], len(messages))
@@ -138,11 +152,7 @@ def _search(
         return _after_prompt(prompt, text[place + len(ending) :], None, bare)
     start = _start_of_marker(text, min(content, _common(prompt, text)))
     if start < last[1]:
-        number = len(messages) - 1
-        raise DataError(
-            f"the chat template does not write its own generation prompt before message {number} (assistant), "
-            f"found {_around(text, start)} in place of {_around(prompt, start)}; {WAY_OUT}"
-        )
+        return f"{_around(text, start)} in place of {_around(prompt, start)}"
     return _ended(Answer(text, start, 0, len(messages), by_content=True), prompt, bare)
 
 

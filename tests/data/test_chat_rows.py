@@ -119,10 +119,11 @@ def test_rows_that_are_too_long_are_said() -> None:
 
 
 def test_opened_reasoning_goes_on_with_that_of_the_answer() -> None:
-    talk = [user("Sum?"), answer("<think>\nAdd.\n</think>\n\n4"), user("n"), answer("5", reasoning_content="Count.")]
+    # The reasoning of the first answer is in the question as well.
+    talk = [user("Add.?"), answer("<think>\nAdd.\n</think>\n\n4"), user("n"), answer("5", reasoning_content="Count.")]
     assert learned(OPENS_REASONING, talk) == [
-        [("<|User|>Sum?<|Assistant|><think>\n", "Add.\n</think>\n\n4<|end|></s>")],
-        [("<|User|>Sum?<|Assistant|>\n\n4<|end|><|User|>n<|Assistant|><think>\n", "Count.\n</think>\n\n5<|end|></s>")],
+        [("<|User|>Add.?<|Assistant|><think>\n", "Add.\n</think>\n\n4<|end|></s>")],
+        [("<|User|>Add.?<|Assistant|>\n\n4<|end|><|User|>n<|Assistant|><think>\n", "Count.\n</think>\n\n5<|end|></s>")],
     ]
 
 
