@@ -1,6 +1,5 @@
 """Checks that a checkpoint, an adapter and a model belong together. Only names and shapes are compared."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from qlora_jax.adapters.names import rows_name
 from qlora_jax.adapters.places import adapter_modules, places_of, variable_at
 from qlora_jax.adapters.virtual_tokens import prompt_problems
 from qlora_jax.checkpoint.checkpoint import Checkpoint
+from qlora_jax.checkpoint.files import read_object
 from qlora_jax.checkpoint.load import check_tensors, with_tied
 from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.models import FAMILIES, Model, families_with, tied_head
@@ -128,7 +128,7 @@ def _family_of_base(adapter: Adapter) -> str | None:
     if not adapter.base:
         return None
     try:
-        kind = json.loads((Path(adapter.base).expanduser() / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
+        kind = (read_object(Path(adapter.base).expanduser() / "config.json") or {}).get("model_type")
+    except (OSError, ValueError, RuntimeError):  # a name that is no path, or a file that is damaged
         return None
-    return kind if kind in FAMILIES else None
+    return kind if isinstance(kind, str) and kind in FAMILIES else None

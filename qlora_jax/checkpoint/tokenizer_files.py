@@ -66,6 +66,7 @@ _CLASS_BY_TYPE = {
     "gpt_neox": "GPTNeoX",
     "t5": "T5",
 }
+PROBES = [f"{repeated * 60}{end}" for repeated in ("a", " ", "1", "aA", "\n", "a ") for end in ("!", "\u00e9")]
 FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")  # of an added token
 _logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def folder_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     config = read_object(folder / "tokenizer_config.json") or {}
     model = read_object(folder / "config.json") or {}
     if (folder / "tokenizer.json").is_file():
-        backend, by_class = _guarded(folder, lambda: Tokenizer.from_file(str(folder / "tokenizer.json"))), {}
+        backend, by_class = _guarded(folder, lambda: _tried(Tokenizer.from_file(str(folder / "tokenizer.json")))), {}
     else:
         backend, by_class = _converted(folder, config, model)
     _add_missing(folder, backend, config)
@@ -133,6 +134,12 @@ def _guarded(folder: Path, read: Callable[[], Tokenizer]) -> Tokenizer:
         if type(error).__name__ != "PanicException":
             raise
         raise _unreadable(folder, error) from error
+
+
+def _tried(backend: Tokenizer) -> Tokenizer:
+    """Return the tokenizer after texts on which a regular expression that backtracks without end fails."""
+    backend.encode_batch(PROBES, add_special_tokens=False)
+    return backend
 
 
 def _unreadable(folder: Path, error: BaseException) -> CheckpointError:
