@@ -12,7 +12,7 @@ from qlora_jax.adapters.names import rows_name, tensor_name
 from qlora_jax.adapters.places import adapted_layers, places_of, variable_at
 from qlora_jax.adapters.virtual_tokens import prompt_problems
 from qlora_jax.checkpoint.checkpoint import Checkpoint
-from qlora_jax.checkpoint.json_files import read_json_object
+from qlora_jax.checkpoint.files import read_object
 from qlora_jax.checkpoint.load import check_tensors, with_tied
 from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.models import FAMILIES, Model, families_with, tied_head
@@ -136,7 +136,7 @@ def _family_of_base(adapter: Adapter) -> str | None:
     if not adapter.base:
         return None
     try:
-        kind = read_json_object(Path(adapter.base).expanduser() / "config.json").get("model_type")
-    except (OSError, ValueError, RuntimeError):  # no such file, or a damaged one, or no home folder
+        kind = (read_object(Path(adapter.base).expanduser() / "config.json") or {}).get("model_type")
+    except (OSError, ValueError, RuntimeError):  # a name that is no path, or a file that is damaged
         return None
     return kind if isinstance(kind, str) and kind in FAMILIES else None

@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qlora_jax.checkpoint.files import read_object
 from qlora_jax.checkpoint.gguf.header import read_header
@@ -121,7 +121,8 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerFast", config: Mapping[str, A
             f"{place}: does not belong to this model: expected token ids below {size} (vocab_size, the rows of the "
             f"embedding), found {len(beyond)} others, up to {highest} for {token!r}."
         )
-    needed = {*tokenizer("a")["input_ids"], tokenizer.eos_token_id} & set(beyond.values())
+    every = [*cast(list[int], tokenizer("a")["input_ids"]), tokenizer.eos_token_id]
+    needed = set(beyond.values()).intersection(every)
     if needed:
         names = list_names([repr(token) for token, index in beyond.items() if index in needed])
         raise CheckpointError(
@@ -129,7 +130,7 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerFast", config: Mapping[str, A
             f"(vocab_size), found {list_names([str(index) for index in sorted(needed)])}. Name another eos_token in "
             "tokenizer_config.json, or take the tokenizer of the base."
         )
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= size:
+    if tokenizer.pad_token in beyond:
         tokenizer.pad_token = _padding_choice(tokenizer, size) or tokenizer.eos_token
     _logger.info("%s: %d tokens have no embedding in this model: %s", place, len(beyond), list_names(list(beyond)))
 

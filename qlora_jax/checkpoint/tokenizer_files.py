@@ -21,7 +21,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -66,6 +66,7 @@ _CLASS_BY_TYPE = {
     "gpt_neox": "GPTNeoX",
     "t5": "T5",
 }
+PROBES = [f"{repeated * 60}{end}" for repeated in ("a", " ", "1", "aA", "\n", "a ") for end in ("!", "\u00e9")]
 FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")  # of an added token
 _logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def folder_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     config = read_object(folder / "tokenizer_config.json") or {}
     model = read_object(folder / "config.json") or {}
     if (folder / "tokenizer.json").is_file():
-        backend, by_class = _guarded(folder, lambda: Tokenizer.from_file(str(folder / "tokenizer.json"))), {}
+        backend, by_class = _guarded(folder, lambda: _tried(Tokenizer.from_file(str(folder / "tokenizer.json")))), {}
     else:
         backend, by_class = _converted(folder, config, model)
     _add_missing(folder, backend, config)
@@ -118,7 +119,7 @@ def chat_template_of(folder: Path) -> str | dict[str, str] | None:
     texts = list(stated.items()) if isinstance(stated, dict) else [("default", stated)]
     if stated is not None and not all(isinstance(text, str) for pair in texts for text in pair):
         raise CheckpointError(f"{folder / place}: chat_template: expected a text, found a {type(stated).__name__}.")
-    return stated
+    return cast(str | dict[str, str] | None, stated)
 
 
 def _guarded(folder: Path, read: Callable[[], Tokenizer]) -> Tokenizer:
@@ -133,6 +134,12 @@ def _guarded(folder: Path, read: Callable[[], Tokenizer]) -> Tokenizer:
         if type(error).__name__ != "PanicException":
             raise
         raise _unreadable(folder, error) from error
+
+
+def _tried(backend: Tokenizer) -> Tokenizer:
+    """Return the tokenizer after texts on which a regular expression that backtracks without end fails."""
+    backend.encode_batch(PROBES, add_special_tokens=False)
+    return backend
 
 
 def _unreadable(folder: Path, error: BaseException) -> CheckpointError:
@@ -220,7 +227,7 @@ def _named_tokens(
         name = name.removesuffix("Fast").removesuffix("Tokenizer")
     kind = model.get("model_type")
     name = name if name in _NAMED_BY_CLASS else _CLASS_BY_TYPE.get(kind) if isinstance(kind, str) and name is None else None
-    defaults = dict(
+    defaults: dict[str, str | None] = dict(
         zip(("bos_token", "eos_token", "unk_token", "pad_token"), _NAMED_BY_CLASS.get(name or "", ()), strict=False)
     )
     generation = read_object(folder / "generation_config.json") or {}
@@ -228,11 +235,12 @@ def _named_tokens(
         f"{key}_token": _first(model.get(f"{key}_token_id", generation.get(f"{key}_token_id")))
         for key in ("bos", "eos", "pad")
     }
-    by_id = {key: backend.id_to_token(index) for key, index in ids.items() if index is not None}
+    by_id: dict[str, str | None] = {key: backend.id_to_token(index) for key, index in ids.items() if index is not None}
     vocabulary = backend.get_vocab()
     named: dict[str, str] = {}
     for key in NAMED:
-        texts = [_text(place.get(key)) for place in (*places, by_class, defaults, by_id)]
+        known: list[Mapping[str, Any]] = [*places, by_class, defaults, by_id]
+        texts = [_text(place.get(key)) for place in known]
         if found := next((text for text in texts if text is not None and text in vocabulary), None):
             named[key] = found
     return named

@@ -150,10 +150,11 @@ def load(options: Options, prompts: Sequence[str] = ()) -> Loaded:
     model = pretrained.load(progress=sys.stderr.isatty())
     graphdef, state = nnx.split(model)
     eos_ids = pretrained.stop_ids
-    first = [graphdef, state, tokenizer, template, eos_ids, vocabulary]
     if isinstance(model, T5):  # its length has no limit
-        return Loaded(*first, None, model.config.decoder_start_token_id)
-    return Loaded(*first, model.max_positions, None)
+        longest, start = None, model.config.decoder_start_token_id
+    else:
+        longest, start = model.max_positions, None
+    return Loaded(graphdef, state, tokenizer, template, eos_ids, vocabulary, longest, start)
 
 
 def answer_prompts(loaded: Loaded, options: Options, prompts: Sequence[str]) -> None:

@@ -92,6 +92,11 @@ class DecoderConfig:
     embedding_scale: float = 1.0
 
     @property
+    def by_length(self) -> bool:
+        """Whether the rotations of a text depend on its length."""
+        return any(kind.rope is not None and kind.rope.context is not None for kind in self.kinds)
+
+    @property
     def endless(self) -> bool:
         """Whether the positions allow sequences of any length."""
         return any(kind.rope is not None and dict(kind.rope.scaling).get("rope_type") == "dynamic" for kind in self.kinds)

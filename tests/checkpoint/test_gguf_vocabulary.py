@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, trainers
 
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.gguf.header import read_header
-from qlora_jax.checkpoint.gguf.tokenizer import SPLITS, _pre_tokenizer
+from qlora_jax.checkpoint.gguf.tokenizer import named_pre_tokenizer
 from qlora_jax.checkpoint.gguf.vocabulary import FINEST_FIRST, conclude_pre
 from qlora_jax.checkpoint.tokenizer import load_tokenizer, stop_ids
 from qlora_jax.data import PLAIN_ANSWERS
@@ -61,7 +61,7 @@ def trained(pre: str) -> tuple[list[str], list[str]]:
     import json
 
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = _pre_tokenizer(SPLITS[pre])  # pyright: ignore
+    backend.pre_tokenizer = named_pre_tokenizer(pre)  # pyright: ignore
     backend.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=3000, show_progress=False))
     model = json.loads(backend.to_str())["model"]
     tokens = [token for token, _ in sorted(model["vocab"].items(), key=lambda item: item[1])]
@@ -84,7 +84,7 @@ def test_the_pre_tokenizer_of_a_real_vocabulary_is_found(caplog: pytest.LogCaptu
     except CheckpointError as error:
         pytest.skip(f"the default model is neither cached nor can it be fetched: {error}")
     facts = {key.removeprefix("tokenizer.ggml."): value for key, value in read_header(path).metadata.items()}
-    assert conclude_pre(path, facts, "llama", lambda name: _pre_tokenizer(SPLITS[name])) == facts["pre"]
+    assert conclude_pre(path, facts, "llama", named_pre_tokenizer) == facts["pre"]
     assert "'smollm' is used" in caplog.text
 
 

@@ -135,6 +135,22 @@ def test_real_texts_equal_transformers(ours: PreTrainedTokenizerFast, peer: PreT
     same(ours, peer, list(texts_of(file)))
 
 
+@pytest.mark.integration
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+def test_a_folder_of_the_model_gives_the_same_tokens(ours: PreTrainedTokenizerFast, tmp_path: Path, name: str):
+    """All texts of the shared data, whatever class the folder names: that of SmolLM2 on the hub is GPT2Tokenizer."""
+    files = sorted(DATA.glob("*.jsonl"))
+    if not files:
+        pytest.skip(f"the shared data are not here: {DATA}")
+    save_tokenizer(ours, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": name}))
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    folder = load_tokenizer(tmp_path)
+    for file in files:
+        same(ours, folder, list(texts_of(file)))
+
+
 @pytest.mark.parametrize("name", ["oasst_guanaco", "code_alpaca"])
 def test_real_texts_come_back(ours: PreTrainedTokenizerFast, name: str):
     file = DATA / f"{name}.jsonl"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_jax.checkpoint.hub import resolve
@@ -216,6 +216,13 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes, expected: str)
     with pytest.raises(CheckpointError, match=expected) as caught:
         load_tokenizer(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_regular_expression_that_does_not_end(tmp_path: Path) -> None:
+    backend = byte_level()
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")  # pyright: ignore
+    with pytest.raises(CheckpointError, match=r"its tokenizer cannot be read: PanicException: .*retry-limit"):
+        load_tokenizer(write(tmp_path, backend))
 
 
 @pytest.mark.parametrize("form", ["tokenizer.json", "vocab.json"])

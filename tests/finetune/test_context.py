@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import but
 
 from qlora_jax.adapters.files import read_adapter
 from qlora_jax.adapters.metadata import read_adapter_metadata
@@ -18,6 +19,7 @@ from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.commands import merge
 from qlora_jax.finetune import DataOptions, LoRAOptions, ModelOptions, OptimizerOptions, Options, RunOptions, finetune
 from qlora_jax.finetune.options.context import ContextOptions
+from qlora_jax.finetune.prepare import prepare
 from qlora_jax.finetune.step import step_spec
 from qlora_jax.models import CausalLM, RopeScaling, family_of
 
@@ -153,3 +155,34 @@ def test_options_that_mean_nothing() -> None:
         ContextOptions(rope_scaling="linear").scaling(config, 64)
     with pytest.raises(ValueError, match="expected a decoder-only model and objective sft, found dpo"):
         ContextOptions(longlora=True).check(config, "dpo")
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
+    "original_max_position_embeddings": 48,
+}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_carry_their_positions_where_these_depend_on_the_length(
+    options: Options, make_tiny_llama: Callable[..., Path], tmp_path: Path, packing: bool
+) -> None:
+    """A row that is padded to the length of a longer one keeps the frequencies of its own."""
+    changed = dataclasses.replace(but(options, "data", packing=packing), context=ContextOptions())
+    for model, expected in ((make_tiny_llama(rope_parameters=LONGROPE), 1), (options.model.model, packing)):
+        run = but(but(changed, "model", model=str(model)), "run", output=tmp_path / str(expected))
+        arrays = prepare(run, progress=False).spec.objective.arrays
+        assert [array.name for array in arrays].count("positions") == expected
+
+
+@pytest.mark.integration
+def test_a_run_with_rows_on_both_sides_of_the_original_context(
+    options: Options, make_tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = str(make_tiny_llama(rope_parameters=LONGROPE))
+    changed = but(but(options, "model", model=model), "run", output=tmp_path / "run")
+    folder = finetune(dataclasses.replace(changed, context=ContextOptions()), progress=False)
+    assert read_adapter(folder).tensors

@@ -32,7 +32,7 @@ from qlora_jax.errors import CheckpointError
 if TYPE_CHECKING:  # imported where it is used: transformers takes a second, and PyTorch with it where that is installed
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["gguf_tokenizer"]
+__all__ = ["gguf_tokenizer", "named_pre_tokenizer"]
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 SPACE = "\u2581"
@@ -99,9 +99,8 @@ def gguf_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
     if facts["model"] == "llama":
         backend = _sentencepiece(facts, reversed_order=architecture.startswith("gemma"))
     else:
-        pre = facts.get("pre")
-        if pre in UNNAMED:
-            pre = conclude_pre(path, facts, architecture, lambda name: _pre_tokenizer(SPLITS[name]))
+        stated = facts.get("pre")
+        pre = conclude_pre(path, facts, architecture, named_pre_tokenizer) if stated in UNNAMED else str(stated)
         split = SPLITS[pre]
         backend = _byte_level(path, facts, split)
     tokens: list[str] = facts["tokens"]
@@ -210,6 +209,11 @@ def _check_metadata(path: Path, facts: Mapping[str, Any]) -> None:
                 problems.append(f"tokenizer.ggml.{key}_token_id: expected a number below {count}, found {index!r}.")
     if problems:
         raise CheckpointError.of(path, problems)
+
+
+def named_pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
+    """Return the pre-tokenizer that a value of `tokenizer.ggml.pre` names."""
+    return _pre_tokenizer(SPLITS[pre])
 
 
 def _pre_tokenizer(split: Split) -> pre_tokenizers.PreTokenizer:

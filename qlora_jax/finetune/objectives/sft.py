@@ -1,5 +1,6 @@
 """Supervised fine-tuning of a decoder: the answers of conversations, or texts as a whole."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -11,7 +12,8 @@ from qlora_jax.finetune.objectives.answers import greedy
 from qlora_jax.finetune.objectives.corpus import read_corpus
 from qlora_jax.finetune.objectives.objective import Batches, Objective, ObjectiveKind, Setting
 from qlora_jax.finetune.objectives.streaming import open_stream
-from qlora_jax.train import StepObjective, language_model_objective
+from qlora_jax.models import DecoderConfig, ModelConfig
+from qlora_jax.train import BatchArray, StepObjective, language_model_objective
 
 if TYPE_CHECKING:
     from qlora_jax.finetune.options.options import Options
@@ -24,6 +26,17 @@ def sft_step(options: "Options") -> StepObjective:
         neftune_alpha=options.optimizer.neftune_alpha,
         attention_groups=options.context.groups,
     )
+
+
+def with_positions(step: StepObjective, config: ModelConfig) -> StepObjective:
+    """Return the losses with the positions of the tokens where the rotations depend on the length of a text.
+
+    They end where a text ends. Without them a row that is padded to the length of the longest one counts as one as long.
+    """
+    names = {array.name for array in step.arrays}
+    if not isinstance(config, DecoderConfig) or not config.by_length or "positions" in names:
+        return step
+    return dataclasses.replace(step, arrays=(*step.arrays, BatchArray("positions")))
 
 
 def read_sft(setting: Setting) -> Objective:
@@ -62,7 +75,7 @@ def read_sft(setting: Setting) -> Objective:
     return Objective(
         training=training,
         held_out=held_out if corpus.held_out else None,
-        step=sft_step(options),
+        step=with_positions(sft_step(options), setting.config),
         count_tokens=_count_tokens,
         row=f"{'up to ' if data.group_by_length else ''}{length} tokens",
         length=length,
