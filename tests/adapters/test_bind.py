@@ -19,6 +19,7 @@ from flax import nnx
 
 from qlora_jax.adapters.bind import adapter_tensors, load_adapter, save_adapter
 from qlora_jax.adapters.files import read_adapter, write_adapter
+from qlora_jax.adapters.metadata import AdapterMetadata, read_adapter_metadata
 from qlora_jax.adapters.peft_config import read_adapter_method
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import load_model
