@@ -18,7 +18,7 @@ from qlora_jax.quant import EMBEDDING_STORAGES, DataType, EmbeddingStorage, Quan
 
 __all__ = ["AdapterMetadata", "QuantizationChoice", "read_adapter_metadata", "with_scaling"]
 
-NAME = "qlora_jax.json"
+METADATA = "qlora_jax.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class AdapterMetadata:
             **({} if self.converted_from is None else {"converted_from": self.converted_from}),
             "rope_scaling": None if self.scaling is None else dataclasses.asdict(self.scaling),
         }
-        (adapter / NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (adapter / METADATA).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def read_adapter_metadata(name: str | Path | Snapshot) -> AdapterMetadata | None:
@@ -61,7 +61,7 @@ def read_adapter_metadata(name: str | Path | Snapshot) -> AdapterMetadata | None
     Raises:
         CheckpointError: the file is damaged.
     """
-    path = resolve(name).path / NAME
+    path = resolve(name).path / METADATA
     if not path.is_file():
         return None
     try:

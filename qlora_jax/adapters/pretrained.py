@@ -10,6 +10,7 @@ calls `check`.
 """
 
 import dataclasses
+import logging
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -20,7 +21,7 @@ from jax.typing import DTypeLike
 from qlora_jax.adapters.bind import load_adapter
 from qlora_jax.adapters.files import Adapter, read_adapter
 from qlora_jax.adapters.fit import check_all, check_family
-from qlora_jax.adapters.metadata import AdapterMetadata, QuantizationChoice, read_adapter_metadata, with_scaling
+from qlora_jax.adapters.metadata import METADATA, AdapterMetadata, QuantizationChoice, read_adapter_metadata, with_scaling
 from qlora_jax.adapters.special_tokens import (
     add_special_tokens,
     resized_for_adapter,
@@ -42,6 +43,8 @@ from qlora_jax.quant import DataType, EmbeddingStorage, Quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+_logger = logging.getLogger(__name__)
 
 __all__ = ["AS_TRAINED", "Pretrained", "PretrainedOptions", "open_pretrained", "open_unchecked"]
 
@@ -274,6 +277,8 @@ def open_unchecked(
     """
     snapshot = None if adapter is None else resolve(adapter)
     metadata = None if snapshot is None else read_adapter_metadata(snapshot)
+    if snapshot is not None and metadata is None:
+        _logger.warning("%s", _without_record(snapshot.name, quantization))
     if isinstance(quantization, QuantizationChoice):
         quantization = quantization.complete(metadata)
     if embedding_storage is None:
@@ -300,4 +305,14 @@ def open_unchecked(
         method=None if opened is None else opened.method,
         quantization=storage_of(checkpoint, quantization),
         embedding_storage=embedding_storage,
+    )
+
+
+def _without_record(adapter: str, quantization: Quantization | QuantizationChoice | None) -> str:
+    """Return the warning for an adapter of which nothing but PEFT's files is there."""
+    stored = quantization.complete(None) if isinstance(quantization, QuantizationChoice) else quantization
+    storage = "dense" if stored is None else stored.data_type
+    return (
+        f"{adapter}: has no {METADATA}, so that it is unknown how its base was stored in training and how prompts were "
+        f"written: taken for an adapter on {storage} weights (data_type chooses others) and the model's own chat template."
     )

@@ -228,12 +228,12 @@ def count_steps(options: Options, batches: Batches) -> int:
             _logger.info("max_steps %d decides how long the run is; epochs %g is not used.", run.max_steps, run.epochs)
         return run.max_steps
     part, whole = math.modf(run.epochs)
-    counts = [batches.batches_in_epoch(epoch) for epoch in range(int(whole) + (part > 0))]
-    if None in counts:
-        raise OptionError("max_steps: expected a number with data of unknown length, found none")
-    if part:
-        counts[-1] = math.ceil(round(counts[-1] * part, 6))  # 0.1 is not exact
-    return sum(counts)
+    steps = 0
+    for epoch in range(int(whole) + (part > 0)):
+        count = batches.batches_in_epoch(epoch)
+        assert count is not None  # as `options.check` has made sure
+        steps += count if epoch < whole else math.ceil(round(count * part, 6))  # 0.1 is not exact
+    return steps
 
 
 def _learning_rate(options: Options, pretrained: Pretrained, steps: int) -> optax.Schedule:

@@ -18,7 +18,7 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -138,7 +138,7 @@ class StateStore:
             raise self._damaged(step, f"expected the checksums of its values, found {checksums!r}")
         return step, restored, checksums
 
-    def _compare(self, step: int, found: dict[str, int], expected: dict[str, int | None] | None) -> None:
+    def _compare(self, step: int, found: dict[str, int], expected: Mapping[str, int | None] | None) -> None:
         """Raise CheckpointError where values have other checksums than those that they were saved with."""
         if expected is None:
             return

@@ -19,6 +19,7 @@ from flax import nnx
 
 from qlora_jax.adapters.bind import adapter_tensors, load_adapter, save_adapter
 from qlora_jax.adapters.files import read_adapter, write_adapter
+from qlora_jax.adapters.metadata import AdapterMetadata, read_adapter_metadata
 from qlora_jax.adapters.peft_config import read_adapter_method
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import load_model
@@ -479,6 +480,21 @@ def test_what_does_not_reach_the_disk_is_an_error_and_keeps_the_old_adapter(
     with pytest.raises(CheckpointError, match="not saved"):
         write_adapter(tensors, saved / "new", method=read_adapter_method(saved))
     assert contents(saved) == before, "nothing is left"
+
+
+def test_the_record_says_how_the_base_is_stored(saved: Path, tmp_path: Path) -> None:
+    """The model knows it; other files of the adapter are written before the folder has its name."""
+    model = with_random_adapter(tiny(LoRA(rank=4)))
+    folder = save_adapter(model, tmp_path / "new", beside=[lambda new: (new / "README.md").write_text(new.name)])
+    assert read_adapter_metadata(folder) == AdapterMetadata(model.quantization, None, model.embedding_storage)
+    assert contents(folder).keys() == {CONFIG, WEIGHTS, "qlora_jax.json", "README.md"}
+    with pytest.raises(CheckpointError, match="not saved: No space left"):
+        save_adapter(model, tmp_path / "more", beside=[full_disk])
+    assert not (tmp_path / "more").exists()
+
+
+def full_disk(folder: Path) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_an_adapter_replaces_another(saved: Path) -> None:

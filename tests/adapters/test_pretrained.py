@@ -114,3 +114,16 @@ def test_what_does_not_fit_is_found_before_weights_are_read(
     wider = make_tiny_llama(hidden_size=32)
     with pytest.raises(CheckpointError, match=r"(?s)this adapter does not fit this model.*tensors of another shape"):
         open_pretrained(wider, saved)
+
+
+def test_an_adapter_without_its_record_is_said(
+    tiny_llama: Path, saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As those of other programs are; one that was saved here has it."""
+    open_pretrained(tiny_llama, saved)
+    assert not caplog.records
+    (folder := Path(shutil.copytree(saved, tmp_path / "copy")) / "qlora_jax.json").unlink()
+    open_pretrained(tiny_llama, folder.parent)
+    (found,) = [record.getMessage() for record in caplog.records]
+    assert found.startswith(f"{folder.parent}: has no qlora_jax.json, so that it is unknown how its base was stored")
+    assert "an adapter on nf4 weights" in found
