@@ -162,7 +162,10 @@ SIZES: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"modules_to_save": ("embed",)}, "modules_to_save 'embed' matches no module; their names end in: down_proj, embed_tokens"),
+        (
+            {"modules_to_save": ("embed",)},
+            "modules_to_save 'embed' matches no module; their names end in: down_proj, embed_tokens",
+        ),
         ({"modules_to_save": ("mlp",)}, r"'mlp': expected a module without parts, found model\.layers\.0\.mlp"),
         ({"modules_to_save": ("1.input_layernorm",)}, "expected all modules .*or none, found 1 of the 2"),
         ({"trainable_token_indices": (3, 11)}, "expected tokens below 11, found 11"),
