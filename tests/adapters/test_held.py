@@ -134,11 +134,10 @@ def test_folders_within_are_named(saved: Path) -> None:
 def test_pickled_tensors_are_those_of_torch(saved: Path, dtype: str) -> None:
     """Also views: transposed, and two of one storage."""
     torch = pytest.importorskip("torch", reason="torch, to compare with, is not installed")
-    tensors = {
-        name: torch.from_numpy(tensor).to(getattr(torch, dtype)) for name, tensor in load_file(saved / WEIGHTS).items()
-    }
+    kind = getattr(torch, dtype)
+    tensors = {name: torch.from_numpy(tensor).to(kind) for name, tensor in load_file(saved / WEIGHTS).items()}
     name = f"{Q}.lora_A.weight"
-    tensors[name] = torch.nn.Parameter(torch.randn(8, 6, dtype=getattr(torch, dtype))[:, 1:5].T)
+    tensors[name] = torch.nn.Parameter(torch.randn(8, 6, dtype=kind)[:, 1:5].T)
     torch.save(tensors, saved / BIN)
     (saved / WEIGHTS).unlink()
     found = read_adapter(saved).tensors
@@ -168,9 +167,7 @@ def write_archive(path: Path, text: bytes, **entries: bytes) -> None:
 def test_a_pickle_is_not_run(saved: Path, tmp_path: Path, protocol: int) -> None:
     (saved / WEIGHTS).unlink()
     write_archive(saved / BIN, pickle.dumps({"x": Evil(tmp_path / "evil")}, protocol))
-    with pytest.raises(
-        CheckpointError, match=r"adapter_model\.bin is damaged: (refers to (posix|nt)\.mkdir|expected a pickle)"
-    ):
+    with pytest.raises(CheckpointError, match=r"bin is damaged: (refers to (posix|nt)\.mkdir|expected a pickle)"):
         read_adapter(saved)
     assert not (tmp_path / "evil").exists()
 

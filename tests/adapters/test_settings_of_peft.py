@@ -64,7 +64,7 @@ CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {  # (family, whether tied,
     ),
 }
 VOCABULARY = 264  # the tokenizer of `write_tokenizer` has 259 tokens
-QUICK = ["tied head and table", "linear layers as a whole", "all biases", "repeated layers"]
+QUICK = ["tied head and table", "linear layers as a whole", "all biases"]
 
 
 @pytest.mark.parametrize("case", tiered(CASES, quick=QUICK))

@@ -1,4 +1,4 @@
-"""The text part of models that also read pictures, against the whole model in transformers; and heads that are said to be tied."""
+"""The text part of models that also read pictures, against the whole model in transformers; and heads that differ."""
 
 import json
 import warnings
@@ -115,7 +115,7 @@ def test_a_text_part_that_differs_is_refused(tmp_path: Path) -> None:
     write_tiny_llama(tmp_path)
     config = {"model_type": "paligemma", "text_config": {"model_type": "gemma"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match="paligemma.*a prompt attends to itself in both directions"):
+    with pytest.raises(UnsupportedError, match=r"paligemma.*a prompt attends to itself in both directions"):
         open_checkpoint(str(tmp_path))
 
 
