@@ -218,6 +218,10 @@ def _is_trained_besides(tensor: str, method: Method) -> bool:
     if method.bias != "none" and tensor.endswith(".bias"):
         return True
     parts = tensor.split(".")[:-1]
+    if not {"modules_to_save", "original_module", "token_adapter"}.isdisjoint(
+        parts
+    ):  # PEFT's wrappers, not the module's own
+        return False
     return any(".".join(parts[:end]).endswith(name) for end in range(1, len(parts) + 1) for name in method.modules_to_save)
 
 

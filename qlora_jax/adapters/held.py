@@ -115,10 +115,9 @@ def our_name(stored: str) -> str | None:
     """Return PEFT's name of a tensor of an adapter's files; None for one of a tower of vision or sound."""
     if stored == EMBEDDINGS:
         return stored
-    rest = stored
+    rest = ".".join(part for part in stored.split(".") if part not in _WRAPPERS)
     while rest.startswith(PREFIX):
         rest = rest.removeprefix(PREFIX)
-    rest = ".".join(part for part in rest.split(".") if part not in _WRAPPERS)
     if match := _ADAPTER_NAME.fullmatch(rest):
         rest = match["before"] + match["after"]
     if rest.endswith("lora_magnitude_vector.weight"):

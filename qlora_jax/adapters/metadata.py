@@ -8,10 +8,11 @@ read all of that from this file.
 import dataclasses
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.hub import Snapshot, resolve
+from qlora_jax.checkpoint.json_files import read_json_object
 from qlora_jax.errors import CheckpointError, OptionError
 from qlora_jax.models import RopeScaling, scaled
 from qlora_jax.quant import EMBEDDING_STORAGES, DataType, EmbeddingStorage, Quantization
@@ -19,6 +20,7 @@ from qlora_jax.quant import EMBEDDING_STORAGES, DataType, EmbeddingStorage, Quan
 __all__ = ["AdapterMetadata", "QuantizationChoice", "read_adapter_metadata", "with_scaling"]
 
 METADATA = "qlora_jax.json"
+_MOST_SCALED = 100_000  # times the context: beyond it a factor is damaged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +67,8 @@ def read_adapter_metadata(name: str | Path | Snapshot) -> AdapterMetadata | None
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        stored, template = values["quantization"], values["template"]
+        values = read_json_object(path)
+        template = values["template"]
         if template is not None and not isinstance(template, str):
             raise CheckpointError(f"template: expected a name, found {template!r}")
         embedding_storage = values.get("tables", "none")  # files of earlier versions do not have it
@@ -75,16 +77,38 @@ def read_adapter_metadata(name: str | Path | Snapshot) -> AdapterMetadata | None
         initialization = values.get("converted_from")
         if initialization is not None and not isinstance(initialization, str):
             raise CheckpointError(f"converted_from: expected a name, found {initialization!r}")
-        scaling = values.get("rope_scaling")
         return AdapterMetadata(
-            None if stored is None else Quantization(**stored),
+            _quantization(values["quantization"]),
             template,
             embedding_storage,
             initialization,
-            None if scaling is None else RopeScaling(**scaling),
+            _scaling(values.get("rope_scaling")),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: expected quantization and template, as train.py writes them: {error!r}") from error
+
+
+def _quantization(stored: Any) -> Quantization | None:
+    """Return the storage that a record describes; raise ValueError or TypeError where it is none."""
+    if stored is None:
+        return None
+    if not isinstance(stored, dict) or type(stored.get("block_size", 64)) is not int:
+        raise CheckpointError(f"quantization: expected an object with a whole block_size, found {str(stored)[:100]}")
+    if not isinstance(stored.get("double_quantization", True), bool):
+        raise CheckpointError(f"double_quantization: expected true or false, found {stored['double_quantization']!r}")
+    return Quantization(**stored)
+
+
+def _scaling(stored: Any) -> RopeScaling | None:
+    """Return the scaling of positions that a record describes; raise ValueError or TypeError where it is none."""
+    if stored is None:
+        return None
+    factor = stored.get("factor") if isinstance(stored, dict) else None
+    if type(factor) not in (int, float) or not factor <= _MOST_SCALED:
+        raise CheckpointError(
+            f"rope_scaling: expected an object with a factor up to {_MOST_SCALED}, found {str(stored)[:100]}"
+        )
+    return RopeScaling(**stored)
 
 
 def with_scaling(checkpoint: Checkpoint, scaling: RopeScaling | None) -> Checkpoint:

@@ -87,14 +87,13 @@ def adapter_config(snapshot: Snapshot, held: Held | None) -> AdapterConfig:
 
 
 def _renamed_modules(names: Mapping[str, str], method: Method) -> dict[str, str]:
-    """Return our name of each adapted module by the name that it has in the files, where the two differ in their prefix."""
+    """Return our name of each adapted module by the name that it has in the files; empty where all of them are the same."""
     found: dict[str, str] = {}
     for ours, stored in names.items():
         module, suffix = split_name(ours, method)
-        theirs = _SUFFIX.split(stored.removeprefix(PREFIX), maxsplit=1)[0]
-        if suffix is not None and module and theirs != module:
-            found[theirs] = module
-    return found
+        if suffix is not None and module:
+            found[_SUFFIX.split(stored.removeprefix(PREFIX), maxsplit=1)[0]] = module
+    return found if any(theirs != ours for theirs, ours in found.items()) else {}
 
 
 def read_adapter_method(name: str | Path | Snapshot) -> Method:

@@ -214,8 +214,11 @@ def _problem(name: str, view: _View, prefix: str, entries: dict[str, zipfile.Zip
 
 def _reader(path: Path, prefix: str, view: _View) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
-        with zipfile.ZipFile(path) as archive:
-            values = np.frombuffer(archive.read(f"{prefix}data/{view.storage.key}"), np.uint8)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                values = np.frombuffer(archive.read(f"{prefix}data/{view.storage.key}"), np.uint8)
+        except (zipfile.BadZipFile, OSError, EOFError, KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: is damaged: {error}") from error
         dtype = view.storage.dtype
         values = values[: len(values) // dtype.itemsize * dtype.itemsize].view(dtype)[view.offset :]
         strides = [stride * dtype.itemsize for stride in view.strides]

@@ -174,7 +174,7 @@ def read_safetensors(path: Path, problems: list[str]) -> dict[str, Tensor] | Non
     try:
         header = parse_json_object(text)
     except CheckpointError as error:
-        problems.append(f"{path.name}: has a corrupt header: expected {length:,} bytes of JSON, an object, found: {error}.")
+        problems.append(f"{path.name}: has a corrupt header: expected {length:,} bytes of JSON, an object, found {error}.")
         return None
     header.pop("__metadata__", None)
 

@@ -48,6 +48,9 @@ def generation_config(checkpoint: Checkpoint, tokenizer: "PreTrainedTokenizerFas
         result |= _sampling_of_gguf(read_header(snapshot.path).metadata)
     elif snapshot is not None and (file := snapshot.path / GENERATION).is_file():
         result = read_json_object(file)
+        result.pop(
+            "_from_model_config", None
+        )  # transformers' mark of a file that repeats config.json, which this one does not
     stated = result.get("eos_token_id")
     ids = [*stated] if isinstance(stated, list) else [stated]
     if tokenizer is not None:

@@ -238,7 +238,7 @@ class Method(Protocol):
         """Return the method that selects modules by our names as this one does by those of an adapter's files.
 
         Args:
-            modules: our full name of a module by its full name in the files, for the modules where the two differ.
+            modules: our full name of each adapted module by its full name in the files; empty where no two differ.
         """
         return self
 

@@ -13,7 +13,7 @@ from typing import Any
 
 __all__ = ["pattern_error"]
 
-_SECONDS = 5.0
+_SECONDS = 3.0
 _LONGEST = 10_000  # characters; lists of full names of modules have some thousands
 _NAMES = (
     "model.layers.31.self_attn.q_proj",

@@ -258,7 +258,7 @@ def test_starts_in_files(peers: Callable[[str], Peer], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"init_lora_weights": "olora"}, "init_lora_weights: expected true, gaussian, .*found 'olora'"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights: expected true, gaussian, .*found 'corda'"),
         ({"init_lora_weights": "pissa_niter_0"}, "found 'pissa_niter_0'"),
         ({"init_lora_weights": "orthogonal", "rank": 3}, "orthogonal: expected even ranks, found 3"),
         ({"init_lora_weights": "pissa", "use_dora": True}, "use_dora: expected no init_lora_weights that changes the base"),

@@ -17,7 +17,7 @@ from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.errors import CheckpointError
 from qlora_jax.export.merge import merge
 from qlora_jax.models import CausalLM
-from qlora_jax.quant import DATA_TYPES, Quantization, QuantizedTensor, from_blocks, quantize, to_blocks
+from qlora_jax.quant import DATA_TYPES, MixedStack, Quantization, QuantizedTensor, from_blocks, quantize, to_blocks
 
 SIZES: dict[str, Any] = {
     "vocab_size": 101,
@@ -244,3 +244,31 @@ def test_other_quantisations_are_refused(written: Path) -> None:
         (written / "config.json").write_text(json.dumps(config | {"quantization_config": stated}))
         with pytest.raises(ValueError, match=f"expected none, or bitsandbytes with load_in_4bit, found .*{name}"):
             open_checkpoint(str(written))
+
+
+def test_dense_layers_among_quantised_ones_stay_dense(make_tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    """One layer of a stack, and a whole stack, as llm_int8_skip_modules leaves them; and written so again. About 3 CPU s."""
+    base = make_tiny_llama()
+    folder = merge(open_checkpoint(str(base)), None, tmp_path / "packed", quantization=Quantization(), progress=False)
+    original, tensors = load_file(base / "model.safetensors"), load_file(folder / "model.safetensors")
+    dense = ["model.layers.1.mlp.down_proj", *(f"model.layers.{layer}.self_attn.o_proj" for layer in range(2))]
+    for module in dense:
+        name = f"{module}.weight"
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(name)} | {name: original[name]}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.dense_modules == set(dense)
+    model = load_model(checkpoint, quantization=Quantization(), progress=False)
+    layers = model.layers  # type: ignore[union-attr]
+    mixed = layers.mlp.down_proj.weight.get_value()
+    assert isinstance(mixed, MixedStack)
+    assert mixed.places == (0, -1)
+    np.testing.assert_array_equal(mixed.dense[0].T, original[f"{dense[0]}.weight"])
+    assert isinstance(layers.self_attn.o_proj.weight.get_value(), jax.Array)
+    assert isinstance(layers.mlp.up_proj.weight.get_value(), QuantizedTensor)
+    expected = run(load_model(checkpoint, quantization=None, progress=False))  # type: ignore[arg-type]
+    np.testing.assert_allclose(run(model), expected, atol=1e-4)  # type: ignore[arg-type]
+    again = merge(checkpoint, None, tmp_path / "again", quantization=Quantization(), progress=False)
+    stated = json.loads((again / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
+    assert stated == [*sorted(dense), "lm_head"]
+    assert load_file(again / "model.safetensors").keys() == tensors.keys()

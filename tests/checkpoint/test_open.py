@@ -68,6 +68,31 @@ def test_hub_id(folder: Path, monkeypatch: pytest.MonkeyPatch):
     assert not any(pattern.endswith(".bin") for pattern in asked["patterns"])
 
 
+def test_of_a_repository_only_what_belongs_to_the_model_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The small files first, then what the index names, of the same commit; of an adapter its own weights."""
+    folder = tmp_path / "snapshots" / "c0ffee"
+    (folder / "inner").mkdir(parents=True)
+    asked: list[tuple[str | None, set[str]]] = []
+
+    def download(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((revision, set(allow_patterns)))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}')
+    assert resolve("owner/name", "main").commit == "c0ffee"
+    assert asked[0] == ("main", {"*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"})
+    assert asked[1] == ("c0ffee", {"x.safetensors", "y.safetensors"})
+    (folder / "model.safetensors.index.json").write_text("[")
+    resolve("owner/name")
+    assert "model.safetensors" in asked[3][1]
+    (folder / "inner" / "adapter_config.json").write_text("{}")
+    assert resolve("owner/name:inner").path == folder / "inner"
+    names = ("adapter_model.safetensors", "adapter_model.bin", "prompt_encoder.safetensors")
+    assert asked[5][1] == {f"inner/{name}" for name in names}
+
+
 def test_hub_without_network(monkeypatch: pytest.MonkeyPatch):
     def download(*_args: object, **_kwargs: object) -> str:
         raise LocalEntryNotFoundError("no connection\nand a long explanation")

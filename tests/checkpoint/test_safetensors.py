@@ -120,23 +120,54 @@ def test_all_problems_in_one_error(tmp_path: Path):
     save_file({"c.0": np.zeros(1, np.float32), "other": np.zeros(1, np.float32)}, folder / "c.safetensors")
     (folder / "d.safetensors").write_bytes(b"\xff" * 64)
     text = problems_of(folder)
-    assert "6 problems" in text
+    assert "4 problems" in text
     assert "config.json: is missing" in text
     assert "a.safetensors: is missing (2 of the tensors" in text
     assert f"b.safetensors: is truncated: expected {len(whole)} bytes, found {len(whole) - 10}" in text
-    assert "c.safetensors: lacks 'c.1'" in text
-    assert "c.safetensors: holds 'other'" in text
     assert "d.safetensors: has a corrupt header" in text
+
+
+def test_an_index_that_lists_too_much_or_too_little(tmp_path: Path):
+    """The headers say which tensors there are; one that lies in two files is taken from where the index places it."""
+    folder = sharded(tmp_path, {"a.safetensors": ["x"], "b.safetensors": ["y"]})
+    save_file({"x": np.zeros(1, np.float32), "unlisted": np.ones(1, np.float32)}, folder / "a.safetensors")
+    save_file({"x": np.ones(2, np.float32), "y": np.ones(2, np.float32)}, folder / "b.safetensors")
+    weight_map = {"x": "b.safetensors", "y": "b.safetensors", "z": "a.safetensors", "w": "gone.safetensors"}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert problems_of(folder).endswith(
+        "gone.safetensors: is missing (1 of the tensors in model.safetensors.index.json are in it)."
+    )
+    index.write_text(json.dumps({"weight_map": {**weight_map, "w": "a.safetensors"}}))
+    checkpoint = open_safetensors_folder(folder)
+    assert dict(checkpoint.shapes) == {"x": (2,), "y": (2,), "unlisted": (1,)}
+    np.testing.assert_array_equal(checkpoint.read("x"), np.ones(2))
+    index.write_text(json.dumps({"weight_map": {"y": "b.safetensors", "z": "a.safetensors"}}))
+    assert "safetensors: holds 'x', which" in problems_of(folder)
+
+
+def test_complete_shards_need_no_index(tmp_path: Path):
+    folder = sharded(tmp_path, {f"model-0000{i}-of-00002.safetensors": [f"t{i}"] for i in (1, 2)})
+    (folder / "model.safetensors.index.json").unlink()
+    assert open_safetensors_folder(folder).shapes.keys() == {"t1", "t2"}
+    (folder / "model-00001-of-00002.safetensors").unlink()
+    assert "several shards need their index" in problems_of(folder)
 
 
 @pytest.mark.parametrize(
     ("header", "expected"),
     [
         (b"{not json", "corrupt header: expected 9 bytes of JSON"),
-        (b"[]", "expected a JSON object, found a list"),
+        (b"[]", "bytes of JSON, an object, found a list"),
         (b'{"w": {"dtype": "F32", "shape": [2]}}', "tensor 'w': expected dtype, shape and data_offsets"),
         (
             b'{"w": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}',
+            "expected dtype, shape and data_offsets",
+        ),
+        (b'{"w": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}', "expected dtype, shape and data_offsets"),
+        (b"[" * 100_000, "nested too deeply"),
+        (
+            b'{"w": {"dtype": "F32", "shape": [' + b"1, " * 40 + b'2], "data_offsets": [0, 8]}}',
             "expected dtype, shape and data_offsets",
         ),
         (

@@ -280,7 +280,7 @@ def test_a_decoder_has_no_rouge(options: Options) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"init_lora_weights": "olora"}, "init_lora_weights: expected true, gaussian"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights: expected true, gaussian"),
         ({"init_lora_weights": "pissa", "use_dora": True}, "use_dora: expected no init_lora_weights that changes the base"),
         ({"loftq_iter": 3}, "loftq_iter: expected at least 1, and 1 without loftq"),
     ],

@@ -129,8 +129,8 @@ def test_what_a_model_lacks(shape: ModelShape) -> None:
 
 
 def test_fields_that_are_not_supported(tmp_path: Path) -> None:
-    with pytest.raises(FieldErrors, match="fan_in_fan_out = true is not supported"):
-        IA3.from_peft({"target_modules": ["q"], "feedforward_modules": [], "fan_in_fan_out": True})
+    with pytest.raises(FieldErrors, match="use_something_new = true is not supported"):
+        IA3.from_peft({"target_modules": ["q"], "feedforward_modules": [], "use_something_new": True})
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"peft_type": "IA3", "target_modules": ["v_proj"], "feedforward_modules": []}), encoding="utf-8"
     )
