@@ -23,7 +23,7 @@ from qlora_jax.train.state_store import StateStore
 
 @pytest.fixture(autouse=True)
 def _no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora_jax.checkpoint.safetensors._read_tensor", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr("qlora_jax.checkpoint.safetensors.read_tensor", lambda *_: pytest.fail("a weight was read"))
 
 
 def test_a_finished_run_is_not_repeated(finished_sft: FinishedRun) -> None:
