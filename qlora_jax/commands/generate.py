@@ -131,9 +131,12 @@ def load(options: Options, prompts: Sequence[str] = ()) -> Loaded:
     """Load the model with its adapter, its tokenizer and the tokens that end an answer; check the prompts before."""
     pretrained = options.model.open()
     tokenizer, metadata = pretrained.tokenizer, pretrained.adapter_metadata
+    template = cast(Template | None, options.prompt.template or (metadata and metadata.template))
     if options.prompt.chat_template is not None:
         tokenizer.chat_template = read_chat_template(options.prompt.chat_template, tokenizer)
-    template = cast(Template | None, options.prompt.template or (metadata and metadata.template))
+        template = options.prompt.template or "chat"
+        if template not in ("auto", "chat"):
+            raise OptionError(f"chat_template: expected template chat beside it, found {template}")
     if template in (None, "auto"):
         template = "plain" if tokenizer.chat_template is None else "chat"
     # Raises an error if the template cannot express such a conversation.

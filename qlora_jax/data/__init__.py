@@ -12,7 +12,7 @@
     format.py                 text → tokens and loss mask (Example)
     odd_rows.py               rows that cannot be used, and columns that are not
     corpus.py                 all records → examples, with a report; held-out split
-    preferences.py            preference pairs: chosen and rejected answers
+    pairs.py, preferences.py  preference pairs: chosen and rejected answers
     mixture.py                mixes several data sets by weight
     show.py                   prints examples with the learned text in colour
     questions.py              the question within a prompt, without its template

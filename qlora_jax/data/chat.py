@@ -75,7 +75,7 @@ def chat_prompt(
 
     def render(form: Form) -> tuple[str, tuple[str, ...]]:
         (text,) = chat_text([form.messages], tokenizer, prompt=True, tools=tools)
-        check_prompt(form.messages, tools, text)
+        check_prompt(form.messages, tools, text, form.removed)
         return text, form.notes
 
     return first_form(messages, tokenizer, render)

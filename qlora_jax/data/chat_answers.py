@@ -36,7 +36,7 @@ __all__ = ["Answer", "find_answers"]
 
 _PROBE = "\ue000 an answer that no conversation contains"
 _OPENED = re.compile(r"<(think|thinking|thought|reasoning|reason)>\s*\Z")
-_MARKER = re.compile(r"<[^<>\s]{1,60}>|\[[A-Z_/]{1,60}\]")
+_MARKER = re.compile(r"<[^<>\s]{1,60}>|〈[^〈〉\s]{1,60}〉|\[[A-Z_/]{1,60}\]")
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,12 @@ def find_answers(
     learned: Collection[int],
     tokenizer: "PreTrainedTokenizerBase",
     tools: Sequence[Any],
+    removed: int = 0,
 ) -> tuple[dict[int, Answer], str]:
     """Return (the answers by their numbers, the text of the whole conversation).
 
-    An answer that is not learned is left out if the finished text does not start with its prompt.
+    An answer that is not learned is left out if the finished text does not start with its prompt. `removed` is the number of
+    messages that the data have before the first one, for errors.
 
     Raises:
         DataError: the template refuses the conversation, or an answer that is learned is not found.
@@ -79,10 +81,16 @@ def find_answers(
     answers = {}
     for turn, prompt in zip(turns, prompts, strict=True):
         text = texts[turn + 1]
-        if text.startswith(prompt) and not _drops_reasoning(messages[turn], text):
+        if text.startswith(prompt) and not _drops_reasoning(messages[turn], text[len(prompt) :]):
             answers[turn] = _after_prompt(prompt, text[len(prompt) :], turn + 1)
         elif turn in learned:
-            answers[turn] = _search(messages[: turn + 1], prompt, text, tokenizer, tools)
+            found = _search(messages[: turn + 1], prompt, text, tokenizer, tools)
+            if isinstance(found, str):
+                raise DataError(
+                    "the chat template does not write its own generation prompt before message "
+                    f"{turn + removed} (assistant), found {found}; {WAY_OUT}"
+                )
+            answers[turn] = found
     return answers, texts[len(messages)]
 
 
@@ -114,12 +122,18 @@ def _ended(answer: Answer, prompt: str, bare: str = "") -> Answer:
 
 def _search(
     messages: Sequence[Message], prompt: str, text: str, tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Any]
-) -> Answer:
-    """Return the last of the messages as an answer, if the finished text lacks its reasoning or does not start so."""
+) -> Answer | str:
+    """Return the last of the messages as an answer, if the finished text lacks its reasoning or does not start so.
+
+    If the answer cannot be found, return what is in the text in place of the prompt, in words.
+    """
     *before, message = messages
     probe = {"role": "assistant", "content": _PROBE}
     (probed, bare) = chat_text([[*before, probe], before], tokenizer, prompt=False, tools=tools)
-    if _drops_reasoning(message, text) and (rest := _with_reasoning(message, prompt, probed)) is not None:
+    if (
+        _drops_reasoning(message, text[_common(prompt, text) :])
+        and (rest := _with_reasoning(message, prompt, probed)) is not None
+    ):
         return _after_prompt(prompt, rest, None)
     if text.startswith(prompt):
         return _after_prompt(prompt, text[len(prompt) :], len(messages))
@@ -136,13 +150,9 @@ def _search(
         place = text.find(ending, last[1], content)
     if place >= 0 and ending.strip():
         return _after_prompt(prompt, text[place + len(ending) :], None, bare)
-    start = _start_of_marker(text, min(content, _common(prompt, text)), tokenizer)
+    start = _start_of_marker(text, min(content, _common(prompt, text)))
     if start < last[1]:
-        number = len(messages) - 1
-        raise DataError(
-            f"the chat template does not write its own generation prompt before message {number} (assistant), "
-            f"found {_around(text, start)} in place of {_around(prompt, start)}; {WAY_OUT}"
-        )
+        return f"{_around(text, start)} in place of {_around(prompt, start)}"
     return _ended(Answer(text, start, 0, len(messages), by_content=True), prompt, bare)
 
 
@@ -182,18 +192,20 @@ def _with_reasoning(message: Message, prompt: str, probed: str) -> str | None:
     return probed[len(prompt) : place] + content + ending
 
 
-def _start_of_marker(text: str, position: int, tokenizer: Any) -> int:
-    """Return the position, or the start of the marker or the added token that it is within."""
-    markers = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    pattern = re.compile("|".join([_MARKER.pattern, *map(re.escape, sorted(markers, key=len, reverse=True))]))
-    starts = [found.start() for found in pattern.finditer(text) if found.start() < position < found.end()]
-    return min(starts, default=position)
+def _start_of_marker(text: str, position: int) -> int:
+    """Return the position, or the start of the marker that it is within."""
+    near = max(0, position - 64)
+    found = (match for match in _MARKER.finditer(text, near, position + 64) if match.start() < position < match.end())
+    return next((match.start() for match in found), position)
 
 
 def _common(one: str, other: str) -> int:
     """Return how many characters two texts have in common at their start."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((index for index, (left, right) in pairs if left != right), min(len(one), len(other)))
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
 
 
 def _around(text: str, position: int) -> str:

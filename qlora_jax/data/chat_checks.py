@@ -42,10 +42,10 @@ class Dropped(DataError):
         self.index = index
 
 
-def check_prompt(messages: Sequence[Message], tools: Sequence[Any], text: str) -> None:
-    """Raise DataError if a tool or a message other than the assistant's is not in the text."""
+def check_prompt(messages: Sequence[Message], tools: Sequence[Any], text: str, first: int = 0) -> None:
+    """Raise DataError if a tool or a message other than the assistant's is not in the text; messages count from `first`."""
     check_tools(tools, text)
-    for index, message in enumerate(messages):
+    for index, message in enumerate(messages, first):
         if message["role"] != "assistant":
             check_message(index, message, [text])
 

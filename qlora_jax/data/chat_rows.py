@@ -47,7 +47,12 @@ class ChatRow:
 
 
 def conversation_rows(
-    messages: Sequence[Message], learned: Sequence[int], tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Any] = ()
+    messages: Sequence[Message],
+    learned: Sequence[int],
+    tokenizer: "PreTrainedTokenizerBase",
+    tools: Sequence[Any] = (),
+    *,
+    removed: int = 0,
 ) -> tuple[list[ChatRow], tuple[str, ...]]:
     """Return (the texts of a conversation, at least one; notes on how its answers were found).
 
@@ -56,6 +61,7 @@ def conversation_rows(
         learned: the numbers of the messages that are learned, in order.
         tokenizer: has the chat template.
         tools: the tools that the conversation may call.
+        removed: the number of messages that the data have before the first of these, for errors.
 
     Raises:
         DataError: the template refuses the conversation or leaves out a part of it, or an answer is not found.
@@ -66,9 +72,9 @@ def conversation_rows(
             raise DataError("template 'chat': expected a message before the first answer, found none")
     else:
         notes = []
-    answers, whole = find_answers(messages, learned, tokenizer, tools)
+    answers, whole = find_answers(messages, learned, tokenizer, tools, removed)
     rows = _rows(Answer(whole, len(whole), len(whole), len(messages)), answers, learned, messages[-1]["role"] == "assistant")
-    notes += _check(messages, answers, rows, tools)
+    notes += _check(messages, answers, rows, tools, removed)
     if any(answers[turn].by_content for turn in learned):
         notes.append(FOUND_BY_CONTENT)
     finished = [_row(messages, row, held, learned, answers, tokenizer.eos_token) for row, held in rows]
@@ -105,18 +111,19 @@ def _check(
     answers: dict[int, Answer],
     rows: Sequence[tuple[Answer, list[int]]],
     tools: Sequence[Any],
+    removed: int,
 ) -> list[str]:
     """Return what a user should know of the texts; raise DataError if a part of the conversation is in none of them."""
     texts = [row.text for row, _ in rows]
     last = max((turn for _, held in rows for turn in held), default=len(messages))
     for index, message in enumerate(messages[:last]):
         if message["role"] != "assistant":
-            check_message(index, message, texts)
+            check_message(index + removed, message, texts)
     for row, held in rows:
         check_tools(tools, row.text)
         for turn in held:
             answer = answers[turn]
-            check_answer(turn, with_reasoning(messages[turn]), row.text[answer.start : answer.end])
+            check_answer(turn + removed, with_reasoning(messages[turn]), row.text[answer.start : answer.end])
     first = answers[min(answers)] if answers else None
     before = texts[0] if first is None else first.text[: first.start]
     return [] if all(tool_name(tool) in before for tool in tools) else [TOOLS_NOT_DEFINED]
@@ -171,13 +178,24 @@ def _within_tags(row: ChatRow, messages: Sequence[Message], tokenizer: Any, tool
         raise DataError(f"the chat template refuses this conversation: {reason_of(error)}; {WAY_OUT}") from error
     if text != row.piece.text:  # the template has tags in a branch that was not taken, or writes the time
         return row
-    special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    closing = re.compile(rf"(?:\s|{'|'.join(special)})*\Z" if special else r"\s*\Z")
     spans: list[Span] = []
     for start, end in row.piece.answers:
         stop = len(text) - len(text[end:].lstrip())  # a line end is learned if it is within tags
         for tag_start, tag_end in tags:
             first, last = max(start, tag_start), min(stop, tag_end)
             if first < last:
-                spans.append((first, max(last, end) if closing.match(text[last:end]) else last))
+                spans.append((first, max(last, end) if _is_closing(text[last:end], tokenizer) else last))
     return replace(row, piece=replace(row.piece, answers=tuple(spans)))
+
+
+def _is_closing(text: str, tokenizer: Any) -> bool:
+    """Return whether a text has nothing but special tokens and white space."""
+    if not text.strip():
+        return True
+    special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    while text := text.lstrip():
+        found = max((token for token in special if text.startswith(token)), key=len, default="")
+        if not found:
+            return False
+        text = text[len(found) :]
+    return True

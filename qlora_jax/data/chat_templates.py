@@ -35,7 +35,7 @@ def read_chat_template(name: str | Path, tokenizer: "PreTrainedTokenizerBase") -
     """Return the source of a chat template, for `tokenizer.chat_template`.
 
     Args:
-        name: a file, or the name of one of `CHAT_TEMPLATES`.
+        name: a file, or the name of one of `CHAT_TEMPLATES`, whose case and hyphens do not matter.
         tokenizer: the tokenizer that it is for.
 
     Raises:
@@ -43,8 +43,9 @@ def read_chat_template(name: str | Path, tokenizer: "PreTrainedTokenizerBase") -
         OSError: the file cannot be read.
     """
     path = Path(name).expanduser()
-    if str(name) in CHAT_TEMPLATES and not path.is_file():
-        source = (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    known = re.sub(r"[-_. ]", "", str(name)).lower()  # Llama-3 is llama3
+    if known in CHAT_TEMPLATES and not path.is_file():
+        source = (_FOLDER / f"{known}.jinja").read_text(encoding="utf-8")
         return "{{- bos_token }}" + source if _puts_bos_before(tokenizer) else source
     if not path.is_file():
         raise OptionError(

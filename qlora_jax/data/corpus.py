@@ -235,7 +235,8 @@ class _Totals:
             return []
         self.counts["kept"] += 1
         self.counts["split"] += any(len(result.examples) > 1 for result in teaching)
-        self.counts["truncated"] += sum(result.long and len(result.examples) == 1 for result in teaching)
+        # Also those of which nothing is left, where the chat template makes several rows of a record.
+        self.counts["truncated"] += sum(result.long and len(result.examples) == 1 for result in results)
         return [example for result in teaching for example in result.examples]
 
     def report(self, examples: Sequence[Example], limits: Limits, odd: RowAccount) -> Report:

@@ -44,7 +44,7 @@ def _is_row(line: bytes) -> bool:
 
 def _row_of_line(line: bytes, place: str) -> RowOrDamage:
     try:
-        text = line.decode()
+        text = line.decode().rstrip("\r\n")
         return _checked_row(loads(text), place, text)
     except UnicodeDecodeError as error:
         return DamagedRow(not_utf8(place, error))

@@ -174,10 +174,12 @@ def _is_learned(parts: dict[str, Any], role: str, place: str) -> bool:
     for key in LEARNED_KEYS:
         if key not in parts:
             continue
+        if key == "loss" and not isinstance(parts[key], bool):
+            continue  # the loss of a message is sometimes recorded there
         truth = _TRUTH.get(str(parts[key]).strip().lower())
         if truth is None:
-            if key == "loss" or role != "assistant":
-                continue  # the loss of a message is sometimes recorded there
+            if role != "assistant":
+                continue
             raise DataError(f"{place}, {key}: expected 0 or 1 (false or true), found {parts[key]!r:.60}")
         if role == "assistant" or not truth:  # a question that is to be learned is not, so its key stays, as one not used
             del parts[key]

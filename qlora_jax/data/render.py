@@ -94,7 +94,7 @@ def _render_chat(index: int, record: Record, tokenizer: "PreTrainedTokenizerBase
 
     def rows_of(form: Form) -> tuple[Rendered, ...]:
         learned = [turn for turn, message in enumerate(form.messages) if is_answer(message)]
-        rows, notes = conversation_rows(form.messages, learned, tokenizer, record.tools)
+        rows, notes = conversation_rows(form.messages, learned, tokenizer, record.tools, removed=form.removed)
         notes = (*form.notes, *notes)
         return tuple(
             Rendered((row.piece,), "chat", row.ends_in_answer, () if number else notes) for number, row in enumerate(rows)

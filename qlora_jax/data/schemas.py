@@ -149,7 +149,9 @@ def parse(row: Any) -> Record:
     Raises:
         DataError: the row is damaged, or has no known schema, or values of the wrong kind.
     """
-    present = present_columns(row)
+    # A table that mixes schemas has empty texts where a row has no messages.
+    lists = (*MESSAGES.columns, *SHAREGPT.columns)
+    present = {name: value for name, value in present_columns(row).items() if value != "" or name not in lists}
     try:
         schema = SCHEMAS[detect_schema(present)]
     except DataError as error:

@@ -17,7 +17,7 @@ from typing import Any
 from qlora_jax.data.columns import NO_COLUMNS, ColumnNames
 from qlora_jax.data.file_input import DamagedRow, RowOrDamage
 from qlora_jax.data.named import NAMED, WITHOUT_SOURCE, convert_named
-from qlora_jax.data.preferences import PREFERENCE_COLUMNS
+from qlora_jax.data.pairs import PREFERENCE_COLUMNS
 from qlora_jax.data.records import Rows, load_hub_records, open_rows, rows_of_table, stream_records
 from qlora_jax.data.schemas import SCHEMAS
 from qlora_jax.data.streams import ChangedStream, RowStream

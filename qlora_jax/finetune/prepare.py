@@ -193,6 +193,12 @@ def _read_objective(options: Options, pretrained: Pretrained, progress: bool) ->
     objective = kind.read(Setting(options, pretrained.tokenizer, config, pretrained.stop_ids, progress))
     check_rows(method, config, objective.longest, packed=objective.step.packed)
     warn_beyond(config, objective.longest)
+    if options.data.chat_template is not None and objective.template != "chat":
+        _logger.warning(
+            "The chat template %s is saved but writes none of most rows, which have the form %s; --template chat uses it.",
+            options.data.chat_template,
+            objective.template,
+        )
     return objective
 
 

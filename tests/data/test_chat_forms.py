@@ -54,6 +54,12 @@ def test_a_system_message_without_a_user_turn_after_it_is_an_error_of_one_line()
         assert "\n" not in str(error.value)
 
 
+def test_errors_count_the_messages_of_the_data() -> None:
+    tokenizer = letters_for(REFUSES_SYSTEM, "</s>")
+    with pytest.raises(DataError, match=r"drops the reasoning of message 2 \(assistant\), found no 'Why\.'"):
+        encoded(tokenizer, [*TALK[:2], answer("Pear.", reasoning_content="Why.")])
+
+
 def test_content_as_parts() -> None:
     tokenizer = letters_for(PARTS, "</s>")
     (example,), _ = encoded(tokenizer, TALK)

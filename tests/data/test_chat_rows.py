@@ -109,11 +109,21 @@ def test_the_account_says_how_many_rows_there_are() -> None:
         encode({"messages": TALK}, tokenizer)
 
 
+def test_rows_that_are_too_long_are_said() -> None:
+    tokenizer = letters_for(FINAL_EOS, "</s>")
+    (first, second), report = encode_all([{"messages": TALK}], tokenizer, max_length=70, progress=False)
+    assert [text for _, text in runs(first, tokenizer)] == ["Pear.<|end|>\n</s>"]
+    assert [text for _, text in runs(second, tokenizer)] == ["Oak.<|end|>\n</s>"]
+    assert (report.kept, report.truncated, report.longest_row) == (1, 1, 81)
+    assert "1 cut to 70 tokens (the longest had 81)" in str(report)
+
+
 def test_opened_reasoning_goes_on_with_that_of_the_answer() -> None:
-    talk = [user("Sum?"), answer("<think>\nAdd.\n</think>\n\n4"), user("n"), answer("5", reasoning_content="Count.")]
+    # The reasoning of the first answer is in the question as well.
+    talk = [user("Add.?"), answer("<think>\nAdd.\n</think>\n\n4"), user("n"), answer("5", reasoning_content="Count.")]
     assert learned(OPENS_REASONING, talk) == [
-        [("<|User|>Sum?<|Assistant|><think>\n", "Add.\n</think>\n\n4<|end|></s>")],
-        [("<|User|>Sum?<|Assistant|>\n\n4<|end|><|User|>n<|Assistant|><think>\n", "Count.\n</think>\n\n5<|end|></s>")],
+        [("<|User|>Add.?<|Assistant|><think>\n", "Add.\n</think>\n\n4<|end|></s>")],
+        [("<|User|>Add.?<|Assistant|>\n\n4<|end|><|User|>n<|Assistant|><think>\n", "Count.\n</think>\n\n5<|end|></s>")],
     ]
 
 

@@ -115,6 +115,12 @@ def test_markers_that_are_no_tokens() -> None:
     ]
 
 
+def test_case_and_hyphens_of_a_name_do_not_matter() -> None:
+    tokenizer = letters_for("")
+    for name, known in (("ChatML", "chatml"), ("Llama-3", "llama3"), ("phi_4", "phi4")):
+        assert read_chat_template(name, tokenizer) == read_chat_template(known, tokenizer)
+
+
 def test_an_unknown_name() -> None:
     with pytest.raises(OptionError, match=r"expected a file or one of chatml, gemma, .*, found 'chatlm', which is neither"):
         read_chat_template("chatlm", letters_for(""))

@@ -172,7 +172,7 @@ def test_real_data_sets(chatml: PreTrainedTokenizerFast, shared_data: Path, name
     for example in examples:
         learned = np.flatnonzero(example.loss_mask)
         assert len(example) <= 1000
-        assert example.tokens[learned[-1]] == chatml.eos_token_id
+        assert example.tokens[learned[-1]] == chatml.eos_token_id or len(example) == 1000
 
 
 def test_rows_with_a_token_without_an_embedding(chatml: PreTrainedTokenizerFast) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qlora_jax.data.files import EXTENSIONS
 from qlora_jax.data.messages import CONTENT_KEYS, LEARNED_KEYS, ROLE_KEYS, ROLES
-from qlora_jax.data.preferences import PREFERENCE_COLUMNS
+from qlora_jax.data.pairs import PREFERENCE_COLUMNS
 from qlora_jax.data.schemas import SCHEMAS
 from qlora_jax.finetune.options.data import DataOptions
 

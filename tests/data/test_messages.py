@@ -266,6 +266,7 @@ def test_functions_are_tools() -> None:
         ({"train": True}, True),
         ({"weight": None}, True),
         ({"loss": 1.25}, True),
+        ({"loss": 0.0}, True),
         ({"weight": 1, "train": False}, False),
     ],
 )

@@ -124,3 +124,14 @@ def test_pairs_of_an_encoder_decoder(bare: PreTrainedTokenizerFast) -> None:
     report.check_bad_rows()
     with pytest.raises(DataError, match=r"^row 2 \(counted from 0\): expected a text before the answer"):
         encode_all_seq2seq(rows, bare, **options)
+
+
+def test_reasoning_is_used_under_each_of_its_names(make_chatml: Any) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}: {% if m.thinking %}<think>{{ m.thinking }}</think>{% endif %}"
+        "{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        rows = [{"messages": [USER, ANSWER | {name: "Because."}]}]
+        _, report = encode_all(rows, make_chatml(template), max_length=200, progress=False)
+        assert (report.kept, report.odd.unused) == (1, {})

@@ -158,6 +158,10 @@ def test_a_cut_that_leaves_no_difference_is_counted(chatml: PreTrainedTokenizerF
             {"prompt": "R", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
             "column 'chosen': expected a conversation that holds the prompt",
         ),
+        (
+            {"prompt": "Q", "preferred": "A", "loser": "B"},
+            r".*; the nearest: preference pairs \(--columns chosen=preferred rejected=loser\)",
+        ),
         ({"messages": [USER, GOOD]}, r"expected the columns chosen and rejected, found \['messages'\]"),
     ],
 )

@@ -22,6 +22,7 @@ USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "conte
         ({"instruction": "Q", "context": "", "response": "A", "category": "qa"}, "instruction/response"),
         ({"prompt": "Q", "completion": "A"}, "prompt/completion"),
         ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, "sharegpt"),
+        ({"messages": "", "conversations": "", "question": "Q", "answer": "A"}, "question/answer"),
         # One file that mixes schemas: Arrow fills the columns that a row lacks with nulls.
         ({"messages": None, "text": None, "question": "Q", "answer": "A"}, "question/answer"),
     ],

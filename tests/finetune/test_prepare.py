@@ -55,7 +55,18 @@ BAD: dict[str, tuple[Callable[[Path, str], list[str]], str]] = {
         lambda folder, model: ["--chat-template", "chatlm"],
         "chat_template: expected a file or one of chatml, gemma,",
     ),
-    "malformed line": (lambda folder, model: ["--data", write(folder, ROW + '{"question": \n')], "data.jsonl, line 2"),
+    "malformed line": (
+        lambda folder, model: ["--on-bad-row", "error", "--data", write(folder, ROW + '{"question": \n')],
+        "row 1 (counted from 0): data.jsonl, line 2, column 14: expected one JSON object a line",
+    ),
+    "too many bad rows": (
+        lambda folder, model: ["--data", write(folder, ROW * 9 + '{"question": \n' * 2)],
+        "2 of 11 rows cannot be used, more than one in ten",
+    ),
+    "wrong columns": (
+        lambda folder, model: ["--columns", "answer=replay", "--data", write(folder, ROW * 9)],
+        "columns answer=replay: expected a column of the data, found ['answer', 'question']",
+    ),
     "unknown schema": (
         lambda folder, model: ["--data", write(folder, '{"title": "x", "body": "y"}\n' * 3)],
         "unknown schema: found the columns ['body', 'title']",
@@ -122,11 +133,11 @@ ANSWER = [{"question": "1?", "answer": "red"}] * 3
 BAD_PAIRS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "equal answers": (
         lambda folder: ["--data", write_rows(folder, [{"prompt": "1?", "chosen": "a", "rejected": "a"}])],
-        "row 0 (counted from 0): expected two different answers, chosen and rejected, found equal ones",
+        "row 0: expected two different answers, chosen and rejected, found equal ones",
     ),
     "no pairs": (lambda folder: ["--data", write_rows(folder, ANSWER)], "expected the columns chosen and rejected, found"),
     "no difference within the length": (
-        lambda folder: ["--max-length", "4"],
+        lambda folder: ["--max-length", "2"],
         "preference pairs: expected at least one, found none",
     ),
     "pairs for answers": (lambda folder: ["--objective", "sft"], "found two; --objective dpo learns from pairs"),
@@ -151,7 +162,7 @@ BAD_TARGETS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "NEFTune": (lambda folder: ["--neftune-alpha", "5"], "neftune_alpha: expected 0.0 with an encoder-decoder, found 5.0"),
     "a text without a source": (
         lambda folder: ["--data", write_rows(folder, [{"text": "it is red"}])],
-        "row 0 (counted from 0): expected a text before the answer, the source of an encoder-decoder, found none",
+        "row 0: expected a text before the answer, the source of an encoder-decoder, found none",
     ),
     "empty targets": (
         lambda folder: ["--data", write_rows(folder, [{"input": "is", "output": " "}])],
@@ -233,8 +244,14 @@ def test_pairs_need_data(dpo_options: Options) -> None:
         prepare(but(dpo_options, "data", data=None), progress=False)
 
 
-def test_the_chat_template_of_the_options_writes_the_data(options: Options) -> None:
-    prepared = prepare(but(options, "data", chat_template="zephyr"), progress=False)
+def test_the_chat_template_of_the_options_writes_the_data(
+    options: Options, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"instruction": f"{n}?", "output": "yes"} for n in range(4)]
+    alpaca = but(options, "data", data=write_rows(tmp_path, rows), chat_template="chatml", held_out=0, max_length=256)
+    prepare(but(alpaca, "run", output=tmp_path / "alpaca", memory_check=False), progress=False)
+    assert any("most rows, which have the form alpaca; --template chat uses it" in message for message in caplog.messages)
+    prepared = prepare(but(but(options, "data", chat_template="zephyr"), "run", memory_check=False), progress=False)
     tokenizer = prepared.pretrained.tokenizer
     assert prepared.adapter_metadata.template == "chat"
     text = str(tokenizer.decode(next(prepared.batches)["inputs"][0].tolist()))

@@ -223,6 +223,7 @@ def test_bad_input_is_one_line(
             "refuses this conversation: No. Not today; choose another",
         ),
         (["--model", folder, "--chat-template", "none", *hello], "chat_template: expected a file or one of chatml, gemma,"),
+        (["--model", folder, "--chat-template", "gemma", "--template", "plain", *hello], "expected template chat beside it"),
         (["--model", folder], "empty prompt: number 1 of 1"),
         (["--model", folder, "--interactive"], "expected a terminal"),
         (["--model", folder, "--interactive", *hello], "--interactive takes no --prompt"),

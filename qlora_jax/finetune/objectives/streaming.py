@@ -114,20 +114,36 @@ def open_stream(data: "DataOptions", encode: Callable[..., tuple[list[Example], 
         first = _first_rows(stream.open(), stream.held_out_rows, 0, source)
         with named_errors(source):
             held_out, report = encode(first, progress=False)
-            report.check_bad_rows()
         _logger.info("%s: held out are the first rows: %s", source, report)
     if columns.pairs:
-        named = _first_rows(stream_records(source, data.split), SAMPLE, 0, source)
+        named = _first_rows(stream_records(source, data.split), ROWS_TO_JUDGE, 0, source)
         columns.check({name for row in named if isinstance(row, dict) for name in row})
-    rows = _first_rows(stream.rows(), SAMPLE, stream.held_out_rows, source)
-    if not rows:
-        raise DataError(f"{source}: expected rows beyond those held out (held_out_rows {stream.held_out_rows}), found none")
-    with named_errors(source):
-        _, report = encode(rows, first_row=stream.held_out_rows, progress=False)
-        report.check_bad_rows()
+    report = _sampled(stream)
     _logger.info("%s: streamed; of its first rows to train on %s", source, report)
     form = max(report.templates, key=report.templates.__getitem__)
     return stream, Corpus([], held_out[: data.max_eval_samples], form)
+
+
+def _sampled(stream: Stream) -> Report:
+    """Return the report of the first rows to train on; of more of them, if most of the first ones cannot be used.
+
+    Raises:
+        DataError: there are no rows, too many of them cannot be used, or none has anything to learn.
+    """
+    for count in (SAMPLE, ROWS_TO_JUDGE):
+        rows = _first_rows(stream.rows(), count, stream.held_out_rows, stream.source)
+        if not rows:
+            held_out = f"held_out_rows {stream.held_out_rows}"
+            raise DataError(f"{stream.source}: expected rows beyond those held out ({held_out}), found none")
+        with named_errors(stream.source):
+            try:
+                _, report = stream.encode(rows, first_row=stream.held_out_rows, progress=False)
+                report.check_bad_rows()
+                return report
+            except DataError:
+                if len(rows) < count or count == ROWS_TO_JUDGE:
+                    raise
+    raise AssertionError("the last sample returns or raises")
 
 
 def _first_rows(stream: RowStream, count: int, number: int, source: str) -> list[Any]:
