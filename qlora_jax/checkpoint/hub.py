@@ -127,12 +127,10 @@ def _fetched(repository: str, revision: str | None, inner: str | None) -> tuple[
         prefix, storage = f"{inner}/", None
     own = folder / prefix
     if storage is None:
-        for needed, more in _weights(own):
-            if not all((own / name).is_file() for name in needed):  # they may be in the cache
-                folder = _download(repository, revision, [prefix + name for name in (*needed, *more)])
-            if any(any(own.glob(name)) for name in (*needed, *more)):
-                return folder, own
-        if (own / "adapter_config.json").is_file():
+        needed, more = _weights(own)
+        if not all((own / name).is_file() for name in needed):  # they may be in the cache
+            folder = _download(repository, revision, [prefix + name for name in (*needed, *more)])
+        if needed != (SINGLE,) or any(any(own.glob(name)) for name in (*needed, *more)):
             return folder, own  # opening it says what is missing
     names = [name for name in _listed(repository, revision, folder) if name.startswith(prefix)]
     chosen = [name for name in names if storage is None or storage.lower() in Path(name).name.lower()]
@@ -149,14 +147,14 @@ def _fetched(repository: str, revision: str | None, inner: str | None) -> tuple[
     return folder, folder / chosen[0]
 
 
-def _weights(folder: Path) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Return the (files, patterns of more files) of weights that belong to the small files in a folder, and those to fetch
-    where there are none of the first."""
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        return [((ADAPTER,), (ENCODER,)), ((OLD_ADAPTER,), ())]
-    adapter = (ADAPTER, ENCODER) if (folder / "adapter_config.json").is_file() else ()
-    shards = _shards(folder / INDEX)
-    return [(shards, adapter)] if shards else [((SINGLE,), ("model-?????-of-?????.safetensors", *adapter))]
+def _weights(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the weights to fetch beside the small files in a folder: (files, more files and patterns that may be there)."""
+    adapter = (ADAPTER, OLD_ADAPTER, ENCODER) if (folder / "adapter_config.json").is_file() else ()
+    if adapter and not (folder / "config.json").is_file():
+        return adapter[:1], adapter[1:]
+    if shards := _shards(folder / INDEX):
+        return shards, adapter
+    return (SINGLE,), ("model-?????-of-?????.safetensors", *adapter)
 
 
 def _shards(index: Path) -> tuple[str, ...]:
@@ -173,10 +171,8 @@ def _listed(repository: str, revision: str | None, folder: Path) -> list[str]:
 
     try:
         names = HfApi().list_repo_files(repository, revision=revision)
-    except Exception as error:  # without a network, the files that are cached
+    except Exception:  # without a network, the files that are cached
         names = [str(path.relative_to(folder)) for path in folder.rglob("*.gguf")]
-        if not names:
-            raise _unreachable(repository, revision, error) from error
     return _models(names)
 
 
@@ -214,13 +210,9 @@ def _download(repository: str, revision: str | None, patterns: Sequence[str]) ->
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
     # The hub and the HTTP client beneath it raise many types, which change with their versions.
     except Exception as error:
-        raise _unreachable(repository, revision, error) from error
-
-
-def _unreachable(repository: str, revision: str | None, error: Exception) -> CheckpointError:
-    reason = str(error).strip().splitlines() or [""]
-    at = f" at revision {revision!r}" if revision is not None else ""
-    return CheckpointError(
-        f"{repository}: tried as a local path (there is none at {Path(repository).absolute()}) and as a "
-        f"Hugging Face hub id{at} ({type(error).__name__}: {reason[0]}). {ACCEPTED}"
-    )
+        reason = str(error).strip().splitlines() or [""]
+        at = f" at revision {revision!r}" if revision is not None else ""
+        raise CheckpointError(
+            f"{repository}: tried as a local path (there is none at {Path(repository).absolute()}) and as a "
+            f"Hugging Face hub id{at} ({type(error).__name__}: {reason[0]}). {ACCEPTED}"
+        ) from error

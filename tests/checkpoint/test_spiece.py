@@ -59,3 +59,47 @@ def test_ids_are_those_of_sentencepiece(folder: Path) -> None:
         assert tokenizer(text)["input_ids"] == [*expected, 1]
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
     assert tokenizer.decode(tokenizer("the cat sat.")["input_ids"], skip_special_tokens=True) == "the cat sat."
+
+
+def test_a_sentencepiece_model_with_tokens_beside_it(tmp_path: Path) -> None:
+    """As adapters of 2023 have it: tokenizer.model, added_tokens.json and no tokenizer.json; with ChatML's tokens."""
+    import io
+    import json
+
+    from sentencepiece import SentencePieceTrainer
+    from transformers import AutoTokenizer
+
+    from qlora_jax.checkpoint.tokenizer import save_tokenizer
+    from qlora_jax.data import PLAIN_ANSWERS
+
+    model = io.BytesIO()
+    SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
+        sentence_iterator=iter(Path(PLAIN_ANSWERS).read_text(encoding="utf-8").splitlines()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=500,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    flags = {"special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    names = {"bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>"}
+    config = names | {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": False,
+        "chat_template": "{{ messages[0].content }}",
+        "added_tokens_decoder": {"500": {"content": "<|im_end|>"} | flags, "501": {"content": "<|im_start|>"} | flags},
+    }
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    for name, value in {
+        "added_tokens": {"<|im_start|>": 501, "<|im_end|>": 500},
+        "special_tokens_map": names | {"pad_token": "</s>"},
+        "tokenizer_config": config,
+    }.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    peer, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    save_tokenizer(ours, tmp_path / "saved")
+    for tokenizer in (ours, load_tokenizer(tmp_path / "saved")):
+        assert (len(tokenizer), tokenizer.eos_token_id, tokenizer.chat_template) == (502, 500, config["chat_template"])
+        for text in ("<|im_start|>What is the capital?<|im_end|>\n", "two  spaces 北 ", " x"):
+            assert tokenizer(text)["input_ids"] == peer(text)["input_ids"]
+            assert tokenizer.decode(tokenizer(text)["input_ids"]) == peer.decode(peer(text)["input_ids"])

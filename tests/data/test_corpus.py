@@ -195,3 +195,12 @@ def test_rows_with_a_token_without_an_embedding(chatml: PreTrainedTokenizerFast)
         assert "1 left out: cannot be used (row 10: expected tokens for which the model has an embedding" in str(report)
         with pytest.raises(DataError, match=rf"row 10 .counted from 0.: .* found '<image>' .{vocabulary}."):
             encode_rows(rows, tokenizer, vocabulary=vocabulary, **limits)
+
+
+def test_a_tokenizer_without_an_end_has_a_way_out(chatml: PreTrainedTokenizerFast) -> None:
+    tokenizer = copy.deepcopy(chatml)
+    tokenizer.eos_token = None
+    with pytest.raises(
+        DataError, match=r"found none. Name the token that ends a text of this model in its tokenizer_config"
+    ):
+        encode_all([{"text": "x"}], tokenizer, max_length=9, progress=False)

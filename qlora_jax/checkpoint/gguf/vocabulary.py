@@ -53,6 +53,7 @@ BY_TOKEN = {
     "<|eot_id|>": "llama-bpe",
     "<|vision_start|>": "qwen2",
     "[TOOL_CALLS]": "tekken",
+    "<jupyter_start>": "smollm",
 }
 BY_ARCHITECTURE = {"qwen2": "qwen2", "qwen3": "qwen2", "smollm3": "llama-bpe", "gptneox": "gpt-2"}
 
