@@ -14,6 +14,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.integration
 def test_the_report(tiny_llama: Path, tmp_path: Path) -> None:
     """Of twelve rows of 25 learned bytes, padded ones hold 25 of 64 places, packed ones two of them."""
     data = tmp_path / "data.jsonl"

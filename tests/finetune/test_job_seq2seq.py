@@ -16,7 +16,6 @@ from flax import nnx
 from lowered import BOTH_PRECOMPILED
 from rouge_score.rouge_scorer import RougeScorer
 from runs import FinishedRun, but, rows_of, without_timing
-from tiers import tiered
 
 from qlora_jax.adapters.bind import load_adapter
 from qlora_jax.adapters.files import read_adapter
@@ -125,7 +124,8 @@ def test_it_resumes_and_stops_early_and_measures_rouge_on_the_way(
     assert results["eval_loss"] == 1.0
 
 
-@pytest.mark.parametrize("name", tiered(["adamw8bit", "lion", "adafactor"], quick=["adafactor"]))
+@pytest.mark.integration
+@pytest.mark.parametrize("name", ["adamw8bit", "lion", "adafactor"])
 def test_each_optimizer(options: Options, name: Any) -> None:
     one = but(but(options, "run", max_steps=1), "data", held_out=0.0)
     folder = finetune(but(one, "optimizer", optimizer=name, host_offload=True, host_adapter=True), progress=False)

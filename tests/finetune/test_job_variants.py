@@ -57,6 +57,7 @@ def evaluated(output: Path) -> list[float]:
     return [row["eval_loss"] for row in rows if "eval_loss" in row]
 
 
+@pytest.mark.integration
 def test_dora(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
     """It starts as the base is, learns, and the files say what it is."""
     folder = finetune(options_of(tiny_llama, data, tmp_path / "run", use_dora=True), progress=False)

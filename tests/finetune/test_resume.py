@@ -164,6 +164,7 @@ def test_an_interrupted_run_saves_the_step_that_it_is_in(options: Options, tmp_p
     assert [path.name for path in (output / "checkpoints").iterdir()] == [str(last)]
 
 
+@pytest.mark.integration
 def test_grouped_by_length_resumes(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Batches of several shapes, and the losses of a run in one piece; examples are shown in either and change neither."""
     rows = [{"question": "?", "answer": "red " * (1 + 12 * (number % 3))} for number in range(24)]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiers import tiered
 
 from qlora_jax.models import CausalLM
 from qlora_jax.models.llama import llama_config
@@ -53,7 +54,7 @@ def compiled_text(remat: Any) -> str:
     return jax.jit(jax.grad(loss)).lower(adapter, frozen, batch).compile().as_text()
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", tiered(["full", "dots"], quick=["full"]))
 def test_no_float32_copy_of_what_is_kept(remat: str) -> None:
     """Stacks of 5 layers of 64 numbers and more for each of 64 tokens; weights and adapters lie in stacks of three axes."""
     text = compiled_text(remat)
@@ -68,7 +69,7 @@ def test_no_float32_copy_of_what_is_kept(remat: str) -> None:
     assert not stacks("bf16")
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "offload"])
+@pytest.mark.parametrize("remat", tiered(["full", "dots", "offload"], quick=["dots"]))
 def test_what_is_kept_gives_the_same_gradients(remat: Any) -> None:
     """In bfloat16, against a step that keeps everything."""
 

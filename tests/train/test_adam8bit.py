@@ -165,6 +165,7 @@ def run(tx: Transformation, steps: int) -> tuple[Any, list[float]]:
     return state, losses
 
 
+@pytest.mark.integration
 def test_the_loss_curve_is_that_of_float32() -> None:
     """200 steps of a rank-32 adapter on new data each: within 1 % of AdamW in the mean of every ten."""
     state, found = run(optimizer("adamw8bit", 3e-3), 200)
