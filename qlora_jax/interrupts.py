@@ -107,8 +107,9 @@ class Interrupts:
         if self._pipe is None or self.received is not None:  # the process ends; the thread sees to it that it does
             return
         for number, handler in self._before.items():
-            over = handler is None or handler is _end_at_once  # the command is done, no longer not begun
-            signal.signal(number, signal.SIG_DFL if over else handler)
+            if handler is _end_at_once:  # the command is done; the interpreter may wait for threads
+                handler = self._on_late_signal
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         sys.unraisablehook = self._unraisable_before
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._pipe[1])  # ends the thread
@@ -131,6 +132,9 @@ class Interrupts:
             return
         with contextlib.suppress(Exception):  # the interrupted code may be writing
             sys.stdout.flush()
+        self._end(number)
+
+    def _on_late_signal(self, number: int, _: FrameType | None) -> None:
         self._end(number)
 
     def _ends_at_once(self) -> bool:

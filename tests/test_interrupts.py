@@ -210,6 +210,14 @@ run(main, saved=None)
     assert interrupted(program, signal.SIGINT)[:2] == (130, "\ninterrupted: the same command continues\n")
 
 
+@pytest.mark.parametrize("number", BOTH)
+def test_a_command_that_is_done(number: signal.Signals) -> None:
+    """The interpreter waits for a thread."""
+    program = "import threading; end_while_importing()\nrun(lambda options: threading.Thread(target=late).start())\n"
+    program = "def late():\n    time.sleep(0.5)\n    ready()\n    time.sleep(9)\n" + program
+    assert interrupted(program, number)[:2] == (128 + number, "\ninterrupted: 3 steps are saved\n")
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """No options."""
