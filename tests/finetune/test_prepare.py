@@ -173,7 +173,7 @@ def check_refused(flags: Sequence[str], expected: str, output: Path, capsys: pyt
 @pytest.fixture(autouse=True)
 def _no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("qlora_jax.checkpoint.safetensors._read_tensor", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr("qlora_jax.checkpoint.safetensors.read_tensor", lambda *_: pytest.fail("a weight was read"))
 
 
 @pytest.mark.parametrize("case", BAD)
