@@ -46,7 +46,7 @@ def test_the_same_training(tmp_path: Path, family: str, fields: dict[str, Any]) 
     options = SimpleNamespace(run=SimpleNamespace(output=tmp_path / "run"))
     prepared = SimpleNamespace(options=options, pretrained=pretrained, method=FullFineTuning(), progress=False)
     run_of_it: Any = SimpleNamespace(prepared=prepared, model=model, subtracted=None)
-    folder = save_trained(run_of_it)
+    folder = save_trained(run_of_it, lambda new: None)
     saved = peer.kind.from_pretrained(folder, dtype=peer.torch.float32)
     assert largest(peer.logits(saved), run(model)) < 1e-4
     for name, parameter in trained.named_parameters():
