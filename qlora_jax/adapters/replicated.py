@@ -56,7 +56,7 @@ def with_replicated_layers(checkpoint: Checkpoint, method: Method | None) -> Che
         config=config,
         shapes={name: checkpoint.shapes[source] for name, source in stored.items()},
         dtypes={name: checkpoint.dtypes[source] for name, source in stored.items() if source in checkpoint.dtypes},
-        read=lambda name: read(stored.get(name, name)),
+        read=lambda name: read(stored[name] if name in stored else name),
         quantized=frozenset(name for name, source in stored.items() if source in checkpoint.quantized),
         read_quantized=None if read_quantized is None else lambda name: read_quantized(stored[name]),
     )

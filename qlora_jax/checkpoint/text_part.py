@@ -98,7 +98,7 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
         config=config,
         shapes={ours: checkpoint.shapes[name] for ours, name in stored.items()},
         dtypes={ours: checkpoint.dtypes[name] for ours, name in stored.items() if name in checkpoint.dtypes},
-        read=lambda name: read(stored.get(name, name)),
+        read=lambda name: read(stored[name] if name in stored else name),
         quantized=frozenset(ours for ours, name in stored.items() if name in checkpoint.quantized),
         read_quantized=None if read_quantized is None else lambda name: read_quantized(stored[name]),
         text_prefix="model.text_model."

@@ -110,9 +110,9 @@ def adapters_of(method: Method | None, mappings: Sequence[ParameterMapping], *, 
     if method.is_full:
         return dict(method.targets(linear_modules(mappings)))
     vocabulary = _vocabulary_modules(mappings) if embeddings and method.adapts_embeddings else {}
-    found = dict(method.targets(linear_modules(mappings) | vocabulary))
+    found: dict[str, Any] = dict(method.targets(linear_modules(mappings) | vocabulary))
     if "lm_head" in found and _stays_tied(method, mappings):
-        head = found.pop("lm_head")
+        head: Any = found.pop("lm_head")
         found.setdefault("embed_tokens", dataclasses.replace(head, head=False))
     for mapping in linear_mappings(mappings):
         if any(used := _matches(method, mapping)):
