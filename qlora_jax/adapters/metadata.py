@@ -104,7 +104,7 @@ def _scaling(stored: Any) -> RopeScaling | None:
     if stored is None:
         return None
     factor = stored.get("factor") if isinstance(stored, dict) else None
-    if type(factor) not in (int, float) or not factor <= _MOST_SCALED:
+    if not isinstance(factor, int | float) or isinstance(factor, bool) or not factor <= _MOST_SCALED:
         raise CheckpointError(
             f"rope_scaling: expected an object with a factor up to {_MOST_SCALED}, found {str(stored)[:100]}"
         )

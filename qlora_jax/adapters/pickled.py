@@ -151,7 +151,7 @@ def _views(text: bytes) -> dict[str, _View]:
     for instruction, argument, _ in pickletools.genops(text):
         if instruction.name not in _INSTRUCTIONS:
             raise CheckpointError(f"expected a pickle of tensors alone, found the instruction {instruction.name}")
-        if instruction.name in ("BINPUT", "LONG_BINPUT") and int(argument) > len(text):
+        if instruction.name in ("BINPUT", "LONG_BINPUT") and int(str(argument)) > len(text):
             raise CheckpointError("expected as many remembered values as the pickle has at most")
     found = _Unpickler(io.BytesIO(text)).load()
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):

@@ -16,7 +16,7 @@ import numpy as np
 
 from qlora_jax.adapters.names import PREFIX, rows_name, tensor_name
 from qlora_jax.models import CausalLM, Model, ParameterMapping, linear_mappings
-from qlora_jax.models.trainable import EMBEDDING, HEAD, TIED_HEAD
+from qlora_jax.models.trainable import EMBEDDING, HEAD, TIED_HEAD, names_module
 from qlora_jax.nn import Linear
 from qlora_jax.peft import AdapterModule, module_matches
 from qlora_jax.quant import MixedStack, PackedEmbedding, QuantizedTensor, dequantize, embedding_lookup
@@ -118,11 +118,13 @@ def adapted_layers(model: Model) -> Iterator[Adapted]:
 
 
 def _is_saved(model: Model, mapping: ParameterMapping, name: str) -> bool:
-    """Return whether files hold this tensor of a parameter that trains in full: not biases of layers that are no targets."""
-    method = model.method
-    if method is None or method.bias != "lora_only" or mapping.path[-1] != "bias" or not mapping.stacked:
+    """Return whether files hold this tensor of a parameter that trains in full: of a bias, only that of the layers named."""
+    method, module = model.method, name.removesuffix(".bias")
+    if method is None or method.is_full or method.bias == "all" or mapping.path[-1] != "bias" or not mapping.stacked:
         return True
-    return module_matches(method, name.removesuffix(".bias"))  # pyright: ignore[reportArgumentType]
+    if any(names_module(entry, module) for entry in method.modules_to_save):
+        return True
+    return method.bias == "lora_only" and module_matches(method, module)  # pyright: ignore[reportArgumentType]
 
 
 def variable_at(model: Any, path: tuple[str, ...]) -> Any:

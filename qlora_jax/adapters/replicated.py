@@ -9,6 +9,8 @@ import dataclasses
 import re
 from typing import Any
 
+import numpy as np
+
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.errors import CheckpointError, UnsupportedError
 from qlora_jax.models import DecoderConfig
@@ -50,13 +52,17 @@ def with_replicated_layers(checkpoint: Checkpoint, method: Method | None) -> Che
     config: dict[str, Any] = checkpoint.config | {"num_hidden_layers": len(sources)}
     if isinstance(types := config.get("layer_types"), list) and len(types) == layers:
         config["layer_types"] = [types[source] for source in sources]
-    read, read_quantized = checkpoint.read, checkpoint.read_quantized
+    read_quantized = checkpoint.read_quantized
+
+    def read(name: str) -> np.ndarray:
+        return checkpoint.read(stored.get(name, name))
+
     return dataclasses.replace(
         checkpoint,
         config=config,
         shapes={name: checkpoint.shapes[source] for name, source in stored.items()},
         dtypes={name: checkpoint.dtypes[source] for name, source in stored.items() if source in checkpoint.dtypes},
-        read=lambda name: read(stored.get(name, name)),
+        read=read,
         quantized=frozenset(name for name, source in stored.items() if source in checkpoint.quantized),
         read_quantized=None if read_quantized is None else lambda name: read_quantized(stored[name]),
     )

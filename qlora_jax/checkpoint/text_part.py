@@ -19,6 +19,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.errors import UnsupportedError
 from qlora_jax.models import FAMILIES
@@ -92,13 +94,17 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
             f"{', '.join(f'{part} ({count} tensors)' for part, count in left.items())} left out",
             stacklevel=3,
         )
-    read, read_quantized = checkpoint.read, checkpoint.read_quantized
+    read_quantized = checkpoint.read_quantized
+
+    def read(name: str) -> np.ndarray:
+        return checkpoint.read(stored.get(name, name))
+
     return dataclasses.replace(
         checkpoint,
         config=config,
         shapes={ours: checkpoint.shapes[name] for ours, name in stored.items()},
         dtypes={ours: checkpoint.dtypes[name] for ours, name in stored.items() if name in checkpoint.dtypes},
-        read=lambda name: read(stored.get(name, name)),
+        read=read,
         quantized=frozenset(ours for ours, name in stored.items() if name in checkpoint.quantized),
         read_quantized=None if read_quantized is None else lambda name: read_quantized(stored[name]),
         text_prefix="model.text_model."

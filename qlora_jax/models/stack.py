@@ -140,7 +140,7 @@ def _sliced(state: Any) -> Any:
         if not isinstance(leaf, MixedTensor):
             return leaf
         quantized, packed, dense = leaf.parts()
-        one = jax.tree.map(lambda part: part[None], (packed, dense))
-        return MixedTensor(MixedStack(*one, (0, -1)), jnp.where(quantized, 0, 1))
+        one = jax.tree.map(lambda part: part[None], packed)
+        return MixedTensor(MixedStack(one, dense[None], (0, -1)), jnp.where(quantized, 0, 1))
 
     return jax.tree.map(slice_of, state, is_leaf=lambda leaf: isinstance(leaf, MixedTensor))

@@ -110,9 +110,9 @@ def adapters_of(method: Method | None, mappings: Sequence[ParameterMapping], *, 
     if method.is_full:
         return dict(method.targets(linear_modules(mappings)))
     vocabulary = _vocabulary_modules(mappings) if embeddings and method.adapts_embeddings else {}
-    found = dict(method.targets(linear_modules(mappings) | vocabulary))
+    found: dict[str, Any] = dict(method.targets(linear_modules(mappings) | vocabulary))
     if "lm_head" in found and _stays_tied(method, mappings):
-        head = found.pop("lm_head")
+        head: Any = found.pop("lm_head")
         found.setdefault("embed_tokens", dataclasses.replace(head, head=False))
     for mapping in linear_mappings(mappings):
         if any(used := _matches(method, mapping)):
@@ -175,10 +175,11 @@ def add_deltas(model: Any, trainable: TrainableBase) -> None:
 
 def _matches(method: Method, mapping: ParameterMapping) -> tuple[bool, ...]:
     """Return for each layer of a mapping whether `modules_to_save` names its module, or a module around it."""
-    return tuple(any(_contains(entry, name) for entry in method.modules_to_save) for name in mapping.modules())
+    return tuple(any(names_module(entry, name) for entry in method.modules_to_save) for name in mapping.modules())
 
 
-def _contains(entry: str, module: str) -> bool:
+def names_module(entry: str, module: str) -> bool:
+    """Return whether an entry of `modules_to_save` names a module with this full name, or a module around it."""
     parts = module.split(".")
     return any(".".join(parts[:end]).endswith(entry) for end in range(1, len(parts) + 1))
 
@@ -192,7 +193,7 @@ def _trained_in_full(method: Method, mappings: Sequence[ParameterMapping], embed
         for depth in range(1, name.count(".") + 1)
     }
     for entry in method.modules_to_save:
-        matched = {mapping: [_contains(entry, name) for name in mapping.modules()] for mapping in mappings}
+        matched = {mapping: [names_module(entry, name) for name in mapping.modules()] for mapping in mappings}
         found = [mapping for mapping, matches in matched.items() if any(matches)]
         parts = [name for name in sorted(containers) if name.endswith(entry)]
         if parts and not method.from_files:

@@ -124,7 +124,7 @@ BAD: dict[str, tuple[Callable[[Path, str], list[str]], str]] = {
 def another_adapter(folder: Path) -> str:
     tensors = {
         tensor_name("lm.q_proj", suffix): np.ones(shape, np.float32)
-        for suffix, shape in zip(LoRA().suffixes, ((4, 8), (8, 4)), strict=True)
+        for suffix, shape in zip(("lora_A.weight", "lora_B.weight"), ((4, 8), (8, 4)), strict=True)
     }
     return str(write_adapter(tensors, folder / "other", method=LoRA(rank=4, target_modules=("q_proj",))))
 

@@ -74,7 +74,9 @@ def write_small_adapter(path: Path, width: int) -> Path:
     draws = np.random.default_rng(1)
     tensors: dict[str, np.ndarray] = {}
     for layer in range(LAYERS):
-        a, b = (tensor_name(f"model.layers.{layer}.self_attn.q_proj", suffix) for suffix in LoRA().suffixes)
+        a, b = (
+            tensor_name(f"model.layers.{layer}.self_attn.q_proj", suffix) for suffix in ("lora_A.weight", "lora_B.weight")
+        )
         tensors[a] = draws.normal(size=(2, width)).astype(np.float32)
         tensors[b] = draws.normal(size=(width, 2)).astype(np.float32)
     return write_adapter(tensors, path, method=LoRA(rank=2, alpha=8, target_modules=("q_proj",)))
