@@ -26,7 +26,12 @@ def read_json(source: Input) -> Iterator[RowOrDamage]:
             break
     if not full:
         return
-    if _is_row(full[0]) or not full[0].startswith((b"[", b"{")) or (full[0] not in _BRACKETS and _is_row(full[-1])):
+    # One object in one line of a .json file may hold the rows; in two lines and more, each is a row.
+    if len(full) == 1:
+        of_lines = source.kind != ".json" and _is_row(full[0])
+    else:
+        of_lines = _is_row(full[0]) or (full[0] not in _BRACKETS and _is_row(full[1]))
+    if of_lines or not full[0].startswith((b"[", b"{")):
         lines = ((number, line) for number, line in chain(start, numbered) if line.strip())
         for number, line in islice(lines, source.skip, None):
             yield _row_of_line(line, f"{source.path.name}, line {number}")

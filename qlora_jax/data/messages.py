@@ -124,8 +124,10 @@ def unread_keys(messages: Sequence[Message], tokenizer: Any, *, chat: bool) -> s
     keys -= {"role", "content", "tool_calls", _NOT_LEARNED}
     source = json.dumps(tokenizer.chat_template) if keys and chat else ""  # several templates may have names
     unread = {name for name in keys if re.search(rf"\b{re.escape(name)}\b", source) is None}
-    # A template gets the reasoning under all of its names.
-    return unread - set(REASONING_KEYS) if any(key in source for key in REASONING_KEYS) else unread
+    # A template gets the reasoning under all of its names, and what it drops of a learned answer is written or refused.
+    ignored = {name for message in messages if not is_answer(message) for name in message}
+    read = chat and (any(key in source for key in REASONING_KEYS) or not ignored.intersection(REASONING_KEYS))
+    return unread - set(REASONING_KEYS) if read else unread
 
 
 def _checked_message(value: object, place: str) -> Message:

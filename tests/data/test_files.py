@@ -140,9 +140,11 @@ def test_compressed_files(tmp_path: Path, compress: Any, kind: str) -> None:
         ({"conversations": [{"from": "human", "value": "Hi"}]}, [{"conversations": [{"from": "human", "value": "Hi"}]}], ""),
     ],
 )
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_rows_within_a_json_document(tmp_path: Path, content: Any, expected: Any, note: str, name: str) -> None:
-    path = write(tmp_path / name, json.dumps(content, indent=2, ensure_ascii=False))
+@pytest.mark.parametrize(("name", "indent"), [("a.json", 2), ("a.json", None), ("a.jsonl", 2)])
+def test_rows_within_a_json_document(
+    tmp_path: Path, content: Any, expected: Any, note: str, name: str, indent: int | None
+) -> None:
+    path = write(tmp_path / name, json.dumps(content, indent=indent, ensure_ascii=False))
     opened = open_source(str(path))
     assert list(opened.records) == expected
     assert opened.note == note.replace("a.json", name)

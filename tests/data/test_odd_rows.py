@@ -135,3 +135,13 @@ def test_reasoning_is_used_under_each_of_its_names(make_chatml: Any) -> None:
         rows = [{"messages": [USER, ANSWER | {name: "Because."}]}]
         _, report = encode_all(rows, make_chatml(template), max_length=200, progress=False)
         assert (report.kept, report.odd.unused) == (1, {})
+
+
+def test_reasoning_that_continues_the_prompt_is_used(make_chatml: Any) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: <think>\n{% endif %}"
+    )
+    rows = [{"messages": [USER, ANSWER | {"reasoning_content": "Because."}]}]
+    _, report = encode_all(rows, make_chatml(template), max_length=200, progress=False)
+    assert (report.kept, report.odd.unused) == (1, {})
