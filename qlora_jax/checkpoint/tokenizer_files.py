@@ -226,6 +226,7 @@ def _named_tokens(
     if isinstance(name, str):
         name = name.removesuffix("Fast").removesuffix("Tokenizer")
     kind = model.get("model_type")
+    name = name if isinstance(name, str | None) else ""  # damaged: of no known class
     name = name if name in _NAMED_BY_CLASS else _CLASS_BY_TYPE.get(kind) if isinstance(kind, str) and name is None else None
     defaults: dict[str, str | None] = dict(
         zip(("bos_token", "eos_token", "unk_token", "pad_token"), _NAMED_BY_CLASS.get(name or "", ()), strict=False)

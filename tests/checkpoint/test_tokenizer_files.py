@@ -129,6 +129,7 @@ def test_cutting_and_padding_in_the_file_change_no_text(tmp_path: Path) -> None:
         ({"tokenizer_class": "LlamaTokenizerFast"}, {}, "</s>"),  # which its class names
         ({}, {"config": {"model_type": "llama"}}, "</s>"),
         ({"tokenizer_class": "PreTrainedTokenizerFast"}, {"config": {"eos_token_id": [260, 259]}}, "<|im_end|>"),
+        ({"tokenizer_class": []}, {"config": {"eos_token_id": [260, 259]}}, "<|im_end|>"),
         ({}, {"generation_config": {"eos_token_id": 259}}, "</s>"),
         ({"eos_token": "<|not there|>"}, {"generation_config": {"eos_token_id": 260}}, "<|im_end|>"),
         ({}, {}, None),
