@@ -223,6 +223,8 @@ def _calls_of_text(value: object, place: str) -> list[Any]:
 
 
 def _checked_calls(calls: object, place: str) -> list[Any]:
+    if isinstance(calls, str) and calls.lstrip().startswith(("[", "{")):
+        calls = from_json(calls, place)  # as tables keep calls of different arguments
     if isinstance(calls, Mapping):
         calls = [calls]
     if not isinstance(calls, list | tuple):

@@ -215,6 +215,10 @@ def rows_of_table(table: "Dataset") -> Rows:
 def _load_table(source: str, path: Path, split: str) -> "Dataset":
     if path.is_dir():
         return _load(str(path), split, str(path), saved=is_saved(path))
+    if path.exists():
+        raise DataError(
+            f"{source}: expected a regular file or a folder, found a pipe or a device; copy its contents into a file"
+        )
     if _looks_like_a_path(source):
         raise FileNotFoundError(f"{source}: expected a data file or a folder, found nothing at {path.absolute()}")
     return _load(source, split, _hub_place(source))

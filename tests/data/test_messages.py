@@ -10,6 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.data import DataError, encode, encode_all
+from qlora_jax.data.messages import checked_messages
 from qlora_jax.data.schemas import parse
 
 # As Qwen writes tools and calls, shortened; the answers and calls of the assistant are tagged.
@@ -297,3 +298,10 @@ def test_a_mark_of_an_answer_that_says_nothing_is_an_error() -> None:
     for mark in ({"weight": 0.5}, {"weight": "half"}, {"train": "yes"}, {"weight": []}):
         with pytest.raises(DataError, match=r"message 0, (weight|train): expected 0 or 1 \(false or true\), found"):
             messages_of({"role": "assistant", "content": "A"} | mark)
+
+
+def test_calls_may_be_json_text() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    for text in (json.dumps([call]), json.dumps(call["function"])):
+        message = {"role": "assistant", "content": None, "tool_calls": text}
+        assert checked_messages([message], "messages")[0]["tool_calls"] == [call]

@@ -1,6 +1,7 @@
 """Files: the same rows from every format, and for every fault a message that names its place."""
 
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -119,6 +120,13 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
 def test_unlike_types_in_one_column(tmp_path: Path) -> None:
     rows = [{"text": {"a": 1}}, {"text": "b"}, {"text": None, "more": [1, "x"]}]
     assert load_records(write(tmp_path / "a.jsonl", lines(*rows))).to_list() == rows
+
+
+def test_a_pipe_or_a_device_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for source in (tmp_path / "pipe.jsonl", "/dev/null"):
+        with pytest.raises(DataError, match="expected a regular file or a folder, found a pipe or a device"):
+            load_records(str(source))
 
 
 @pytest.mark.parametrize("source", ["missing.jsonl", "./missing", "/missing/file", "a/b/c", "~/missing.csv"])
