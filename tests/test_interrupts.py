@@ -45,7 +45,7 @@ def run(main, saved=lambda options: f"{options.steps} steps are saved"):
 """
 
 
-def interrupted(program: str, *signals: signal.Signals, pause: float = 0.7) -> tuple[int, str, float]:
+def interrupted(program: str, *signals: signal.Signals, pause: float = 2.0) -> tuple[int, str, float]:
     """Send signals to a program once it is ready; return its exit code, what it printed, and the seconds that it took."""
     process = subprocess.Popen(
         [sys.executable, "-c", BEGIN + program],

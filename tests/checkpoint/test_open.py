@@ -79,6 +79,7 @@ def test_of_a_repository_only_what_belongs_to_the_model_is_fetched(tmp_path: Pat
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: [])
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}')
     assert resolve("owner/name", "main").commit == "c0ffee"

@@ -43,6 +43,7 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
+@pytest.mark.integration
 def test_packed_tables_in_a_run(options: Options) -> None:
     """They train rows, lower the loss, and are in the record and on the card."""
     packed = but(but(options, "model", embedding_storage="nf4"), "lora", trainable_token_indices=(5, 6))

@@ -151,6 +151,7 @@ def test_a_remembered_adapter_is_the_reference() -> None:
         np.testing.assert_allclose(against_adapter[name], -against_base[name], rtol=0, atol=2e-5)
 
 
+@pytest.mark.integration
 def test_training_prefers_what_is_chosen() -> None:
     """The means are over pairs, however the batch is cut; the loss falls, and the rewards part."""
     graph, adapter, frozen = build()
@@ -187,6 +188,7 @@ def test_dropout_is_the_tuned_models_alone() -> None:
     np.testing.assert_allclose(dpo_loss(model, batch, jax.random.key(0))[0], 4 * np.log(2), rtol=1e-6)
 
 
+@pytest.mark.integration
 def test_no_second_copy_of_the_weights_and_never_all_logits() -> None:
     """What the compiler plans for a step, beside one of plain fine-tuning on the same rows."""
     lora = LoRA(rank=4, alpha=8)
