@@ -31,7 +31,8 @@ def stubborn(seconds=60.0):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
-            time.sleep(0.01)
+            while time.monotonic() < end:  # a signal in the line above would not be caught
+                time.sleep(0.01)
         except BaseException:  # as libraries do
             pass
 
