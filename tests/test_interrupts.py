@@ -27,10 +27,11 @@ interrupts.GRACE_SECONDS = 1.0
 def ready():
     print("ready", flush=True)
 
-def stubborn(seconds=60.0):
+def stubborn(seconds=60.0, begin=lambda: None):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
+            begin()
             while time.monotonic() < end:  # a signal in the line above would not be caught
                 time.sleep(0.01)
         except BaseException:  # as libraries do
@@ -89,7 +90,6 @@ CLEANING = """
 def main(options):
     with cleaning_up():
         try:
-            ready()
             {work}
         finally:
             print("cleaned up", file=sys.stderr)
@@ -99,12 +99,12 @@ run(main)
 
 @pytest.mark.parametrize("number", BOTH)
 def test_a_block_cleans_up(number: signal.Signals) -> None:
-    code, errors, _ = interrupted(CLEANING.format(work="time.sleep(60)"), number)
+    code, errors, _ = interrupted(CLEANING.format(work="ready(); time.sleep(60)"), number)
     assert (code, errors) == (128 + number, "cleaned up\n\ninterrupted: 3 steps are saved\n")
 
 
 def test_an_exception_that_is_dropped_does_not_keep_the_process() -> None:
-    code, errors, seconds = interrupted(CLEANING.format(work="stubborn()"), signal.SIGINT)
+    code, errors, seconds = interrupted(CLEANING.format(work="stubborn(begin=ready)"), signal.SIGINT)
     assert (code, errors) == (130, "\ninterrupted: 3 steps are saved\n")
     assert seconds < SOON
 
@@ -127,6 +127,7 @@ run(main)
 def test_an_exception_that_became_another() -> None:
     work = """
             try:
+                ready()
                 time.sleep(60)
             except BaseException as error:
                 raise ValueError("cannot be read") from error"""
@@ -137,6 +138,7 @@ def test_an_exception_that_became_another() -> None:
 def test_a_second_signal_does_not_wait_for_the_cleaning() -> None:
     work = """
             try:
+                ready()
                 time.sleep(60)
             finally:
                 time.sleep(60)"""
@@ -147,7 +149,9 @@ def test_a_second_signal_does_not_wait_for_the_cleaning() -> None:
 
 def test_a_process_whose_threads_go_on_ends_nevertheless() -> None:
     """The interpreter waits for threads, such as one that compiles."""
-    program = "import threading; threading.Thread(target=stubborn).start()\n" + CLEANING.format(work="time.sleep(60)")
+    program = "import threading; threading.Thread(target=stubborn).start()\n" + CLEANING.format(
+        work="ready(); time.sleep(60)"
+    )
     code, errors, seconds = interrupted(program, signal.SIGINT)
     assert (code, errors) == (130, "cleaned up\n\ninterrupted: 3 steps are saved\n")
     assert seconds < SOON
