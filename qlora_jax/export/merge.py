@@ -151,7 +151,8 @@ def merge(
 def own_dtype(checkpoint: Checkpoint) -> MergedDtype:
     """Return the dtype of a checkpoint's weights: the one that config.json names, as transformers loads them, else that of
     most of its linear matrices; "bfloat16" where these are packed."""
-    for field in ("dtype", "torch_dtype"):
+    is_gguf = checkpoint.snapshot is not None and checkpoint.snapshot.path.suffix == ".gguf"  # it states none
+    for field in () if is_gguf else ("dtype", "torch_dtype"):
         stated = str(checkpoint.config.get(field)).removeprefix("torch.")
         for name in get_args(MergedDtype):
             if stated == name:
