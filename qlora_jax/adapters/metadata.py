@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora_jax.checkpoint.checkpoint import Checkpoint
+from qlora_jax.checkpoint.files import read_object
 from qlora_jax.checkpoint.hub import Snapshot, resolve
-from qlora_jax.checkpoint.json_files import read_json_object
 from qlora_jax.errors import CheckpointError, OptionError
 from qlora_jax.models import RopeScaling, scaled
 from qlora_jax.quant import EMBEDDING_STORAGES, DataType, EmbeddingStorage, Quantization
@@ -64,10 +64,10 @@ def read_adapter_metadata(name: str | Path | Snapshot) -> AdapterMetadata | None
         CheckpointError: the file is damaged.
     """
     path = resolve(name).path / METADATA
-    if not path.is_file():
-        return None
     try:
-        values = read_json_object(path)
+        values = read_object(path)
+        if values is None:
+            return None
         template = values["template"]
         if template is not None and not isinstance(template, str):
             raise CheckpointError(f"template: expected a name, found {template!r}")

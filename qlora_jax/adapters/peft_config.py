@@ -9,8 +9,8 @@ from typing import Any, Literal
 from qlora_jax.adapters.held import Held, read_held
 from qlora_jax.adapters.names import PREFIX, split_name
 from qlora_jax.adapters.virtual_tokens import with_encoder
+from qlora_jax.checkpoint.files import read_object
 from qlora_jax.checkpoint.hub import Snapshot, resolve
-from qlora_jax.checkpoint.json_files import read_json_object
 from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.peft import FieldErrors, LoRA, Method, peft_methods
 
@@ -132,13 +132,14 @@ def config_of(modules: Sequence[str], method: Method, base: str | None, task_typ
 
 def _read_json(snapshot: Snapshot) -> dict[str, Any]:
     try:
-        return read_json_object(snapshot.path / CONFIG)
-    except FileNotFoundError:
-        inner = sorted(path.parent.name for path in snapshot.path.glob(f"*/{CONFIG}"))
-        hint = f" Its folders {list_names(inner)} hold adapters: give one of them." if inner else ""
-        raise CheckpointError(f"{snapshot.name}: is no adapter: it has no {CONFIG}.{hint}") from None
+        config = read_object(snapshot.path / CONFIG)
     except CheckpointError as error:
         raise CheckpointError(f"{snapshot.name}: {error}") from error
+    if config is None:
+        inner = sorted(path.parent.name for path in snapshot.path.glob(f"*/{CONFIG}"))
+        hint = f" Its folders {list_names(inner)} hold adapters: give one of them." if inner else ""
+        raise CheckpointError(f"{snapshot.name}: is no adapter: it has no {CONFIG}.{hint}")
+    return config
 
 
 def _method_of(name: str, config: Mapping[str, Any]) -> Method:

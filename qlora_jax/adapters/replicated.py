@@ -5,11 +5,8 @@
 Each layer of the model has an adapter of its own. The weights of a layer that is repeated are loaded for each place.
 """
 
-import dataclasses
 import re
 from typing import Any
-
-import numpy as np
 
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.errors import CheckpointError, UnsupportedError
@@ -52,17 +49,4 @@ def with_replicated_layers(checkpoint: Checkpoint, method: Method | None) -> Che
     config: dict[str, Any] = checkpoint.config | {"num_hidden_layers": len(sources)}
     if isinstance(types := config.get("layer_types"), list) and len(types) == layers:
         config["layer_types"] = [types[source] for source in sources]
-    read_quantized = checkpoint.read_quantized
-
-    def read(name: str) -> np.ndarray:
-        return checkpoint.read(stored.get(name, name))
-
-    return dataclasses.replace(
-        checkpoint,
-        config=config,
-        shapes={name: checkpoint.shapes[source] for name, source in stored.items()},
-        dtypes={name: checkpoint.dtypes[source] for name, source in stored.items() if source in checkpoint.dtypes},
-        read=read,
-        quantized=frozenset(name for name, source in stored.items() if source in checkpoint.quantized),
-        read_quantized=None if read_quantized is None else lambda name: read_quantized(stored[name]),
-    )
+    return checkpoint.renamed(stored, config)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.checkpoint.checkpoint import Checkpoint
-from qlora_jax.checkpoint.json_files import parse_json_object
+from qlora_jax.checkpoint.files import parse_object
 from qlora_jax.errors import CheckpointError, UnsupportedError
 from qlora_jax.quant import (
     SCALE_BLOCK_SIZE,
@@ -208,7 +208,7 @@ def _read_state(
 ) -> Stored | None:
     """Return how a matrix is stored; None after adding its disagreements with the shapes of its tensors to `problems`."""
     try:
-        state = parse_json_object(checkpoint.read(state_name).tobytes())
+        state = parse_object(checkpoint.read(state_name).tobytes())
         rows, columns = _whole(state, "shape", 2)
         (block_size,) = _whole(state, "blocksize", 1)
         nested = "nested_offset" in state

@@ -15,7 +15,7 @@ configuration has the form of Hugging Face's `config.json`: a loader that is wri
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -97,6 +97,25 @@ class Checkpoint:
                     f"{self.name}: config.json: expected a model of at most {held:,} parameters, found {name} {size:,} and "
                     f"{config.hidden_size:,} features."
                 )
+
+    def renamed(self, stored: Mapping[str, str], config: dict) -> "Checkpoint":
+        """Return a checkpoint with other names of the tensors and another configuration.
+
+        Args:
+            stored: the name of each tensor in this checkpoint, by its new name. Tensors that it does not name are left out;
+                one tensor may have several new names.
+            config: the new `config`.
+        """
+        read, read_quantized = self.read, self.read_quantized
+        return replace(
+            self,
+            config=config,
+            shapes={new: self.shapes[name] for new, name in stored.items()},
+            dtypes={new: self.dtypes[name] for new, name in stored.items() if name in self.dtypes},
+            read=lambda new: read(stored.get(new, new)),
+            quantized=frozenset(new for new, name in stored.items() if name in self.quantized),
+            read_quantized=None if read_quantized is None else lambda new: read_quantized(stored[new]),
+        )
 
     @property
     def dense_modules(self) -> frozenset[str]:

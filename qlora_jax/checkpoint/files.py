@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_jax.errors import CheckpointError
 
-__all__ = ["check_folder", "check_regular", "read_object", "read_text"]
+__all__ = ["check_folder", "check_regular", "parse_object", "read_object", "read_text"]
 
 # What is read of a folder; files of other kinds may be anything.
 READ = {".json", ".safetensors", ".gguf", ".model", ".txt", ".jinja", ".bin"}
@@ -53,7 +53,7 @@ def read_text(path: Path) -> str | None:
         size = path.stat().st_size
         if size > MOST_BYTES:
             raise CheckpointError(f"{path}: expected at most {MOST_BYTES:,} bytes, found {size:,}.")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # some editors put a byte-order mark before the text
     except FileNotFoundError:
         return None
     except UnicodeDecodeError as error:
@@ -71,13 +71,24 @@ def read_object(path: Path) -> dict[str, Any] | None:
         CheckpointError: see `read_text`; or the file holds no JSON object, or one that is nested too deeply.
     """
     text = read_text(path)
-    if text is None:
-        return None
+    try:
+        return None if text is None else parse_object(text)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: is malformed: expected a JSON object, found {error}.") from error
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """Return the JSON object of a text.
+
+    Raises:
+        CheckpointError: the text is no JSON, too deep, or another value than an object. The message is what was found.
+    """
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        found = "lists in lists without end" if isinstance(error, RecursionError) else str(error)
-        raise CheckpointError(f"{path}: expected a JSON object, found: {found}.") from error
+    except RecursionError:
+        raise CheckpointError("JSON that is nested too deeply") from None
+    except ValueError as error:
+        raise CheckpointError(f"other text: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found a {type(value).__name__}.")
+        raise CheckpointError(f"a {type(value).__name__}")
     return value

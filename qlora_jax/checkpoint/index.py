@@ -7,7 +7,7 @@ A model in one file, `model.safetensors`, has no index.
 
 from pathlib import Path
 
-from qlora_jax.checkpoint.json_files import read_json_object
+from qlora_jax.checkpoint.files import read_object
 from qlora_jax.errors import CheckpointError
 
 __all__ = ["INDEX", "SINGLE", "shards_of_index"]
@@ -22,7 +22,7 @@ def shards_of_index(path: Path) -> dict[str, set[str]]:
     Raises:
         CheckpointError: the index is malformed, or names files outside its folder.
     """
-    weight_map = read_json_object(path).get("weight_map")
+    weight_map = (read_object(path) or {}).get("weight_map")
     names_of: dict[str, set[str]] = {}
     for tensor, shard in weight_map.items() if isinstance(weight_map, dict) else ():
         # A plain file name: an index must not reach outside its folder.

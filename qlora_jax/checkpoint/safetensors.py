@@ -28,8 +28,8 @@ import ml_dtypes
 import numpy as np
 
 from qlora_jax.checkpoint.checkpoint import Checkpoint, unknown_tensor
+from qlora_jax.checkpoint.files import parse_object, read_object
 from qlora_jax.checkpoint.index import INDEX, SINGLE, shards_of_index
-from qlora_jax.checkpoint.json_files import parse_json_object, read_json_object
 from qlora_jax.errors import CheckpointError
 
 __all__ = ["Tensor", "open_safetensors_folder", "read_safetensors", "read_tensor"]
@@ -172,7 +172,7 @@ def read_safetensors(path: Path, problems: list[str]) -> dict[str, Tensor] | Non
             return None
         text = file.read(length)
     try:
-        header = parse_json_object(text)
+        header = parse_object(text)
     except CheckpointError as error:
         problems.append(f"{path.name}: has a corrupt header: expected {length:,} bytes of JSON, an object, found {error}.")
         return None
@@ -226,12 +226,13 @@ def read_safetensors(path: Path, problems: list[str]) -> dict[str, Tensor] | Non
 
 def _read_json(path: Path, problems: list[str]) -> dict | None:
     try:
-        return read_json_object(path)
-    except FileNotFoundError:
-        problems.append(f"{path.name}: is missing.")
+        value = read_object(path)
     except CheckpointError as error:
         problems.append(str(error))
-    return None
+        return None
+    if value is None:
+        problems.append(f"{path.name}: is missing.")
+    return value
 
 
 def _no_weights(folder: Path) -> str:

@@ -19,8 +19,6 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.errors import UnsupportedError
 from qlora_jax.models import FAMILIES
@@ -94,23 +92,8 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
             f"{', '.join(f'{part} ({count} tensors)' for part, count in left.items())} left out",
             stacklevel=3,
         )
-    read_quantized = checkpoint.read_quantized
-
-    def read(name: str) -> np.ndarray:
-        return checkpoint.read(stored.get(name, name))
-
-    return dataclasses.replace(
-        checkpoint,
-        config=config,
-        shapes={ours: checkpoint.shapes[name] for ours, name in stored.items()},
-        dtypes={ours: checkpoint.dtypes[name] for ours, name in stored.items() if name in checkpoint.dtypes},
-        read=read,
-        quantized=frozenset(ours for ours, name in stored.items() if name in checkpoint.quantized),
-        read_quantized=None if read_quantized is None else lambda name: read_quantized(stored[name]),
-        text_prefix="model.text_model."
-        if any("text_model." in name for name in stored.values())
-        else "model.language_model.",
-    )
+    inner = "text_model" if any("text_model." in name for name in stored.values()) else "language_model"
+    return dataclasses.replace(checkpoint.renamed(stored, config), text_prefix=f"model.{inner}.")
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -12,8 +12,8 @@ their own would not stop.
 from typing import TYPE_CHECKING, Any
 
 from qlora_jax.checkpoint.checkpoint import Checkpoint
+from qlora_jax.checkpoint.files import read_object
 from qlora_jax.checkpoint.gguf.header import read_header
-from qlora_jax.checkpoint.json_files import read_json_object
 from qlora_jax.checkpoint.tokenizer import stop_ids
 
 if TYPE_CHECKING:
@@ -46,11 +46,9 @@ def generation_config(checkpoint: Checkpoint, tokenizer: "PreTrainedTokenizerFas
     result = {name: config[name] for name in _IN_CONFIG if config.get(name) is not None}
     if snapshot is not None and snapshot.path.is_file():
         result |= _sampling_of_gguf(read_header(snapshot.path).metadata)
-    elif snapshot is not None and (file := snapshot.path / GENERATION).is_file():
-        result = read_json_object(file)
-        result.pop(
-            "_from_model_config", None
-        )  # transformers' mark of a file that repeats config.json, which this one does not
+    elif snapshot is not None and (stored := read_object(snapshot.path / GENERATION)) is not None:
+        result = stored
+        result.pop("_from_model_config", None)  # transformers' mark of a file that repeats config.json; this one does not
     stated = result.get("eos_token_id")
     ids = [*stated] if isinstance(stated, list) else [stated]
     if tokenizer is not None:
