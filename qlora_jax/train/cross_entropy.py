@@ -86,7 +86,7 @@ def token_losses(
     """
     table = head if isinstance(head, VocabularyMatrix) else VocabularyMatrix(head)
     changes = (table.delta, table.low_rank)
-    if axis is not None and changes != (None, None):
+    if axis is not None and jax.tree.leaves(changes):
         raise UnsupportedError("token_losses: expected a head without a delta where its rows are spread, found one")
     settings = _Settings(table.rows, chunk, cap, axis)
     losses: Any = _token_losses(hidden, table.weight, changes, targets, weights, settings)
@@ -161,7 +161,7 @@ def _token_losses(
 def _forward(
     hidden: Array, weight: Any, changes: Changes, targets: Array, weights: Array, settings: _Settings
 ) -> tuple[Array, Any]:
-    if changes == (None, None):
+    if not jax.tree.leaves(changes):
         losses, gradient, _ = _losses_and_gradients(VocabularyMatrix(weight), hidden, targets, weights, settings)
         return losses, gradient
     # The gradient of the head sums over tokens, whose own factors are known only in the backward pass.
