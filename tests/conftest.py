@@ -28,7 +28,7 @@ from tiny_models import write_tiny_llama
 # set XLA_FLAGS themselves, for several devices, compile as users do; so do all with `XLA_FLAGS= python -m pytest`.
 _LIGHT = "--xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    _LIGHT += " --xla_cpu_use_fusion_emitters=false"
+    _LIGHT += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("XLA_FLAGS", _LIGHT)
 
 # Before JAX and `datasets` are imported, which read them then. Who names a folder for JAX's cache shares it among sessions.

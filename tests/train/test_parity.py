@@ -210,7 +210,11 @@ def test_a_tiny_llama(
             Optimizer(learning_rate=5e-4, weight_decay=0.1, clip=0.3, loraplus_lr_ratio=16.0),
             marks=pytest.mark.integration,
         ),
-        (LoRA(rank=8, use_dora=True), Optimizer(learning_rate=2e-4, loraplus_lr_ratio=4.0)),
+        pytest.param(
+            LoRA(rank=8, use_dora=True),
+            Optimizer(learning_rate=2e-4, loraplus_lr_ratio=4.0),
+            marks=pytest.mark.integration,
+        ),
     ],
     ids=["DoRA", "LoRA+", "both"],
 )
