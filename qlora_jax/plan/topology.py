@@ -18,6 +18,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 from qlora_jax.errors import UnsupportedError
 from qlora_jax.nn.parallel import AXIS
 from qlora_jax.plan.devices import Machine, Platform
+from qlora_jax.quant import tracing_for
 
 # The modules of each platform's compiler, one of which must be importable, and the command that installs it.
 _COMPILERS: dict[Platform, tuple[tuple[str, ...], str]] = {
@@ -83,18 +84,16 @@ def machine_mesh(machine: Machine) -> Mesh:
 @contextlib.contextmanager
 def context(mesh: Mesh) -> Iterator[None]:
     """Run the block in the context of training: a mesh of several devices, or the description of one GPU, for kernels."""
-    if mesh.size > 1:
-        with jax.set_mesh(mesh):
-            yield
-    elif mesh.devices.flat[0].platform == "tpu":
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(tracing_for("every"))
+        if mesh.size > 1:
+            stack.enter_context(jax.set_mesh(mesh))
+        elif mesh.devices.flat[0].platform != "tpu":
+            kind = str(mesh.devices.flat[0].device_kind)
+            device = AbstractDevice(device_kind=_KNOWN_TO_JAX.get(kind, kind), num_cores=None, platform="gpu")
+            one = AbstractMesh((1,), mesh.axis_names, axis_types=mesh.axis_types, abstract_device=device)
+            stack.enter_context(jax.sharding.use_abstract_mesh(one))
         yield
-    else:
-        kind = str(mesh.devices.flat[0].device_kind)
-        device = AbstractDevice(device_kind=_KNOWN_TO_JAX.get(kind, kind), num_cores=None, platform="gpu")
-        with jax.sharding.use_abstract_mesh(
-            AbstractMesh((1,), mesh.axis_names, axis_types=mesh.axis_types, abstract_device=device)
-        ):
-            yield
 
 
 def _first_line(error: Exception) -> str:
