@@ -333,6 +333,16 @@ def test_a_record_with_old_names_is_read_with_the_new_ones() -> None:
         "model": {"embedding_storage": "int8", "x": 1}
     }
     assert replace_old_names({"quantize_tables": 1, "embedding_storage": 2}) == {"embedding_storage": 2}
+    old = {"data": {"on_long": "truncate", "split": "truncate"}}
+    assert replace_old_names(old) == {"data": {"on_long": "cut", "split": "truncate"}}
+
+
+@pytest.mark.parametrize("arguments", [["--on-long", "truncate"], ["--on-long=truncate"]])
+def test_a_renamed_value_names_the_new_one(tmp_path: Path, arguments: list[str]) -> None:
+    with pytest.raises(OptionError, match=r"^--on-long truncate: was renamed to --on-long cut$"):
+        parse(FinetuneOptions, description=None, arguments=arguments)
+    with pytest.raises(OptionError, match=r"data\.on_long: truncate was renamed to cut$"):
+        from_toml(FinetuneOptions, toml(tmp_path, '[data]\non_long = "truncate"\n'))
 
 
 def test_required_options_come_from_the_file_or_from_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

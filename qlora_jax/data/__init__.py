@@ -26,7 +26,7 @@ Of the rest of qlora_jax, these modules import only the errors.
 
 from pathlib import Path
 
-from qlora_jax.data.batch import Batch, BatchIterator, batches, bucket_length, pack, padding_share
+from qlora_jax.data.batch import Batch, BatchIterator, batches, bucket_length, checksum, pack, padding_share
 from qlora_jax.data.chat import chat_prompt
 from qlora_jax.data.chat_templates import CHAT_TEMPLATES, read_chat_template, unknown_markers
 from qlora_jax.data.columns import ColumnNames
@@ -99,6 +99,7 @@ __all__ = [
     "chat_prompt",
     "check_ids",
     "check_weights",
+    "checksum",
     "column_names",
     "detect_schema",
     "encode",
