@@ -7,6 +7,7 @@ Only the columns that are given are renamed; all others keep their names. A ques
 """
 
 import difflib
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,7 +139,7 @@ def nearest_schema(found: Collection[str], schemas: Mapping[str, Collection[str]
             candidates = [name for name in like if name in free] or difflib.get_close_matches(column, free, n=1)
             if candidates:
                 free.remove(candidates[0])
-            given.append(f"{column}={candidates[0]}" if candidates else "")
+            given.append(shlex.quote(f"{column}={candidates[0]}") if candidates else "")
         if given and "" not in given:
             near[name] = len(columns) - len(given), given
     most = max((own for own, _ in near.values()), default=0)

@@ -124,11 +124,12 @@ def stream_records(source: str, split: str | None = None) -> RowStream:
             if file_kind(file) is None:
                 next(read_file(file))  # which raises the error
         return FileStream(files)
-    if _looks_like_a_path(source) or path.is_dir():
-        found = "a folder that is read by `datasets`" if path.is_dir() else "nothing"
+    if path.is_dir():
         raise FileNotFoundError(
-            f"{source}: expected with streaming a file, a folder or a hub data set, found {found} at {path.absolute()}"
+            f"{source}: expected with streaming a file, another folder or a hub id, found a folder that `datasets` reads"
         )
+    if _looks_like_a_path(source):
+        raise FileNotFoundError(_nothing_there(source, path))
     return HubStream(_load(source, split, _hub_place(source), streaming=True))
 
 
@@ -220,8 +221,16 @@ def _load_table(source: str, path: Path, split: str) -> "Dataset":
             f"{source}: expected a regular file or a folder, found a pipe or a device; copy its contents into a file"
         )
     if _looks_like_a_path(source):
-        raise FileNotFoundError(f"{source}: expected a data file or a folder, found nothing at {path.absolute()}")
+        raise FileNotFoundError(_nothing_there(source, path))
     return _load(source, split, _hub_place(source))
+
+
+def _nothing_there(source: str, path: Path) -> str:
+    """Return the message for a source that is no file and cannot be an id of the hub."""
+    if address := re.match(r"(\w{2,}://)(?:huggingface\.co/datasets/([\w.\-]+/[\w.\-]+))?", source):
+        hint = f"; {address[2]} is the id of a hub data set" if address[2] else ""
+        return f"{source}: expected a file, a folder or an id of the hub, found an address; download the file first{hint}"
+    return f"{source}: expected a data file or a folder, found nothing at {path.absolute()}"
 
 
 def _hub_place(source: str) -> str:
