@@ -147,8 +147,8 @@ def _tried(backend: Tokenizer) -> Tokenizer:
 def _compare_splitter(folder: Path, backend: Tokenizer) -> None:
     """Warn where the vocabulary was trained on single digits, and the pre-tokenizer does not split them off.
 
-    Where transformers converts a GGUF file, it writes GPT-2's pre-tokenizer, whatever the file names. A large vocabulary that
-    was trained with GPT-2's has tokens that join a digit to another digit or to a space. The file runs nevertheless.
+    Where transformers converts a GGUF file, it writes GPT-2's pre-tokenizer, whatever the file names. A large vocabulary
+    that was trained with GPT-2's has tokens that join a digit to another one or to a space. The file runs nevertheless.
     """
     split = backend.pre_tokenizer
     if not isinstance(split, pre_tokenizers.ByteLevel) or not split.use_regex:  # pyright: ignore[reportAttributeAccessIssue]
@@ -156,9 +156,9 @@ def _compare_splitter(folder: Path, backend: Tokenizer) -> None:
     joined = [token for token in backend.get_vocab(with_added_tokens=False) if len(token) > 1]
     if len(joined) >= ENOUGH and not any(letter in "0123456789" for token in joined for letter in token):
         _logger.warning(
-            "%s: splits texts as GPT-2 does, but its vocabulary was trained on single digits: no token joins a digit to anything. "
-            "Digits after spaces may get other tokens than in training, as after a conversion from GGUF by transformers; the "
-            "tokenizer.json of the original model, or the GGUF file, gives the right ones",
+            "%s: splits texts as GPT-2 does, but its vocabulary was trained on single digits (no token joins a digit to "
+            "anything). Digits after spaces may get other tokens than in training, as after a conversion from GGUF by "
+            "transformers; the tokenizer.json of the original model, or the GGUF file, gives the right ones",
             folder / "tokenizer.json",
         )
 
