@@ -43,7 +43,7 @@ from qlora_jax.data.preferences import (
     encode_preferences,
     preference_batches,
 )
-from qlora_jax.data.records import Rows, load_records, stream_records
+from qlora_jax.data.records import Rows, check_local, load_records, stream_records
 from qlora_jax.data.render import Template
 from qlora_jax.data.schemas import detect_schema
 from qlora_jax.data.seq2seq import (
@@ -98,6 +98,7 @@ __all__ = [
     "bucket_length",
     "chat_prompt",
     "check_ids",
+    "check_local",
     "check_weights",
     "checksum",
     "column_names",

@@ -53,6 +53,11 @@ def read_chat_template(name: str | Path, tokenizer: "PreTrainedTokenizerBase") -
         source = (_FOLDER / f"{known}.jinja").read_text(encoding="utf-8")
         return "{{- bos_token }}" + source if _puts_bos_before(tokenizer) else source
     if not path.is_file():
+        if path.is_dir():
+            raise OptionError(
+                f"chat_template: {path}: expected a file, found a folder; name the file in it that holds the template, such "
+                "as chat_template.jinja or tokenizer_config.json"
+            )
         near = difflib.get_close_matches(known, CHAT_TEMPLATES, n=1)
         raise OptionError(
             f"chat_template: expected a file or one of {', '.join(CHAT_TEMPLATES)}, found {str(name)!r}, which is neither"

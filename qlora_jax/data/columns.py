@@ -94,7 +94,10 @@ class ColumnNames:
         required = self.required
         for ours, theirs in self.pairs:
             if theirs not in row and ours in required:
-                raise DataError(f"expected the column {theirs!r} (--columns {ours}={theirs}), found {sorted(map(str, row))}")
+                raise DataError(
+                    f"expected the column {theirs!r} (--columns {ours}={theirs}), found {sorted(map(str, row))}"
+                    f"{_meant(ours, theirs, row)}"
+                )
         theirs_names, renamed = {theirs for _, theirs in found}, {ours: row[theirs] for ours, theirs in found}
         for name, value in row.items():
             if name not in theirs_names:
@@ -114,9 +117,13 @@ class ColumnNames:
         found = set(columns)
         for ours, theirs in self.pairs:
             if theirs not in found:
-                near = difflib.get_close_matches(theirs, found, n=1)
-                hint = f"; did you mean {ours}={near[0]}?" if near else ""
+                hint = _meant(ours, theirs, found)
                 raise OptionError(f"columns {ours}={theirs}: expected a column of the data, found {sorted(found)}{hint}")
+
+
+def _meant(ours: str, theirs: str, columns: Iterable[str]) -> str:
+    near = difflib.get_close_matches(theirs, map(str, columns), n=1)
+    return f"; did you mean {ours}={near[0]}?" if near else ""
 
 
 NO_COLUMNS = ColumnNames()

@@ -95,7 +95,12 @@ class NothingToLearn(DataError):
     """No record has anything to learn; `report` contains the reasons."""
 
     def __init__(self, report: Report) -> None:
-        super().__init__(f"records: expected at least one row with something to learn, found none: {report}")
+        ways_out = {
+            "train_on_source learns prompts too": report.without_answer > 0,
+            "raise max_length if the answers are not empty": report.without_target > report.without_answer,
+        }
+        hints = "".join(f"; {way_out}" for way_out, helps in ways_out.items() if helps)
+        super().__init__(f"records: expected at least one row with something to learn, found none: {report}{hints}")
         self.report = report
 
 

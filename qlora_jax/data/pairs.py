@@ -56,9 +56,8 @@ def parse_pair(row: Any, template: Template) -> Pair:
     present = present_columns(row)
     if not present.keys() >= set(PREFERENCE_COLUMNS):
         near = nearest_schema(present, {"preference pairs": PREFERENCE_COLUMNS})
-        raise DataError(
-            f"expected the columns chosen and rejected, found {sorted(map(str, present))}{f'; {near}' if near else ''}"
-        )
+        way_out = near or "--columns OURS=THEIRS renames columns; single answers are learned without --objective dpo"
+        raise DataError(f"expected the columns chosen and rejected, found {sorted(map(str, present))}; {way_out}")
     column = next((name for name in _PROMPTS if name in present), None)
     unused = tuple(name for name, value in present.items() if name not in _USED and value not in ("", [], {}))
     unused += tuple(name for name in _PROMPTS if name in present and name != column)

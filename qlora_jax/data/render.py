@@ -88,7 +88,7 @@ def render(
 
 def _render_chat(index: int, record: Record, tokenizer: "PreTrainedTokenizerBase") -> tuple[Rendered, ...]:
     if not record.messages:
-        found = "a text without turns" if "text" in record.fields else "no messages"
+        found = "a text without turns; choose auto or plain" if "text" in record.fields else "no messages"
         raise CannotRender(index, f"template 'chat': expected a conversation, found {found}")
     check_has_template(tokenizer)
 
@@ -198,7 +198,9 @@ def _one_exchange(record: Record, template: str) -> tuple[str, Piece]:
     roles = [message["role"] for message in record.messages]
     if roles != ["user", "assistant"]:
         found = ", ".join(roles) or "a text without turns"
-        raise DataError(f"template {template!r}: expected one user message and one answer, found {found}")
+        raise DataError(
+            f"template {template!r}: expected one user message and one answer, found {found}; choose chat or guanaco"
+        )
     question, answer = record.messages
     text = answer["content"]
     return question["content"], _learned(text) if is_answer(answer) else Piece(text, excluded=((0, len(text)),))
