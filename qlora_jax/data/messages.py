@@ -87,7 +87,7 @@ def checked_tools(value: object, column: str = "tools") -> tuple[Any, ...]:
     Raises:
         DataError: the value is not a list of objects.
     """
-    tools = from_json(value, f"column {column!r}") if isinstance(value, str) and value.strip() else value or []
+    tools = (from_json(value, f"column {column!r}") if isinstance(value, str) and value.strip() else value) or []
     if isinstance(tools, Mapping):
         tools = [tools]
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
