@@ -8,7 +8,7 @@ is not edited by people: it is read with its old names replaced, so that the run
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["RENAMED_OPTIONS", "new_value", "replace_old_names"]
+__all__ = ["MEANT", "RENAMED_OPTIONS", "new_value", "replace_old_names"]
 
 # Old name → new name, as written in a config file (with underscores). The name of a group of options may stand here too.
 RENAMED_OPTIONS: dict[str, str] = {
@@ -17,6 +17,10 @@ RENAMED_OPTIONS: dict[str, str] = {
 # (option, old value) → new value
 RENAMED_VALUES: dict[tuple[str, str], str] = {
     ("on_long", "truncate"): "cut",
+}
+# Options whose name means another option in other programs → the flag that is meant by a value that is none of theirs.
+MEANT: dict[str, str] = {
+    "template": "chat-template",
 }
 
 

@@ -217,7 +217,7 @@ def test_config_takes_one_file(arguments: list[str], found: str) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--rat", "1"], ["--rate", "fast"], ["--count", "1.5"], ["--kind", "c"], ["--count"], ["stray"], ["--count", "-1"]],
+    [["--rat", "1"], ["--rate", "fast"], ["--count", "1.5"], ["--count"], ["stray"], ["--count", "-1"]],
 )
 def test_flags_that_do_not_fit(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -343,6 +343,21 @@ def test_a_renamed_value_names_the_new_one(tmp_path: Path, arguments: list[str])
         parse(FinetuneOptions, description=None, arguments=arguments)
     with pytest.raises(OptionError, match=r"data\.on_long: truncate was renamed to cut$"):
         from_toml(FinetuneOptions, toml(tmp_path, '[data]\non_long = "truncate"\n'))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--template", "llama3"],
+            "--template: expected one of auto, .*, found 'llama3'; did you mean --chat-template llama3\\?",
+        ),
+        (["--on-long=trim"], "--on-long: expected one of split, cut, error, drop, found 'trim'"),
+    ],
+)
+def test_a_value_that_is_no_choice_is_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(OptionError, match=f"^{message}$"):
+        parse(FinetuneOptions, description=None, arguments=arguments)
 
 
 def test_required_options_come_from_the_file_or_from_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,21 @@ from qlora_jax.errors import DataError, OptionError
 __all__ = ["NO_COLUMNS", "ColumnNames", "nearest_schema"]
 
 # Names of questions, of answers and of lists of messages in data sets, to suggest the column that is meant.
-QUESTIONS = ("question", "prompt", "instruction", "input", "query", "source", "context", "user", "human", "problem", "text")
+QUESTIONS = (
+    "question",
+    "prompt",
+    "instruction",
+    "input",
+    "query",
+    "source",
+    "context",
+    "user",
+    "human",
+    "problem",
+    "text",
+    "article",
+    "document",
+)
 ANSWERS = (
     "answer",
     "completion",
@@ -30,6 +44,7 @@ ANSWERS = (
     "assistant",
     "gpt",
     "summary",
+    "highlight",
 )
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns", "history")
 _MOST_NEAREST = 2  # how many schemas a message names
@@ -143,7 +158,8 @@ def nearest_schema(found: Collection[str], schemas: Mapping[str, Collection[str]
             if column in found:
                 continue
             like = next((names for names in _alike(column) if column in names), ())
-            candidates = [name for name in like if name in free] or difflib.get_close_matches(column, free, n=1)
+            plain = {_plain(name): name for name in reversed(free)}
+            candidates = [plain[name] for name in like if name in plain] or difflib.get_close_matches(column, free, n=1)
             if candidates:
                 free.remove(candidates[0])
             given.append(shlex.quote(f"{column}={candidates[0]}") if candidates else "")
@@ -153,6 +169,12 @@ def nearest_schema(found: Collection[str], schemas: Mapping[str, Collection[str]
     nearest = [f"{name} (--columns {' '.join(given)})" for name, (own, given) in near.items() if own == most]
     nearest.sort(key=lambda text: not text.startswith("question/answer"))  # the one that fits most data, of several
     return f"the nearest: {', '.join(nearest[:_MOST_NEAREST])}" if nearest else ""
+
+
+def _plain(name: object) -> str:
+    """Return the name of a column in lower case and in the singular, as in the lists of names."""
+    name = str(name).lower()
+    return name if name in CONVERSATIONS else name.removesuffix("s")
 
 
 def _alike(column: str) -> list[tuple[str, ...]]:

@@ -83,6 +83,8 @@ def test_unknown_columns_are_listed_with_the_known_ones() -> None:
         (["dialogue", "id"], "messages (--columns messages=dialogue), sharegpt (--columns conversations=dialogue)"),
         (["Question", "answer"], "question/answer (--columns question=Question)"),
         (["query", "answer"], "question/answer (--columns question=query)"),
+        (["Answers", "question"], "question/answer (--columns answer=Answers)"),
+        (["answer", "my question"], "question/answer (--columns 'question=my question')"),
     ],
 )
 def test_the_nearest_schema_is_named(columns: list[str], nearest: str) -> None:
