@@ -25,7 +25,7 @@ import tyro
 from qlora_jax.errors import OptionError
 from qlora_jax.interrupts import Interrupts
 from qlora_jax.platforms import silence_absent_devices
-from qlora_jax.renamed_options import RENAMED_OPTIONS
+from qlora_jax.renamed_options import MEANT, RENAMED_OPTIONS, new_value
 
 __all__ = ["from_toml", "parse", "run", "to_dict"]
 
@@ -164,13 +164,20 @@ def _options_of(options: type[Any]) -> dict[str, Any]:
 
 
 def _check_flags(options: type[Any], arguments: Sequence[str]) -> None:
-    """Raise OptionError for a flag that was renamed."""
+    """Raise OptionError for a flag, or a value after it, that was renamed, or a value that is none of its choices."""
     names = _options_of(options)
-    for argument in arguments:
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if not argument.startswith("--"):
             continue
-        flag = argument.partition("=")[0]
+        flag, equals, value = argument.partition("=")
         old = flag.removeprefix("--").replace("-", "_")
+        value = value if equals else following
+        if old in names and (changed := new_value(old, value)) is not None:
+            raise OptionError(f"{flag} {value}: was renamed to {flag} {changed}")
+        choices = typing.get_args(names[old]) if typing.get_origin(names.get(old)) is typing.Literal else ()
+        if choices and value and not value.startswith("-") and value not in map(str, choices):
+            hint = f"; did you mean --{MEANT[old]} {value}?" if old in MEANT else ""
+            raise OptionError(f"{flag}: expected one of {', '.join(map(str, choices))}, found {value!r}{hint}")
         new = RENAMED_OPTIONS.get(old)
         if new in names and old not in names:
             raise OptionError(f"{flag}: was renamed to --{new.replace('_', '-')}")
@@ -266,6 +273,8 @@ def _build(options: type[Any], values: dict[str, Any], prefix: str, problems: li
                 chosen[field] = _build(hint, value, f"{prefix}{field}.", problems)
             else:
                 problems.append(f"{prefix}{name}: expected a table, found {value!r}")
+        elif (changed := new_value(field, value)) is not None:
+            problems.append(f"{prefix}{name}: {value} was renamed to {changed}")
         elif not _fits(value, hint):
             problems.append(f"{prefix}{name}: expected {_name(hint)}, found {value!r}")
         else:

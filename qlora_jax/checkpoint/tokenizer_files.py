@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
 from qlora_jax.checkpoint.files import read_object, read_text
 from qlora_jax.errors import CheckpointError, list_names
@@ -68,6 +68,7 @@ _CLASS_BY_TYPE = {
 }
 PROBES = [f"{repeated * 60}{end}" for repeated in ("a", " ", "1", "aA", "\n", "a ") for end in ("!", "\u00e9")]
 FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")  # of an added token
+ENOUGH = 5000  # tokens of two characters and more, from which the absence of digits in them says something
 _logger = logging.getLogger(__name__)
 
 
@@ -91,6 +92,7 @@ def folder_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     model = read_object(folder / "config.json") or {}
     if (folder / "tokenizer.json").is_file():
         backend, by_class = _guarded(folder, lambda: _tried(Tokenizer.from_file(str(folder / "tokenizer.json")))), {}
+        _compare_splitter(folder, backend)
     else:
         backend, by_class = _converted(folder, config, model)
     _add_missing(folder, backend, config)
@@ -140,6 +142,25 @@ def _tried(backend: Tokenizer) -> Tokenizer:
     """Return the tokenizer after texts on which a regular expression that backtracks without end fails."""
     backend.encode_batch(PROBES, add_special_tokens=False)
     return backend
+
+
+def _compare_splitter(folder: Path, backend: Tokenizer) -> None:
+    """Warn where the vocabulary was trained on single digits, and the pre-tokenizer does not split them off.
+
+    Where transformers converts a GGUF file, it writes GPT-2's pre-tokenizer, whatever the file names. A large vocabulary
+    that was trained with GPT-2's has tokens that join a digit to another one or to a space. The file runs nevertheless.
+    """
+    split = backend.pre_tokenizer
+    if not isinstance(split, pre_tokenizers.ByteLevel) or not split.use_regex:  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    joined = [token for token in backend.get_vocab(with_added_tokens=False) if len(token) > 1]
+    if len(joined) >= ENOUGH and not any(letter in "0123456789" for token in joined for letter in token):
+        _logger.warning(
+            "%s: splits texts as GPT-2 does, but its vocabulary was trained on single digits (no token joins a digit to "
+            "anything). Digits after spaces may get other tokens than in training, as after a conversion from GGUF by "
+            "transformers; the tokenizer.json of the original model, or the GGUF file, gives the right ones",
+            folder / "tokenizer.json",
+        )
 
 
 def _unreadable(folder: Path, error: BaseException) -> CheckpointError:

@@ -19,7 +19,14 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_jax.data.chat import WAY_OUT, reason_of, with_reasoning
 from qlora_jax.data.chat_answers import Answer, find_answers
-from qlora_jax.data.chat_checks import check_answer, check_message, check_tools, tool_name
+from qlora_jax.data.chat_checks import (
+    REASONING_TAGS,
+    check_answer,
+    check_message,
+    check_tools,
+    forms_of_text,
+    tool_name,
+)
 from qlora_jax.data.chat_forms import text_of
 from qlora_jax.data.messages import Message
 from qlora_jax.data.pieces import Piece, Span
@@ -143,6 +150,7 @@ def _row(
     spans = tuple((answers[turn].start, ends.get(turn, answers[turn].end)) for turn in held)
     others = (answer for turn, answer in answers.items() if turn not in held)
     excluded = [(answer.start, answer.end) for answer in others if _holds(row, answer)]
+    excluded += _rewritten(messages, row, learned, answers)
     if held and any(turn < held[0] for turn in learned):
         # Another row teaches the turns before. The question to the first answer starts after the answer before it.
         question = next(
@@ -152,6 +160,41 @@ def _row(
         excluded.append((0, found if found > 0 else spans[0][0]))
     ends_in_answer = bool(held) and answers[held[-1]].end >= len(row.text.rstrip())
     return ChatRow(Piece(row.text, spans, tuple(excluded)), ends_in_answer)
+
+
+def _rewritten(messages: Sequence[Message], row: Answer, learned: Sequence[int], answers: dict[int, Answer]) -> list[Span]:
+    """Return where a row has answers that are not learned in a form other than that of inference.
+
+    Such an answer is searched for: it is between the texts of the messages around it, whose order a template keeps (but for
+    the system message). The ranges reach from the end of the message before to the start of the next one.
+    """
+    spans: list[Span] = []
+    end, start = 0, None  # of the last message that was found; of a range that is not closed yet
+    for index, message in enumerate(messages):
+        answer = answers.get(index)
+        held = answer if answer is not None and _holds(row, answer) else None
+        if message["role"] == "assistant" and index not in learned and held is None:
+            start = end if start is None else start
+        if message["role"] == "system":
+            continue
+        place = (held.start, held.end) if held is not None else _written_at(message, row.text, end)
+        if place is None:
+            continue
+        if start is not None and (index in learned or message["role"] != "assistant" or held is not None):
+            spans.append((start, place[0]))
+            start = None
+        end = max(end, place[1])
+    return spans if start is None else [*spans, (start, len(row.text))]
+
+
+def _written_at(message: Message, text: str, start: int) -> Span | None:
+    """Return where a text has the content of a message, without its reasoning, from `start` on; None if it is not found."""
+    content = REASONING_TAGS.split(text_of(message))[-1].strip()
+    for form in forms_of_text(content) if content else ():
+        found = text.find(form, start)
+        if found >= 0:
+            return found, found + len(form)
+    return None
 
 
 def _is_tagged(tokenizer: Any, tools: Sequence[Any]) -> bool:

@@ -41,6 +41,7 @@ _FREE = {
     "watch": ("mmlu_every", "mmlu_batch_size", "sample_every", "report_to", "push_to_hub", "hub_private"),
 }
 _ROWS = "rows_of_step"  # recorded in the group "run"
+_HELD_OUT = ("held_out_data", "checksum")  # a group and a key of the record, beside the options
 
 
 def claim(options: Options) -> None:
@@ -90,10 +91,14 @@ def is_finished(folder: Path) -> bool:
     )
 
 
-def start(options: Options) -> None:
+def start(options: Options, held_out_checksum: int) -> None:
     """Begin the run in its folder, or go on: with --overwrite delete the files of the run before, and write the record.
 
     The caller holds the lock of the folder: what a killed run left there half written is removed.
+
+    Args:
+        options: the options of the run.
+        held_out_checksum: the checksum of its held-out examples.
     """
     folder = options.run.output
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +112,15 @@ def start(options: Options) -> None:
                     (folder / name).rename(removed / name)
     for name in (*_TEMPORARY, COMPLETED):  # a run that goes on is not completed
         (folder / name).unlink(missing_ok=True)
-    replace_file(folder / RECORD, json.dumps(record_of(options), indent=2) + "\n")
+    group, key = _HELD_OUT
+    record = record_of(options) | {group: {key: held_out_checksum}}
+    replace_file(folder / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def recorded_held_out(folder: Path) -> int | None:
+    """Return the checksum of the held-out examples of the run in a folder; None if an earlier version recorded it."""
+    group, key = _HELD_OUT
+    return _read(folder / RECORD).get(group, {}).get(key)
 
 
 def complete(options: Options) -> None:

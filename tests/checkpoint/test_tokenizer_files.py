@@ -320,3 +320,30 @@ def test_forms_of_tokenizers(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
         assert has_tokenizer(tmp_path)
         (tmp_path / name).unlink()
+
+
+def words(count: int, *, digits: bool) -> tuple[tuple[str, str], ...]:
+    """Merges of so many pairs of letters beyond ASCII, and of a digit with a space if the vocabulary was trained so."""
+    letters = [letter for letter in sorted(pre_tokenizers.ByteLevel.alphabet()) if not letter.isascii()]
+    pairs = tuple((first, second) for first in letters for second in letters)[:count]
+    return (*pairs, ("\u0120", "1")) if digits else pairs
+
+
+@pytest.mark.parametrize(
+    ("count", "digits", "split", "warned"),
+    [
+        (5000, False, False, True),  # as transformers writes SmolLM2's from its GGUF
+        (5000, False, True, False),  # as it is on the hub
+        (5000, True, False, False),  # as GPT-2's
+        (500, False, False, False),  # too few to tell
+    ],
+)
+def test_a_splitter_that_the_vocabulary_was_not_trained_with_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, count: int, digits: bool, split: bool, warned: bool
+) -> None:
+    backend = byte_level(merges=words(count, digits=digits))
+    folder = write(tmp_path, single_digits(backend) if split else backend)
+    with caplog.at_level("WARNING"):
+        tokenizer = load_tokenizer(folder)
+    assert ("its vocabulary was trained on single digits" in caplog.text) == warned
+    same(tokenizer, Tokenizer.from_file(str(folder / "tokenizer.json")))

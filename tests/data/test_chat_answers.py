@@ -147,6 +147,33 @@ def test_answers_are_what_follows_the_prompts_of_inference(name: str, source: st
         assert (report.kept, report.examples) == (1, len(examples))
 
 
+@pytest.mark.parametrize(("name", "source"), trl_templates())
+def test_masked_answers_are_not_learned_with_the_prompts(name: str, source: str) -> None:
+    """Templates rewrite them, drop their reasoning, or leave out the end of their prompts."""
+    tokenizer, masked = letters_for(source), {"weight": 0}
+    thought = answer("<think>\nOaks are trees.\n</think>\n\nOak.", **masked)
+    fruit, tree, fish, oak = user("Name a fruit."), user("A tree?"), user("A fish?"), answer("Oak.", **masked)
+    for messages, questions in (
+        ([fruit, answer("Pear."), tree, oak, fish, answer("Cod.")], ("Name a fruit.", "A fish?")),
+        ([fruit, answer("Pear."), tree, thought, fish, answer("Cod.")], ("Name a fruit.", "A fish?")),
+        ([tree, oak, fruit, answer("Pear.")], ("Name a fruit.", "A tree?")),
+        ([tree, oak], ("A tree?",)),
+    ):
+        examples, _ = encoded(tokenizer, messages, train_on_source=True)
+        learned = " ".join(text for example in examples for _, text in runs(example, tokenizer))
+        assert "Oak" not in learned
+        assert [learned.count(question) for question in questions] == [1] * len(questions)
+    if "tool_calls" in source:
+        called = [fruit, answer("Pear."), user("Rain?"), answer("", tool_calls=[CALL], **masked), RESULT, answer("No rain.")]
+        try:
+            examples, _ = encoded(tokenizer, called, tools=[TOOL], train_on_source=True)
+        except DataError:  # a template without tools
+            return
+        learned = " ".join(text for example in examples for _, text in runs(example, tokenizer))
+        assert "Lima" not in learned
+        assert "No rain." in learned
+
+
 WORDS = (
     "Pear.",
     "n",
