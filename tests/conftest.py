@@ -67,6 +67,25 @@ def _memory_is_bounded() -> Iterator[None]:
         jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def compiled_as_for_users() -> Iterator[None]:
+    """Compile with XLA's optimisations: with weights of real size, a program runs for longer than it compiles.
+
+    XLA_FLAGS is read once in a process, and JAX has no other public way to set an option of all programs.
+    """
+    from jax._src import compiler
+
+    get_compile_options = compiler.get_compile_options
+
+    def optimised(*args: Any, env_options_overrides: dict[str, Any] | None = None, **options: Any) -> Any:
+        overrides = {"xla_backend_optimization_level": 3} | (env_options_overrides or {})
+        return get_compile_options(*args, env_options_overrides=overrides, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", optimised)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random Llama of 2 layers of 64 features, with a tokenizer whose tokens are bytes."""

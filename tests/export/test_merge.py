@@ -365,6 +365,7 @@ def script() -> ModuleType:
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("compiled_as_for_users")
 def test_script_merges_the_default_model(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

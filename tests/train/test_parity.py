@@ -229,6 +229,7 @@ def test_variants(tiny_llama: Path, tmp_path: Path, record_property: Any, lora: 
     assert found["adapter"] < 0.05 * STEPS * optimizer.learning_rate * (optimizer.loraplus_lr_ratio or 1)
 
 
+@pytest.mark.usefixtures("compiled_as_for_users")
 @pytest.mark.integration
 def test_smollm2(tmp_path: Path, record_property: Any) -> None:
     """The default model on the instructions that ship with the package, with the QLoRA authors' optimizer."""
