@@ -54,8 +54,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "qwen2 with yarn": (
         "qwen2",
         "Qwen2",
-        {"rope_parameters": YARN},
+        {"rope_parameters": YARN | {"attention_factor": 0.9}},
         {
+            "rope.scaling.yarn_attn_factor": 0.9,
             "rope.scaling.type": "yarn",
             "rope.scaling.factor": 4.0,
             "rope.scaling.original_context_length": 32,
