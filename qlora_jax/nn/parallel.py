@@ -40,7 +40,7 @@ def mesh_context(mesh: Mesh | None) -> AbstractContextManager[Any]:
 
 
 def abstract_module(make: Callable[..., M], *arguments: Any) -> M:
-    """Return the module that `make(*arguments)` returns, with shapes in place of arrays (`nnx.eval_shape`), and no shardings.
+    """Return the module that `make(*arguments)` returns, with shapes in place of arrays and without shardings.
 
     In the context of a mesh `nnx.eval_shape` replaces the whole value of a variable by the shape of one array, also where
     that value is a quantised matrix. The mesh is therefore left for the time of this function.

@@ -65,7 +65,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.integration
 def test_four_devices_do_what_one_does(make_tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
-    """About 20 CPU seconds: four virtual devices, in a process of their own."""
+    """About 30 CPU seconds: four virtual devices, in a process of their own."""
     folder = mixed_folder(make_tiny_llama, tmp_path / "mixed")
     one = results(folder)
     code = "import json, sys, pathlib; sys.path[:0] = sys.argv[2:]; import test_mixed_devices as test; "
