@@ -90,14 +90,17 @@ def test_there_merged_and_back(tmp_path: Path, case: str) -> None:
         return logits(peer.peft.PeftModel.from_pretrained(peer.base(), tmp_path / name))
 
     expected = with_adapter("adapter")
+    # Float32's rounding grows with the logits, which an adapter on a tied table makes up to ten times larger than the others
+    # do: PEFT's own logits differ from those in float64 by 3e-7 of the largest one.
+    bound = 3e-6 * float(np.abs(expected).max())
     assert np.abs(expected - logits(peer.base())).max() > 0.01
     ours, _ = from_pretrained(tmp_path / "base", tmp_path / "adapter", quantization=None, progress=False)
-    np.testing.assert_allclose(sample_logits(ours, [tokens])[0].reshape(expected.shape), expected, atol=1e-3)
+    np.testing.assert_allclose(sample_logits(ours, [tokens])[0].reshape(expected.shape), expected, atol=bound, rtol=0)
     save_pretrained(ours, tmp_path / "again")
-    np.testing.assert_allclose(with_adapter("again"), expected, atol=1e-4)
+    np.testing.assert_allclose(with_adapter("again"), expected, atol=bound, rtol=0)
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", dtype="float32", progress=False)
     merged = peer.kind.from_pretrained(tmp_path / "merged", dtype=peer.torch.float32)
-    np.testing.assert_allclose(logits(merged), expected, atol=1e-3)
+    np.testing.assert_allclose(logits(merged), expected, atol=bound, rtol=0)
 
 
 def test_a_bias_that_the_family_has_no_place_for(tmp_path: Path) -> None:
