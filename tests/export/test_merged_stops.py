@@ -1,7 +1,7 @@
 """Models of every family: merged with an adapter, transformers' `generate` stops where the adapter on its base stops here.
 
 The model is a random one of transformers' own class, the adapter one of PEFT with random values. The token that ends a turn
-is one that the adapter on its base says after a few others, and not the tokenizer's EOS. Together about 45 CPU seconds.
+is one that the adapter on its base says after a few others, and not the tokenizer's EOS. Together about a CPU minute.
 """
 
 import json
