@@ -31,13 +31,14 @@ _LOGS = ("metrics.jsonl", "samples.jsonl")
 _WRITTEN = (*_LOGS, RECORD, "loss.png", "eval_results.json")
 _TEMPORARY = tuple(f".{name}.writing" for name in _WRITTEN)  # one run at a time writes them (lock.py)
 _OWN = ("adapter", "model", "best", CHECKPOINTS, *_LOGS, "tensorboard", "wandb", "eval_results.json", "loss.png", COMPLETED)
-# What may be another in a run that resumes: how it goes on, how long it is, and how the rows of a step are split.
+# What may be another in a run that resumes: how it goes on and is saved, its length, and how the rows of a step are split.
 _FREE = {
     "run": (
         *("output", "overwrite", "samples", "keep", "save_every", "memory_check"),
         *("epochs", "max_steps", "batch_size", "accumulation_steps"),
     ),
     "data": ("show_examples",),
+    "tuning": ("save_dtype",),
     "watch": ("mmlu_every", "mmlu_batch_size", "sample_every", "report_to", "push_to_hub", "hub_private"),
 }
 _ROWS = "rows_of_step"  # recorded in the group "run"

@@ -83,7 +83,7 @@ def _changes_nothing(key: str, value: Any, without: Mapping[str, Any]) -> bool:
     if isinstance(value, list):
         return all(_changes_nothing(key, item, without) for item in value)
     if key == "rope.scaling.yarn_ext_factor":  # how much of YaRN is applied; -1: as the type of the scaling says
-        return value == -1 or (value == 0 and not without[key])
+        return value in (-1, without[key])
     if value in (0, "", "none") or (key in without and value == without[key]):
         return True
     if key == "attention.chunk_size":  # chunks of at least the whole context
