@@ -1,4 +1,4 @@
-"""Which forms of a computation are traced, and which one a program holds: against `jax.lax.platform_dependent` by its effect."""
+"""Which forms of a computation are traced, and which one a program holds, by what it computes."""
 
 from collections.abc import Callable
 
