@@ -1,0 +1,101 @@
+"""A packed row against the same documents in rows of their own: the loss of a small Llama and the gradient of its adapter.
+
+    packed     a a a a b b b c c c _    one row with segments and positions
+    unpacked   a a a a                  one row for each document, padded
+               b b b _
+               c c c _
+
+Both are computed by the device, and differ by rounding alone. In bfloat16 every layer rounds, so the limit is wider than that
+of a single kernel.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qlora_jax.models import ModelSpec, family_of
+from qlora_jax.peft import LoRA
+from qlora_jax.plan import SIZES
+from qlora_jax.train import language_model_loss, split
+from scripts.verification.checks import Check, Row, checked
+from scripts.verification.kernels import DTYPES
+from scripts.verification.references import relative_error
+
+_LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}
+_DOCUMENTS = (100, 90, 60)  # tokens
+_LENGTH = {"packed": 256, "unpacked": 128}
+_VOCABULARY = 512
+
+
+def checks(small: bool) -> list[Check]:
+    """Return the checks of this section."""
+    return [Check((_name(dtype),), partial(_compare, dtype)) for dtype in DTYPES[: 1 if small else 2]]
+
+
+def _name(dtype: str) -> str:
+    return f"loss and gradient of a packed row, {dtype}"
+
+
+def _compare(dtype: str) -> Iterator[Row]:
+    fields = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": _VOCABULARY}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}  # 64 features a head, so that the device's kernel applies
+    hf_config = {**SIZES["llama-3.2-1b"], **fields, **heads}
+    spec = ModelSpec(family_of(hf_config).config(hf_config), method=LoRA(rank=8), dtype=dtype)
+    graphdef, adapter, frozen = split(spec.build(nnx.Rngs(0)))
+    adapter = _random_like(adapter)  # B is zero in a new adapter, and so is the gradient of A
+
+    @jax.jit
+    def gradient(adapter: Any, frozen: Any, batch: dict[str, Any]) -> Any:
+        return jax.value_and_grad(lambda x: language_model_loss(nnx.merge(graphdef, x, frozen), batch, None))(adapter)
+
+    with jax.default_matmul_precision("highest"):
+        loss, packed = gradient(adapter, frozen, _packed())
+        expected_loss, unpacked = gradient(adapter, frozen, _unpacked())
+    errors = {
+        "loss": abs(float(loss) / float(expected_loss) - 1),
+        "gradient": relative_error(_flat(packed), _flat(unpacked)),
+    }
+    yield checked(_name(dtype), errors, _LIMITS[dtype])
+
+
+def _documents() -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, _VOCABULARY, length + 1).astype(np.int32) for length in _DOCUMENTS]
+
+
+def _packed() -> dict[str, np.ndarray]:
+    names = {"inputs": np.int32, "targets": np.int32, "positions": np.int32, "segment_ids": np.int32, "loss_mask": np.float32}
+    batch = {name: np.zeros((1, _LENGTH["packed"]), dtype) for name, dtype in names.items()}
+    start = 0
+    for number, tokens in enumerate(_documents(), start=1):
+        place = slice(start, start := start + len(tokens) - 1)
+        values = (tokens[:-1], tokens[1:], np.arange(len(tokens) - 1), number, 1)
+        for array, value in zip(batch.values(), values, strict=True):
+            array[0, place] = value
+    return batch
+
+
+def _unpacked() -> dict[str, np.ndarray]:
+    names = {"inputs": np.int32, "targets": np.int32, "loss_mask": np.float32}
+    batch = {name: np.zeros((len(_DOCUMENTS), _LENGTH["unpacked"]), dtype) for name, dtype in names.items()}
+    for row, tokens in enumerate(_documents()):
+        for array, value in zip(batch.values(), (tokens[:-1], tokens[1:], 1), strict=True):
+            array[row, : len(tokens) - 1] = value
+    return batch
+
+
+def _random_like(adapter: Any) -> Any:
+    leaves, tree = jax.tree.flatten(adapter)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return tree.unflatten(
+        [0.02 * jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
+    )
+
+
+def _flat(tree: Any) -> np.ndarray:
+    return np.concatenate([np.asarray(leaf, np.float64).reshape(-1) for leaf in jax.tree.leaves(tree)])
