@@ -84,7 +84,9 @@ def checks(small: bool) -> list[Check]:
     ways: tuple[Implementation, ...] = ("auto", "pallas")
     cases = [(matrix, dtype, way) for matrix in (*matrices, *_OTHERS) for dtype in DTYPES for way in ways]
     if small:
-        cases = [case for case in cases if case[2] == "auto" and case[0] in (matrices[0], matrices[2], _OTHERS[0], _OTHERS[-1])]
+        cases = [
+            case for case in cases if case[2] == "auto" and case[0] in (matrices[0], matrices[2], _OTHERS[0], _OTHERS[-1])
+        ]
         cases = [*cases[::3], (Matrix((256, 128)), "float32", "pallas")]
     found = [Check((product_name(*case),), partial(product_rows, *case)) for case in cases]
     found.append(Check(("float32 as JAX multiplies by default",), _default_precision))

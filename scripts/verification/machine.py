@@ -25,7 +25,12 @@ _PACKAGES = (
 )
 _SAME = 0.1  # a device of the plans is meant if its memory differs by at most this share
 # What JAX calls a TPU, by the name in the plans.
-_TPU_KINDS = {"v4": ("TPU v4",), "v5e": ("TPU v5 lite", "TPU v5e"), "v5p": ("TPU v5", "TPU v5p"), "v6e": ("TPU v6 lite", "TPU v6e")}
+_TPU_KINDS = {
+    "v4": ("TPU v4",),
+    "v5e": ("TPU v5 lite", "TPU v5e"),
+    "v5p": ("TPU v5", "TPU v5p"),
+    "v6e": ("TPU v6 lite", "TPU v6e"),
+}
 
 
 def checks(small: bool) -> list[Check]:
@@ -106,11 +111,7 @@ def nearest_device(kind: str, memory: int | None) -> Device | None:
         if kind in kinds:
             return DEVICES[name]
     words = re.findall(r"[a-z0-9]+", kind.lower().replace("rtx ", "rtx"))
-    near = [
-        device
-        for device in DEVICES.values()
-        if device.platform == "cuda" and device.name.split("-")[0] in words
-    ]
+    near = [device for device in DEVICES.values() if device.platform == "cuda" and device.name.split("-")[0] in words]
     same = [device for device in near if memory is None or abs(device.memory_bytes / memory - 1) <= _SAME]
     return same[0] if same else None
 

@@ -69,7 +69,13 @@ def _documents() -> list[np.ndarray]:
 
 
 def _packed() -> dict[str, np.ndarray]:
-    names = {"inputs": np.int32, "targets": np.int32, "positions": np.int32, "segment_ids": np.int32, "loss_mask": np.float32}
+    names = {
+        "inputs": np.int32,
+        "targets": np.int32,
+        "positions": np.int32,
+        "segment_ids": np.int32,
+        "loss_mask": np.float32,
+    }
     batch = {name: np.zeros((1, _LENGTH["packed"]), dtype) for name, dtype in names.items()}
     start = 0
     for number, tokens in enumerate(_documents(), start=1):

@@ -97,12 +97,12 @@ def _planned(spec: Spec, platform: str) -> int:
 
 def layers_of(spec: Spec) -> int:
     """Return the number of layers of the model."""
-    return spec.model.config.num_layers  # pyright: ignore[reportAttributeAccessIssue]
+    return spec.model.config.num_hidden_layers  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def random_weights(model: ModelSpec) -> tuple[Any, Any, Any]:
     """Return (graphdef, adapter, frozen) of a model with random weights, as `train.split` does; the layers are equal."""
-    one = dataclasses.replace(model.config, num_layers=1)  # pyright: ignore[reportCallIssue]
+    one = dataclasses.replace(model.config, num_hidden_layers=1)  # pyright: ignore[reportCallIssue]
     graphdef, *wanted = split(model.abstract())
 
     def whole(leaf: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -173,11 +173,11 @@ class Run:
         return float(np.median(self.seconds[1:] or self.seconds))
 
 
-def train(spec: Spec, weights: tuple[Any, Any, Any], steps: int) -> Run:
-    """Compile the step of a spec and run it on one batch; the adapter of `weights` is left as it is."""
-    graphdef, adapter, frozen = weights
+def train(spec: Spec, graphdef: Any, adapter: Any, frozen: Any, steps: int) -> Run:
+    """Compile the step of a spec and run it on one batch. The buffers of the adapter are donated."""
     tx = spec.optimizer.build(learning_rate_schedule("constant", 2e-3, steps))
-    state = create_state(tx, jax.tree.map(jnp.copy, adapter))
+    state = create_state(tx, adapter)
+    del adapter
     jitted: Any = Step(spec.objective, tx, graphdef, state, frozen, spec.batch_shapes()).jit_train()
     batch = jax.device_put(batch_of(spec))
     start = time.perf_counter()
@@ -191,3 +191,8 @@ def train(spec: Spec, weights: tuple[Any, Any, Any], steps: int) -> Run:
         jax.block_until_ready(state)
         run.seconds.append(time.perf_counter() - start)
     return run
+
+
+def another_adapter(shapes: Any) -> Any:
+    """Return an adapter with these shapes whose values are small and all equal."""
+    return jax.tree.map(lambda leaf: jnp.full(leaf.shape, 1e-3, leaf.dtype), shapes)
