@@ -20,12 +20,13 @@ from typing import Any
 from qlora_jax import cli
 from qlora_jax.errors import OptionError
 from qlora_jax.platforms import device_is_attached
-from scripts.verification.checks import Row, skipped, summary
+from scripts.verification.checks import Row, summary
 from scripts.verification.processes import ONE_DEVICE, rows_in_process
 from scripts.verification.sections import SECTIONS, Section, checks_of
 from scripts.verification.worker import rows_in_time
 
 _LEAST = 10  # seconds: a section is not begun with less
+_OVER = "the time was over (--minutes gives more)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,17 +77,18 @@ def _check(arguments: Arguments) -> None:
 
 def _rows_here(section: Section, end: float) -> Iterator[Row]:
     """Yield the rows of a section that this process computes with small shapes."""
-    return rows_in_time(checks_of(section, small=True), section, lambda: time.monotonic() > end, "the time was over")
+    return rows_in_time(checks_of(section, small=True), section, lambda: time.monotonic() > end, _OVER)
 
 
 def _rows_of(section: Section, end: float, found: list[Row]) -> Iterator[Row]:
     """Yield the rows of a section that a process of its own computes."""
-    left = end - time.monotonic()
+    checks, left = checks_of(section, small=False), end - time.monotonic()
     if left < _LEAST:
-        yield dataclasses.replace(skipped(f"all of {section}", "the time was over (--minutes gives more)"), section=section)
+        yield from rows_in_time(checks, section, lambda: True, _OVER)
         return
+    names = [name for check in checks for name in check.names]
     several = (_value(found, "count") or 1) > 1
-    yield from rows_in_process(section, left, ONE_DEVICE.get(_value(found, "platform"), {}) if several else {})
+    yield from rows_in_process(section, names, left, ONE_DEVICE.get(_value(found, "platform"), {}) if several else {})
 
 
 def _value(found: list[Row], name: str) -> Any:

@@ -1,7 +1,7 @@
 """Checks and their rows.
 
-A check announces the names of its rows before it runs. So each of them is in the report, whatever happens: a row that a check
-could not give because of an error, a crash, or the end of the time is there with the reason.
+A check announces the names of its rows before it runs. So each of them is in the report, whatever happens: a row that a
+check could not give because of an error, a crash, or the end of the time is there with the reason.
 
     pass, fail   a number was compared with its limit, which is in the row
     measured     a number without a limit

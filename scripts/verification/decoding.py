@@ -1,7 +1,7 @@
 """Decoding with a random 8B model: tokens a second with the kernel for 4-bit matrices and with XLA's products.
 
-A step generates one token for each row, as `serve.generate` does, with an adapter that is not merged. The cache starts empty,
-so that its length costs little: the weights are read once for each step, and their bytes by the time are in the row too.
+A step generates one token for each row, as `serve.generate` does, with an adapter that is not merged. The cache starts
+empty, so that its length costs little: the weights are read once for each step, and their bytes by the time are in the row.
 """
 
 import time

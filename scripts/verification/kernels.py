@@ -4,8 +4,8 @@ auto     the product as layers compute it: by the kernel of the device for few r
 pallas   the kernel for every number of rows and, on a TPU, for the gradient of the input; interpreted on a CPU
 
 Operands in float32 are multiplied at JAX's highest precision, because by default GPUs round them to TF32 and TPUs to
-bfloat16: what is checked is the kernel, not the rounding that JAX chooses. The row "float32 as JAX multiplies by default" has
-the error without that.
+bfloat16: what is checked is the kernel, not the rounding that JAX chooses. The row "float32 as JAX multiplies by default"
+has the error without that.
 """
 
 import dataclasses
@@ -85,9 +85,10 @@ def checks(small: bool) -> list[Check]:
     cases = [(matrix, dtype, way) for matrix in (*matrices, *_OTHERS) for dtype in DTYPES for way in ways]
     if small:
         cases = [
-            case for case in cases if case[2] == "auto" and case[0] in (matrices[0], matrices[2], _OTHERS[0], _OTHERS[-1])
+            (matrices[0], "float32", "auto"),
+            (_OTHERS[-1], "bfloat16", "auto"),
+            (Matrix((256, 128)), "float32", "pallas"),
         ]
-        cases = [*cases[::3], (Matrix((256, 128)), "float32", "pallas")]
     found = [Check((product_name(*case),), partial(product_rows, *case)) for case in cases]
     found.append(Check(("float32 as JAX multiplies by default",), _default_precision))
     storages: tuple[EmbeddingStorage, ...] = ("none", "int8", "nf4")

@@ -1,6 +1,5 @@
 """What the machine is: versions, devices and their memory, and the device of the plans that is nearest to it."""
 
-import dataclasses
 import importlib.metadata
 import platform
 import re
@@ -136,8 +135,3 @@ def _nvidia_smi(field: str) -> list[str] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip().splitlines() or None
-
-
-def as_values(row: Row) -> dict[str, Any]:
-    """Return a row as plain values for JSON."""
-    return dataclasses.asdict(row)

@@ -5,8 +5,8 @@
                b b b _
                c c c _
 
-Both are computed by the device, and differ by rounding alone. In bfloat16 every layer rounds, so the limit is wider than that
-of a single kernel.
+Both are computed by the device, and differ by rounding alone. In bfloat16 every layer rounds, so the limit is wider than
+that of a single kernel.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -69,14 +68,7 @@ def _documents() -> list[np.ndarray]:
 
 
 def _packed() -> dict[str, np.ndarray]:
-    names = {
-        "inputs": np.int32,
-        "targets": np.int32,
-        "positions": np.int32,
-        "segment_ids": np.int32,
-        "loss_mask": np.float32,
-    }
-    batch = {name: np.zeros((1, _LENGTH["packed"]), dtype) for name, dtype in names.items()}
+    batch = _zeros(("inputs", "targets", "positions", "segment_ids", "loss_mask"), (1, _LENGTH["packed"]))
     start = 0
     for number, tokens in enumerate(_documents(), start=1):
         place = slice(start, start := start + len(tokens) - 1)
@@ -87,12 +79,15 @@ def _packed() -> dict[str, np.ndarray]:
 
 
 def _unpacked() -> dict[str, np.ndarray]:
-    names = {"inputs": np.int32, "targets": np.int32, "loss_mask": np.float32}
-    batch = {name: np.zeros((len(_DOCUMENTS), _LENGTH["unpacked"]), dtype) for name, dtype in names.items()}
+    batch = _zeros(("inputs", "targets", "loss_mask"), (len(_DOCUMENTS), _LENGTH["unpacked"]))
     for row, tokens in enumerate(_documents()):
         for array, value in zip(batch.values(), (tokens[:-1], tokens[1:], 1), strict=True):
             array[row, : len(tokens) - 1] = value
     return batch
+
+
+def _zeros(names: tuple[str, ...], shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    return {name: np.zeros(shape, np.float32 if name == "loss_mask" else np.int32) for name in names}
 
 
 def _random_like(adapter: Any) -> Any:

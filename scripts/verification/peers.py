@@ -1,7 +1,7 @@
 """transformers + PEFT + bitsandbytes on the same GPU, beside qlora_jax with the same weights, tokens and options.
 
-Both run as the workers of scripts/benchmarks/bench.py, in processes of their own: SmolLM2-135M-Instruct in NF4, bfloat16, layers
-recomputed, LoRA of rank 16, 4 x 512 tokens. bench.py compares in more ways and for longer.
+Both run as the workers of scripts/benchmarks/bench.py, in processes of their own: SmolLM2-135M-Instruct in NF4, bfloat16,
+layers recomputed, LoRA of rank 16, 4 x 512 tokens. bench.py compares in more ways and for longer.
 """
 
 import sys
@@ -43,12 +43,11 @@ def _compare(small: bool) -> Iterator[Row]:
         except (CheckpointError, OSError) as error:
             raise Skipped(f"the model cannot be fetched ({str(error).splitlines()[0][:160]})") from error
         folder = merge(checkpoint, None, Path(temporary) / "checkpoint", dtype="bfloat16", progress=False)
+        tokens = _WORK["batch_size"] * _WORK["length"]
         variants = {OURS: ("bfloat16-full",), PEER.name: ("bfloat16-checkpointing",)}
         for run in training.runs_of(folder, variants, {OURS: python, PEER.name: python}, **_WORK):
             try:
-                found = training.summary(
-                    [run_worker(run.command, "default")], _WORK["batch_size"] * _WORK["length"], "default"
-                )
+                found = training.summary([run_worker(run.command, "default")], tokens, "default")
             except ValueError as error:
                 if run.side == OURS:
                     raise

@@ -1,9 +1,10 @@
 """A section in a process of its own, with a limit of time.
 
-So a section starts with an unused device, its peak of memory is its own, and a crash or an endless compilation costs its rows
-only. A machine with several devices shows the process one of them.
+So a section starts with an unused device, its peak of memory is its own, and a crash or an endless compilation costs its
+rows only. A machine with several devices shows the process one of them.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from scripts.benchmarks.workers import ROOT
@@ -29,15 +30,22 @@ ONE_DEVICE = {
 }
 
 
-def rows_in_process(section: Section, seconds: float, environment: dict[str, str]) -> Iterator[Row]:
-    """Yield the rows of a section that a process of its own computes, all of them, within the time."""
+def rows_in_process(section: Section, names: Sequence[str], seconds: float, environment: dict[str, str]) -> Iterator[Row]:
+    """Yield the rows of a section, which a process of its own computes; those that it does not give are made here.
+
+    Args:
+        section: the section.
+        names: the names of all of its rows.
+        seconds: the time after which the process is ended.
+        environment: variables to set where the user has not set them.
+    """
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
         [sys.executable, "-m", "scripts.verification.worker", section],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**environment_of_one(environment), "PYTHONPATH": path},
+        env={**environment, **os.environ, "PYTHONPATH": path},
         start_new_session=True,  # so that what it started ends with it
     )
     lines: queue.Queue[str | None] = queue.Queue()
@@ -47,37 +55,26 @@ def rows_in_process(section: Section, seconds: float, environment: dict[str, str
         threading.Thread(target=lambda: errors.extend(process.stderr or ()), daemon=True),
     ]
     timer = threading.Timer(seconds, _end, (process,))
-    for thread in (*readers, timer):
-        thread.start()
-    left: list[str] | None = None
-    try:
-        while (line := lines.get()) is not None:
-            values: Any = json.loads(line)
-            if left is None:
-                left = values
-            else:
-                left.remove(values["name"])
-                yield Row(**values)
-        process.wait()
-    finally:
-        in_time = timer.is_alive()
-        timer.cancel()
-        _end(process)
-        process.wait()
-    readers[1].join(5)
-    yield from _of_the_rest(section, left, in_time, process.returncode, errors)
-
-
-def environment_of_one(more: dict[str, str]) -> dict[str, str]:
-    """Return the environment of this process, with those of `more` that the user has not set."""
-    return {**more, **os.environ}
-
-
-def _of_the_rest(section: Section, left: list[str] | None, in_time: bool, code: int, errors: list[str]) -> Iterator[Row]:
-    names = [f"all of {section}"] if left is None else left
+    left, over = list(names), False
+    with process:
+        try:
+            for thread in (*readers, timer):
+                thread.start()
+            while (line := lines.get()) is not None:
+                if line.endswith("\n"):  # else the process ended within it
+                    row = Row(**json.loads(line))
+                    left.remove(row.name)
+                    yield row
+            process.wait()
+            over = not timer.is_alive()
+        finally:
+            timer.cancel()
+            _end(process)
+            for reader in readers:
+                reader.join()
     last = next((line.strip() for line in reversed(errors) if line.strip()), "nothing on stderr")
-    reason = f"the process ended with status {code}: {last[:300]}" if in_time else "the time was over"
-    for row in without_result(names, reason, failed=in_time):
+    reason = "the time was over" if over else f"the process ended with status {process.returncode}: {last[:300]}"
+    for row in without_result(left, reason, failed=not over):
         yield Row(row.name, row.status, row.text, section=section)
 
 
@@ -90,7 +87,5 @@ def _pass_on(stream: Any, lines: "queue.Queue[str | None]") -> None:
 def _end(process: "subprocess.Popen[str]") -> None:
     """End the process and all that it started."""
     if process.poll() is None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass

@@ -1,8 +1,8 @@
 """What results on a device are compared with: NumPy in float64, from the stored codes and the rounded operands.
 
-The error is relative and of the whole array, |found - expected| / |expected| in the Euclidean norm, because single values of a
-sum may be near 0. `LIMITS` are those of the kernels on a CPU and in interpret mode: float32 sums of some hundred products,
-and a bfloat16 result, which alone is rounded by up to 2e-3 of each value.
+The error is relative and of the whole array, |found - expected| / |expected| in the Euclidean norm, because single values
+of a sum may be near 0. `LIMITS` are those of the kernels on a CPU and in interpret mode: float32 sums of some hundred
+products, and a bfloat16 result, which alone is rounded by up to 2e-3 of each value.
 """
 
 from typing import Any
@@ -74,7 +74,7 @@ def attention(
         cap: scores become cap * tanh(score / cap); None: no cap.
     """
     q, k, v, gradient = (np.asarray(x, np.float64) for x in (q, k, v, gradient))
-    (batch, length, heads, d), kv_heads = q.shape, k.shape[2]
+    (batch, _, heads, d), kv_heads = q.shape, k.shape[2]
     group, scale = heads // kv_heads, d**-0.5
     k_all, v_all = (np.repeat(x, group, axis=2) for x in (k, v))
     scores = np.einsum("bthd,bshd->bhts", q, k_all) * scale

@@ -1,7 +1,6 @@
 """The sections of the report by name, in the order in which they run."""
 
 import importlib
-from collections.abc import Iterator
 from typing import Literal, get_args
 
 from scripts.verification.checks import Check

@@ -153,7 +153,8 @@ def _host_memory(spec: Spec, graphdef: Any, shapes: Any, frozen: Any, plain: Run
         sizes = [one.compiled.memory_analysis() for one in (plain, run)]
         saved = sizes[0].argument_size_in_bytes + sizes[0].temp_size_in_bytes
         saved -= sizes[1].argument_size_in_bytes + sizes[1].temp_size_in_bytes
-        text = f"{run.median * 1e3:.1f} ms, {run.median / plain.median:.2f} times as long; {saved / GIB:.2f} GiB less on the device"
+        text = f"{run.median * 1e3:.1f} ms, {run.median / plain.median:.2f} times as long; "
+        text += f"{saved / GIB:.2f} GiB less on the device"
         values = {"seconds": run.seconds, "compile_seconds": run.compile_seconds, "saved_bytes": saved}
         finite: Status = "measured" if jnp.isfinite(jnp.asarray(run.losses)).all() else "fail"
         yield Row(name, finite, text, values)

@@ -1,7 +1,7 @@
 """Run one section in this process: `python -m scripts.verification.worker SECTION [small]`.
 
-The first line on stdout has the names of all rows as JSON, and each further line is a row, as soon as it is known. Whatever
-ends this process, the program that started it knows which rows are missing.
+Each line on stdout is a row as JSON, printed as soon as it is known. Whatever ends this process, the program that started it
+knows the names of all rows, and so which of them are missing.
 """
 
 import dataclasses
@@ -13,11 +13,6 @@ from typing import cast
 from qlora_jax.platforms import silence_absent_devices
 from scripts.verification.checks import Check, Row, rows_of, skipped
 from scripts.verification.sections import Section, checks_of
-
-
-def names_of(checks: Sequence[Check]) -> list[str]:
-    """Return the names of all rows in their order."""
-    return [name for check in checks for name in check.names]
 
 
 def rows_in_time(checks: Sequence[Check], section: Section, over: Callable[[], bool], reason: str) -> Iterator[Row]:
@@ -33,7 +28,6 @@ def main() -> int:
     section = cast(Section, sys.argv[1])
     checks = checks_of(section, small="small" in sys.argv[2:])
     stdout, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not be among the rows
-    print(json.dumps(names_of(checks)), file=stdout, flush=True)
     for row in rows_in_time(checks, section, lambda: False, ""):
         print(json.dumps(dataclasses.asdict(row), default=str), file=stdout, flush=True)
     return 0

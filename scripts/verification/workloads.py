@@ -1,7 +1,7 @@
 """Models with random weights that are made on the device, one layer and then copies of it, and a training step of them.
 
-A model of one layer is built as usual. The leaves that the whole model has once for each layer are that layer's, repeated: the
-time and the memory of a step do not depend on the values, and dense weights of many layers never exist.
+A model of one layer is built as usual. The leaves that the whole model has once for each layer are that layer's, repeated:
+the time and the memory of a step do not depend on the values, and dense weights of many layers never exist.
 """
 
 import dataclasses
