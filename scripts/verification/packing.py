@@ -9,6 +9,7 @@ Both are computed by the device, and differ by rounding alone. In bfloat16 every
 that of a single kernel.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -17,17 +18,15 @@ import jax
 import numpy as np
 from flax import nnx
 
-from qlora_jax.models import ModelSpec, family_of
-from qlora_jax.peft import LoRA
-from qlora_jax.plan import SIZES
-from qlora_jax.train import language_model_loss, split
+from qlora_jax.train import language_model_loss
 from scripts.verification.checks import Check, Row, checked
 from scripts.verification.kernels import DTYPES
 from scripts.verification.references import relative_error
+from scripts.verification.workloads import WORKLOADS, random_weights, step_spec
 
 _LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}
 _DOCUMENTS = (100, 90, 60)  # tokens
-_LENGTH = {"packed": 256, "unpacked": 128}
+_ROW, _ROWS = 256, 128  # tokens of the packed row, and of the others
 _VOCABULARY = 512
 
 
@@ -41,11 +40,8 @@ def _name(dtype: str) -> str:
 
 
 def _compare(dtype: str) -> Iterator[Row]:
-    fields = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": _VOCABULARY}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}  # 64 features a head, so that the device's kernel applies
-    hf_config = {**SIZES["llama-3.2-1b"], **fields, **heads}
-    spec = ModelSpec(family_of(hf_config).config(hf_config), method=LoRA(rank=8), dtype=dtype)
-    graphdef, adapter, frozen = split(spec.build(nnx.Rngs(0)))
+    model = dataclasses.replace(step_spec(WORKLOADS["8b"], small=True).model, dtype=dtype)
+    graphdef, adapter, frozen = random_weights(model)
     adapter = _random_like(adapter)  # B is zero in a new adapter, and so is the gradient of A
 
     @jax.jit
@@ -68,7 +64,7 @@ def _documents() -> list[np.ndarray]:
 
 
 def _packed() -> dict[str, np.ndarray]:
-    batch = _zeros(("inputs", "targets", "positions", "segment_ids", "loss_mask"), (1, _LENGTH["packed"]))
+    batch = _zeros(("inputs", "targets", "positions", "segment_ids", "loss_mask"), (1, _ROW))
     start = 0
     for number, tokens in enumerate(_documents(), start=1):
         place = slice(start, start := start + len(tokens) - 1)
@@ -79,7 +75,7 @@ def _packed() -> dict[str, np.ndarray]:
 
 
 def _unpacked() -> dict[str, np.ndarray]:
-    batch = _zeros(("inputs", "targets", "loss_mask"), (len(_DOCUMENTS), _LENGTH["unpacked"]))
+    batch = _zeros(("inputs", "targets", "loss_mask"), (len(_DOCUMENTS), _ROWS))
     for row, tokens in enumerate(_documents()):
         for array, value in zip(batch.values(), (tokens[:-1], tokens[1:], 1), strict=True):
             array[row, : len(tokens) - 1] = value
@@ -90,6 +86,7 @@ def _zeros(names: tuple[str, ...], shape: tuple[int, int]) -> dict[str, np.ndarr
     return {name: np.zeros(shape, np.float32 if name == "loss_mask" else np.int32) for name in names}
 
 
+@jax.jit
 def _random_like(adapter: Any) -> Any:
     leaves, tree = jax.tree.flatten(adapter)
     keys = jax.random.split(jax.random.key(1), len(leaves))
