@@ -117,7 +117,12 @@ def _build_one_layer(model: ModelSpec) -> Any:
     """Return a jitted function that makes (adapter, frozen) of the model with one layer."""
     config: Any = dataclasses.replace(model.config, num_hidden_layers=1)  # pyright: ignore[reportCallIssue]
     one = dataclasses.replace(model, config=config)
-    return jax.jit(lambda: split(one.build(nnx.Rngs(0)))[1:])
+
+    def build() -> Any:
+        with jax.default_prng_impl("unsafe_rbg"):  # the device's own generator, which is fast and compiles fast
+            return split(one.build(nnx.Rngs(0)))[1:]
+
+    return jax.jit(build)
 
 
 def real_weights(model: ModelSpec) -> tuple[tuple[Any, Any, Any] | None, str]:
