@@ -10,9 +10,10 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from qlora_jax.adapters.peft_config import resolve_adapter
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.files import read_object
-from qlora_jax.checkpoint.hub import Snapshot, resolve
+from qlora_jax.checkpoint.hub import Snapshot
 from qlora_jax.errors import CheckpointError, OptionError
 from qlora_jax.models import RopeScaling, scaled
 from qlora_jax.quant import EMBEDDING_STORAGES, DataType, EmbeddingStorage, Quantization
@@ -63,7 +64,7 @@ def read_adapter_metadata(name: str | Path | Snapshot) -> AdapterMetadata | None
     Raises:
         CheckpointError: the file is damaged.
     """
-    path = resolve(name).path / METADATA
+    path = resolve_adapter(name).path / METADATA
     try:
         values = read_object(path)
         if values is None:

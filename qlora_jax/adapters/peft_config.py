@@ -10,7 +10,7 @@ from qlora_jax.adapters.held import Held, read_held
 from qlora_jax.adapters.names import PREFIX, split_name
 from qlora_jax.adapters.virtual_tokens import with_encoder
 from qlora_jax.checkpoint.files import read_object
-from qlora_jax.checkpoint.hub import Snapshot, resolve
+from qlora_jax.checkpoint.hub import ACCEPTED_ADAPTER, Snapshot, resolve
 from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.peft import FieldErrors, LoRA, Method, peft_methods
 
@@ -111,7 +111,7 @@ def resolve_adapter(name: str | Path | Snapshot) -> Snapshot:
     Raises:
         CheckpointError: the name cannot be resolved, or is that of a file.
     """
-    snapshot = resolve(name)
+    snapshot = resolve(name, accepted=ACCEPTED_ADAPTER)
     if snapshot.path.is_file():
         raise CheckpointError(f"{snapshot.name}: expected a folder with {CONFIG} and the adapter's weights, found a file.")
     return snapshot

@@ -22,6 +22,7 @@ from qlora_jax.adapters.bind import load_adapter
 from qlora_jax.adapters.files import Adapter, read_adapter
 from qlora_jax.adapters.fit import check_all, check_family
 from qlora_jax.adapters.metadata import METADATA, AdapterMetadata, QuantizationChoice, read_adapter_metadata, with_scaling
+from qlora_jax.adapters.peft_config import resolve_adapter
 from qlora_jax.adapters.special_tokens import (
     add_special_tokens,
     resized_for_adapter,
@@ -275,7 +276,7 @@ def open_unchecked(
     Raises:
         QLoRAError: files that are missing or damaged, or an adapter or tokenizer that was made for another base.
     """
-    snapshot = None if adapter is None else resolve(adapter)
+    snapshot = None if adapter is None else resolve_adapter(adapter)
     metadata = None if snapshot is None else read_adapter_metadata(snapshot)
     if snapshot is not None and metadata is None:
         _logger.warning("%s", _without_record(snapshot.name, quantization))

@@ -17,7 +17,7 @@ from qlora_jax.peft.lora_config import read_lora, write_lora
 from qlora_jax.peft.lora_embedding import EMBEDDING_A, EMBEDDING_B, EmbeddingSpec
 from qlora_jax.peft.lora_linear import LORA_BIAS, LoRALinear, LoRASpec
 from qlora_jax.peft.method import EMBEDDING_KEYS, Bias, Method
-from qlora_jax.peft.patterns import pattern_error
+from qlora_jax.peft.patterns import END, FULL, LAYER, pattern_error
 from qlora_jax.peft.targets import ALL_LINEAR, choose, known_names, pattern_matches, renamed_targets
 
 Number = TypeVar("Number", int, float)
@@ -142,12 +142,12 @@ class LoRA(Method):
             names = [name for name, _ in getattr(self, field)]
             if twice := [name for name in names if names.count(name) > 1]:
                 raise OptionError(f"LoRA {field}: expected each pattern once, found {twice[0]!r} twice")
-        patterns = [(field, name) for field in ("rank_pattern", "alpha_pattern") for name, _ in getattr(self, field)]
-        patterns += [("layers_pattern", name) for name in self.layers_pattern]
-        patterns += [("exclude_modules", self.exclude_modules)] if isinstance(self.exclude_modules, str) else []
-        patterns += [("target", self.target_modules)] if isinstance(self.target_modules, str) else []
-        for field, pattern in patterns:
-            if error := pattern_error(pattern):
+        patterns = [(field, name, END) for field in ("rank_pattern", "alpha_pattern") for name, _ in getattr(self, field)]
+        patterns += [("layers_pattern", name, LAYER) for name in self.layers_pattern]
+        patterns += [("exclude_modules", self.exclude_modules, FULL)] if isinstance(self.exclude_modules, str) else []
+        patterns += [("target", self.target_modules, FULL)] if isinstance(self.target_modules, str) else []
+        for field, pattern, form in patterns:
+            if error := pattern_error(pattern, form):
                 raise OptionError(f"LoRA {field} {pattern[:200]!r}: {error}")
 
     @property
