@@ -279,6 +279,7 @@ def report(outcomes: list[Outcome], seed: int, *, messages: bool) -> int:
 
 
 def main() -> int:
+    sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--mutations", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)

@@ -429,7 +429,7 @@ def _write_data(root: Path) -> None:
         '[model]\ndata_type = "nf4"\nblock_size = 64\nremat = "auto"\n[lora]\nrank = 4\nalpha = 8.0\ndropout = 0.0\n'
         'target_modules = ["q_proj"]\n[data]\nmax_length = 64\nheld_out = 0.1\npacking = false\ntemplate = "auto"\n'
         "[optimizer]\nlearning_rate = 1e-4\nweight_decay = 0.0\n[run]\nepochs = 1.0\nbatch_size = 2\nseed = 0\nsamples = 0\n"
-        "keep = 3\neval_every = 2\n[context]\nrope_scale = 1.0\n"
+        "keep = 3\neval_every = 2\n[context]\nattention_groups = 1\n"
     )
 
 
@@ -445,7 +445,8 @@ TARGETS = {
     "config-phi3": Target("phi3", ("config.json",), mutations.mutate_json(*CONFIG_KEYS, *LONGROPE), open_model),
     "config-t5": Target("t5", ("config.json",), CONFIG, open_model),
     "config-gpt_neox": Target("gpt_neox", ("config.json",), CONFIG, open_model),
-    "config-packed": Target("packed", ("config.json", "model.safetensors"), CONFIG, open_model),
+    "config-packed": Target("packed", ("config.json",), CONFIG, open_model),
+    "packed-tensors": Target("packed", ("model.safetensors",), mutations.mutate_safetensors, open_model),
     "gguf": Target("gguf", ("model.gguf",), _mutate_gguf, open_model),
     "index": Target(
         "sharded", ("model.safetensors.index.json",), mutations.mutate_json("weight_map", "metadata"), open_model

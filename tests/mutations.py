@@ -114,7 +114,7 @@ def mutate_value(value: Any, draws: random.Random, keys: tuple[str, ...] = ()) -
 
 
 def _has(owner: Any, key: Any) -> bool:
-    return key in owner if isinstance(owner, dict) else isinstance(owner, list) and key < len(owner)
+    return key in owner if isinstance(owner, dict) else isinstance(owner, list) and isinstance(key, int) and key < len(owner)
 
 
 def _get(owner: Any, key: Any) -> Any:
@@ -181,7 +181,7 @@ def mutate_safetensors(content: bytes, draws: random.Random) -> tuple[bytes, str
         return content[:at] + value + content[at + 4 :], f"a value at {at}"
     header = json.loads(content[8:end])
     names = [name for name in header if name != "__metadata__"]
-    if draws.random() < 0.25:
+    if draws.random() < 0.25 and len(names) > 1:
         (one, other), field = draws.sample(names, 2), draws.choice(["data_offsets", "shape", "dtype"])
         header[one][field], header[other][field] = header[other][field], header[one][field]
         done = f"{field} of {one} and {other} swapped"

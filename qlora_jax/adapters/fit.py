@@ -69,7 +69,7 @@ def check_fit(adapter: Adapter, model: Model) -> None:
             raise CheckpointError.of(place, problems)
         return
     places, found = places_of(model), adapter.tensors
-    if not places:
+    if model.method is None:
         raise CheckpointError(
             f"{adapter.name}: the model has no adapter; make it with method=read_adapter_method({adapter.name!r})."
         )

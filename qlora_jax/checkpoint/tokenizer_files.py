@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any, cast
 from tokenizers import AddedToken, Tokenizer
 
 from qlora_jax.checkpoint.files import read_object, read_text
-from qlora_jax.errors import CheckpointError, list_names
+from qlora_jax.errors import CheckpointError, list_names, shortened
 
 if TYPE_CHECKING:  # imported where it is used: transformers takes a second, and PyTorch with it where that is installed
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["chat_template_of", "folder_tokenizer", "has_tokenizer"]
+__all__ = ["add_from_folder", "chat_template_of", "folder_tokenizer", "has_tokenizer"]
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -96,6 +96,25 @@ def folder_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     _add_missing(folder, backend, config)
     named = _named_tokens(folder, backend, config, model, by_class)
     return _wrapped(folder, backend, named, config)
+
+
+def add_from_folder(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    """Give the tokenizer of a base what the folder of an adapter without a vocabulary holds: tokens, names, a chat template.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    config = read_object(folder / "tokenizer_config.json") or {}
+    before = len(tokenizer)
+    _add_missing(folder, tokenizer.backend_tokenizer, config)
+    if len(tokenizer) > before:
+        added = list_names(sorted(tokenizer.get_vocab(), key=lambda token: tokenizer.get_vocab()[token])[before:])
+        _logger.info("%s: adds %d tokens to the tokenizer: %s", folder, len(tokenizer) - before, added)
+    stated = {key: value for key, value in config.items() if key != "tokenizer_class"}  # names of the class are the base's
+    for name, text in _named_tokens(folder, tokenizer.backend_tokenizer, stated, {}, {}).items():
+        setattr(tokenizer, name, text)
+    if (template := chat_template_of(folder)) is not None:
+        tokenizer.chat_template = template
 
 
 def chat_template_of(folder: Path) -> str | dict[str, str] | None:
@@ -244,6 +263,10 @@ def _named_tokens(
         texts = [_text(place.get(key)) for place in known]
         if found := next((text for text in texts if text is not None and text in vocabulary), None):
             named[key] = found
+        stated = next(filter(None, (place.get(key) for place in places)), None)
+        if stated is not None and _text(stated) not in vocabulary:
+            instead = f"{found!r} is used" if found else "none is used"
+            _logger.warning("%s: %s %s is no token of the vocabulary: %s", folder, key, shortened(stated), instead)
     return named
 
 

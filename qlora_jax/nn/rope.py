@@ -27,7 +27,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Float32, Int
 
-from qlora_jax.errors import CheckpointError, UnsupportedError
+from qlora_jax.errors import CheckpointError, UnsupportedError, shortened
 
 _REQUIRED = {  # fields that each scaling needs
     "default": (),
@@ -99,10 +99,10 @@ class RotaryEmbedding:
         fields = dict(self.scaling)
         kind = fields.get("rope_type", "default")
         if not isinstance(kind, str) or kind not in _REQUIRED:
-            raise UnsupportedError(f"rope_type {kind!r} is not supported; expected one of {', '.join(_REQUIRED)}")
+            raise UnsupportedError(f"rope_type {shortened(kind)} is not supported; expected one of {', '.join(_REQUIRED)}")
         missing = [name for name in _REQUIRED[kind] if name not in fields]
         if missing:
-            raise CheckpointError(f"rope_type {kind!r} needs the fields {', '.join(missing)}; found {sorted(fields)}")
+            raise CheckpointError(f"rope_type {kind!r} needs the fields {', '.join(missing)}; found {shortened(sorted(fields))}")
         problems = [text for name in _READ[kind] if name in fields and (text := self._problem(name, fields[name]))]
         if not problems:
             problems = self._contradictions(kind, fields)

@@ -18,7 +18,7 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 
-__all__ = ["conclude_eos", "conclude_pre", "end_ids", "warn_of_ends"]
+__all__ = ["TURN_NAMES", "conclude_eos", "conclude_pre", "end_ids", "warn_of_ends"]
 
 TURN_NAMES = (
     "<|eot_id|>",
