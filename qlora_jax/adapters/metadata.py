@@ -97,7 +97,9 @@ def _quantization(stored: Any) -> Quantization | None:
     if type(stored.get("block_size", 64)) is not int:
         raise CheckpointError(f"block_size: expected a whole number, found {shortened(stored['block_size'])}")
     if not isinstance(stored.get("double_quantization", True), bool):
-        raise CheckpointError(f"double_quantization: expected true or false, found {shortened(stored['double_quantization'])}")
+        raise CheckpointError(
+            f"double_quantization: expected true or false, found {shortened(stored['double_quantization'])}"
+        )
     return Quantization(**stored)
 
 

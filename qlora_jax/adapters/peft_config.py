@@ -106,7 +106,7 @@ def _with_targets_of_tensors(name: str, method: Method, modules: Collection[str]
     if not isinstance(method, LoRA) or not modules or any(module_matches(method, module) for module in modules):
         return method
     _logger.warning(
-        "%s: target_modules %s of %s selects none of the modules that have tensors: taken for an adapter of these %d, such as %s",
+        "%s: target_modules %s of %s selects none of the modules with tensors: taken for an adapter of these %d, such as %s",
         name,
         shortened(method.target_modules),
         CONFIG,

@@ -70,8 +70,8 @@ def is_quantized(config: Mapping[str, Any], place: str = "config.json") -> bool:
     if method != "bitsandbytes" or not four_bits:
         what = method if method != "bitsandbytes" else "bitsandbytes in 8 bits"
         raise UnsupportedError(
-            f"{place}: quantization_config: expected none, or bitsandbytes with load_in_4bit, found {shortened(what)}; take the "
-            "checkpoint in 16 bits, which is quantised while it is loaded"
+            f"{place}: quantization_config: expected none, or bitsandbytes with load_in_4bit, found {shortened(what)}; take "
+            "the checkpoint in 16 bits, which is quantised while it is loaded"
         )
     return True
 

@@ -34,8 +34,8 @@ ACCEPTED = (
     "(of GGUF files owner/name/FILE.gguf)."
 )
 ACCEPTED_ADAPTER = (
-    "Accepted as an adapter: a folder with adapter_config.json and adapter_model.safetensors, such as the folder adapter of a "
-    "run, or a Hugging Face hub id such as owner/name (of a folder in it owner/name:FOLDER)."
+    "Accepted as an adapter: a folder with adapter_config.json and adapter_model.safetensors, such as the folder adapter of "
+    "a run, or a Hugging Face hub id such as owner/name (of a folder in it owner/name:FOLDER)."
 )
 LONGEST = 500  # characters of a path or of the name of a file on the hub, for messages too
 PART = r"[A-Za-z0-9][\w.-]*"

@@ -114,7 +114,9 @@ def stated_ends(path: Path, tokenizer: "PreTrainedTokenizerFast") -> set[int]:
     """Return the ids that the files of a model name as the end of a text, and EOS of its tokenizer."""
     ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     if path.is_file():
-        return ids.union(*(token_ids(path, {"eot_token_id": index}, "eot_token_id") for index in end_ids(read_header(path).metadata)[0]))
+        return ids.union(
+            *(token_ids(path, {"eot_token_id": index}, "eot_token_id") for index in end_ids(read_header(path).metadata)[0])
+        )
     for file in (path / "config.json", path / "generation_config.json"):
         ids.update(token_ids(file, read_object(file) or {}))
     return ids
@@ -171,9 +173,7 @@ def _separate_padding(tokenizer: "PreTrainedTokenizerFast", ends: Collection[int
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _padding_choice(
-    tokenizer: "PreTrainedTokenizerFast", ends: Collection[int], size: int | None = None
-) -> str | None:
+def _padding_choice(tokenizer: "PreTrainedTokenizerFast", ends: Collection[int], size: int | None = None) -> str | None:
     """Return the token of the first rule in this module's docstring, with an id below `size` where that is given.
 
     Args:

@@ -43,11 +43,16 @@ class Bound:
                 expected = "a number above 0" + (f", at most {self.most:g}" if self.most < math.inf else "")
                 right = type(value) in (int, float) and 0 < value <= self.most and value < math.inf
             case "amount":
-                expected, right = f"a number from 0 to {self.most:g}", type(value) in (int, float) and 0 <= value <= self.most
+                expected, right = (
+                    f"a number from 0 to {self.most:g}",
+                    type(value) in (int, float) and 0 <= value <= self.most,
+                )
             case "ids":
                 ids = value if isinstance(value, list) else [value]
                 expected = f"ids of tokens, whole numbers from {self.least} to {_LONGEST}"
-                right = len(ids) <= self.most and all(type(index) is int and self.least <= index <= _LONGEST for index in ids)
+                right = len(ids) <= self.most and all(
+                    type(index) is int and self.least <= index <= _LONGEST for index in ids
+                )
             case "flag":
                 expected, right = "true or false", type(value) in (bool, int) and value in (0, 1)
             case "text":

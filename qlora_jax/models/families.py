@@ -113,8 +113,8 @@ def with_model_type(config: Mapping[str, Any], place: str) -> dict[str, Any]:
     found = next((CLASSES[name] for name in classes if name in CLASSES), None)
     if found is None:
         raise UnsupportedError(
-            f"{place}: config.json: expected a model_type, found {shortened(kind)} (architectures {shortened(listed)}). If it is one of "
-            f'{", ".join(FAMILIES)}, add it to config.json: "model_type": "llama"'
+            f"{place}: config.json: expected a model_type, found {shortened(kind)} (architectures {shortened(listed)}). If "
+            f'it is one of {", ".join(FAMILIES)}, add it to config.json: "model_type": "llama"'
         )
     return {**config, "model_type": found}
 

@@ -102,7 +102,9 @@ class RotaryEmbedding:
             raise UnsupportedError(f"rope_type {shortened(kind)} is not supported; expected one of {', '.join(_REQUIRED)}")
         missing = [name for name in _REQUIRED[kind] if name not in fields]
         if missing:
-            raise CheckpointError(f"rope_type {kind!r} needs the fields {', '.join(missing)}; found {shortened(sorted(fields))}")
+            raise CheckpointError(
+                f"rope_type {kind!r} needs the fields {', '.join(missing)}; found {shortened(sorted(fields))}"
+            )
         problems = [text for name in _READ[kind] if name in fields and (text := self._problem(name, fields[name]))]
         if not problems:
             problems = self._contradictions(kind, fields)

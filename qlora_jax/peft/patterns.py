@@ -100,7 +100,7 @@ def _repetitions(parsed: Any) -> int:
 
 
 def _has_branch(parsed: Any) -> bool:
-    """Return whether a repeated part is a choice: where two of its branches match the same text, one repetition is enough."""
+    """Return whether a repeated part is a choice: two branches may match the same text in many ways."""
     return any(
         operation is _constants.BRANCH or (operation is _constants.SUBPATTERN and _has_branch(argument[-1]))
         for operation, argument in parsed

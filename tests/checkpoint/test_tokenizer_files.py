@@ -310,7 +310,10 @@ def test_an_end_without_a_row_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [-1, 2.0, "2", [[2]], {"a": 2}, True])
 def test_stop_ids_are_ids(tmp_path: Path, value: Any) -> None:
     folder = write(tmp_path, byte_level(), generation_config={"eos_token_id": value})
-    with pytest.raises(CheckpointError, match=r"generation_config.json: eos_token_id: expected ids of tokens, whole numbers from 0 to 2147483647, found"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"generation_config.json: eos_token_id: expected ids of tokens, whole numbers from 0 to 2147483647, found",
+    ):
         stop_ids(folder, load_tokenizer(folder))
 
 

@@ -23,8 +23,15 @@ from qlora_jax.export.merge import own_dtype
 STATED = {"eos_token_id": [7, 1], "temperature": 0.6, "top_p": 0.9, "do_sample": True, "_from_model_config": True}
 
 
+class Tokens(SimpleNamespace):
+    """A tokenizer of ten tokens."""
+
+    def __len__(self) -> int:
+        return 10
+
+
 def tokenizer(eos: int | None = 5, bos: int | None = None) -> Any:
-    return SimpleNamespace(eos_token_id=eos, bos_token_id=bos)
+    return Tokens(eos_token_id=eos, bos_token_id=bos)
 
 
 def test_a_merged_folder_stops_where_its_base_stopped(tmp_path: Path) -> None:

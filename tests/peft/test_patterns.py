@@ -29,7 +29,7 @@ def test_usual_patterns(pattern: str) -> None:
         ("(", "no regular expression"),
         ("x" * 20_000, "expected at most 10,000 characters"),
         (r"([a-z_.0-9]+)+!", "whose match ends"),
-                (r"(?:\w|\w\w|\W)+!", "whose match ends"),
+        (r"(?:\w|\w\w|\W)+!", "whose match ends"),
     ],
 )
 def test_patterns_that_are_refused(pattern: str, message: str) -> None:

@@ -1,9 +1,9 @@
 """Damages files of models, adapters, runs and data, opens them as the commands do, and looks at what comes of it.
 
-    python tests/fuzz.py --mutations 3000 --seed 1
-    python tests/fuzz.py --seed 1 --only 1234        one mutation of these, with the traceback of what it raised
+    python tests/fuzz/fuzz.py --mutations 3000 --seed 1
+    python tests/fuzz/fuzz.py --seed 1 --only 1234        one mutation of these, with the traceback of what it raised
 
-Each mutation changes one file (fuzz_targets.py, mutations.py). It must end in one of these ways:
+Each mutation changes one file (fuzz_targets.py; mutations.py and binaries.py). It must end in one of these ways:
 
     refused      a QLoRAError with a short message
     identical    the change has no effect on what is read
@@ -32,13 +32,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:3]]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-from fuzz_targets import TARGETS, Target, digest, write_folders  # noqa: E402
+from fuzz_folders import write_folders  # noqa: E402
+from fuzz_targets import TARGETS, Target, digest  # noqa: E402
 
 from qlora_jax.errors import QLoRAError  # noqa: E402
 
@@ -211,13 +211,8 @@ def watch(jobs: list[tuple[str, int]], seed: int, pristine: Path, root: Path) ->
                 if line is None:
                     ended = True
                 elif line.get("start"):
-                    current, begun, waited, size, working = (
-                        (line["format"], line["number"]),
-                        seconds_of(reader.id),
-                        time.monotonic(),
-                        resident(reader.id),
-                        True,
-                    )
+                    current, working = (line["format"], line["number"]), True
+                    begun, waited, size = seconds_of(reader.id), time.monotonic(), resident(reader.id)
                 else:
                     jobs, working = jobs[1:], False
                     yield line
@@ -225,25 +220,18 @@ def watch(jobs: list[tuple[str, int]], seed: int, pristine: Path, root: Path) ->
                 continue
             used, grown, wall = seconds_of(reader.id) - begun, resident(reader.id) - size, time.monotonic() - waited
             if used > 2 * MOST_SECONDS or grown > 2 * MOST_BYTES or wall > MOST_WAITING:
-                ended = True
-                yield {"format": current[0], "number": current[1], "kind": "PROBLEM", "what": "", "seconds": used, "bytes": grown,
-                       "said": f"ended after {used:.0f} s of processor time, {wall:.0f} s, {grown:,} bytes"}  # fmt: skip
-                jobs = jobs[1:]
-                working = False
+                ended, working, jobs = True, False, jobs[1:]
+                yield failed(current, f"ended after {used:.0f} s of processor time, {wall:.0f} s, {grown:,} bytes")
         reader.end()
         if working:
-            yield {
-                "format": current[0],
-                "number": current[1],
-                "kind": "PROBLEM",
-                "what": "",
-                "seconds": 0.0,
-                "bytes": 0,
-                "said": "the process died",
-            }
+            yield failed(current, "the process died")
             jobs = jobs[1:]
         elif jobs and current == jobs[0]:  # it has not begun: the folders that are not damaged cannot be opened
             raise RuntimeError((root / f"reader-{len(jobs)}" / "stderr").read_text(errors="replace")[-3000:])
+
+
+def failed(job: tuple[str, int], said: str) -> Outcome:
+    return {"format": job[0], "number": job[1], "kind": "PROBLEM", "what": "", "said": said, "seconds": 0.0, "bytes": 0}
 
 
 def jobs_of(formats: list[str], count: int) -> list[tuple[str, int]]:
@@ -263,16 +251,12 @@ def report(outcomes: list[Outcome], seed: int, *, messages: bool) -> int:
     if messages:
         for outcome in outcomes:
             mark = "" if outcome.get("named", True) else " NOT NAMED"
-            print(
-                f"{outcome['number']} {outcome['what']}\n    {outcome['kind']}{mark} {outcome['seconds']:.1f} s: {outcome.get('said', '')[:400]}"
-            )
+            print(f"{outcome['number']} {outcome['what']}")
+            print(f"    {outcome['kind']}{mark} {outcome['seconds']:.1f} s: {outcome.get('said', '')[:400]}")
     problems = [outcome for outcome in outcomes if outcome["kind"] == "PROBLEM"]
     for outcome in problems:
-        print(
-            f"PROBLEM {outcome['format']}, {outcome['what']}\n    {outcome['said']}\n    python tests/fuzz.py --seed {seed} --formats {{formats}} --only {outcome['number']}".replace(
-                "{formats}", outcome["format"]
-            )
-        )
+        again = f"python tests/fuzz/fuzz.py --seed {seed} --formats {outcome['format']} --only {outcome['number']}"
+        print(f"PROBLEM {outcome['format']}, {outcome['what']}\n    {outcome['said']}\n    {again}")
     total = sum(outcome["seconds"] for outcome in outcomes)
     print(f"{len(outcomes)} mutations, {len(problems)} problems, {total:.0f} s of processor time")
     return len(problems)
