@@ -323,3 +323,41 @@ def test_forms_of_tokenizers(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
         assert has_tokenizer(tmp_path)
         (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize(("ends", "expected"), [((), "<stop>"), (("<stop>",), "<spare>"), (("<end>", "<spare>"), "<stop>")])
+@pytest.mark.parametrize("file", ["config", "generation_config"])
+def test_no_end_of_a_text_becomes_the_padding_token(tmp_path: Path, file: str, ends: tuple[str, ...], expected: str) -> None:
+    """The vocabulary has no token that was made for padding: the first special one that nothing else uses is taken."""
+    backend = byte_level(("<end>", "<|im_end|>", "<stop>", "<spare>"))
+    ids = [backend.token_to_id(text) for text in ends]
+    folder = write(tmp_path, backend, {"eos_token": "<end>", "bos_token": "<end>"}, **{file: {"eos_token_id": ids}})
+    assert load_tokenizer(folder).pad_token == expected
+
+
+def test_a_padding_token_that_the_files_name_stays(tmp_path: Path) -> None:
+    """Qwen pads with a token that ends a text too; that is the choice of who made the model."""
+    backend = byte_level(("<|im_end|>", "<|endoftext|>", "<spare>"))
+    ids = [backend.token_to_id(text) for text in ("<|im_end|>", "<|endoftext|>")]
+    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    folder = write(tmp_path, backend, names, generation_config={"eos_token_id": ids})
+    assert load_tokenizer(folder).pad_token == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("stated", [False, True])
+def test_eos_is_saved_as_the_padding_token_only_where_the_files_say_so(tmp_path: Path, stated: bool) -> None:
+    backend = byte_level(("<end>",))
+    names = {"eos_token": "<end>", "bos_token": "<end>", "unk_token": "<end>"} | ({"pad_token": "<end>"} if stated else {})
+    tokenizer = load_tokenizer(write(tmp_path / "base", backend, names))
+    assert tokenizer.pad_token == "<end>"  # batches need one
+    (tmp_path / "saved").mkdir()
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert config.get("pad_token") == ("<end>" if stated else None)
+    assert load_tokenizer(tmp_path / "saved").pad_token == "<end>"
+
+
+def test_ids_that_no_token_has_end_no_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write(tmp_path, byte_level(), {}, generation_config={"eos_token_id": [1, 10**9]})
+    assert stop_ids(folder, load_tokenizer(folder)) >= {1}
+    assert "names as the end of a text 1000000000, which is no token of this model" in caplog.text
