@@ -19,7 +19,8 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -156,9 +157,33 @@ def _guarded(folder: Path, read: Callable[[], Tokenizer]) -> Tokenizer:
 
 
 def _tried(backend: Tokenizer) -> Tokenizer:
-    """Return the tokenizer after texts on which a regular expression that backtracks without end fails."""
-    backend.encode_batch(PROBES, add_special_tokens=False)
+    """Return the tokenizer after texts on which a regular expression that backtracks without end fails.
+
+    Padding and truncation belong to a call, as in transformers: a file may have those of its last one, of any length.
+    """
+    backend.no_padding()
+    backend.no_truncation()
+    with _silent():
+        backend.encode_batch(PROBES, add_special_tokens=False)
     return backend
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Drop what is written to stderr in the block: where its own code fails, the library prints a traceback of it."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
 
 
 def _unreadable(folder: Path, error: BaseException) -> CheckpointError:

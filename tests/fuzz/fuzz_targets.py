@@ -182,6 +182,13 @@ def _mutate_gguf(content: bytes, draws: random.Random) -> tuple[bytes, str]:
     return mutations.mutate_bytes(content, draws, last=8000) if draws.random() < 0.2 else gguf_file().mutated(draws)
 
 
+def _mutate_state(content: bytes, draws: random.Random) -> tuple[bytes, str]:
+    """Change a file of a checkpoint, of which some are JSON."""
+    if content.lstrip().startswith(b"{") and draws.random() < 0.7:
+        return mutations.mutate_json("data", "state", "shape", "seed", "next_index")(content, draws)
+    return mutations.mutate_bytes(content, draws)
+
+
 CONFIG = mutations.mutate_json(*CONFIG_KEYS)
 TOKENIZER = mutations.mutate_json(*TOKENIZER_KEYS)
 TARGETS = {
@@ -212,7 +219,7 @@ TARGETS = {
         "run", ("run/options.json",), mutations.mutate_json("model", "run", "data", "lora", "epochs"), resume
     ),
     "run-logs": Target("run", ("run/*.jsonl",), mutations.mutate_lines("step", "loss", "eval_loss"), resume),
-    "run-state": Target("run", ("run/checkpoints/2/**/*",), mutations.mutate_bytes, resume),
+    "run-state": Target("run", ("run/checkpoints/2/**/*",), _mutate_state, resume),
     "rows": Target("data", ("rows.jsonl",), mutations.mutate_lines(*ROW_KEYS), read_rows),
     "pairs": Target("data", ("pairs.jsonl",), mutations.mutate_lines(*ROW_KEYS), read_pairs),
     "toml": Target("data", ("run.toml",), mutations.mutate_toml, read_options),

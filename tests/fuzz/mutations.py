@@ -32,6 +32,7 @@ VALUES: list[Any] = [
     *(10**400, 0.0, -0.5, 0.1, 1e-300, 1e308, 64.0, float("nan"), float("inf"), float("-inf"), "64", "NaN", "text", "\x00"),
     *("\ud83d", "../../etc/passwd", "/dev/zero", "a" * 20_000, "é" * 300, "{{", "%s", *ENDLESS, DIGITS, DEEP, MANY),
     *([1, 2, 3], ["a"] * 50, [10**9], [-1], [1.5], [[1]], {"rope_type": "yarn"}, {"content": 5}, {"": ""}, [True]),
+    *({"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "a"}, [[0, 10**9]]),
     *({"type": "Regex", "Regex": "(a+)+$"}, {"Regex": "(.*)*x"}, {"a": {"b": {"c": []}}}, ["x"] * 5000),
 ]
 

@@ -47,6 +47,7 @@ STRING, ARRAY = 8, 9
 # The bytes of the smallest values: counts are compared with the size of the file before anything is read.
 SMALLEST_STRING, SMALLEST_ARRAY, SMALLEST_ENTRY, SMALLEST_TENSOR = 8, 12, 13, 24
 DEEPEST, MOST_DIMENSIONS, MOST_PARTS = 2, 4, 10_000  # arrays in arrays, sizes of a tensor, parts of a split file
+MOST_ENTRIES, MOST_TENSORS, MOST_VALUES, MOST_TEXT = 2**16, 2**20, 2**23, 2**26  # values of an array, bytes of a text
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 
 
@@ -130,8 +131,8 @@ def _read_file(path: Path) -> Header:
             what = f"version {swapped}, big endian" if swapped in VERSIONS else f"version {version}"
             raise CheckpointError(f"{path}: expected GGUF version 2 or 3, little endian; found {what}.")
         tensor_count, entry_count = parser.scalar("Q"), parser.scalar("Q")
-        parser.check_count(entry_count, SMALLEST_ENTRY)
-        parser.check_count(tensor_count, SMALLEST_TENSOR)
+        parser.check_count(entry_count, SMALLEST_ENTRY, MOST_ENTRIES)
+        parser.check_count(tensor_count, SMALLEST_TENSOR, MOST_TENSORS)
         metadata: dict[str, Any] = {}
         for _ in range(entry_count):
             key = parser.string()
@@ -194,9 +195,15 @@ class _Parser:
             )
         return self.file.read(count)
 
-    def check_count(self, count: int, smallest: int) -> None:
-        """Raise CheckpointError where the rest of the file has no room for so many values of at least `smallest` bytes."""
+    def check_count(self, count: int, smallest: int, most: int = MOST_VALUES) -> None:
+        """Raise CheckpointError where the rest of the file has no room for so many values of at least `smallest` bytes, or
+        where there are more than a header has."""
         at = self.file.tell()
+        if count > most:
+            raise CheckpointError(
+                f"{self.path}: is damaged within its header: expected at most {most:,} values after offset {at:,}, found "
+                f"{count:,}."
+            )
         if count * smallest > self.size - at:
             raise CheckpointError(
                 f"{self.path}: is truncated or damaged within its header: expected {count:,} values after offset {at:,}, "
@@ -207,7 +214,9 @@ class _Parser:
         return struct.unpack("<" + code, self.bytes(struct.calcsize(code)))[0]
 
     def string(self) -> str:
-        text = self.bytes(self.scalar("Q"))
+        length = self.scalar("Q")
+        self.check_count(length, 1, MOST_TEXT)
+        text = self.bytes(length)
         try:
             return text.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -222,6 +231,7 @@ class _Parser:
         if kind == ARRAY and depth < DEEPEST:
             element, length = self.scalar("I"), self.scalar("Q")
             if element in SCALARS:
+                self.check_count(length, 1)
                 return self.numbers(element, length).tolist()
             self.check_count(length, SMALLEST_STRING if element == STRING else SMALLEST_ARRAY)
             return [self.value(element, depth + 1) for _ in range(length)]
