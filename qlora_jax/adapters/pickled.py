@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from qlora_jax.errors import CheckpointError, list_names
+from qlora_jax.errors import CheckpointError, list_names, shortened
 
 __all__ = ["PickledTensor", "open_pickled"]
 
@@ -209,7 +209,7 @@ def _problem(name: str, view: _View, prefix: str, entries: dict[str, zipfile.Zip
     """Return what is wrong with a tensor's view of its storage; None: nothing."""
     entry = entries.get(f"{prefix}data/{view.storage.key}")
     if entry is None:
-        return f"{name}: the archive has no storage {view.storage.key!r}"
+        return f"{name}: the archive has no storage {shortened(view.storage.key)}"
     held = entry.file_size // view.storage.dtype.itemsize
     size = math.prod(view.shape)
     last = view.offset + sum((n - 1) * stride for n, stride in zip(view.shape, view.strides, strict=True)) if size else -1

@@ -92,7 +92,9 @@ class RotaryEmbedding:
         kind = fields.get("rope_type", older)
         # The first Phi-3 called it "su" or, with the same two lists, "yarn".
         both = {"long_factor", "short_factor"} <= fields.keys()
-        fields["rope_type"] = "longrope" if kind == "su" or (kind == "yarn" and both) else kind
+        kind = "longrope" if kind == "su" or (kind == "yarn" and both) else kind
+        known = (*_REQUIRED[kind], *_READ[kind]) if isinstance(kind, str) and kind in _READ else ()
+        fields = {name: value for name, value in fields.items() if name in known} | {"rope_type": kind}
         return cls(head_dim, theta, max_position_embeddings, tuple(sorted(fields.items())))
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from qlora_jax.errors import OptionError
+from qlora_jax.errors import OptionError, shortened
 from qlora_jax.nn import AdapterConstant, Linear
 from qlora_jax.peft.fields import Fields, as_list, as_names, is_list, is_names
 from qlora_jax.peft.method import FilePart, Method, ModelShape
@@ -153,7 +153,7 @@ class IA3(Method):
         named = () if self.from_files else self.feedforward_modules
         for name in (named,) if isinstance(named, str) else named:
             if not any(_is_feedforward(named if isinstance(named, str) else (name,), module) for module in chosen):
-                raise OptionError(f"IA3 feedforward_modules {name!r} matches no target; {known_names(layers)}")
+                raise OptionError(f"IA3 feedforward_modules {shortened(name, 200)} matches no target; {known_names(layers)}")
         found = {}
         for path, stacked in layers.items():
             mine = [name for name in stacked if name in chosen]

@@ -24,7 +24,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from qlora_jax.checkpoint.files import check_regular
-from qlora_jax.errors import CheckpointError, list_names
+from qlora_jax.errors import CheckpointError, list_names, shortened
 
 __all__ = ["Header", "StoredTensor", "part_names", "read_header"]
 
@@ -137,29 +137,33 @@ def _read_file(path: Path) -> Header:
         for _ in range(entry_count):
             key = parser.string()
             if key in metadata:
-                raise CheckpointError(f"{path}: is damaged within its header: the entry {key!r} occurs twice.")
+                raise CheckpointError(f"{path}: is damaged within its header: the entry {shortened(key, 200)} occurs twice.")
             metadata[key] = parser.value(parser.scalar("I"))
         table = [parser.tensor() for _ in range(tensor_count)]
         end = file.tell()
 
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:
-        raise CheckpointError(f"{path}: expected general.alignment to be a positive number, found {alignment!r}.")
+        raise CheckpointError(f"{path}: expected general.alignment to be a positive number, found {shortened(alignment)}.")
     start = -(-end // alignment) * alignment
     tensors: dict[str, StoredTensor] = {}
     problems: list[str] = []
     for name, shape, code, offset in table:
         if name in tensors:
-            problems.append(f"tensor {name!r} occurs twice.")
+            problems.append(f"tensor {shortened(name)} occurs twice.")
             continue
         try:
             storage = GGMLQuantizationType(code)
         except ValueError:
-            problems.append(f"tensor {name!r}: has storage type {code}, which the installed gguf package does not know.")
+            problems.append(
+                f"tensor {shortened(name)}: has storage type {code}, which the installed gguf package does not know."
+            )
             continue
         block, block_bytes = GGML_QUANT_SIZES[storage]
         if not shape or 0 in shape or shape[-1] % block:
-            problems.append(f"tensor {name!r}: expected rows of whole {storage.name} blocks ({block}), found {list(shape)}.")
+            problems.append(
+                f"tensor {shortened(name)}: expected rows of whole {storage.name} blocks ({block}), found {list(shape)}."
+            )
             continue
         tensors[name] = StoredTensor(storage, shape, start + offset, math.prod(shape) // block * block_bytes, path)
     problems += _overlapping(tensors)
@@ -172,8 +176,8 @@ def _overlapping(tensors: dict[str, StoredTensor]) -> list[str]:
     """Return the problems of tensors whose bytes belong to another tensor too."""
     ordered = sorted(tensors.items(), key=lambda item: item[1].offset)
     return [
-        f"tensor {second!r}: expected it after {first!r}, which ends at byte {before.offset + before.size:,}, found it at "
-        f"{after.offset:,}."
+        f"tensor {shortened(second)}: expected it after {shortened(first)}, which ends at byte "
+        f"{before.offset + before.size:,}, found it at {after.offset:,}."
         for (first, before), (second, after) in itertools.pairwise(ordered)
         if after.offset < before.offset + before.size
     ]
@@ -250,8 +254,8 @@ class _Parser:
         name, dimensions = self.string(), self.scalar("I")
         if dimensions > MOST_DIMENSIONS:
             raise CheckpointError(
-                f"{self.path}: is damaged within its header: tensor {name!r}: expected at most {MOST_DIMENSIONS} sizes, "
-                f"found {dimensions}."
+                f"{self.path}: is damaged within its header: tensor {shortened(name)}: expected at most {MOST_DIMENSIONS} "
+                f"sizes, found {dimensions}."
             )
         sizes = [self.scalar("Q") for _ in range(dimensions)]
         return name, tuple(reversed(sizes)), self.scalar("I"), self.scalar("Q")
