@@ -19,14 +19,14 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tokenizers import AddedToken, Tokenizer
 
 from qlora_jax.checkpoint.files import read_object, read_text
+from qlora_jax.checkpoint.tokenizer_backend import guarded, read_backend
 from qlora_jax.errors import CheckpointError, list_names, shortened
 
 if TYPE_CHECKING:  # imported where it is used: transformers takes a second, and PyTorch with it where that is installed
@@ -67,7 +67,6 @@ _CLASS_BY_TYPE = {
     "gpt_neox": "GPTNeoX",
     "t5": "T5",
 }
-PROBES = [f"{repeated * 60}{end}" for repeated in ("a", " ", "1", "aA", "\n", "a ") for end in ("!", "\u00e9")]
 FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")  # of an added token
 _logger = logging.getLogger(__name__)
 
@@ -91,7 +90,7 @@ def folder_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     config = read_object(folder / "tokenizer_config.json") or {}
     model = read_object(folder / "config.json") or {}
     if (folder / "tokenizer.json").is_file():
-        backend, by_class = _guarded(folder, lambda: _tried(Tokenizer.from_file(str(folder / "tokenizer.json")))), {}
+        backend, by_class = read_backend(folder), {}
     else:
         backend, by_class = _converted(folder, config, model)
     _add_missing(folder, backend, config)
@@ -142,55 +141,6 @@ def chat_template_of(folder: Path) -> str | dict[str, str] | None:
     return cast(str | dict[str, str] | None, stated)
 
 
-def _guarded(folder: Path, read: Callable[[], Tokenizer]) -> Tokenizer:
-    """Return what `read` returns; raise CheckpointError for whatever the tokenizers library raises for a damaged file."""
-    try:
-        return read()
-    except CheckpointError:
-        raise
-    except Exception as error:  # the library raises plain Exception
-        raise _unreadable(folder, error) from error
-    except BaseException as error:  # or, where its own code fails, a class of its own that is no Exception
-        if type(error).__name__ != "PanicException":
-            raise
-        raise _unreadable(folder, error) from error
-
-
-def _tried(backend: Tokenizer) -> Tokenizer:
-    """Return the tokenizer after texts on which a regular expression that backtracks without end fails.
-
-    Padding and truncation belong to a call, as in transformers: a file may have those of its last one, of any length.
-    """
-    backend.no_padding()
-    backend.no_truncation()
-    with _silent():
-        backend.encode_batch(PROBES, add_special_tokens=False)
-    return backend
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Drop what is written to stderr in the block: where its own code fails, the library prints a traceback of it."""
-    try:
-        stderr = os.dup(2)
-    except OSError:  # there is none
-        yield
-        return
-    null = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(null)
-
-
-def _unreadable(folder: Path, error: BaseException) -> CheckpointError:
-    text = (str(error).strip().splitlines() or ["no reason given"])[0]
-    return CheckpointError(f"{folder}: its tokenizer cannot be read: {type(error).__name__}: {text[:300]}")
-
-
 def _converted(folder: Path, config: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, str]]:
     """Return the tokenizer that transformers makes of other files, and the tokens that its class names.
 
@@ -222,7 +172,7 @@ def _converted(folder: Path, config: Mapping[str, Any], model: Mapping[str, Any]
             found.append(AutoTokenizer.from_pretrained(temporary, local_files_only=True, trust_remote_code=False))
             return getattr(found[0], "backend_tokenizer", None)  # pyright: ignore[reportReturnType]
 
-        backend = _guarded(folder, convert)
+        backend = guarded(folder, convert)
     if not isinstance(found[0], PreTrainedTokenizerFast):
         raise CheckpointError(
             f"{folder}: expected a tokenizer that the tokenizers library can run (a tokenizer.json), found "

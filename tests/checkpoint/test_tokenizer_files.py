@@ -361,3 +361,24 @@ def test_ids_that_no_token_has_end_no_text(tmp_path: Path, caplog: pytest.LogCap
     folder = write(tmp_path, byte_level(), {}, generation_config={"eos_token_id": [1, 10**9]})
     assert stop_ids(folder, load_tokenizer(folder)) >= {1}
     assert "names as the end of a text 1000000000, which is no token of this model" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["vocabulary", "added"])
+def test_an_id_takes_no_memory(tmp_path: Path, place: str) -> None:
+    """The library makes a list as long as the largest id."""
+    folder = write(tmp_path, byte_level(), {})
+    values = json.loads((folder / "tokenizer.json").read_text())
+    if place == "vocabulary":
+        values["model"]["vocab"]["-"] = 2**31 - 1
+    else:
+        values["added_tokens"][0]["id"] = 2**31 - 1
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="expected ids of tokens below 16,777,216, found 2147483647"):
+        load_tokenizer(folder)
+
+
+def test_padding_of_a_file_is_that_of_no_call(tmp_path: Path) -> None:
+    backend = byte_level()
+    backend.enable_padding(length=10**9)
+    backend.enable_truncation(2)
+    assert len(load_tokenizer(write(tmp_path, backend, {}))("abcdef")["input_ids"]) > 2  # type: ignore[arg-type]
