@@ -1,4 +1,4 @@
-"""The kinds and bounds of the fields of config.json, checked where a field is read.
+"""The kinds and bounds of the fields of config.json and generation_config.json, checked where a field is read.
 
 A damaged or invented file must not decide how much memory or time reading it takes, nor fail somewhere in the arithmetic.
 So a size is a whole number (4096.0 is none), a factor is a positive finite number, and both have a largest value, which is
