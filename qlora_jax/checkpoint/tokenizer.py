@@ -112,7 +112,7 @@ def stop_ids(base: str | Path | Snapshot, tokenizer: "PreTrainedTokenizerFast") 
 
 def stated_ends(path: Path, tokenizer: "PreTrainedTokenizerFast") -> set[int]:
     """Return the ids that the files of a model name as the end of a text, and EOS of its tokenizer."""
-    ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    ids: set[int] = set() if tokenizer.eos_token_id is None else {cast(int, tokenizer.eos_token_id)}
     if path.is_file():
         return ids.union(
             *(token_ids(path, {"eot_token_id": index}, "eot_token_id") for index in end_ids(read_header(path).metadata)[0])

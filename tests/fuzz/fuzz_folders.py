@@ -191,7 +191,7 @@ def _write_run(folder: Path) -> None:
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = run_options(folder, "data.jsonl")
     run = prepare(options, progress=False)
-    start(options)
+    start(options, run.objective.held_out_checksum)
     for _ in range(2):
         next(run.batches)
     store = StateStore(options.run.output / "checkpoints", keep=3)
