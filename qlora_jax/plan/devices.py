@@ -37,6 +37,7 @@ class Device:
         flops: the dense bfloat16 operations a second with float32 sums; a multiplication and an addition are two.
         dimensions: the dimensions of a TPU's topology; 0 for GPUs.
         target_config: the text proto of a GPU; None for a TPU, whose name is enough.
+        clock: the cycles a second of a TPU, in which its compiler counts; None for a GPU.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Device:
     flops: float
     dimensions: int = 0
     target_config: str | None = None
+    clock: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
