@@ -55,7 +55,7 @@ def add_workspaces(module: Any) -> int:
     from jax.extend.mlir import ir
 
     most = 0
-    with module.context:
+    with module.context, ir.Location.unknown(module.context):
         for call in _calls(module.operation):
             *gradients, workspace = call.results
             shapes = [tuple(ir.RankedTensorType(gradient.type).shape) for gradient in gradients]
