@@ -276,8 +276,8 @@ _GPUS = (
 # (459, 2765) and "TPU v6e" (918, 1638), docs.cloud.google.com/tpu/docs.
 # Memory: the "available HBM" of libtpu's own message when a program asks for more.
 # Clocks: the peak divided by the operations of a cycle, which are 2 for each cell of the matrix units (8 of 128 x 128 in a
-# chip of v4 and v5p, 4 in one of v5e; 2 of 256 x 256 in one of v6e, each with two rows a cycle: libtpu expects fewer cycles of
-# a large product than one row a cycle takes).
+# chip of v4 and v5p, 4 in one of v5e; 2 of 256 x 256 in one of v6e, each with two rows a cycle, since libtpu expects fewer
+# cycles of a large product than one row a cycle takes).
 _TPUS = (
     Device("v4", "TPU v4", "tpu", int(30.75 * _GIB), 1200e9, 275e12, 3, clock=1.05e9),
     Device("v5e", "TPU v5e", "tpu", int(15.75 * _GIB), 819e9, 197e12, 2, clock=1.5e9),
