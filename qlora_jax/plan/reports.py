@@ -133,6 +133,7 @@ def _(plan: QuickPlan, spec: StepSpec[ModelSpec], machine: Machine, title: str, 
         traffic=None,
         seconds=seconds,
         method=QUICK,
+        notes=(("working memory (estimated)", "cuDNN's workspace", plan.workspace),) if plan.workspace else (),
     )
 
 
