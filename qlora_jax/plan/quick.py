@@ -29,7 +29,7 @@ from qlora_jax.plan.tree_bytes import tree_bytes
 from qlora_jax.plan.workspace import attention_workspace
 from qlora_jax.quant import PackedEmbedding
 from qlora_jax.train.cross_entropy import chunk_tokens
-from qlora_jax.train.spec import StepSpec, build_step
+from qlora_jax.train.spec import Step, StepSpec, build_step
 
 # The size of the feature "program", the same for all steps: a TPU's program itself and its data in the chip's own memory.
 _PROGRAM = 2**26
@@ -99,13 +99,19 @@ class QuickPlan:
         return self.host_optimizer + self.host_adapter + self.host_residuals
 
 
-def quick_plan(spec: StepSpec[ModelSpec], platform: str, devices: int = 1) -> QuickPlan:
+def quick_plan(spec: StepSpec[ModelSpec], platform: str, devices: int = 1, *, step: Step | None = None) -> QuickPlan:
     """Return the plan of a step on a number of devices of a platform ("cuda", "tpu" or "cpu").
+
+    Args:
+        spec: describes the step.
+        platform: the platform.
+        devices: the number of devices.
+        step: the step of a spec that differs in its batch only, which saves most of the time; it is built if None.
 
     Raises:
         QLoRAError: the adapter does not fit the model.
     """
-    step = build_step(spec, platform=platform, devices=devices)
+    step = build_step(spec, platform=platform, devices=devices) if step is None else step
     packed, dense = _spread_bytes(step.frozen, devices)
     adapter, optimizer = tree_bytes(step.state.adapter), tree_bytes(step.state.opt_state)
     saved, saved_on_host = residual_bytes(spec)
@@ -118,7 +124,7 @@ def quick_plan(spec: StepSpec[ModelSpec], platform: str, devices: int = 1) -> Qu
         host_adapter=2 * adapter if spec.optimizer.host_adapter else 0,
         optimizer=0 if spec.optimizer.host_optimizer else optimizer,
         host_optimizer=optimizer if spec.optimizer.host_optimizer else 0,
-        batch=tree_bytes(step.batch) // devices,
+        batch=tree_bytes(spec.batch_shapes(devices)) // devices,
         residuals=saved,
         host_residuals=saved_on_host,
         gradients=gradients,

@@ -20,12 +20,22 @@ from tqdm import tqdm
 from qlora_jax import cli
 from qlora_jax.errors import DoesNotFitError
 from qlora_jax.models import ModelSpec
-from qlora_jax.nn import EmbeddingStorage
 from qlora_jax.peft import LoRA
-from qlora_jax.plan import DEVICES, Machine, check_compiler, compile_train_step, largest_that_fits, machine_named, quick_plan
+from qlora_jax.plan import (
+    DEVICES,
+    Machine,
+    QuickPlan,
+    check_compiler,
+    compile_train_step,
+    largest_that_fits,
+    machine_named,
+    quick_plan,
+)
 from qlora_jax.plan.compile import versions
 from qlora_jax.platforms import use_compilers_only
-from qlora_jax.train import BatchSpec, OptimizerSpec, StepSpec, language_model_objective
+from qlora_jax.quant import EmbeddingStorage
+from qlora_jax.train import BatchSpec, OptimizerSpec, StepSpec, build_step, language_model_objective
+from qlora_jax.train.spec import Step
 from scripts.benchmarks.model_sizes import check_names, config_of
 
 Spec = StepSpec[ModelSpec]
@@ -93,7 +103,12 @@ def run(arguments: Arguments) -> None:
         for way in WAYS
         if place in CHIPS or int(place.split()[0]) in PUBLISHED[model]
     ]
-    rows = [_search(model, place, way, places[place]) for model, place, way in tqdm(chosen, desc="searching", unit="cell")]
+    rows, steps = [], {}
+    for model, place, way in tqdm(chosen, desc="searching", unit="cell"):
+        platform = places[place].device.platform
+        key = (model, way, platform)
+        steps[key] = steps[key] if key in steps else build_step(spec_of(model, way, STEP), platform=platform)
+        rows.append(_search(model, place, way, places[place], steps[key]))
     compiled = _compiled(arguments, rows, places)
     text = markdown(rows, compiled)
     print(text)
@@ -105,8 +120,8 @@ def run(arguments: Arguments) -> None:
 def card(size: int) -> Machine:
     """Return a machine with one GPU of so many GB.
 
-    It has the memory that CUDA reports for an RTX 4090, an A100 of 40 GB or of 80 GB, and for other sizes the share of GiB that it
-    reports for the RTX 4090. A compilation is one for these GPUs.
+    It has the memory that CUDA reports for an RTX 4090, an A100 of 40 GB or of 80 GB; for other sizes it has as much of each
+    GiB as the RTX 4090, and programs are compiled for that GPU.
     """
     known = {40: "a100-40", 80: "a100-80"}
     device = DEVICES[known.get(size, "rtx4090")]
@@ -121,15 +136,19 @@ def spec_of(model: str, way: str, length: int) -> Spec:
     return StepSpec(described, language_model_objective(packed=False), BatchSpec(length=length), optimizer)
 
 
-def _search(model: str, place: str, way: str, machine: Machine) -> dict[str, Any]:
+def _search(model: str, place: str, way: str, machine: Machine, step: Step) -> dict[str, Any]:
+    """Return the largest length of a cell, or None for it, with its peaks in device and host memory.
+
+    `step` is that of the cell with any length.
+    """
     limit, platform = machine.device.memory_bytes - GIB, machine.device.platform
 
-    def peak(length: int) -> int:
-        return quick_plan(spec_of(model, way, length), platform).peak
+    def plan(length: int) -> QuickPlan:
+        return quick_plan(spec_of(model, way, length), platform, step=step)
 
-    found = largest_that_fits(peak, limit, start=16 * STEP, step=STEP, most=2**21)
-    host = None if found is None else quick_plan(spec_of(model, way, found[0]), platform).host_peak
+    found = largest_that_fits(lambda length: plan(length).peak, limit, start=16 * STEP, step=STEP, most=2**21)
     length, size = found or (None, None)
+    host = None if length is None else plan(length).host_peak
     return {"model": model, "place": place, "way": way, "length": length, "peak": size, "host": host, "limit": limit}
 
 
@@ -224,17 +243,19 @@ The most tokens of one row that fit a training step: QLoRA of rank 32 on all lin
 quantisation, bfloat16 activations, float32 adapter, no packing. Made by
 `python scripts/benchmarks/longest_context.py --verify --output docs/longest-context.md`.
 
-- Layers are recomputed in the backward pass and their inputs are in host memory (`--remat offload`). The column "host GiB" is
-  what "{FIRST}" stores there. A machine with less host memory has a shorter context.
-- `dense` or `int8` is the storage of the embedding and the output head (`--embedding-storage`); `offloaded` is AdamW with its
-  state in host memory (`--host-offload`), `8-bit` is `--optimizer adamw8bit` on the device.
-- 1 GiB of the device is left free, for the CUDA context, libraries and fragmentation. cuDNN's workspace is counted. A card of
-  24, 40 or 80 GB has the memory that CUDA reports for an RTX 4090 or an A100, another one the same share as the RTX 4090.
-- The lengths are those of the quick plan, in steps of {STEP:,} tokens. No card was attached. The last section compares some of
-  them with compiled steps; the lengths of the TPU chips are not compared unless they stand there.
+- Layers are recomputed in the backward pass and their inputs are in host memory (`--remat offload`). The column "host
+  GiB" is what "{FIRST}" stores there. A machine with less host memory has a shorter context.
+- `dense` or `int8` is the storage of the embedding and the output head (`--embedding-storage`). `offloaded` is AdamW
+  with its state in host memory (`--host-offload`), `8-bit` is `--optimizer adamw8bit` on the device.
+- 1 GiB of the device is left free, for the CUDA context, libraries and fragmentation. cuDNN's workspace is counted. A
+  card of 24, 40 or 80 GB has the memory that CUDA reports for an RTX 4090 or an A100; another one has as much of each
+  GiB as the RTX 4090.
+- The lengths are those of the quick plan, in steps of {STEP:,} tokens. No card was attached. The last section compares
+  some of them with compiled steps. Lengths of TPU chips are estimates that no compiler has confirmed, unless they stand
+  there.
 - The columns "Unsloth" and "Hugging Face" (with FlashAttention 2) are Unsloth's own measurements, from
-  {SOURCE}. Theirs is the memory of the whole card, ours that of the card without 1 GiB. A ratio below 1 is a
-  cell in which their context is longer.
+  {SOURCE}. Theirs is the memory of the whole card, ours that of
+  the card without 1 GiB. A ratio below 1 is a cell in which their context is longer.
 
 Both models were trained with at most 131,072 positions."""
 
