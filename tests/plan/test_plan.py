@@ -1,5 +1,6 @@
 """plan/: the arithmetic of bytes, the steps that are planned, the reports and the table of sizes."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -45,6 +46,7 @@ PARAMETERS = {
     "llama-3-70b": 70.554,
     "llama-3.1-8b": 8.030,
     "llama-3.1-70b": 70.554,
+    "llama-3.3-70b": 70.554,
     "llama-3.2-1b": 1.236,
     "llama-3.2-3b": 3.213,
     "qwen3-8b": 8.191,
@@ -74,6 +76,7 @@ def test_weights_are_counted_by_kind() -> None:
 def test_peak_counts_donated_outputs_once() -> None:
     program = Program(100, 30, 25, 50, 7, 2, 0.0, 0, 0.0)
     assert program.peak == 100 + 50 + 30 - 25
+    assert dataclasses.replace(program, workspace=9, added_workspace=4).peak == 100 + 50 + 30 - 25 + 4
     assert program.host_peak == 9
 
 
