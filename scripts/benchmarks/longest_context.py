@@ -257,7 +257,8 @@ quantisation, bfloat16 activations, float32 adapter, no packing. Made by
   {SOURCE}. Theirs is the memory of the whole card, ours that of
   the card without 1 GiB. A ratio below 1 is a cell in which their context is longer.
 
-Both models were trained with at most 131,072 positions."""
+Both models were trained with at most 131,072 positions. Above 524,288 tokens of llama-3.1-8b the queries of one layer have
+more than 2³¹ elements; XLA compiles such a step, and whether cuDNN's attention takes it is known only on a device."""
 
 
 if __name__ == "__main__":
