@@ -80,6 +80,16 @@ def test_peak_counts_donated_outputs_once() -> None:
     assert program.host_peak == 9
 
 
+def test_only_steps_with_host_memory_on_a_gpu_have_options_of_the_compiler() -> None:
+    """XLA for GPUs counts host memory as the device's, and would recompute what fits."""
+    spec = StepSpec(MODEL, language_model_objective(), BATCH)
+    on_host = changed(spec, optimizer={"host_optimizer": True}), changed(spec, model={"remat": "offload"})
+    for one in on_host:
+        assert build_step(one, platform="cuda").compiler_options.keys() == {"xla_gpu_memory_limit_slop_factor"}
+        assert one.compiler_options("tpu") == one.compiler_options("cpu") == {}
+    assert spec.compiler_options("cuda") == {}
+
+
 def test_a_packed_batch_carries_segments() -> None:
     spec = StepSpec(MODEL, language_model_objective(packed=False), BATCH)
     assert not spec.objective.packed
