@@ -69,6 +69,7 @@ VERIFIED = (  # (model, place, way) of the cells that --verify compiles
     ("llama-3.1-8b", "80 GB", FIRST),
     ("llama-3.1-8b", "16 GB", "int8, offloaded"),
     ("llama-3.3-70b", "80 GB", FIRST),
+    ("llama-3.1-8b", "v5e", FIRST),
 )
 
 
