@@ -41,6 +41,11 @@ class ModelSpec:
     remat: Remat = "full"
     dense_modules: frozenset[str] = frozenset()
 
+    @property
+    def residuals_on_host(self) -> bool:
+        """Whether the layers save their residuals in host memory."""
+        return self.remat == "offload"
+
     def build(self, rngs: nnx.Rngs, attention: AttentionImplementation | None = None) -> Model:
         """Return the model with random weights.
 

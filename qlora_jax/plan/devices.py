@@ -37,6 +37,7 @@ class Device:
         flops: the dense bfloat16 operations a second with float32 sums; a multiplication and an addition are two.
         dimensions: the dimensions of a TPU's topology; 0 for GPUs.
         target_config: the text proto of a GPU; None for a TPU, whose name is enough.
+        clock: the cycles a second of a TPU, in which its compiler counts; None for a GPU.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Device:
     flops: float
     dimensions: int = 0
     target_config: str | None = None
+    clock: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,11 +275,14 @@ _GPUS = (
 # Peaks and bandwidths of a chip: Google Cloud's pages "TPU v4" (275 teraflops, 1200 GBps), "TPU v5e" (197, 819), "TPU v5p"
 # (459, 2765) and "TPU v6e" (918, 1638), docs.cloud.google.com/tpu/docs.
 # Memory: the "available HBM" of libtpu's own message when a program asks for more.
+# Clocks: the peak divided by the operations of a cycle, which are 2 for each cell of the matrix units (8 of 128 x 128 in a
+# chip of v4 and v5p, 4 in one of v5e; 2 of 256 x 256 in one of v6e, each with two rows a cycle, since libtpu expects fewer
+# cycles of a large product than one row a cycle takes).
 _TPUS = (
-    Device("v4", "TPU v4", "tpu", int(30.75 * _GIB), 1200e9, 275e12, 3),
-    Device("v5e", "TPU v5e", "tpu", int(15.75 * _GIB), 819e9, 197e12, 2),
-    Device("v5p", "TPU v5p", "tpu", int(95.74 * _GIB), 2765e9, 459e12, 3),
-    Device("v6e", "TPU v6e", "tpu", int(31.25 * _GIB), 1638e9, 918e12, 2),
+    Device("v4", "TPU v4", "tpu", int(30.75 * _GIB), 1200e9, 275e12, 3, clock=1.05e9),
+    Device("v5e", "TPU v5e", "tpu", int(15.75 * _GIB), 819e9, 197e12, 2, clock=1.5e9),
+    Device("v5p", "TPU v5p", "tpu", int(95.74 * _GIB), 2765e9, 459e12, 3, clock=1.75e9),
+    Device("v6e", "TPU v6e", "tpu", int(31.25 * _GIB), 1638e9, 918e12, 2, clock=1.75e9),
 )
 DEVICES: dict[str, Device] = {device.name: device for device in (*(gpu.device() for gpu in _GPUS), *_TPUS)}
 

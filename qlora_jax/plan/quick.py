@@ -5,12 +5,13 @@
     gradients    the gradients of the adapter, in float32
     working      the memory beside these at the peak: estimated
 
-The peak is at one of two moments. One is the loss, with a chunk of logits and before the gradients exist (several GPUs
-allocate these while the head is gathered). The other is a layer's backward pass, with its recomputed activations and with
-the gradients. The working memory of either is a sum of sizes that shapes give (`features`), each multiplied by a factor
-(`FACTORS`).
+The peak is at one of three moments. One is the loss, with a chunk of logits and before the gradients exist (several GPUs
+allocate these while the head is gathered). One is a layer's backward pass, with its recomputed activations and with the
+gradients. On one GPU, attention's backward pass within it is a moment of its own, which decides for long sequences, whose
+feed-forward takes chunks. The working memory of each is a sum of sizes that shapes give (`features`), each multiplied by a
+factor (`FACTORS`).
 
-    quick peak = arguments + residuals + max(loss, gradients + layer)
+    quick peak = arguments + residuals + max(loss, gradients + layer, gradients + attention)
 """
 
 import dataclasses
@@ -25,9 +26,10 @@ from qlora_jax.nn import split_axis
 from qlora_jax.nn.attention import block_of_queries
 from qlora_jax.plan.factors import FACTORS
 from qlora_jax.plan.tree_bytes import tree_bytes
+from qlora_jax.plan.workspace import attention_workspace
 from qlora_jax.quant import PackedEmbedding
 from qlora_jax.train.cross_entropy import chunk_tokens
-from qlora_jax.train.spec import StepSpec, build_step
+from qlora_jax.train.spec import Step, StepSpec, build_step
 
 # The size of the feature "program", the same for all steps: a TPU's program itself and its data in the chip's own memory.
 _PROGRAM = 2**26
@@ -50,6 +52,8 @@ class QuickPlan:
         residuals, host_residuals: what the layers save for the backward pass, in device or in host memory.
         gradients: the gradients of the adapter at the peak.
         working: the estimated rest at the peak.
+        workspace: cuDNN's workspace in attention's backward pass (`plan.workspace`); it is part of `working` if the peak is
+            there.
     """
 
     packed_weights: int
@@ -63,6 +67,7 @@ class QuickPlan:
     host_residuals: int
     gradients: int
     working: int
+    workspace: int = 0
 
     @property
     def exact(self) -> int:
@@ -94,13 +99,19 @@ class QuickPlan:
         return self.host_optimizer + self.host_adapter + self.host_residuals
 
 
-def quick_plan(spec: StepSpec[ModelSpec], platform: str, devices: int = 1) -> QuickPlan:
+def quick_plan(spec: StepSpec[ModelSpec], platform: str, devices: int = 1, *, step: Step | None = None) -> QuickPlan:
     """Return the plan of a step on a number of devices of a platform ("cuda", "tpu" or "cpu").
+
+    Args:
+        spec: describes the step.
+        platform: the platform.
+        devices: the number of devices.
+        step: the step of a spec that differs in its batch only, which saves most of the time; it is built if None.
 
     Raises:
         QLoRAError: the adapter does not fit the model.
     """
-    step = build_step(spec, platform=platform, devices=devices)
+    step = build_step(spec, platform=platform, devices=devices) if step is None else step
     packed, dense = _spread_bytes(step.frozen, devices)
     adapter, optimizer = tree_bytes(step.state.adapter), tree_bytes(step.state.opt_state)
     saved, saved_on_host = residual_bytes(spec)
@@ -113,11 +124,12 @@ def quick_plan(spec: StepSpec[ModelSpec], platform: str, devices: int = 1) -> Qu
         host_adapter=2 * adapter if spec.optimizer.host_adapter else 0,
         optimizer=0 if spec.optimizer.host_optimizer else optimizer,
         host_optimizer=optimizer if spec.optimizer.host_optimizer else 0,
-        batch=tree_bytes(step.batch) // devices,
+        batch=tree_bytes(spec.batch_shapes(devices)) // devices,
         residuals=saved,
         host_residuals=saved_on_host,
         gradients=gradients,
         working=working,
+        workspace=_workspace(spec) if platform == "cuda" else 0,
     )
 
 
@@ -128,10 +140,11 @@ def kind_of(platform: str, devices: int) -> str:
 
 def worst_moment(sizes: dict[str, int], factors: dict[str, dict[str, float]]) -> tuple[int, int]:
     """Return (bytes of gradients, bytes of working memory) at the moment that needs more memory."""
-    loss, layer = (sum(factor * sizes[name] for name, factor in factors[moment].items()) for moment in ("loss", "layer"))
-    if loss > sizes["adapter"] + layer:
+    working = {moment: sum(factor * sizes[name] for name, factor in of.items()) for moment, of in factors.items()}
+    loss, rest = working.pop("loss"), max(working.values())
+    if loss > sizes["adapter"] + rest:
         return 0, int(loss)
-    return sizes["adapter"], int(layer)
+    return sizes["adapter"], int(rest)
 
 
 def residual_bytes(spec: StepSpec[ModelSpec]) -> tuple[int, int]:
@@ -179,7 +192,7 @@ def features(spec: StepSpec[ModelSpec], platform: str, devices: int, adapter: in
     decoder = isinstance(config, DecoderConfig)
     attention = config.num_attention_heads if decoder else config.num_heads
     # cuDNN takes a mask as a bias, one for all heads; XLA's attention stores the scores of all of them.
-    fused = platform != "cpu" and decoder and config.score_cap is None and size == 2
+    fused = platform != "cpu" and _is_fused(spec)
     masked = spec.objective.packed and platform == "cuda"
     scores = (1 if masked else 0) if fused else 2 * attention
     queries = keys if fused or not decoder else min(block_of_queries(keys), keys)  # at a time
@@ -214,6 +227,20 @@ def features(spec: StepSpec[ModelSpec], platform: str, devices: int, adapter: in
         "adapter": adapter,
         "mask": int((_CHUNKED_MASK if in_chunks else 1) * spec.sequences * scores * queries * seen * 2),
     }
+
+
+def _is_fused(spec: StepSpec[ModelSpec]) -> bool:
+    """Return whether an accelerator's own kernel computes the attention."""
+    config = spec.model.config
+    return isinstance(config, DecoderConfig) and config.score_cap is None and jnp.dtype(spec.model.dtype).itemsize == 2
+
+
+def _workspace(spec: StepSpec[ModelSpec]) -> int:
+    """Return the bytes of cuDNN's workspace for a micro-batch on each GPU, of rows without a mask."""
+    config = spec.model.config
+    if not isinstance(config, DecoderConfig) or not _is_fused(spec):
+        return 0
+    return attention_workspace(spec.sequences, config.num_attention_heads, _keys(spec), config.head_dim)
 
 
 def _keys(spec: StepSpec[ModelSpec]) -> int:
