@@ -29,7 +29,7 @@ _MOVES_NOTHING = frozenset(("parameter", "constant", "tuple", "get-tuple-element
 _MOVES_NOTHING |= {"partition-id", "replica-id", "copy-done", "slice-done", "async-done", "async-update", "send-done"}
 _MOVES_NOTHING |= {"recv-done", "all-gather-done", "all-reduce-done", "collective-permute-done"}
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
-_OF_STACKS = "matmul_4bit"  # kernels that read one matrix of a stack in place (`quant.kernels`)
+_OF_STACKS = "_4bit"  # kernels that read one matrix of a stack in place (`quant.kernels`)
 _SEE_THROUGH = frozenset(("bitcast", "reshape", "copy", "convert", "transpose"))
 
 

@@ -1,7 +1,8 @@
 """Kernels for products with 4-bit matrices, which read only packed bytes from memory, and the choice of a kernel.
 
-    tpu.py      Pallas (Mosaic TPU): any number of rows, and the gradient with respect to x
-    gpu.py      Pallas (Triton): few rows, on NVIDIA GPUs with compute capability 8.0 or higher
+    tpu.py              Pallas (Mosaic TPU): any number of rows, and the gradient with respect to x
+    tpu_dequantize.py   Pallas (Mosaic TPU): the dense matrix, for products of many rows, which XLA computes
+    gpu.py              Pallas (Triton): few rows, on NVIDIA GPUs with compute capability 8.0 or higher
 
 A kernel takes one matrix, or a stack of matrices with the index of one (`StackedTensor`). XLA computes all other products.
 """
@@ -13,12 +14,14 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from qlora_jax.quant.kernels import tpu
+from qlora_jax.quant.kernels import tpu, tpu_dequantize
 from qlora_jax.quant.stacked import StackedTensor
 from qlora_jax.quant.tensor import QuantizedTensor
+from qlora_jax.quant.tensor import dequantize as dequantize_by_xla
 
 Packed = QuantizedTensor | StackedTensor
 Otherwise = Callable[[Array, Packed], Array]  # the product for platforms and matrices without a kernel
@@ -73,12 +76,36 @@ def matmul_transposed(dy: Array, w: Packed, *, otherwise: Otherwise) -> Array:
 def matmul_where_chosen(x: Array, w: Packed, *, otherwise: Otherwise) -> Array:
     """Return x times W by the kernel, or by `otherwise` if the platform has no kernel or its compiler rejects it."""
     kernels = _kernels(w, x.dtype)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (x, *_parts(w)))
-    leaves, tree = jax.tree.flatten(shapes)
     kernel = kernels.get(_platform())
-    if kernel is not None and not _compiles(kernel, tuple(leaves), tree):
+    if kernel is not None and not _compiles(kernel, *_shapes(x, *_parts(w))):
         return otherwise(x, w)
     return jax.lax.platform_dependent(x, *_parts(w), **kernels, default=_of_parts(otherwise))
+
+
+def dequantize(w: Packed, dtype: DTypeLike) -> Array:
+    """Return the dense matrix `[in, out]`: on TPUs by the kernel, if it supports the matrix, and otherwise by XLA."""
+    matrix, layer = _parts(w)
+    by_xla, kernel = _dequantizers(jnp.dtype(dtype))
+    if tpu_dequantize.unsupported_reason(matrix, dtype) is not None:
+        return by_xla(matrix, layer)
+    if _platform() == "tpu" and not _compiles(kernel, *_shapes(matrix, layer)):
+        return by_xla(matrix, layer)
+    return jax.lax.platform_dependent(matrix, layer, tpu=kernel, default=by_xla)
+
+
+@functools.cache
+def _dequantizers(dtype: DTypeLike) -> tuple[Callable[..., Array], Callable[..., Array]]:
+    """Return the functions of (a matrix or a stack, the index of the matrix) that dequantise: by XLA, by the TPU kernel."""
+
+    def by_xla(w: QuantizedTensor, layer: Array | None) -> Array:
+        return dequantize_by_xla(w if layer is None else StackedTensor(w, layer).matrix(), dtype)
+
+    return by_xla, functools.partial(tpu_dequantize.dequantize, dtype=dtype)
+
+
+def _shapes(*arguments: Any) -> tuple[tuple[jax.ShapeDtypeStruct, ...], Any]:
+    leaves, tree = jax.tree.flatten(arguments)
+    return tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves), tree
 
 
 def _kernels(w: Packed, dtype: DTypeLike) -> dict[str, Callable[..., Array]]:

@@ -1,0 +1,71 @@
+"""The TPU kernel that dequantises, in interpret mode, against float64 products with the matrix that the codes represent."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compiled import value_and_pullback
+from kernel_checks import LIMITS, random, relative_error
+
+from qlora_jax.quant import DATA_TYPES, QuantizedTensor, StackedTensor, codebook, kernels, matmul, quantize
+from qlora_jax.quant.codebooks import dynamic_map
+from qlora_jax.quant.kernels import tpu_dequantize
+
+
+def represented(q: QuantizedTensor) -> np.ndarray:
+    """The float64 matrix that a QuantizedTensor in the column layout represents, by its definition."""
+    codes, scales = np.asarray(q.codes), np.asarray(q.scales)
+    values = np.asarray(codebook(q.data_type), np.float64)[np.concatenate([codes >> 4, codes & 15])]
+    if q.scale_absmax is not None and q.scale_offset is not None:
+        groups = np.repeat(np.asarray(q.scale_absmax, np.float64), 256)[: scales.size].reshape(scales.shape[::-1]).T
+        scales = np.asarray(dynamic_map(), np.float64)[scales] * groups + float(q.scale_offset)
+    return values * np.repeat(scales.astype(np.float64), q.block_size, axis=0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "data_type", "block_size", "double"),
+    [
+        *((256, 128, data_type, 64, True) for data_type in DATA_TYPES),
+        (576, 192, "nf4", 64, True),  # the lower half begins in the middle of a block; the last tile of columns is cut
+        (1152, 256, "nf4", 128, True),
+        (288, 130, "int4", 32, True),  # the upper half ends in the middle of a block of 32
+        (1440, 128, "fp4", 32, False),  # the last tile of rows is cut
+        (2560, 640, "nf4", 256, True),
+        (512, 128, "nf4", 512, True),
+        (3072, 256, "nf4", 1024, False),
+        (4096, 128, "fp4-e2m1", 4096, True),
+    ],
+)
+def test_the_matrix_is_that_of_its_codes(rows: int, columns: int, data_type: Any, block_size: int, double: bool) -> None:
+    q = quantize(random(rows, columns), data_type, block_size, double)
+    for dtype, limit in LIMITS.items():
+        dense = tpu_dequantize.dequantize(q, dtype=jnp.dtype(dtype), interpret=True)
+        assert (dense.dtype, dense.shape) == (dtype, (rows, columns))
+        assert relative_error(dense, represented(q)) < limit
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_product_and_gradient_of_a_layer(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    kernel = partial(tpu_dequantize.dequantize, dtype=jnp.dtype(dtype), interpret=True)
+    monkeypatch.setattr(kernels, "_dequantizers", lambda _: (kernel, kernel))
+    q = quantize(random(3, 576, 256))
+    x, dy = (jnp.asarray(random(70, size, seed=1), dtype) for size in (576, 256))
+    y, (dx,) = value_and_pullback(
+        lambda x, q, index: matmul(x, StackedTensor(q, index)), (x,), lambda _: dy, q, jnp.int32(2)
+    )
+    dense = represented(jax.tree.map(lambda leaf: leaf[2], q))
+    assert relative_error(y, np.asarray(x, np.float64) @ dense) < LIMITS[dtype]
+    assert relative_error(dx, np.asarray(dy, np.float64) @ dense.T) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize(
+    ("shape", "block_size", "dtype"), [((600, 128), 64, "float32"), ((128, 128), 64, "float32"), ((256, 128), 64, "float16")]
+)
+def test_xla_dequantises_what_the_kernel_does_not_support(shape: Any, block_size: int, dtype: str) -> None:
+    q = quantize(random(*shape), "nf4", block_size)
+    assert tpu_dequantize.unsupported_reason(q, dtype) is not None
+    text = jax.jit(partial(kernels.dequantize, dtype=dtype)).trace(q).lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" not in text
