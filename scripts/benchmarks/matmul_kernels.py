@@ -10,7 +10,9 @@ temporaries, the least time by the roofline model, and the time to compile. For 
 own cost analysis on TPU, which also counts data that stays on the chip; on GPU there is no cost analysis without the device,
 and the bytes are those of the operands and results of its instructions (qlora_jax/plan/hlo.py). For the kernel, they are the
 bytes that the kernel copies, and the operands and results of every other instruction of the compiled program; so a copy of
-the packed bytes before the kernel, or sums after it, are counted. With --step, the whole decode step of the model for one
+the packed bytes before the kernel, or sums after it, are counted. On TPU, products of more than 64 rows and gradients are
+also compiled as "auto" chooses: a kernel dequantises the matrix and XLA multiplies. XLA's cycles are its own estimate of
+everything but kernels, whose time is at least that of their bytes. With --step, the whole decode step of the model for one
 row is compiled instead; the weights that kernels read are counted in it, and the instructions that make arrays of packed
 bytes, those in fusions included. The last line is JSON.
 """

@@ -29,7 +29,7 @@ from jax.typing import DTypeLike
 from qlora_jax.quant.kernels.operands import Static, static
 from qlora_jax.quant.kernels.tpu import in_hbm
 from qlora_jax.quant.kernels.tpu_lookup import lookup_tables, scaled_values
-from qlora_jax.quant.kernels.tpu_scales import scale_operands, write_scales
+from qlora_jax.quant.kernels.tpu_scales import scale_operands, spans_of, write_scales
 from qlora_jax.quant.tensor import QuantizedTensor
 
 _LANES = 128
@@ -92,10 +92,20 @@ def dequantize(w: QuantizedTensor, layer: Array | None = None, *, dtype: DTypeLi
         ),
         out_shape=jax.ShapeDtypeStruct((2, inner, columns), dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved_bytes(w, dtype)),
         name="dequantize_4bit",
         interpret=interpret,
     )(index, w.codes, *scales)
     return dense.reshape(2 * inner, columns)
+
+
+def moved_bytes(w: QuantizedTensor, dtype: DTypeLike) -> int:
+    """Return the bytes that the kernel reads and writes for one matrix of a stack."""
+    inner, columns = w.codes.shape[-2:]
+    rows = w.scales.shape[-2]
+    absmax = 4 * spans_of(rows) if w.double_quantized else 0
+    packed = inner + rows * w.scales.dtype.itemsize + absmax
+    return columns * (packed + 2 * inner * jnp.dtype(dtype).itemsize)
 
 
 def tiles_of(w: QuantizedTensor, dtype: DTypeLike) -> Tiles:
