@@ -13,7 +13,7 @@ There are two implementations of a product with a 4-bit matrix:
 
 "auto" uses the kernel if x has at most 64 rows (in decoding, reading the weights takes most of the time) and there is a
 kernel for the platform and the matrix. For more rows and for gradients XLA multiplies; on TPUs a second kernel dequantises
-the matrix (`kernels.dequantize`), because XLA takes several times as long. On several devices XLA computes everything.
+the matrix (`kernels.dequantizer`), because XLA takes several times as long. On several devices XLA computes everything.
 
 "pallas" always uses the kernel, except for the gradient on GPUs. On platforms without a kernel it runs the TPU kernel in
 interpret mode, and it raises an error for matrices that the kernel does not support. The implementation is a property of the
@@ -23,11 +23,10 @@ it.
 
 import dataclasses
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 from jax import Array
-from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from qlora_jax.errors import UnsupportedError
@@ -41,6 +40,7 @@ FEW_ROWS = 64  # the most rows of x for which "auto" prefers the kernel
 
 # "dequantize": XLA's product with a matrix that the kernel of the platform dequantises, if there is one.
 _Way = Implementation | Literal["dequantize"]
+Packed = TypeVar("Packed", QuantizedTensor, StackedTensor)
 
 
 def matmul(
@@ -96,34 +96,49 @@ def with_implementation(tree: Any, implementation: Implementation) -> Any:
 
 
 def _xla(x: Array, w: QuantizedTensor | StackedTensor, *, by_kernel: bool = False) -> Array:
+    if x.shape[0] > FEW_ROWS or (w.stack if isinstance(w, StackedTensor) else w).flat_shape is not None:
+        return _dense_product("nk,km->nm", x, w, by_kernel)
     x, w = _ordered(x, w)
 
-    def dense(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
-        return einsum("nk,km->nm", x, _dense(w, x.dtype, by_kernel))
+    def dense(x: Array, w: QuantizedTensor) -> Array:
+        return einsum("nk,km->nm", x, dequantize(w, x.dtype))
 
-    if x.shape[0] > FEW_ROWS or (w.stack if isinstance(w, StackedTensor) else w).flat_shape is not None:
-        return dense(x, w)
-    return jax.lax.platform_dependent(x, w, cpu=lambda x, w: tiles.matmul(x, _matrix(w)), default=dense)
+    return jax.lax.platform_dependent(x, _matrix(w), cpu=tiles.matmul, default=dense)
 
 
 def _xla_transposed(dy: Array, w: QuantizedTensor | StackedTensor, *, by_kernel: bool = False) -> Array:
-    dy, w = _ordered(dy, w)
-    return einsum("nm,km->nk", dy, _dense(w, dy.dtype, by_kernel))
+    return _dense_product("nm,km->nk", dy, w, by_kernel)
 
 
-def _dense(w: QuantizedTensor | StackedTensor, dtype: DTypeLike, by_kernel: bool) -> Array:
-    return kernels.dequantize(w, dtype) if by_kernel else dequantize(_matrix(w), dtype)
+def _dense_product(equation: str, x: Array, w: QuantizedTensor | StackedTensor, by_kernel: bool) -> Array:
+    """Return the einsum of x and the dense matrix, which on TPUs the kernel makes, if `by_kernel`."""
+
+    def with_xla(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
+        # The barrier is for the packed bytes of the layer: without that copy, XLA dequantises all matrices that have the
+        # same x at once.
+        x, matrix = _ordered(x, _matrix(w))
+        return einsum(equation, x, dequantize(matrix, x.dtype))
+
+    kernel = kernels.dequantizer(w, x.dtype) if by_kernel else None
+    if kernel is None:
+        return with_xla(x, w)
+
+    def with_kernel(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
+        x, w = _ordered(x, w)
+        return einsum(equation, x, kernel(w))
+
+    return jax.lax.platform_dependent(x, w, tpu=with_kernel, default=with_xla)
 
 
 def _matrix(w: QuantizedTensor | StackedTensor) -> QuantizedTensor:
     return w.matrix() if isinstance(w, StackedTensor) else w
 
 
-def _ordered(x: Array, w: QuantizedTensor | StackedTensor) -> tuple[Array, QuantizedTensor | StackedTensor]:
+def _ordered(x: Array, w: Packed) -> tuple[Array, Packed]:
     """Return (x, w) such that the matrix cannot be dequantised before x is computed.
 
-    Without this barrier XLA may hold several dense matrices in memory at once. For a matrix without a stack, the barrier
-    costs a copy of the packed bytes, which is a quarter of the dense matrix's size.
+    Without this barrier XLA may hold several dense matrices in memory at once. For a matrix that is not in a stack, the
+    barrier costs a copy of the packed bytes, which is a quarter of the dense matrix's size.
     """
     if isinstance(w, StackedTensor):
         x, index = jax.lax.optimization_barrier((x, w.index))

@@ -28,7 +28,6 @@ def represented(q: QuantizedTensor) -> np.ndarray:
 @pytest.mark.parametrize(
     ("rows", "columns", "data_type", "block_size", "double", "dtype"),
     [
-        (256, 128, "nf4", 64, True, "float32"),
         (576, 192, "nf3", 64, True, "bfloat16"),  # the lower half begins within a block; the last tile of columns is cut
         (1152, 128, "nf2", 128, True, "float32"),
         (288, 130, "int4", 32, True, "bfloat16"),
@@ -48,23 +47,25 @@ def test_the_matrix_is_that_of_its_codes(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_product_and_gradient_of_a_layer(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    kernel = partial(tpu_dequantize.dequantize, dtype=jnp.dtype(dtype), interpret=True)
-    monkeypatch.setattr(kernels, "_dequantizers", lambda _: (kernel, kernel))
+    """The TPU's branch of a product of many rows, which a CPU runs here."""
+    monkeypatch.setattr(tpu_dequantize, "dequantize", partial(tpu_dequantize.dequantize, interpret=True))
+    monkeypatch.setattr(kernels, "_dequantizer", lambda dtype: partial(tpu_dequantize.dequantize, dtype=dtype))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, default, **by: by.get("tpu", default)(*x))
     q = quantize(random(3, 576, 256))
     x, dy = (jnp.asarray(random(70, size, seed=1), dtype) for size in (576, 256))
-    y, (dx,) = value_and_pullback(
-        lambda x, q, index: matmul(x, StackedTensor(q, index)), (x,), lambda _: dy, q, jnp.int32(2)
-    )
+
+    def run(x: jax.Array, q: QuantizedTensor, index: jax.Array) -> jax.Array:
+        return matmul(x, StackedTensor(q, index))
+
+    y, (dx,) = value_and_pullback(run, (x,), lambda _: dy, q, jnp.int32(2))
     dense = represented(jax.tree.map(lambda leaf: leaf[2], q))
     assert relative_error(y, np.asarray(x, np.float64) @ dense) < LIMITS[dtype]
     assert relative_error(dx, np.asarray(dy, np.float64) @ dense.T) < LIMITS[dtype]
 
 
-@pytest.mark.parametrize(
-    ("shape", "block_size", "dtype"), [((600, 128), 64, "float32"), ((128, 128), 64, "float32"), ((256, 128), 64, "float16")]
-)
+@pytest.mark.parametrize(("shape", "block_size", "dtype"), [((600, 128), 64, "float32"), ((256, 128), 64, "float16")])
 def test_xla_dequantises_what_the_kernel_does_not_support(shape: Any, block_size: int, dtype: str) -> None:
     q = quantize(random(*shape), "nf4", block_size)
     assert tpu_dequantize.unsupported_reason(q, dtype) is not None
-    text = jax.jit(partial(kernels.dequantize, dtype=dtype)).trace(q).lower(lowering_platforms=("tpu",)).as_text()
-    assert "tpu_custom_call" not in text
+    x = jnp.ones((70, shape[0]), dtype)
+    assert "tpu_custom_call" not in jax.jit(matmul).trace(x, q).lower(lowering_platforms=("tpu",)).as_text()

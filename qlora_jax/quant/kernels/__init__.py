@@ -21,7 +21,6 @@ from jax.typing import DTypeLike
 from qlora_jax.quant.kernels import tpu, tpu_dequantize
 from qlora_jax.quant.stacked import StackedTensor
 from qlora_jax.quant.tensor import QuantizedTensor
-from qlora_jax.quant.tensor import dequantize as dequantize_by_xla
 
 Packed = QuantizedTensor | StackedTensor
 Otherwise = Callable[[Array, Packed], Array]  # the product for platforms and matrices without a kernel
@@ -82,25 +81,22 @@ def matmul_where_chosen(x: Array, w: Packed, *, otherwise: Otherwise) -> Array:
     return jax.lax.platform_dependent(x, *_parts(w), **kernels, default=_of_parts(otherwise))
 
 
-def dequantize(w: Packed, dtype: DTypeLike) -> Array:
-    """Return the dense matrix `[in, out]`: on TPUs by the kernel, if it supports the matrix, and otherwise by XLA."""
-    matrix, layer = _parts(w)
-    by_xla, kernel = _dequantizers(jnp.dtype(dtype))
-    if tpu_dequantize.unsupported_reason(matrix, dtype) is not None:
-        return by_xla(matrix, layer)
-    if _platform() == "tpu" and not _compiles(kernel, *_shapes(matrix, layer)):
-        return by_xla(matrix, layer)
-    return jax.lax.platform_dependent(matrix, layer, tpu=kernel, default=by_xla)
+def dequantizer(w: Packed, dtype: DTypeLike) -> Callable[[Packed], Array] | None:
+    """Return the function by which TPUs dequantise a matrix like w to `[in, out]`.
+
+    None if the kernel does not support the matrix or, where a TPU is attached, if its compiler rejects the kernel.
+    """
+    kernel = _dequantizer(jnp.dtype(dtype))
+    if tpu_dequantize.unsupported_reason(_parts(w)[0], dtype) is not None:
+        return None
+    if _platform() == "tpu" and not _compiles(kernel, *_shapes(*_parts(w))):
+        return None
+    return lambda w: kernel(*_parts(w))
 
 
 @functools.cache
-def _dequantizers(dtype: DTypeLike) -> tuple[Callable[..., Array], Callable[..., Array]]:
-    """Return the functions of (a matrix or a stack, the index of the matrix) that dequantise: by XLA, by the TPU kernel."""
-
-    def by_xla(w: QuantizedTensor, layer: Array | None) -> Array:
-        return dequantize_by_xla(w if layer is None else StackedTensor(w, layer).matrix(), dtype)
-
-    return by_xla, functools.partial(tpu_dequantize.dequantize, dtype=dtype)
+def _dequantizer(dtype: DTypeLike) -> Callable[[QuantizedTensor, Array | None], Array]:
+    return functools.partial(tpu_dequantize.dequantize, dtype=dtype)
 
 
 def _shapes(*arguments: Any) -> tuple[tuple[jax.ShapeDtypeStruct, ...], Any]:
