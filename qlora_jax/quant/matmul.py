@@ -23,7 +23,7 @@ it.
 
 import dataclasses
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import jax
 from jax import Array
@@ -40,7 +40,6 @@ FEW_ROWS = 64  # the most rows of x for which "auto" prefers the kernel
 
 # "dequantize": XLA's product with a matrix that the kernel of the platform dequantises, if there is one.
 _Way = Implementation | Literal["dequantize"]
-Packed = TypeVar("Packed", QuantizedTensor, StackedTensor)
 
 
 def matmul(
@@ -134,7 +133,7 @@ def _matrix(w: QuantizedTensor | StackedTensor) -> QuantizedTensor:
     return w.matrix() if isinstance(w, StackedTensor) else w
 
 
-def _ordered(x: Array, w: Packed) -> tuple[Array, Packed]:
+def _ordered(x: Array, w: QuantizedTensor | StackedTensor) -> tuple[Array, Any]:
     """Return (x, w) such that the matrix cannot be dequantised before x is computed.
 
     Without this barrier XLA may hold several dense matrices in memory at once. For a matrix that is not in a stack, the
