@@ -14,7 +14,7 @@ _SHAPE = re.compile(r"\b(pred|token|opaque|[su]\d+|bf16|f\d+(?:e\w+)?|c\d+)\[([\
 _LINE = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)$")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _NAME = re.compile(r"%([\w.\-]+)")
-_OF_STACKS = "matmul_4bit"  # kernels that read one matrix of a stack in place (`quant.kernels`)
+_OF_STACKS = "_4bit"  # kernels that read one matrix of a stack in place (`quant.kernels`)
 
 
 @dataclasses.dataclass(frozen=True)
