@@ -32,7 +32,7 @@ from qlora_jax.models.shape import method_for, positions_left
 from qlora_jax.models.stack import Remat, by_layer, rematerialise, scanned_layers, stack, storage_by_stack, with_dense_layers
 from qlora_jax.models.trainable import EMBEDDING, HEAD, adapters_of, add_deltas, trainable_base
 from qlora_jax.nn import (
-    AttentionImplementation,
+    AttentionTarget,
     Delta,
     Embedding,
     Linear,
@@ -49,6 +49,8 @@ from qlora_jax.nn.parallel import devices_of_context
 from qlora_jax.peft import Method
 from qlora_jax.quant import EmbeddingStorage, Quantization
 
+_CPU = AttentionTarget()
+
 
 class CausalLM(nnx.Module):
     """A decoder-only language model.
@@ -61,7 +63,7 @@ class CausalLM(nnx.Module):
         prompt: the virtual tokens, or their keys and values, that come before every row; None: no virtual tokens.
         head_delta, head_adapter: the trainable difference of an output head that is otherwise tied to the embedding, of all
             its values or of low rank, or None.
-        attention: kernel of the causal attention.
+        attention: the device whose kernel computes causal attention.
         remat: which residuals the backward pass of training saves, and which it recomputes: "full" saves only the inputs of
             the layers, "offload" saves them in host memory, "dots" saves the results of all products, "none" saves
             everything.
@@ -75,7 +77,7 @@ class CausalLM(nnx.Module):
         embedding_storage: EmbeddingStorage = "none",
         method: Method | None = None,
         dtype: DTypeLike = jnp.float32,
-        attention: AttentionImplementation = "xla",
+        attention: AttentionTarget = _CPU,
         remat: Remat = "full",
         dense_modules: Collection[str] = (),
         rngs: nnx.Rngs,
@@ -88,7 +90,7 @@ class CausalLM(nnx.Module):
             embedding_storage: storage of the embedding and the output head.
             method: the method of fine-tuning, which defines the adapters; None: no adapters.
             dtype: dtype of activations and of dense weights.
-            attention: kernel of the causal attention.
+            attention: the device whose kernel computes causal attention.
             remat: which residuals are saved; see the attribute.
             dense_modules: the full names of linear layers that stay dense although the others are quantised.
             rngs: random number generators; the stream `params` is used.
@@ -142,7 +144,7 @@ class CausalLM(nnx.Module):
         self.embedding_storage: EmbeddingStorage = embedding_storage
         self.method = method
         self.origin: Origin | None = None
-        self.attention: AttentionImplementation = attention
+        self.attention: AttentionTarget = attention
         self.remat: Remat = remat
 
     def __call__(
@@ -340,7 +342,7 @@ class CausalLM(nnx.Module):
             segment_ids=segment_ids,
             scale=self.config.score_scale,
             cap=self.config.score_cap,
-            implementation=self.attention,
+            target=self.attention,
         )
         return with_window(attend, self.config, kind, q, k, v)
 

@@ -28,7 +28,7 @@ from qlora_jax.models.t5_config import T5Config
 from qlora_jax.models.t5_layers import T5Layer, T5Stack, random_keys
 from qlora_jax.models.trainable import adapters_of, add_deltas, trainable_base
 from qlora_jax.nn import (
-    AttentionImplementation,
+    AttentionTarget,
     Embedding,
     Linear,
     VocabularyMatrix,
@@ -62,6 +62,9 @@ class Seq2SeqCache:
     length: Array
 
 
+_CPU = AttentionTarget()
+
+
 class T5(nnx.Module):
     """An encoder-decoder of the T5 family.
 
@@ -82,7 +85,7 @@ class T5(nnx.Module):
         embedding_storage: EmbeddingStorage = "none",
         method: Method | None = None,
         dtype: DTypeLike = jnp.float32,
-        attention: AttentionImplementation = "xla",
+        attention: AttentionTarget = _CPU,
         remat: Remat = "full",
         dense_modules: Collection[str] = (),
         rngs: nnx.Rngs,
@@ -145,7 +148,7 @@ class T5(nnx.Module):
         self.embedding_storage: EmbeddingStorage = embedding_storage
         self.method = method
         self.origin: Origin | None = None
-        self.attention: AttentionImplementation = attention
+        self.attention: AttentionTarget = attention
         self.remat: Remat = remat
 
     def __call__(

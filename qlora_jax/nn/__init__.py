@@ -2,13 +2,12 @@
 
 from qlora_jax.nn.activation import Activation, activate, glu
 from qlora_jax.nn.attention import (
-    AttentionImplementation,
     biased_attention,
     cached_attention,
     causal_attention,
-    default_implementation,
     with_prefix,
 )
+from qlora_jax.nn.attention_target import AttentionTarget, attention_target
 from qlora_jax.nn.delta import Delta, add_delta
 from qlora_jax.nn.embedding import Embedding, VocabularyMatrix
 from qlora_jax.nn.host import HostArray, copy_to_device, fetch_to_device
@@ -23,7 +22,7 @@ from qlora_jax.nn.shifted import shifted_group_attention
 __all__ = [
     "Activation",
     "AdapterConstant",
-    "AttentionImplementation",
+    "AttentionTarget",
     "Delta",
     "Embedding",
     "HostArray",
@@ -38,13 +37,13 @@ __all__ = [
     "WeightConstant",
     "activate",
     "add_delta",
+    "attention_target",
     "biased_attention",
     "cached_attention",
     "causal_attention",
     "checkpoint_name",
     "copy_to_device",
     "data_mesh",
-    "default_implementation",
     "fetch_to_device",
     "frozen_sharding",
     "gather",

@@ -18,6 +18,7 @@ import re
 from typing import Literal
 
 from qlora_jax.errors import OptionError
+from qlora_jax.nn.attention_target import AttentionTarget
 
 Platform = Literal["cuda", "tpu"]
 _MIB = 2**20
@@ -37,6 +38,8 @@ class Device:
         flops: the dense bfloat16 operations a second with float32 sums; a multiplication and an addition are two.
         dimensions: the dimensions of a TPU's topology; 0 for GPUs.
         target_config: the text proto of a GPU; None for a TPU, whose name is enough.
+        cores: the multiprocessors of a GPU; None for TPUs.
+        capability: the compute capability of a GPU; None for TPUs.
     """
 
     name: str
@@ -47,6 +50,13 @@ class Device:
     flops: float
     dimensions: int = 0
     target_config: str | None = None
+    cores: int | None = None
+    capability: tuple[int, int] | None = None
+
+    @property
+    def target(self) -> AttentionTarget:
+        """The device as the choice of attention kernels knows it."""
+        return AttentionTarget("gpu" if self.platform == "cuda" else "tpu", self.capability)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +145,15 @@ class _GPU:
         device_description_str: "{self.description}"
     """
         return Device(
-            self.name, self.description, "cuda", self.memory_bytes, self.bandwidth, self.flops, target_config=target_config
+            self.name,
+            self.description,
+            "cuda",
+            self.memory_bytes,
+            self.bandwidth,
+            self.flops,
+            target_config=target_config,
+            cores=self.cores,
+            capability=self.capability,
         )
 
 

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from qlora_jax.errors import OptionError
+from qlora_jax.nn.attention_target import AttentionTarget
 from qlora_jax.nn.parallel import AXIS, frozen_shapes
 from qlora_jax.train.offload import HOST, HostOffload, host_offload, memory_kinds
 from qlora_jax.train.optim import Optimizer, OptimizerName, learning_rate_schedule, optimizer
@@ -39,8 +40,8 @@ from qlora_jax.train.step import (
 class AbstractModel(Protocol):
     """The part of a model's description that a step needs; `models.ModelSpec` has it."""
 
-    def abstract(self, platform: str | None = None) -> Any:
-        """Return the model with shapes in place of arrays, with the attention kernel of a platform."""
+    def abstract(self, platform: str | AttentionTarget | None = None) -> Any:
+        """Return the model with shapes in place of arrays, with the attention kernel of a platform or a device."""
         ...
 
 
@@ -262,7 +263,7 @@ def build_step(
     spec: StepSpec[Any],
     learning_rate: optax.Schedule = _ANY_SCHEDULE,
     *,
-    platform: str | None = None,
+    platform: str | AttentionTarget | None = None,
     devices: int = 1,
 ) -> Step:
     """Return the step of a spec with shapes as its arguments.
@@ -270,7 +271,8 @@ def build_step(
     Args:
         spec: describes the step.
         learning_rate: the learning rate by step.
-        platform: the platform whose attention kernel the model takes ("cpu", "gpu" or "tpu"); the default one if None.
+        platform: the platform ("cpu", "gpu" or "tpu") or the device whose attention kernel the model takes; the default
+            device if None.
         devices: how many devices share the batch.
 
     Raises:
@@ -282,7 +284,7 @@ def build_step(
     return Step(spec.objective, tx, graphdef, state, frozen, spec.batch_shapes(devices))
 
 
-def _prepared(spec: StepSpec[Any], platform: str | None) -> Any:
+def _prepared(spec: StepSpec[Any], platform: str | AttentionTarget | None) -> Any:
     """Return the abstract model as it is trained."""
     model = spec.model.abstract(platform)
     if spec.objective.prepare is unchanged:
