@@ -1,8 +1,8 @@
 """Scaled dot-product attention with grouped key-value heads.
 
 `causal_attention` computes it with the kernel that `attention_target` chooses for the device. The kernel "blocks" is here:
-XLA's attention by blocks of queries, which also serves decoding with a cache and scores with a bias. Where a block of queries
-would have too many keys, the scores are computed tile by tile (`attention_tiles`).
+XLA's attention by blocks of queries, which also serves decoding with a cache and scores with a bias. Where a block of
+queries would have too many keys, the scores are computed tile by tile (`attention_tiles`).
 """
 
 from functools import partial

@@ -8,6 +8,8 @@ from jaxtyping import Float, Int
 from qlora_jax.nn.attention_target import SPLASH_TILES
 from qlora_jax.nn.parallel import shard_rows
 
+_WIDE = 1024  # bytes of a head; with more, the largest tiles do not fit into the memory of a core
+
 
 def splash_attention(
     q: Float[Array, "b t heads d"],
@@ -26,8 +28,9 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    _, length, heads, _ = q.shape
-    block = next(tile for tile in SPLASH_TILES if length % tile == 0)
+    length, heads = q.shape[1:3]
+    largest = SPLASH_TILES[0] if q.shape[-1] * q.dtype.itemsize <= _WIDE else SPLASH_TILES[0] // 2
+    block = next(tile for tile in SPLASH_TILES if tile <= largest and length % tile == 0)
     shape = (length, length)
     one_head = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
     mask = masks.MultiHeadMask([one_head] * heads)

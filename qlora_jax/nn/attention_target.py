@@ -29,6 +29,7 @@ KernelName = Literal["blocks", "cudnn", "splash"]
 
 _FLASH = (8, 0)  # the first compute capability with flash attention in cuDNN
 _SHORT = 128  # tokens; the scores of shorter rows are small, and splash attention has tiles of 128 x 128
+_WIDEST = 2048  # bytes of a head; more of them do not fit into the memory of a TPU core
 SPLASH_TILES = (512, 384, 256, 128)  # the fastest first
 
 
@@ -105,8 +106,13 @@ def choose_kernel(
         segmented: whether tokens attend to those of their own segment only.
         shared: number of first tokens that tokens of all segments attend to.
     """
-    masks = not (shared and segmented)  # splash attention has no mask for both
-    if target.platform == "tpu" and masks and length >= _SHORT and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32):
+    if (
+        target.platform == "tpu"
+        and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32)
+        and not (shared and segmented)  # splash attention has no mask for both
+        and length >= _SHORT
+        and head_dim * jnp.dtype(dtype).itemsize <= _WIDEST
+    ):
         return Kernel("splash", _splash_length(length), _multiple(head_dim, 64))
     if target.platform == "gpu" and cap is None and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16):
         padded = _multiple(head_dim, 8)

@@ -97,6 +97,10 @@ class Machine:
         return f"{self.device.name}:{'x'.join(map(str, self.shape))}"
 
 
+# Pallas does not know some GPUs by name; each is described by the name of one that it knows, of the same compute capability.
+_KNOWN_TO_JAX = {"NVIDIA GeForce RTX 3090": "NVIDIA A10"}
+
+
 @dataclasses.dataclass(frozen=True)
 class _GPU:
     """The values of a GPU that CUDA's device query reports, and its peak."""
@@ -142,7 +146,7 @@ class _GPU:
         }}
         platform_name: "CUDA"
         dnn_version_info {{ major: {cudnn_major} minor: {cudnn_minor} }}
-        device_description_str: "{self.description}"
+        device_description_str: "{_KNOWN_TO_JAX.get(self.description, self.description)}"
     """
         return Device(
             self.name,
