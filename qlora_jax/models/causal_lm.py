@@ -32,6 +32,7 @@ from qlora_jax.models.shape import method_for, positions_left
 from qlora_jax.models.stack import Remat, by_layer, rematerialise, scanned_layers, stack, storage_by_stack, with_dense_layers
 from qlora_jax.models.trainable import EMBEDDING, HEAD, adapters_of, add_deltas, trainable_base
 from qlora_jax.nn import (
+    CPU,
     AttentionTarget,
     Delta,
     Embedding,
@@ -48,8 +49,6 @@ from qlora_jax.nn import (
 from qlora_jax.nn.parallel import devices_of_context
 from qlora_jax.peft import Method
 from qlora_jax.quant import EmbeddingStorage, Quantization
-
-_CPU = AttentionTarget()
 
 
 class CausalLM(nnx.Module):
@@ -77,7 +76,7 @@ class CausalLM(nnx.Module):
         embedding_storage: EmbeddingStorage = "none",
         method: Method | None = None,
         dtype: DTypeLike = jnp.float32,
-        attention: AttentionTarget = _CPU,
+        attention: AttentionTarget = CPU,
         remat: Remat = "full",
         dense_modules: Collection[str] = (),
         rngs: nnx.Rngs,

@@ -5,9 +5,10 @@ from qlora_jax.nn.attention import (
     biased_attention,
     cached_attention,
     causal_attention,
+    relative_attention,
     with_prefix,
 )
-from qlora_jax.nn.attention_target import AttentionTarget, attention_target
+from qlora_jax.nn.attention_target import CPU, AttentionTarget, attention_target
 from qlora_jax.nn.delta import Delta, add_delta
 from qlora_jax.nn.embedding import Embedding, VocabularyMatrix
 from qlora_jax.nn.host import HostArray, copy_to_device, fetch_to_device
@@ -20,6 +21,7 @@ from qlora_jax.nn.rope import RotaryEmbedding, rotate
 from qlora_jax.nn.shifted import shifted_group_attention
 
 __all__ = [
+    "CPU",
     "Activation",
     "AdapterConstant",
     "AttentionTarget",
@@ -50,6 +52,7 @@ __all__ = [
     "glu",
     "mesh_context",
     "put_on_mesh",
+    "relative_attention",
     "relative_position_bias",
     "rotate",
     "shifted_group_attention",

@@ -14,15 +14,15 @@ from jax import Array
 from jaxtyping import Bool, Float, Float32, Int
 
 from qlora_jax.nn.attention_splash import splash_attention
-from qlora_jax.nn.attention_target import AttentionTarget, choose_kernel
-from qlora_jax.nn.attention_tiles import CausalRows, largest_tile, tile_of, tiled_attention
+from qlora_jax.nn.attention_target import CPU, AttentionTarget, choose_kernel
+from qlora_jax.nn.attention_tiles import CausalRows, KeyRows, diagonals, largest_tile, tile_of, tiled_attention
 from qlora_jax.nn.residuals import checkpoint_name
 from qlora_jax.quant.dense_matmul import einsum
 
-_CPU = AttentionTarget()
 # XLA's causal attention: a block has 128 queries, whose scores fit into a CPU's caches; there are at most 8 blocks, because
 # each block adds to the size of the program. Longer rows are computed tile by tile.
 _BLOCK, _MOST_BLOCKS = 128, 8
+_LONGEST = _BLOCK * _MOST_BLOCKS
 
 
 def causal_attention(
@@ -35,7 +35,7 @@ def causal_attention(
     scale: float | None = None,
     cap: float | None = None,
     shared: int = 0,
-    target: AttentionTarget = _CPU,
+    target: AttentionTarget = CPU,
 ) -> Float[Array, "b t heads d"]:
     """Compute causal self-attention within segments.
 
@@ -61,7 +61,7 @@ def causal_attention(
         target, head_dim=head_dim, length=length, dtype=q.dtype, cap=cap, segmented=segmented, shared=shared
     )
     if kernel.name == "blocks":
-        if length <= _MOST_BLOCKS * _BLOCK:
+        if length <= _LONGEST:
             return _in_blocks(q, k, v, segment_ids, window, scale, cap, shared)
         return tiled_attention(
             q, k, v, CausalRows(window, shared), segment_ids, scale=scale, cap=cap, largest_tile=largest_tile(target)
@@ -89,10 +89,10 @@ def _cudnn(q: Array, k: Array, v: Array, segment_ids: Array | None, window: int 
     )
 
 
-def scores_at_once(length: int, target: AttentionTarget) -> tuple[int, int]:
-    """Return (queries, keys) of the largest array of scores of XLA's causal attention for rows of this length."""
-    if length <= _MOST_BLOCKS * _BLOCK:
-        return min(_BLOCK, length), length
+def scores_at_once(length: int, target: AttentionTarget, *, causal: bool = True) -> tuple[int, int]:
+    """Return (queries, keys) of the largest array of scores of XLA's attention for rows of this length, of one head."""
+    if length <= _LONGEST:
+        return min(_BLOCK, length) if causal else length, length
     tile = tile_of(length, largest_tile(target))
     return tile, tile
 
@@ -177,6 +177,38 @@ def biased_attention(
         scale: factor on the scores q·k.
     """
     return _grouped(q, _heads_first(k, v), mask, bias, scale, None)
+
+
+def relative_attention(
+    q: Float[Array, "b t heads d"],
+    k: Float[Array, "b s kv_heads d"],
+    v: Float[Array, "b s kv_heads d"],
+    keys: Bool[Array, "#b s"],
+    distance_bias: Float32[Array, "heads distances"] | None,
+    *,
+    scale: float,
+    before: int | None = None,
+) -> Float[Array, "b t heads d"]:
+    """Compute attention whose bias depends on distances alone, by XLA, in memory that is linear in t and s.
+
+    Args:
+        q: `[b, t, heads, d]`.
+        k: `[b, s, kv_heads, d]`.
+        v: `[b, s, kv_heads, d]`.
+        keys: bool `[b or 1, s]`, true for keys that queries may attend to.
+        distance_bias: float32 `[heads, t + s - 1]`, added to the scaled scores: the value of key j for query i is at
+            j - i + t - 1. It gets no gradient. None: no bias.
+        scale: factor on the scores q·k.
+        before: number of keys before that of the first query, if queries attend to no later keys; None: to all keys.
+
+    Returns:
+        `[b, t, heads, d]` in the dtype of q.
+    """
+    (t, s), visible = (q.shape[1], k.shape[1]), KeyRows(before)
+    if max(t, s) > _LONGEST:
+        return tiled_attention(q, k, v, visible, keys, scale=scale, distance_bias=distance_bias)
+    bias = None if distance_bias is None else diagonals(distance_bias, t, s)
+    return _grouped(q, _heads_first(k, v), visible.mask(keys, jnp.arange(t), jnp.arange(s)), bias, scale, None)
 
 
 def cached_attention(

@@ -46,6 +46,9 @@ class AttentionTarget:
     capability: tuple[int, int] | None = None
 
 
+CPU = AttentionTarget()
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """A kernel and what it is given.

@@ -69,6 +69,26 @@ class CausalRows:
         return columns[0] <= rows[-1] and (self.window is None or columns[-1] > rows[0] - self.window)
 
 
+@dataclasses.dataclass(frozen=True)
+class KeyRows:
+    """The keys of a mask, which is the same for all queries.
+
+    Attributes:
+        before: number of keys before that of the first query, if queries attend to no later keys; None: to all keys.
+    """
+
+    before: int | None = None
+
+    def mask(self, arrays: Array, rows: Array, columns: Array) -> Array:
+        """Return the mask; `arrays` is bool `[b or 1, s]`, true for keys that queries may attend to."""
+        seen = at(arrays, columns)[:, None]
+        return seen if self.before is None else seen & (columns <= rows[:, None] + self.before)
+
+    def reaches(self, rows: range, columns: range) -> bool:
+        """Return whether the last query is not before the first key."""
+        return self.before is None or columns[0] <= rows[-1] + self.before
+
+
 def at(values: Array, index: Array) -> Array:
     """Return the columns `index` of `[b, n]` values, 0 or False beyond the last."""
     return values.at[:, index].get(mode="fill", fill_value=0)
@@ -180,12 +200,12 @@ def _scores(
     if bias is not None:
         start = j * columns - i * rows + settings.queries - rows  # the distance of the tile's last query to its first key
         part = jax.lax.dynamic_slice_in_dim(bias, start, rows + columns - 1, 2)
-        scores = scores + _diagonals(part, rows, columns)
+        scores = scores + diagonals(part, rows, columns)
     mask = settings.visible.mask(arrays, i * rows + jnp.arange(rows), j * columns + jnp.arange(columns))
     return raw, jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min).reshape(raw.shape)
 
 
-def _diagonals(values: Array, rows: int, columns: int) -> Array:
+def diagonals(values: Array, rows: int, columns: int) -> Array:
     """Return `[..., rows, columns]` whose diagonals are the values `[..., rows + columns - 1]`, the lowest diagonal first.
 
     Each row is the row below it without its first value: the values, repeated and cut into rows of one more value.

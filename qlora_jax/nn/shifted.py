@@ -20,9 +20,8 @@ from jaxtyping import Float, Int
 
 from qlora_jax.errors import OptionError
 from qlora_jax.nn.attention import causal_attention
-from qlora_jax.nn.attention_target import AttentionTarget
+from qlora_jax.nn.attention_target import CPU, AttentionTarget
 
-_CPU = AttentionTarget()
 Parts = tuple[Array, Array, Array, Array | None]  # queries, keys, values, segments
 
 
@@ -36,7 +35,7 @@ def shifted_group_attention(
     window: int | None = None,
     scale: float | None = None,
     cap: float | None = None,
-    target: AttentionTarget = _CPU,
+    target: AttentionTarget = CPU,
 ) -> Float[Array, "b t heads d"]:
     """Compute causal attention within groups; see `causal_attention` for the other arguments.
 

@@ -209,8 +209,8 @@ def features(spec: StepSpec[ModelSpec], platform: str | AttentionTarget, devices
     # cuDNN takes a mask as a bias, one for all heads; XLA's attention stores the scores of all of them, a block at a time.
     scores = (1 if masked else 0) if fused else 2 * attention
     queries = keys
-    if decoder and not fused:
-        queries, seen = scores_at_once(seen, target)
+    if not fused:
+        queries, seen = scores_at_once(seen, target, causal=decoder)
         queries *= groups
     of_value = {"none": size, "int8": 1, "nf4": 0.516}[spec.model.embedding_storage]  # bytes in an embedding
     table = int(config.vocab_size * hidden * of_value) if devices > 1 else 0  # gathered

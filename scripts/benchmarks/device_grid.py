@@ -57,6 +57,7 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"hidden_size": 320},  # heads of 80
     "t5": {"d_model": 256, "d_kv": 64, "d_ff": 384, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"},
 }
+_QUERIES = r".*(q_proj|qkv_proj|query_key_value|SelfAttention\.q)"
 # Options by name: fields of the groups of `Options`, and the number of devices.
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -82,7 +83,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "remat offload": {"model": {"remat": "offload"}},
     "dropout": {"lora": {"dropout": 0.1}},
     "DoRA": {"lora": {"use_dora": True}},
-    "rsLoRA of one module": {"lora": {"use_rslora": True, "target_modules": ("q_proj", "q", "qkv_proj", "query_key_value")}},
+    "rsLoRA of queries": {"lora": {"use_rslora": True, "target_regex": _QUERIES}},
     "rank of some layers": {"lora": {"layers_to_transform": (1,)}},
     "bias all": {"lora": {"bias": "all"}},
     "lora-bias": {"lora": {"lora_bias": True}},

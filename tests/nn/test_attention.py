@@ -12,10 +12,18 @@ import pytest
 from compiled import value_and_pullback
 from tiers import tiered
 
-from qlora_jax.nn import AttentionTarget, attention_target, biased_attention, cached_attention, causal_attention, with_prefix
+from qlora_jax.nn import (
+    AttentionTarget,
+    attention_target,
+    biased_attention,
+    cached_attention,
+    causal_attention,
+    relative_attention,
+    with_prefix,
+)
 from qlora_jax.nn.attention import scores_at_once
 from qlora_jax.nn.attention_target import Kernel, choose_kernel
-from qlora_jax.nn.attention_tiles import CausalRows, tiled_attention
+from qlora_jax.nn.attention_tiles import CausalRows, KeyRows, tiled_attention
 
 HOPPER, AMPERE, TPU = AttentionTarget("gpu", (9, 0)), AttentionTarget("gpu", (8, 0)), AttentionTarget("tpu")
 
@@ -320,3 +328,29 @@ def test_long_rows_take_linear_memory() -> None:
     sizes = [math.prod(map(int, dims.split("x"))) for dims in re.findall(r"tensor<((?:\d+x)*\d+)x[a-z]+\d+>", text)]
     assert max(sizes) == 2 * 8192 * 64
     assert scores_at_once(8192, HOPPER) == (512, 512)
+
+
+@pytest.mark.parametrize("before", [None, 30])
+def test_tiles_with_a_bias_of_distances(before: int | None) -> None:
+    """The values and gradients of the same bias and mask, spread out over all queries and keys."""
+    draws = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(draws.standard_normal((2, length, 4, 8), np.float32)) for length in (100, 130, 130))
+    bias, keys = jnp.asarray(draws.standard_normal((4, 229), np.float32)), jnp.asarray(draws.random((2, 130)) < 0.7)
+    keys = keys.at[:, 0].set(True)
+    rows, columns = np.arange(100)[:, None], np.arange(130)
+    mask = keys[:, None] & jnp.asarray(columns <= rows + (130 if before is None else before))
+
+    def dense(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return biased_attention(q, k, v, mask, bias[:, columns - rows + 99], scale=0.3)
+
+    def tiled(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return tiled_attention(q, k, v, KeyRows(before), keys, scale=0.3, distance_bias=bias, largest_tile=64)
+
+    def short(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return relative_attention(q, k, v, keys, bias, scale=0.3, before=before)
+
+    out, expected = value_and_pullback(dense, (q, k, v), jnp.sin)
+    for function in (tiled, short):
+        found, gradients = value_and_pullback(function, (q, k, v), lambda _: jnp.sin(out))
+        for a, b in zip((found, *gradients), (out, *expected), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
