@@ -237,7 +237,7 @@ class CausalLM(nnx.Module):
         """Return the last layer's output `[b, t, hidden_size]` for embedded tokens x, and the cache including them."""
         config, count = self.config, x.shape[1]
         rotations = rotations_of(self.config, jnp.maximum(positions, 0), lengths)
-        filled, masks = cache_masks(config, cache, positions, self._virtual_tokens)
+        filled, mask_of = cache_masks(config, cache, positions, self._virtual_tokens)
         graph, layers = nnx.split(self.layers)
         scanned, layer_of = by_layer(layers)
 
@@ -250,11 +250,8 @@ class CausalLM(nnx.Module):
                 k, v = (x.swapaxes(1, 2)[None].astype(past_keys.dtype) for x in (k, v))
                 keys = jax.lax.dynamic_update_slice(past_keys, k, start)
                 values = jax.lax.dynamic_update_slice(past_values, v, start)
-                mask = masks[0 if kind is None else kind]
-                attended = cached_attention(
-                    q, keys[layer], values[layer], mask, scale=config.score_scale, cap=config.score_cap
-                )
-                return attended, (keys, values)
+                own = keys[layer], values[layer], partial(mask_of, kind)
+                return cached_attention(q, *own, scale=config.score_scale, cap=config.score_cap), (keys, values)
 
             x, (keys, values) = nnx.merge(graph, layer_of(state, layer))(x, *of_kind(rotations, kind), attend, None)
             return (x, keys, values), None

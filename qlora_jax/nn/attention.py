@@ -5,6 +5,7 @@ XLA's attention by blocks of queries, which also serves decoding with a cache an
 queries would have too many keys, the scores are computed tile by tile (`attention_tiles`).
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from qlora_jax.quant.dense_matmul import einsum
 # each block adds to the size of the program. Longer rows are computed tile by tile.
 _BLOCK, _MOST_BLOCKS = 128, 8
 _LONGEST = _BLOCK * _MOST_BLOCKS
+QUERIES_AT_ONCE = 512  # of a prompt, against the keys of the whole cache
 
 
 def causal_attention(
@@ -215,22 +217,38 @@ def cached_attention(
     q: Float[Array, "b t heads d"],
     k: Float[Array, "b kv_heads s d"],
     v: Float[Array, "b kv_heads s d"],
-    mask: Bool[Array, "b t s"],
+    mask: Bool[Array, "b t s"] | Callable[[Array], Array],
     *,
     scale: float | None = None,
     cap: float | None = None,
 ) -> Float[Array, "b t heads d"]:
     """Compute the attention of new tokens to cached keys and values, by XLA; the result is `[b, t, heads, d]`.
 
+    Only the scores of 512 queries are in memory at a time.
+
     Args:
         q: `[b, t, heads, d]`.
         k: `[b, kv_heads, s, d]`.
         v: `[b, kv_heads, s, d]`.
-        mask: bool `[b, t, s]`, true where a query may attend to a key.
+        mask: bool `[b, t, s]`, true where a query may attend to a key; or a function that returns the mask `[b, n, s]` of
+            the queries with the numbers `[n]`, so that the whole mask is never stored.
         scale: factor on the scores q·k; None: d ** -0.5.
         cap: scores become cap * tanh(score / cap); None: no cap.
     """
-    return _grouped(q, (k, v), mask, None, float(q.shape[-1] ** -0.5 if scale is None else scale), cap)
+    (b, t), scale = q.shape[:2], float(q.shape[-1] ** -0.5 if scale is None else scale)
+    mask_of = mask if callable(mask) else lambda numbers: mask[:, numbers]
+    if t <= QUERIES_AT_ONCE:
+        return _grouped(q, (k, v), mask_of(jnp.arange(t)) if callable(mask) else mask, None, scale, cap)
+
+    def attend(block: tuple[Array, Array]) -> Array:
+        return _grouped(block[0], (k, v), mask_of(block[1]), None, scale, cap)
+
+    count = -(-t // QUERIES_AT_ONCE)
+    padded = jnp.pad(q, ((0, 0), (0, count * QUERIES_AT_ONCE - t), (0, 0), (0, 0)))
+    blocks = padded.reshape(b, count, QUERIES_AT_ONCE, *q.shape[2:]).swapaxes(0, 1)
+    # The numbers of padded queries are that of the last query, so that they are in the mask.
+    numbers = jnp.minimum(jnp.arange(count * QUERIES_AT_ONCE), t - 1).reshape(count, -1)
+    return jax.lax.map(attend, (blocks, numbers)).swapaxes(0, 1).reshape(padded.shape)[:, :t]
 
 
 def _heads_first(k: Array, v: Array) -> tuple[Array, Array]:
