@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Float32, Int
 
 from qlora_jax.nn.attention_splash import splash_attention
 from qlora_jax.nn.attention_target import CPU, AttentionTarget, choose_kernel
-from qlora_jax.nn.attention_tiles import CausalRows, KeyRows, diagonals, largest_tile, tile_of, tiled_attention
+from qlora_jax.nn.attention_tiles import CausalRows, KeyRows, Mask, diagonals, largest_tile, tile_of, tiled_attention
 from qlora_jax.nn.residuals import checkpoint_name
 from qlora_jax.quant.dense_matmul import einsum
 
@@ -65,9 +65,8 @@ def causal_attention(
     if kernel.name == "blocks":
         if length <= _LONGEST:
             return _in_blocks(q, k, v, segment_ids, window, scale, cap, shared)
-        return tiled_attention(
-            q, k, v, CausalRows(window, shared), segment_ids, scale=scale, cap=cap, largest_tile=largest_tile(target)
-        )
+        mask = Mask(CausalRows(window, shared), segment_ids)
+        return tiled_attention(q, k, v, mask, scale=scale, cap=cap, largest_tile=largest_tile(target))
     # No token attends to the tokens that are added at the end, and zero features change nothing.
     more = ((0, 0), (0, kernel.length - length), (0, 0), (0, kernel.head_dim - head_dim))
     if more[1][1] or more[3][1]:
@@ -208,7 +207,7 @@ def relative_attention(
     """
     (t, s), visible = (q.shape[1], k.shape[1]), KeyRows(before)
     if max(t, s) > _LONGEST:
-        return tiled_attention(q, k, v, visible, keys, scale=scale, distance_bias=distance_bias)
+        return tiled_attention(q, k, v, Mask(visible, keys), scale=scale, distance_bias=distance_bias)
     bias = None if distance_bias is None else diagonals(distance_bias, t, s)
     return _grouped(q, _heads_first(k, v), visible.mask(keys, jnp.arange(t), jnp.arange(s)), bias, scale, None)
 

@@ -89,6 +89,19 @@ class KeyRows:
         return self.before is None or columns[0] <= rows[-1] + self.before
 
 
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """A mask that is computed tile by tile.
+
+    Attributes:
+        visible: which keys a query may attend to.
+        arrays: the arrays that `visible` reads; they get no gradient.
+    """
+
+    visible: Visible
+    arrays: Any = None
+
+
 def at(values: Array, index: Array) -> Array:
     """Return the columns `index` of `[b, n]` values, 0 or False beyond the last."""
     return values.at[:, index].get(mode="fill", fill_value=0)
@@ -121,8 +134,7 @@ def tiled_attention(
     q: Float[Array, "b t heads d"],
     k: Float[Array, "b s kv_heads d"],
     v: Float[Array, "b s kv_heads d"],
-    visible: Visible,
-    arrays: Any,
+    mask: Mask,
     *,
     scale: float,
     cap: float | None = None,
@@ -135,8 +147,7 @@ def tiled_attention(
         q: `[b, t, heads, d]`.
         k: `[b, s, kv_heads, d]`.
         v: `[b, s, kv_heads, d]`.
-        visible: which keys a query may attend to. For a query without any the result is finite.
-        arrays: the arrays that `visible` reads; they get no gradient.
+        mask: which keys a query may attend to. For a query without any the result is finite.
         scale: factor on the scores q·k.
         cap: scores become cap * tanh(score / cap); None: no cap.
         largest_tile: the most queries and keys of a tile.
@@ -152,7 +163,7 @@ def tiled_attention(
     bias = None
     if distance_bias is not None:  # the number of queries grew, and so did the place of distance 0
         bias = jnp.pad(distance_bias, ((0, 0), (more[0], more[1]))).reshape(kv_heads, heads // kv_heads, -1)
-    out: Any = _tiled(q, k, v, arrays, bias, _Settings(visible, scale, cap, kv_heads, tile, q.shape[2]))
+    out: Any = _tiled(q, k, v, mask.arrays, bias, _Settings(mask.visible, scale, cap, kv_heads, tile, q.shape[2]))
     out = out.reshape(b, kv_heads, heads // kv_heads, -1, d).transpose(0, 3, 1, 2, 4)
     return out.reshape(b, -1, heads, d)[:, :t]
 

@@ -23,7 +23,7 @@ from qlora_jax.nn import (
 )
 from qlora_jax.nn.attention import scores_at_once
 from qlora_jax.nn.attention_target import Kernel, choose_kernel
-from qlora_jax.nn.attention_tiles import CausalRows, KeyRows, tiled_attention
+from qlora_jax.nn.attention_tiles import CausalRows, KeyRows, Mask, tiled_attention
 
 HOPPER, AMPERE, TPU = AttentionTarget("gpu", (9, 0)), AttentionTarget("gpu", (8, 0)), AttentionTarget("tpu")
 
@@ -315,9 +315,9 @@ def test_tiles(case: str) -> None:
         return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf)), v)
 
     def tiled(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        visible = CausalRows(window, 0 if ids is None else 3)
+        visible = Mask(CausalRows(window, 0 if ids is None else 3), ids)
         largest = 64 if length < 256 else 256
-        return tiled_attention(q, k, v, visible, ids, scale=head_dim**-0.5, cap=cap, largest_tile=largest)
+        return tiled_attention(q, k, v, visible, scale=head_dim**-0.5, cap=cap, largest_tile=largest)
 
     out, gradients = value_and_pullback(tiled, rounded, lambda out: jnp.sin(out.astype(jnp.float32)).astype(out.dtype))
     back = jnp.sin(out.astype(jnp.float32)).astype(dtype).astype(jnp.float32)
@@ -355,7 +355,7 @@ def test_tiles_with_a_bias_of_distances(before: int | None) -> None:
         return biased_attention(q, k, v, mask, bias[:, columns - rows + 99], scale=0.3)
 
     def tiled(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return tiled_attention(q, k, v, KeyRows(before), keys, scale=0.3, distance_bias=bias, largest_tile=64)
+        return tiled_attention(q, k, v, Mask(KeyRows(before), keys), scale=0.3, distance_bias=bias, largest_tile=64)
 
     def short(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return relative_attention(q, k, v, keys, bias, scale=0.3, before=before)
