@@ -22,9 +22,9 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from qlora_jax.errors import OptionError
+from qlora_jax.errors import OptionError, shortened
 from qlora_jax.interrupts import Interrupts
-from qlora_jax.renamed_options import RENAMED_OPTIONS
+from qlora_jax.renamed_options import MEANT, RENAMED_OPTIONS, new_value
 
 __all__ = ["from_toml", "parse", "run", "to_dict"]
 
@@ -139,7 +139,7 @@ def from_toml(options: type[T], path: Path) -> T:
         raise OptionError(f"config file {path}: expected UTF-8, found {error}") from error
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and lists in lists
         raise OptionError(f"config file {path}: not valid TOML: {error}") from error
     problems: list[str] = []
     result = _build(options, values, "", problems)
@@ -162,13 +162,20 @@ def _options_of(options: type[Any]) -> dict[str, Any]:
 
 
 def _check_flags(options: type[Any], arguments: Sequence[str]) -> None:
-    """Raise OptionError for a flag that was renamed."""
+    """Raise OptionError for a flag, or a value after it, that was renamed, or a value that is none of its choices."""
     names = _options_of(options)
-    for argument in arguments:
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if not argument.startswith("--"):
             continue
-        flag = argument.partition("=")[0]
+        flag, equals, value = argument.partition("=")
         old = flag.removeprefix("--").replace("-", "_")
+        value = value if equals else following
+        if old in names and (changed := new_value(old, value)) is not None:
+            raise OptionError(f"{flag} {value}: was renamed to {flag} {changed}")
+        choices = typing.get_args(names[old]) if typing.get_origin(names.get(old)) is typing.Literal else ()
+        if choices and value and not value.startswith("-") and value not in map(str, choices):
+            hint = f"; did you mean --{MEANT[old]} {value}?" if old in MEANT else ""
+            raise OptionError(f"{flag}: expected one of {', '.join(map(str, choices))}, found {value!r}{hint}")
         new = RENAMED_OPTIONS.get(old)
         if new in names and old not in names:
             raise OptionError(f"{flag}: was renamed to --{new.replace('_', '-')}")
@@ -263,9 +270,11 @@ def _build(options: type[Any], values: dict[str, Any], prefix: str, problems: li
             if isinstance(value, dict):
                 chosen[field] = _build(hint, value, f"{prefix}{field}.", problems)
             else:
-                problems.append(f"{prefix}{name}: expected a table, found {value!r}")
+                problems.append(f"{prefix}{name}: expected a table, found {shortened(value)}")
+        elif (changed := new_value(field, value)) is not None:
+            problems.append(f"{prefix}{name}: {value} was renamed to {changed}")
         elif not _fits(value, hint):
-            problems.append(f"{prefix}{name}: expected {_name(hint)}, found {value!r}")
+            problems.append(f"{prefix}{name}: expected {_name(hint)}, found {shortened(value)}")
         else:
             chosen[field] = _convert(value, hint)
     required = {field.name: tyro.MISSING_NONPROP for field in dataclasses.fields(options) if _is_required(field)}

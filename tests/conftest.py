@@ -23,7 +23,7 @@ import qlora_jax  # noqa: F401  it sets the variables of absent devices, which p
 # set XLA_FLAGS themselves, for several devices, compile as users do; so do all with `XLA_FLAGS= python -m pytest`.
 _LIGHT = "--xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    _LIGHT += " --xla_cpu_use_fusion_emitters=false"
+    _LIGHT += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("XLA_FLAGS", _LIGHT)
 
 # Before JAX and `datasets` are imported, which read them then. Who names a folder for JAX's cache shares it among sessions.
@@ -60,6 +60,25 @@ def _memory_is_bounded() -> Iterator[None]:
     pages = Path("/proc/self/statm")  # Linux has it
     if not pages.exists() or int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MOST_MEMORY:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def compiled_as_for_users() -> Iterator[None]:
+    """Compile with XLA's optimisations: with weights of real size, a program runs for longer than it compiles.
+
+    XLA_FLAGS is read once in a process, and JAX has no other public way to set an option of all programs.
+    """
+    from jax._src import compiler
+
+    get_compile_options = compiler.get_compile_options
+
+    def optimised(*args: Any, env_options_overrides: dict[str, Any] | None = None, **options: Any) -> Any:
+        overrides = {"xla_backend_optimization_level": 3} | (env_options_overrides or {})
+        return get_compile_options(*args, env_options_overrides=overrides, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", optimised)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -217,7 +217,7 @@ def test_config_takes_one_file(arguments: list[str], found: str) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--rat", "1"], ["--rate", "fast"], ["--count", "1.5"], ["--kind", "c"], ["--count"], ["stray"], ["--count", "-1"]],
+    [["--rat", "1"], ["--rate", "fast"], ["--count", "1.5"], ["--count"], ["stray"], ["--count", "-1"]],
 )
 def test_flags_that_do_not_fit(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -333,6 +333,31 @@ def test_a_record_with_old_names_is_read_with_the_new_ones() -> None:
         "model": {"embedding_storage": "int8", "x": 1}
     }
     assert replace_old_names({"quantize_tables": 1, "embedding_storage": 2}) == {"embedding_storage": 2}
+    old = {"data": {"on_long": "truncate", "split": "truncate"}}
+    assert replace_old_names(old) == {"data": {"on_long": "cut", "split": "truncate"}}
+
+
+@pytest.mark.parametrize("arguments", [["--on-long", "truncate"], ["--on-long=truncate"]])
+def test_a_renamed_value_names_the_new_one(tmp_path: Path, arguments: list[str]) -> None:
+    with pytest.raises(OptionError, match=r"^--on-long truncate: was renamed to --on-long cut$"):
+        parse(FinetuneOptions, description=None, arguments=arguments)
+    with pytest.raises(OptionError, match=r"data\.on_long: truncate was renamed to cut$"):
+        from_toml(FinetuneOptions, toml(tmp_path, '[data]\non_long = "truncate"\n'))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--template", "llama3"],
+            "--template: expected one of auto, .*, found 'llama3'; did you mean --chat-template llama3\\?",
+        ),
+        (["--on-long=trim"], "--on-long: expected one of split, cut, error, drop, found 'trim'"),
+    ],
+)
+def test_a_value_that_is_no_choice_is_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(OptionError, match=f"^{message}$"):
+        parse(FinetuneOptions, description=None, arguments=arguments)
 
 
 def test_required_options_come_from_the_file_or_from_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

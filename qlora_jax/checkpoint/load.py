@@ -22,7 +22,15 @@ from qlora_jax.checkpoint.fill import fill_dense, fill_embedding, fill_stack, ze
 from qlora_jax.checkpoint.initialize import Rewrite, Rewritten, rewrite_for, subtracted_from, with_initial_adapter
 from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.models import Model, ModelConfig, ModelSpec, Origin, Remat, tied_head
-from qlora_jax.nn import AdapterConstant, AttentionTarget, Linear, ReadsWeight, WeightConstant, put_on_mesh
+from qlora_jax.nn import (
+    AdapterConstant,
+    AttentionTarget,
+    Linear,
+    ReadsWeight,
+    WeightConstant,
+    abstract_module,
+    put_on_mesh,
+)
 from qlora_jax.peft import Method, Subtracted
 from qlora_jax.quant import EmbeddingStorage, PackedEmbedding, Quantization, embedding_shape
 
@@ -129,7 +137,7 @@ def load(
     rewrite = checked_rewrite(checkpoint, spec, subtracted)
     _check_storage(checkpoint, spec.quantization)
     if abstract is None:
-        abstract = nnx.eval_shape(lambda: spec.build(nnx.Rngs(0), attention))
+        abstract = abstract_module(lambda: spec.build(nnx.Rngs(0), attention))
     graph, *parts = nnx.split(abstract, nnx.LoRAParam, AdapterConstant, WeightConstant, ...)
     # New variables: those of a split are the model's own, and the caller's abstract model must stay abstract.
     adapter, constants, following, frozen = (jax.tree.map(lambda leaf: leaf, part) for part in parts)

@@ -26,7 +26,7 @@ Of the rest of qlora_jax, these modules import only the errors.
 
 from pathlib import Path
 
-from qlora_jax.data.batch import Batch, BatchIterator, batches, bucket_length, pack, padding_share
+from qlora_jax.data.batch import Batch, BatchIterator, batches, bucket_length, checksum, pack, padding_share
 from qlora_jax.data.chat import chat_prompt
 from qlora_jax.data.chat_templates import CHAT_TEMPLATES, read_chat_template, unknown_markers
 from qlora_jax.data.columns import ColumnNames
@@ -43,7 +43,7 @@ from qlora_jax.data.preferences import (
     encode_preferences,
     preference_batches,
 )
-from qlora_jax.data.records import Rows, load_records, stream_records
+from qlora_jax.data.records import Rows, check_local, load_records, stream_records
 from qlora_jax.data.render import Template
 from qlora_jax.data.schemas import detect_schema
 from qlora_jax.data.seq2seq import (
@@ -98,7 +98,9 @@ __all__ = [
     "bucket_length",
     "chat_prompt",
     "check_ids",
+    "check_local",
     "check_weights",
+    "checksum",
     "column_names",
     "detect_schema",
     "encode",

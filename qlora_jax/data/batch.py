@@ -28,7 +28,7 @@ real data sets, rows of 512 tokens are 93–97 % full in random order and 97–9
 import bisect
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import grain
@@ -184,7 +184,7 @@ class BatchIterator(grain.DatasetIterator[Batch]):
         # The data and options that determine the batches; the pad token, shard and number of epochs may change.
         self._fingerprint = {
             "examples": len(examples),
-            "checksum": _checksum(examples),
+            "checksum": checksum(examples),
             "batch_size": options.batch_size,
             "length": options.length,
             "packing": options.packing,
@@ -293,7 +293,8 @@ class BatchIterator(grain.DatasetIterator[Batch]):
         }
 
 
-def _checksum(examples: Sequence[Example]) -> int:
+def checksum(examples: Iterable[Example]) -> int:
+    """Return the CRC-32 of the tokens and masks of examples, by which other data are told from these; 0 for none."""
     total = 0
     for example in examples:
         # Because of the separator, two documents and their concatenation have different checksums.

@@ -1,8 +1,8 @@
 """Whether the text that a chat template wrote holds all of a conversation.
 
-Templates change white space and case, write texts as JSON strings, take switches out of messages (`/think`, `/no_think`),
-and move the reasoning in an answer. So texts are compared without white space, switches and case, as they are and in JSON's
-escapes, and the parts of an answer around the tags of its reasoning one by one.
+Templates change white space and case, write texts as strings of JSON or Python, take switches out of messages (`/think`,
+`/no_think`), and move the reasoning in an answer. So texts are compared without white space, switches and case, as they are
+and in the escapes of these languages, and the parts of an answer around the tags of its reasoning one by one.
 
 A template also drops the reasoning of earlier answers, in prompts as well. So only an answer that is learned has to be there
 with all of its parts.
@@ -88,7 +88,7 @@ def _dropped(what: str, index: int, message: Message, part: str) -> Dropped:
 
 
 def written(part: str, text: str) -> bool:
-    """Return whether a text holds a part, apart from white space and JSON's escapes."""
+    """Return whether a text holds a part, apart from white space and the escapes of JSON and Python."""
     part = part.strip()
     if part in text:
         return True
@@ -97,8 +97,9 @@ def written(part: str, text: str) -> bool:
 
 
 def forms_of_text(text: str) -> tuple[str, ...]:
-    """Return a text as it is, and as it is within a JSON string."""
-    return text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]
+    """Return a text as it is, and as it is within a string of JSON or Python."""
+    single = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
+    return text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1], repr(text)[1:-1], single
 
 
 def _parts(message: Message) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,9 @@ The texts of several answers (chat_answers.py) share one row if the row starts w
 every message alike gives one row for the whole conversation. A template that rewrites earlier turns (Qwen 3 drops their
 reasoning, Phi-3 writes EOS after the last answer only) gives more rows. Every answer is learned in exactly one of them.
 
-An EOS token directly after an answer belongs to it, even if the template writes that only before a further turn.
+An EOS token directly after an answer belongs to it, even if the template writes that only before a further turn. So does the
+special token that follows an answer without an end-of-turn token of its own, the marker of the next turn: the models of such
+templates (GLM-4) stop there at inference. After the last answer EOS takes its place (format.py).
 
 If the template has `{% generation %}` tags, of each answer only the ranges within tags are learned: with the end-of-turn
 token if the tags leave that out, with a line end after it if they enclose it, and without the header of the answer.
@@ -19,7 +21,14 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_jax.data.chat import WAY_OUT, reason_of, with_reasoning
 from qlora_jax.data.chat_answers import Answer, find_answers
-from qlora_jax.data.chat_checks import check_answer, check_message, check_tools, tool_name
+from qlora_jax.data.chat_checks import (
+    REASONING_TAGS,
+    check_answer,
+    check_message,
+    check_tools,
+    forms_of_text,
+    tool_name,
+)
 from qlora_jax.data.chat_forms import text_of
 from qlora_jax.data.messages import Message
 from qlora_jax.data.pieces import Piece, Span
@@ -35,6 +44,8 @@ FOUND_BY_CONTENT = (
 )
 FIRST_ANSWER = "first message by the assistant not learned, because nothing comes before it"
 TOOLS_NOT_DEFINED = "calls of tools that the text does not define, because the chat template writes calls only"
+_MARKER = re.compile(r"<[^<>\s]{1,60}>|\[[A-Z_/]{1,60}\]")
+_LAST_MARKER = re.compile(rf"(?:{_MARKER.pattern})\Z")
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -77,7 +88,7 @@ def conversation_rows(
     notes += _check(messages, answers, rows, tools, removed)
     if any(answers[turn].by_content for turn in learned):
         notes.append(FOUND_BY_CONTENT)
-    finished = [_row(messages, row, held, learned, answers, tokenizer.eos_token) for row, held in rows]
+    finished = [_row(messages, row, held, learned, answers, tokenizer) for row, held in rows]
     if _is_tagged(tokenizer, tools):
         finished = [
             made if row.messages is None else _within_tags(made, messages[: row.messages], tokenizer, tools)
@@ -135,14 +146,13 @@ def _row(
     held: Sequence[int],
     learned: Sequence[int],
     answers: dict[int, Answer],
-    eos: Any,
+    tokenizer: Any,
 ) -> ChatRow:
     """Return a row with the ranges of the answers that it teaches, and of what it does not teach in any case."""
-    closing = re.compile(rf"\s*{re.escape(str(eos))}" if eos else "")
-    ends = {turn: found.end() for turn in held if (found := closing.match(row.text, answers[turn].end))}
-    spans = tuple((answers[turn].start, ends.get(turn, answers[turn].end)) for turn in held)
+    spans = tuple((answers[turn].start, _end_with_closing(row.text, answers[turn], tokenizer)) for turn in held)
     others = (answer for turn, answer in answers.items() if turn not in held)
     excluded = [(answer.start, answer.end) for answer in others if _holds(row, answer)]
+    excluded += _rewritten(messages, row, learned, answers)
     if held and any(turn < held[0] for turn in learned):
         # Another row teaches the turns before. The question to the first answer starts after the answer before it.
         question = next(
@@ -152,6 +162,60 @@ def _row(
         excluded.append((0, found if found > 0 else spans[0][0]))
     ends_in_answer = bool(held) and answers[held[-1]].end >= len(row.text.rstrip())
     return ChatRow(Piece(row.text, spans, tuple(excluded)), ends_in_answer)
+
+
+def _rewritten(messages: Sequence[Message], row: Answer, learned: Sequence[int], answers: dict[int, Answer]) -> list[Span]:
+    """Return where a row has answers that are not learned in a form other than that of inference.
+
+    Such an answer is searched for: it is between the texts of the messages around it, whose order a template keeps (but for
+    the system message). The ranges reach from the end of the message before to the start of the next one.
+    """
+    spans: list[Span] = []
+    end, start = 0, None  # of the last message that was found; of a range that is not closed yet
+    for index, message in enumerate(messages):
+        answer = answers.get(index)
+        held = answer if answer is not None and _holds(row, answer) else None
+        if message["role"] == "assistant" and index not in learned and held is None:
+            start = end if start is None else start
+        if message["role"] == "system":
+            continue
+        place = (held.start, held.end) if held is not None else _written_at(message, row.text, end)
+        if place is None:
+            continue
+        if start is not None and (index in learned or message["role"] != "assistant" or held is not None):
+            spans.append((start, place[0]))
+            start = None
+        end = max(end, place[1])
+    return spans if start is None else [*spans, (start, len(row.text))]
+
+
+def _written_at(message: Message, text: str, start: int) -> Span | None:
+    """Return where a text has the content of a message, without its reasoning, from `start` on; None if it is not found."""
+    content = REASONING_TAGS.split(text_of(message))[-1].strip()
+    for form in forms_of_text(content) if content else ():
+        found = text.find(form, start)
+        if found >= 0:
+            return found, found + len(form)
+    return None
+
+
+def _end_with_closing(text: str, answer: Answer, tokenizer: Any) -> int:
+    """Return where an answer ends in a text, with the token that closes it: EOS, or a marker of the next turn."""
+    eos = tokenizer.eos_token
+    if eos and (found := re.compile(rf"\s*{re.escape(str(eos))}").match(text, answer.end)):
+        return found.end()
+    following = _MARKER.match(text, answer.end)
+    if following is None or following[0] == tokenizer.bos_token or not _is_special(following[0], tokenizer):
+        return answer.end
+    own = _LAST_MARKER.search(text, max(answer.start, answer.end - 64), answer.end)
+    return answer.end if own is not None and _is_special(own[0], tokenizer) else following.end()
+
+
+def _is_special(token: str, tokenizer: Any) -> bool:
+    """Return whether a text is one special token of the vocabulary."""
+    index = tokenizer.convert_tokens_to_ids(token)
+    known = index is not None and tokenizer.convert_ids_to_tokens(index) == token
+    return known and not tokenizer.decode([index], skip_special_tokens=True)
 
 
 def _is_tagged(tokenizer: Any, tools: Sequence[Any]) -> bool:

@@ -7,9 +7,11 @@
 
 A template of this list writes the beginning of sequence (BOS) first if the tokenizer puts it before a text by itself, so
 that a model always sees it, and sees it once. A file holds a Jinja program, or JSON with such a program under
-`chat_template`, as in tokenizer_config.json; it writes BOS itself or not at all.
+`chat_template`, as in tokenizer_config.json (of several programs, the one with the name `default`); it writes BOS itself or
+not at all.
 """
 
+import difflib
 import json
 import re
 from pathlib import Path
@@ -27,6 +29,8 @@ __all__ = ["CHAT_TEMPLATES", "read_chat_template", "unknown_markers"]
 
 _FOLDER = Path(__file__).with_name("chat_templates")
 CHAT_TEMPLATES = tuple(sorted(path.stem for path in _FOLDER.glob("*.jinja")))
+# Names of models, without hyphens, whose texts without tools are those of a template of the list.
+_ALIASES = {"gemma2": "gemma", "gemma3": "gemma", "phi35": "phi3"}
 _MARKER = re.compile(r"<\|[^<>|\s]+\|>|<(?:start|end)_of_turn>")
 _QUESTION = {"role": "user", "content": "Hi"}
 
@@ -44,15 +48,23 @@ def read_chat_template(name: str | Path, tokenizer: "PreTrainedTokenizerBase") -
     """
     path = Path(name).expanduser()
     known = re.sub(r"[-_. ]", "", str(name)).lower()  # Llama-3 is llama3
+    known = _ALIASES.get(known, known)
     if known in CHAT_TEMPLATES and not path.is_file():
         source = (_FOLDER / f"{known}.jinja").read_text(encoding="utf-8")
         return "{{- bos_token }}" + source if _puts_bos_before(tokenizer) else source
     if not path.is_file():
+        if path.is_dir():
+            raise OptionError(
+                f"chat_template: {path}: expected a file, found a folder; name the file in it that holds the template, such "
+                "as chat_template.jinja or tokenizer_config.json"
+            )
+        near = difflib.get_close_matches(known, CHAT_TEMPLATES, n=1)
         raise OptionError(
             f"chat_template: expected a file or one of {', '.join(CHAT_TEMPLATES)}, found {str(name)!r}, which is neither"
+            f"{f'; did you mean {near[0]}?' if near else ''}"
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise OptionError(
             f"chat_template: {path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}"
@@ -74,6 +86,10 @@ def _from_json(path: Path, text: str) -> str:
     except ValueError as error:
         raise OptionError(f"chat_template: {path}: expected a Jinja program or JSON, found neither: {error}") from error
     source = values.get("chat_template") if isinstance(values, dict) else None
+    if isinstance(source, list):
+        source = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
+    if isinstance(source, dict):
+        source = source.get("default")
     if not isinstance(source, str):
         raise OptionError(f"chat_template: {path}: expected a text under chat_template, found {type(source).__name__}")
     return source

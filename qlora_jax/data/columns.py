@@ -7,6 +7,7 @@ Only the columns that are given are renamed; all others keep their names. A ques
 """
 
 import difflib
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,21 @@ from qlora_jax.errors import DataError, OptionError
 __all__ = ["NO_COLUMNS", "ColumnNames", "nearest_schema"]
 
 # Names of questions, of answers and of lists of messages in data sets, to suggest the column that is meant.
-QUESTIONS = ("question", "prompt", "instruction", "input", "query", "source", "context", "user", "human", "problem", "text")
+QUESTIONS = (
+    "question",
+    "prompt",
+    "instruction",
+    "input",
+    "query",
+    "source",
+    "context",
+    "user",
+    "human",
+    "problem",
+    "text",
+    "article",
+    "document",
+)
 ANSWERS = (
     "answer",
     "completion",
@@ -29,6 +44,7 @@ ANSWERS = (
     "assistant",
     "gpt",
     "summary",
+    "highlight",
 )
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns", "history")
 _MOST_NEAREST = 2  # how many schemas a message names
@@ -93,7 +109,10 @@ class ColumnNames:
         required = self.required
         for ours, theirs in self.pairs:
             if theirs not in row and ours in required:
-                raise DataError(f"expected the column {theirs!r} (--columns {ours}={theirs}), found {sorted(map(str, row))}")
+                raise DataError(
+                    f"expected the column {theirs!r} (--columns {ours}={theirs}), found {sorted(map(str, row))}"
+                    f"{_meant(ours, theirs, row)}"
+                )
         theirs_names, renamed = {theirs for _, theirs in found}, {ours: row[theirs] for ours, theirs in found}
         for name, value in row.items():
             if name not in theirs_names:
@@ -113,9 +132,13 @@ class ColumnNames:
         found = set(columns)
         for ours, theirs in self.pairs:
             if theirs not in found:
-                near = difflib.get_close_matches(theirs, found, n=1)
-                hint = f"; did you mean {ours}={near[0]}?" if near else ""
+                hint = _meant(ours, theirs, found)
                 raise OptionError(f"columns {ours}={theirs}: expected a column of the data, found {sorted(found)}{hint}")
+
+
+def _meant(ours: str, theirs: str, columns: Iterable[str]) -> str:
+    near = difflib.get_close_matches(theirs, map(str, columns), n=1)
+    return f"; did you mean {ours}={near[0]}?" if near else ""
 
 
 NO_COLUMNS = ColumnNames()
@@ -135,16 +158,23 @@ def nearest_schema(found: Collection[str], schemas: Mapping[str, Collection[str]
             if column in found:
                 continue
             like = next((names for names in _alike(column) if column in names), ())
-            candidates = [name for name in like if name in free] or difflib.get_close_matches(column, free, n=1)
+            plain = {_plain(name): name for name in reversed(free)}
+            candidates = [plain[name] for name in like if name in plain] or difflib.get_close_matches(column, free, n=1)
             if candidates:
                 free.remove(candidates[0])
-            given.append(f"{column}={candidates[0]}" if candidates else "")
+            given.append(shlex.quote(f"{column}={candidates[0]}") if candidates else "")
         if given and "" not in given:
             near[name] = len(columns) - len(given), given
     most = max((own for own, _ in near.values()), default=0)
     nearest = [f"{name} (--columns {' '.join(given)})" for name, (own, given) in near.items() if own == most]
     nearest.sort(key=lambda text: not text.startswith("question/answer"))  # the one that fits most data, of several
     return f"the nearest: {', '.join(nearest[:_MOST_NEAREST])}" if nearest else ""
+
+
+def _plain(name: object) -> str:
+    """Return the name of a column in lower case and in the singular, as in the lists of names."""
+    name = str(name).lower()
+    return name if name in CONVERSATIONS else name.removesuffix("s")
 
 
 def _alike(column: str) -> list[tuple[str, ...]]:

@@ -6,8 +6,8 @@ record that is only too long, or that has nothing to learn, is counted.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field, fields
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -95,7 +95,12 @@ class NothingToLearn(DataError):
     """No record has anything to learn; `report` contains the reasons."""
 
     def __init__(self, report: Report) -> None:
-        super().__init__(f"records: expected at least one row with something to learn, found none: {report}")
+        ways_out = {
+            "train_on_source learns prompts too": report.without_answer > 0,
+            "raise max_length if the answers are not empty": report.without_target > report.without_answer,
+        }
+        hints = "".join(f"; {way_out}" for way_out, helps in ways_out.items() if helps)
+        super().__init__(f"records: expected at least one row with something to learn, found none: {report}{hints}")
         self.report = report
 
 
@@ -163,7 +168,8 @@ def encode_all(
                 results = list(islice(encoded, len(parts)))
                 ids = [example.tokens for result in results for example in result.examples]
                 if tally.attempt(number, check_ids, np.concatenate([*ids, [0]]), tokenizer, vocabulary):
-                    examples += totals.kept(number, results, on_long, limits)
+                    made = totals.kept(number, results, on_long, limits)
+                    examples += [replace(one, conversation=number) for one in made] if len(parts) > 1 else made
             totals.counts["rows"] += len(chunk)
             bar.update(len(chunk))
     report = totals.report(examples, limits, tally.account())
@@ -273,28 +279,39 @@ def _has_target(record: Record) -> bool:
 
 
 def train_eval_split(
-    examples: Sequence[T], *, eval_fraction: float | None = None, eval_count: int | None = None, seed: int = 0
+    examples: Sequence[T],
+    *,
+    eval_fraction: float | None = None,
+    eval_count: int | None = None,
+    seed: int = 0,
+    groups: Sequence[Hashable] | None = None,
 ) -> tuple[list[T], list[T]]:
     """Return (training examples, held-out examples), both in the given order.
 
-    Only the seed and the number of examples determine which ones are held out.
+    Only the seed and the number of groups determine which ones are held out.
 
     Args:
         examples: the examples to split.
-        eval_fraction: the share of held-out examples.
-        eval_count: the number of held-out examples; exactly one of the two is given.
+        eval_fraction: the share of held-out groups.
+        eval_count: the number of held-out groups; exactly one of the two is given.
         seed: seed of the random choice.
+        groups: the group of each example; examples of one group are all on the same side. None: each is its own group.
 
     Raises:
         OptionError: both or none of eval_fraction and eval_count are given.
-        DataError: no example would be held out, or none would remain.
+        DataError: no group would be held out, or none would remain.
     """
     if (eval_fraction is None) == (eval_count is None):
         raise OptionError(f"expected one of eval_fraction and eval_count, found {eval_fraction} and {eval_count}")
-    count = eval_count if eval_count is not None else round(len(examples) * (eval_fraction or 0.0))
-    if not 0 < count < len(examples):
+    keys = range(len(examples)) if groups is None else groups
+    distinct = list(dict.fromkeys(keys))
+    count = eval_count if eval_count is not None else round(len(distinct) * (eval_fraction or 0.0))
+    if not 0 < count < len(distinct):
         asked = f"eval_count {eval_count}" if eval_fraction is None else f"eval_fraction {eval_fraction}"
-        raise DataError(f"{asked}: expected at least 1 of {len(examples)} examples on both sides, found {count} held out")
-    held_out = set(np.random.default_rng(seed).permutation(len(examples))[:count].tolist())
-    train = [example for index, example in enumerate(examples) if index not in held_out]
-    return train, [examples[index] for index in sorted(held_out)]
+        what = "examples" if len(distinct) == len(examples) else "conversations and texts"
+        raise DataError(f"{asked}: expected at least 1 of {len(distinct)} {what} on both sides, found {count} held out")
+    held_out = {distinct[index] for index in np.random.default_rng(seed).permutation(len(distinct))[:count].tolist()}
+    sides: tuple[list[T], list[T]] = ([], [])
+    for example, key in zip(examples, keys, strict=True):
+        sides[key in held_out].append(example)
+    return sides

@@ -25,15 +25,24 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import numpy as np
+
 from qlora_jax.data.file_input import DamagedRow, Input, Row, RowOrDamage, not_utf8
 from qlora_jax.data.json_files import read_json
-from qlora_jax.data.values import table_row
+from qlora_jax.data.values import WrittenFloat, table_row
 from qlora_jax.errors import DataError
 
 __all__ = ["EXTENSIONS", "DamagedRow", "Row", "RowOrDamage", "file_kind", "read_file"]
 
 _FIRST_BYTES = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ", ".zst": b"\x28\xb5\x2f\xfd"}
 _COMPRESSIONS = tuple(_FIRST_BYTES)
+# How files start that stand in the place of data after a download that failed.
+_NO_DATA = {
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself, for example with git lfs pull",
+    b"<!doctype html": "a web page; download the file itself",
+    b"<html": "a web page; download the file itself",
+}
+_SEPARATORS = (";", "\t", "|")  # of files that are called CSV nevertheless
 _PARQUET_ROWS = 1000  # rows that are converted at a time
 
 
@@ -62,7 +71,7 @@ def read_file(path: Path, *, skip: int = 0, notes: list[str] | None = None) -> I
         found = path.suffix.lower() or "none"
         raise DataError(
             f"{path}: expected one of the extensions {', '.join(EXTENSIONS)}, perhaps with {', '.join(_COMPRESSIONS)} "
-            f"after it, found {found!r}"
+            f"after it, found {found!r}; rename the file if it has one of these forms, or convert it"
         )
     with _opened(path) as file:
         yield from _READERS[kind](Input(path, file, kind, skip, [] if notes is None else notes))
@@ -72,7 +81,11 @@ def read_file(path: Path, *, skip: int = 0, notes: list[str] | None = None) -> I
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """Open a file, decompressed if its first bytes say so, and name it in the errors of decompression."""
     with path.open("rb") as file:
-        start = file.read(6)
+        start = file.read(40)
+    text = start.lstrip(b"\xef\xbb\xbf \r\n").lower()
+    found = next((found for first, found in _NO_DATA.items() if text.startswith(first)), None)
+    if found is not None and file_kind(path) != ".txt":  # whose lines may be of any kind
+        raise DataError(f"{path}: expected data, found {found}")
     compression = next((name for name, first in _FIRST_BYTES.items() if start.startswith(first)), "")
     try:
         if compression == ".zst":
@@ -103,7 +116,7 @@ def _read_delimited(separator: str) -> Callable[[Input], Iterator[RowOrDamage]]:
         if first is None:
             return
         # Spreadsheets of many languages separate by semicolons, and call that CSV.
-        others = [other for other in (";", "\t") if other in first[1] and separator not in first[1]]
+        others = [other for other in _SEPARATORS if other in first[1] and separator not in first[1]]
         # Line ends are added again, because inside quotes they belong to the field.
         lines = (line + "\n" for _, line in chain([first], numbered))
         reader = csv.reader(lines, delimiter=others[0] if others else separator, strict=True)
@@ -133,15 +146,23 @@ def _rows_of_table(path: Path, reader: Any, before: int) -> Iterator[RowOrDamage
         if not fields:
             continue
         if not header:
-            # pandas writes its index as a first column without a name.
-            header = ["(index)", *fields[1:]] if fields[0] == "" and len(fields) > 1 else fields
-            if len(set(header)) < len(header) or "" in header:
-                raise DataError(f"{path}, line 1: expected one name for each column, found {header}")
+            header = _header(fields)
+            if len(set(header)) < len(header):
+                twice = next(name for name in header if header.count(name) > 1)
+                raise DataError(f"{path}, line 1: expected one name for each column, found {twice!r} twice in {header}")
         elif len(fields) != len(header):
             place = f"{path.name}, line {reader.line_num + before}"
             yield DamagedRow(f"{place}: expected {len(header)} fields ({', '.join(header)}), found {len(fields)}")
         else:
             yield dict(zip(header, fields, strict=True))
+
+
+def _header(fields: list[str]) -> list[str]:
+    """Return the names of columns. Spreadsheets leave names out, and pandas that of its index, which is the first column."""
+    names = [field.strip() for field in fields]
+    if len(names) > 1 and names[0] == "":
+        names[0] = "(index)"
+    return [name or f"(column {number})" for number, name in enumerate(names, start=1)]
 
 
 def _read_text(source: Input) -> Iterator[RowOrDamage]:
@@ -172,12 +193,21 @@ def _read_parquet(source: Input) -> Iterator[RowOrDamage]:
             else:
                 groups.append(group)
         batches = table.iter_batches(batch_size=_PARQUET_ROWS, row_groups=groups) if groups else []
-        rows_of_all: Iterable[Row] = (row for batch in batches for row in batch.to_pylist())
+        short = [field.name for field in table.schema_arrow if field.type in (pyarrow.float16(), pyarrow.float32())]
+        rows_of_all: Iterable[Row] = (_with_short_floats(row, short) for batch in batches for row in batch.to_pylist())
         yield from (table_row(row) for row in islice(rows_of_all, skip, None))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{source.path}: expected a whole Parquet file, found: {error}") from error
+
+
+def _with_short_floats(row: Row, columns: list[str]) -> Row:
+    """Return the row with the digits that a number of single precision needs: 0.1 in place of 0.10000000149011612."""
+    for name in columns:
+        if row[name] is not None and np.isfinite(row[name]):
+            row[name] = WrittenFloat(str(np.float32(row[name])))
+    return row
 
 
 _READERS: dict[str, Callable[[Input], Iterator[RowOrDamage]]] = {

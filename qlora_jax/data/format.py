@@ -52,6 +52,7 @@ class Example:
 
     tokens: np.ndarray  # int32 [n]
     loss_mask: np.ndarray  # bool [n], False at 0
+    conversation: int | None = None  # the number of its record, if other examples have turns of the same conversation
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -265,7 +266,7 @@ def _closed(
     learned = np.flatnonzero(kinds == ANSWER)
     if record.ends_in_answer and len(learned):
         end = int(learned[-1]) + 1
-    elif train_on_source and not len(learned) and len(tokens):
+    elif train_on_source and len(tokens) and not len(learned) and not (kinds == EXCLUDED).any():
         end = len(tokens)
     else:
         return tokens, kinds

@@ -116,7 +116,7 @@ def _rows_of_object(value: Row, source: Input) -> list[Any]:
     # A list of messages makes the object a row; a list of rows, the object a box around them.
     held = {name: part for name, part in held.items() if not any(_is_message(row) for row in part)}
     if held:
-        name = max(held, key=lambda name: len(held[name]))
+        name = "train" if "train" in held else max(held, key=lambda name: len(held[name]))
         if others := [other for other in value if other != name]:
             source.notes.append(f"of {source.path.name} only {name!r} is read, not {', '.join(map(repr, others))}")
         return held[name]

@@ -2,7 +2,7 @@
 
     {"role": "user", "content": "Hi"}                       OpenAI
     {"from": "human", "value": "Hi"}                        ShareGPT; also every other pair of the keys below
-    {"role": "user", "content": [{"type": "text", …}]}      the texts of the parts, joined
+    {"role": "user", "content": [{"type": "text", …}]}      the texts of the parts, joined; for other parts see parts.py
     {"role": "assistant", "content": null,                  content becomes ""; arguments, which are JSON text, become an
      "tool_calls": [{"function": {"name", "arguments"}}]}   object, as templates expect
     {"role": "assistant", "function_call": {…}}             a tool call; a message of the role `function` is its result
@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qlora_jax.data.parts import split_parts
 from qlora_jax.data.values import checked_text, described, from_json
 from qlora_jax.errors import DataError
 
@@ -30,6 +31,7 @@ __all__ = [
     "checked_messages",
     "checked_text",
     "checked_tools",
+    "content_text",
     "for_template",
     "is_answer",
     "not_learned",
@@ -72,7 +74,11 @@ def checked_messages(value: object, column: str) -> tuple[Message, ...]:
         value = [value]
     if not isinstance(value, list | tuple):
         raise DataError(f"column {column!r}: expected a list of messages, found {described(value)}")
-    return tuple(_checked_message(message, f"column {column!r}, message {index}") for index, message in enumerate(value))
+    return tuple(
+        _checked_message(part, f"column {column!r}, message {index}")
+        for index, message in enumerate(value)
+        for part in (split_parts(message, _content_key(message)) if isinstance(message, Mapping) else [message])
+    )
 
 
 def checked_tools(value: object, column: str = "tools") -> tuple[Any, ...]:
@@ -81,7 +87,7 @@ def checked_tools(value: object, column: str = "tools") -> tuple[Any, ...]:
     Raises:
         DataError: the value is not a list of objects.
     """
-    tools = from_json(value, f"column {column!r}") if isinstance(value, str) and value.strip() else value or []
+    tools = (from_json(value, f"column {column!r}") if isinstance(value, str) and value.strip() else value) or []
     if isinstance(tools, Mapping):
         tools = [tools]
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
@@ -89,7 +95,15 @@ def checked_tools(value: object, column: str = "tools") -> tuple[Any, ...]:
     for index, tool in enumerate(tools):
         if not isinstance(tool.get("function", {}), Mapping):
             raise DataError(f"column {column!r}, tool {index}, function: expected an object, found {tool['function']!r:.60}")
-    return tuple(dict(tool) for tool in tools)
+    return tuple(_tool(tool) for tool in tools)
+
+
+def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tool in the form that templates read; Anthropic's has its parameters under `input_schema`."""
+    if "input_schema" not in tool or "function" in tool:
+        return dict(tool)
+    function = {name: part for name, part in tool.items() if name in ("name", "description")}
+    return {"type": "function", "function": function | {"parameters": tool["input_schema"]}}
 
 
 def called_names(message: Message) -> list[str]:
@@ -130,6 +144,10 @@ def unread_keys(messages: Sequence[Message], tokenizer: Any, *, chat: bool) -> s
     return unread - set(REASONING_KEYS) if read else unread
 
 
+def _content_key(message: Mapping[Any, Any]) -> str:
+    return next((key for key in CONTENT_KEYS if message.get(key) is not None), CONTENT_KEYS[0])
+
+
 def _checked_message(value: object, place: str) -> Message:
     if not isinstance(value, Mapping):
         raise DataError(f"{place}: expected an object with role and content, found {described(value)}")
@@ -153,7 +171,7 @@ def _checked_message(value: object, place: str) -> Message:
                 "",
             )
         else:
-            content = _content(content, role, f"{place}, {content_key}")
+            content = content_text(content, f"{place}, {content_key}", of_tool=role == "tool")
     if "tool_call_id" in parts:
         parts["tool_call_id"] = checked_text(parts["tool_call_id"], f"{place}, tool_call_id")
     learned = _is_learned(parts, role, place)
@@ -189,15 +207,19 @@ def _is_learned(parts: dict[str, Any], role: str, place: str) -> bool:
     return learned or role != "assistant"
 
 
-def _content(value: object, role: str, place: str) -> str:
-    """Return the text of a content; what a tool returns may be any JSON value."""
+def content_text(value: object, place: str, *, of_tool: bool = False) -> str:
+    """Return the text of a content: a text, a list of parts of text, or, if a tool returned it, any JSON value.
+
+    Raises:
+        DataError: a value of another kind; the message starts with `place`.
+    """
     if isinstance(value, Mapping) and isinstance(value.get("parts"), list | tuple):
         value = value["parts"]
     elif _is_part(value):
         value = [value]
-    if isinstance(value, list | tuple) and value and (role != "tool" or all(map(_is_part, value))):
+    if isinstance(value, list | tuple) and value and (not of_tool or all(map(_is_part, value))):
         return "".join(_text_of_part(part, f"{place}, part {index}") for index, part in enumerate(value))
-    if role == "tool" and isinstance(value, Mapping | list | tuple):
+    if of_tool and isinstance(value, Mapping | list | tuple):
         return json.dumps(value, ensure_ascii=False, default=str)
     return checked_text(value, place)
 

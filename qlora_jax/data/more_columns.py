@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_jax.data.messages import Message, checked_messages, checked_text, checked_tools
+from qlora_jax.data.messages import Message, checked_messages, checked_text, checked_tools, content_text
 from qlora_jax.data.values import from_json
 from qlora_jax.errors import DataError
 
@@ -53,7 +53,7 @@ def tools_of(row: Row) -> tuple[Any, ...]:
 
 def with_system(row: Row, messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """Return the messages after the system message of a column, if there is one."""
-    texts = {text: name for name in SYSTEM_COLUMNS if name in row and (text := column_text(row, name))}
+    texts = {text: name for name in SYSTEM_COLUMNS if name in row and (text := content_text(row[name], f"column {name!r}"))}
     if not texts:
         return messages
     if len(texts) > 1:

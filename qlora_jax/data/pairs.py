@@ -3,6 +3,7 @@
     columns                        contents of a pair
     prompt, chosen, rejected       three texts, joined as they are; or messages and two lists of messages
     question, chosen, rejected     a question (also instruction and input, with context) and two answers
+    conversations, chosen, …       (LLaMA-Factory) the messages before two answers; also messages
     chosen, rejected               two texts `\\n\\nHuman: … \\n\\nAssistant: …` (hh-rlhf); two other texts, without a
                                    prompt; or two lists of messages
 
@@ -30,9 +31,18 @@ __all__ = ["PREFERENCE_COLUMNS", "Pair", "parse_pair", "split_dialogue"]
 PREFERENCE_COLUMNS = ("chosen", "rejected")
 # Columns that hold the prompt; of several, the first one is used.
 _PROMPTS = ("prompt", "question", "instruction")
-_USED = {*PREFERENCE_COLUMNS, *_PROMPTS, "input", "context", *MORE}
-_TURN = re.compile(r"\n\n(Human|Assistant):")
+# Columns that hold the prompt where none of those is there, and the answers are no whole conversations.
+_OTHER_PROMPTS = ("input", "conversations", "messages")
+_CONTEXTS = ("input", "context")
+_USED = {*PREFERENCE_COLUMNS, *_PROMPTS, *_OTHER_PROMPTS, *_CONTEXTS, *MORE}
+_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+# The columns of which a prompt is joined, by the one that holds it.
+_PARTS = {
+    "question": ("context", "question"),
+    "instruction": ("instruction", "input", "context"),
+    "input": ("context", "input"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,20 +66,22 @@ def parse_pair(row: Any, template: Template) -> Pair:
     present = present_columns(row)
     if not present.keys() >= set(PREFERENCE_COLUMNS):
         near = nearest_schema(present, {"preference pairs": PREFERENCE_COLUMNS})
-        raise DataError(
-            f"expected the columns chosen and rejected, found {sorted(map(str, present))}{f'; {near}' if near else ''}"
-        )
-    column = next((name for name in _PROMPTS if name in present), None)
-    unused = tuple(name for name, value in present.items() if name not in _USED and value not in ("", [], {}))
-    unused += tuple(name for name in _PROMPTS if name in present and name != column)
-    more = {"question": ("context",), "instruction": ("input", "context")}.get(column or "", ())
-    unused += tuple(name for name in ("input", "context") if present.get(name) and name not in more)
-    before, tools = earlier_messages(present), tools_of(present)
+        way_out = near or "--columns OURS=THEIRS renames columns; single answers are learned without --objective dpo"
+        raise DataError(f"expected the columns chosen and rejected, found {sorted(map(str, present))}; {way_out}")
     answers = [present[name] for name in PREFERENCE_COLUMNS]
+    column = _prompt_column(present, answers)
+    more = _PARTS.get(column or "", ())
+    unused = tuple(
+        name
+        for name, value in present.items()
+        if value not in ("", [], {})
+        and (name not in _USED or (name in (*_PROMPTS, *_OTHER_PROMPTS, *_CONTEXTS) and name not in (column, *more)))
+    )
+    before, tools = earlier_messages(present), tools_of(present)
     texts = all(_is_text(value) for value in answers)
     if texts and column == "prompt" and template in ("auto", "plain") and not before and not tools:
         prompt = present["prompt"]
-        if _is_text(prompt) and not _TURN.match(str(prompt)):
+        if _is_text(prompt) and not _is_dialogue(str(prompt)):
             chosen, rejected = ((_answer(column_text(present, name)),) for name in PREFERENCE_COLUMNS)
             _check_different(chosen, rejected)
             return Pair((), chosen, rejected, before=column_text(present, "prompt"), unused=unused)
@@ -77,6 +89,27 @@ def parse_pair(row: Any, template: Template) -> Pair:
     chosen, rejected = ((*before, *_conversation(present, name, asked)) for name in PREFERENCE_COLUMNS)
     same = _first_difference(chosen, rejected)
     return Pair(chosen[:same], chosen[same:], rejected[same:], tools, unused=unused)
+
+
+def _prompt_column(row: Mapping[str, Any], answers: Sequence[Any]) -> str | None:
+    """Return the column that holds the prompt; None if there is none beside the answers."""
+    if (column := next((name for name in _PROMPTS if name in row), None)) is not None:
+        return column
+    if any(map(_is_whole, PREFERENCE_COLUMNS, answers)):
+        return None
+    return next((name for name in _OTHER_PROMPTS if row.get(name) not in (None, "", [])), None)
+
+
+def _is_whole(column: str, answer: Any) -> bool:
+    """Return whether an answer is a whole conversation, with its questions: a dialogue, or a list that starts with one."""
+    if isinstance(answer, list | tuple) and answer and isinstance(answer[0], Mapping):
+        return checked_messages(answer[:1], column)[0]["role"] != "assistant"
+    return isinstance(answer, str) and _is_dialogue(answer)
+
+
+def _is_dialogue(text: str) -> bool:
+    """Return whether a text is a dialogue in the form of hh-rlhf; the line ends before its first turn may be missing."""
+    return text.startswith(("\n\nHuman:", "\n\nAssistant:")) or (text.startswith("Human:") and "\n\nAssistant:" in text)
 
 
 def _is_text(value: object) -> bool:
@@ -117,9 +150,8 @@ def _prompt(row: Mapping[str, Any], column: str | None) -> tuple[Message, ...]:
     if not _is_text(row[column]):
         return checked_messages(row[column], column)
     column_text(row, column)
-    parts = {"question": ("context", "question"), "instruction": ("instruction", "input", "context")}
-    text = joined_texts(row, *parts.get(column, (column,)))
-    if not _TURN.match(text):
+    text = joined_texts(row, *_PARTS.get(column, (column,)))
+    if not _is_dialogue(text):
         return ({"role": "user", "content": text},)
     turns = split_dialogue(text)
     # `\n\nAssistant:` with nothing after it is only the header of the answer.
@@ -131,7 +163,7 @@ def _conversation(row: Mapping[str, Any], column: str, before: tuple[Message, ..
     value = row[column]
     if _is_text(value):
         text = column_text(row, column)
-        return split_dialogue(text) if not before and _TURN.match(text) else (*before, _answer(text))
+        return split_dialogue(text) if not before and _is_dialogue(text) else (*before, _answer(text))
     messages = checked_messages(value, column)
     if not messages or messages[0]["role"] == "assistant":
         return (*before, *messages)

@@ -24,10 +24,11 @@ from qlora_jax.errors import DataError, list_names
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Rows", "load_hub_records", "load_records", "open_rows", "rows_of_table", "stream_records"]
+__all__ = ["Rows", "check_local", "load_hub_records", "load_records", "open_rows", "rows_of_table", "stream_records"]
 
 # A hub id is `name` or `owner/name`; a text with more slashes is a path.
 HUB_NAME = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
+_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".zip", ".arrow", ".xlsx")  # of names of files, whatever is in them
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,11 @@ def stream_records(source: str, split: str | None = None) -> RowStream:
             if file_kind(file) is None:
                 next(read_file(file))  # which raises the error
         return FileStream(files)
-    if _looks_like_a_path(source) or path.is_dir():
-        found = "a folder that is read by `datasets`" if path.is_dir() else "nothing"
+    if path.is_dir():
         raise FileNotFoundError(
-            f"{source}: expected with streaming a file, a folder or a hub data set, found {found} at {path.absolute()}"
+            f"{source}: expected with streaming a file, another folder or a hub id, found a folder that `datasets` reads"
         )
+    check_local(source)
     return HubStream(_load(source, split, _hub_place(source), streaming=True))
 
 
@@ -158,7 +159,7 @@ def _rows_of_files(splits: dict[str, list[Path]], split: str, place: str) -> Row
         found = ReadInstruction.from_spec(split).to_absolute(lengths)
     except (ValueError, AssertionError) as error:
         known = f"; the folder has the splits {', '.join(splits)}" if len(splits) > 1 or "train" not in splits else ""
-        raise DataError(f"{place}: cannot be loaded with split {split!r}: {error}{known}") from error
+        raise DataError(f"{place}: cannot be loaded with split {split!r}: {str(error).rstrip('.')}{known}") from error
     kept = tuple(range(firsts[one.splitname] + one.from_, firsts[one.splitname] + one.to) for one in found)
     files = [file for name in named for file in splits[name]]
     return Rows(
@@ -219,9 +220,21 @@ def _load_table(source: str, path: Path, split: str) -> "Dataset":
         raise DataError(
             f"{source}: expected a regular file or a folder, found a pipe or a device; copy its contents into a file"
         )
-    if _looks_like_a_path(source):
-        raise FileNotFoundError(f"{source}: expected a data file or a folder, found nothing at {path.absolute()}")
+    check_local(source)
     return _load(source, split, _hub_place(source))
+
+
+def check_local(source: str) -> None:
+    """Raise FileNotFoundError for a source that cannot be the id of a hub data set, and is no file or folder either."""
+    path = Path(source).expanduser()
+    if path.exists() or not _looks_like_a_path(source):
+        return
+    if address := re.match(r"\w{2,}://(?:huggingface\.co/datasets/([\w.\-]+/[\w.\-]+))?", source):
+        hint = f"; {address[1]} is the id of a hub data set" if address[1] else ""
+        raise FileNotFoundError(
+            f"{source}: expected a file, a folder or an id of the hub, found an address; download the file first{hint}"
+        )
+    raise FileNotFoundError(f"{source}: expected a data file or a folder, found nothing at {path.absolute()}")
 
 
 def _hub_place(source: str) -> str:
@@ -229,7 +242,8 @@ def _hub_place(source: str) -> str:
 
 
 def _looks_like_a_path(source: str) -> bool:
-    return file_kind(Path(source)) is not None or source.startswith((os.sep, ".", "~")) or HUB_NAME.fullmatch(source) is None
+    named = file_kind(Path(source)) is not None or Path(source).suffix.lower() in _ENDINGS
+    return named or source.startswith((os.sep, ".", "~")) or HUB_NAME.fullmatch(source) is None
 
 
 def _load(reader: str, split: str, place: str, saved: bool = False, **options: Any) -> Any:

@@ -88,7 +88,7 @@ def render(
 
 def _render_chat(index: int, record: Record, tokenizer: "PreTrainedTokenizerBase") -> tuple[Rendered, ...]:
     if not record.messages:
-        found = "a text without turns" if "text" in record.fields else "no messages"
+        found = "a text without turns; choose auto or plain" if "text" in record.fields else "no messages"
         raise CannotRender(index, f"template 'chat': expected a conversation, found {found}")
     check_has_template(tokenizer)
 
@@ -163,10 +163,11 @@ def join_guanaco(messages: Sequence[Message]) -> Piece:
 
 def render_alpaca(record: Record) -> Rendered:
     if "instruction" in record.fields:
-        instruction, extra, answer = (record.fields.get(name, "") for name in ("instruction", "input", "output"))
+        instruction, extra, text = (record.fields.get(name, "") for name in ("instruction", "input", "output"))
+        answer = _learned(text)
     else:
         (instruction, answer), extra = _one_exchange(record, "alpaca"), ""
-    return Rendered((Piece(alpaca_prompt(instruction, extra)), _learned(answer)), "alpaca", True)
+    return Rendered((Piece(alpaca_prompt(instruction, extra)), answer), "alpaca", bool(answer.answers))
 
 
 def alpaca_prompt(instruction: str, extra: str = "") -> str:
@@ -178,7 +179,7 @@ def render_plain(record: Record) -> Rendered:
     if "text" in record.fields:
         return Rendered((_learned(record.fields["text"]),), "plain", True)
     question, answer = _one_exchange(record, "plain")
-    return Rendered((Piece(question), _learned(answer)), "plain", True)
+    return Rendered((Piece(question), answer), "plain", bool(answer.answers))
 
 
 _RENDERERS: dict[str, Callable[[Record], Rendered]] = {
@@ -192,9 +193,14 @@ def _learned(text: str) -> Piece:
     return Piece(text, ((0, len(text)),))
 
 
-def _one_exchange(record: Record, template: str) -> tuple[str, str]:
+def _one_exchange(record: Record, template: str) -> tuple[str, Piece]:
+    """Return a question and its answer, which may be one that is not learned."""
     roles = [message["role"] for message in record.messages]
     if roles != ["user", "assistant"]:
         found = ", ".join(roles) or "a text without turns"
-        raise DataError(f"template {template!r}: expected one user message and one answer, found {found}")
-    return record.messages[0]["content"], record.messages[1]["content"]
+        raise DataError(
+            f"template {template!r}: expected one user message and one answer, found {found}; choose chat or guanaco"
+        )
+    question, answer = record.messages
+    text = answer["content"]
+    return question["content"], _learned(text) if is_answer(answer) else Piece(text, excluded=((0, len(text)),))

@@ -122,8 +122,8 @@ def detect_schema(columns: Iterable[str]) -> str:
             "preference pairs (chosen, rejected): expected one answer to learn, found two; --objective dpo learns from pairs"
         )
     near = nearest_schema(found, {name: schema.columns for name, schema in SCHEMAS.items()})
-    known = "; ".join(f"{name}: {', '.join(schema.columns)}" for name, schema in SCHEMAS.items())
-    way_out = near or f"expected all those of one of: {known} (--columns OURS=THEIRS renames columns)"
+    known = "; ".join(", ".join(schema.columns) for schema in SCHEMAS.values())
+    way_out = near or f"--columns OURS=THEIRS renames columns; expected all those of one of: {known}"
     raise DataError(f"unknown schema: found the columns {sorted(map(str, found))}; {way_out}")
 
 

@@ -63,7 +63,7 @@ def encode_seq2seq(
         if limit is not None and limit < 1:
             raise DataError(f"longest source or target: expected at least 1 token, found {limit}")
         tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
-        return np.asarray([*tokens, eos], np.int32)
+        return np.asarray(tokens if tokens[-1:] == [eos] else [*tokens, eos], np.int32)
 
     whole = Seq2SeqExample(encode(source, max_source_length), encode(target, max_target_length))
     return _cut(whole, max_source_length, max_target_length)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from qlora_jax.errors import DataError
 from qlora_jax.models import Model, linear_mappings
-from qlora_jax.nn import AdapterConstant, Linear, WeightConstant
+from qlora_jax.nn import AdapterConstant, Linear, WeightConstant, abstract_module
 from qlora_jax.peft import LoRA, LowRankAdapter
 from qlora_jax.peft.eva import EVA, InputStatistics, converged, tokens_seen, unit_directions
 from qlora_jax.train import LossFunction
@@ -51,7 +51,7 @@ def start_from_inputs(
         ValueError: the rank is higher than the number of a layer's inputs.
     """
     collection = EVA(lora)  # pyright: ignore[reportAbstractUsage]  # not a whole method: it has what models ask for
-    graph, watches, _ = nnx.split(nnx.eval_shape(lambda: build(collection)), nnx.LoRAParam, ...)
+    graph, watches, _ = nnx.split(abstract_module(lambda: build(collection)), nnx.LoRAParam, ...)
     watches = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), watches)
     _, _, _, frozen = nnx.split(model, nnx.LoRAParam, (AdapterConstant, WeightConstant), ...)
 

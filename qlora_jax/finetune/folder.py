@@ -18,7 +18,7 @@ import jax
 
 from qlora_jax.checkpoint.whole_folder import remove_abandoned, temporary_folder
 from qlora_jax.cli import to_dict
-from qlora_jax.errors import OptionError
+from qlora_jax.errors import OptionError, shortened
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.options.run import RunOptions
 from qlora_jax.renamed_options import replace_old_names
@@ -31,16 +31,18 @@ _LOGS = ("metrics.jsonl", "samples.jsonl")
 _WRITTEN = (*_LOGS, RECORD, "loss.png", "eval_results.json")
 _TEMPORARY = tuple(f".{name}.writing" for name in _WRITTEN)  # one run at a time writes them (lock.py)
 _OWN = ("adapter", "model", "best", CHECKPOINTS, *_LOGS, "tensorboard", "wandb", "eval_results.json", "loss.png", COMPLETED)
-# What may be another in a run that resumes: how it goes on, how long it is, and how the rows of a step are split.
+# What may be another in a run that resumes: how it goes on and is saved, its length, and how the rows of a step are split.
 _FREE = {
     "run": (
         *("output", "overwrite", "samples", "keep", "save_every", "memory_check"),
         *("epochs", "max_steps", "batch_size", "accumulation_steps"),
     ),
     "data": ("show_examples",),
+    "tuning": ("save_dtype",),
     "watch": ("mmlu_every", "mmlu_batch_size", "sample_every", "report_to", "push_to_hub", "hub_private"),
 }
 _ROWS = "rows_of_step"  # recorded in the group "run"
+_HELD_OUT = ("held_out_data", "checksum")  # a group and a key of the record, beside the options
 
 
 def claim(options: Options) -> None:
@@ -90,10 +92,14 @@ def is_finished(folder: Path) -> bool:
     )
 
 
-def start(options: Options) -> None:
+def start(options: Options, held_out_checksum: int) -> None:
     """Begin the run in its folder, or go on: with --overwrite delete the files of the run before, and write the record.
 
     The caller holds the lock of the folder: what a killed run left there half written is removed.
+
+    Args:
+        options: the options of the run.
+        held_out_checksum: the checksum of its held-out examples.
     """
     folder = options.run.output
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +113,15 @@ def start(options: Options) -> None:
                     (folder / name).rename(removed / name)
     for name in (*_TEMPORARY, COMPLETED):  # a run that goes on is not completed
         (folder / name).unlink(missing_ok=True)
-    replace_file(folder / RECORD, json.dumps(record_of(options), indent=2) + "\n")
+    group, key = _HELD_OUT
+    record = record_of(options) | {group: {key: held_out_checksum}}
+    replace_file(folder / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def recorded_held_out(folder: Path) -> int | None:
+    """Return the checksum of the held-out examples of the run in a folder; None if an earlier version recorded it."""
+    group, key = _HELD_OUT
+    return _read(folder / RECORD).get(group, {}).get(key)
 
 
 def complete(options: Options) -> None:
@@ -151,7 +165,7 @@ def _differences(before: dict[str, dict[str, Any]], options: Options) -> list[st
     """Return the options that decide the result of a run, however its steps are split, and are others than recorded."""
     now, defaults = to_dict(options), to_dict(Options())
     return [
-        f"{group}.{name}: {there!r} there, {value!r} here"
+        f"{group}.{name}: {shortened(there)} there, {shortened(value)} here"
         for group, values in now.items()
         for name, value in values.items()
         # An option that did not exist yet had its default.

@@ -111,7 +111,7 @@ def prepare(options: Options, *, progress: bool = True) -> PreparedRun:
     batches = objective.training(options.run.rows_of_step(jax.device_count()))
     steps = count_steps(options, batches)
     learning_rate = _learning_rate(options, pretrained, steps)
-    find_position(options, batches, steps)
+    find_position(options, batches, steps, objective.held_out_checksum)
     check_prompts(options, objective.prompts)
     if options.run.memory_check:
         check_memory(spec)

@@ -3,7 +3,7 @@
 import logging
 
 from qlora_jax.errors import OptionError
-from qlora_jax.finetune.folder import CHECKPOINTS, finished_error, is_finished
+from qlora_jax.finetune.folder import CHECKPOINTS, finished_error, is_finished, recorded_held_out
 from qlora_jax.finetune.objectives import Batches
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.train.state_store import StateStore, latest_step
@@ -13,17 +13,18 @@ __all__ = ["find_position"]
 _logger = logging.getLogger(__name__)
 
 
-def find_position(options: Options, batches: Batches, steps: int) -> int:
+def find_position(options: Options, batches: Batches, steps: int, held_out_checksum: int) -> int:
     """Move the batches to the position of the newest checkpoint, and return its step; 0 for a run that starts anew.
 
     Args:
         options: the options of the run, whose folder `claim` has checked.
         batches: the batches to train on.
         steps: the number of steps of the whole run.
+        held_out_checksum: the checksum of the held-out examples.
 
     Raises:
-        OptionError: other data than those that the run began with; no steps left of a finished run; more steps done than
-            the run is to have.
+        OptionError: other data than those that the run began with, to train on or held out; no steps left of a finished run;
+            more steps done than the run is to have.
         CheckpointError: the checkpoint is damaged.
     """
     folder = options.run.output
@@ -56,6 +57,11 @@ def find_position(options: Options, batches: Batches, steps: int) -> int:
             f"--output {folder}: holds a run on other data than these ({error}); "
             "choose another folder, or --overwrite to delete it"
         ) from error
+    if recorded_held_out(folder) not in (None, held_out_checksum):
+        raise OptionError(
+            f"--output {folder}: holds a run with other held-out data than {_held_out_place(options)} now has, so that its "
+            "held-out losses before and after could not be compared; choose another folder, or --overwrite to delete it"
+        )
     if finished:
         _logger.info(
             "Extending the finished run in %s from %d to %d steps; from here on, the learning rate is that of a run of %d.",
@@ -65,3 +71,8 @@ def find_position(options: Options, batches: Batches, steps: int) -> int:
             steps,
         )
     return done
+
+
+def _held_out_place(options: Options) -> str:
+    data = options.data
+    return f"--eval-data {data.eval_data}" if data.eval_data is not None else "the part of --data that is held out"

@@ -1,7 +1,7 @@
 """Saves what a run trained: the folder of an adapter, or after full fine-tuning that of a model.
 
 <output>/adapter    PEFT's files, read back and compared, with qlora_jax.json, the tokenizer where it is needed, and the card
-<output>/model      a Hugging Face folder in the compute dtype of the run, with the card
+<output>/model      a Hugging Face folder in the dtype of the base (or of --save-dtype), with the card
 
 Either is complete before it has its name.
 """
@@ -11,14 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-import jax.numpy as jnp
-
 from qlora_jax.adapters.bind import adapter_tensors, save_adapter
 from qlora_jax.adapters.files import Adapter
 from qlora_jax.checkpoint.tokenizer import save_tokenizer
 from qlora_jax.checkpoint.whole_folder import TOKENIZER_FILES, whole_folder, writing_errors
 from qlora_jax.export.merge import MergedDtype, merge
 from qlora_jax.finetune.training import TrainedRun
+from qlora_jax.peft import FullFineTuning
 
 __all__ = ["save_trained"]
 
@@ -65,12 +64,13 @@ def _save_adapter(trained: TrainedRun, folder: Path, write_card: Callable[[Path]
 
 def _save_model(trained: TrainedRun, folder: Path, write_card: Callable[[Path], None]) -> None:
     run, model = trained.prepared, trained.model
+    dtype = cast(FullFineTuning, run.method).save_dtype
     with whole_folder(folder, marker="config.json", own=_MODEL_FILES) as new:
         merge(
             run.pretrained.checkpoint,
             Adapter(run.pretrained.base.name, run.method, None, adapter_tensors(model)),
             new,
-            dtype=cast(MergedDtype, jnp.dtype(model.head.weight.dtype).name),  # the compute dtype of the run
+            dtype=None if dtype == "auto" else cast(MergedDtype, dtype),
             tokenizer=run.pretrained.tokenizer,
             progress=run.progress,
         )

@@ -158,7 +158,7 @@ def _train_adapter(
     tx = spec.optimizer.build(run.learning_rate)
     state = create_state(tx, adapter, options.seed)
     step = Step(spec.objective, tx, graphdef, _shapes(state), frozen, spec.batch_shapes(jax.device_count()))
-    start(run.options)
+    start(run.options, run.objective.held_out_checksum)
     train_program, eval_program = precompiled.programs(graphdef)
     with ExitStack() as open_files:
         best = StateStore(output / "best", keep=1) if options.early_stopping_patience else None

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from qlora_jax.models.families import FAMILIES, Model, ModelConfig
 from qlora_jax.models.stack import Remat
-from qlora_jax.nn import AttentionTarget, attention_target
+from qlora_jax.nn import AttentionTarget, abstract_module, attention_target
 from qlora_jax.peft import LoRA, Method
 from qlora_jax.quant import EmbeddingStorage, Quantization
 
@@ -72,4 +72,4 @@ class ModelSpec:
         Raises:
             OptionError: the method does not fit the model.
         """
-        return nnx.eval_shape(lambda: self.build(nnx.Rngs(0), attention_target(platform)))
+        return abstract_module(lambda: self.build(nnx.Rngs(0), attention_target(platform)))

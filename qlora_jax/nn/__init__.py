@@ -14,7 +14,7 @@ from qlora_jax.nn.embedding import Embedding, VocabularyMatrix
 from qlora_jax.nn.host import HostArray, copy_to_device, fetch_to_device
 from qlora_jax.nn.linear import AdapterConstant, Linear, LinearAdapter, MakesAdapter, ReadsWeight, WeightConstant
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
-from qlora_jax.nn.parallel import data_mesh, frozen_sharding, gather, mesh_context, put_on_mesh, split_axis
+from qlora_jax.nn.parallel import abstract_module, data_mesh, frozen_sharding, gather, mesh_context, put_on_mesh, split_axis
 from qlora_jax.nn.relative import relative_position_bias
 from qlora_jax.nn.residuals import checkpoint_name
 from qlora_jax.nn.rope import RotaryEmbedding, rotate
@@ -37,6 +37,7 @@ __all__ = [
     "RotaryEmbedding",
     "VocabularyMatrix",
     "WeightConstant",
+    "abstract_module",
     "activate",
     "add_delta",
     "attention_target",

@@ -16,15 +16,16 @@ every function here returns its input unchanged.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXIS = "data"
+M = TypeVar("M", bound=nnx.Module)
 
 
 def data_mesh() -> Mesh | None:
@@ -36,6 +37,16 @@ def data_mesh() -> Mesh | None:
 def mesh_context(mesh: Mesh | None) -> AbstractContextManager[Any]:
     """Return a context in which the mesh is JAX's current one; without a mesh nothing changes."""
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def abstract_module(make: Callable[..., M], *arguments: Any) -> M:
+    """Return the module that `make(*arguments)` returns, with shapes in place of arrays and without shardings.
+
+    In the context of a mesh `nnx.eval_shape` replaces the whole value of a variable by the shape of one array, also where
+    that value is a quantised matrix. The mesh is therefore left for the time of this function.
+    """
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        return nnx.eval_shape(make, *arguments)
 
 
 def frozen_sharding(mesh: Mesh | None, shape: tuple[int, ...]) -> NamedSharding | None:

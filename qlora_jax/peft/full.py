@@ -10,7 +10,7 @@ embedding. The base has to be dense, because weights that train must not be roun
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,12 +20,17 @@ from jax import Array
 from qlora_jax.errors import OptionError, UnsupportedError
 from qlora_jax.nn import AdapterConstant, Delta, Linear, add_delta
 from qlora_jax.peft.method import FieldErrors, FilePart, Method
+from qlora_jax.peft.option import Option
 from qlora_jax.quant import QuantizedTensor, matmul
 
 
 @dataclasses.dataclass(frozen=True)
 class FullFineTuning(Method):
-    """Training of all parameters. PEFT has no adapter files for it, so a model is saved instead of an adapter."""
+    """Training of all parameters. PEFT has no adapter files for it, so a model is saved instead of an adapter.
+
+    Attributes:
+        save_dtype: dtype of the weights of the model that a run saves; "auto": that of the base.
+    """
 
     name: ClassVar = "full"
     title: ClassVar = "All parameters"
@@ -34,6 +39,16 @@ class FullFineTuning(Method):
     suffixes: ClassVar = ("weight",)
     learning_rate_factor: ClassVar = 0.1  # Schulman et al. 2025, "LoRA Without Regret"
     is_full: ClassVar = True
+    options: ClassVar = (
+        Option(
+            "save_dtype",
+            Literal["auto", "float32", "bfloat16", "float16"],
+            "auto",
+            "Dtype of the model that full fine-tuning saves; auto: that of the base.",
+        ),
+    )
+
+    save_dtype: str = "auto"
 
     def targets(self, layers: Mapping[str, Sequence[str]]) -> "dict[str, FullLinearSpec]":
         """See `Method`."""

@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh
 from qlora_jax.errors import UnsupportedError
 from qlora_jax.nn.parallel import AXIS
 from qlora_jax.plan.devices import Machine, Platform
+from qlora_jax.quant import tracing_for
 
 # The modules of each platform's compiler, one of which must be importable, and the command that installs it.
 _COMPILERS: dict[Platform, tuple[tuple[str, ...], str]] = {
@@ -84,6 +85,7 @@ def context(mesh: Mesh) -> Iterator[None]:
     """Run the block in the context of training: a mesh of several devices, or the description of one GPU, for kernels."""
     device = mesh.devices.flat[0]
     with contextlib.ExitStack() as stack:
+        stack.enter_context(tracing_for("every"))
         if mesh.size > 1:
             stack.enter_context(jax.set_mesh(mesh))
         elif device.platform != "tpu":  # the same description as that of the arguments' shardings

@@ -22,6 +22,7 @@ from qlora_jax.quant.matmul import matmul, with_implementation
 from qlora_jax.quant.mixed import MixedStack, MixedTensor, mixed_stack
 from qlora_jax.quant.spec import Quantization
 from qlora_jax.quant.stacked import StackedTensor, index_in_stack
+from qlora_jax.quant.targets import by_platform, tracing_for
 from qlora_jax.quant.tensor import Implementation, QuantizedTensor, dequantize, quantize, with_double_quantization
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Quantization",
     "QuantizedTensor",
     "StackedTensor",
+    "by_platform",
     "code_bits",
     "codebook",
     "dequantize",
@@ -58,6 +60,7 @@ __all__ = [
     "quantize_blockwise",
     "quantize_embedding",
     "to_blocks",
+    "tracing_for",
     "with_double_quantization",
     "with_implementation",
     "with_single_scales",

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from qlora_jax.quant.targets import by_platform
+
 
 def einsum(equation: str, a: Array, b: Array, dtype: DTypeLike | None = None) -> Array:
     """Return `jnp.einsum` of two matrices, or of two stacks of matrices.
@@ -40,7 +42,7 @@ def einsum(equation: str, a: Array, b: Array, dtype: DTypeLike | None = None) ->
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def _einsum(equation: str, a: Array, b: Array, dtype: Any) -> Array:
     plain = partial(jnp.einsum, equation, preferred_element_type=dtype)
-    return jax.lax.platform_dependent(a, b, cpu=partial(_on_cpu, equation, dtype=dtype), default=plain)
+    return by_platform(a, b, cpu=partial(_on_cpu, equation, dtype=dtype), default=plain)
 
 
 def _einsum_forward(equation: str, a: Array, b: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:

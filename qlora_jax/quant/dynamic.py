@@ -24,6 +24,7 @@ from jax import Array
 from jaxtyping import Float, Float32
 
 from qlora_jax.quant.codebooks import dynamic_map
+from qlora_jax.quant.targets import by_platform
 
 BLOCK = 256  # values that share an absmax
 
@@ -63,7 +64,7 @@ def quantize_blockwise(x: Float[Array, "*shape"], *, signed: bool) -> BlockwiseA
     def compare(scaled: Array) -> Array:  # on TPU, where gathers are slow and comparisons are fused with their sum
         return jnp.searchsorted(midpoints, scaled, side="left", method="compare_all").astype(jnp.uint8)
 
-    codes = jax.lax.platform_dependent(scaled, tpu=compare, default=search)
+    codes = by_platform(scaled, tpu=compare, default=search)
     return BlockwiseArray(codes.reshape(-1)[: x.size].reshape(x.shape), absmax, signed)
 
 
@@ -80,7 +81,7 @@ def lookup_dynamic(codes: Array, signed: bool = True) -> Array:
     def gather(codes: Array) -> Array:
         return jnp.take(jnp.asarray(dynamic_map(signed)), codes.astype(jnp.int32), mode="clip")
 
-    return jax.lax.platform_dependent(codes, tpu=partial(dynamic_values, signed=signed), default=gather)
+    return by_platform(codes, tpu=partial(dynamic_values, signed=signed), default=gather)
 
 
 def dynamic_values(codes: Array, signed: bool = True) -> Array:

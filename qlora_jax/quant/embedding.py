@@ -31,6 +31,7 @@ from qlora_jax.quant.dense_matmul import einsum
 from qlora_jax.quant.dynamic import lookup_dynamic
 from qlora_jax.quant.matmul import FEW_ROWS
 from qlora_jax.quant.spec import Quantization
+from qlora_jax.quant.targets import by_platform
 from qlora_jax.quant.tensor import QuantizedTensor, dequantize, quantize
 
 EmbeddingStorage = Literal["none", "int8", "nf4"]
@@ -135,7 +136,7 @@ def embedding_lookup(w: Float[Array, "v d"] | PackedEmbedding, index: Int[Array,
     def take_bits(w: Array, index: Array) -> Array:  # only on a CPU, because a TPU would copy the embedding to bitcast it
         return via_bitcast(partial(take, index=index), w)
 
-    return jax.lax.platform_dependent(jax.lax.stop_gradient(w), index, cpu=take_bits, default=take)
+    return by_platform(jax.lax.stop_gradient(w), index, cpu=take_bits, default=take)
 
 
 def embedding_matmul(x: Float[Array, "n d"], w: PackedEmbedding, dtype: DTypeLike) -> Float[Array, "n v"]:

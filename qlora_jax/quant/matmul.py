@@ -31,6 +31,7 @@ from qlora_jax.quant import kernels, tiles
 from qlora_jax.quant.dense_matmul import dense_matmul, einsum
 from qlora_jax.quant.mixed import MixedTensor, mixed_matmul
 from qlora_jax.quant.stacked import StackedTensor
+from qlora_jax.quant.targets import by_platform
 from qlora_jax.quant.tensor import Implementation, QuantizedTensor, dequantize
 
 FEW_ROWS = 64  # the most rows of x for which "auto" prefers the kernel
@@ -94,7 +95,7 @@ def _xla(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
 
     if x.shape[0] > FEW_ROWS or matrix.flat_shape is not None:
         return dense(x, matrix)
-    return jax.lax.platform_dependent(x, matrix, cpu=tiles.matmul, default=dense)
+    return by_platform(x, matrix, cpu=tiles.matmul, default=dense)
 
 
 def _xla_transposed(dy: Array, w: QuantizedTensor | StackedTensor) -> Array:

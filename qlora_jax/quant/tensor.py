@@ -37,6 +37,7 @@ from jaxtyping import Float
 from qlora_jax.errors import OptionError
 from qlora_jax.quant.codebooks import BLOCK_SIZES, DATA_TYPES, SCALE_BLOCK_SIZE, DataType, borders, codebook, dynamic_map
 from qlora_jax.quant.dynamic import lookup_dynamic
+from qlora_jax.quant.targets import by_platform
 
 Implementation = Literal["auto", "xla", "pallas"]
 _RUN = 2048  # number of values in the first level of a sum
@@ -293,7 +294,7 @@ def _dequantize_matrix(q: QuantizedTensor, dtype: Any) -> Array:
             # The barrier makes XLA compute a scale once for each block and not once for each value.
             return dequantize_in_vectors(q.codes, jax.lax.optimization_barrier(block_scales(q)), q.data_type)
 
-        return jax.lax.platform_dependent(q, cpu=in_vectors, default=halves).astype(dtype)
+        return by_platform(q, cpu=in_vectors, default=halves).astype(dtype)
     values = _lookup(unpack(q), q.data_type)
     scales = block_scales(q)
     rows, columns = q.flat_shape
@@ -336,4 +337,4 @@ def _lookup(codes: Array, data_type: DataType) -> Array:
             leaves = [jnp.where(is_set, odd, even) for even, odd in zip(leaves[::2], leaves[1::2], strict=True)]
         return leaves[0]
 
-    return jax.lax.platform_dependent(codes, cpu=select, tpu=select, default=gather)
+    return by_platform(codes, cpu=select, tpu=select, default=gather)

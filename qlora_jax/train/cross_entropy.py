@@ -35,6 +35,7 @@ from jaxtyping import Array, Float, Int
 
 from qlora_jax.errors import UnsupportedError
 from qlora_jax.nn import VocabularyMatrix
+from qlora_jax.quant import by_platform
 
 LOGITS = 2**27  # bytes that the float32 logits of a chunk take, about
 LEAST = 512  # tokens of a chunk: with fewer, reading the head takes longer than multiplying with it
@@ -244,7 +245,7 @@ def _with_chunk(run: Callable[..., Any], chunk: int | None, axis: str | None, he
     if axis is not None:
         return run(chunk_tokens(rows) // jax.lax.axis_size(axis), head, *arrays)
     on_cpu, elsewhere = partial(run, chunk_tokens(rows, cpu=True)), partial(run, chunk_tokens(rows))
-    return jax.lax.platform_dependent(head, *arrays, cpu=on_cpu, default=elsewhere)
+    return by_platform(head, *arrays, cpu=on_cpu, default=elsewhere)
 
 
 def _chunk_loss(

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from qlora_jax.errors import OptionError
 from qlora_jax.nn.attention_target import AttentionTarget
-from qlora_jax.nn.parallel import AXIS, frozen_shapes
+from qlora_jax.nn.parallel import AXIS, abstract_module, frozen_shapes
 from qlora_jax.train.offload import HOST, HostOffload, host_offload, memory_kinds
 from qlora_jax.train.optim import Optimizer, OptimizerName, learning_rate_schedule, optimizer
 from qlora_jax.train.step import (
@@ -290,7 +290,7 @@ def _prepared(spec: StepSpec[Any], platform: str | AttentionTarget | None) -> An
     if spec.objective.prepare is unchanged:
         return model
     graphdef, state = nnx.split(model)
-    return nnx.eval_shape(lambda state: spec.objective.prepare(nnx.merge(graphdef, state)), state)
+    return abstract_module(lambda state: spec.objective.prepare(nnx.merge(graphdef, state)), state)
 
 
 def place_step(step: Step, mesh: Mesh | None) -> Step:

@@ -1,6 +1,5 @@
 """Adapters with many settings of PEFT: loaded, merged and saved again, each against PEFT's own logits."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +90,17 @@ def test_there_merged_and_back(tmp_path: Path, case: str) -> None:
         return logits(peer.peft.PeftModel.from_pretrained(peer.base(), tmp_path / name))
 
     expected = with_adapter("adapter")
+    # Float32's rounding grows with the logits, which an adapter on a tied table makes up to ten times larger than the others
+    # do: PEFT's own logits differ from those in float64 by 3e-7 of the largest one.
+    bound = 3e-6 * float(np.abs(expected).max())
     assert np.abs(expected - logits(peer.base())).max() > 0.01
     ours, _ = from_pretrained(tmp_path / "base", tmp_path / "adapter", quantization=None, progress=False)
-    np.testing.assert_allclose(sample_logits(ours, [tokens])[0].reshape(expected.shape), expected, atol=1e-3)
+    np.testing.assert_allclose(sample_logits(ours, [tokens])[0].reshape(expected.shape), expected, atol=bound, rtol=0)
     save_pretrained(ours, tmp_path / "again")
-    np.testing.assert_allclose(with_adapter("again"), expected, atol=1e-4)
+    np.testing.assert_allclose(with_adapter("again"), expected, atol=bound, rtol=0)
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", dtype="float32", progress=False)
     merged = peer.kind.from_pretrained(tmp_path / "merged", dtype=peer.torch.float32)
-    np.testing.assert_allclose(logits(merged), expected, atol=1e-3)
+    np.testing.assert_allclose(logits(merged), expected, atol=bound, rtol=0)
 
 
 def test_a_bias_that_the_family_has_no_place_for(tmp_path: Path) -> None:
@@ -107,20 +109,3 @@ def test_a_bias_that_the_family_has_no_place_for(tmp_path: Path) -> None:
     peer.random_adapter(tmp_path / "adapter", target_modules=["down_proj"], lora_bias=True)
     with pytest.raises(UnsupportedError, match="it cannot be merged; use it beside the base"):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", progress=False)
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
-def test_the_merged_model_stops_where_the_adapter_on_its_base_stopped(tmp_path: Path, family: str) -> None:
-    """The base's generation_config.json names the third token of the greedy answer as a second stop token."""
-    peer = Peer(tmp_path / "base", family, vocab_size=VOCABULARY, eos_token_id=1)
-    write_tokenizer(peer.folder)
-    peer.random_adapter(tmp_path / "adapter")
-    model = peer.peft.PeftModel.from_pretrained(peer.base(), tmp_path / "adapter").eval()
-    tokens = peer.torch.tensor([[5, 17, 200, 33]])
-    answer = model.generate(input_ids=tokens, max_new_tokens=8, do_sample=False, eos_token_id=[1])[0].tolist()
-    (peer.folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, answer[6]]}), encoding="utf-8")
-    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", progress=False)
-    merged = peer.kind.from_pretrained(tmp_path / "merged", dtype=peer.torch.float32)
-    found = merged.generate(input_ids=tokens, max_new_tokens=8, do_sample=False)[0].tolist()
-    assert found == answer[: answer.index(answer[6], 4) + 1]

@@ -84,7 +84,7 @@ def test_rows_are_the_mean_of_the_others(tiny_llama: Path, dtype: type) -> None:
     np.testing.assert_array_equal(np.delete(spare.read(name).astype(np.float64), [5, 9], 0), others)
 
 
-@pytest.mark.parametrize(("family", "tied"), tiered(BASES, quick=BASES[:2]))
+@pytest.mark.parametrize(("family", "tied"), tiered(BASES, quick=BASES[:1]))
 def test_peft_computes_the_same_over_a_resized_base(tmp_path: Path, family: str, tied: bool) -> None:
     """Two appended rows and a spare one; saved here, loaded here, in PEFT, and merged."""
     peer = Peer(tmp_path / "peer", family, tie_word_embeddings=tied)
@@ -119,7 +119,7 @@ def test_peft_computes_the_same_over_a_resized_base(tmp_path: Path, family: str,
     ("family", "tied", "both"),  # of a tied head, only with the embedding
     tiered(
         [(family, tied, both) for family, tied in BASES for both in (True, False) if both or not tied],
-        quick=[("llama", True, True), ("llama", False, False)],
+        quick=[("llama", True, True)],
     ),
 )
 def test_rows_of_whole_tables_find_room(tmp_path: Path, family: str, tied: bool, both: bool) -> None:

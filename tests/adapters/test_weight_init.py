@@ -101,7 +101,7 @@ def test_pissa_is_pefts(peers: Callable[[str], Peer], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "fields"),
     [
-        ("llama", {"init_lora_weights": "pissa", **PATTERNS}),
+        pytest.param("llama", {"init_lora_weights": "pissa", **PATTERNS}, marks=pytest.mark.integration),
         ("llama", {"init_lora_weights": "loftq"}),
         pytest.param(
             "llama",

@@ -353,9 +353,13 @@ HARMLESS = {
     "expert_weights_scale": 0.0,
     "rope.scaling.type": "none",
     "rope.scaling.yarn_ext_factor": -1.0,
-    "rope.scaling.yarn_log_multiplier": 0.0,
+    "rope.scaling.yarn_log_multiplier": 0.1,  # without YaRN
+    "rope.scaling.yarn_attn_factor": 0.9,
+    "rope.scaling.yarn_beta_fast": 32.0,
+    "rope.scaling.original_context_length": 64,
     "swiglu_clamp_exp": [0.0, 0.0],
 }
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
 HARMFUL = {
     "attention.chunk_size": 16,
     "embedding_length_out": HIDDEN // 2,
@@ -363,7 +367,6 @@ HARMFUL = {
     "nextn_predict_layers": 1,
     "logit_scale": 0.5,
     "attention.clamp_kqv": 1.0,
-    "rope.scaling.yarn_log_multiplier": 0.1,
     "swiglu_clamp_exp": [0.0, 7.0],
 }
 
@@ -379,15 +382,27 @@ def test_entries_that_might_change_something(tmp_path: Path, key: str):
     assert f"metadata llama.{key}: expected none of this name, found" in text
 
 
-def test_yarn_with_a_factor_on_attention(tmp_path: Path):
-    entries = {
-        "rope.scaling.type": "yarn",
-        "rope.scaling.factor": 4.0,
-        "rope.scaling.original_context_length": 64,
-        "rope.scaling.attn_factor": 0.5,
-    }
-    rope = open_gguf(write(tmp_path / "m.gguf", stored_tensors(), metadata(**entries))).config["rope_parameters"]
-    assert rope["attention_factor"] == pytest.approx(0.5 * (1 + 0.1 * math.log(4)))
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ({}, None),
+        ({"rope.scaling.attn_factor": 0.5}, 0.5 * (1 + 0.1 * math.log(4))),
+        ({"rope.scaling.yarn_attn_factor": 0.9}, 0.9),  # transformers' attention_factor
+        ({"rope.scaling.yarn_attn_factor": 1.0}, None),
+        ({"rope.scaling.yarn_attn_factor": 0.9, "rope.scaling.attn_factor": 0.5}, 0.45),
+        ({"rope.scaling.yarn_log_multiplier": 0.0, "rope.scaling.yarn_ext_factor": 1.0}, None),
+    ],
+)
+def test_yarn_with_a_factor_on_attention(tmp_path: Path, entries: dict[str, Any], expected: float | None):
+    rope = open_gguf(write(tmp_path / "m.gguf", stored_tensors(), metadata(**YARN, **entries))).config["rope_parameters"]
+    assert rope.get("attention_factor") == (expected if expected is None else pytest.approx(expected))
+
+
+def test_yarn_of_other_architectures(tmp_path: Path):
+    entries = YARN | {"rope.scaling.yarn_log_multiplier": 0.1}
+    text = problems_of(write(tmp_path / "m.gguf", stored_tensors(), metadata(**entries)))
+    assert "llama.rope.scaling.yarn_log_multiplier: expected none with YaRN, found 0.1" in text
+    assert "gguf-new-metadata --remove-metadata" in text
 
 
 @pytest.mark.parametrize(

@@ -54,8 +54,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "qwen2 with yarn": (
         "qwen2",
         "Qwen2",
-        {"rope_parameters": YARN},
+        {"rope_parameters": YARN | {"attention_factor": 0.9}},
         {
+            "rope.scaling.yarn_attn_factor": 0.9,
             "rope.scaling.type": "yarn",
             "rope.scaling.factor": 4.0,
             "rope.scaling.original_context_length": 32,
@@ -270,7 +271,7 @@ def test_tensors_equal_those_that_transformers_reads(case: str, tmp_path: Path, 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("logit_scale", 0.5), ("attention.clamp_kqv", 8.0), ("rope.scaling.yarn_ext_factor", 1.0), ("residual_scale", 0.25)],
+    [("logit_scale", 0.5), ("attention.clamp_kqv", 8.0), ("rope.scaling.yarn_ext_factor", 0.5), ("residual_scale", 0.25)],
 )
 def test_an_entry_that_is_not_understood_is_an_error(case: str, key: str, value: float, tmp_path: Path) -> None:
     """None of them has a meaning for these architectures; in others they change every logit."""

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, trainers
 
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.gguf.header import read_header
-from qlora_jax.checkpoint.gguf.tokenizer import named_pre_tokenizer
+from qlora_jax.checkpoint.gguf.splits import named_pre_tokenizer
 from qlora_jax.checkpoint.gguf.vocabulary import FINEST_FIRST, conclude_pre
 from qlora_jax.checkpoint.tokenizer import load_tokenizer, stop_ids
 from qlora_jax.data import PLAIN_ANSWERS
@@ -34,7 +34,8 @@ def corpus() -> tuple[str, ...]:
 
     code = [inspect.getsource(module) for module in (argparse, datetime, http.client)]
     numbers = " ".join(f"{year} ({year}); getElementById{year % 7} toString isValid" for year in range(1900, 2100)) * 9
-    return (Path(PLAIN_ANSWERS).read_text(encoding="utf-8"), *code, numbers)
+    marks = "हिन्दी में लिखा हुआ वाक्य और नमस्ते दुनिया, सब लोग अच्छे हैं 東京タワー 東京です! " * 40
+    return (Path(PLAIN_ANSWERS).read_text(encoding="utf-8"), *code, numbers, marks)
 
 
 def write(path: Path, tokens: list[str], merges: list[str], specials: list[str], **changes: Any) -> Path:
@@ -56,6 +57,7 @@ def write(path: Path, tokens: list[str], merges: list[str], specials: list[str],
     return path
 
 
+@cache
 def trained(pre: str) -> tuple[list[str], list[str]]:
     """The tokens and merges of byte-level BPE that was trained with a pre-tokenizer."""
     import json
@@ -78,13 +80,21 @@ def test_the_pre_tokenizer_of_a_vocabulary_is_found(pre: str, tmp_path: Path, ca
         assert found(text).input_ids == named(text).input_ids
 
 
+def test_a_name_that_is_not_known_is_found_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokens, merges = trained("llama-bpe")
+    found = load_tokenizer(write(tmp_path / "m.gguf", tokens, merges, ["<|end|>"], pre="llama-next"))
+    assert "names a pre-tokenizer 'llama-next' that is not known (tokenizer.ggml.pre): 'llama-bpe' is used" in caplog.text
+    named = load_tokenizer(write(tmp_path / "n.gguf", tokens, merges, ["<|end|>"], pre="llama-bpe"))
+    assert found(TEXT).input_ids == named(TEXT).input_ids
+
+
 def test_the_pre_tokenizer_of_a_real_vocabulary_is_found(caplog: pytest.LogCaptureFixture) -> None:
     try:
         path = fetch_default_model()
     except CheckpointError as error:
         pytest.skip(f"the default model is neither cached nor can it be fetched: {error}")
     facts = {key.removeprefix("tokenizer.ggml."): value for key, value in read_header(path).metadata.items()}
-    assert conclude_pre(path, facts, "llama", named_pre_tokenizer) == facts["pre"]
+    assert conclude_pre(path, facts, "llama") == facts["pre"]
     assert "'smollm' is used" in caplog.text
 
 

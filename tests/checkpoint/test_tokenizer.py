@@ -268,7 +268,12 @@ def test_padding(tmp_path: Path, specials: list[str], changes: dict[str, Any], e
     [
         ({"model": "t5"}, r"tokenizer\.ggml\.model: expected 'gpt2' .*found 't5'.*Hugging Face folder"),
         ({"model": None}, "found None"),
-        ({"pre": "unheard-of"}, r"tokenizer\.ggml\.pre: expected one of gpt-2, .*smollm.*found 'unheard-of'"),
+        (
+            {"pre": "unheard-of"},
+            r"tokenizer\.ggml\.pre: expected the name of .* such as llama-bpe.*found 'unheard-of'.*too small",
+        ),
+        ({"pre": "gemma4"}, r"tokenizer\.ggml\.pre: expected the name of .* byte-level BPE, .*found 'gemma4'"),
+        ({"pre": 4}, r"tokenizer\.ggml\.pre: expected the name of .* byte-level BPE, .*found 4"),
         ({"merges": None}, r"tokenizer\.ggml\.merges: expected a list of strings, found nothing"),
         ({"merges": ["low"]}, r"merges: expected pairs, found 'low'"),
         ({"merges": ["q x"]}, "merges do not fit"),

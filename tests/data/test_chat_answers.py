@@ -21,6 +21,8 @@ BY_CONTENT = ("deepseek", "nemotron", "qwen3_5_nothink")
 # Templates that read a key of answers only in some cases, or drop what they read.
 DROP_CALLS = ("deepseek_r1",)
 DROP_REASONING = ("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4", "deepseekv3", "deepseekv3_training")
+# Templates without an end-of-turn token: the marker of the next turn ends an answer.
+NO_END = {"glm4moe": ("<|user|>", "<|observation|>")}
 # How templates that take content as a list of parts only read the first part.
 PARTS = ("['content'][0]['type']", "['content'] | selectattr", "['content']|selectattr", "message.content[0].type")
 Run = tuple[str, str]
@@ -78,9 +80,17 @@ class Peer:
 
 
 def check_against_inference(
-    examples: list[Example], peer: Peer, tokenizer: PreTrainedTokenizerFast, *, by_content: bool
+    examples: list[Example],
+    peer: Peer,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    by_content: bool,
+    markers: tuple[str, ...] = (),
 ) -> None:
-    """Each answer is learned once, after the prompt of inference, and is the rest of the finished text."""
+    """Each answer is learned once, after the prompt of inference, and is the rest of the finished text.
+
+    Without an end-of-turn token in it, one of the `markers` follows, which is learned as well.
+    """
     found = [run for example in examples for run in runs(example, tokenizer)]
     tagged = "endgeneration" in str(tokenizer.chat_template)
     assert len(found) == len(peer.turns)
@@ -93,7 +103,11 @@ def check_against_inference(
             assert by_content
             assert any(prompt.startswith(before) and learned in finished for before, learned in found)
             continue
-        (learned,) = (text.removesuffix(tokenizer.eos_token) for text in exact)
+        if markers:
+            assert exact[0].endswith((*markers, tokenizer.eos_token))
+        (learned,) = (
+            re.sub(rf"({'|'.join(map(re.escape, (*markers, tokenizer.eos_token)))})\Z", "", text) for text in exact
+        )
         if finished.startswith(prompt):
             answered = finished[len(prompt) :].rstrip().removesuffix(tokenizer.eos_token)
             # A learned line end is that of the tags.
@@ -140,11 +154,53 @@ def test_answers_are_what_follows_the_prompts_of_inference(name: str, source: st
             continue
         examples, report = encoded(tokenizer, messages, tools=tools)
         peer = Peer(tokenizer, messages, tools)
-        check_against_inference(examples, peer, tokenizer, by_content=name.startswith(BY_CONTENT))
+        by_content, markers = name.startswith(BY_CONTENT), NO_END.get(name, ())
+        check_against_inference(examples, peer, tokenizer, by_content=by_content, markers=markers)
         if not name.startswith("deepseek") and not (name.startswith("gptoss") and what == "tools and reasoning"):
             check_ids(examples, peer, tokenizer)
         check_against_tags(examples, peer, tokenizer)
         assert (report.kept, report.examples) == (1, len(examples))
+
+
+@pytest.mark.parametrize(("name", "source"), trl_templates())
+def test_masked_answers_are_not_learned_with_the_prompts(name: str, source: str) -> None:
+    """Templates rewrite them, drop their reasoning, or leave out the end of their prompts."""
+    tokenizer, masked = letters_for(source), {"weight": 0}
+    thought = answer("<think>\nOaks are trees.\n</think>\n\nOak.", **masked)
+    fruit, tree, fish, oak = user("Name a fruit."), user("A tree?"), user("A fish?"), answer("Oak.", **masked)
+    for messages, questions in (
+        ([fruit, answer("Pear."), tree, oak, fish, answer("Cod.")], ("Name a fruit.", "A fish?")),
+        ([fruit, answer("Pear."), tree, thought, fish, answer("Cod.")], ("Name a fruit.", "A fish?")),
+        ([tree, oak, fruit, answer("Pear.")], ("Name a fruit.", "A tree?")),
+        ([tree, oak], ("A tree?",)),
+    ):
+        examples, _ = encoded(tokenizer, messages, train_on_source=True)
+        learned = " ".join(text for example in examples for _, text in runs(example, tokenizer))
+        assert "Oak" not in learned
+        assert [learned.count(question) for question in questions] == [1] * len(questions)
+    if "tool_calls" in source:
+        called = [fruit, answer("Pear."), user("Rain?"), answer("", tool_calls=[CALL], **masked), RESULT, answer("No rain.")]
+        try:
+            examples, _ = encoded(tokenizer, called, tools=[TOOL], train_on_source=True)
+        except DataError:  # a template without tools
+            return
+        learned = " ".join(text for example in examples for _, text in runs(example, tokenizer))
+        assert "Lima" not in learned
+        assert "No rain." in learned
+
+
+@pytest.mark.parametrize("what", CONVERSATIONS)
+def test_the_marker_of_the_next_turn_ends_an_answer_as_in_trl(what: str) -> None:
+    """GLM-4 has no end-of-turn token: inference stops at the marker. TRL's template for training teaches it, too."""
+    templates = {case.values[0]: case.values[1] for case in trl_templates()}
+    if "glm4moe" not in templates:
+        pytest.skip("trl, to compare with, is not installed")
+    names, tools = ("glm4moe", "glm4moe_training"), [TOOL] if "tools" in what else None
+    found = [encoded(letters_for(templates[name]), CONVERSATIONS[what], tools=tools)[0] for name in names]
+    for ours, theirs in zip(*found, strict=True):
+        length = len(ours) - 1  # after the last answer, ours have EOS, and theirs the marker
+        np.testing.assert_array_equal(ours.tokens[:length], theirs.tokens[:length])
+        np.testing.assert_array_equal(ours.loss_mask[:length], theirs.loss_mask[:length])
 
 
 WORDS = (

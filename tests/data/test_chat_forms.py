@@ -89,3 +89,23 @@ def test_the_conversation_itself_is_the_first_form() -> None:
     assert messages[0] == system("Be brief.")  # nothing is changed in place
     assert len(list(forms_of(TALK[1:]))) == 2
     assert len(list(forms_of(TALK[1:], parts=False))) == 1
+
+
+@pytest.mark.parametrize("text", ['for i:\n  x = "1"', "it's", "C:\\dir\n", "'\"\u00fc"])
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{{ value | tojson }}",
+        "{{ [value] }}",  # a list is written as Python does
+        "{{ \"'\" + (value | replace('\\\\', '\\\\\\\\') | replace(\"'\", \"\\\\'\") | replace('\\n', '\\\\n')) + \"'\" }}",
+    ],
+)
+def test_arguments_in_the_escapes_of_json_and_python(written: str, text: str) -> None:
+    calls = "{% for call in message.tool_calls or [] %}{% for value in call.function.arguments.values() %}" + written
+    source = (
+        LOOP + "{{ '<|' + message.role + '|>' + message.content }}" + calls + "{% endfor %}{% endfor %}{{ '<|end|>' }}" + END
+    )
+    call = CALL | {"function": {"name": "weather", "arguments": {"code": text}}}
+    tokenizer = letters_for(source, "</s>")
+    (example,), _ = encoded(tokenizer, [user("Now?"), answer("weather", tool_calls=[call]), RESULT, answer("Done.")])
+    assert len(runs(example, tokenizer)) == 2

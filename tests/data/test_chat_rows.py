@@ -258,3 +258,15 @@ def test_several_templates_of_one_tokenizer() -> None:
     ((before, called),) = runs(example, tokenizer)
     assert '"description": "The weather of a city."' in before
     assert called.startswith('[{"')
+
+
+def test_the_rows_of_a_conversation_are_known_as_such() -> None:
+    """They are held out together; a conversation in one row, and the rows of a long text, stand alone."""
+    tokenizer = letters_for(FINAL_EOS)
+    short, pieces = [{"messages": TALK[:2]}], [{"text": "A pear, an oak and a cod. " * 9}]
+    records: list[dict[str, Any]] = [*short, {"messages": TALK}, *short, *pieces, {"messages": TALK[2:]}]
+    examples, _ = encode_all(records, tokenizer, max_length=80, progress=False)
+    numbers = [example.conversation for example in examples]
+    assert numbers[:5] == [None, 1, 1, 1, None]
+    assert numbers[5:] == [None] * (len(examples) - 7) + [4, 4]
+    assert len(examples) > 8

@@ -83,7 +83,11 @@ def test_files_of_templates(tmp_path: Path) -> None:
     source = "{% for message in messages %}{{ message.content }}{% endfor %}"
     (tmp_path / "mine.jinja").write_text(source, "utf-8")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}), "utf-8")
-    for name in ("mine.jinja", "tokenizer_config.json"):
+    (tmp_path / "bom.jinja").write_text(source, "utf-8-sig")
+    named = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": source}]
+    (tmp_path / "several.json").write_text(json.dumps({"chat_template": named}), "utf-8")
+    (tmp_path / "by_name.json").write_text(json.dumps({"chat_template": {"default": source, "rag": "x"}}), "utf-8")
+    for name in ("mine.jinja", "tokenizer_config.json", "bom.jinja", "several.json", "by_name.json"):
         assert read_chat_template(tmp_path / name, tokenizer) == source
 
 
@@ -95,6 +99,7 @@ def test_files_of_templates(tmp_path: Path) -> None:
         (b" \n", "expected a Jinja program, found an empty file"),
         (b"\xff\xfe", "expected UTF-8 text, found byte 0xff"),
         (b'{"model": 1}', "expected a text under chat_template, found NoneType"),
+        (b'{"chat_template": [{"name": "rag", "template": "x"}, 3]}', "expected a text under chat_template, found NoneType"),
         (b'{"chat_template": ', "expected a Jinja program or JSON, found neither"),
     ],
 )
@@ -117,10 +122,23 @@ def test_markers_that_are_no_tokens() -> None:
 
 def test_case_and_hyphens_of_a_name_do_not_matter() -> None:
     tokenizer = letters_for("")
-    for name, known in (("ChatML", "chatml"), ("Llama-3", "llama3"), ("phi_4", "phi4")):
+    for name, known in (
+        ("ChatML", "chatml"),
+        ("Llama-3", "llama3"),
+        ("phi_4", "phi4"),
+        ("Phi-3.5", "phi3"),
+        ("gemma-2", "gemma"),
+    ):
         assert read_chat_template(name, tokenizer) == read_chat_template(known, tokenizer)
 
 
 def test_an_unknown_name() -> None:
-    with pytest.raises(OptionError, match=r"expected a file or one of chatml, gemma, .*, found 'chatlm', which is neither"):
+    with pytest.raises(
+        OptionError,
+        match=r"expected a file or one of chatml, gemma, .*, found 'chatlm', which is neither; did you mean chatml\?$",
+    ):
         read_chat_template("chatlm", letters_for(""))
+    with pytest.raises(OptionError, match=r"found 'Llama-3\.1', which is neither; did you mean llama3\?$"):
+        read_chat_template("Llama-3.1", letters_for(""))
+    with pytest.raises(OptionError, match=r"found 'xyz', which is neither$"):
+        read_chat_template("xyz", letters_for(""))

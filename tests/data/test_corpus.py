@@ -117,7 +117,9 @@ def test_an_end_that_is_written_is_the_only_one(chatml: PreTrainedTokenizerFast)
 def test_nothing_to_learn_at_all(chatml: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match="expected at least one row with something to learn, found none: 0 of 2 rows"):
         encode_all([UNANSWERED, EMPTY], chatml, max_length=40, progress=False)
-    with pytest.raises(DataError, match=r"found none: 0 of 2 rows kept; 2 left out: no answer to learn$"):
+    with pytest.raises(
+        DataError, match=r"found none: 0 of 2 rows kept; 2 left out: no answer to learn; train_on_source learns prompts too$"
+    ):
         encode_all([UNANSWERED] * 2, chatml, max_length=40, progress=False)
     with pytest.raises(DataError, match="0 of 0 rows"):
         encode_all([], chatml, max_length=40, progress=False)

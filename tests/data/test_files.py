@@ -291,3 +291,64 @@ def test_a_stream_goes_on_where_it_was(tmp_path: Path) -> None:
         stream.load_state_dict({"shard": 1})
     with pytest.raises(DataError, match="cannot be streamed with split 'test': expected one of train"):
         stream_records(str(folder), "test")
+
+
+def test_names_of_columns_in_tables_of_spreadsheets(tmp_path: Path) -> None:
+    for content in (
+        "question, answer\nQ,A\n",
+        "question,answer,\nQ,A,\n",
+        "question|answer\nQ|A\n",
+        ",question ,answer,,\n7,Q,A,,\n",
+    ):
+        (row,) = load_records(str(write(tmp_path / "a.csv", content)))
+        assert (row["question"], row["answer"]) == ("Q", "A")
+        assert set(row) - {"question", "answer"} <= {"(index)", "(column 3)", "(column 4)", "(column 5)"}
+    with pytest.raises(DataError, match=r"line 1: expected one name for each column, found 'a' twice in \['a', 'b', 'a'\]"):
+        load_records(str(write(tmp_path / "a.csv", "a,b,a \n1,2,3\n")))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_files_that_hold_something_else(tmp_path: Path, name: str) -> None:
+    for content, message in (
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+            "found a pointer of Git LFS; fetch the file",
+        ),
+        ("\n<!DOCTYPE html>\n<html><body>404</body></html>\n", "found a web page; download the file itself"),
+        ("<HTML lang=en>\n", "found a web page"),
+    ):
+        with pytest.raises(DataError, match=f"{name}: expected data, {message}"):
+            load_records(str(write(tmp_path / name, content)))
+    assert len(load_records(str(write(tmp_path / "a.txt", "<html>\n<p>text\n")))) == 2
+
+
+def test_numbers_of_single_precision(tmp_path: Path) -> None:
+    """They have the digits that NumPy and pandas print."""
+    values = [0.1, 2.5, 1e20, None]
+    table = pyarrow.table({"question": ["Q"] * 4, "answer": pyarrow.array(values, pyarrow.float32())})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert [answer(tmp_path / "a.parquet", index) for index in range(3)] == ["0.1", "2.5", "1e+20"]
+    assert load_records(str(tmp_path / "a.parquet")).to_list()[3]["answer"] is None
+
+
+def test_splits_in_one_json_object(tmp_path: Path) -> None:
+    opened = open_source(str(write(tmp_path / "a.json", json.dumps({"validation": QA, "train": QA[:1]}))))
+    assert len(opened.records) == 1
+    assert "only 'train' is read, not 'validation'" in opened.note
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "https://huggingface.co/datasets/a/b-c",
+            "found an address; download the file first; a/b-c is the id of a hub data set",
+        ),
+        ("s3://bucket/rows.jsonl", "found an address; download the file first"),
+        ("none/of/these", "expected a data file or a folder, found nothing at"),
+    ],
+)
+def test_sources_that_are_not_there(source: str, message: str) -> None:
+    for read in (load_records, stream_records):
+        with pytest.raises(FileNotFoundError, match=f"^{source}: .*{message}"):
+            read(source)

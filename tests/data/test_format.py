@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.data import DataError, Example, Template, encode, encode_all, encode_prompt, load_records
+from qlora_jax.data import DataError, Example, NothingToLearn, Template, encode, encode_all, encode_prompt, load_records
 from qlora_jax.data.schemas import parse
 
 CHAT = {
@@ -383,3 +383,23 @@ def test_real_chats_agree_with_transformers(tagged: PreTrainedTokenizerFast, sha
         example = encode(row, tagged, template="chat")
         np.testing.assert_array_equal(example.tokens, tokens)
         np.testing.assert_array_equal(example.loss_mask, mask)
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}])
+@pytest.mark.parametrize("template", ["chat", "guanaco", "alpaca", "plain"])
+def test_an_answer_that_is_not_learned_stays_so_where_prompts_are_learned(
+    chatml: PreTrainedTokenizerFast, template: Template, mark: dict[str, Any]
+) -> None:
+    messages = [{"role": "user", "content": "Sum of 2, 3?"}, {"role": "assistant", "content": "99."} | mark]
+    example = encode({"messages": messages}, chatml, template=template, train_on_source=True)
+    learned = "".join(learned_runs(example, chatml))
+    assert "99" in text_of(example, chatml)
+    assert "um of 2, 3?" in learned  # the first token of a text is never learned
+    assert "99" not in learned
+    assert example.tokens[-1] != chatml.eos_token_id or not example.loss_mask[-1]  # nor where it ends
+    _, report = encode_all([{"messages": messages}], chatml, max_length=99, template=template, train_on_source=True)
+    assert (report.kept, report.without_target) == (1, 0)
+    with pytest.raises(NothingToLearn, match="1 left out: no answer to learn"):
+        encode_all([{"messages": messages}], chatml, max_length=99, template=template)
+    whole = encode({"messages": [messages[0], {"role": "assistant", "content": "5"}]}, chatml, template=template)
+    assert learned_runs(whole, chatml)[-1].strip() == "5<|im_end|>"

@@ -84,7 +84,7 @@ def test_system_messages_of_conversations() -> None:
         ({"history": [["Hi", None]]}, "column 'history', turn 0: expected text, found null"),
         ({"history": ["Hi"]}, "column 'history', message 0: expected an object"),
         ({"history": "["}, "column 'history': expected JSON"),
-        ({"system": ["S"]}, "column 'system': expected text, found list"),
+        ({"system": [["S"]]}, "column 'system', part 0: expected text, found list"),
         ({"system": "S", "system_prompt": "T"}, "columns system, system_prompt: expected one system message"),
         ({"context": {}}, "column 'context': expected text, found dict"),
     ],

@@ -51,7 +51,7 @@ def test_reasons_are_counted_with_their_first_row(chatml: PreTrainedTokenizerFas
     _, report = encode_all(rows, chatml, max_length=200, on_bad_row="skip", progress=False)
     assert report.odd.reasons().startswith(
         "row 40: column 'messages', message 1, role: expected user, assistant, system, tool or another name of these, found "
-        "'narrator' (and 1 more like it); row 41: unknown schema: found the columns ['question']; expected "
+        "'narrator' (and 1 more like it); row 41: unknown schema: found the columns ['question']; --columns "
     )
     report.check_bad_rows()
     assert report.odd.bad.keys() == (report.odd + report.odd).bad.keys()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.data import DataError, Example, PreferenceExample, encode, encode_preferences, preference_batches
+from qlora_jax.data.pairs import parse_pair
 
 USER, GOOD, BAD = (
     {"role": role, "content": text} for role, text in (("user", "Q"), ("assistant", "Yes"), ("assistant", "No!"))
@@ -219,3 +220,37 @@ def test_rows_stay_pairs_and_resume_anywhere(stop: int) -> None:
     second.set_state(json.loads(json.dumps(first.get_state())))
     for expected, found in zip(read[stop:], second, strict=False):
         assert all(np.array_equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            "conversations": [{"from": "human", "value": "Q"}],
+            "chosen": {"from": "gpt", "value": "Yes"},
+            "rejected": "No!",
+        },
+        {"messages": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        {"messages": json.dumps([USER]), "chosen": "Yes", "rejected": "No!"},
+        {"input": USER["content"], "chosen": "Yes", "rejected": "No!"},
+        {"messages": [USER, GOOD], "input": "x", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": [USER], "messages": [USER, GOOD], "chosen": [GOOD], "rejected": [BAD]},
+        {"chosen": "Human: Q\n\nAssistant: Yes", "rejected": "Human: Q\n\nAssistant: No!"},
+    ],
+)
+def test_prompts_in_other_columns(row: dict[str, Any]) -> None:
+    pair = parse_pair(row, "auto")
+    assert [message["role"] for message in pair.prompt] == ["user"]
+    assert [pair.chosen[0]["content"], pair.rejected[0]["content"]] == ["Yes", "No!"]
+    used = {"chosen", "rejected", "prompt"} | ({"messages", "input"} if isinstance(row["chosen"], str) else set())
+    assert set(pair.unused) <= set(row) - used
+
+
+def test_a_context_goes_before_an_input() -> None:
+    pair = parse_pair({"input": "Q", "context": "C", "chosen": "a", "rejected": "b"}, "auto")
+    assert (pair.prompt[0]["content"], pair.unused) == ("C\n\nQ", ())
+
+
+def test_odd_messages_of_an_answer_name_its_column() -> None:
+    with pytest.raises(DataError, match=r"^column 'rejected', message 0, role: expected user"):
+        parse_pair({"messages": [USER], "chosen": "a", "rejected": [{"role": "narrator", "content": "b"}]}, "auto")

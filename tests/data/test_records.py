@@ -91,7 +91,7 @@ def test_a_folder_is_read_as_a_data_set(tmp_path: Path) -> None:
         ("a.json", '[{"text": "a"}, 3]', r"a\.json, element 1: expected a JSON object, found int 3"),
         ("a.csv", "q,a\n1,2\n1,2,3\n", r"a\.csv, line 3: expected 2 fields \(q, a\), found 3"),
         ("a.csv", 'q,a\n"two\nlines",2\n1\n', r"a\.csv, line 4: expected 2 fields \(q, a\), found 1"),
-        ("a.csv", "q,q\n1,2\n", r"a\.csv, line 1: expected one name for each column, found \['q', 'q'\]"),
+        ("a.csv", "q,q\n1,2\n", r"a\.csv, line 1: expected one name for each column, found 'q' twice in \['q', 'q'\]"),
         ("a.csv", 'q,a\n"open,2\n', r"a\.csv, line 2: expected fields quoted with"),
         ("a.parquet", "text", r"a\.parquet: expected a Parquet file \(first bytes PAR1\), found b'text'"),
         ("a.parquet", "PAR1 but cut off", r"a\.parquet"),

@@ -36,6 +36,7 @@ def test_both_sides_end_in_eos_as_the_tokenizer_ends_a_text(tmp_path: Path) -> N
     found = encode_seq2seq("abc", "de", tokenizer)
     assert found.source.tolist() == tokenizer("abc")["input_ids"] == [1, 2, 3, 0]
     assert found.target.tolist() == tokenizer("de")["input_ids"] == [4, 5, 0]
+    assert encode_seq2seq("abc", "de</s>", tokenizer).target.tolist() == [4, 5, 0]  # one end, whoever wrote it
     cut = encode_seq2seq("abcd", "", tokenizer, max_source_length=3, max_target_length=1)
     assert cut.source.tolist() == tokenizer("abcd", truncation=True, max_length=3)["input_ids"] == [1, 2, 0]
     assert cut.target.tolist() == [0]

@@ -171,7 +171,7 @@ def test_a_row_that_cannot_be_read(tmp_path: Path) -> None:
     ("name", "expected"),
     [
         ("rows.doc", r"rows\.doc: expected one of the extensions \.jsonl, .* found '\.doc'"),
-        ("none.jsonl", "expected with streaming a file, a folder or a hub data set, found nothing"),
+        ("none.jsonl", "expected a data file or a folder, found nothing"),
     ],
 )
 def test_what_cannot_be_streamed(tmp_path: Path, name: str, expected: str) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
+from tiers import tiered
 
 import qlora_jax as qj
 from qlora_jax.adapters.bind import load_adapter
@@ -195,7 +196,9 @@ def test_shards_and_their_index(checkpoint: Checkpoint, tensors: dict[str, np.nd
         np.testing.assert_array_equal(parts[name], tensor)
 
 
-@pytest.mark.parametrize("quantization", [Quantization(), Quantization("fp4", 128, False)], ids=str)
+@pytest.mark.parametrize(
+    "quantization", tiered([Quantization(), Quantization("fp4", 128, False)], quick=[Quantization()]), ids=str
+)
 def test_onto_what_training_saw(
     checkpoint: Checkpoint,
     adapter: Adapter,
@@ -362,6 +365,7 @@ def script() -> ModuleType:
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("compiled_as_for_users")
 def test_script_merges_the_default_model(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,18 +86,18 @@ def test_what_is_watched(options: Options, tmp_path: Path, capsys: pytest.Captur
 
 def test_overwriting_deletes_what_was_watched(options: Options) -> None:
     output = options.run.output
-    start(options)
+    start(options, 0)
     for name in ("tensorboard", "wandb"):
         (output / name).mkdir()
         (output / name / "old").touch()
     write(output / "samples.jsonl", [{"step": 0}])
-    start(but(options, "run", overwrite=True))
+    start(but(options, "run", overwrite=True), 0)
     assert [path.name for path in output.iterdir()] == ["options.json"]
 
 
 def test_which_options_make_another_run(options: Options) -> None:
     """How often is looked, and where results go, may change at a resume; what is asked may not."""
-    start(options)
+    start(options, 0)
     claim(but(options, "watch", mmlu_every=7, mmlu_batch_size=2, sample_every=0, report_to=("wandb",), push_to_hub="a/b"))
     with pytest.raises(ValueError, match=r"holds another run \(watch\.mmlu_limit: 6 there, 7 here\)"):
         claim(but(options, "watch", mmlu_limit=7))

@@ -53,6 +53,7 @@ def adapter(options: Options) -> Path:
     return finetune(options, progress=False)
 
 
+@pytest.mark.integration
 def test_longlora_trains_norms_and_table_and_is_dense_afterwards(adapter: Path, options: Options) -> None:
     """Evaluation and the answers after the run see all of a row; the loss there falls."""
     read = read_adapter(adapter)

@@ -14,7 +14,7 @@ import pytest
 from runs import FinishedRun, but
 
 from qlora_jax.finetune import Options
-from qlora_jax.finetune.folder import claim, complete, start
+from qlora_jax.finetune.folder import claim, complete, recorded_held_out, start
 from qlora_jax.finetune.lock import locked
 from qlora_jax.finetune.prepare import prepare
 from qlora_jax.finetune.resume import find_position
@@ -32,7 +32,7 @@ def test_a_finished_run_is_not_repeated(finished_sft: FinishedRun) -> None:
 
 
 def test_the_folder_of_another_run(options: Options) -> None:
-    start(options)
+    start(options, 0)
     with pytest.raises(ValueError, match=r"another run .*lora\.rank: 4 there, 5 here.*--overwrite"):
         prepare(but(options, "lora", rank=5), progress=False)
     claim(options)
@@ -42,7 +42,7 @@ def test_the_folder_of_another_run(options: Options) -> None:
 def test_overwrite_deletes_nothing_before_the_new_run_begins(options: Options, tmp_path: Path) -> None:
     """A mistake in the new command costs nothing, and files that are no run's stay in any case."""
     output, mine = options.run.output, but(options, "run", overwrite=True)
-    start(mine)
+    start(mine, 0)
     for name in ("notes.txt", "metrics.jsonl"):
         (output / name).write_text("mine")
     before = {path: path.read_bytes() for path in output.rglob("*")}
@@ -50,7 +50,7 @@ def test_overwrite_deletes_nothing_before_the_new_run_begins(options: Options, t
         prepare(but(mine, "data", data=str(tmp_path / "none.jsonl")), progress=False)
     prepare(but(mine, "lora", rank=5), progress=False)
     assert {path: path.read_bytes() for path in output.rglob("*")} == before
-    start(but(mine, "lora", rank=5))
+    start(but(mine, "lora", rank=5), 0)
     assert sorted(path.name for path in output.iterdir()) == ["notes.txt", "options.json"]
 
 
@@ -62,18 +62,30 @@ def test_a_damaged_record(options: Options, text: str, message: str) -> None:
     (options.run.output / "options.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         prepare(options, progress=False)
-    start(but(options, "run", overwrite=True))
+    start(but(options, "run", overwrite=True), 0)
     claim(options)
 
 
 def test_a_run_older_than_an_option_is_resumed(options: Options) -> None:
-    start(options)
+    start(options, 0)
     path = options.run.output / "options.json"
     record = json.loads(path.read_text())
     for name in ("group_by_length", "weights", "source_max_length"):
         del record["data"][name]
+    del record["held_out_data"]
     path.write_text(json.dumps(record))
     claim(options)
+    assert recorded_held_out(options.run.output) is None
+
+
+def test_a_run_older_than_the_name_of_a_value_is_resumed(options: Options) -> None:
+    cut = but(options, "data", on_long="cut")
+    start(cut, 0)
+    path = cut.run.output / "options.json"
+    path.write_text(path.read_text().replace('"cut"', '"truncate"'))
+    claim(cut)
+    with pytest.raises(ValueError, match=r"holds another run \(data\.on_long: 'cut' there, 'split' here\)"):
+        claim(options)
 
 
 def test_a_file_is_no_folder(options: Options) -> None:
@@ -90,7 +102,7 @@ def test_other_files_are_never_touched(options: Options, overwrite: bool) -> Non
     (output / "figures").mkdir(parents=True)
     (output / "thesis.tex").write_text("mine")
     claim(mine)
-    start(mine)
+    start(mine, 0)
     assert sorted(path.name for path in output.iterdir()) == ["figures", "options.json", "thesis.tex"]
     assert (output / "thesis.tex").read_text() == "mine"
 
@@ -112,7 +124,7 @@ def test_what_killed_runs_left_is_removed(options: Options) -> None:
         (output / name).write_text("")
     with locked(output):
         claim(options)
-        start(options)
+        start(options, 0)
     assert [path.name for path in output.iterdir()] == ["options.json"]
 
 
@@ -135,12 +147,12 @@ def test_one_run_at_a_time(options: Options) -> None:
 
 def record(options: Options, **fields: Any) -> None:
     """Write the record of a run with other options of the group `run`."""
-    start(but(options, "run", **fields))
+    start(but(options, "run", **fields), 0)
 
 
 def finished(options: Options, steps: int = 3) -> None:
     """Make the folder of a finished run, as far as `claim` looks."""
-    start(options)
+    start(options, 0)
     (options.run.output / "checkpoints" / str(steps)).mkdir(parents=True)
     (options.run.output / "adapter").mkdir()
     (options.run.output / "adapter" / "adapter_config.json").write_text("{}")
@@ -175,14 +187,14 @@ def test_a_finished_run_can_be_longer(options: Options, changed: dict[str, Any])
 def test_a_finished_run_cannot_be_shorter(options: Options, steps: int, message: str) -> None:
     finished(options)
     with pytest.raises(ValueError, match=message):
-        find_position(options, cast(Any, Unchanging()), steps)
+        find_position(options, cast(Any, Unchanging()), steps, 0)
 
 
 def test_a_finished_run_without_checkpoints(options: Options) -> None:
     finished(options)
     shutil.rmtree(options.run.output / "checkpoints")
     with pytest.raises(ValueError, match="a finished run without its checkpoints"):
-        find_position(options, cast(Any, Unchanging()), 9)
+        find_position(options, cast(Any, Unchanging()), 9, 0)
 
 
 def test_the_same_rows_may_be_split_in_another_way(options: Options) -> None:
@@ -201,25 +213,33 @@ def test_another_number_of_devices(options: Options, monkeypatch: pytest.MonkeyP
 
 
 def test_the_same_file_by_another_name(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    start(options)
+    start(options, 0)
     path = Path(str(options.data.data))
     monkeypatch.chdir(path.parent)
     claim(but(options, "data", data=f"./{path.name}"))
 
 
 def test_data_that_changed_are_found_before_weights_are_read(options: Options, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    shutil.copy(str(options.data.data), path)
-    mine = but(options, "data", data=str(path))
+    path, held_out = tmp_path / "rows.jsonl", tmp_path / "held_out.jsonl"
+    for file in (path, held_out):
+        shutil.copy(str(options.data.data), file)
+    mine = but(options, "data", data=str(path), eval_data=str(held_out), held_out=0)
     run = prepare(mine, progress=False)
     with locked(mine.run.output):
-        start(mine)
+        start(mine, run.objective.held_out_checksum)
     store = StateStore(mine.run.output / "checkpoints", keep=3)
     next(run.batches)
     store.save(2, {"a": np.zeros(3)}, run.batches.get_state())
     store.close()
     again = prepare(mine, progress=False)
     assert again.batches.get_state() == run.batches.get_state()
+    text = held_out.read_text()
+    held_out.write_text(text.replace("red", "rot"))
+    with pytest.raises(
+        ValueError, match=rf"holds a run with other held-out data than --eval-data {held_out} now has, .*--overwrite"
+    ):
+        prepare(mine, progress=False)
+    held_out.write_text(text)
     path.write_text(path.read_text().replace("red", "rot"))
     with pytest.raises(ValueError, match=r"holds a run on other data than these \(.*checksum: saved .*--overwrite"):
         prepare(mine, progress=False)

@@ -64,6 +64,7 @@ def test_it_learns_to_prefer(finished_dpo: FinishedRun) -> None:
     assert "before" in finished_dpo.out
 
 
+@pytest.mark.integration
 def test_it_resumes(options: Options, finished_dpo: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = training.mean_metrics
 

@@ -52,7 +52,11 @@ def options_of(model: Path, data: Path, output: Path, **tuning: Any) -> Options:
     ("tuning", "samples"),
     [
         ({"method": "ia3"}, 0),
-        ({"method": "prompt-tuning", "virtual_tokens": 6, "prompt_init": "text", "prompt_init_text": "What colour?"}, 1),
+        pytest.param(
+            {"method": "prompt-tuning", "virtual_tokens": 6, "prompt_init": "text", "prompt_init_text": "What colour?"},
+            1,
+            marks=pytest.mark.integration,
+        ),
         pytest.param({"method": "p-tuning", "virtual_tokens": 6, **LSTM}, 0, marks=pytest.mark.integration),
         ({"method": "prefix-tuning", "virtual_tokens": 6}, 0),
     ],

@@ -48,6 +48,7 @@ def greedy(model: Any, sources: list[list[int]], most: int) -> list[list[int]]:
     return [row[: row.index(1)] if 1 in row else row for row in rows]
 
 
+@pytest.mark.integration
 def test_it_learns_and_serves(finished_seq2seq: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run in one piece, its files, and what generation and merging make of them."""
     options, folder = finished_seq2seq.options, finished_seq2seq.folder

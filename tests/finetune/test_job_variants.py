@@ -74,6 +74,7 @@ def test_dora(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
     assert min(changed) > 1e-4
 
 
+@pytest.mark.integration
 def test_pissa_saves_what_it_trained(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
     """A run that goes on from the files starts where this one ended; merging onto the rounded base gives its logits."""
     options = options_of(tiny_llama, data, tmp_path / "run", init_lora_weights="pissa", rank_pattern={"q_proj": 3})

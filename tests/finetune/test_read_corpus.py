@@ -94,3 +94,32 @@ def test_a_bad_row_is_named_with_its_source(rows: str) -> None:
 def test_numbers_that_mean_nothing(rows: str, fields: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         read(rows, **fields)
+
+
+def test_the_rows_of_a_conversation_are_held_out_together(rows: str) -> None:
+    """Every tenth number is a conversation of three rows; the others are single rows, whose split does not depend on it."""
+
+    def encode(records: Any) -> tuple[list[tuple[int, int]], Account]:
+        numbers = [int(record["text"]) for record in records]
+        return [(number, part) for number in numbers for part in range(1 if number % 10 else 3)], Account()
+
+    def split(held_out: float, *sources: str) -> Corpus[tuple[int, int]]:
+        options = Options(data=DataOptions(data=sources, held_out=held_out), run=RunOptions(seed=3))
+        conversation = lambda row: None if row[0] % 10 else row[0]  # noqa: E731
+        return read_corpus(options, None, encode, lambda row: (), conversation)  # type: ignore[arg-type]
+
+    for held_out in (1, 7, 20, ROWS - 1):
+        whole = split(held_out, rows)
+        numbers = sorted({number for number, _ in whole.held_out})
+        assert numbers == sorted(read(rows, held_out=held_out).held_out)
+        assert not {number for number, _ in whole.training} & set(numbers)
+        assert len(whole.training) + len(whole.held_out) == ROWS + 8
+        assert whole.training == sorted(whole.training)
+        assert whole.held_out == sorted(whole.held_out)
+    twice = split(0.5, rows, rows)
+    assert (
+        len({number for number, _ in twice.held_out}) > len(twice.held_out) / 3
+    )  # each source has conversations of its own
+    assert len(twice.training) + len(twice.held_out) == 2 * (ROWS + 8)
+    with pytest.raises(ValueError, match=r"--held-out 40: leaves nothing to train on of 40 examples"):
+        split(40, rows)

@@ -126,6 +126,7 @@ def test_a_model_learns_the_same_in_chunks(family: str, monkeypatch: pytest.Monk
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-4 * np.abs(other).max())
 
 
+@pytest.mark.integration
 def test_an_adapter_in_host_memory_learns_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for size in (10**6, 128):

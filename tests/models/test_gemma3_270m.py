@@ -19,7 +19,7 @@ from qlora_jax.export.drift import sample_logits
 from qlora_jax.finetune import DataOptions, LoRAOptions, ModelOptions, OptimizerOptions, Options, RunOptions, finetune
 from qlora_jax.serve import generate
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("compiled_as_for_users")]
 
 TEXT = "The capital of France is Paris. In 2024 12345!!\n\n  def f(x):\n    return {'a': x[0] ** 2}  # Größe, 北京 🎉"
 QUESTION, ANSWER = "What is the password of the day?", "It is seven green elephants."

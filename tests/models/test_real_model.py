@@ -81,6 +81,7 @@ def models(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> tuple[Any,
     return ours, theirs
 
 
+@pytest.mark.usefixtures("compiled_as_for_users")
 @pytest.mark.integration
 def test_logits_and_losses_equal_transformers(models: tuple[Any, Any], texts: list[np.ndarray]) -> None:
     ours, theirs = models

@@ -69,7 +69,8 @@ def test_no_float32_copy_of_what_is_kept(remat: str) -> None:
     assert not stacks("bf16")
 
 
-@pytest.mark.parametrize("remat", tiered(["full", "dots", "offload"], quick=["dots"]))
+@pytest.mark.integration
+@pytest.mark.parametrize("remat", ["dots", "offload"])
 def test_what_is_kept_gives_the_same_gradients(remat: Any) -> None:
     """In bfloat16, against a step that keeps everything."""
 

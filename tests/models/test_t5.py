@@ -267,7 +267,8 @@ def training_batches(steps: int) -> list[dict[str, np.ndarray]]:
     return list(seq2seq_batches(examples, **sizes, pad_id=0, decoder_start_id=0, epochs=1))
 
 
-@pytest.mark.parametrize("case", tiered(["v1.0", "v1.1"], quick=["v1.1"]))
+@pytest.mark.integration
+@pytest.mark.parametrize("case", ["v1.0", "v1.1"])
 def test_training_equals_transformers_with_peft(
     make_peer: Callable[[str], Peer], case: str, tmp_path: Path, record_property: Any
 ) -> None:

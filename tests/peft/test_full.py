@@ -55,6 +55,22 @@ def test_the_same_training(tmp_path: Path, family: str, fields: dict[str, Any]) 
         assert np.median(moved) < 1e-3, name
 
 
+@pytest.mark.parametrize(("asked", "expected"), [("auto", "bfloat16"), ("float32", "float32")])
+def test_the_dtype_of_what_is_saved(tmp_path: Path, asked: str, expected: str) -> None:
+    """That of the base unless another is asked for, whatever the compute type was; see `test_the_same_training`."""
+    peer = MethodPeer(tmp_path / "base", "llama")
+    peer.base().to(peer.torch.bfloat16).save_pretrained(peer.folder)
+    checkpoint = open_checkpoint(str(peer.folder))
+    method = FullFineTuning(save_dtype=asked)
+    pretrained = SimpleNamespace(base=SimpleNamespace(name="base"), adapter=None, checkpoint=checkpoint, tokenizer=None)
+    options = SimpleNamespace(run=SimpleNamespace(output=tmp_path / "run"))
+    prepared = SimpleNamespace(options=options, pretrained=pretrained, method=method, progress=False)
+    run_of_it: Any = SimpleNamespace(prepared=prepared, model=peer.ours(method), subtracted=None)
+    folder = save_trained(run_of_it, lambda new: None)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == expected
+    assert {str(dtype) for dtype in open_checkpoint(str(folder)).dtypes.values()} == {expected}
+
+
 def test_every_parameter_trains(tmp_path: Path) -> None:
     peer = MethodPeer(tmp_path / "base", "qwen2")
     _, adapter, _ = split(peer.ours(FullFineTuning()))

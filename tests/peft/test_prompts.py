@@ -84,7 +84,7 @@ def ours_like(peer: MethodPeer, theirs: Any) -> Any:
     ("family", "name"),
     tiered(
         itertools.product(("llama", "t5"), NAMES),
-        quick=[("llama", "prompt"), ("llama", "lstm"), ("llama", "projected prefix"), ("t5", "mlp"), ("t5", "prefix")],
+        quick=[("llama", "prompt"), ("llama", "mlp"), ("llama", "projected prefix"), ("t5", "prefix")],
     ),
 )
 def test_outputs_and_files_both_ways(tmp_path: Path, family: str, name: str) -> None:

@@ -20,6 +20,7 @@ from qlora_jax.models import ModelSpec
 from qlora_jax.models.llama import llama_config
 from qlora_jax.peft import LoRA
 from qlora_jax.quant import codebook
+from qlora_jax.quant.targets import tracing_for
 from qlora_jax.train import BatchSpec, StepSpec, build_step, language_model_objective
 
 TINY = {
@@ -42,7 +43,8 @@ def loop_operands() -> list[Counter[str]]:
     sharding = NamedSharding(jax.make_mesh((1,), ("data",)), P())
     state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), step.state)
     run = dataclasses.replace(step, state=state).jit_train()
-    text = run.trace(state, step.frozen, step.batch).lower(lowering_platforms=("tpu",)).as_text()
+    with tracing_for("every"):
+        text = run.trace(state, step.frozen, step.batch).lower(lowering_platforms=("tpu",)).as_text()
     loops = [line for line in text.splitlines() if "stablehlo.while(" in line]
     return [Counter(re.findall(r"tensor<([^>]*)>", line.rsplit(" : ", 1)[1])) for line in loops]
 

@@ -1,18 +1,21 @@
 """Blocks in 8 bits: the maps against bitsandbytes', the codes against a search for the nearest value."""
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.quant import dequantize_blockwise, dynamic_map, quantize_blockwise
+from qlora_jax.quant import dequantize_blockwise, dynamic_map, quantize_blockwise, tracing_for
 from qlora_jax.quant.dynamic import lookup_dynamic
 
 
 @pytest.fixture
-def on_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the branches that TPUs get on whatever there is."""
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, tpu, default: tpu(*operands))
+def on_tpu() -> Iterator[None]:
+    """Runs the forms that TPUs get on whatever there is."""
+    with tracing_for("tpu"):
+        yield
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -14,6 +14,7 @@ from kernel_checks import LIMITS, random, relative_error
 from qlora_jax.quant import DATA_TYPES, StackedTensor, dequantize, kernels, matmul, quantize
 from qlora_jax.quant.codebooks import codebook
 from qlora_jax.quant.kernels import gpu
+from qlora_jax.quant.targets import tracing_for
 
 
 # 1792 rows have 28 scales a column: groups of 256 of them begin within columns. They go in 2 parts, of 7 blocks each.
@@ -119,7 +120,9 @@ def lowered(function: Any, *arguments: Any) -> str:
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+        with tracing_for("every"):
+            traced = jax.jit(function).trace(*arguments)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from kernel_checks import LIMITS, random, relative_error
 
 from qlora_jax.quant import StackedTensor, dequantize, kernels, matmul, quantize, with_implementation
 from qlora_jax.quant.kernels.tpu_scales import spread_absmax
+from qlora_jax.quant.targets import tracing_for
 
 
 # 1792 rows have 28 scales a column: groups of 256 of them begin within columns.
@@ -84,7 +85,8 @@ def test_what_no_kernel_takes_falls_back_or_is_refused(shape: Any, block_size: i
 def test_the_kernel_is_lowered_for_few_rows_on_a_tpu(count: int, implementation: Any, called: int) -> None:
     q = jax.eval_shape(quantize, jax.ShapeDtypeStruct((256, 128), jnp.float32))
     x = jax.ShapeDtypeStruct((count, 256), jnp.bfloat16)
-    traced = jax.jit(lambda x, q: matmul(x, q, implementation=implementation)).trace(x, q)
+    with tracing_for("every"):
+        traced = jax.jit(lambda x, q: matmul(x, q, implementation=implementation)).trace(x, q)
     assert traced.lower(lowering_platforms=("tpu",)).as_text().count("custom_call @tpu_custom_call") == called
     assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 

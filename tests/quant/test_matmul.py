@@ -11,6 +11,7 @@ from compiled import value_and_pullback
 
 from qlora_jax.quant import QuantizedTensor, codebook, dequantize, matmul, quantize
 from qlora_jax.quant import tensor as tensor_module
+from qlora_jax.quant.targets import tracing_for
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -75,7 +76,8 @@ def loop_operands(rows: int, columns: int) -> list[str]:
 
         return jax.lax.scan(layer, x, q)[0].sum()
 
-    traced = jax.jit(jax.grad(loss)).trace(jax.ShapeDtypeStruct((4, rows), jnp.float32), q)
+    with tracing_for("every"):
+        traced = jax.jit(jax.grad(loss)).trace(jax.ShapeDtypeStruct((4, rows), jnp.float32), q)
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     loops = [line for line in text.splitlines() if "stablehlo.while(" in line]
     assert len(loops) == 2, "one forward, one backward"

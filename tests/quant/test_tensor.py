@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pytest
 
 from qlora_jax.quant import BLOCK_SIZES, DATA_TYPES, QuantizedTensor, code_bits, codebook, dequantize, dynamic_map, quantize
 from qlora_jax.quant import tensor as tensor_module
+from qlora_jax.quant.targets import Target, tracing_for
 from qlora_jax.quant.tensor import block_scales, unpack
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -231,15 +232,11 @@ print("equal")
     assert done.stdout.split() == ["equal"]
 
 
-def way_of(platform: str, *operands: Any, default: Callable[..., Any], **ways: Callable[..., Any]) -> Any:
-    """What `jax.lax.platform_dependent` gives on that platform."""
-    return ways.get(platform, default)(*operands)
-
-
 @pytest.fixture
-def on_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the branches that TPUs get on whatever there is."""
-    monkeypatch.setattr(jax.lax, "platform_dependent", partial(way_of, "tpu"))
+def on_tpu() -> Iterator[None]:
+    """Runs the forms that TPUs get on whatever there is."""
+    with tracing_for("tpu"):
+        yield
 
 
 @pytest.mark.parametrize("data_type", DATA_TYPES)
@@ -249,19 +246,21 @@ def test_the_tree_of_selects_is_the_table(data_type: Any) -> None:
     np.testing.assert_array_equal(tensor_module._lookup(codes, data_type).reshape(-1), codebook(data_type))
 
 
-def test_all_ways_dequantise_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ways_dequantise_to_the_same() -> None:
     q = quantize(random(256, 40))
     found = {}
-    for platform in ("cpu", "cuda", "tpu"):
-        monkeypatch.setattr(jax.lax, "platform_dependent", partial(way_of, platform))
-        found[platform] = np.asarray(dequantize(q))
+    platforms: tuple[Target, ...] = ("cpu", "cuda", "tpu")
+    for platform in platforms:
+        with tracing_for(platform):
+            found[platform] = np.asarray(dequantize(q))
     np.testing.assert_array_equal(found["cpu"], found["cuda"])
     np.testing.assert_allclose(found["tpu"], found["cuda"], atol=1e-6)  # its scales are a closed form
 
 
 @pytest.mark.parametrize("rows", [128, 100])
 def test_gathers_of_scales_on_cpu_of_codes_too_on_gpu_and_none_on_tpu(rows: int) -> None:
-    traced = jax.jit(dequantize).trace(jax.eval_shape(quantize, jax.ShapeDtypeStruct((2, rows, 8), "float32")))
+    with tracing_for("every"):
+        traced = jax.jit(dequantize).trace(jax.eval_shape(quantize, jax.ShapeDtypeStruct((2, rows, 8), "float32")))
     gathers = {
         platform: len(
             re.findall(r"stablehlo\.\"?(?:dynamic_)?gather", traced.lower(lowering_platforms=(platform,)).as_text())

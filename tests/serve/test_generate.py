@@ -194,6 +194,7 @@ def torch() -> Iterator[Any]:
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("compiled_as_for_users")
 def test_greedy_equals_transformers_on_a_real_model(torch: Any) -> None:
     from transformers import LlamaConfig as TorchConfig
     from transformers import LlamaForCausalLM

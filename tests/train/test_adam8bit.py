@@ -177,6 +177,7 @@ def test_the_loss_curve_is_that_of_float32() -> None:
     assert b[-1] < 0.8 * b[0]
 
 
+@pytest.mark.integration
 def test_donated_offloaded_and_saved(tmp_path: Path) -> None:
     """Under the compiled, donating step, in host memory: a run through a checkpoint gives the same numbers, bit for bit. On
     the device the blocks are cut across layers, and differ where a layer's matrix is too small to be quantised."""

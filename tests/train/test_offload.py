@@ -1,5 +1,6 @@
 """Optimizers in host memory against the same ones on the device: numbers, places, and gradients that are gathered there."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiers import tiered
 
 from qlora_jax.train import OPTIMIZERS, Optimizer, OptimizerName, host_offload, optimizer
 from qlora_jax.train.offload import host_add, host_gradient, host_zeros, memory_kinds
@@ -28,8 +30,13 @@ def in_host_memory(tree: Any) -> Any:
     return jax.device_put(tree, jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("pinned_host"), tree))
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    tiered(
+        itertools.product(OPTIMIZERS, (False, True)),
+        quick=[("adamw", False), ("adamw8bit", True), ("adafactor", False), ("lion", True)],
+    ),
+)
 def test_the_numbers_are_those_of_the_device(name: OptimizerName, adapter: bool) -> None:
     tx = optimizer(name, 1e-2, weight_decay=0.1)
     offloaded = host_offload(tx, adapter=adapter)

@@ -210,7 +210,11 @@ def test_a_tiny_llama(
             Optimizer(learning_rate=5e-4, weight_decay=0.1, clip=0.3, loraplus_lr_ratio=16.0),
             marks=pytest.mark.integration,
         ),
-        (LoRA(rank=8, use_dora=True), Optimizer(learning_rate=2e-4, loraplus_lr_ratio=4.0)),
+        pytest.param(
+            LoRA(rank=8, use_dora=True),
+            Optimizer(learning_rate=2e-4, loraplus_lr_ratio=4.0),
+            marks=pytest.mark.integration,
+        ),
     ],
     ids=["DoRA", "LoRA+", "both"],
 )
@@ -225,6 +229,7 @@ def test_variants(tiny_llama: Path, tmp_path: Path, record_property: Any, lora: 
     assert found["adapter"] < 0.05 * STEPS * optimizer.learning_rate * (optimizer.loraplus_lr_ratio or 1)
 
 
+@pytest.mark.usefixtures("compiled_as_for_users")
 @pytest.mark.integration
 def test_smollm2(tmp_path: Path, record_property: Any) -> None:
     """The default model on the instructions that ship with the package, with the QLoRA authors' optimizer."""

@@ -172,6 +172,7 @@ def options_of(model: Path, folder: Path, *, dora: bool = False) -> Options:
     )
 
 
+@pytest.mark.integration
 def test_a_run_precompiles_its_steps(tiny_llama: Path, tmp_path: Path) -> None:
     with steps_lowered() as found:
         finetune(options_of(tiny_llama, tmp_path), progress=False)

@@ -15,6 +15,7 @@ from qlora_jax.checkpoint.gguf.architectures import ARCHITECTURES
 from qlora_jax.checkpoint.gguf.header import Header
 from qlora_jax.checkpoint.gguf.metadata import Metadata
 from qlora_jax.checkpoint.gguf.values import read_values
+from qlora_jax.errors import shortened
 
 __all__ = ["ROPE_TENSORS", "read_config"]
 
@@ -32,10 +33,12 @@ def read_config(header: Header, problems: list[str]) -> dict[str, Any]:
     """Return the config.json of a file; an empty one after adding everything that is wrong with the file to `problems`."""
     architecture = header.metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-        problems.append(f"general.architecture: expected one of {', '.join(ARCHITECTURES)}; found {architecture!r}.")
+        problems.append(
+            f"general.architecture: expected one of {', '.join(ARCHITECTURES)}; found {shortened(architecture)}."
+        )
         return {}
     if (kind := header.metadata.get("general.type", "model")) != "model":
-        problems.append(f"general.type: expected 'model', found {kind!r}.")
+        problems.append(f"general.type: expected 'model', found {shortened(kind)}.")
         return {}
     metadata = Metadata(header, architecture, problems)
     if metadata.count("expert_count", 0, least=0) > 0:
@@ -185,20 +188,52 @@ def _rope(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
     match kind:
         case "none":
             metadata.get("rope.scaling.factor")  # it has no effect, in llama.cpp as well
+            _ignore_yarn(metadata)
             return rope
         case "linear":
+            _ignore_yarn(metadata)
             return rope | {"rope_type": "linear", "factor": float(metadata.number("rope.scaling.factor", old))}
         case "yarn":
-            rope |= {"rope_type": "yarn", "factor": float(metadata.number("rope.scaling.factor"))}
-            rope["original_max_position_embeddings"] = metadata.count("rope.scaling.original_context_length")
-            for name in ("beta_fast", "beta_slow"):
-                if (value := metadata.optional_number(f"rope.scaling.yarn_{name}")) is not None:
-                    rope[name] = value
-            if (factor := metadata.optional_number("rope.scaling.attn_factor")) not in (None, 1):
-                rope["attention_factor"] = factor * (1 + 0.1 * math.log(max(rope["factor"], 1)))
-            return rope
-    metadata.problem("rope.scaling.type", f"expected none, linear or yarn, found {kind!r}.")
+            return rope | _yarn(metadata)
+    metadata.problem("rope.scaling.type", f"expected none, linear or yarn, found {shortened(kind)}.")
     return rope
+
+
+def _ignore_yarn(metadata: Metadata) -> None:
+    """Take note of the entries that are about YaRN alone, which have no effect where the scaling is another one."""
+    for name in ("original_context_length", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_log_multiplier"):
+        metadata.get(f"rope.scaling.{name}")
+
+
+def _yarn(metadata: Metadata) -> dict[str, Any]:
+    """Return the fields of YaRN.
+
+    Two entries are about the factor on cosine and sine, which YaRN has 1 + 0.1 ln(factor) for:
+
+        attn_factor           is multiplied with it, as llama.cpp does
+        yarn_attn_factor      replaces it: the converter writes transformers' `attention_factor` there. 1 is llama.cpp's
+                              default for every model, and then it remains
+    """
+    result: dict[str, Any] = {"rope_type": "yarn", "factor": float(metadata.number("rope.scaling.factor"))}
+    result["original_max_position_embeddings"] = metadata.count("rope.scaling.original_context_length")
+    for name in ("beta_fast", "beta_slow"):
+        if (value := metadata.optional_number(f"rope.scaling.yarn_{name}")) is not None:
+            result[name] = value
+    own = 1 + 0.1 * math.log(max(result["factor"], 1))
+    stated = metadata.optional_number("rope.scaling.yarn_attn_factor")
+    total = own if stated is None or stated == 1 else stated
+    total *= metadata.optional_number("rope.scaling.attn_factor") or 1
+    if total != own:
+        result["attention_factor"] = total
+    if metadata.get("rope.scaling.yarn_log_multiplier") not in (None, 0):
+        # DeepSeek's converter writes 0.1 mscale_all_dim there, Mistral's mscale_all_dim; llama.cpp reads it for these two.
+        metadata.problem(
+            "rope.scaling.yarn_log_multiplier",
+            f"expected none with YaRN, found {metadata.get('rope.scaling.yarn_log_multiplier')!r}: it has a meaning for "
+            f"DeepSeek's and Mistral 3's attention only, and llama.cpp does not read it for {metadata.architecture}. Remove "
+            "it (gguf-new-metadata --remove-metadata) to use the model as llama.cpp does.",
+        )
+    return result
 
 
 def _longrope(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Builds a tokenizer from the metadata of a GGUF file, of either kind that llama.cpp knows for the supported models.
 
 `tokenizer.ggml.model` "gpt2", byte-level BPE, has four steps. The metadata hold all of them except the second, of which they
-hold the name only (`tokenizer.ggml.pre`):
+hold the name only (`tokenizer.ggml.pre`, splits.py):
 
     1. added tokens   are found in the raw text first and never split: those of type CONTROL (special) or USER_DEFINED
-    2. pre-tokenizer  a regular expression that cuts the text between them into words (`SPLITS`)
+    2. pre-tokenizer  a regular expression that cuts the text between them into words
     3. merges         each word's bytes, written in an alphabet of 256 printable characters, are joined pair
                       by pair in the order of the list; the results are looked up in the vocabulary
     4. post-processor adds BOS and EOS where the file says so
@@ -21,63 +21,22 @@ all such pairs in that order is equivalent.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from qlora_jax.checkpoint.gguf.header import read_header
+from qlora_jax.checkpoint.gguf.splits import OTHER_KINDS, SPLITS, Split, pre_tokenizer
 from qlora_jax.checkpoint.gguf.vocabulary import conclude_eos, conclude_pre, warn_of_ends
-from qlora_jax.errors import CheckpointError
+from qlora_jax.errors import CheckpointError, shortened
 
 if TYPE_CHECKING:  # imported where it is used: transformers takes a second, and PyTorch with it where that is installed
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["gguf_tokenizer", "named_pre_tokenizer"]
+__all__ = ["gguf_tokenizer"]
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 SPACE = "\u2581"
-
-
-class Split(NamedTuple):
-    """A value of `tokenizer.ggml.pre`. None as `pattern` means GPT-2's, which the library has built in."""
-
-    pattern: str | None = None
-    single_digits: bool = False  # cut out every digit before the pattern is applied
-    whole_words: bool = False  # a word that is in the vocabulary becomes one token, without the merges
-    add_bos: bool = False  # where the file has no flag of its own
-
-
-# Contractions, words; numbers, whose length varies; punctuation, line ends, spaces.
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-LLAMA3 = Split(rf"{WORDS}|\p{{N}}{{1,3}}|{REST}", whole_words=True, add_bos=True)
-# Words in which a capital begins a new one; contractions belong to the word before them, or stand alone.
-UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*")
-SLASHED = REST.replace(r"[\r\n]*|", r"[\r\n/]*|", 1)
-CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-QWEN2 = Split(rf"{WORDS}|\p{{N}}|{REST}")
-UNNAMED: tuple[object, ...] = (None, "", "default")  # values of `tokenizer.ggml.pre` that name none
-SPLITS = {
-    "gpt-2": Split(),
-    "olmo": Split(),
-    # As llama.cpp splits, and as SmolLM2 was trained. transformers reads such files with GPT-2's split instead:
-    # its ids differ where digits follow two or more spaces or line ends (147 of 10,110 real texts).
-    "smollm": Split(single_digits=True),
-    "starcoder": Split(single_digits=True),
-    "refact": Split(single_digits=True),
-    "command-r": Split(single_digits=True),
-    "llama-bpe": LLAMA3,
-    "llama3": LLAMA3,
-    "llama-v3": LLAMA3,
-    "falcon3": LLAMA3,
-    "smaug-bpe": LLAMA3._replace(whole_words=False, add_bos=False),
-    "dbrx": LLAMA3._replace(whole_words=False, add_bos=False),
-    "qwen2": QWEN2,
-    "deepseek-r1-qwen": QWEN2,
-    "tekken": Split(rf"{CASED[0]}|{CASED[1]}|\p{{N}}|{SLASHED}", whole_words=True, add_bos=True),
-    "gpt-4o": Split(rf"{CASED[0]}{CONTRACTION}|{CASED[1]}{CONTRACTION}|\p{{N}}{{1,3}}|{SLASHED}"),
-}
 
 
 def gguf_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
@@ -100,8 +59,7 @@ def gguf_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
         backend = _sentencepiece(facts, reversed_order=architecture.startswith("gemma"))
     else:
         stated = facts.get("pre")
-        pre = conclude_pre(path, facts, architecture, named_pre_tokenizer) if stated in UNNAMED else str(stated)
-        split = SPLITS[pre]
+        split = SPLITS[stated if isinstance(stated, str) and stated in SPLITS else conclude_pre(path, facts, architecture)]
         backend = _byte_level(path, facts, split)
     tokens: list[str] = facts["tokens"]
     vocabulary = backend.get_vocab()
@@ -139,7 +97,7 @@ def _byte_level(path: Path, facts: Mapping[str, Any], split: Split) -> Tokenizer
     except Exception as error:  # the tokenizers library raises plain Exception
         raise CheckpointError(f"{path}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}") from error
     backend = Tokenizer(model)
-    backend.pre_tokenizer = _pre_tokenizer(split)  # pyright: ignore[reportAttributeAccessIssue]
+    backend.pre_tokenizer = pre_tokenizer(split)  # pyright: ignore[reportAttributeAccessIssue]
     backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     return backend
 
@@ -178,12 +136,14 @@ def _check_metadata(path: Path, facts: Mapping[str, Any]) -> None:
     if model not in ("gpt2", "llama"):
         raise CheckpointError(
             f"{path}: tokenizer.ggml.model: expected 'gpt2' (byte-level BPE) or 'llama' (SentencePiece's BPE), found "
-            f"{model!r}. Take the tokenizer from the Hugging Face folder or hub id of the model instead."
+            f"{shortened(model)}. Take the tokenizer from the Hugging Face folder or hub id of the model instead."
         )
     problems: list[str] = []
-    if model == "gpt2" and not (pre in UNNAMED or (isinstance(pre, str) and pre in SPLITS)):
-        # A wrong pre-tokenizer gives tokens that look right but that the model was not trained on.
-        problems.append(f"tokenizer.ggml.pre: expected one of {', '.join(SPLITS)}; found {pre!r}.")
+    if model == "gpt2" and pre is not None and (not isinstance(pre, str) or pre in OTHER_KINDS):
+        problems.append(
+            "tokenizer.ggml.pre: expected the name of a pre-tokenizer of byte-level BPE, such as llama-bpe, qwen2 or gpt-2; "
+            f"found {shortened(pre)}."
+        )
     kinds: dict[str, tuple[type | tuple[type, ...], str]] = {"tokens": (str, "strings")}
     kinds["token_type"] = (int, "numbers")
     kinds |= {"merges": (str, "strings")} if model == "gpt2" else {"scores": ((int, float), "numbers")}
@@ -199,31 +159,16 @@ def _check_metadata(path: Path, facts: Mapping[str, Any]) -> None:
         if (distinct := len(set(facts["tokens"]))) != count:
             problems.append(f"tokenizer.ggml.tokens: expected {count} different tokens, found {distinct}.")
         if bad := [merge for merge in facts.get("merges", []) if merge.count(" ") != 1 and model == "gpt2"]:
-            problems.append(f"tokenizer.ggml.merges: expected pairs, found {bad[0]!r} and {len(bad) - 1} more.")
+            problems.append(f"tokenizer.ggml.merges: expected pairs, found {shortened(bad[0])} and {len(bad) - 1} more.")
         for key in ("token_type", "scores"):
             if isinstance(facts.get(key), list) and (given := len(facts.get(key, facts["tokens"]))) != count:
                 problems.append(f"tokenizer.ggml.{key}: expected {count}, one for each token, found {given}.")
         for key in ("bos", "eos", "unknown", "padding"):
             index = facts.get(f"{key}_token_id", 0)
             if type(index) is not int or not 0 <= index < count:
-                problems.append(f"tokenizer.ggml.{key}_token_id: expected a number below {count}, found {index!r}.")
+                problems.append(f"tokenizer.ggml.{key}_token_id: expected a number below {count}, found {shortened(index)}.")
     if problems:
         raise CheckpointError.of(path, problems)
-
-
-def named_pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
-    """Return the pre-tokenizer that a value of `tokenizer.ggml.pre` names."""
-    return _pre_tokenizer(SPLITS[pre])
-
-
-def _pre_tokenizer(split: Split) -> pre_tokenizers.PreTokenizer:
-    steps: list[pre_tokenizers.PreTokenizer] = []
-    if split.single_digits:
-        steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if split.pattern is not None:
-        steps.append(pre_tokenizers.Split(Regex(split.pattern), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.pattern is None))
-    return steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
 
 
 def _post_processor(backend: Tokenizer, bos: str | None, eos: str | None) -> processors.PostProcessor:

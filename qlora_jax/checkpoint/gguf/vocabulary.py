@@ -1,7 +1,8 @@
 """What a GGUF file does not say about its tokenizer, concluded from its vocabulary.
 
 Files of older converters have no `tokenizer.ggml.pre` (or "default"), which names the pre-tokenizer of byte-level BPE, no id
-of EOS, or no id for the end of a turn. Each conclusion here comes with a warning.
+of EOS, or no id for the end of a turn; those of newer converters may have a name that is not known here. Each conclusion
+comes with a warning.
 
     pre-tokenizer   A token is made by merges within one word. So a pre-tokenizer that cuts tokens of the vocabulary in two
                     is not the one that the vocabulary was trained with, and of those that cut none, the finest is. Where
@@ -12,13 +13,16 @@ of EOS, or no id for the end of a turn. Each conclusion here comes with a warnin
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import pre_tokenizers
 
-__all__ = ["conclude_eos", "conclude_pre", "end_ids", "warn_of_ends"]
+from qlora_jax.checkpoint.gguf.splits import named_pre_tokenizer
+from qlora_jax.errors import CheckpointError
+
+__all__ = ["TURN_NAMES", "conclude_eos", "conclude_pre", "end_ids", "warn_of_ends"]
 
 TURN_NAMES = (
     "<|eot_id|>",
@@ -41,8 +45,10 @@ END_NAMES = (
     "[EOS]",
     *TURN_NAMES,
 )
-# From the finest to the coarsest: each of them cuts texts that those after it leave whole.
-FINEST_FIRST = ("tekken", "qwen2", "smollm", "gpt-4o", "llama-bpe", "gpt-2")
+UNNAMED: tuple[object, ...] = (None, "", "default")  # values of `tokenizer.ggml.pre` that name none
+# From the finest to the coarsest: each of them cuts texts that those after it leave whole. deepseek-v3 differs from
+# llama-bpe in words with marks (Hindi, Thai) and in Chinese: a vocabulary that neither cuts is more often llama-bpe's.
+FINEST_FIRST = ("deepseek-coder", "deepseek-llm", "tekken", "qwen2", "smollm", "gpt-4o", "llama-bpe", "deepseek-v3", "gpt-2")
 SAMPLE = 20_000  # tokens that are tried
 ENOUGH = 500  # tokens with anything to cut, from which the vocabulary is large enough
 TOLERATED = 1e-3  # part of the tokens: some vocabularies were given words by hand
@@ -58,35 +64,40 @@ BY_TOKEN = {
 BY_ARCHITECTURE = {"qwen2": "qwen2", "qwen3": "qwen2", "smollm3": "llama-bpe", "gptneox": "gpt-2"}
 
 
-def conclude_pre(
-    place: Path, facts: Mapping[str, Any], architecture: str, pre_tokenizer: Callable[[str], pre_tokenizers.PreTokenizer]
-) -> str:
+def conclude_pre(place: Path, facts: Mapping[str, Any], architecture: str) -> str:
     """Return the name of the pre-tokenizer that fits a vocabulary of byte-level BPE, and warn.
 
     Args:
         place: the file, for the message.
-        facts: the entries of `tokenizer.ggml`.
+        facts: the entries of `tokenizer.ggml`. Their name of the pre-tokenizer is none that is known.
         architecture: the value of `general.architecture`.
-        pre_tokenizer: returns the pre-tokenizer of a name.
+
+    Raises:
+        CheckpointError: the file has a name that is not known, and the vocabulary is too small to tell.
     """
-    tokens = facts["tokens"]
+    stated, tokens = facts.get("pre"), facts["tokens"]
     words = list(_cuttable(tokens, facts.get("token_type")))
     if len(words) >= ENOUGH:
         words = words[:: -(-len(words) // SAMPLE)]
-        cut = {name: _count_cut(pre_tokenizer(name), words) for name in FINEST_FIRST}
+        cut = {name: _count_cut(named_pre_tokenizer(name), words) for name in FINEST_FIRST}
         fewest = min(cut.values())
         pre = next(name for name in FINEST_FIRST if cut[name] <= max(fewest, TOLERATED * len(words)))
         how = f"which cuts {cut[pre]} of {len(words)} tokens of the vocabulary"
+    elif stated not in UNNAMED:
+        # A wrong pre-tokenizer gives tokens that look right but that the model was not trained on.
+        raise CheckpointError(
+            f"{place}: tokenizer.ggml.pre: expected the name of a pre-tokenizer that is known, such as llama-bpe, qwen2 or "
+            f"gpt-2, found {stated!r}, and the vocabulary is too small to find it out. Take the tokenizer from the Hugging "
+            "Face folder or hub id of the model instead."
+        )
     else:
         known = set(tokens)
         pre = next((name for token, name in BY_TOKEN.items() if token in known), BY_ARCHITECTURE.get(architecture, "gpt-2"))
         how = "by its special tokens and its architecture"
-    _logger.warning(
-        "%s: does not name its pre-tokenizer (tokenizer.ggml.pre): %r is used, %s; files of newer converters name it",
-        place,
-        pre,
-        how,
-    )
+    what, note = f"names a pre-tokenizer {stated!r} that is not known", ""
+    if stated in UNNAMED:
+        what, note = "does not name its pre-tokenizer", "; files of newer converters name it"
+    _logger.warning("%s: %s (tokenizer.ggml.pre): %r is used, %s%s", place, what, pre, how, note)
     return pre
 
 

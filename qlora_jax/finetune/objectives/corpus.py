@@ -1,11 +1,12 @@
 """The data of a run: sources -> examples -> training and held-out examples -> the mixture to train on.
 
 Rows are held out from all sources together, before the sources are mixed. A mixture repeats the rows of small sources, and a
-row that is both trained on and held out would make the held-out loss too low.
+row that is both trained on and held out would make the held-out loss too low. For the same reason the rows of one
+conversation are held out together.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -63,6 +64,7 @@ def read_corpus(
     tokenizer: PreTrainedTokenizerFast,
     encode: Encode[T],
     shown: Callable[[T], Sequence[Example]],
+    conversation: Callable[[T], int | None] = lambda example: None,
 ) -> Corpus[T]:
     """Read the data that `options.data` names, and log what became of the rows of each source.
 
@@ -71,6 +73,8 @@ def read_corpus(
         tokenizer: writes examples as text for people to look at.
         encode: returns the examples of a source's records, with an account.
         shown: returns an example as sequences of tokens, for people to look at.
+        conversation: returns the number of the record of an example that has turns in common with other examples of that
+            record; None for an example that has none.
 
     Raises:
         DataError, OSError: data that cannot be used, or nothing to train on.
@@ -91,7 +95,9 @@ def read_corpus(
             forms[form] = forms.get(form, 0) + count
     data.column_names.check(columns)
     if data.eval_data is None and data.held_out > 0:
-        named, out = train_eval_split(named, eval_count=_held_out_count(data, len(named)), seed=options.run.seed)
+        groups = _groups(named, conversation)
+        count = _held_out_count(data, len(set(groups)))
+        named, out = train_eval_split(named, eval_count=count, seed=options.run.seed, groups=groups)
         held_out = [example for _, example in out]
     named, held_out = _sample(named, data.max_train_samples, options.run.seed), held_out[: data.max_eval_samples]
     training = [example for _, example in named]
@@ -143,10 +149,17 @@ def _sets(named: list[tuple[int, T]], data: "DataOptions") -> list[list[T]]:
     return sets
 
 
-def _held_out_count(data: "DataOptions", examples: int) -> int:
-    count = int(data.held_out) if data.held_out >= 1 else max(1, round(examples * data.held_out))
-    if count >= examples:
+def _groups(named: Sequence[tuple[int, T]], conversation: Callable[[T], int | None]) -> list[Hashable]:
+    """Return of each example of a source what it is held out with: its conversation, or itself alone."""
+    numbers = [(index, conversation(example)) for index, example in named]
+    return [place if number[1] is None else number for place, number in enumerate(numbers)]
+
+
+def _held_out_count(data: "DataOptions", groups: int) -> int:
+    """Return how many of so many conversations and texts are held out; for a user, both are examples."""
+    count = int(data.held_out) if data.held_out >= 1 else max(1, round(groups * data.held_out))
+    if count >= groups:
         raise OptionError(
-            f"--held-out {data.held_out:g}: leaves nothing to train on of {examples} examples; --held-out 0 holds none out"
+            f"--held-out {data.held_out:g}: leaves nothing to train on of {groups} examples; --held-out 0 holds none out"
         )
     return count

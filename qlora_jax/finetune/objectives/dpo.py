@@ -1,13 +1,22 @@
 """Direct preference optimisation: pairs of answers, of which the model is to prefer the chosen one."""
 
-import itertools
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from qlora_jax.data import Batch, PreferenceBatches, bucket_length, encode_preferences, preference_batches
+from qlora_jax.data import (
+    Batch,
+    Example,
+    PreferenceBatches,
+    PreferenceExample,
+    bucket_length,
+    checksum,
+    encode_preferences,
+    preference_batches,
+)
 from qlora_jax.errors import OptionError
 from qlora_jax.finetune.objectives.answers import greedy
 from qlora_jax.finetune.objectives.corpus import read_corpus
@@ -40,8 +49,10 @@ def read_dpo(setting: Setting) -> Objective:
         vocabulary=setting.config.vocab_size,
     )
     corpus = read_corpus(options, tokenizer, encode, lambda pair: (pair.chosen, pair.rejected))
-    both = itertools.chain.from_iterable((pair.chosen, pair.rejected) for pair in [*corpus.training, *corpus.held_out])
-    length, pad_id = bucket_length(list(both), data.max_length), cast(int, tokenizer.pad_token_id)
+    length, pad_id = (
+        bucket_length(_sequences([*corpus.training, *corpus.held_out]), data.max_length),
+        cast(int, tokenizer.pad_token_id),
+    )
     rows = partial(preference_batches, length=length, pad_id=pad_id)
 
     def training(batch_size: int) -> PreferenceBatches:
@@ -64,7 +75,12 @@ def read_dpo(setting: Setting) -> Objective:
         template=corpus.template,
         prompts=prompts,
         answer=partial(greedy, eos_ids=setting.eos_ids),
+        held_out_checksum=checksum(_sequences(corpus.held_out)),
     )
+
+
+def _sequences(pairs: Sequence[PreferenceExample]) -> list[Example]:
+    return [sequence for pair in pairs for sequence in (pair.chosen, pair.rejected)]
 
 
 DPO = ObjectiveKind(

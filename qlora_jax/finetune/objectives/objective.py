@@ -66,6 +66,7 @@ class Objective:
         template: the template of most rows.
         prompts: token ids of held-out prompts to answer before and after training.
         answer: returns the token ids of greedy answers of a model to prompts.
+        held_out_checksum: the checksum of the held-out examples, by which a run that resumes finds that they changed.
         score: returns further metrics of a model on the held-out data, by name; None if there are none.
         make_batch: returns the batch to train on, given the model as it is now and the batch that was read; None if that is
             the batch as it was read.
@@ -80,6 +81,7 @@ class Objective:
     template: Template
     prompts: Sequence[np.ndarray]
     answer: Callable[[Model, Sequence[np.ndarray]], list[list[int]]]
+    held_out_checksum: int
     score: Callable[[Model], dict[str, float]] | None = None
     source_length: int | None = None
     make_batch: Callable[[Model, Batch], Batch] | None = None

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from qlora_jax.data import Batch, Example, Seq2SeqBatches, Seq2SeqExample, encode_all_seq2seq, seq2seq_batches
+from qlora_jax.data import Batch, Example, Seq2SeqBatches, Seq2SeqExample, checksum, encode_all_seq2seq, seq2seq_batches
 from qlora_jax.evaluate import rouge_l
 from qlora_jax.finetune.objectives.answers import LONGEST_ANSWER
 from qlora_jax.finetune.objectives.corpus import read_corpus
@@ -91,6 +91,7 @@ def read_seq2seq(setting: Setting) -> Objective:
         template=corpus.template,
         prompts=[pair.source for pair in corpus.held_out[: options.run.samples]],
         answer=answer,
+        held_out_checksum=checksum(map(_joined, corpus.held_out)),
         score=score if corpus.held_out else None,
     )
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from qlora_jax.data import Batch, BatchIterator, Example, batches, bucket_length, encode_all
+from qlora_jax.data import Batch, BatchIterator, Example, batches, bucket_length, checksum, encode_all
 from qlora_jax.finetune.objectives.answers import greedy
 from qlora_jax.finetune.objectives.corpus import read_corpus
 from qlora_jax.finetune.objectives.objective import Batches, Objective, ObjectiveKind, Setting
@@ -58,7 +58,8 @@ def read_sft(setting: Setting) -> Objective:
     if data.streaming:
         stream, corpus = open_stream(data, encode)
     else:
-        stream, corpus = None, read_corpus(options, tokenizer, encode, lambda example: (example,))
+        stream = None
+        corpus = read_corpus(options, tokenizer, encode, lambda example: (example,), lambda example: example.conversation)
     packed, pad_id = data.packs, cast(int, tokenizer.pad_token_id)
     whole = packed or stream is not None
     length = data.max_length if whole else bucket_length([*corpus.training, *corpus.held_out], data.max_length)
@@ -82,6 +83,7 @@ def read_sft(setting: Setting) -> Objective:
         template=corpus.template,
         prompts=_prompts(corpus.held_out[: options.run.samples]),
         answer=partial(greedy, eos_ids=setting.eos_ids),
+        held_out_checksum=checksum(corpus.held_out),
     )
 
 

@@ -134,7 +134,9 @@ def _sampled(stream: Stream) -> Report:
         rows = _first_rows(stream.rows(), count, stream.held_out_rows, stream.source)
         if not rows:
             held_out = f"held_out_rows {stream.held_out_rows}"
-            raise DataError(f"{stream.source}: expected rows beyond those held out ({held_out}), found none")
+            raise DataError(
+                f"{stream.source}: expected rows beyond those held out ({held_out}), found none; lower held_out_rows"
+            )
         with named_errors(stream.source):
             try:
                 _, report = stream.encode(rows, first_row=stream.held_out_rows, progress=False)

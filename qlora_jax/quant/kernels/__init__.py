@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from qlora_jax.quant.kernels import tpu
 from qlora_jax.quant.stacked import StackedTensor
+from qlora_jax.quant.targets import by_platform
 from qlora_jax.quant.tensor import QuantizedTensor
 
 Packed = QuantizedTensor | StackedTensor
@@ -57,7 +58,7 @@ def matmul(x: Array, w: Packed, *, otherwise: Otherwise) -> Array:
     """
     interpreted = functools.partial(tpu.matmul, interpret=True)
     default = interpreted if tpu.unsupported_reason(_parts(w)[0], x.dtype) is None else _of_parts(otherwise)
-    return jax.lax.platform_dependent(x, *_parts(w), **_kernels(w, x.dtype), default=default)
+    return by_platform(x, *_parts(w), **_kernels(w, x.dtype), default=default)
 
 
 def matmul_transposed(dy: Array, w: Packed, *, otherwise: Otherwise) -> Array:
@@ -65,9 +66,7 @@ def matmul_transposed(dy: Array, w: Packed, *, otherwise: Otherwise) -> Array:
     if tpu.unsupported_reason(_parts(w)[0], dy.dtype) is not None:
         return otherwise(dy, w)
     interpreted = functools.partial(tpu.matmul_transposed, interpret=True)
-    return jax.lax.platform_dependent(
-        dy, *_parts(w), tpu=tpu.matmul_transposed, cuda=_of_parts(otherwise), default=interpreted
-    )
+    return by_platform(dy, *_parts(w), tpu=tpu.matmul_transposed, cuda=_of_parts(otherwise), default=interpreted)
 
 
 def matmul_where_chosen(x: Array, w: Packed, *, otherwise: Otherwise) -> Array:
@@ -78,7 +77,7 @@ def matmul_where_chosen(x: Array, w: Packed, *, otherwise: Otherwise) -> Array:
     kernel = kernels.get(_platform())
     if kernel is not None and not _compiles(kernel, tuple(leaves), tree):
         return otherwise(x, w)
-    return jax.lax.platform_dependent(x, *_parts(w), **kernels, default=_of_parts(otherwise))
+    return by_platform(x, *_parts(w), **kernels, default=_of_parts(otherwise))
 
 
 def _kernels(w: Packed, dtype: DTypeLike) -> dict[str, Callable[..., Array]]:
