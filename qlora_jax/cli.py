@@ -24,7 +24,6 @@ import tyro
 
 from qlora_jax.errors import OptionError, shortened
 from qlora_jax.interrupts import Interrupts
-from qlora_jax.platforms import silence_absent_devices
 from qlora_jax.renamed_options import MEANT, RENAMED_OPTIONS, new_value
 
 __all__ = ["from_toml", "parse", "run", "to_dict"]
@@ -55,7 +54,6 @@ def run(
         saved: returns what of the command's work is saved, for the message of an interruption. The command then ends at
             once, except in blocks of `interrupts`; otherwise KeyboardInterrupt is raised in it.
     """
-    silence_absent_devices()
     with Interrupts() as interrupts:
         try:
             try:

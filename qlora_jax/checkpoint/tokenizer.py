@@ -16,7 +16,6 @@ only the text in which such a token occurs is refused (data/token_ids.py).
 
 import json
 import logging
-import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -34,8 +33,6 @@ from qlora_jax.models.bounds import token_ids
 if TYPE_CHECKING:  # imported where it is used: transformers takes a second, and PyTorch with it where that is installed
     from transformers import PreTrainedTokenizerFast
 
-# Tokenizers need no PyTorch: without this transformers advises, on import, that it is missing.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __all__ = ["check_tokenizer", "load_tokenizer", "save_tokenizer", "stated_ends", "stop_ids"]
 

@@ -19,7 +19,7 @@ from qlora_jax.finetune.prepare import PreparedRun
 from qlora_jax.finetune.reporting.callbacks import reporting_callbacks
 from qlora_jax.finetune.reporting.picture import LossPicture
 from qlora_jax.models import Model
-from qlora_jax.nn import copy_to_device, data_mesh, mesh_context, put_on_mesh
+from qlora_jax.nn import AttentionTarget, copy_to_device, data_mesh, mesh_context, put_on_mesh
 from qlora_jax.peft import Subtracted
 from qlora_jax.train import (
     Cadence,
@@ -112,7 +112,7 @@ class _Traced:
     model: Model
     residuals_on_host: bool
 
-    def abstract(self, platform: str | None = None) -> Model:
+    def abstract(self, platform: str | AttentionTarget | None = None) -> Model:
         return self.model
 
 

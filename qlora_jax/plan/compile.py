@@ -126,7 +126,7 @@ def compile_train_step(spec: StepSpec[ModelSpec], machine: Machine) -> Plan:
         QLoRAError: the adapter does not fit the model.
     """
     mesh = machine_mesh(machine)
-    step = place_step(build_step(spec, platform=machine.device.platform, devices=machine.count), mesh)
+    step = place_step(build_step(spec, platform=machine.device.target, devices=machine.count), mesh)
     with context(mesh):
         program = compile_program(step.jit_train(), (step.state, step.frozen, step.batch), machine)
     packed, dense = weight_bytes(step.frozen)

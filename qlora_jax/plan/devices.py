@@ -18,6 +18,7 @@ import re
 from typing import Literal
 
 from qlora_jax.errors import OptionError
+from qlora_jax.nn.attention_target import AttentionTarget
 
 Platform = Literal["cuda", "tpu"]
 _MIB = 2**20
@@ -38,6 +39,8 @@ class Device:
         dimensions: the dimensions of a TPU's topology; 0 for GPUs.
         target_config: the text proto of a GPU; None for a TPU, whose name is enough.
         clock: the cycles a second of a TPU, in which its compiler counts; None for a GPU.
+        cores: the multiprocessors of a GPU; None for TPUs.
+        capability: the compute capability of a GPU; None for TPUs.
     """
 
     name: str
@@ -49,6 +52,13 @@ class Device:
     dimensions: int = 0
     target_config: str | None = None
     clock: float | None = None
+    cores: int | None = None
+    capability: tuple[int, int] | None = None
+
+    @property
+    def target(self) -> AttentionTarget:
+        """The device as the choice of attention kernels knows it."""
+        return AttentionTarget("gpu" if self.platform == "cuda" else "tpu", self.capability)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +97,10 @@ class Machine:
         if self.device.platform == "cuda":
             return self.device.name
         return f"{self.device.name}:{'x'.join(map(str, self.shape))}"
+
+
+# Pallas does not know some GPUs by name; each is described by the name of one that it knows, of the same compute capability.
+_KNOWN_TO_JAX = {"NVIDIA GeForce RTX 3090": "NVIDIA A10"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,10 +148,18 @@ class _GPU:
         }}
         platform_name: "CUDA"
         dnn_version_info {{ major: {cudnn_major} minor: {cudnn_minor} }}
-        device_description_str: "{self.description}"
+        device_description_str: "{_KNOWN_TO_JAX.get(self.description, self.description)}"
     """
         return Device(
-            self.name, self.description, "cuda", self.memory_bytes, self.bandwidth, self.flops, target_config=target_config
+            self.name,
+            self.description,
+            "cuda",
+            self.memory_bytes,
+            self.bandwidth,
+            self.flops,
+            target_config=target_config,
+            cores=self.cores,
+            capability=self.capability,
         )
 
 

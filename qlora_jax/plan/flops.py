@@ -83,7 +83,8 @@ def _pallas_flops(equation: Any, causal: bool) -> float:
         return 2.0 * x.shape[1] * math.prod(equation.outvars[0].aval.shape[-2:])
     if "splash" not in name:
         return 0.0
-    shapes = [value.aval.shape for value in equation.invars if len(value.aval.shape) >= 3 and value.aval.dtype.itemsize == 2]
+    arrays = [value.aval for value in equation.invars if jnp.issubdtype(value.aval.dtype, jnp.floating)]
+    shapes = [array.shape for array in arrays if len(array.shape) >= 3]  # queries and keys come first
     *stack, t, d = shapes[0]
     s = shapes[1][-2]
     flops = _attention_flops(math.prod(stack), t, s, d, backward=False, causal=causal)

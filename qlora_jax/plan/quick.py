@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from qlora_jax.models import DecoderConfig, ModelSpec
 from qlora_jax.models.chunks import chunk_count
 from qlora_jax.nn import split_axis
-from qlora_jax.nn.attention import block_of_queries
+from qlora_jax.nn.attention import scores_at_once
+from qlora_jax.nn.attention_target import AttentionTarget, attention_target, choose_kernel
 from qlora_jax.plan.factors import FACTORS
 from qlora_jax.plan.tree_bytes import tree_bytes
 from qlora_jax.plan.workspace import attention_workspace
@@ -99,24 +100,27 @@ class QuickPlan:
         return self.host_optimizer + self.host_adapter + self.host_residuals
 
 
-def quick_plan(spec: StepSpec[ModelSpec], platform: str, devices: int = 1, *, step: Step | None = None) -> QuickPlan:
-    """Return the plan of a step on a number of devices of a platform ("cuda", "tpu" or "cpu").
+def quick_plan(
+    spec: StepSpec[ModelSpec], platform: str | AttentionTarget, devices: int = 1, *, step: Step | None = None
+) -> QuickPlan:
+    """Return the plan of a step on a number of devices: a platform ("cuda", "tpu" or "cpu"), or the target of a device.
 
     Args:
         spec: describes the step.
-        platform: the platform.
+        platform: the platform or the target.
         devices: the number of devices.
         step: the step of a spec that differs in its batch only, which saves most of the time; it is built if None.
 
     Raises:
         QLoRAError: the adapter does not fit the model.
     """
-    step = build_step(spec, platform=platform, devices=devices) if step is None else step
+    target = attention_target(platform)
+    step = build_step(spec, platform=target, devices=devices) if step is None else step
     packed, dense = _spread_bytes(step.frozen, devices)
     adapter, optimizer = tree_bytes(step.state.adapter), tree_bytes(step.state.opt_state)
     saved, saved_on_host = residual_bytes(spec)
     on_device = 0 if spec.optimizer.host_adapter else adapter
-    gradients, working = worst_moment(features(spec, platform, devices, on_device), FACTORS[kind_of(platform, devices)])
+    gradients, working = worst_moment(features(spec, target, devices, on_device), FACTORS[kind_of(name_of(target), devices)])
     return QuickPlan(
         packed_weights=packed,
         dense_weights=dense,
@@ -129,13 +133,33 @@ def quick_plan(spec: StepSpec[ModelSpec], platform: str, devices: int = 1, *, st
         host_residuals=saved_on_host,
         gradients=gradients,
         working=working,
-        workspace=_workspace(spec) if platform == "cuda" else 0,
+        workspace=_workspace(spec, target),
     )
 
 
 def kind_of(platform: str, devices: int) -> str:
     """Return the key of `FACTORS`. XLA schedules a program for several GPUs by other rules, which hide its gathers."""
     return "cuda, several" if platform == "cuda" and devices > 1 else platform
+
+
+def name_of(target: AttentionTarget) -> str:
+    """Return the name of a device's platform in `FACTORS`: "cuda", "tpu" or "cpu"."""
+    return "cuda" if target.platform == "gpu" else target.platform
+
+
+def _has_kernel(spec: StepSpec[ModelSpec], config: DecoderConfig, target: AttentionTarget, length: int) -> bool:
+    """Return whether a kernel of the device computes the attention of rows of this length, rather than XLA."""
+    method = spec.model.method
+    kernel = choose_kernel(
+        target,
+        head_dim=config.head_dim,
+        length=length,
+        dtype=spec.model.dtype,
+        cap=config.score_cap,
+        segmented=spec.objective.packed,
+        shared=0 if method is None else method.virtual_tokens,
+    )
+    return kernel.name != "blocks"
 
 
 def worst_moment(sizes: dict[str, int], factors: dict[str, dict[str, float]]) -> tuple[int, int]:
@@ -177,25 +201,32 @@ def residual_bytes(spec: StepSpec[ModelSpec]) -> tuple[int, int]:
     return saved + layers * between, 0
 
 
-def features(spec: StepSpec[ModelSpec], platform: str, devices: int, adapter: int) -> dict[str, int]:
+def features(spec: StepSpec[ModelSpec], platform: str | AttentionTarget, devices: int, adapter: int) -> dict[str, int]:
     """Return the sizes, in bytes on each device, that make up working memory, such as a layer's activations.
 
     Args:
         spec: the step.
-        platform: "cuda", "tpu" or "cpu".
+        platform: "cuda", "tpu" or "cpu", or the target of a device.
         devices: the number of devices.
         adapter: the bytes of the adapter in device memory.
     """
+    target = attention_target(platform)
+    platform = name_of(target)
     config, size, tokens = spec.model.config, jnp.dtype(spec.model.dtype).itemsize, _positions(spec)
     keys = _keys(spec)
     _, hidden, inner, heads, kv = _sizes(spec)
     decoder = isinstance(config, DecoderConfig)
     attention = config.num_attention_heads if decoder else config.num_heads
-    # cuDNN takes a mask as a bias, one for all heads; XLA's attention stores the scores of all of them.
-    fused = platform != "cpu" and _is_fused(spec)
+    groups = spec.objective.attention_groups
+    seen = -(-keys // groups)  # tokens that a token may see
+    fused = decoder and _has_kernel(spec, config, target, seen)
     masked = spec.objective.packed and platform == "cuda"
+    # cuDNN takes a mask as a bias, one for all heads; XLA's attention stores the scores of all of them, a block at a time.
     scores = (1 if masked else 0) if fused else 2 * attention
-    queries = keys if fused or not decoder else min(block_of_queries(keys), keys)  # at a time
+    queries = keys
+    if not fused:
+        queries, seen = scores_at_once(seen, target, causal=decoder)
+        queries *= groups
     of_value = {"none": size, "int8": 1, "nf4": 0.516}[spec.model.embedding_storage]  # bytes in an embedding
     table = int(config.vocab_size * hidden * of_value) if devices > 1 else 0  # gathered
     tables = 2 if decoder and not config.tie_word_embeddings else 1
@@ -206,7 +237,6 @@ def features(spec: StepSpec[ModelSpec], platform: str, devices: int, adapter: in
     chunk = chunk_tokens(config.vocab_size // spread, cpu=platform == "cpu" and devices == 1) // spread
     logits = min(chunk, spec.tokens) * config.vocab_size * 4
     looped = spec.tokens > chunk and spec.batch.micro_batches == 1  # over chunks, outside of a loop over micro-batches
-    seen = -(-keys // spec.objective.attention_groups)  # tokens that a token may see
     at_once = -(-tokens // chunk_count(tokens, spec.model.remat)) if decoder else tokens  # in the feed-forward
     in_chunks = platform == "cuda" and devices == 1 and at_once < tokens
     stream = round(_ATTENTION * tokens + (1 - _ATTENTION) * at_once) if in_chunks else tokens
@@ -229,18 +259,12 @@ def features(spec: StepSpec[ModelSpec], platform: str, devices: int, adapter: in
     }
 
 
-def _is_fused(spec: StepSpec[ModelSpec]) -> bool:
-    """Return whether an accelerator's own kernel computes the attention."""
-    config = spec.model.config
-    return isinstance(config, DecoderConfig) and config.score_cap is None and jnp.dtype(spec.model.dtype).itemsize == 2
-
-
-def _workspace(spec: StepSpec[ModelSpec]) -> int:
+def _workspace(spec: StepSpec[ModelSpec], target: AttentionTarget) -> int:
     """Return the bytes of cuDNN's workspace for a micro-batch on each GPU, of rows without a mask."""
-    config = spec.model.config
-    if not isinstance(config, DecoderConfig) or not _is_fused(spec):
+    config, keys = spec.model.config, _keys(spec)
+    if target.platform != "gpu" or not isinstance(config, DecoderConfig) or not _has_kernel(spec, config, target, keys):
         return 0
-    return attention_workspace(spec.sequences, config.num_attention_heads, _keys(spec), config.head_dim)
+    return attention_workspace(spec.sequences, config.num_attention_heads, keys, config.head_dim)
 
 
 def _keys(spec: StepSpec[ModelSpec]) -> int:

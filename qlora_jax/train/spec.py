@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from qlora_jax.errors import OptionError
+from qlora_jax.nn.attention_target import AttentionTarget
 from qlora_jax.nn.parallel import AXIS, abstract_module, frozen_shapes
 from qlora_jax.train.offload import HOST, HostOffload, host_offload, memory_kinds
 from qlora_jax.train.optim import Optimizer, OptimizerName, learning_rate_schedule, optimizer
@@ -45,8 +46,8 @@ class AbstractModel(Protocol):
         """Whether the layers save their residuals in host memory."""
         ...
 
-    def abstract(self, platform: str | None = None) -> Any:
-        """Return the model with shapes in place of arrays, with the attention kernel of a platform."""
+    def abstract(self, platform: str | AttentionTarget | None = None) -> Any:
+        """Return the model with shapes in place of arrays, with the attention kernel of a platform or a device."""
         ...
 
 
@@ -205,10 +206,11 @@ class StepSpec(Generic[Model]):
         """The tokens that a device's pass through the model takes."""
         return self.sequences * self.batch.longest
 
-    def compiler_options(self, platform: str | None = None) -> dict[str, str]:
-        """Return XLA's options for the training step on a platform; the default one if None."""
+    def compiler_options(self, platform: str | AttentionTarget | None = None) -> dict[str, str]:
+        """Return XLA's options for the training step on a platform or a device; the default one if None."""
         on_host = self.model.residuals_on_host or self.optimizer.host_optimizer
-        return host_memory_options(platform or jax.default_backend()) if on_host else {}
+        name = platform.platform if isinstance(platform, AttentionTarget) else platform
+        return host_memory_options(name or jax.default_backend()) if on_host else {}
 
     def batch_shapes(self, devices: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the shapes of a step's batch on all devices together, `[micro-batches, rows, tokens]`."""
@@ -282,7 +284,7 @@ def build_step(
     spec: StepSpec[Any],
     learning_rate: optax.Schedule = _ANY_SCHEDULE,
     *,
-    platform: str | None = None,
+    platform: str | AttentionTarget | None = None,
     devices: int = 1,
 ) -> Step:
     """Return the step of a spec with shapes as its arguments.
@@ -290,7 +292,8 @@ def build_step(
     Args:
         spec: describes the step.
         learning_rate: the learning rate by step.
-        platform: the platform whose attention kernel the model takes ("cpu", "gpu" or "tpu"); the default one if None.
+        platform: the platform ("cpu", "gpu" or "tpu") or the device whose attention kernel the model takes; the default
+            device if None.
         devices: how many devices share the batch.
 
     Raises:
@@ -303,7 +306,7 @@ def build_step(
     return Step(spec.objective, tx, graphdef, state, frozen, spec.batch_shapes(devices), options)
 
 
-def _prepared(spec: StepSpec[Any], platform: str | None) -> Any:
+def _prepared(spec: StepSpec[Any], platform: str | AttentionTarget | None) -> Any:
     """Return the abstract model as it is trained."""
     model = spec.model.abstract(platform)
     if spec.objective.prepare is unchanged:
