@@ -22,11 +22,12 @@ import numpy as np
 from qlora_jax.data.file_input import kind_of, not_utf8, shortened
 from qlora_jax.errors import DataError, OptionError, list_names
 
-__all__ = ["Judgements", "Kind", "check_known", "check_question_lists", "read_judgements"]
+__all__ = ["Judgements", "Kind", "check_known", "notes_on_pairs", "read_judgements"]
 
 Kind = Literal["scores", "verdicts"]
 
 _COLUMNS: dict[Kind, tuple[str, ...]] = {"scores": ("score_a", "score_b"), "verdicts": ("verdict",)}
+_MOST = 1e9  # no scale of scores goes further; sums of scores stay exact
 _POINTS = {1: (1.0, 0.0), 2: (0.0, 1.0), 3: (0.5, 0.5), -1: (math.nan, math.nan)}
 
 
@@ -101,7 +102,7 @@ def check_known(names: Collection[str], known: Sequence[str], source: str, optio
             raise OptionError(f"{option}: expected models of {source} ({list_names(known)}), found {name!r}{hint}")
 
 
-def check_question_lists(judgements: Judgements) -> list[str]:
+def notes_on_pairs(judgements: Judgements) -> list[str]:
     """Return what should be said of pairs that were not judged on the same questions in both orders, or judged twice."""
     asked: dict[tuple[int, int, int], set[int]] = {}
     repeated = 0
@@ -157,7 +158,9 @@ def read_judgements(path: Path, kind: Kind | None = None) -> Judgements:
             found = _kind_of_row(row, path, number)
             if kind is not None and found != kind:
                 command = "score" if found == "scores" else "elo"
-                raise DataError(f"{path}: expected {kind} {_columns(kind)}, found {found}; the sub-command {command} reads them")
+                raise DataError(
+                    f"{path}: expected {kind} {_columns(kind)}, found {found}; the sub-command {command} reads them"
+                )
         row = _read_row(row, found)
         if isinstance(row, str):
             problems.append(f"{path}, line {number}: {row}")
@@ -204,7 +207,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
                 continue
             try:
                 row = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 yield number, f"{place}: expected one JSON object, found {shortened(text)!r}"
                 continue
             yield number, row if isinstance(row, dict) else f"{place}: expected one JSON object, found {kind_of(row)}"
@@ -251,8 +254,8 @@ def _values(row: dict[str, Any], kind: Kind) -> tuple[float, float] | str:
     for name in _COLUMNS["scores"]:
         score = row[name]
         number = isinstance(score, (int, float)) and not isinstance(score, bool)
-        if not number or not (score == -1 or 0 <= score < math.inf):
-            return f"{name}: expected a number from 0, or -1 if the judge gave none, found {kind_of(score)}"
+        if not number or not (score == -1 or 0 <= score <= _MOST):
+            return f"{name}: expected a number from 0 to {_MOST:.0e}, or -1 if the judge gave none, found {kind_of(score)}"
     if -1 in (row["score_a"], row["score_b"]):
         return math.nan, math.nan
     return float(row["score_a"]), float(row["score_b"])
