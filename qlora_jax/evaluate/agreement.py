@@ -1,6 +1,6 @@
 """Agreement of judges: of one with itself in the other order, and of several with each other.
 
-    position bias     share of the first answers that are better minus that of the second; 0 for a judge that ignores positions
+    position bias     share of verdicts for the first answer minus that for the second; near 0 without such a bias
     consistency       of the pairs judged in both orders, the share with the same verdict both times
     Kendall's τ_b     of two rankings: (concordant - discordant pairs) / √(pairs untied in one · pairs untied in the other);
                       system level: of the models by their mean over all questions; example level: of the models on one

@@ -1,8 +1,8 @@
 """Confidence intervals by resampling questions (Efron's percentile bootstrap).
 
-Judgements of one question depend on each other, because the question's difficulty and its answers are the same. Questions are
-therefore drawn, with replacement, together with all their judgements: a resample is the number of times that each question
-was drawn, and a statistic of sums over questions is calculated from products of these numbers with the sums of each question.
+Judgements of one question depend on each other, because they are of the same answers. Questions are therefore drawn, with
+replacement, together with all their judgements. A resample is the number of times that each question was drawn; a statistic
+of sums over questions is calculated from the products of these numbers with the sums of each question.
 """
 
 from collections.abc import Callable

@@ -8,8 +8,8 @@ The ratings depend on the order of the comparisons, the last ones most. The rati
 runs, each with a random order. A run takes only some of the comparisons: the ratings move away from 1000 with each one, and
 with K = 32 they have settled after some hundreds per model. The QLoRA paper's table is that of about 500 comparisons a run.
 
-A permutation of all comparisons is cut into as many runs as it has room for, so that these runs have no comparison in common:
-each run is a uniform draw without replacement, and the mean over runs varies less than with independent draws.
+A permutation of all comparisons is cut into as many runs as fit into it, so that these runs have no comparison in common.
+Each run is a uniform draw without replacement, and the mean over runs varies no more than with independent draws.
 All runs are simulated side by side: a step is one comparison of every run.
 """
 

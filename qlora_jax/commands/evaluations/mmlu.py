@@ -1,8 +1,8 @@
 """Measure a model, with or without an adapter, on the questions of MMLU.
 
-    python scripts/evaluate.py --mmlu cais/mmlu --model meta-llama/Llama-3.1-8B --adapter runs/mine/adapter
-    python scripts/evaluate.py --mmlu five_shot_mmlu_val.json --limit 500
-    python scripts/evaluate.py --mmlu questions.jsonl --shots 0
+    python scripts/evaluate.py mmlu --mmlu cais/mmlu --model meta-llama/Llama-3.1-8B --adapter runs/mine/adapter
+    python scripts/evaluate.py mmlu --mmlu five_shot_mmlu_val.json --limit 500
+    python scripts/evaluate.py mmlu --mmlu questions.jsonl --shots 0
 
 The accuracy of each subject and their mean are printed on stdout, the last line as JSON; everything else is printed on
 stderr. With an adapter that train.py wrote, the base model has the storage that it had in training.
