@@ -3,8 +3,8 @@
     scores      {"question_id": 1, "model_a": "gpt-3.5", "model_b": "13b-guanaco", "score_a": 9.0, "score_b": 8.5}
     verdicts    {"question_id": 1, "model_a": "gpt-4", "model_b": "13b-guanaco", "verdict": 1}
 
-`model_a` is the model whose answer the judge saw first. A score is a number from 0; a verdict is 1 (the first answer is better),
-2 (the second is better) or 3 (a tie). Both are -1 if the judge gave none. Judges prefer an answer for its position, so that
+`model_a` is the model whose answer the judge saw first. A score is a number from 0. A verdict is 1 (the first answer is
+better), 2 (the second is better) or 3 (a tie). Both are -1 if the judge gave none. Judges prefer an answer for its position, so that
 each pair is usually judged in both orders (Zheng et al. 2023, arXiv 2306.05685; Dettmers et al. 2023, arXiv 2305.14314, §5).
 The column "judge" is optional; further columns are ignored.
 """
@@ -157,10 +157,8 @@ def read_judgements(path: Path, kind: Kind | None = None) -> Judgements:
         if found is None:
             found = _kind_of_row(row, path, number)
             if kind is not None and found != kind:
-                command = "score" if found == "scores" else "elo"
-                raise DataError(
-                    f"{path}: expected {kind} {_columns(kind)}, found {found}; the sub-command {command} reads them"
-                )
+                reader = "score" if found == "scores" else "elo"
+                raise DataError(f"{path}: expected {kind} {_columns(kind)}, found {found}, which the command {reader} reads")
         row = _read_row(row, found)
         if isinstance(row, str):
             problems.append(f"{path}, line {number}: {row}")

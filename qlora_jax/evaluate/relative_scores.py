@@ -28,7 +28,7 @@ class RelativeScore:
 
     Attributes:
         relative: the score and its interval, whose bounds are NaN with fewer than two questions.
-        orders: the score if the reference's answer is shown first, and if it is shown second; NaN: that order was not judged.
+        orders: the score with the reference's answer shown first, and shown second; NaN: that order was not judged.
         rows: number of rows that count.
         left_out: number of rows without scores.
     """
