@@ -1,7 +1,7 @@
 """Evaluation of models: MMLU, RougeL, judgements of their answers, and confidence intervals of the results.
 
-judgements.py reads scores and verdicts of judges; relative_scores.py, elo.py, bradley_terry.py and agreement.py are the
-figures that are made of them, and bootstrap.py their intervals.
+judgements.py reads scores and verdicts of judges; relative_scores.py, elo.py, bradley_terry.py, rankings.py and
+agreement.py calculate the figures, and bootstrap.py their intervals.
 """
 
 from qlora_jax.evaluate.agreement import (
@@ -9,7 +9,6 @@ from qlora_jax.evaluate.agreement import (
     SelfAgreement,
     fleiss_kappa,
     kappa_of_judges,
-    kendall_tau,
     pair_agreement,
     self_agreement,
     split_by_judge,
@@ -21,6 +20,7 @@ from qlora_jax.evaluate.judgements import Judgements, notes_on_pairs, read_judge
 from qlora_jax.evaluate.lengths import padded_batches
 from qlora_jax.evaluate.mmlu import Prompts, Scores, encode_questions, evaluate_mmlu, letter_logits
 from qlora_jax.evaluate.questions import LETTERS, Question, QuestionSet, read_questions
+from qlora_jax.evaluate.rankings import kendall_tau
 from qlora_jax.evaluate.relative_scores import RelativeScore, reference_of, relative_scores
 from qlora_jax.evaluate.rouge import rouge_l
 

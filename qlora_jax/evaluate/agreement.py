@@ -2,9 +2,8 @@
 
     position bias     share of verdicts for the first answer minus that for the second; near 0 without such a bias
     consistency       of the pairs judged in both orders, the share with the same verdict both times
-    Kendall's τ_b     of two rankings: (concordant - discordant pairs) / √(pairs untied in one · pairs untied in the other);
-                      system level: of the models by their mean over all questions; example level: of the models on one
-                      question, averaged over questions (Kendall 1945)
+    Kendall's τ_b     of the rankings of the models by two judges (`rankings`). System level: the rankings by all questions;
+                      example level: those by a single question, averaged over questions
     Fleiss' κ         agreement on better, worse or tie beyond that of chance: (P - P_e) / (1 - P_e) (Fleiss 1971)
 
 A judge's verdict on a question and a pair of models is that of its points over both orders, so that a judge that contradicts
@@ -21,13 +20,13 @@ from qlora_jax.errors import DataError, OptionError, list_names
 from qlora_jax.evaluate.bootstrap import over_questions
 from qlora_jax.evaluate.intervals import Interval
 from qlora_jax.evaluate.judgements import Judgements
+from qlora_jax.evaluate.rankings import difference_sums, kendall_tau, least_squares
 
 __all__ = [
     "PairAgreement",
     "SelfAgreement",
     "fleiss_kappa",
     "kappa_of_judges",
-    "kendall_tau",
     "pair_agreement",
     "self_agreement",
     "split_by_judge",
@@ -149,12 +148,12 @@ def pair_agreement(
     questions = sorted(set.intersection(*({judge.questions[q] for q in set(judge.question.tolist())} for judge in pair)))
     if not questions:
         raise DataError(f"{one} and {other}: expected judgements of the same questions, found no common questions")
-    sums = [_model_sums(judge, models, questions) for judge in pair]  # of each judge ([questions, models], counts)
+    sums = [difference_sums(judge, models, questions) for judge in pair]
 
     def system(drawn: np.ndarray) -> np.ndarray:  # [n, questions] -> [n]
-        return kendall_tau(*(_ratio(drawn @ total, drawn @ count) for total, count in sums))
+        return kendall_tau(*(least_squares(np.tensordot(drawn, counts, 1), drawn @ total) for counts, total in sums))
 
-    examples = kendall_tau(*(_ratio(total, count) for total, count in sums))
+    examples = kendall_tau(*(least_squares(*one) for one in sums))
     ranked = ~np.isnan(examples)
     tau = float(system(np.ones((1, len(questions))))[0])
     low, high = over_questions(system, len(questions), resamples=resamples, seed=seed)
@@ -179,16 +178,6 @@ def kappa_of_judges(judges: Mapping[str, Judgements], *, resamples: int = 1_000,
     common = sorted(set.intersection(*(set(of) for of in verdicts)))
     labels = np.array([[of[item] for of in verdicts] for item in common], int).reshape(-1, len(verdicts))
     return _kappa([item[0] for item in common], labels, resamples, seed), len(common)
-
-
-def kendall_tau(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return Kendall's τ_b of the last axes `[…, n]`, NaN where a ranking is all ties; values that are NaN are left out."""
-    above = np.triu_indices(x.shape[-1], 1)
-    signs = [np.sign(values[..., above[0]] - values[..., above[1]]) for values in (x, y)]
-    both = ~np.isnan(signs[0]) & ~np.isnan(signs[1])
-    a, b = (np.where(both, sign, 0.0) for sign in signs)
-    with np.errstate(invalid="ignore"):
-        return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
 
 
 def fleiss_kappa(counts: np.ndarray) -> float:
@@ -262,28 +251,6 @@ def _verdicts(valid: Judgements) -> _Verdicts:
 
 def _judged(valid: Judgements) -> set[str]:
     return {valid.models[index] for index in {*valid.first.tolist(), *valid.second.tolist()}}
-
-
-def _model_sums(valid: Judgements, models: Sequence[str], questions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sums of the models' scores or points, and how many there are, each float64 `[questions, models]`.
-
-    Points count only in comparisons between the given models; a score is that of a single answer and always counts.
-    """
-    model_at = np.array([models.index(name) if name in models else -1 for name in valid.models])
-    question_at = {name: index for index, name in enumerate(questions)}
-    question = np.array([question_at.get(name, -1) for name in valid.questions])[valid.question]
-    both = (model_at[valid.first] >= 0) & (model_at[valid.second] >= 0)
-    totals, counts = np.zeros((2, len(questions), len(models)))
-    for column, index in enumerate((valid.first, valid.second)):
-        kept = (question >= 0) & (both if valid.kind == "verdicts" else model_at[index] >= 0)
-        np.add.at(totals, (question[kept], model_at[index[kept]]), valid.values[kept, column])
-        np.add.at(counts, (question[kept], model_at[index[kept]]), 1)
-    return totals, counts
-
-
-def _ratio(totals: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(counts > 0, totals / counts, np.nan)
 
 
 def _check_resamples(resamples: int) -> None:

@@ -2,8 +2,8 @@
 
     P(a is better than b) = 1 / (1 + e^(θ_b - θ_a))        rating = 1000 + 400 / ln 10 · (θ - mean θ)
 
-θ maximises the likelihood of all comparisons; a tie counts as half a win of each. Elo's expected points have the same form, so
-that both ratings have the same scale. The maximum is finite if and only if no group of models has won all its comparisons
+θ maximises the likelihood of all comparisons; a tie counts as half a win of each. Elo's expected points have the same form, and
+the ratings the same scale. The maximum is finite if and only if no group of models has won all its comparisons
 with the others (Ford 1957): every model must be reachable from every other through wins and ties. Newton's method finds it.
 """
 
@@ -16,6 +16,7 @@ from qlora_jax.errors import OptionError
 from qlora_jax.evaluate.bootstrap import over_questions
 from qlora_jax.evaluate.intervals import Interval
 from qlora_jax.evaluate.judgements import Judgements
+from qlora_jax.evaluate.rankings import reachable
 
 __all__ = ["BradleyTerry", "bradley_terry", "fit_bradley_terry"]
 
@@ -84,10 +85,7 @@ def fit_bradley_terry(wins: np.ndarray) -> np.ndarray:
         float64; NaN for a table whose likelihood has no finite maximum.
     """
     models = wins.shape[-1]
-    reached = (wins > 0) | np.eye(models, dtype=bool)
-    for _ in range(int(models).bit_length()):
-        reached = np.einsum("nij,njk->nik", reached.astype(np.float64), reached.astype(np.float64)) > 0
-    finite = reached.all((1, 2))
+    finite = reachable(wins).all((1, 2))
     ratings = np.full(wins.shape[:2], np.nan)
     won = wins[finite]
     games, theta = won + won.swapaxes(1, 2), np.zeros(won.shape[:2])
