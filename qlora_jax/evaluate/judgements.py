@@ -125,11 +125,13 @@ def notes_on_pairs(judgements: Judgements) -> list[str]:
         (first, second), count = next((pair, count) for pair, count in single.items() if count)
         pair = f"{judgements.models[first]} before {judgements.models[second]}"
         notes.append(
-            f"{judgements.source}: {missing:,} judgements have no counterpart in the other order, the first of them with "
+            f"{judgements.source}: judgements without a counterpart in the other order: {missing:,}, the first of them with "
             f"{pair} ({count:,} questions)"
         )
     if repeated:
-        notes.append(f"{judgements.source}: {repeated:,} judgements repeat a question, a pair and an order; each counts")
+        notes.append(
+            f"{judgements.source}: judgements that repeat a question, a pair and an order: {repeated:,}; each of them counts"
+        )
     return notes
 
 
@@ -165,7 +167,7 @@ def read_judgements(path: Path, kind: Kind | None = None) -> Judgements:
         else:
             rows.append(row)
     if problems:
-        more = f" (and {len(problems) - 1:,} more malformed lines)" if len(problems) > 1 else ""
+        more = f" (the first of {len(problems):,} malformed lines)" if len(problems) > 1 else ""
         raise DataError(problems[0] + more)
     if found is None:
         raise DataError(f"{path}: expected judgements, one JSON object a line, found an empty file")

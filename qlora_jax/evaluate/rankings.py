@@ -1,7 +1,7 @@
 """Rankings of models that one judge's scores and verdicts imply, and how far two rankings agree.
 
-least squares    θ minimises Σ (θ_a - θ_b - d)² over all judgements of two answers, where d is the difference of their scores,
-                 or of their points (Massey 1997). A model that was compared with strong models only is not ranked lower for
+least squares    θ minimises Σ (θ_a - θ_b - d)² over all judgements of two answers, where d is the difference of their
+                 scores, or of their points (Massey 1997). A model that was compared with strong models only is not ranked lower for
                  it; where all are compared with one reference, θ is the mean difference from it
 Kendall's τ_b    (concordant - discordant pairs) / √(pairs untied in one ranking · pairs untied in the other) (Kendall 1945)
 """
@@ -45,8 +45,8 @@ def least_squares(counts: np.ndarray, sums: np.ndarray) -> np.ndarray:
         counts, sums: the numbers of judgements `[n, models, models]` and the sums of differences `[n, models]`.
 
     Returns:
-        The ratings, rounded to 9 digits so that equal ones are tied. NaN: a model without judgements, and all models of a set
-        in which the judgements do not connect them.
+        The ratings, rounded to 9 digits so that equal ones are tied. NaN: a model without judgements, and all models of
+        a set in which the judgements do not connect them.
     """
     models = counts.shape[-1]
     degree = counts.sum(-1)

@@ -3,7 +3,7 @@
     python scripts/evaluate.py agreement verdicts.jsonl
     python scripts/evaluate.py agreement gpt-4.jsonl local.jsonl people.jsonl
 
-The files are those of `score` or of `elo`, in any mixture. Each file is a judge, named like the file, unless its rows have a
+The files are those of `score` or of `elo`, in any mixture. Each file is a judge, with the file's name, unless its rows have a
 column "judge". Printed are the position bias of each judge, and of each pair of judges Kendall's tau of the rankings of the
 models (by all questions, and by single questions) and Fleiss' kappa of the verdicts. The last line is JSON.
 """
@@ -89,12 +89,14 @@ def _judges(options: Options) -> dict[str, Judgements]:
         raise OptionError("agreement: expected a file of scores or verdicts, found none")
     judges: dict[str, Judgements] = {}
     files = [read_judgements(path) for path in options.files]
+    stems = [path.stem for path in options.files]
     for path, judgements in zip(options.files, files, strict=True):
+        own_name = path.stem if stems.count(path.stem) == 1 else str(path)
         if options.models:
             judgements = judgements.between(options.models)
-        for name, judge in split_by_judge(judgements, path.stem).items():
+        for name, judge in split_by_judge(judgements, own_name).items():
             if name in judges:
-                raise DataError(f"{path}: expected another judge than {name} of {judges[name].source}; rename the file")
+                raise DataError(f"{path}: expected judges of other names, found {name}, which {judges[name].source} has too")
             judges[name] = judge
         print_notes(judgements)
     return judges

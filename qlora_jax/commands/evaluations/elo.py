@@ -79,7 +79,7 @@ def elo(options: Options) -> None:
     models = sorted(found.ratings, key=lambda model: -found.ratings[model].value)
     _print_tables(models, found, beside, options.orders)
     if options.plot is not None:
-        draw_intervals({model: found.ratings[model] for model in models}, options.plot, "Elo rating")
+        draw_intervals({model: found.ratings[model] for model in models}, options.plot, "Elo rating, and 95 % of the orders")
     print_json(
         {
             "elo": {model: _plain(found.ratings[model]) | {"error": found.errors[model]} for model in models},

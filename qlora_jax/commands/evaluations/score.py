@@ -65,7 +65,9 @@ def score(options: Options) -> None:
     header = ["model", f"% of {reference}", "95 % interval", "shown second", "shown first", "rows", "left out"]
     print_table(header, [_row(model, one) for model, one in found.items()])
     if options.plot is not None:
-        draw_intervals({model: one.relative for model, one in found.items()}, options.plot, f"% of {reference}")
+        draw_intervals(
+            {model: one.relative for model, one in found.items()}, options.plot, f"% of {reference}, and 95 % interval"
+        )
     scores = {
         model: {
             "relative": one.relative.value,
