@@ -2,8 +2,8 @@
 
     P(a is better than b) = 1 / (1 + e^(θ_b - θ_a))        rating = 1000 + 400 / ln 10 · (θ - mean θ)
 
-θ maximises the likelihood of all comparisons; a tie counts as half a win of each. Elo's expected points have the same form, and
-the ratings the same scale. The maximum is finite if and only if no group of models has won all its comparisons
+θ maximises the likelihood of all comparisons; a tie counts as half a win of each. Elo's expected points have the same form,
+and the ratings the same scale. The maximum is finite if and only if no group of models has won all its comparisons
 with the others (Ford 1957): every model must be reachable from every other through wins and ties. Newton's method finds it.
 """
 

@@ -1,8 +1,8 @@
 """Rankings of models that one judge's scores and verdicts imply, and how far two rankings agree.
 
 least squares    θ minimises Σ (θ_a - θ_b - d)² over all judgements of two answers, where d is the difference of their
-                 scores, or of their points (Massey 1997). A model that was compared with strong models only is not ranked lower for
-                 it; where all are compared with one reference, θ is the mean difference from it
+                 scores, or of their points (Massey 1997). A model that was compared with strong models only is
+                 not ranked lower for it; where all are compared with one reference, θ is the mean difference from it
 Kendall's τ_b    (concordant - discordant pairs) / √(pairs untied in one ranking · pairs untied in the other) (Kendall 1945)
 """
 

@@ -4,8 +4,9 @@ A judge gives scores to two answers, one of them the reference model's. For each
 
     s = Σ scores of the model / Σ scores of the reference        over the questions that the judge gave scores for
 
-and the relative score is the mean of both orders, in percent. The QLoRA paper's reference is ChatGPT (gpt-3.5): Guanaco 65B
-reaches 99.3 %. The interval resamples questions (`bootstrap`).
+and the relative score is the mean of both orders, in percent. The pooled score is the same ratio over all rows at once, which
+weighs the orders by the reference's scores; it differs where the reference's scores depend on its position, or rows of one
+order have no scores. The QLoRA paper's reference is ChatGPT (gpt-3.5): Guanaco 65B reaches 99.3 %. The interval resamples questions (`bootstrap`).
 """
 
 from dataclasses import dataclass
@@ -29,12 +30,14 @@ class RelativeScore:
     Attributes:
         relative: the score and its interval, whose bounds are NaN with fewer than two questions.
         orders: the score with the reference's answer shown first, and shown second; NaN: that order was not judged.
+        pooled: the ratio of the sums over both orders.
         rows: number of rows that count.
         left_out: number of rows without scores.
     """
 
     relative: Interval
     orders: tuple[float, float]
+    pooled: float
     rows: int
     left_out: int
 
@@ -115,6 +118,11 @@ def _relative(judgements: Judgements, model: int, reference: int, resamples: int
     with np.errstate(invalid="ignore"):
         orders = 100 * sums[:, 0].sum(-1) / sums[:, 1].sum(-1)
     value = float(relative(np.ones((1, len(asked))))[0])
+    totals = sums.sum((0, 2))
     return RelativeScore(
-        Interval(value, float(low), float(high)), (float(orders[0]), float(orders[1])), len(valid), rows.left_out
+        relative=Interval(value, float(low), float(high)),
+        orders=(float(orders[0]), float(orders[1])),
+        pooled=float(100 * totals[0] / totals[1]),
+        rows=len(valid),
+        left_out=rows.left_out,
     )

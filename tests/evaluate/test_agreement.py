@@ -1,4 +1,4 @@
-"""Agreement against scipy's Kendall τ, the published example of Fleiss' κ, and values calculated by hand. (Under a second.)"""
+"""Agreement against scipy's Kendall τ, the published example of Fleiss' κ, and values by hand. (Under a second.)"""
 
 from pathlib import Path
 

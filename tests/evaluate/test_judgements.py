@@ -33,7 +33,7 @@ GOOD = verdict(1, "a", "b", 1)
         ([], "f.jsonl: expected judgements, one JSON object a line, found an empty file"),
         (["", "  "], "f.jsonl: expected judgements, one JSON object a line, found an empty file"),
         ([GOOD, '{"question_id": 1, '], "f.jsonl, line 2: expected one JSON object, found '{\"question_id\": 1,'"),
-        ([GOOD, "", "[1, 2]", "nothing"], "line 3: expected one JSON object, found list .* the first of 2 malformed lines"),
+        ([GOOD, "", "[1, 2]", "nothing"], "line 3: expected one JSON object, found list .*the first of 2 malformed lines"),
         ([{"text": "hello"}], r"line 1: expected scores \(question_id, model_a, .* found the columns text"),
         ([GOOD, score(1, "a", "b", 1, 2)], "line 2: verdict: expected a value, found none; the columns are question_id"),
         ([score(1, "a", "b", 1, 2), {**score(1, "a", "b", 1, 2), "score_b": None}], "line 2: score_b: expected a number"),

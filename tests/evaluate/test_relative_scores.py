@@ -30,6 +30,7 @@ def test_sums_of_each_order_and_their_mean(tmp_path: Path) -> None:
     found = relative_scores(judgements, "gpt-3.5", resamples=2000)["m"]
     assert found.orders == pytest.approx((80.0, 75.0))
     assert found.relative.value == pytest.approx(77.5)
+    assert found.pooled == pytest.approx(100 * (8 + 9) / (10 + 12))
     assert (found.rows, found.left_out) == (5, 1)
     assert found.relative.low < 77.5 < found.relative.high
     assert relative_scores(judgements, "gpt-3.5", resamples=2000)["m"] == found  # the seed is fixed

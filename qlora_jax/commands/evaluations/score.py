@@ -5,7 +5,7 @@
 
 The file has a JSON object a line: question_id, model_a, model_b, score_a, score_b; a score is -1 if the judge gave none. The
 relative score of a model is the sum of its scores over the sum of the reference's on the same questions, as the mean of both
-orders, in percent. The intervals resample the questions. The last line is JSON.
+orders, in percent; "pooled" are the sums over both orders. The intervals resample the questions. The last line is JSON.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ def score(options: Options) -> None:
         judgements = judgements.between([*options.models, reference])
     print_notes(judgements)
     found = relative_scores(judgements, reference, resamples=options.resamples, seed=options.seed)
-    header = ["model", f"% of {reference}", "95 % interval", "shown second", "shown first", "rows", "left out"]
+    header = ["model", f"% of {reference}", "95 % interval", "shown second", "shown first", "pooled", "rows", "left out"]
     print_table(header, [_row(model, one) for model, one in found.items()])
     if options.plot is not None:
         draw_intervals(
@@ -77,6 +77,7 @@ def score(options: Options) -> None:
             "left_out": one.left_out,
             "shown_second": one.orders[0],
             "shown_first": one.orders[1],
+            "pooled": one.pooled,
         }
         for model, one in found.items()
     }
@@ -84,5 +85,5 @@ def score(options: Options) -> None:
 
 
 def _row(model: str, one: RelativeScore) -> list[str]:
-    orders = map(number, one.orders)
+    orders = map(number, (*one.orders, one.pooled))
     return [model, number(one.relative.value), bounds(one.relative), *orders, f"{one.rows:,}", f"{one.left_out:,}"]
