@@ -71,7 +71,7 @@ class Judgements:
 
     def valid(self) -> "Judgements":
         """Return the judgements without the rows in which the judge gave none."""
-        return self.rows(~np.isnan(self.values).any(1))
+        return self.rows(np.flatnonzero(~np.isnan(self.values).any(1)))
 
     def between(self, models: Collection[str]) -> "Judgements":
         """Return the judgements whose two models are both among these names, with these models only.

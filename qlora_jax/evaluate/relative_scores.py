@@ -5,8 +5,8 @@ A judge gives scores to two answers, one of them the reference model's. For each
     s = Σ scores of the model / Σ scores of the reference        over the questions that the judge gave scores for
 
 and the relative score is the mean of both orders, in percent. The pooled score is the same ratio over the rows of both orders
-at once, which weighs the orders by the reference's scores. The two differ where the reference's scores depend on its position,
-or where rows of one order have no scores. The paper's reference is ChatGPT (gpt-3.5), of which Guanaco 65B reaches 99.3 %.
+at once, which weighs the orders by the reference's scores. The two differ if the reference's scores depend on its position, or
+if rows of one order have no scores. The paper's reference is ChatGPT (gpt-3.5), of which Guanaco 65B reaches 99.3 %.
 The interval resamples questions (`bootstrap`).
 """
 
@@ -104,8 +104,9 @@ def _relative(judgements: Judgements, model: int, reference: int, resamples: int
     asked, question = np.unique(valid.question, return_inverse=True)
     sums = np.zeros((2, 2, len(asked)))  # by order, by model and reference, by question
     order = (valid.first == model).astype(int)
-    np.add.at(sums, (order, 0, question), np.where(order == 1, valid.values[:, 0], valid.values[:, 1]))
-    np.add.at(sums, (order, 1, question), np.where(order == 1, valid.values[:, 1], valid.values[:, 0]))
+    ours, theirs = np.where(order == 1, valid.values.T, valid.values.T[::-1])
+    np.add.at(sums[:, 0], (order, question), ours)
+    np.add.at(sums[:, 1], (order, question), theirs)
     judged = [index for index in range(2) if (order == index).any()]
     if not (sums[judged, 1].sum(-1) > 0).all():
         raise DataError(f"{judgements.source}: expected scores above 0 of {judgements.models[reference]}, found zeros only")

@@ -96,7 +96,7 @@ def elo(options: Options) -> None:
 def _print_tables(models: list[str], found: Elo, beside: BradleyTerry, orders: int) -> None:
     rows = []
     for model in models:
-        rating, other = found.ratings[model], beside.ratings and beside.ratings[model]
+        rating, other = found.ratings[model], None if beside.ratings is None else beside.ratings[model]
         cells = [number(rating.value), f"± {number(found.errors[model])}", bounds(rating, 0)]
         rows.append([model, *cells, *([number(other.value), bounds(other, 0)] if other else ["–", "–"])])
     print(f"{orders:,} random orders of {found.comparisons:,} comparisons each:\n")
