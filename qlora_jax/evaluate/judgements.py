@@ -27,6 +27,7 @@ __all__ = ["Judgements", "Kind", "check_known", "notes_on_pairs", "read_judgemen
 Kind = Literal["scores", "verdicts"]
 
 _COLUMNS: dict[Kind, tuple[str, ...]] = {"scores": ("score_a", "score_b"), "verdicts": ("verdict",)}
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")  # gzip, bzip2, xz, zstd, zip
 _MOST = 1e9  # no scale of scores goes further; sums of scores stay exact
 _POINTS = {1: (1.0, 0.0), 2: (0.0, 1.0), 3: (0.5, 0.5), -1: (math.nan, math.nan)}
 
@@ -196,6 +197,8 @@ def _collected(source: str, kind: Kind, rows: list[tuple[str, str, str, str, tup
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Yield (number from 1, object or what is wrong) for each line that is not blank."""
     with path.open("rb") as file:
+        if file.peek(4).startswith(_COMPRESSED):
+            raise DataError(f"{path}: expected text, one JSON object a line, found a compressed file; decompress it first")
         for number, line in enumerate(file, start=1):
             place = f"{path}, line {number}"
             try:

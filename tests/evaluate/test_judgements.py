@@ -1,5 +1,6 @@
 """Files of judgements: what is read, and one line for each thing that can be wrong with them. (Well under a second.)"""
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,9 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "f.jsonl").write_bytes(b"\xff\xfe{}")
     with pytest.raises(DataError, match=r"f\.jsonl, line 1: expected UTF-8"):
         read_judgements(tmp_path / "f.jsonl")
+    (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(DataError, match=r"f\.jsonl\.gz: expected text, .* found a compressed file; decompress it first"):
+        read_judgements(tmp_path / "f.jsonl.gz")
     with pytest.raises(DataError, match="expected a file of judgements, found a folder"):
         read_judgements(tmp_path)
     with pytest.raises(OSError, match=r"no.jsonl"):

@@ -9,6 +9,7 @@ orders, in percent; "pooled" are the sums over both orders. The intervals resamp
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,6 +62,9 @@ def score(options: Options) -> None:
     if options.models:
         judgements = judgements.between([*options.models, reference])
     print_notes(judgements)
+    at = judgements.models.index(reference)
+    if others := int(((judgements.first != at) & (judgements.second != at)).sum()):
+        print(f"{judgements.source}: rows without {reference}, which are ignored: {others:,}", file=sys.stderr)
     found = relative_scores(judgements, reference, resamples=options.resamples, seed=options.seed)
     header = ["model", f"% of {reference}", "95 % interval", "shown second", "shown first", "pooled", "rows", "left out"]
     print_table(header, [_row(model, one) for model, one in found.items()])
