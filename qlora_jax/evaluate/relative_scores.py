@@ -4,10 +4,10 @@ A judge gives scores to two answers, one of them the reference model's. For each
 
     s = Σ scores of the model / Σ scores of the reference        over the questions that the judge gave scores for
 
-and the relative score is the mean of both orders, in percent. The pooled score is the same ratio over the rows of both orders
-at once, which weighs the orders by the reference's scores. The two differ if the reference's scores depend on its position,
-or if rows of one order have no scores. The paper's reference is ChatGPT (gpt-3.5), of which Guanaco 65B reaches 99.3 %.
-The interval resamples questions (`bootstrap`).
+and the relative score is the mean of both orders, in percent. The pooled score is the same ratio over the rows of both
+orders at once, which weighs the orders by the reference's scores. The two differ if the reference's scores depend on its
+position, or if rows of one order have no scores. The paper's reference is ChatGPT (gpt-3.5), of which Guanaco 65B reaches
+99.3 %. The interval resamples questions (`bootstrap`).
 """
 
 from dataclasses import dataclass
