@@ -4,9 +4,9 @@
     verdicts    {"question_id": 1, "model_a": "gpt-4", "model_b": "13b-guanaco", "verdict": 1}
 
 `model_a` is the model whose answer the judge saw first. A score is a number from 0. A verdict is 1 (the first answer is
-better), 2 (the second is better) or 3 (a tie). Both are -1 if the judge gave none. Judges favour one of the two positions, so
-that each pair is usually judged in both orders (Zheng et al. 2023, arXiv 2306.05685; Dettmers et al. 2023, arXiv 2305.14314).
-The column "judge" is optional; further columns are ignored.
+better), 2 (the second is better) or 3 (a tie). Both are -1 if the judge gave none. Judges favour one of the two
+positions, so each pair is usually judged in both orders (Zheng et al. 2023, arXiv 2306.05685; Dettmers et al. 2023,
+arXiv 2305.14314). The column "judge" is optional; further columns are ignored.
 """
 
 import difflib

@@ -3,9 +3,10 @@
     python scripts/evaluate.py agreement verdicts.jsonl
     python scripts/evaluate.py agreement gpt-4.jsonl local.jsonl people.jsonl
 
-The files are those of `score` or of `elo`, in any mixture. Each file is a judge, with the file's name, unless its rows have a
-column "judge". Printed are the position bias of each judge, and of each pair of judges Kendall's tau of the rankings of the
-models (by all questions, and by single questions) and Fleiss' kappa of the verdicts. The last line is JSON.
+The files are those of `score` or of `elo`, in any mixture. Each file is a judge, with the file's name, unless its rows
+have a column "judge". The first table is the position bias of each judge. The second is, for each pair of judges,
+Kendall's tau of their rankings of the models (by all questions, and by single questions) and Fleiss' kappa of their
+verdicts. The last line is JSON.
 """
 
 import dataclasses
