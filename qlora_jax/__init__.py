@@ -11,6 +11,8 @@ Linear, LoRA, quantize, dequantize, matmul            the layers and functions a
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from qlora_jax.platforms import quiet_start
+
 if TYPE_CHECKING:
     from qlora_jax.adapters.bind import load_adapter, save_adapter
     from qlora_jax.adapters.peft_config import AdapterConfig, read_adapter_config, read_adapter_method
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
         split,
         train_step,
     )
+
+quiet_start()  # before JAX and transformers are imported, which read the environment then
 
 __version__ = "0.1.0"
 

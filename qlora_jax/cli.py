@@ -22,9 +22,8 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from qlora_jax.errors import OptionError
+from qlora_jax.errors import OptionError, shortened
 from qlora_jax.interrupts import Interrupts
-from qlora_jax.platforms import silence_absent_devices
 from qlora_jax.renamed_options import MEANT, RENAMED_OPTIONS, new_value
 
 __all__ = ["from_toml", "parse", "run", "to_dict"]
@@ -55,7 +54,6 @@ def run(
         saved: returns what of the command's work is saved, for the message of an interruption. The command then ends at
             once, except in blocks of `interrupts`; otherwise KeyboardInterrupt is raised in it.
     """
-    silence_absent_devices()
     with Interrupts() as interrupts:
         try:
             try:
@@ -141,7 +139,7 @@ def from_toml(options: type[T], path: Path) -> T:
         raise OptionError(f"config file {path}: expected UTF-8, found {error}") from error
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and lists in lists
         raise OptionError(f"config file {path}: not valid TOML: {error}") from error
     problems: list[str] = []
     result = _build(options, values, "", problems)
@@ -272,11 +270,11 @@ def _build(options: type[Any], values: dict[str, Any], prefix: str, problems: li
             if isinstance(value, dict):
                 chosen[field] = _build(hint, value, f"{prefix}{field}.", problems)
             else:
-                problems.append(f"{prefix}{name}: expected a table, found {value!r}")
+                problems.append(f"{prefix}{name}: expected a table, found {shortened(value)}")
         elif (changed := new_value(field, value)) is not None:
             problems.append(f"{prefix}{name}: {value} was renamed to {changed}")
         elif not _fits(value, hint):
-            problems.append(f"{prefix}{name}: expected {_name(hint)}, found {value!r}")
+            problems.append(f"{prefix}{name}: expected {_name(hint)}, found {shortened(value)}")
         else:
             chosen[field] = _convert(value, hint)
     required = {field.name: tyro.MISSING_NONPROP for field in dataclasses.fields(options) if _is_required(field)}

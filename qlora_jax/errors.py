@@ -23,9 +23,11 @@ __all__ = [
     "QLoRAError",
     "UnsupportedError",
     "list_names",
+    "shortened",
 ]
 
 _MAX_LISTED = 8  # how many names of one kind of problem a message spells out
+_LONGEST_NAME = 300  # characters of each
 
 
 class QLoRAError(ValueError):
@@ -74,4 +76,14 @@ class DivergedError(QLoRAError):
 def list_names(names: Sequence[str]) -> str:
     """Return the first names of a list and how many more there are, for a message."""
     more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return ", ".join(names[:_MAX_LISTED]) + more
+    shown = [name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…" for name in names[:_MAX_LISTED]]
+    return ", ".join(shown) + more
+
+
+def shortened(value: object, most: int = 60) -> str:
+    """Return a value of a file as a message shows it, in at most so many characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, or lists in lists
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= most else text[: most - 3] + "…"

@@ -1,6 +1,6 @@
-"""Measure a model, with or without an adapter, on MMLU.
+"""Measure models: MMLU, relative scores, Elo ratings, and the agreement of judges.
 
-The command is in qlora_jax/commands/evaluate.py.
+The command is in qlora_jax/commands/evaluate.py, its sub-commands in qlora_jax/commands/evaluations/.
 """
 
 import sys

@@ -13,15 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Where the plugins for GPU and TPU are installed, as compilers, and no such device is, JAX would look for one, in vain: on a
-# GPU's machine for a driver, on a TPU's for a metadata server. With a device, JAX chooses as it always does.
-if not any(any(Path("/dev").glob(pattern)) for pattern in ("nvidia[0-9]*", "accel[0-9]*", "vfio/[0-9]*")):
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # as a compiler alone it is of use to several processes
-
 import pytest
 from tiny_models import write_tiny_llama
+
+import qlora_jax  # noqa: F401  it sets the variables of absent devices, which processes that tests start inherit
 
 # Most of the suite's time is compiling for the CPU, and most of that LLVM's: tests have it optimise nothing, on which no
 # result depends. Where they have the choice, they take XLA's older code generator, too, which has less to do. Processes that

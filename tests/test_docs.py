@@ -14,6 +14,7 @@ import pytest
 
 import qlora_jax as qj
 from qlora_jax.cli import from_toml, parse
+from qlora_jax.commands.evaluate import EVALUATIONS
 from qlora_jax.finetune import Options
 
 ROOT = Path(__file__).parents[1]
@@ -23,8 +24,8 @@ PROGRAMS = [
     str(path.relative_to(SCRIPTS))
     for folder in (SCRIPTS, SCRIPTS / "benchmarks", SCRIPTS / "studies")
     for path in sorted(folder.glob("*.py"))
-    if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
-]
+    if '__name__ == "__main__"' in path.read_text(encoding="utf-8") and path.stem != "evaluate"
+] + [f"evaluate.py {name}" for name in EVALUATIONS]
 # The dataclasses of qlora.py, and what its scripts set beside them.
 QLORA_ARGUMENTS = """
     model_name_or_path trust_remote_code use_auth_token eval_dataset_size max_train_samples max_eval_samples
@@ -42,9 +43,10 @@ QLORA_ARGUMENTS = """
 
 @cache
 def options_of(script: str) -> type[Any]:
-    """Return the options of a program by its path below scripts/."""
-    parts = Path(script).with_suffix("").parts
-    module = importlib.import_module(".".join(("qlora_jax.commands" if len(parts) == 1 else "scripts", *parts)))
+    """Return the options of a program by its path below scripts/, and the name of its sub-command if it has any."""
+    script, _, name = script.partition(" ")
+    parts = ("evaluations", name) if name else Path(script).with_suffix("").parts
+    module = importlib.import_module(".".join(("qlora_jax.commands" if len(parts) == 1 or name else "scripts", *parts)))
     return next(getattr(module, name) for name in ("PlanCommandOptions", "Arguments", "Options") if hasattr(module, name))
 
 
@@ -70,7 +72,10 @@ def test_commands_parse(page: str, command: str, tmp_path: Path, monkeypatch: py
     if "run.toml" in arguments:  # the file that the pages show
         monkeypatch.chdir(tmp_path)
         Path("run.toml").touch()
-    parse(options_of(str(Path(script).relative_to("scripts"))), description=None, arguments=arguments)
+    program = str(Path(script).relative_to("scripts"))
+    if program == "evaluate.py":
+        program += f" {arguments.pop(0) if arguments[0] in EVALUATIONS else 'mmlu'}"
+    parse(options_of(program), description=None, arguments=arguments)
 
 
 def test_flags_exist() -> None:

@@ -19,7 +19,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "checkpoint": _BELOW_MODELS | {"models", "interrupts"},
     "platforms": frozenset(),
     "renamed_options": frozenset(),
-    "cli": frozenset({"interrupts", "platforms", "renamed_options"}),
+    "cli": frozenset({"interrupts", "renamed_options"}),
     "data": frozenset(),
     "train": _BELOW_MODELS | {"data", "interrupts"},
     "evaluate": _BELOW_MODELS | {"data"},
@@ -29,7 +29,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "api": frozenset(LAYERS) | {"data", "train", "serve"},
     "commands": frozenset(LAYERS)
     | {"cli", "interrupts", "platforms", "data", "train", "evaluate", "serve", "plan", "finetune"},
-    "__init__": frozenset(LAYERS) | {"api", "data", "train", "evaluate", "serve", "finetune"},
+    "__init__": frozenset(LAYERS) | {"api", "platforms", "data", "train", "evaluate", "serve", "finetune"},
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -14,7 +14,7 @@ from qlora_jax.adapters.virtual_tokens import prompt_problems
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.files import read_object
 from qlora_jax.checkpoint.load import check_tensors, with_tied
-from qlora_jax.errors import CheckpointError, list_names
+from qlora_jax.errors import CheckpointError, list_names, shortened
 from qlora_jax.models import FAMILIES, Model, families_with, tied_head
 from qlora_jax.models.trainable import EMBEDDING
 from qlora_jax.peft import LoRA, LowRankAdapter
@@ -47,7 +47,8 @@ def check_family(adapter: Adapter, family: str) -> None:
     if base is not None and base != family:
         found = f"one of a {base} model, {adapter.base}"
     elif adapter.modules and named and family in FAMILIES and family not in named:
-        found = f"one whose modules are named as in {', '.join(named)} (e.g. {adapter.modules[0]}), base {adapter.base!r}"
+        base = shortened(adapter.base)
+        found = f"one whose modules are named as in {', '.join(named)} (e.g. {adapter.modules[0]}), base {base}"
     else:
         return
     raise CheckpointError(f"{adapter.name}: expected an adapter of a {family} model, found {found}.")
@@ -62,14 +63,16 @@ def check_fit(adapter: Adapter, model: Model) -> None:
         model: may be abstract.
     """
     check_family(adapter, model.config.family)
-    base = f"its configuration names the base {adapter.base!r}" if adapter.base else "its configuration names no base"
+    base = (
+        f"its configuration names the base {shortened(adapter.base)}" if adapter.base else "its configuration names no base"
+    )
     place = f"{adapter.name}: this adapter does not fit this model, a {model.config.family} ({base})"
     if model.prompt is not None:
         if problems := prompt_problems(model.prompt, adapter.tensors, adapter.encoder):
             raise CheckpointError.of(place, problems)
         return
     places, found = places_of(model), adapter.tensors
-    if not places:
+    if model.method is None:
         raise CheckpointError(
             f"{adapter.name}: the model has no adapter; make it with method=read_adapter_method({adapter.name!r})."
         )

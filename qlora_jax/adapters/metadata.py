@@ -10,10 +10,11 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from qlora_jax.adapters.peft_config import resolve_adapter
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.files import read_object
-from qlora_jax.checkpoint.hub import Snapshot, resolve
-from qlora_jax.errors import CheckpointError, OptionError
+from qlora_jax.checkpoint.hub import Snapshot
+from qlora_jax.errors import CheckpointError, OptionError, QLoRAError, shortened
 from qlora_jax.models import RopeScaling, scaled
 from qlora_jax.quant import EMBEDDING_STORAGES, DataType, EmbeddingStorage, Quantization
 
@@ -63,52 +64,62 @@ def read_adapter_metadata(name: str | Path | Snapshot) -> AdapterMetadata | None
     Raises:
         CheckpointError: the file is damaged.
     """
-    path = resolve(name).path / METADATA
+    path = resolve_adapter(name).path / METADATA
+    values = read_object(path)
+    if values is None:
+        return None
     try:
-        values = read_object(path)
-        if values is None:
-            return None
-        template = values["template"]
-        if template is not None and not isinstance(template, str):
-            raise CheckpointError(f"template: expected a name, found {template!r}")
+        if missing := [field for field in ("quantization", "template") if field not in values]:
+            raise CheckpointError(f"expected quantization and template, as train.py writes them, found no {missing[0]}")
         embedding_storage = values.get("tables", "none")  # files of earlier versions do not have it
         if embedding_storage not in EMBEDDING_STORAGES:
-            raise CheckpointError(f"tables: expected one of {', '.join(EMBEDDING_STORAGES)}, found {embedding_storage!r}")
-        initialization = values.get("converted_from")
-        if initialization is not None and not isinstance(initialization, str):
-            raise CheckpointError(f"converted_from: expected a name, found {initialization!r}")
+            known = ", ".join(EMBEDDING_STORAGES)
+            raise CheckpointError(f"tables: expected one of {known}, found {shortened(embedding_storage)}")
+        for field in ("template", "converted_from"):
+            if not isinstance(values.get(field), str | None):
+                raise CheckpointError(f"{field}: expected a name, found {shortened(values[field])}")
         return AdapterMetadata(
             _quantization(values["quantization"]),
-            template,
+            values["template"],
             embedding_storage,
-            initialization,
+            values.get("converted_from"),
             _scaling(values.get("rope_scaling")),
         )
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: expected quantization and template, as train.py writes them: {error!r}") from error
+    except QLoRAError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _quantization(stored: Any) -> Quantization | None:
-    """Return the storage that a record describes; raise ValueError or TypeError where it is none."""
+    """Return the storage that a record describes; raise QLoRAError where it is none."""
     if stored is None:
         return None
-    if not isinstance(stored, dict) or type(stored.get("block_size", 64)) is not int:
-        raise CheckpointError(f"quantization: expected an object with a whole block_size, found {str(stored)[:100]}")
+    _check_fields("quantization", stored, Quantization)
+    if type(stored.get("block_size", 64)) is not int:
+        raise CheckpointError(f"block_size: expected a whole number, found {shortened(stored['block_size'])}")
     if not isinstance(stored.get("double_quantization", True), bool):
-        raise CheckpointError(f"double_quantization: expected true or false, found {stored['double_quantization']!r}")
+        raise CheckpointError(
+            f"double_quantization: expected true or false, found {shortened(stored['double_quantization'])}"
+        )
     return Quantization(**stored)
 
 
 def _scaling(stored: Any) -> RopeScaling | None:
-    """Return the scaling of positions that a record describes; raise ValueError or TypeError where it is none."""
+    """Return the scaling of positions that a record describes; raise QLoRAError where it is none."""
     if stored is None:
         return None
-    factor = stored.get("factor") if isinstance(stored, dict) else None
+    _check_fields("rope_scaling", stored, RopeScaling)
+    factor = stored.get("factor")
     if not isinstance(factor, int | float) or isinstance(factor, bool) or not factor <= _MOST_SCALED:
-        raise CheckpointError(
-            f"rope_scaling: expected an object with a factor up to {_MOST_SCALED}, found {str(stored)[:100]}"
-        )
+        raise CheckpointError(f"rope_scaling: expected a factor up to {_MOST_SCALED}, found {shortened(factor)}")
     return RopeScaling(**stored)
+
+
+def _check_fields(name: str, stored: Any, kind: type[Any]) -> None:
+    """Raise CheckpointError where a part of a record is no object, or has other fields than `kind`."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+    if not isinstance(stored, dict) or stored.keys() - fields or not stored.keys() >= set(required):
+        raise CheckpointError(f"{name}: expected an object with {', '.join(fields)}, found {shortened(stored)}")
 
 
 def with_scaling(checkpoint: Checkpoint, scaling: RopeScaling | None) -> Checkpoint:

@@ -1,8 +1,9 @@
 """PEFT's adapter_config.json: the method that it describes, and the fields that all methods have."""
 
 import dataclasses
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,9 +11,9 @@ from qlora_jax.adapters.held import Held, read_held
 from qlora_jax.adapters.names import PREFIX, split_name
 from qlora_jax.adapters.virtual_tokens import with_encoder
 from qlora_jax.checkpoint.files import read_object
-from qlora_jax.checkpoint.hub import Snapshot, resolve
-from qlora_jax.errors import CheckpointError, list_names
-from qlora_jax.peft import FieldErrors, LoRA, Method, peft_methods
+from qlora_jax.checkpoint.hub import ACCEPTED_ADAPTER, Snapshot, resolve
+from qlora_jax.errors import CheckpointError, list_names, shortened
+from qlora_jax.peft import FieldErrors, LoRA, Method, module_matches, peft_methods
 
 __all__ = [
     "CONFIG",
@@ -28,6 +29,7 @@ __all__ = [
 TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"]  # by which PEFT chooses its wrapper around the base
 
 CONFIG = "adapter_config.json"
+_logger = logging.getLogger(__name__)
 _SUFFIX = re.compile(r"\.(?:lora_|ia3_l)")  # where the name of a tensor's module ends
 
 
@@ -76,7 +78,10 @@ def adapter_config(snapshot: Snapshot, held: Held | None) -> AdapterConfig:
         modules = {tensor.removeprefix(PREFIX).rpartition(".lora_")[0] for tensor in names if ".lora_" in tensor}
         fields = fields | ({"target_modules": sorted(modules)} if modules else {})
     method = with_encoder(_method_of(snapshot.name, fields), snapshot.path)
-    method = method.renamed(_renamed_modules(names, method))
+    modules = _adapted_modules(names, method)
+    if any(theirs != ours for theirs, ours in modules.items()):
+        method = method.renamed(modules)
+    method = _with_targets_of_tensors(snapshot.name, method, modules.values())
     base, revision, task = (fields.get(name) for name in ("base_model_name_or_path", "revision", "task_type"))
     return AdapterConfig(
         method,
@@ -86,14 +91,29 @@ def adapter_config(snapshot: Snapshot, held: Held | None) -> AdapterConfig:
     )
 
 
-def _renamed_modules(names: Mapping[str, str], method: Method) -> dict[str, str]:
-    """Return our name of each adapted module by the name that it has in the files; empty where all of them are the same."""
+def _adapted_modules(names: Mapping[str, str], method: Method) -> dict[str, str]:
+    """Return our name of each adapted module by the name that it has in the files."""
     found: dict[str, str] = {}
     for ours, stored in names.items():
         module, suffix = split_name(ours, method)
         if suffix is not None and module:
             found[_SUFFIX.split(stored.removeprefix(PREFIX), maxsplit=1)[0]] = module
-    return found if any(theirs != ours for theirs, ours in found.items()) else {}
+    return found
+
+
+def _with_targets_of_tensors(name: str, method: Method, modules: Collection[str]) -> Method:
+    """Return a method that selects the modules of its tensors where its configuration selects none of them."""
+    if not isinstance(method, LoRA) or not modules or any(module_matches(method, module) for module in modules):
+        return method
+    _logger.warning(
+        "%s: target_modules %s of %s selects none of the modules with tensors: taken for an adapter of these %d, such as %s",
+        name,
+        shortened(method.target_modules),
+        CONFIG,
+        len(modules),
+        next(iter(modules)),
+    )
+    return method.with_targets(tuple(modules))
 
 
 def read_adapter_method(name: str | Path | Snapshot) -> Method:
@@ -111,7 +131,7 @@ def resolve_adapter(name: str | Path | Snapshot) -> Snapshot:
     Raises:
         CheckpointError: the name cannot be resolved, or is that of a file.
     """
-    snapshot = resolve(name)
+    snapshot = resolve(name, accepted=ACCEPTED_ADAPTER)
     if snapshot.path.is_file():
         raise CheckpointError(f"{snapshot.name}: expected a folder with {CONFIG} and the adapter's weights, found a file.")
     return snapshot
@@ -147,7 +167,7 @@ def _method_of(name: str, config: Mapping[str, Any]) -> Method:
     kind = config.get("peft_type")
     methods = peft_methods()
     found = methods.get(str(kind))
-    problems = [] if found else [f"peft_type: expected one of {', '.join(methods)}, found {kind!r}"]
+    problems = [] if found else [f"peft_type: expected one of {', '.join(methods)}, found {shortened(kind)}"]
     try:
         # The fields of a file of no known kind are read as LoRA's, so that all problems are reported at once.
         method = (found or LoRA).from_peft(config)

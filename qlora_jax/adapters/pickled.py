@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from qlora_jax.errors import CheckpointError, list_names
+from qlora_jax.errors import CheckpointError, list_names, shortened
 
 __all__ = ["PickledTensor", "open_pickled"]
 
@@ -81,6 +81,8 @@ _INSTRUCTIONS = frozenset(
 )
 _MOST_SHARED = 8  # several tensors may use one storage: so many times the bytes of the file at most
 _MOST_AXES = 32
+_MOST_INSTRUCTIONS = 2_000_000  # a tensor takes about 30
+_MOST_BYTES = 2**26  # of the pickle
 
 
 class _Storage(NamedTuple):
@@ -129,6 +131,8 @@ def open_pickled(path: Path, place: str) -> dict[str, PickledTensor]:
             order = archive.read(f"{prefix}byteorder") if f"{prefix}byteorder" in entries else b"little"
             if order != b"little":
                 raise CheckpointError(f"expected little-endian values, found {order[:20]!r}")
+            if (size := entries[pickles[0]].file_size) > _MOST_BYTES:
+                raise CheckpointError(f"expected a data.pkl of at most {_MOST_BYTES:,} bytes, found {size:,}")
             views = _views(archive.read(pickles[0]))
         problems = [problem for name, view in views.items() if (problem := _problem(name, view, prefix, entries))]
         size = sum(math.prod(view.shape) * view.storage.dtype.itemsize for view in views.values() if not problems)
@@ -148,7 +152,9 @@ def open_pickled(path: Path, place: str) -> dict[str, PickledTensor]:
 
 def _views(text: bytes) -> dict[str, _View]:
     """Return the tensors that a pickle describes."""
-    for instruction, argument, _ in pickletools.genops(text):
+    for count, (instruction, argument, _) in enumerate(pickletools.genops(text)):
+        if count > _MOST_INSTRUCTIONS:
+            raise CheckpointError(f"expected a pickle of at most {_MOST_INSTRUCTIONS:,} instructions, found more")
         if instruction.name not in _INSTRUCTIONS:
             raise CheckpointError(f"expected a pickle of tensors alone, found the instruction {instruction.name}")
         if instruction.name in ("BINPUT", "LONG_BINPUT") and int(str(argument)) > len(text):
@@ -203,7 +209,7 @@ def _problem(name: str, view: _View, prefix: str, entries: dict[str, zipfile.Zip
     """Return what is wrong with a tensor's view of its storage; None: nothing."""
     entry = entries.get(f"{prefix}data/{view.storage.key}")
     if entry is None:
-        return f"{name}: the archive has no storage {view.storage.key!r}"
+        return f"{name}: the archive has no storage {shortened(view.storage.key)}"
     held = entry.file_size // view.storage.dtype.itemsize
     size = math.prod(view.shape)
     last = view.offset + sum((n - 1) * stride for n, stride in zip(view.shape, view.strides, strict=True)) if size else -1

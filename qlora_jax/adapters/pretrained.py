@@ -22,6 +22,7 @@ from qlora_jax.adapters.bind import load_adapter
 from qlora_jax.adapters.files import Adapter, read_adapter
 from qlora_jax.adapters.fit import check_all, check_family
 from qlora_jax.adapters.metadata import METADATA, AdapterMetadata, QuantizationChoice, read_adapter_metadata, with_scaling
+from qlora_jax.adapters.peft_config import resolve_adapter
 from qlora_jax.adapters.special_tokens import (
     add_special_tokens,
     resized_for_adapter,
@@ -34,8 +35,8 @@ from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.hub import Snapshot, resolve
 from qlora_jax.checkpoint.load import checked_rewrite, default_dtype, load, storage_of
 from qlora_jax.checkpoint.open import open_checkpoint
-from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, stop_ids
-from qlora_jax.checkpoint.tokenizer_files import chat_template_of
+from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, stated_ends, stop_ids
+from qlora_jax.checkpoint.tokenizer_files import add_from_folder
 from qlora_jax.errors import OptionError
 from qlora_jax.models import Model, ModelSpec, Origin, Remat, ResizedEmbeddings, RopeScaling
 from qlora_jax.peft import LoRA, Method, Subtracted
@@ -275,7 +276,7 @@ def open_unchecked(
     Raises:
         QLoRAError: files that are missing or damaged, or an adapter or tokenizer that was made for another base.
     """
-    snapshot = None if adapter is None else resolve(adapter)
+    snapshot = None if adapter is None else resolve_adapter(adapter)
     metadata = None if snapshot is None else read_adapter_metadata(snapshot)
     if snapshot is not None and metadata is None:
         _logger.warning("%s", _without_record(snapshot.name, quantization))
@@ -285,16 +286,17 @@ def open_unchecked(
         embedding_storage = "none" if metadata is None else metadata.embedding_storage
     base = resolve(fetch_default_model() if model is None else model, revision)
     checkpoint = open_checkpoint(base)
+    _ = checkpoint.model_config  # all its fields are checked before any of them is used
     opened, subtracted = None, None
     if snapshot is not None:
         opened, subtracted = split_initialization(read_adapter(snapshot), metadata)
         check_family(opened, checkpoint.config["model_type"])  # before parameters of another family are looked for
         checkpoint = resized_for_adapter(checkpoint, opened)
     own = opened is not None and opened.has_tokenizer
-    tokenizer = load_tokenizer(snapshot if own and snapshot is not None else base)
-    if not own and snapshot is not None and (template := chat_template_of(snapshot.path)) is not None:
-        tokenizer.chat_template = template  # a folder may hold the template of its training alone
-    check_tokenizer(tokenizer, checkpoint.config)
+    tokenizer = load_tokenizer(snapshot if own and snapshot is not None else base, model=base)
+    if not own and snapshot is not None:
+        add_from_folder(tokenizer, snapshot.path)
+    check_tokenizer(tokenizer, checkpoint.config, stated_ends(base.path, tokenizer))
     return Pretrained(
         base,
         checkpoint,

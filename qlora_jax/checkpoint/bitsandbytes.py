@@ -27,7 +27,7 @@ import numpy as np
 
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.files import parse_object
-from qlora_jax.errors import CheckpointError, UnsupportedError
+from qlora_jax.errors import CheckpointError, UnsupportedError, shortened
 from qlora_jax.quant import (
     SCALE_BLOCK_SIZE,
     DataType,
@@ -55,7 +55,7 @@ class Stored(NamedTuple):
     offset: float | None
 
 
-def is_quantized(config: Mapping[str, Any]) -> bool:
+def is_quantized(config: Mapping[str, Any], place: str = "config.json") -> bool:
     """Return whether config.json describes weights in bitsandbytes' 4 bits.
 
     Raises:
@@ -65,13 +65,13 @@ def is_quantized(config: Mapping[str, Any]) -> bool:
     if stated is None:
         return False
     if not isinstance(stated, dict):
-        raise CheckpointError(f"config.json: quantization_config: expected an object, found {str(stated)[:80]!r}")
+        raise CheckpointError(f"{place}: quantization_config: expected an object, found {shortened(stated)}")
     method, four_bits = stated.get("quant_method", "bitsandbytes"), stated.get("load_in_4bit", False)
     if method != "bitsandbytes" or not four_bits:
         what = method if method != "bitsandbytes" else "bitsandbytes in 8 bits"
         raise UnsupportedError(
-            f"config.json: quantization_config: expected none, or bitsandbytes with load_in_4bit, found {what!r}; take the "
-            "checkpoint in 16 bits, which is quantised while it is loaded"
+            f"{place}: quantization_config: expected none, or bitsandbytes with load_in_4bit, found {shortened(what)}; take "
+            "the checkpoint in 16 bits, which is quantised while it is loaded"
         )
     return True
 

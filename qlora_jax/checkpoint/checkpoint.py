@@ -21,7 +21,7 @@ from functools import cached_property
 import numpy as np
 
 from qlora_jax.checkpoint.hub import Snapshot
-from qlora_jax.errors import CheckpointError
+from qlora_jax.errors import CheckpointError, QLoRAError
 from qlora_jax.models import DecoderConfig, Family, ModelConfig, family_of
 from qlora_jax.quant import Quantization, QuantizedTensor
 
@@ -76,7 +76,10 @@ class Checkpoint:
             QLoRAError: a field of the config has no meaning here.
             CheckpointError: the config describes a model that is far larger than the file.
         """
-        config = self.family.config(self.config)
+        try:
+            config = self.family.config(self.config)
+        except QLoRAError as error:
+            raise type(error)(f"{self.name}: {error}") from error
         self._check_size(config)
         return config
 

@@ -16,7 +16,7 @@ __all__ = ["check_folder", "check_regular", "parse_object", "read_object", "read
 
 # What is read of a folder; files of other kinds may be anything.
 READ = {".json", ".safetensors", ".gguf", ".model", ".txt", ".jinja", ".bin"}
-MOST_BYTES = 1 << 28  # of a file of JSON or text; the largest vocabularies have a tenth of it
+MOST_BYTES = 1 << 26  # of a file of JSON or text that is read whole; the largest indexes have a fifth of it
 _KINDS = {
     stat.S_IFIFO: "a pipe (FIFO)",
     stat.S_IFSOCK: "a socket",

@@ -26,12 +26,16 @@ from qlora_jax.checkpoint.files import check_folder, check_regular
 from qlora_jax.checkpoint.index import INDEX, SINGLE, shards_of_index
 from qlora_jax.errors import CheckpointError, list_names
 
-__all__ = ["Snapshot", "resolve"]
+__all__ = ["ACCEPTED_ADAPTER", "Snapshot", "resolve"]
 
 ACCEPTED = (
     "Accepted: a folder with config.json and model.safetensors (or shards and "
     "model.safetensors.index.json), a .gguf file, or a Hugging Face hub id such as owner/name "
     "(of GGUF files owner/name/FILE.gguf)."
+)
+ACCEPTED_ADAPTER = (
+    "Accepted as an adapter: a folder with adapter_config.json and adapter_model.safetensors, such as the folder adapter of "
+    "a run, or a Hugging Face hub id such as owner/name (of a folder in it owner/name:FOLDER)."
 )
 LONGEST = 500  # characters of a path or of the name of a file on the hub, for messages too
 PART = r"[A-Za-z0-9][\w.-]*"
@@ -61,13 +65,14 @@ class Snapshot:
     commit: str | None = None
 
 
-def resolve(name: str | Path | Snapshot, revision: str | None = None) -> Snapshot:
+def resolve(name: str | Path | Snapshot, revision: str | None = None, *, accepted: str = ACCEPTED) -> Snapshot:
     """Return the snapshot that a local path or a repository id names, after downloading a repository.
 
     Args:
         name: a path, a repository id, or a repository id and a folder in it (owner/name:folder). A snapshot is returned as
             it is.
         revision: branch, tag or commit of a repository.
+        accepted: what the name may be, for messages.
 
     Raises:
         CheckpointError: the name is neither a path nor a repository id, the download failed, a revision was given for a
@@ -76,7 +81,7 @@ def resolve(name: str | Path | Snapshot, revision: str | None = None) -> Snapsho
     if isinstance(name, Snapshot):
         return name
     if not str(name).strip():
-        raise CheckpointError(f"model: expected a name, found {str(name)!r}: no such file or folder. {ACCEPTED}")
+        raise CheckpointError(f"expected a name, found {str(name)!r}: no such file or folder. {accepted}")
     path = Path(name).expanduser()
     check_regular(path)
     if _exists(path):
@@ -84,7 +89,7 @@ def resolve(name: str | Path | Snapshot, revision: str | None = None) -> Snapsho
             raise CheckpointError(f"{path}: is a local path, which has no revisions; found revision={revision!r}.")
         if path.is_file():
             if path.suffix.lower() != ".gguf":
-                raise CheckpointError(f"{path}: is a file of an unknown kind (suffix {path.suffix!r}). {ACCEPTED}")
+                raise CheckpointError(f"{path}: is a file of an unknown kind (suffix {path.suffix!r}). {accepted}")
             return Snapshot(str(name), path)
         check_folder(path)
         return Snapshot(str(name), _gguf_in(path) or path)
@@ -94,16 +99,16 @@ def resolve(name: str | Path | Snapshot, revision: str | None = None) -> Snapsho
     by_file, by_id = HUB_FILE.fullmatch(text), HUB_ID.fullmatch(text)
     if len(text) > LONGEST or (by_file is None and (by_id is None or text.lower().endswith(".gguf"))):
         raise CheckpointError(
-            f"{text[:LONGEST]}: no such file or folder (looked at {str(path.absolute())[:LONGEST]}). {ACCEPTED}"
+            f"{text[:LONGEST]}: no such file or folder (looked at {str(path.absolute())[:LONGEST]}). {accepted}"
         )
     if by_file is not None:
-        folder = _download(by_file["repository"], revision, _parts_pattern(by_file["file"]))
+        folder = _download(by_file["repository"], revision, _parts_pattern(by_file["file"]), accepted)
         found = folder / by_file["file"]
         if not found.is_file():
-            raise CheckpointError(f"{by_file['repository']}: has no file {by_file['file']}. {ACCEPTED}")
+            raise CheckpointError(f"{by_file['repository']}: has no file {by_file['file']}. {accepted}")
     else:
         assert by_id is not None
-        folder, found = _fetched(by_id["repository"], revision, by_id["inner"])
+        folder, found = _fetched(by_id["repository"], revision, by_id["inner"], accepted)
     check_folder(found if found.is_dir() else found.parent)
     # The hub's cache holds each commit in a folder of its own: snapshots/<commit>.
     return Snapshot(str(name), found, folder.name if folder.parent.name == "snapshots" else None)
@@ -116,10 +121,10 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _fetched(repository: str, revision: str | None, inner: str | None) -> tuple[Path, Path]:
+def _fetched(repository: str, revision: str | None, inner: str | None, accepted: str) -> tuple[Path, Path]:
     """Return (the folder of a repository's files, the folder or the GGUF file to open in it) after fetching the weights."""
     small = [*SMALL_FILES, *([] if inner is None else [f"{inner}/{name}" for name in SMALL_FILES])]
-    folder = _download(repository, revision, small)
+    folder = _download(repository, revision, small, accepted)
     if folder.parent.name == "snapshots":  # from here on the commit: the branch may move
         revision = folder.name
     prefix, storage = "", inner
@@ -129,7 +134,7 @@ def _fetched(repository: str, revision: str | None, inner: str | None) -> tuple[
     if storage is None:
         needed, more = _weights(own)
         if not all((own / name).is_file() for name in needed):  # they may be in the cache
-            folder = _download(repository, revision, [prefix + name for name in (*needed, *more)])
+            folder = _download(repository, revision, [prefix + name for name in (*needed, *more)], accepted)
         if needed != (SINGLE,) or any(any(own.glob(name)) for name in (*needed, *more)):
             return folder, own  # opening it says what is missing
     names = [name for name in _listed(repository, revision, folder) if name.startswith(prefix)]
@@ -143,7 +148,7 @@ def _fetched(repository: str, revision: str | None, inner: str | None) -> tuple[
             f"one: {repository}/{(chosen or names or ['FILE.gguf'])[0]}"
         )
     if not (folder / chosen[0]).is_file() or FIRST_PART.search(chosen[0]):
-        folder = _download(repository, revision, _parts_pattern(chosen[0]))
+        folder = _download(repository, revision, _parts_pattern(chosen[0]), accepted)
     return folder, folder / chosen[0]
 
 
@@ -203,7 +208,7 @@ def _parts_pattern(name: str) -> list[str]:
     return [glob.escape(FIRST_PART.sub("", name)) + "-*" + name[-len("-of-00000.gguf") :]]
 
 
-def _download(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
+def _download(repository: str, revision: str | None, patterns: Sequence[str], accepted: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
@@ -214,5 +219,5 @@ def _download(repository: str, revision: str | None, patterns: Sequence[str]) ->
         at = f" at revision {revision!r}" if revision is not None else ""
         raise CheckpointError(
             f"{repository}: tried as a local path (there is none at {Path(repository).absolute()}) and as a "
-            f"Hugging Face hub id{at} ({type(error).__name__}: {reason[0]}). {ACCEPTED}"
+            f"Hugging Face hub id{at} ({type(error).__name__}: {reason[0]}). {accepted}"
         ) from error

@@ -14,6 +14,7 @@ __all__ = ["INDEX", "SINGLE", "shards_of_index"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LONGEST = 200  # characters of the name of a file, which have up to 255 bytes
 
 
 def shards_of_index(path: Path) -> dict[str, set[str]]:
@@ -26,7 +27,8 @@ def shards_of_index(path: Path) -> dict[str, set[str]]:
     names_of: dict[str, set[str]] = {}
     for tensor, shard in weight_map.items() if isinstance(weight_map, dict) else ():
         # A plain file name: an index must not reach outside its folder.
-        plain = isinstance(shard, str) and shard.endswith(".safetensors") and "/" not in shard and "\\" not in shard
+        plain = isinstance(shard, str) and shard.endswith(".safetensors") and not set(shard) & set("/\\\0")
+        plain = plain and len(shard) <= LONGEST
         if not plain:
             names_of = {}
             break

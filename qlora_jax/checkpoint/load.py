@@ -24,7 +24,7 @@ from qlora_jax.errors import CheckpointError, list_names
 from qlora_jax.models import Model, ModelConfig, ModelSpec, Origin, Remat, tied_head
 from qlora_jax.nn import (
     AdapterConstant,
-    AttentionImplementation,
+    AttentionTarget,
     Linear,
     ReadsWeight,
     WeightConstant,
@@ -49,7 +49,7 @@ def load_model(
     embedding_storage: EmbeddingStorage = "none",
     method: Method | None = None,
     dtype: DTypeLike | None = None,
-    attention: AttentionImplementation | None = None,
+    attention: AttentionTarget | None = None,
     remat: Remat = "full",
     mesh: Mesh | None = None,
     seed: int = 0,
@@ -68,7 +68,7 @@ def load_model(
         embedding_storage: storage of the token embedding and the output head.
         method: the method of fine-tuning; None for a model without an adapter.
         dtype: dtype of activations and dense weights; that of the platform if None.
-        attention: attention kernel; that of the platform if None.
+        attention: the device whose kernel computes causal attention; the default one if None.
         remat: what the backward pass recomputes.
         mesh: devices over which the frozen weights are sharded while they are filled; None for the default device.
         seed: seed of the adapter's random initial values.
@@ -115,7 +115,7 @@ def load(
     spec: ModelSpec,
     *,
     abstract: Model | None = None,
-    attention: AttentionImplementation | None = None,
+    attention: AttentionTarget | None = None,
     subtracted: Subtracted | None = None,
     mesh: Mesh | None = None,
     seed: int = 0,

@@ -37,5 +37,7 @@ def open_checkpoint(name: str | Path | Snapshot, revision: str | None = None) ->
 
     checkpoint = open_safetensors_folder(snapshot.path, name=snapshot.name)
     checkpoint = dataclasses.replace(checkpoint, config=with_model_type(checkpoint.config, checkpoint.name))
-    checkpoint = open_quantized(checkpoint) if is_quantized(checkpoint.config) else checkpoint
+    checkpoint = (
+        open_quantized(checkpoint) if is_quantized(checkpoint.config, f"{checkpoint.name}: config.json") else checkpoint
+    )
     return dataclasses.replace(with_own_head(text_part(checkpoint)), snapshot=snapshot)

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_jax.checkpoint.checkpoint import Checkpoint
-from qlora_jax.errors import UnsupportedError
+from qlora_jax.errors import UnsupportedError, shortened
 from qlora_jax.models import FAMILIES
 
 __all__ = ["TOWERS", "text_name", "text_part"]
@@ -72,7 +72,7 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
     kind = checkpoint.config["model_type"]
     if kind in _DIFFERENT:
         raise UnsupportedError(
-            f"{checkpoint.name}: the text part of model_type {kind!r} is not supported: {_DIFFERENT[kind]}"
+            f"{checkpoint.name}: the text part of model_type {shortened(kind)} is not supported: {_DIFFERENT[kind]}"
         )
     prefixed = any(_TEXT.fullmatch(name) for name in checkpoint.shapes)
     stored: dict[str, str] = {}

@@ -4,8 +4,10 @@
 Padding. Where labels are masked by token and the padding token is EOS, EOS is masked too, and the model never learns to
 stop. `load_tokenizer` therefore chooses another padding token from the vocabulary, by the first rule that finds one: a token
 that was made for it (`<pad>`, `<|finetune_right_pad_id|>` …), a special token that is reserved or unused, the unknown token,
-or another special token that is neither BOS, EOS nor part of the chat template. The vocabulary is never extended, since the
-model has no embedding for more tokens. EOS remains only where no other token exists (GPT-2 has one special token).
+or another special token that is not part of the chat template. BOS is never chosen, nor a token that ends a text or a turn:
+what is trained or masked by the padding token would have no end. The vocabulary is never extended, since the model has no
+embedding for more tokens. EOS remains only where no other token exists (GPT-2 has one special token); it is saved as the
+padding token only if the files called it so.
 
 Tokens without an embedding. A tokenizer may have a few tokens more than the embedding has rows: all sizes of Gemma 3 share a
 tokenizer with a token for images, and a padding token is often added without resizing the model. Such a tokenizer is used;
@@ -14,46 +16,48 @@ only the text in which such a token occurs is refused (data/token_ids.py).
 
 import json
 import logging
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from qlora_jax.checkpoint.files import read_object
 from qlora_jax.checkpoint.gguf.header import read_header
 from qlora_jax.checkpoint.gguf.tokenizer import gguf_tokenizer
-from qlora_jax.checkpoint.gguf.vocabulary import end_ids
+from qlora_jax.checkpoint.gguf.vocabulary import TURN_NAMES, end_ids
 from qlora_jax.checkpoint.hub import Snapshot, resolve
 from qlora_jax.checkpoint.tokenizer_files import folder_tokenizer
-from qlora_jax.errors import CheckpointError, list_names
+from qlora_jax.errors import CheckpointError, list_names, shortened
+from qlora_jax.models.bounds import token_ids
 
 if TYPE_CHECKING:  # imported where it is used: transformers takes a second, and PyTorch with it where that is installed
     from transformers import PreTrainedTokenizerFast
 
-# Tokenizers need no PyTorch: without this transformers advises, on import, that it is missing.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-__all__ = ["check_tokenizer", "load_tokenizer", "save_tokenizer", "stop_ids"]
+__all__ = ["check_tokenizer", "load_tokenizer", "save_tokenizer", "stated_ends", "stop_ids"]
 
 FEW, MANY = 16, 256  # tokens without an embedding, of the vocabulary and with added ones, that a tokenizer may have
 PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<PAD>", "<|padding|>", "<|finetune_right_pad_id|>", "<|endofpad|>")
 _logger = logging.getLogger(__name__)
 
 
-def load_tokenizer(name: str | Path | Snapshot, revision: str | None = None) -> "PreTrainedTokenizerFast":
+def load_tokenizer(
+    name: str | Path | Snapshot, revision: str | None = None, *, model: Snapshot | None = None
+) -> "PreTrainedTokenizerFast":
     """Return the tokenizer of a model, whose padding token is not EOS where the vocabulary has another one for it.
 
     Args:
         name: a folder, a .gguf file, a repository id, or a snapshot that was resolved before.
         revision: branch, tag or commit of a repository.
+        model: the base model, where the tokenizer is that of an adapter: no token that ends its texts becomes the padding
+            token. None: `name` is the base.
 
     Raises:
         CheckpointError: there is no tokenizer, or it cannot be read.
     """
     path = resolve(name, revision).path
     tokenizer = gguf_tokenizer(path) if path.is_file() else folder_tokenizer(path)
-    _separate_padding(tokenizer)
+    _separate_padding(tokenizer, stated_ends(path if model is None else resolve(model).path, tokenizer))
     return tokenizer
 
 
@@ -66,10 +70,16 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: str | Path) -> 
     # transformers 5 writes a new name for the same class. Version 4 knows only the old name, and version 5 knows both.
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # These fields say how this process found the files, which is no property of the tokenizer.
-    for key in ("is_local", "local_files_only"):
+    # These fields say how this process found the files, which is no property of the tokenizer. Nor is EOS in the place of a
+    # padding token that the files do not name.
+    chosen = tokenizer.pad_token == tokenizer.eos_token and tokenizer.init_kwargs.get("pad_token") is None
+    for key in ("is_local", "local_files_only", *(("pad_token",) if chosen else ())):
         config.pop(key, None)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    names = folder / "special_tokens_map.json"  # of transformers 4
+    if chosen and (named := read_object(names)) is not None:
+        named.pop("pad_token", None)
+        names.write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def stop_ids(base: str | Path | Snapshot, tokenizer: "PreTrainedTokenizerFast") -> frozenset[int]:
@@ -82,34 +92,49 @@ def stop_ids(base: str | Path | Snapshot, tokenizer: "PreTrainedTokenizerFast") 
     Raises:
         CheckpointError: one of these files is damaged.
     """
-    path = resolve(base).path
-    stated: list[tuple[object, Any]] = [(path, tokenizer.eos_token_id)]
+    path, known = resolve(base).path, len(tokenizer)
+    if path.is_dir():
+        size = (read_object(path / "config.json") or {}).get("vocab_size")
+        known = max(known, size) if type(size) is int else known
+    stated = stated_ends(path, tokenizer)
+    if beyond := sorted(index for index in stated if index >= known):
+        _logger.warning(
+            "%s: names as the end of a text %s, which is no token of this model (ids are below %d): left out",
+            path,
+            list_names([str(index) for index in beyond]),
+            known,
+        )
+    return frozenset(index for index in stated if index < known)
+
+
+def stated_ends(path: Path, tokenizer: "PreTrainedTokenizerFast") -> set[int]:
+    """Return the ids that the files of a model name as the end of a text, and EOS of its tokenizer."""
+    ids: set[int] = set() if tokenizer.eos_token_id is None else {cast(int, tokenizer.eos_token_id)}
     if path.is_file():
-        stated += [(path, index) for index in end_ids(read_header(path).metadata)[0]]
-    else:
-        for file in (path / "config.json", path / "generation_config.json"):
-            stated.append((file, (read_object(file) or {}).get("eos_token_id")))
-    ids: set[int] = set()
-    for place, value in stated:
-        for index in value if isinstance(value, list) else [value]:
-            if index is not None and (type(index) is not int or index < 0):
-                raise CheckpointError(f"{place}: eos_token_id: expected ids of tokens, found {str(value)[:80]}.")
-            ids |= set() if index is None else {index}
-    return frozenset(ids)
+        return ids.union(
+            *(token_ids(path, {"eot_token_id": index}, "eot_token_id") for index in end_ids(read_header(path).metadata)[0])
+        )
+    for file in (path / "config.json", path / "generation_config.json"):
+        ids.update(token_ids(file, read_object(file) or {}))
+    return ids
 
 
-def check_tokenizer(tokenizer: "PreTrainedTokenizerFast", config: Mapping[str, Any]) -> None:
+def check_tokenizer(tokenizer: "PreTrainedTokenizerFast", config: Mapping[str, Any], ends: Collection[int] = ()) -> None:
     """Compare the vocabulary with the rows of the embedding of the model of this config.json.
 
     A padding token without a row is replaced by another token.
+
+    Args:
+        ends: the ids that end a text of the model, of which none becomes the padding token.
 
     Raises:
         CheckpointError: so many tokens have no row that the tokenizer is that of another model, or those have none that
             every text begins or ends with.
     """
-    size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    part = config.get("text_config")
+    size = config.get("vocab_size", part.get("vocab_size") if isinstance(part, dict) else None)
     if type(size) is not int:
-        raise CheckpointError(f"config: expected a number vocab_size, found {size!r}.")
+        raise CheckpointError(f"config.json: expected a number vocab_size, found {shortened(size)}.")
     beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= size}
     if not beyond:
         return
@@ -131,30 +156,35 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerFast", config: Mapping[str, A
             "tokenizer_config.json, or take the tokenizer of the base."
         )
     if tokenizer.pad_token in beyond:
-        tokenizer.pad_token = _padding_choice(tokenizer, size) or tokenizer.eos_token
+        tokenizer.pad_token = _padding_choice(tokenizer, ends, size) or tokenizer.eos_token
     _logger.info("%s: %d tokens have no embedding in this model: %s", place, len(beyond), list_names(list(beyond)))
 
 
-def _separate_padding(tokenizer: "PreTrainedTokenizerFast") -> None:
+def _separate_padding(tokenizer: "PreTrainedTokenizerFast", ends: Collection[int]) -> None:
     if tokenizer.pad_token is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return
-    choice = _padding_choice(tokenizer)
+    choice = _padding_choice(tokenizer, ends)
     if choice is not None:
         tokenizer.pad_token = choice
     elif tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _padding_choice(tokenizer: "PreTrainedTokenizerFast", size: int | None = None) -> str | None:
-    """Return the token of the first rule in this module's docstring, with an id below `size` where that is given."""
+def _padding_choice(tokenizer: "PreTrainedTokenizerFast", ends: Collection[int], size: int | None = None) -> str | None:
+    """Return the token of the first rule in this module's docstring, with an id below `size` where that is given.
+
+    Args:
+        ends: the ids that end a text of the model; tokens with the usual names of ends are none either.
+    """
     vocabulary = {token: index for token, index in tokenizer.get_vocab().items() if size is None or index < size}
-    taken = {str(tokenizer.eos_token), str(tokenizer.bos_token)}
+    taken = {str(tokenizer.eos_token), str(tokenizer.bos_token), *TURN_NAMES}
+    taken.update(token for token, index in vocabulary.items() if index in ends)
     for name in PAD_NAMES:
         if name in vocabulary and name not in taken:
             return name
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    templates = str(tokenizer.chat_template or "")  # one, or several by their names
     added = [item for item in sorted(tokenizer.added_tokens_decoder.items()) if str(item[1]) in vocabulary]
-    spare = [str(token) for _, token in added if token.special and str(token) not in taken and str(token) not in template]
+    spare = [str(token) for _, token in added if token.special and str(token) not in taken and str(token) not in templates]
     for token in spare:
         if re.search("reserved|unused", token, re.IGNORECASE):
             return token

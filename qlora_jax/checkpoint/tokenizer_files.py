@@ -19,19 +19,20 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
 from qlora_jax.checkpoint.files import read_object, read_text
-from qlora_jax.errors import CheckpointError, list_names
+from qlora_jax.checkpoint.tokenizer_backend import guarded, read_backend
+from qlora_jax.errors import CheckpointError, list_names, shortened
 
 if TYPE_CHECKING:  # imported where it is used: transformers takes a second, and PyTorch with it where that is installed
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["chat_template_of", "folder_tokenizer", "has_tokenizer"]
+__all__ = ["add_from_folder", "chat_template_of", "folder_tokenizer", "has_tokenizer"]
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -66,7 +67,6 @@ _CLASS_BY_TYPE = {
     "gpt_neox": "GPTNeoX",
     "t5": "T5",
 }
-PROBES = [f"{repeated * 60}{end}" for repeated in ("a", " ", "1", "aA", "\n", "a ") for end in ("!", "\u00e9")]
 FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")  # of an added token
 ENOUGH = 5000  # tokens of two characters and more, from which the absence of digits in them says something
 _logger = logging.getLogger(__name__)
@@ -91,13 +91,32 @@ def folder_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     config = read_object(folder / "tokenizer_config.json") or {}
     model = read_object(folder / "config.json") or {}
     if (folder / "tokenizer.json").is_file():
-        backend, by_class = _guarded(folder, lambda: _tried(Tokenizer.from_file(str(folder / "tokenizer.json")))), {}
+        backend, by_class = read_backend(folder), {}
         _compare_splitter(folder, backend)
     else:
         backend, by_class = _converted(folder, config, model)
     _add_missing(folder, backend, config)
     named = _named_tokens(folder, backend, config, model, by_class)
     return _wrapped(folder, backend, named, config)
+
+
+def add_from_folder(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    """Give the tokenizer of a base what the folder of an adapter without a vocabulary holds: tokens, names, a chat template.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    config = read_object(folder / "tokenizer_config.json") or {}
+    before = len(tokenizer)
+    _add_missing(folder, tokenizer.backend_tokenizer, config)
+    if len(tokenizer) > before:
+        added = list_names(sorted(tokenizer.get_vocab(), key=lambda token: tokenizer.get_vocab()[token])[before:])
+        _logger.info("%s: adds %d tokens to the tokenizer: %s", folder, len(tokenizer) - before, added)
+    stated = {key: value for key, value in config.items() if key != "tokenizer_class"}  # names of the class are the base's
+    for name, text in _named_tokens(folder, tokenizer.backend_tokenizer, stated, {}, {}).items():
+        setattr(tokenizer, name, text)
+    if (template := chat_template_of(folder)) is not None:
+        tokenizer.chat_template = template
 
 
 def chat_template_of(folder: Path) -> str | dict[str, str] | None:
@@ -124,26 +143,6 @@ def chat_template_of(folder: Path) -> str | dict[str, str] | None:
     return cast(str | dict[str, str] | None, stated)
 
 
-def _guarded(folder: Path, read: Callable[[], Tokenizer]) -> Tokenizer:
-    """Return what `read` returns; raise CheckpointError for whatever the tokenizers library raises for a damaged file."""
-    try:
-        return read()
-    except CheckpointError:
-        raise
-    except Exception as error:  # the library raises plain Exception
-        raise _unreadable(folder, error) from error
-    except BaseException as error:  # or, where its own code fails, a class of its own that is no Exception
-        if type(error).__name__ != "PanicException":
-            raise
-        raise _unreadable(folder, error) from error
-
-
-def _tried(backend: Tokenizer) -> Tokenizer:
-    """Return the tokenizer after texts on which a regular expression that backtracks without end fails."""
-    backend.encode_batch(PROBES, add_special_tokens=False)
-    return backend
-
-
 def _compare_splitter(folder: Path, backend: Tokenizer) -> None:
     """Warn where the vocabulary was trained on single digits, and the pre-tokenizer does not split them off.
 
@@ -161,11 +160,6 @@ def _compare_splitter(folder: Path, backend: Tokenizer) -> None:
             "transformers; the tokenizer.json of the original model, or the GGUF file, gives the right ones",
             folder / "tokenizer.json",
         )
-
-
-def _unreadable(folder: Path, error: BaseException) -> CheckpointError:
-    text = (str(error).strip().splitlines() or ["no reason given"])[0]
-    return CheckpointError(f"{folder}: its tokenizer cannot be read: {type(error).__name__}: {text[:300]}")
 
 
 def _converted(folder: Path, config: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, str]]:
@@ -199,7 +193,7 @@ def _converted(folder: Path, config: Mapping[str, Any], model: Mapping[str, Any]
             found.append(AutoTokenizer.from_pretrained(temporary, local_files_only=True, trust_remote_code=False))
             return getattr(found[0], "backend_tokenizer", None)  # pyright: ignore[reportReturnType]
 
-        backend = _guarded(folder, convert)
+        backend = guarded(folder, convert)
     if not isinstance(found[0], PreTrainedTokenizerFast):
         raise CheckpointError(
             f"{folder}: expected a tokenizer that the tokenizers library can run (a tokenizer.json), found "
@@ -265,6 +259,10 @@ def _named_tokens(
         texts = [_text(place.get(key)) for place in known]
         if found := next((text for text in texts if text is not None and text in vocabulary), None):
             named[key] = found
+        stated = next(filter(None, (place.get(key) for place in places)), None)
+        if stated is not None and _text(stated) not in vocabulary:
+            instead = f"{found!r} is used" if found else "none is used"
+            _logger.warning("%s: %s %s is no token of the vocabulary: %s", folder, key, shortened(stated), instead)
     return named
 
 

@@ -10,18 +10,18 @@ module of the chosen command is imported, after Ctrl-C and SIGTERM are taken car
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from qlora_jax.interrupts import end_while_importing
 
-__all__ = ["COMMANDS", "main", "run_script"]
+__all__ = ["COMMANDS", "choose", "main", "run_script"]
 
 COMMANDS = {
     "train": "fine-tune a language model with QLoRA",
     "generate": "ask a model, with or without an adapter",
     "merge": "merge an adapter into its base model and write a Hugging Face folder",
-    "evaluate": "measure a model, with or without an adapter, on MMLU",
+    "evaluate": "measure models: MMLU, and the judgements of their answers",
     "plan": "compile a step for devices that need not be attached, and show what it needs",
 }
 
@@ -32,25 +32,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the command line without the name of the program; `sys.argv` if None.
     """
-    name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    return choose(COMMANDS, given, program="qlora-jax", package="qlora_jax.commands")
+
+
+def choose(commands: Mapping[str, str], arguments: Sequence[str], *, program: str, package: str) -> int:
+    """Run the command that the first argument names and return its exit code; without arguments, list the commands.
+
+    Args:
+        commands: what each command does, by its name.
+        arguments: the name and the command line of the command.
+        program: name of the program in messages.
+        package: the package whose modules the commands are.
+    """
+    name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
-        width = max(map(len, COMMANDS))
-        print("usage: qlora-jax NAME [OPTIONS]\n")
-        print("\n".join(f"  {command:{width}}  {text}" for command, text in COMMANDS.items()))
-        print("\n`qlora-jax NAME --help` shows the options of a command.")
+        width = max(map(len, commands))
+        print(f"usage: {program} NAME [OPTIONS]\n")
+        print("\n".join(f"  {command:{width}}  {text}" for command, text in commands.items()))
+        print(f"\n`{program} NAME --help` shows the options of a command; --config FILE.toml sets them.")
         return 0
-    if name not in COMMANDS:
-        print(f"error: unknown command {name!r}: expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+    if name not in commands:
+        print(f"error: unknown command {name!r}: expected one of {', '.join(commands)}", file=sys.stderr)
         return 2
-    return _module(name).main(rest, program=f"qlora-jax {name}")
+    return _module(f"{package}.{name}").main(rest, program=f"{program} {name}")
 
 
 def run_script(name: str) -> int:
     """Run a command with the arguments of this process, as scripts/NAME.py does, and return its exit code."""
-    return _module(name).main()
+    return _module(f"qlora_jax.commands.{name}").main()
 
 
 def _module(name: str) -> ModuleType:
-    """Import the module of a command, which takes seconds."""
+    """Import the module of a command by its full name, which takes seconds."""
     end_while_importing()
-    return importlib.import_module(f"qlora_jax.commands.{name}")
+    return importlib.import_module(name)

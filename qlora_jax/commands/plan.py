@@ -149,7 +149,7 @@ def train_report(spec: Spec, machine: Machine, title: str, quick: bool) -> Repor
     """Return the report of a training step, calculated or compiled."""
     if quick:
         start = time.perf_counter()
-        estimate = quick_plan(spec, machine.device.platform, machine.count)
+        estimate = quick_plan(spec, machine.device.target, machine.count)
         return report_of(estimate, spec, machine, title, time.perf_counter() - start)
     return report_of(compile_train_step(spec, machine), spec, machine, title)
 
@@ -160,7 +160,7 @@ def peak_of(spec: Spec, machine: Machine, quick: bool) -> int:
     For a program that the compiler refuses because it does not fit, this is a number above the memory of the device.
     """
     if quick:
-        return quick_plan(spec, machine.device.platform, machine.count).peak
+        return quick_plan(spec, machine.device.target, machine.count).peak
     try:
         return compile_train_step(spec, machine).peak
     except DoesNotFitError as error:
@@ -199,7 +199,7 @@ def fit_options(spec: Spec, machine: Machine, quick: bool) -> tuple[Spec, Machin
     best = _cheapest(spec, machine, quick)
     if best is None:
         least = min(
-            quick_plan(choice.spec, machine.device.platform, machine.count * choice.devices).peak
+            quick_plan(choice.spec, machine.device.target, machine.count * choice.devices).peak
             for choice in cheaper_first(spec)
         )
         raise DoesNotFitError(
@@ -215,7 +215,7 @@ def _cheapest(spec: Spec, machine: Machine, quick: bool) -> tuple[Choice, int] |
     """Return the cheapest options that fit and their peak of memory; None if none fit."""
 
     def estimate(choice: Choice) -> int:
-        return quick_plan(choice.spec, machine.device.platform, machine.count * choice.devices).peak
+        return quick_plan(choice.spec, machine.device.target, machine.count * choice.devices).peak
 
     def peak(choice: Choice) -> int:
         size = peak_of(choice.spec, _times(machine, choice.devices), quick)

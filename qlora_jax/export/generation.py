@@ -15,6 +15,7 @@ from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.files import read_object
 from qlora_jax.checkpoint.gguf.header import read_header
 from qlora_jax.checkpoint.tokenizer import stop_ids
+from qlora_jax.models.bounds import check_generation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,6 +49,7 @@ def generation_config(checkpoint: Checkpoint, tokenizer: "PreTrainedTokenizerFas
         result |= _sampling_of_gguf(read_header(snapshot.path).metadata)
     elif snapshot is not None and (stored := read_object(snapshot.path / GENERATION)) is not None:
         result = stored
+        check_generation(snapshot.path / GENERATION, stored)
         result.pop("_from_model_config", None)  # transformers' mark of a file that repeats config.json; this one does not
     stated = result.get("eos_token_id")
     ids = [*stated] if isinstance(stated, list) else [stated]

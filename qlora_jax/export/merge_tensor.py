@@ -70,7 +70,12 @@ def merged_tensors(checkpoint: Checkpoint, name: str, how: TensorMerge) -> dict[
         return quantized_tensors(name, checkpoint.read_quantized(name), how.dtype.name)
     tensor = _merged(checkpoint, name, how)
     if not np.isfinite(tensor).all():
-        raise CheckpointError(f"{checkpoint.name}: tensor {name} holds NaN or infinite values.")
+        what = (
+            f"tensor {name}"
+            if unchanged or how.adapter is None
+            else f"tensor {name}, with {how.adapter.name} merged into it,"
+        )
+        raise CheckpointError(f"{checkpoint.name}: {what} holds NaN or infinite values.")
     if linear and quantization is not None and name not in how.dense:
         return quantized_tensors(name, _quantized(tensor, quantization), how.dtype.name)
     with np.errstate(over="ignore"):  # reported below, with the tensor's name

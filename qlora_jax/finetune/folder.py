@@ -18,7 +18,7 @@ import jax
 
 from qlora_jax.checkpoint.whole_folder import remove_abandoned, temporary_folder
 from qlora_jax.cli import to_dict
-from qlora_jax.errors import OptionError
+from qlora_jax.errors import OptionError, shortened
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.options.run import RunOptions
 from qlora_jax.renamed_options import replace_old_names
@@ -165,7 +165,7 @@ def _differences(before: dict[str, dict[str, Any]], options: Options) -> list[st
     """Return the options that decide the result of a run, however its steps are split, and are others than recorded."""
     now, defaults = to_dict(options), to_dict(Options())
     return [
-        f"{group}.{name}: {there!r} there, {value!r} here"
+        f"{group}.{name}: {shortened(there)} there, {shortened(value)} here"
         for group, values in now.items()
         for name, value in values.items()
         # An option that did not exist yet had its default.

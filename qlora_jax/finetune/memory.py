@@ -16,6 +16,7 @@ import jax
 
 from qlora_jax.errors import DoesNotFitError
 from qlora_jax.models import ModelSpec
+from qlora_jax.nn import AttentionTarget, attention_target
 from qlora_jax.plan.factors import ERROR
 from qlora_jax.plan.fit import Choice, cheaper_first, with_host_memory
 from qlora_jax.plan.quick import QuickPlan, quick_plan
@@ -37,12 +38,12 @@ def check_memory(spec: StepSpec[ModelSpec]) -> None:
     if host_limit is not None:
         host_limit //= jax.local_device_count()
     if limit is not None:
-        check_against(spec, jax.default_backend(), jax.device_count(), limit, host_limit=host_limit)
+        check_against(spec, attention_target(), jax.device_count(), limit, host_limit=host_limit)
 
 
 def check_against(
     spec: StepSpec[ModelSpec],
-    backend: str,
+    device: str | AttentionTarget,
     devices: int,
     limit: int,
     *,
@@ -52,17 +53,17 @@ def check_against(
 
     Args:
         spec: the step of the run.
-        backend: JAX's name of the devices' platform ("cpu", "gpu" or "tpu").
+        device: the platform of the devices ("cpu", "gpu" or "tpu"), or the target of one of them.
         devices: the number of devices.
         limit: the bytes of each device.
         host_limit: the bytes of host memory for each device, which has its own copy of what is stored there; None: unknown.
             On a CPU host memory is the device's own.
     """
-    on_cpu = backend == "cpu"
-    platform = "cuda" if backend == "gpu" else backend
+    target = attention_target(device)
+    on_cpu = target.platform == "cpu"
 
     def plan_of(spec: StepSpec[ModelSpec]) -> QuickPlan:
-        return quick_plan(spec, platform, devices)
+        return quick_plan(spec, target, devices)
 
     def needed(plan: QuickPlan) -> float:
         return plan.exact + plan.host_peak if on_cpu else plan.peak / (1 + ERROR)

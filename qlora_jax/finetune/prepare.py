@@ -21,7 +21,7 @@ from qlora_jax.adapters.metadata import AdapterMetadata
 from qlora_jax.adapters.pretrained import Pretrained, open_unchecked
 from qlora_jax.adapters.weight_init import converted_from
 from qlora_jax.data import read_chat_template, unknown_markers
-from qlora_jax.errors import OptionError, list_names
+from qlora_jax.errors import list_names
 from qlora_jax.evaluate import Prompts
 from qlora_jax.finetune.folder import claim
 from qlora_jax.finetune.lock import check_unlocked
@@ -35,7 +35,7 @@ from qlora_jax.finetune.reporting.mmlu import read_prompts
 from qlora_jax.finetune.resume import find_position
 from qlora_jax.finetune.sources import check_sources
 from qlora_jax.finetune.step import batch_spec, step_spec
-from qlora_jax.finetune.virtual_tokens import check_rows, first_tokens
+from qlora_jax.finetune.virtual_tokens import first_tokens
 from qlora_jax.models import ModelConfig, ModelSpec, method_for, positions_left
 from qlora_jax.peft import Method
 from qlora_jax.train import StepSpec, learning_rate_schedule
@@ -156,8 +156,6 @@ def _open(options: Options) -> tuple[Pretrained, StepSpec[ModelSpec]]:
         method = options.context.with_trained_modules(options.method(), config)
     else:
         method = method_of(pretrained).with_dropout(options.lora.dropout)
-    if options.optimizer.loraplus_lr_ratio is not None and not method.rank:
-        raise OptionError(f"loraplus_lr_ratio: expected none with {method.peft_type}, which has no A and B")
     pretrained = pretrained.with_method(method).with_special_tokens(options.lora.special_tokens)
     _set_chat_template(options.data.chat_template, pretrained.tokenizer)
     config, method = pretrained.checkpoint.model_config, method_of(pretrained).with_tokenizer(pretrained.base.name)
@@ -190,11 +188,9 @@ def _with_positions_left(config: ModelConfig, method: Method) -> ModelConfig:
 
 def _read_objective(options: Options, pretrained: Pretrained, progress: bool) -> Objective:
     """Read the data; the rows may be longer than the model's context, with a warning."""
-    config, method = pretrained.checkpoint.model_config, method_of(pretrained)
+    config = pretrained.checkpoint.model_config
     kind = objective_kind(options.objective.objective, config)
-    kind.check(options)
     objective = kind.read(Setting(options, pretrained.tokenizer, config, pretrained.stop_ids, progress))
-    check_rows(method, config, objective.longest, packed=objective.step.packed)
     warn_beyond(config, objective.longest)
     if options.data.chat_template is not None and objective.template != "chat":
         _logger.warning(

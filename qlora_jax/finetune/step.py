@@ -7,8 +7,10 @@ stands for on a platform, how long a row is, and what trains beside the adapter.
 import dataclasses
 from typing import Literal, cast
 
+from qlora_jax.errors import OptionError
 from qlora_jax.finetune.objectives import objective_kind
 from qlora_jax.finetune.options.options import Options
+from qlora_jax.finetune.virtual_tokens import check_rows
 from qlora_jax.models import ModelConfig, ModelSpec
 from qlora_jax.peft import LoRA, Method
 from qlora_jax.quant import Quantization
@@ -41,7 +43,13 @@ def step_spec(
     if method is None:
         method, config = _method(options, config)
     on_cpu, model = platform == "cpu", options.model
-    objective = objective_kind(options.objective.objective, config).step(options)
+    if options.optimizer.loraplus_lr_ratio is not None and not method.rank:
+        raise OptionError(f"loraplus_lr_ratio: expected none with {method.peft_type}, which has no A and B")
+    kind = objective_kind(options.objective.objective, config)
+    kind.check(options)
+    objective = kind.step(options)
+    length = _row_length(options, objective)
+    check_rows(method, config, length, packed=objective.packed)
     return StepSpec(
         ModelSpec(
             config,
@@ -52,7 +60,7 @@ def step_spec(
             remat=("dots" if on_cpu else "full") if model.remat == "auto" else model.remat,
         ),
         objective,
-        batch_spec(options, length=_row_length(options, objective)),
+        batch_spec(options, length=length),
         optimizer_spec(options),
     )
 

@@ -19,7 +19,7 @@ from qlora_jax.finetune.prepare import PreparedRun
 from qlora_jax.finetune.reporting.callbacks import reporting_callbacks
 from qlora_jax.finetune.reporting.picture import LossPicture
 from qlora_jax.models import Model
-from qlora_jax.nn import copy_to_device, data_mesh, mesh_context, put_on_mesh
+from qlora_jax.nn import AttentionTarget, copy_to_device, data_mesh, mesh_context, put_on_mesh
 from qlora_jax.peft import Subtracted
 from qlora_jax.train import (
     Cadence,
@@ -110,8 +110,9 @@ class _Traced:
     """A model that was traced already, as `StepSpec.model`."""
 
     model: Model
+    residuals_on_host: bool
 
-    def abstract(self, platform: str | None = None) -> Model:
+    def abstract(self, platform: str | AttentionTarget | None = None) -> Model:
         return self.model
 
 
@@ -120,7 +121,7 @@ def _precompile(run: PreparedRun) -> Precompiled:
     if run.options.data.streaming or run.options.data.group_by_length:
         return Precompiled()
     return precompile(
-        dataclasses.replace(run.spec, model=_Traced(run.pretrained.abstract)),  # pyright: ignore[reportArgumentType]
+        dataclasses.replace(run.spec, model=_Traced(run.pretrained.abstract, run.spec.model.residuals_on_host)),  # pyright: ignore[reportArgumentType]
         run.learning_rate,
         evaluate=run.objective.held_out is not None,
         # A run that resumes trains first.
@@ -157,7 +158,8 @@ def _train_adapter(
     options, spec, output = run.options.run, run.spec, run.options.run.output
     tx = spec.optimizer.build(run.learning_rate)
     state = create_state(tx, adapter, options.seed)
-    step = Step(spec.objective, tx, graphdef, _shapes(state), frozen, spec.batch_shapes(jax.device_count()))
+    batch, compiler_options = spec.batch_shapes(jax.device_count()), spec.compiler_options()
+    step = Step(spec.objective, tx, graphdef, _shapes(state), frozen, batch, compiler_options)
     start(run.options, run.objective.held_out_checksum)
     train_program, eval_program = precompiled.programs(graphdef)
     with ExitStack() as open_files:

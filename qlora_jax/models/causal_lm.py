@@ -32,7 +32,8 @@ from qlora_jax.models.shape import method_for, positions_left
 from qlora_jax.models.stack import Remat, by_layer, rematerialise, scanned_layers, stack, storage_by_stack, with_dense_layers
 from qlora_jax.models.trainable import EMBEDDING, HEAD, adapters_of, add_deltas, trainable_base
 from qlora_jax.nn import (
-    AttentionImplementation,
+    CPU,
+    AttentionTarget,
     Delta,
     Embedding,
     Linear,
@@ -61,7 +62,7 @@ class CausalLM(nnx.Module):
         prompt: the virtual tokens, or their keys and values, that come before every row; None: no virtual tokens.
         head_delta, head_adapter: the trainable difference of an output head that is otherwise tied to the embedding, of all
             its values or of low rank, or None.
-        attention: kernel of the causal attention.
+        attention: the device whose kernel computes causal attention.
         remat: which residuals the backward pass of training saves, and which it recomputes: "full" saves only the inputs of
             the layers, "offload" saves them in host memory, "dots" saves the results of all products, "none" saves
             everything.
@@ -75,7 +76,7 @@ class CausalLM(nnx.Module):
         embedding_storage: EmbeddingStorage = "none",
         method: Method | None = None,
         dtype: DTypeLike = jnp.float32,
-        attention: AttentionImplementation = "xla",
+        attention: AttentionTarget = CPU,
         remat: Remat = "full",
         dense_modules: Collection[str] = (),
         rngs: nnx.Rngs,
@@ -88,7 +89,7 @@ class CausalLM(nnx.Module):
             embedding_storage: storage of the embedding and the output head.
             method: the method of fine-tuning, which defines the adapters; None: no adapters.
             dtype: dtype of activations and of dense weights.
-            attention: kernel of the causal attention.
+            attention: the device whose kernel computes causal attention.
             remat: which residuals are saved; see the attribute.
             dense_modules: the full names of linear layers that stay dense although the others are quantised.
             rngs: random number generators; the stream `params` is used.
@@ -142,7 +143,7 @@ class CausalLM(nnx.Module):
         self.embedding_storage: EmbeddingStorage = embedding_storage
         self.method = method
         self.origin: Origin | None = None
-        self.attention: AttentionImplementation = attention
+        self.attention: AttentionTarget = attention
         self.remat: Remat = remat
 
     def __call__(
@@ -236,7 +237,7 @@ class CausalLM(nnx.Module):
         """Return the last layer's output `[b, t, hidden_size]` for embedded tokens x, and the cache including them."""
         config, count = self.config, x.shape[1]
         rotations = rotations_of(self.config, jnp.maximum(positions, 0), lengths)
-        filled, masks = cache_masks(config, cache, positions, self._virtual_tokens)
+        filled, mask_of = cache_masks(config, cache, positions, self._virtual_tokens)
         graph, layers = nnx.split(self.layers)
         scanned, layer_of = by_layer(layers)
 
@@ -249,11 +250,8 @@ class CausalLM(nnx.Module):
                 k, v = (x.swapaxes(1, 2)[None].astype(past_keys.dtype) for x in (k, v))
                 keys = jax.lax.dynamic_update_slice(past_keys, k, start)
                 values = jax.lax.dynamic_update_slice(past_values, v, start)
-                mask = masks[0 if kind is None else kind]
-                attended = cached_attention(
-                    q, keys[layer], values[layer], mask, scale=config.score_scale, cap=config.score_cap
-                )
-                return attended, (keys, values)
+                own = keys[layer], values[layer], partial(mask_of, kind)
+                return cached_attention(q, *own, scale=config.score_scale, cap=config.score_cap), (keys, values)
 
             x, (keys, values) = nnx.merge(graph, layer_of(state, layer))(x, *of_kind(rotations, kind), attend, None)
             return (x, keys, values), None
@@ -340,7 +338,7 @@ class CausalLM(nnx.Module):
             segment_ids=segment_ids,
             scale=self.config.score_scale,
             cap=self.config.score_cap,
-            implementation=self.attention,
+            target=self.attention,
         )
         return with_window(attend, self.config, kind, q, k, v)
 

@@ -25,14 +25,23 @@ from qlora_jax.models.stack import Remat
 from qlora_jax.nn.parallel import AXIS, devices_of_context
 
 CHUNK = 8192  # the most tokens of a device in one chunk
-_TILE = 128  # the number of tokens in a chunk is a multiple of this
+_TILE = 128  # the number of tokens in a padded chunk is a multiple of this
+_LEAST_TILE = 16  # and in a chunk that needs no padding, of this: the rows of the matrix units
 
 Keys = Sequence[Array | None]
 
 
 def chunk_count(tokens: int, remat: Remat) -> int:
-    """Return the number of chunks for so many tokens of each device; 1 if `remat` saves the inner activations anyway."""
-    return -(-tokens // CHUNK) if remat in ("full", "offload") else 1
+    """Return the number of chunks for so many tokens of each device; 1 if `remat` saves the inner activations anyway.
+
+    Chunks of which the last would be padded need a copy of all tokens, as large as the residual stream. So up to twice as
+    many chunks are made if they then divide the tokens.
+    """
+    if remat not in ("full", "offload"):
+        return 1
+    least = -(-tokens // CHUNK)
+    even = (count for count in range(least, 2 * least) if tokens % (count * _LEAST_TILE) == 0)
+    return next(even, least)
 
 
 def over_chunks(function: Callable[[Array, Keys], Array], x: Array, keys: Keys, count: int) -> Array:
@@ -53,7 +62,7 @@ def over_chunks(function: Callable[[Array, Keys], Array], x: Array, keys: Keys, 
     devices, features = devices_of_context(), x.shape[-1]
     tokens = x.reshape(devices, -1, features)  # by device, so that splitting into chunks needs no communication
     own = tokens.shape[1]
-    length = -(-own // (count * _TILE)) * _TILE
+    length = own // count if own % count == 0 else -(-own // (count * _TILE)) * _TILE
     padded = jnp.pad(tokens, ((0, 0), (0, count * length - own), (0, 0)))
     chunks = _spread(padded.reshape(devices, count, length, features), 0).swapaxes(0, 1)
 

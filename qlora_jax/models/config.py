@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from qlora_jax.errors import CheckpointError, QLoRAError
-from qlora_jax.models.bounds import BOUNDS, shortened
+from qlora_jax.errors import CheckpointError, QLoRAError, shortened
+from qlora_jax.models.bounds import BOUNDS, TOKEN_IDS
 from qlora_jax.models.parameter_mapping import ParameterMapping
 from qlora_jax.nn import Activation, RotaryEmbedding
 
@@ -150,6 +150,10 @@ class Fields:
 
     def check(self) -> None:
         """Raise CheckpointError with all problems, if there are any."""
+        for name, bound in TOKEN_IDS.items():  # whether the family reads them or not
+            known = self.values.get(name) is None or any(problem.startswith(f"{name}:") for problem in self.problems)
+            if not known and (problem := bound.problem(self.values[name])):
+                self._record(f"{name}: {problem}")
         if self.problems:
             raise CheckpointError(f"config.json of a {self.model} model: {'; '.join(self.problems)}")
 

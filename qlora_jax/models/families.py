@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from qlora_jax.errors import UnsupportedError
+from qlora_jax.errors import UnsupportedError, shortened
 from qlora_jax.models import gpt_neox, llama
 from qlora_jax.models.causal_lm import CausalLM
 from qlora_jax.models.config import DecoderConfig
@@ -113,8 +113,8 @@ def with_model_type(config: Mapping[str, Any], place: str) -> dict[str, Any]:
     found = next((CLASSES[name] for name in classes if name in CLASSES), None)
     if found is None:
         raise UnsupportedError(
-            f"{place}: config.json: expected a model_type, found {kind!r} (architectures {listed!r}). If it is one of "
-            f'{", ".join(FAMILIES)}, add it to config.json: "model_type": "llama"'
+            f"{place}: config.json: expected a model_type, found {shortened(kind)} (architectures {shortened(listed)}). If "
+            f'it is one of {", ".join(FAMILIES)}, add it to config.json: "model_type": "llama"'
         )
     return {**config, "model_type": found}
 
@@ -129,7 +129,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if not isinstance(kind, str) or kind not in FAMILIES:
         architectures = config.get("architectures")
         raise UnsupportedError(
-            f"model_type {kind!r} (architectures {architectures}) is not supported; supported: {', '.join(FAMILIES)}"
+            f"model_type {shortened(kind)} (architectures {shortened(architectures)}) is not supported; supported: "
+            f"{', '.join(FAMILIES)}"
         )
     return FAMILIES[kind]
 

@@ -1,6 +1,7 @@
 """The cache of keys and values of past tokens, for decoding."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Int
 
 from qlora_jax.models.config import DecoderConfig
+from qlora_jax.nn.attention import QUERIES_AT_ONCE
+
+MaskOf = Callable[[Array | None, Array], Array]
 
 
 @jax.tree_util.register_dataclass
@@ -42,9 +46,11 @@ def empty_cache(config: DecoderConfig, dtype: DTypeLike, batch_size: int, capaci
 
 def cache_masks(
     config: DecoderConfig, cache: KVCache, positions: Int[Array, "b t"], virtual_tokens: int
-) -> tuple[Bool[Array, "b capacity"], Bool[Array, "kinds b t capacity"]]:
-    """Return (the slots that contain a token after new ones were added, for each kind of attention the slots that each new
-    token attends to).
+) -> tuple[Bool[Array, "b capacity"], MaskOf]:
+    """Return (the slots that contain a token after new ones were added, the slots that each new token attends to).
+
+    The second is a function of the index of a layer's kind of attention (None: the only one) and of the numbers of new
+    tokens `[n]`; it returns bool `[b, n, capacity]`. So the mask of a long prompt is never stored as a whole.
 
     Args:
         config: the configuration of the model.
@@ -54,8 +60,7 @@ def cache_masks(
     """
     count = positions.shape[1]
     filled = jax.lax.dynamic_update_slice(cache.filled, positions >= 0, (0, cache.length))
-    slots, own = jnp.arange(cache.filled.shape[1]), cache.length + jnp.arange(count)[:, None]
-    mask = filled[:, None, :] & (slots <= own)[None]
+    slots = jnp.arange(cache.filled.shape[1])
     # Prompts are padded on the left, so distances between slots equal distances between positions, except for virtual
     # tokens, whose slots are before the padding.
     shifted = slots[None]
@@ -63,9 +68,16 @@ def cache_masks(
         padding = cache.length + count - 1 - positions[:, -1:]
         shifted = jnp.where(shifted < virtual_tokens, shifted + padding, shifted)
     shifted = shifted[:, None, :]
-    return filled, jnp.stack(
-        [mask if kind.window is None else mask & (shifted > own[None] - kind.window) for kind in config.kinds]
-    )
+
+    def masks_of(tokens: Array) -> Array:
+        own = cache.length + tokens[:, None]
+        mask = filled[:, None, :] & (slots <= own)[None]
+        windows = [kind.window for kind in config.kinds]
+        return jnp.stack([mask if window is None else mask & (shifted > own[None] - window) for window in windows])
+
+    # Of few tokens the mask is computed once, and not in each layer.
+    whole = masks_of(jnp.arange(count)) if count <= QUERIES_AT_ONCE else None
+    return filled, lambda kind, tokens: (masks_of(tokens) if whole is None else whole)[0 if kind is None else kind]
 
 
 def with_first_tokens(cache: KVCache, keys: Array, values: Array) -> KVCache:

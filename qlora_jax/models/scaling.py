@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from qlora_jax.errors import OptionError
+from qlora_jax.errors import OptionError, shortened
 from qlora_jax.models.config import DecoderConfig
 
 RopeKind = Literal["linear", "dynamic", "yarn"]
@@ -37,7 +37,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(RopeKind):
-            raise OptionError(f"rope_scaling: expected one of {', '.join(get_args(RopeKind))}, found {self.kind!r}")
+            raise OptionError(f"rope_scaling: expected one of {', '.join(get_args(RopeKind))}, found {shortened(self.kind)}")
         if not 1 < self.factor < math.inf:
             raise OptionError(f"rope_factor: expected a number above 1, found {self.factor}")
 

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from qlora_jax.models.families import FAMILIES, Model, ModelConfig
 from qlora_jax.models.stack import Remat
-from qlora_jax.nn import AttentionImplementation, abstract_module, default_implementation
+from qlora_jax.nn import AttentionTarget, abstract_module, attention_target
 from qlora_jax.peft import LoRA, Method
 from qlora_jax.quant import EmbeddingStorage, Quantization
 
@@ -41,11 +41,16 @@ class ModelSpec:
     remat: Remat = "full"
     dense_modules: frozenset[str] = frozenset()
 
-    def build(self, rngs: nnx.Rngs, attention: AttentionImplementation | None = None) -> Model:
+    @property
+    def residuals_on_host(self) -> bool:
+        """Whether the layers save their residuals in host memory."""
+        return self.remat == "offload"
+
+    def build(self, rngs: nnx.Rngs, attention: AttentionTarget | None = None) -> Model:
         """Return the model with random weights.
 
         Args:
-            attention: the attention kernel; that of the default platform if None.
+            attention: the device whose kernel computes causal attention; the default one if None.
 
         Raises:
             OptionError: the method does not fit the model.
@@ -56,19 +61,20 @@ class ModelSpec:
             embedding_storage=self.embedding_storage,
             method=self.method,
             dtype=jnp.dtype(self.dtype),
-            attention=attention or default_implementation(),
+            attention=attention or attention_target(),
             remat=self.remat,
             dense_modules=self.dense_modules,
             rngs=rngs,
         )
 
-    def abstract(self, platform: str | None = None) -> Model:
+    def abstract(self, platform: str | AttentionTarget | None = None) -> Model:
         """Return the model with shapes in place of arrays (`nnx.eval_shape`).
 
         Args:
-            platform: the platform whose attention kernel the model takes ("cpu", "gpu" or "tpu"); the default one if None.
+            platform: the platform ("cpu", "gpu" or "tpu") or the device whose kernel computes causal attention; the default
+                device if None.
 
         Raises:
             OptionError: the method does not fit the model.
         """
-        return abstract_module(lambda: self.build(nnx.Rngs(0), default_implementation(platform)))
+        return abstract_module(lambda: self.build(nnx.Rngs(0), attention_target(platform)))

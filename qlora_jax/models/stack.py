@@ -80,13 +80,15 @@ def by_layer(layers: Any) -> tuple[Any, Callable[[Any, Array], Any]]:
 def scanned_layers(layers: Any) -> tuple[Any, Callable[[Any], Any]]:
     """Return, for training, what to scan over for stacked `layers`, and a function from its slice to one layer's state.
 
-    Stacks of mixed storage (`quant.mixed`) cannot be sliced by a scan, and are indexed.
+    On one device, 4-bit matrices remain in their stacks as in `by_layer`. On several devices a layer's leaves are sliced, so
+    that they can be gathered; stacks of mixed storage (`quant.mixed`), which a scan cannot slice, are indexed and then
+    sliced.
     """
-    if not any(isinstance(leaf, MixedStack) for leaf in jax.tree.leaves(layers, is_leaf=_is_mixed)):
-        return layers, lambda state: state
-    scanned, layer_of = index_in_stack(layers, packed=False)
-    count = next(leaf.shape[0] for leaf in jax.tree.leaves(layers, is_leaf=_is_mixed))
     several = devices_of_context() > 1
+    if several and not any(_is_mixed(leaf) for leaf in jax.tree.leaves(layers, is_leaf=_is_mixed)):
+        return layers, lambda state: state
+    scanned, layer_of = index_in_stack(layers, packed=not several)
+    count = next(leaf.shape[0] for leaf in jax.tree.leaves(layers, is_leaf=_is_mixed))
 
     def layer(part: tuple[Any, Array]) -> Any:
         state = layer_of(*part)

@@ -28,13 +28,15 @@ from qlora_jax.models.t5_config import T5Config
 from qlora_jax.models.t5_layers import T5Layer, T5Stack, random_keys
 from qlora_jax.models.trainable import adapters_of, add_deltas, trainable_base
 from qlora_jax.nn import (
-    AttentionImplementation,
+    CPU,
+    AttentionTarget,
     Embedding,
     Linear,
     VocabularyMatrix,
     biased_attention,
     checkpoint_name,
     gather,
+    relative_attention,
     with_prefix,
 )
 from qlora_jax.peft import Method
@@ -82,7 +84,7 @@ class T5(nnx.Module):
         embedding_storage: EmbeddingStorage = "none",
         method: Method | None = None,
         dtype: DTypeLike = jnp.float32,
-        attention: AttentionImplementation = "xla",
+        attention: AttentionTarget = CPU,
         remat: Remat = "full",
         dense_modules: Collection[str] = (),
         rngs: nnx.Rngs,
@@ -145,7 +147,7 @@ class T5(nnx.Module):
         self.embedding_storage: EmbeddingStorage = embedding_storage
         self.method = method
         self.origin: Origin | None = None
-        self.attention: AttentionImplementation = attention
+        self.attention: AttentionTarget = attention
         self.remat: Remat = remat
 
     def __call__(
@@ -175,12 +177,12 @@ class T5(nnx.Module):
         if self.prompt is not None and not self.prompt.is_prefix:
             own = None if key is None else jax.random.fold_in(key, self.config.num_layers + 1)
             embedded = jnp.concatenate([self.prompt.embeddings(len(sources), embedded.dtype, own), embedded], axis=1)
-        positions = jnp.arange(embedded.shape[1])
-        bias, mask = self.encoder.bias(positions, positions, bidirectional=True), _mask(embedded, source_mask)
+        count, mask = embedded.shape[1], _mask(embedded, source_mask)
+        bias = self.encoder.distance_bias(count, count, bidirectional=True)
         graph, layers = nnx.split(self.encoder.layers)
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-            return biased_attention(q, k, v, mask, bias, scale=1.0), None
+            return relative_attention(q, k, v, mask, bias, scale=1.0), None
 
         def run_layer(x: Array, inputs: tuple[Any, Array | None]) -> tuple[Array, None]:
             state, layer_key = inputs
@@ -209,9 +211,8 @@ class T5(nnx.Module):
             key: random key; if given, the adapter's dropout is applied.
         """
         prefix, n = self._prefix(key), 0 if self.prompt is None or not self.prompt.is_prefix else self.prompt.virtual_tokens
-        queries, key_positions = n + jnp.arange(inputs.shape[1]), jnp.arange(n + inputs.shape[1])
-        bias = self.decoder.bias(queries, key_positions, bidirectional=False)
-        causal, mask = (key_positions[None, :] <= queries[:, None])[None], _mask(encoded, source_mask)
+        count, mask = inputs.shape[1], _mask(encoded, source_mask)
+        bias, every = self.decoder.distance_bias(count, n + count, bidirectional=False), jnp.ones((1, n + count), bool)
         graph, layers = nnx.split(self.decoder.layers)
 
         def run_layer(x: Array, inputs: tuple[Any, Array | None, Any]) -> tuple[Array, None]:
@@ -221,10 +222,10 @@ class T5(nnx.Module):
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
                 if before is not None:
                     _, k, v = with_prefix(q, k, v, before)
-                return biased_attention(q, k, v, causal, bias, scale=1.0), None
+                return relative_attention(q, k, v, every, bias, scale=1.0, before=n), None
 
             def attend_sources(q: Array) -> Array:
-                return biased_attention(q, k, v, mask, None, scale=1.0)
+                return relative_attention(q, k, v, mask, None, scale=1.0)
 
             x, _ = layer(checkpoint_name(x, "residual"), attend, attend_sources, keys)
             return x, None
@@ -258,7 +259,7 @@ class T5(nnx.Module):
             keys, values = (
                 x.at[:, :, :n].set(before[:, None].astype(x.dtype)) for x, before in zip((keys, values), prefix, strict=True)
             )
-        mask = jnp.broadcast_to(_mask(encoded, source_mask)[:, 0], (batch, length))
+        mask = jnp.broadcast_to(_mask(encoded, source_mask), (batch, length))
         return Seq2SeqCache(keys, values, source_keys, source_values, mask, jnp.asarray(n, jnp.int32))
 
     def decode(self, tokens: Int[Array, " b"], cache: Seq2SeqCache) -> tuple[Float[Array, "b v"], Seq2SeqCache]:
@@ -324,8 +325,8 @@ class T5(nnx.Module):
 
 
 def _mask(rows: Array, mask: Array | None) -> Array:
-    """Return the mask of rows `[b, s, …]` for all queries, bool `[b or 1, 1, s]`; virtual tokens are added as visible."""
+    """Return the mask of rows `[b, s, …]`, bool `[b or 1, s]`; virtual tokens are added as visible."""
     if mask is None:
-        return jnp.ones((1, 1, rows.shape[1]), bool)
+        return jnp.ones((1, rows.shape[1]), bool)
     virtual = rows.shape[1] - mask.shape[1]
-    return jnp.pad(mask.astype(bool), ((0, 0), (virtual, 0)), constant_values=True)[:, None]
+    return jnp.pad(mask.astype(bool), ((0, 0), (virtual, 0)), constant_values=True)

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qlora_jax.models.bounds import shortened
+from qlora_jax.errors import shortened
 from qlora_jax.models.config import ACTIVATIONS, Fields
 from qlora_jax.models.parameter_mapping import ParameterMapping
 from qlora_jax.nn import Activation

@@ -122,6 +122,11 @@ class T5Stack(nnx.Module):
         buckets = self.relative_attention_bias(jnp.arange(self.relative_attention_bias.matrix.shape[0]))
         return relative_position_bias(buckets, queries, keys, bidirectional=bidirectional, max_distance=self.max_distance)
 
+    def distance_bias(self, queries: int, keys: int, *, bidirectional: bool) -> Array:
+        """Return the bias of each distance, float32 `[heads, t + s - 1]`, for t queries at the last of s positions."""
+        distances = jnp.arange(1 - keys, queries)
+        return self.bias(jnp.zeros(1, jnp.int32), distances, bidirectional=bidirectional)[:, 0]
+
 
 def random_keys(key: Array | None) -> Keys:
     """Return a random key for each linear layer of a layer, or a list of None without a key."""

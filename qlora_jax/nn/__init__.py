@@ -2,13 +2,13 @@
 
 from qlora_jax.nn.activation import Activation, activate, glu
 from qlora_jax.nn.attention import (
-    AttentionImplementation,
     biased_attention,
     cached_attention,
     causal_attention,
-    default_implementation,
+    relative_attention,
     with_prefix,
 )
+from qlora_jax.nn.attention_target import CPU, AttentionTarget, attention_target
 from qlora_jax.nn.delta import Delta, add_delta
 from qlora_jax.nn.embedding import Embedding, VocabularyMatrix
 from qlora_jax.nn.host import HostArray, copy_to_device, fetch_to_device
@@ -21,9 +21,10 @@ from qlora_jax.nn.rope import RotaryEmbedding, rotate
 from qlora_jax.nn.shifted import shifted_group_attention
 
 __all__ = [
+    "CPU",
     "Activation",
     "AdapterConstant",
-    "AttentionImplementation",
+    "AttentionTarget",
     "Delta",
     "Embedding",
     "HostArray",
@@ -39,19 +40,20 @@ __all__ = [
     "abstract_module",
     "activate",
     "add_delta",
+    "attention_target",
     "biased_attention",
     "cached_attention",
     "causal_attention",
     "checkpoint_name",
     "copy_to_device",
     "data_mesh",
-    "default_implementation",
     "fetch_to_device",
     "frozen_sharding",
     "gather",
     "glu",
     "mesh_context",
     "put_on_mesh",
+    "relative_attention",
     "relative_position_bias",
     "rotate",
     "shifted_group_attention",

@@ -1,40 +1,30 @@
-"""Scaled dot-product attention with grouped key-value heads, by the fastest kernel of the platform.
+"""Scaled dot-product attention with grouped key-value heads.
 
-cudnn    NVIDIA GPUs: cuDNN's flash attention; a segment mask becomes a bias, a plain causal mask costs nothing
-splash   TPU: JAX's Pallas kernel with causal, window and segment masks
-xla      every platform; also used where the other kernels do not apply (float32 or capped scores on GPU, short sequences
-         on TPU, decoding with a cache, scores with a bias)
+`causal_attention` computes it with the kernel that `attention_target` chooses for the device. The kernel "blocks" is here:
+XLA's attention by blocks of queries, which also serves decoding with a cache and scores with a bias. Where a block of
+queries would have too many keys, the scores are computed tile by tile (`attention_tiles`).
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Float32, Int
 
-from qlora_jax.nn.parallel import shard_rows
+from qlora_jax.nn.attention_splash import splash_attention
+from qlora_jax.nn.attention_target import CPU, AttentionTarget, choose_kernel
+from qlora_jax.nn.attention_tiles import CausalRows, KeyRows, Mask, diagonals, largest_tile, tile_of, tiled_attention
 from qlora_jax.nn.residuals import checkpoint_name
 from qlora_jax.quant.dense_matmul import einsum
 
-AttentionImplementation = Literal["xla", "cudnn", "splash"]
-_SPLASH_BLOCK = 512
-# XLA's causal attention: a block has at least 128 queries, whose scores fit into a CPU's caches; there are at most 8 blocks,
-# because each block adds to the size of the program.
+# XLA's causal attention: a block has 128 queries, whose scores fit into a CPU's caches; there are at most 8 blocks, because
+# each block adds to the size of the program. Longer rows are computed tile by tile.
 _BLOCK, _MOST_BLOCKS = 128, 8
-_MULTIPLE = {"xla": 1, "cudnn": 64, "splash": 128}  # lengths that are multiples of this suit the kernel
-
-
-def default_implementation(platform: str | None = None) -> AttentionImplementation:
-    """Return the fastest implementation for a platform: "cpu", "gpu", "tpu", or None for JAX's default backend."""
-    match platform or jax.default_backend():
-        case "gpu" | "cuda":
-            return "cudnn"
-        case "tpu":
-            return "splash"
-        case _:
-            return "xla"
+_LONGEST = _BLOCK * _MOST_BLOCKS
+QUERIES_AT_ONCE = 512  # of a prompt, against the keys of the whole cache
 
 
 def causal_attention(
@@ -47,7 +37,7 @@ def causal_attention(
     scale: float | None = None,
     cap: float | None = None,
     shared: int = 0,
-    implementation: AttentionImplementation = "xla",
+    target: AttentionTarget = CPU,
 ) -> Float[Array, "b t heads d"]:
     """Compute causal self-attention within segments.
 
@@ -61,37 +51,51 @@ def causal_attention(
         scale: factor on the scores q·k; None: d ** -0.5.
         cap: scores become cap * tanh(score / cap) (Gemma 2's soft-capping); None: no cap.
         shared: number of tokens at the start of a row that all of its segments attend to (virtual tokens).
-        implementation: the kernel to use where it applies.
+        target: the device that the program is for, which decides the kernel (`attention_target.choose_kernel`).
 
     Returns:
         `[b, t, heads, d]` in the dtype of q.
     """
-    length = q.shape[1]
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    (length, _, head_dim), segmented = q.shape[1:], segment_ids is not None
+    scale = float(head_dim**-0.5 if scale is None else scale)
     window = None if window is None or window >= length else window
-    if shared and segment_ids is not None and implementation == "splash":  # splash has no such masks
-        implementation = "xla"
-    # Virtual tokens make odd lengths. Padding at the end is allowed, because no token attends to later ones.
-    if shared and (more := -length % _MULTIPLE[implementation]):
-        q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (q, k, v))
-        segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, more)))
-        arguments = {"window": window, "scale": scale, "cap": cap, "shared": shared, "implementation": implementation}
-        return causal_attention(q, k, v, segment_ids=segment_ids, **arguments)[:, :length]
-    if implementation == "splash" and length % 128 == 0 and q.shape[-1] % 64 == 0:  # the kernel's tiles fit
-        return checkpoint_name(_splash(q, k, v, segment_ids, window, scale, cap), "attention")
-    if implementation == "cudnn" and q.dtype in (jnp.bfloat16, jnp.float16) and cap is None:
-        mask = None if segment_ids is None else _same_segment(segment_ids, shared, slice(None), slice(None))[:, None]
-        local = None if window is None else (window - 1, 0)
-        attended = jax.nn.dot_product_attention(
-            q, k, v, mask=mask, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
-        )
-        return checkpoint_name(attended, "attention")
-    return _in_blocks(q, k, v, segment_ids, window, scale, cap, shared)
+    kernel = choose_kernel(
+        target, head_dim=head_dim, length=length, dtype=q.dtype, cap=cap, segmented=segmented, shared=shared
+    )
+    if kernel.name == "blocks":
+        if length <= _LONGEST:
+            return _in_blocks(q, k, v, segment_ids, window, scale, cap, shared)
+        mask = Mask(CausalRows(window, shared), segment_ids)
+        return tiled_attention(q, k, v, mask, scale=scale, cap=cap, largest_tile=largest_tile(target))
+    # No token attends to the tokens that are added at the end, and zero features change nothing.
+    more = ((0, 0), (0, kernel.length - length), (0, 0), (0, kernel.head_dim - head_dim))
+    if more[1][1] or more[3][1]:
+        q, k, v = (jnp.pad(x, more) for x in (q, k, v))
+        segment_ids = None if segment_ids is None else jnp.pad(segment_ids, more[:2])
+    if kernel.name == "splash":
+        attended = splash_attention(q, k, v, segment_ids, window, scale, cap)
+    else:
+        attended = _cudnn(q, k, v, segment_ids, window, scale, shared)
+    return checkpoint_name(attended, "attention")[:, :length, :, :head_dim]
 
 
-def block_of_queries(length: int) -> int:
-    """Return the number of queries in a block of XLA's causal attention for sequences of this length."""
-    return max(_BLOCK, -(-length // (_MOST_BLOCKS * _BLOCK)) * _BLOCK)
+def _cudnn(q: Array, k: Array, v: Array, segment_ids: Array | None, window: int | None, scale: float, shared: int) -> Array:
+    if segment_ids is None:
+        mask, local = None, None if window is None else (window - 1, 0)
+    else:  # the window is a part of the mask, because cuDNN before 9.10.2 takes no window beside one
+        mask, local, rows = _same_segment(segment_ids, shared, slice(None), slice(None)), None, jnp.arange(q.shape[1])
+        mask = (mask if window is None else mask & (rows > rows[:, None] - window))[:, None]
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
+    )
+
+
+def scores_at_once(length: int, target: AttentionTarget, *, causal: bool = True) -> tuple[int, int]:
+    """Return (queries, keys) of the largest array of scores of XLA's attention for rows of this length, of one head."""
+    if length <= _LONGEST:
+        return min(_BLOCK, length) if causal else length, length
+    tile = tile_of(length, largest_tile(target))
+    return tile, tile
 
 
 def _in_blocks(
@@ -109,7 +113,7 @@ def _in_blocks(
     With n blocks, only (n + 1) / 2n of the products are computed, and only the scores of one block are in memory. The
     gradients of keys and values are summed over the blocks in float32.
     """
-    length, block, parts = q.shape[1], block_of_queries(q.shape[1]), []
+    length, block, parts = q.shape[1], _BLOCK, []
     if length > block:
         k, v = k.astype(jnp.float32), v.astype(jnp.float32)
     for start in range(0, length, block):
@@ -176,26 +180,74 @@ def biased_attention(
     return _grouped(q, _heads_first(k, v), mask, bias, scale, None)
 
 
+def relative_attention(
+    q: Float[Array, "b t heads d"],
+    k: Float[Array, "b s kv_heads d"],
+    v: Float[Array, "b s kv_heads d"],
+    keys: Bool[Array, "#b s"],
+    distance_bias: Float32[Array, "heads distances"] | None,
+    *,
+    scale: float,
+    before: int | None = None,
+) -> Float[Array, "b t heads d"]:
+    """Compute attention whose bias depends on distances alone, by XLA, in memory that is linear in t and s.
+
+    Args:
+        q: `[b, t, heads, d]`.
+        k: `[b, s, kv_heads, d]`.
+        v: `[b, s, kv_heads, d]`.
+        keys: bool `[b or 1, s]`, true for keys that queries may attend to.
+        distance_bias: float32 `[heads, t + s - 1]`, added to the scaled scores: the value of key j for query i is at
+            j - i + t - 1. It gets no gradient. None: no bias.
+        scale: factor on the scores q·k.
+        before: number of keys before that of the first query, if queries attend to no later keys; None: to all keys.
+
+    Returns:
+        `[b, t, heads, d]` in the dtype of q.
+    """
+    (t, s), visible = (q.shape[1], k.shape[1]), KeyRows(before)
+    if max(t, s) > _LONGEST:
+        return tiled_attention(q, k, v, Mask(visible, keys), scale=scale, distance_bias=distance_bias)
+    bias = None if distance_bias is None else diagonals(distance_bias, t, s)
+    return _grouped(q, _heads_first(k, v), visible.mask(keys, jnp.arange(t), jnp.arange(s)), bias, scale, None)
+
+
 def cached_attention(
     q: Float[Array, "b t heads d"],
     k: Float[Array, "b kv_heads s d"],
     v: Float[Array, "b kv_heads s d"],
-    mask: Bool[Array, "b t s"],
+    mask: Bool[Array, "b t s"] | Callable[[Array], Array],
     *,
     scale: float | None = None,
     cap: float | None = None,
 ) -> Float[Array, "b t heads d"]:
     """Compute the attention of new tokens to cached keys and values, by XLA; the result is `[b, t, heads, d]`.
 
+    Only the scores of 512 queries are in memory at a time.
+
     Args:
         q: `[b, t, heads, d]`.
         k: `[b, kv_heads, s, d]`.
         v: `[b, kv_heads, s, d]`.
-        mask: bool `[b, t, s]`, true where a query may attend to a key.
+        mask: bool `[b, t, s]`, true where a query may attend to a key; or a function that returns the mask `[b, n, s]` of
+            the queries with the numbers `[n]`, so that the whole mask is never stored.
         scale: factor on the scores q·k; None: d ** -0.5.
         cap: scores become cap * tanh(score / cap); None: no cap.
     """
-    return _grouped(q, (k, v), mask, None, float(q.shape[-1] ** -0.5 if scale is None else scale), cap)
+    (b, t), scale = q.shape[:2], float(q.shape[-1] ** -0.5 if scale is None else scale)
+    mask_of = mask if callable(mask) else lambda numbers: mask[:, numbers]
+    if t <= QUERIES_AT_ONCE:
+        return _grouped(q, (k, v), mask_of(jnp.arange(t)) if callable(mask) else mask, None, scale, cap)
+
+    def attend(block: tuple[Array, Array]) -> Array:
+        return _grouped(block[0], (k, v), mask_of(block[1]), None, scale, cap)
+
+    count = -(-t // QUERIES_AT_ONCE)
+    padded = jnp.pad(q, ((0, 0), (0, count * QUERIES_AT_ONCE - t), (0, 0), (0, 0)))
+    blocks = padded.reshape(b, count, QUERIES_AT_ONCE, *q.shape[2:]).swapaxes(0, 1)
+    # The numbers of padded queries are that of the last query, so that they are in the mask.
+    numbers = jnp.minimum(jnp.arange(count * QUERIES_AT_ONCE), t - 1).reshape(count, -1)
+    return jax.lax.map(attend, (blocks, numbers)).swapaxes(0, 1).reshape(padded.shape)[:, :t]
 
 
 def _heads_first(k: Array, v: Array) -> tuple[Array, Array]:
@@ -281,32 +333,3 @@ def _attend_backward(
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _splash(
-    q: Array, k: Array, v: Array, segment_ids: Array | None, window: int | None, scale: float, cap: float | None
-) -> Array:
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    _, length, heads, _ = q.shape
-    block = min(_SPLASH_BLOCK, length)
-    while length % block:
-        block -= 128
-    shape = (length, length)
-    one_head = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
-    mask = masks.MultiHeadMask([one_head] * heads)
-    sizes = kernel.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
-    attend = kernel.make_splash_mha(mask=mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, attn_logits_soft_cap=cap)
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v))
-    segments = None if segment_ids is None else kernel.SegmentIds(segment_ids, segment_ids)
-    return jnp.swapaxes(shard_rows(jax.vmap(attend))(q, k, v, segments), 1, 2)

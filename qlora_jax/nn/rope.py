@@ -27,7 +27,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Float32, Int
 
-from qlora_jax.errors import CheckpointError, UnsupportedError
+from qlora_jax.errors import CheckpointError, UnsupportedError, shortened
 
 _REQUIRED = {  # fields that each scaling needs
     "default": (),
@@ -92,17 +92,21 @@ class RotaryEmbedding:
         kind = fields.get("rope_type", older)
         # The first Phi-3 called it "su" or, with the same two lists, "yarn".
         both = {"long_factor", "short_factor"} <= fields.keys()
-        fields["rope_type"] = "longrope" if kind == "su" or (kind == "yarn" and both) else kind
+        kind = "longrope" if kind == "su" or (kind == "yarn" and both) else kind
+        known = (*_REQUIRED[kind], *_READ[kind]) if isinstance(kind, str) and kind in _READ else ()
+        fields = {name: value for name, value in fields.items() if name in known} | {"rope_type": kind}
         return cls(head_dim, theta, max_position_embeddings, tuple(sorted(fields.items())))
 
     def __post_init__(self) -> None:
         fields = dict(self.scaling)
         kind = fields.get("rope_type", "default")
         if not isinstance(kind, str) or kind not in _REQUIRED:
-            raise UnsupportedError(f"rope_type {kind!r} is not supported; expected one of {', '.join(_REQUIRED)}")
+            raise UnsupportedError(f"rope_type {shortened(kind)} is not supported; expected one of {', '.join(_REQUIRED)}")
         missing = [name for name in _REQUIRED[kind] if name not in fields]
         if missing:
-            raise CheckpointError(f"rope_type {kind!r} needs the fields {', '.join(missing)}; found {sorted(fields)}")
+            raise CheckpointError(
+                f"rope_type {kind!r} needs the fields {', '.join(missing)}; found {shortened(sorted(fields))}"
+            )
         problems = [text for name in _READ[kind] if name in fields and (text := self._problem(name, fields[name]))]
         if not problems:
             problems = self._contradictions(kind, fields)

@@ -19,7 +19,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from qlora_jax.errors import OptionError
-from qlora_jax.nn.attention import AttentionImplementation, causal_attention
+from qlora_jax.nn.attention import causal_attention
+from qlora_jax.nn.attention_target import CPU, AttentionTarget
 
 Parts = tuple[Array, Array, Array, Array | None]  # queries, keys, values, segments
 
@@ -34,7 +35,7 @@ def shifted_group_attention(
     window: int | None = None,
     scale: float | None = None,
     cap: float | None = None,
-    implementation: AttentionImplementation = "xla",
+    target: AttentionTarget = CPU,
 ) -> Float[Array, "b t heads d"]:
     """Compute causal attention within groups; see `causal_attention` for the other arguments.
 
@@ -66,9 +67,7 @@ def shifted_group_attention(
     def attend(parts: Parts, size: int) -> Array:
         """Compute attention within consecutive groups of this size."""
         q, k, v, segments = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[2:]), parts)
-        out = causal_attention(
-            q, k, v, segment_ids=segments, window=window, scale=scale, cap=cap, implementation=implementation
-        )
+        out = causal_attention(q, k, v, segment_ids=segments, window=window, scale=scale, cap=cap, target=target)
         return out.reshape(parts[0].shape)
 
     def select(parts: Parts, *ranges: tuple[int, int]) -> Parts:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from qlora_jax.errors import shortened
 from qlora_jax.peft.method import FieldErrors
 
 # Fields of every method that do not change the mathematics: descriptions of the run, and settings of PEFT itself.
@@ -61,7 +62,7 @@ class Fields:
         value = self._config.get(name)
         value = default if value is None else value
         if not fits(value):
-            self.problems.append(f"{name}: expected {expected}, found {value!r}")
+            self.problems.append(f"{name}: expected {expected}, found {shortened(value)}")
         return value
 
     def check(self) -> None:

@@ -8,7 +8,6 @@ l is initialized with ones. The model holds l - 1, so that an adapter of zeros i
 """
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -18,12 +17,12 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from qlora_jax.errors import OptionError
+from qlora_jax.errors import OptionError, shortened
 from qlora_jax.nn import AdapterConstant, Linear
 from qlora_jax.peft.fields import Fields, as_list, as_names, is_list, is_names
 from qlora_jax.peft.method import FilePart, Method, ModelShape
 from qlora_jax.peft.option import Option
-from qlora_jax.peft.patterns import pattern_error
+from qlora_jax.peft.patterns import match_name, pattern_error
 from qlora_jax.peft.targets import ALL_LINEAR, choose, known_names, renamed_targets
 
 # The (target_modules, feedforward_modules) that PEFT 0.21 uses for each model_type if none are named.
@@ -154,7 +153,7 @@ class IA3(Method):
         named = () if self.from_files else self.feedforward_modules
         for name in (named,) if isinstance(named, str) else named:
             if not any(_is_feedforward(named if isinstance(named, str) else (name,), module) for module in chosen):
-                raise OptionError(f"IA3 feedforward_modules {name!r} matches no target; {known_names(layers)}")
+                raise OptionError(f"IA3 feedforward_modules {shortened(name, 200)} matches no target; {known_names(layers)}")
         found = {}
         for path, stacked in layers.items():
             mine = [name for name in stacked if name in chosen]
@@ -223,7 +222,7 @@ class IA3(Method):
 
 def _is_feedforward(names: str | tuple[str, ...], module: str) -> bool:
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return match_name(names, module) is not None
     return any(module.endswith(name) for name in names)
 
 

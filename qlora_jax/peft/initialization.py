@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from qlora_jax.errors import OptionError
+from qlora_jax.errors import OptionError, shortened
 
 _NAMES = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")
 _PISSA = re.compile(r"pissa(_niter_(?P<iterations>[1-9]\d*))?")
@@ -34,7 +34,7 @@ def initialization_error(name: object) -> str | None:
     """Return what is wrong with a value of `init_lora_weights`, or None if it is valid."""
     if name is True or (isinstance(name, str) and (name in _NAMES or _PISSA.fullmatch(name))):
         return None
-    return f"expected true, {', '.join(_NAMES)} or pissa_niter_N, found {name!r}"
+    return f"expected true, {', '.join(_NAMES)} or pissa_niter_N, found {shortened(name, 200)}"
 
 
 def reads_weights(name: bool | str) -> bool:

@@ -10,14 +10,14 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from qlora_jax.errors import OptionError
+from qlora_jax.errors import OptionError, shortened
 from qlora_jax.peft.dora import MAGNITUDE, DoRALinear, DoRASpec
 from qlora_jax.peft.initialization import initialization_error, reads_weights
 from qlora_jax.peft.lora_config import read_lora, write_lora
 from qlora_jax.peft.lora_embedding import EMBEDDING_A, EMBEDDING_B, EmbeddingSpec
 from qlora_jax.peft.lora_linear import LORA_BIAS, LoRALinear, LoRASpec
 from qlora_jax.peft.method import EMBEDDING_KEYS, Bias, Method
-from qlora_jax.peft.patterns import pattern_error
+from qlora_jax.peft.patterns import END, FULL, LAYER, pattern_error
 from qlora_jax.peft.targets import ALL_LINEAR, choose, known_names, pattern_matches, renamed_targets
 
 Number = TypeVar("Number", int, float)
@@ -85,16 +85,22 @@ class LoRA(Method):
     from_files: bool = dataclasses.field(default=False, compare=False, repr=False, metadata={"of_files": True})
 
     def __post_init__(self) -> None:
-        for where, rank in (("rank", self.rank), *((f"rank_pattern {name!r}", r) for name, r in self.rank_pattern)):
+        for where, rank in (
+            ("rank", self.rank),
+            *((f"rank_pattern {shortened(name)}", r) for name, r in self.rank_pattern),
+        ):
             if rank < 1:
                 raise OptionError(f"LoRA {where}: expected at least 1, found {rank}")
-        for where, alpha in (("alpha", self.alpha), *((f"alpha_pattern {name!r}", a) for name, a in self.alpha_pattern)):
+        for where, alpha in (
+            ("alpha", self.alpha),
+            *((f"alpha_pattern {shortened(name)}", a) for name, a in self.alpha_pattern),
+        ):
             if not 0 < alpha < math.inf:
                 raise OptionError(f"LoRA {where}: expected a number above 0, found {alpha}")
         if not 0 <= self.dropout < 1:
             raise OptionError(f"LoRA dropout: expected 0 <= dropout < 1, found {self.dropout}")
         if self.bias not in get_args(Bias):
-            raise OptionError(f"LoRA bias: expected one of {', '.join(get_args(Bias))}, found {self.bias!r}")
+            raise OptionError(f"LoRA bias: expected one of {', '.join(get_args(Bias))}, found {shortened(self.bias)}")
         if self.lora_bias and self.use_dora:
             raise OptionError("LoRA lora_bias: expected none beside use_dora, found both")
         if any(start < 0 or end <= start for start, end in self.layer_replication):
@@ -113,7 +119,7 @@ class LoRA(Method):
             raise OptionError(f"LoRA layers_to_transform: expected numbers from 0 on, found {self.layers_to_transform}")
 
         for name, tokens in self.trainable_tokens():
-            where = "LoRA trainable_token_indices" + (f" {name!r}" if name else "")
+            where = "LoRA trainable_token_indices" + (f" {shortened(name)}" if name else "")
             if not tokens or min(tokens) < 0 or len(set(tokens)) < len(tokens):
                 raise OptionError(f"{where}: expected different numbers from 0 on, found {list(tokens)}")
 
@@ -132,7 +138,7 @@ class LoRA(Method):
             raise OptionError(f"LoRA init_lora_weights orthogonal: expected even ranks, found {odd[0]}")
         if self.use_dora and reads_weights(name):
             raise OptionError(
-                f"LoRA use_dora: expected no init_lora_weights that changes the base beside it, found {name!r}"
+                f"LoRA use_dora: expected no init_lora_weights that changes the base beside it, found {shortened(name)}"
             )
         if self.loftq_iter < 1 or (self.loftq_iter > 1 and name != "loftq"):
             raise OptionError(f"LoRA loftq_iter: expected at least 1, and 1 without loftq, found {self.loftq_iter}")
@@ -141,13 +147,13 @@ class LoRA(Method):
         for field in ("rank_pattern", "alpha_pattern"):
             names = [name for name, _ in getattr(self, field)]
             if twice := [name for name in names if names.count(name) > 1]:
-                raise OptionError(f"LoRA {field}: expected each pattern once, found {twice[0]!r} twice")
-        patterns = [(field, name) for field in ("rank_pattern", "alpha_pattern") for name, _ in getattr(self, field)]
-        patterns += [("layers_pattern", name) for name in self.layers_pattern]
-        patterns += [("exclude_modules", self.exclude_modules)] if isinstance(self.exclude_modules, str) else []
-        patterns += [("target", self.target_modules)] if isinstance(self.target_modules, str) else []
-        for field, pattern in patterns:
-            if error := pattern_error(pattern):
+                raise OptionError(f"LoRA {field}: expected each pattern once, found {shortened(twice[0], 200)} twice")
+        patterns = [(field, name, END) for field in ("rank_pattern", "alpha_pattern") for name, _ in getattr(self, field)]
+        patterns += [("layers_pattern", name, LAYER) for name in self.layers_pattern]
+        patterns += [("exclude_modules", self.exclude_modules, FULL)] if isinstance(self.exclude_modules, str) else []
+        patterns += [("target", self.target_modules, FULL)] if isinstance(self.target_modules, str) else []
+        for field, pattern, form in patterns:
+            if error := pattern_error(pattern, form):
                 raise OptionError(f"LoRA {field} {pattern[:200]!r}: {error}")
 
     @property
@@ -258,7 +264,8 @@ class LoRA(Method):
             for pattern, _ in () if self.from_files else patterns:
                 if not any(pattern_matches(pattern, name) for name in chosen):
                     raise OptionError(
-                        f"LoRA {field} {pattern!r} matches no linear layer that gets an adapter; {known_names(layers)}"
+                        f"LoRA {field} {shortened(pattern)} matches no linear layer that gets an adapter; "
+                        f"{known_names(layers)}"
                     )
         specs: dict[str, Any] = {}
         for key, stacked in layers.items():

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from qlora_jax.errors import OptionError
+from qlora_jax.errors import OptionError, shortened
 from qlora_jax.peft.fields import Fields
 from qlora_jax.peft.method import ModelShape
 from qlora_jax.peft.option import Option
@@ -82,9 +82,13 @@ class PromptTuning(PromptMethod):
     def __post_init__(self) -> None:
         check_prompt("PromptTuning", self.virtual_tokens)
         if self.init not in get_args(PromptInit):
-            raise OptionError(f"PromptTuning init: expected one of {', '.join(get_args(PromptInit))}, found {self.init!r}")
+            raise OptionError(
+                f"PromptTuning init: expected one of {', '.join(get_args(PromptInit))}, found {shortened(self.init)}"
+            )
         if (self.init == "TEXT") != (self.init_text is not None):
-            raise OptionError(f"PromptTuning init_text: expected one with init TEXT alone, found {self.init_text!r}")
+            raise OptionError(
+                f"PromptTuning init_text: expected one with init TEXT alone, found {shortened(self.init_text)}"
+            )
 
     @classmethod
     def from_options(cls, values: Mapping[str, Any]) -> "PromptTuning":

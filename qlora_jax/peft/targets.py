@@ -17,6 +17,7 @@ from typing import Protocol
 
 from qlora_jax.errors import OptionError
 from qlora_jax.peft.method import EMBEDDING_KEYS
+from qlora_jax.peft.patterns import END, LAYER, match_name
 
 ALL_LINEAR = "all-linear"
 
@@ -44,13 +45,13 @@ def name_matches(names: Sequence[str], module: str) -> bool:
 def module_matches(targets: Targets, module: str) -> bool:
     """Return whether the linear module with this full name, e.g. "model.layers.0.self_attn.q_proj", gets an adapter."""
     excluded = targets.exclude_modules
-    if re.fullmatch(excluded, module) if isinstance(excluded, str) else name_matches(excluded, module):
+    if match_name(excluded, module) if isinstance(excluded, str) else name_matches(excluded, module):
         return False
     wanted = targets.target_modules
     if wanted == ALL_LINEAR:
         return _is_transformed(targets, module)
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, module) is not None
+        return match_name(wanted, module) is not None
     return module in wanted or (name_matches(wanted, module) and _is_transformed(targets, module))
 
 
@@ -75,7 +76,7 @@ def choose(targets: Targets, layers: Mapping[str, Sequence[str]]) -> set[str]:
         if entries == ALL_LINEAR:
             return
         for entry in [entries] if isinstance(entries, str) else entries:
-            if not any(re.fullmatch(entry, n) if isinstance(entries, str) else name_matches([entry], n) for n in names):
+            if not any(match_name(entry, n) if isinstance(entries, str) else name_matches([entry], n) for n in names):
                 raise OptionError(f"{kind} {field} {entry!r} matches no linear layer; {known_names(layers)}")
 
     check("target", targets.target_modules)
@@ -98,7 +99,7 @@ def known_names(layers: Mapping[str, Sequence[str]]) -> str:
 
 def pattern_matches(pattern: str, module: str) -> bool:
     """Return whether an entry of rank_pattern or alpha_pattern applies to the module with this full name."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    return match_name(pattern, module, END) is not None
 
 
 def _is_transformed(targets: Targets, module: str) -> bool:
@@ -108,7 +109,7 @@ def _is_transformed(targets: Targets, module: str) -> bool:
 def _layer_number(targets: Targets, module: str) -> int | None:
     """Return the layer number in a module's name: the first number after the name of a list of layers, or None."""
     for pattern in targets.layers_pattern:
-        if match := re.match(rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\.", module):
+        if match := match_name(pattern, module, LAYER):
             return int(match["number"])
     if not targets.layers_pattern and (match := re.match(r".*?\.[^.]*\.(?P<number>\d+)\.", module)):
         return int(match["number"])

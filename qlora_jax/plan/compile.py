@@ -9,12 +9,12 @@
 
            peak = arguments + temporaries + outputs - (outputs in donated arguments)
 
-    5. the floating-point operations are counted in the traced program (`plan.flops`), the bytes that it moves in the
-    compiled
-       one (`plan.hlo`)
+       with the workspace that cuDNN's attention gets on a device (`plan.workspace`)
+    5. the floating-point operations are counted in the traced program (`plan.flops`); the bytes that it moves, and the
+       cycles that a TPU's compiler expects, in the compiled one (`plan.hlo`)
 
-The peak is that of the program's buffers. A run needs a little more: the CUDA context, the libraries' workspaces, and the
-memory that the allocator loses to fragmentation. GEMMs are compiled without autotuning, which needs the hardware, and so
+The peak is that of the program's buffers. A run needs a little more: the CUDA context, other workspaces of libraries, and
+the memory that the allocator loses to fragmentation. GEMMs are compiled without autotuning, which needs the hardware, and so
 without the workspaces that the fastest of them may need.
 """
 
@@ -35,6 +35,7 @@ from qlora_jax.plan.flops import count_flops
 from qlora_jax.plan.hlo import parse_program
 from qlora_jax.plan.topology import CompilerRefuses, context, machine_mesh
 from qlora_jax.plan.tree_bytes import tree_bytes, weight_bytes
+from qlora_jax.plan.workspace import add_workspaces, missing_workspace
 from qlora_jax.train.spec import StepSpec, build_step, place_step
 
 # Autotuning would run kernels on the device, which is not attached.
@@ -53,6 +54,10 @@ class Program:
         traffic: the bytes of device memory that one run reads and writes at least.
         compile_seconds: the time of lowering and compiling.
         text: the optimised program.
+        workspace: the largest workspace of cuDNN's attention.
+        added_workspace: the part of it that is not in `temporaries`, and is added to the peak.
+        cycles: the cycles that a TPU's compiler expects of one run, without those of kernels that it does not know.
+        unknown_kernels: how often such kernels run.
     """
 
     arguments: int
@@ -65,11 +70,15 @@ class Program:
     traffic: int
     compile_seconds: float
     text: str = dataclasses.field(repr=False, default="")
+    workspace: int = 0
+    added_workspace: int = 0
+    cycles: int | None = None
+    unknown_kernels: int = 0
 
     @property
     def peak(self) -> int:
         """The bytes of device memory while the program runs."""
-        return self.arguments + self.temporaries + self.outputs - self.aliased
+        return self.arguments + self.temporaries + self.outputs - self.aliased + self.added_workspace
 
     @property
     def host_peak(self) -> int:
@@ -117,7 +126,7 @@ def compile_train_step(spec: StepSpec[ModelSpec], machine: Machine) -> Plan:
         QLoRAError: the adapter does not fit the model.
     """
     mesh = machine_mesh(machine)
-    step = place_step(build_step(spec, platform=machine.device.platform, devices=machine.count), mesh)
+    step = place_step(build_step(spec, platform=machine.device.target, devices=machine.count), mesh)
     with context(mesh):
         program = compile_program(step.jit_train(), (step.state, step.frozen, step.batch), machine)
     packed, dense = weight_bytes(step.frozen)
@@ -148,11 +157,15 @@ def compile_program(function: Any, arguments: tuple[Any, ...], machine: Machine)
     start = time.perf_counter()
     traced = function.trace(*arguments)
     try:
-        compiled = traced.lower(lowering_platforms=(platform,)).compile(COMPILER_OPTIONS[platform])
+        lowered = traced.lower(lowering_platforms=(platform,))
+        workspace = add_workspaces(lowered.compiler_ir()) if platform == "cuda" else 0
+        compiled = lowered.compile(COMPILER_OPTIONS[platform])
     except jax.errors.JaxRuntimeError as error:
         raise _explained(error, machine) from error
     seconds = time.perf_counter() - start
     memory, text = compiled.memory_analysis(), compiled.as_text() or ""
+    program = parse_program(text)
+    missing = missing_workspace(program)
     return Program(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
@@ -161,9 +174,13 @@ def compile_program(function: Any, arguments: tuple[Any, ...], machine: Machine)
         host_arguments=memory.host_argument_size_in_bytes,
         host_temporaries=memory.host_temp_size_in_bytes,
         flops=count_flops(traced.jaxpr, platform=platform) / machine.count,
-        traffic=parse_program(text).traffic(),
+        traffic=program.traffic(),
         compile_seconds=seconds,
         text=text,
+        workspace=max(workspace, missing),
+        added_workspace=missing,
+        cycles=program.cycles(),
+        unknown_kernels=program.unknown_kernels(),
     )
 
 

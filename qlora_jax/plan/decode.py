@@ -52,7 +52,7 @@ def compile_decode_step(spec: StepSpec[ModelSpec], machine: Machine, *, capacity
     if not isinstance(spec.model.config, DecoderConfig):
         raise UnsupportedError(f"decode: expected a decoder-only model, found {type(spec.model.config).__name__}")
     mesh = machine_mesh(machine)
-    model: Any = spec.model.abstract(machine.device.platform)
+    model: Any = spec.model.abstract(machine.device.target)
     graphdef, adapter, frozen = split(model)
     adapter, frozen = place(adapter, mesh, P()), frozen_shapes(mesh, frozen)
     rows = spec.batch.batch_size * machine.count

@@ -18,6 +18,7 @@ import re
 from typing import Literal
 
 from qlora_jax.errors import OptionError
+from qlora_jax.nn.attention_target import AttentionTarget
 
 Platform = Literal["cuda", "tpu"]
 _MIB = 2**20
@@ -37,6 +38,9 @@ class Device:
         flops: the dense bfloat16 operations a second with float32 sums; a multiplication and an addition are two.
         dimensions: the dimensions of a TPU's topology; 0 for GPUs.
         target_config: the text proto of a GPU; None for a TPU, whose name is enough.
+        clock: the cycles a second of a TPU, in which its compiler counts; None for a GPU.
+        cores: the multiprocessors of a GPU; None for TPUs.
+        capability: the compute capability of a GPU; None for TPUs.
     """
 
     name: str
@@ -47,6 +51,14 @@ class Device:
     flops: float
     dimensions: int = 0
     target_config: str | None = None
+    clock: float | None = None
+    cores: int | None = None
+    capability: tuple[int, int] | None = None
+
+    @property
+    def target(self) -> AttentionTarget:
+        """The device as the choice of attention kernels knows it."""
+        return AttentionTarget("gpu" if self.platform == "cuda" else "tpu", self.capability)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +97,10 @@ class Machine:
         if self.device.platform == "cuda":
             return self.device.name
         return f"{self.device.name}:{'x'.join(map(str, self.shape))}"
+
+
+# Pallas does not know some GPUs by name; each is described by the name of one that it knows, of the same compute capability.
+_KNOWN_TO_JAX = {"NVIDIA GeForce RTX 3090": "NVIDIA A10"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,10 +148,18 @@ class _GPU:
         }}
         platform_name: "CUDA"
         dnn_version_info {{ major: {cudnn_major} minor: {cudnn_minor} }}
-        device_description_str: "{self.description}"
+        device_description_str: "{_KNOWN_TO_JAX.get(self.description, self.description)}"
     """
         return Device(
-            self.name, self.description, "cuda", self.memory_bytes, self.bandwidth, self.flops, target_config=target_config
+            self.name,
+            self.description,
+            "cuda",
+            self.memory_bytes,
+            self.bandwidth,
+            self.flops,
+            target_config=target_config,
+            cores=self.cores,
+            capability=self.capability,
         )
 
 
@@ -273,11 +297,14 @@ _GPUS = (
 # Peaks and bandwidths of a chip: Google Cloud's pages "TPU v4" (275 teraflops, 1200 GBps), "TPU v5e" (197, 819), "TPU v5p"
 # (459, 2765) and "TPU v6e" (918, 1638), docs.cloud.google.com/tpu/docs.
 # Memory: the "available HBM" of libtpu's own message when a program asks for more.
+# Clocks: the peak divided by the operations of a cycle, which are 2 for each cell of the matrix units (8 of 128 x 128 in a
+# chip of v4 and v5p, 4 in one of v5e; 2 of 256 x 256 in one of v6e, each with two rows a cycle, since libtpu expects fewer
+# cycles of a large product than one row a cycle takes).
 _TPUS = (
-    Device("v4", "TPU v4", "tpu", int(30.75 * _GIB), 1200e9, 275e12, 3),
-    Device("v5e", "TPU v5e", "tpu", int(15.75 * _GIB), 819e9, 197e12, 2),
-    Device("v5p", "TPU v5p", "tpu", int(95.74 * _GIB), 2765e9, 459e12, 3),
-    Device("v6e", "TPU v6e", "tpu", int(31.25 * _GIB), 1638e9, 918e12, 2),
+    Device("v4", "TPU v4", "tpu", int(30.75 * _GIB), 1200e9, 275e12, 3, clock=1.05e9),
+    Device("v5e", "TPU v5e", "tpu", int(15.75 * _GIB), 819e9, 197e12, 2, clock=1.5e9),
+    Device("v5p", "TPU v5p", "tpu", int(95.74 * _GIB), 2765e9, 459e12, 3, clock=1.75e9),
+    Device("v6e", "TPU v6e", "tpu", int(31.25 * _GIB), 1638e9, 918e12, 2, clock=1.75e9),
 )
 DEVICES: dict[str, Device] = {device.name: device for device in (*(gpu.device() for gpu in _GPUS), *_TPUS)}
 

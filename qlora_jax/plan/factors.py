@@ -32,6 +32,10 @@ FACTORS: dict[str, dict[str, dict[str, float]]] = {
             "table": 0.0,
             "hoisted": 0.0,
         },
+        "attention": {
+            "hidden": 7.6,
+            "heads": 1.83,
+        },
     },
     "cuda, several": {
         "loss": {

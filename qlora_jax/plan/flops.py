@@ -2,16 +2,17 @@
 
 XLA's own count takes the body of a loop once, however often it runs, and does not know the work of custom calls. Here the
 matrix products of a jaxpr are counted, 2 m n k each, times the length of every scan around them; the products that the
-backward pass recomputes are in the jaxpr, so they are counted too. Attention kernels are opaque: the products of flash
-attention are counted by a formula (2 forward; 5 backward, of which one is recomputed), half of each if the mask is causal.
-Elementwise operations are
-not counted: they do not run on the matrix units, whose peak the count is compared with.
+backward pass recomputes are in the jaxpr, so they are counted too. Kernels are opaque. The products of flash attention are
+counted by a formula (2 forward; 5 backward, of which one is recomputed), half of each if the mask is causal; a product
+with a 4-bit matrix is counted by its shapes, and any other kernel by the estimate that it declares. Elementwise operations
+are not counted: they do not run on the matrix units, whose peak the count is compared with.
 """
 
 import math
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
@@ -68,12 +69,22 @@ def _cudnn_flops(equation: Any, causal: bool) -> float:
 
 
 def _pallas_flops(equation: Any, causal: bool) -> float:
-    """Return the operations of splash attention, whose queries are `[.., heads, t, d]`, or another kernel's own estimate."""
+    """Return the operations of splash attention, whose queries are `[.., heads, t, d]`, or of another kernel.
+
+    The kernels of 4-bit matrices multiply x `[M, K]`, which is their first matrix of floating-point numbers, with a matrix,
+    to y `[.., M, N]`; its first axis may be that of partial sums over K. Of other kernels the declared estimate counts.
+    """
     name = str(equation.params.get("name_and_src_info") or equation.params.get("name") or "")
     estimate = equation.params.get("cost_estimate")
+    if estimate is not None and "splash" not in name:
+        return float(estimate.flops)
+    if "matmul_4bit" in name:
+        x = next(v.aval for v in equation.invars if v.aval.ndim == 2 and jnp.issubdtype(v.aval.dtype, jnp.floating))
+        return 2.0 * x.shape[1] * math.prod(equation.outvars[0].aval.shape[-2:])
     if "splash" not in name:
-        return 0.0 if estimate is None else float(estimate.flops)
-    shapes = [value.aval.shape for value in equation.invars if len(value.aval.shape) >= 3 and value.aval.dtype.itemsize == 2]
+        return 0.0
+    arrays = [value.aval for value in equation.invars if jnp.issubdtype(value.aval.dtype, jnp.floating)]
+    shapes = [array.shape for array in arrays if len(array.shape) >= 3]  # queries and keys come first
     *stack, t, d = shapes[0]
     s = shapes[1][-2]
     flops = _attention_flops(math.prod(stack), t, s, d, backward=False, causal=causal)

@@ -5,12 +5,13 @@
     gradients    the gradients of the adapter, in float32
     working      the memory beside these at the peak: estimated
 
-The peak is at one of two moments. One is the loss, with a chunk of logits and before the gradients exist (several GPUs
-allocate these while the head is gathered). The other is a layer's backward pass, with its recomputed activations and with
-the gradients. The working memory of either is a sum of sizes that shapes give (`features`), each multiplied by a factor
-(`FACTORS`).
+The peak is at one of three moments. One is the loss, with a chunk of logits and before the gradients exist (several GPUs
+allocate these while the head is gathered). One is a layer's backward pass, with its recomputed activations and with the
+gradients. On one GPU, attention's backward pass within it is a moment of its own, which decides for long sequences, whose
+feed-forward takes chunks. The working memory of each is a sum of sizes that shapes give (`features`), each multiplied by a
+factor (`FACTORS`).
 
-    quick peak = arguments + residuals + max(loss, gradients + layer)
+    quick peak = arguments + residuals + max(loss, gradients + layer, gradients + attention)
 """
 
 import dataclasses
@@ -22,12 +23,14 @@ import jax.numpy as jnp
 from qlora_jax.models import DecoderConfig, ModelSpec
 from qlora_jax.models.chunks import chunk_count
 from qlora_jax.nn import split_axis
-from qlora_jax.nn.attention import block_of_queries
+from qlora_jax.nn.attention import scores_at_once
+from qlora_jax.nn.attention_target import AttentionTarget, attention_target, choose_kernel
 from qlora_jax.plan.factors import FACTORS
 from qlora_jax.plan.tree_bytes import tree_bytes
+from qlora_jax.plan.workspace import attention_workspace
 from qlora_jax.quant import PackedEmbedding
 from qlora_jax.train.cross_entropy import chunk_tokens
-from qlora_jax.train.spec import StepSpec, build_step
+from qlora_jax.train.spec import Step, StepSpec, build_step
 
 # The size of the feature "program", the same for all steps: a TPU's program itself and its data in the chip's own memory.
 _PROGRAM = 2**26
@@ -50,6 +53,8 @@ class QuickPlan:
         residuals, host_residuals: what the layers save for the backward pass, in device or in host memory.
         gradients: the gradients of the adapter at the peak.
         working: the estimated rest at the peak.
+        workspace: cuDNN's workspace in attention's backward pass (`plan.workspace`); it is part of `working` if the peak is
+            there.
     """
 
     packed_weights: int
@@ -63,6 +68,7 @@ class QuickPlan:
     host_residuals: int
     gradients: int
     working: int
+    workspace: int = 0
 
     @property
     def exact(self) -> int:
@@ -94,18 +100,27 @@ class QuickPlan:
         return self.host_optimizer + self.host_adapter + self.host_residuals
 
 
-def quick_plan(spec: StepSpec[ModelSpec], platform: str, devices: int = 1) -> QuickPlan:
-    """Return the plan of a step on a number of devices of a platform ("cuda", "tpu" or "cpu").
+def quick_plan(
+    spec: StepSpec[ModelSpec], platform: str | AttentionTarget, devices: int = 1, *, step: Step | None = None
+) -> QuickPlan:
+    """Return the plan of a step on a number of devices: a platform ("cuda", "tpu" or "cpu"), or the target of a device.
+
+    Args:
+        spec: describes the step.
+        platform: the platform or the target.
+        devices: the number of devices.
+        step: the step of a spec that differs in its batch only, which saves most of the time; it is built if None.
 
     Raises:
         QLoRAError: the adapter does not fit the model.
     """
-    step = build_step(spec, platform=platform, devices=devices)
+    target = attention_target(platform)
+    step = build_step(spec, platform=target, devices=devices) if step is None else step
     packed, dense = _spread_bytes(step.frozen, devices)
     adapter, optimizer = tree_bytes(step.state.adapter), tree_bytes(step.state.opt_state)
     saved, saved_on_host = residual_bytes(spec)
     on_device = 0 if spec.optimizer.host_adapter else adapter
-    gradients, working = worst_moment(features(spec, platform, devices, on_device), FACTORS[kind_of(platform, devices)])
+    gradients, working = worst_moment(features(spec, target, devices, on_device), FACTORS[kind_of(name_of(target), devices)])
     return QuickPlan(
         packed_weights=packed,
         dense_weights=dense,
@@ -113,11 +128,12 @@ def quick_plan(spec: StepSpec[ModelSpec], platform: str, devices: int = 1) -> Qu
         host_adapter=2 * adapter if spec.optimizer.host_adapter else 0,
         optimizer=0 if spec.optimizer.host_optimizer else optimizer,
         host_optimizer=optimizer if spec.optimizer.host_optimizer else 0,
-        batch=tree_bytes(step.batch) // devices,
+        batch=tree_bytes(spec.batch_shapes(devices)) // devices,
         residuals=saved,
         host_residuals=saved_on_host,
         gradients=gradients,
         working=working,
+        workspace=_workspace(spec, target),
     )
 
 
@@ -126,12 +142,33 @@ def kind_of(platform: str, devices: int) -> str:
     return "cuda, several" if platform == "cuda" and devices > 1 else platform
 
 
+def name_of(target: AttentionTarget) -> str:
+    """Return the name of a device's platform in `FACTORS`: "cuda", "tpu" or "cpu"."""
+    return "cuda" if target.platform == "gpu" else target.platform
+
+
+def _has_kernel(spec: StepSpec[ModelSpec], config: DecoderConfig, target: AttentionTarget, length: int) -> bool:
+    """Return whether a kernel of the device computes the attention of rows of this length, rather than XLA."""
+    method = spec.model.method
+    kernel = choose_kernel(
+        target,
+        head_dim=config.head_dim,
+        length=length,
+        dtype=spec.model.dtype,
+        cap=config.score_cap,
+        segmented=spec.objective.packed,
+        shared=0 if method is None else method.virtual_tokens,
+    )
+    return kernel.name != "blocks"
+
+
 def worst_moment(sizes: dict[str, int], factors: dict[str, dict[str, float]]) -> tuple[int, int]:
     """Return (bytes of gradients, bytes of working memory) at the moment that needs more memory."""
-    loss, layer = (sum(factor * sizes[name] for name, factor in factors[moment].items()) for moment in ("loss", "layer"))
-    if loss > sizes["adapter"] + layer:
+    working = {moment: sum(factor * sizes[name] for name, factor in of.items()) for moment, of in factors.items()}
+    loss, rest = working.pop("loss"), max(working.values())
+    if loss > sizes["adapter"] + rest:
         return 0, int(loss)
-    return sizes["adapter"], int(layer)
+    return sizes["adapter"], int(rest)
 
 
 def residual_bytes(spec: StepSpec[ModelSpec]) -> tuple[int, int]:
@@ -164,25 +201,32 @@ def residual_bytes(spec: StepSpec[ModelSpec]) -> tuple[int, int]:
     return saved + layers * between, 0
 
 
-def features(spec: StepSpec[ModelSpec], platform: str, devices: int, adapter: int) -> dict[str, int]:
+def features(spec: StepSpec[ModelSpec], platform: str | AttentionTarget, devices: int, adapter: int) -> dict[str, int]:
     """Return the sizes, in bytes on each device, that make up working memory, such as a layer's activations.
 
     Args:
         spec: the step.
-        platform: "cuda", "tpu" or "cpu".
+        platform: "cuda", "tpu" or "cpu", or the target of a device.
         devices: the number of devices.
         adapter: the bytes of the adapter in device memory.
     """
+    target = attention_target(platform)
+    platform = name_of(target)
     config, size, tokens = spec.model.config, jnp.dtype(spec.model.dtype).itemsize, _positions(spec)
     keys = _keys(spec)
     _, hidden, inner, heads, kv = _sizes(spec)
     decoder = isinstance(config, DecoderConfig)
     attention = config.num_attention_heads if decoder else config.num_heads
-    # cuDNN takes a mask as a bias, one for all heads; XLA's attention stores the scores of all of them.
-    fused = platform != "cpu" and decoder and config.score_cap is None and size == 2
+    groups = spec.objective.attention_groups
+    seen = -(-keys // groups)  # tokens that a token may see
+    fused = decoder and _has_kernel(spec, config, target, seen)
     masked = spec.objective.packed and platform == "cuda"
+    # cuDNN takes a mask as a bias, one for all heads; XLA's attention stores the scores of all of them, a block at a time.
     scores = (1 if masked else 0) if fused else 2 * attention
-    queries = keys if fused or not decoder else min(block_of_queries(keys), keys)  # at a time
+    queries = keys
+    if not fused:
+        queries, seen = scores_at_once(seen, target, causal=decoder)
+        queries *= groups
     of_value = {"none": size, "int8": 1, "nf4": 0.516}[spec.model.embedding_storage]  # bytes in an embedding
     table = int(config.vocab_size * hidden * of_value) if devices > 1 else 0  # gathered
     tables = 2 if decoder and not config.tie_word_embeddings else 1
@@ -193,7 +237,6 @@ def features(spec: StepSpec[ModelSpec], platform: str, devices: int, adapter: in
     chunk = chunk_tokens(config.vocab_size // spread, cpu=platform == "cpu" and devices == 1) // spread
     logits = min(chunk, spec.tokens) * config.vocab_size * 4
     looped = spec.tokens > chunk and spec.batch.micro_batches == 1  # over chunks, outside of a loop over micro-batches
-    seen = -(-keys // spec.objective.attention_groups)  # tokens that a token may see
     at_once = -(-tokens // chunk_count(tokens, spec.model.remat)) if decoder else tokens  # in the feed-forward
     in_chunks = platform == "cuda" and devices == 1 and at_once < tokens
     stream = round(_ATTENTION * tokens + (1 - _ATTENTION) * at_once) if in_chunks else tokens
@@ -214,6 +257,14 @@ def features(spec: StepSpec[ModelSpec], platform: str, devices: int, adapter: in
         "adapter": adapter,
         "mask": int((_CHUNKED_MASK if in_chunks else 1) * spec.sequences * scores * queries * seen * 2),
     }
+
+
+def _workspace(spec: StepSpec[ModelSpec], target: AttentionTarget) -> int:
+    """Return the bytes of cuDNN's workspace for a micro-batch on each GPU, of rows without a mask."""
+    config, keys = spec.model.config, _keys(spec)
+    if target.platform != "gpu" or not isinstance(config, DecoderConfig) or not _has_kernel(spec, config, target, keys):
+        return 0
+    return attention_workspace(spec.sequences, config.num_attention_heads, keys, config.head_dim)
 
 
 def _keys(spec: StepSpec[ModelSpec]) -> int:

@@ -21,6 +21,8 @@ class Report:
         total: the bytes of device memory, which the parts add up to.
         notes: parts of the parts, as (name of the whole, name, bytes).
         flops, traffic: the operations and the bytes of device memory of one run; None if they were not counted.
+        cycles: the cycles that the compiler of a TPU expects; None if it expects none.
+        unknown_kernels: how often kernels run that are not in `cycles`.
         seconds: the time of compiling or of estimating.
         method: how the numbers were obtained.
         values: further values for JSON.
@@ -36,6 +38,8 @@ class Report:
     seconds: float
     method: str
     notes: tuple[tuple[str, str, int], ...] = ()
+    cycles: int | None = None
+    unknown_kernels: int = 0
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -49,6 +53,12 @@ class Report:
         kind = self.machine.device
         found = {} if self.flops is None else {"compute": self.flops / kind.flops}
         return found if self.traffic is None else {**found, "memory": self.traffic / kind.bandwidth}
+
+    @property
+    def expected_seconds(self) -> float | None:
+        """The seconds that the compiler of a TPU expects, without the kernels that it does not know."""
+        clock = self.machine.device.clock
+        return None if self.cycles is None or clock is None else self.cycles / clock
 
 
 def table(report: Report) -> str:
@@ -70,6 +80,9 @@ def table(report: Report) -> str:
     if report.floors:
         name, floor = max(report.floors.items(), key=lambda item: item[1])
         lines.append(f"  takes at least {floor * 1e3:.2f} ms, by {name}")
+    if (expected := report.expected_seconds) is not None:
+        other = f", without {report.unknown_kernels} runs of kernels" if report.unknown_kernels else ""
+        lines.append(f"  the compiler expects {expected * 1e3:.2f} ms{other}")
     return "\n".join([*lines, f"  {report.method}, {report.seconds:.1f} s"])
 
 
@@ -92,6 +105,9 @@ def as_json(report: Report) -> dict[str, Any]:
         "flops": report.flops,
         "traffic_bytes": report.traffic,
         "floor_seconds": report.floors,
+        "cycles": report.cycles,
+        "unknown_kernels": report.unknown_kernels,
+        "expected_seconds": report.expected_seconds,
         "seconds": report.seconds,
         **report.values,
     }

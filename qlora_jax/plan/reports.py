@@ -42,9 +42,12 @@ def _(plan: Plan, spec: StepSpec[ModelSpec], machine: Machine, title: str, secon
     program = plan.program
     saved, _ = residual_bytes(spec)
     gradients = plan.adapter
-    rest = program.temporaries - saved - gradients
+    workspace = program.workspace - program.added_workspace
+    rest = program.temporaries - saved - gradients - workspace
     known = plan.packed_weights + plan.dense_weights + plan.adapter + plan.optimizer
-    notes = (("saved for the backward pass", saved), ("gradients of the adapter", gradients), ("working memory", rest))
+    notes = [("saved for the backward pass", saved), ("gradients of the adapter", gradients), ("working memory", rest)]
+    # A program may free part of these before the peak. The split would be wrong then, and is left out.
+    notes = [*(notes if rest >= 0 else ()), *([("cuDNN's workspace", workspace)] if workspace else ())]
     return Report(
         title=title,
         machine=machine,
@@ -56,6 +59,7 @@ def _(plan: Plan, spec: StepSpec[ModelSpec], machine: Machine, title: str, secon
             ("batch and alignment", program.arguments - known),
             ("temporaries", program.temporaries),
             ("outputs outside the donated state", program.outputs - program.aliased),
+            *((("cuDNN's workspace", program.added_workspace),) if program.added_workspace else ()),
         ),
         host=(
             ("optimizer", plan.host_optimizer),
@@ -69,8 +73,9 @@ def _(plan: Plan, spec: StepSpec[ModelSpec], machine: Machine, title: str, secon
         traffic=program.traffic,
         seconds=program.compile_seconds,
         method=COMPILED,
-        # A program may free part of these before the peak. The split would be wrong then, and is left out.
-        notes=tuple(("temporaries", what, size) for what, size in notes) if rest >= 0 else (),
+        notes=tuple(("temporaries", what, size) for what, size in notes),
+        cycles=program.cycles,
+        unknown_kernels=program.unknown_kernels,
         values={"versions": plan.versions, "tokens": spec.tokens * spec.batch.micro_batches},
     )
 
@@ -97,6 +102,8 @@ def _(plan: DecodePlan, spec: StepSpec[ModelSpec], machine: Machine, title: str,
         traffic=program.traffic,
         seconds=program.compile_seconds,
         method=COMPILED,
+        cycles=program.cycles,
+        unknown_kernels=program.unknown_kernels,
         values={"versions": plan.versions, "rows": plan.rows, "bytes_a_token": program.traffic / spec.batch.batch_size},
     )
 
@@ -126,6 +133,7 @@ def _(plan: QuickPlan, spec: StepSpec[ModelSpec], machine: Machine, title: str, 
         traffic=None,
         seconds=seconds,
         method=QUICK,
+        notes=(("working memory (estimated)", "cuDNN's workspace", plan.workspace),) if plan.workspace else (),
     )
 
 

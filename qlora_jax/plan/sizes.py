@@ -33,19 +33,20 @@ _ROWS: dict[str, tuple[int, int, int, int, int, int, int, float]] = {
     "llama-3-70b": (8192, 28672, 80, 64, 8, 128256, 8192, 500000.0),
     "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256, 131072, 500000.0),
     "llama-3.1-70b": (8192, 28672, 80, 64, 8, 128256, 131072, 500000.0),
+    "llama-3.3-70b": (8192, 28672, 80, 64, 8, 128256, 131072, 500000.0),
     "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256, 131072, 500000.0),
     "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128256, 131072, 500000.0),
     "qwen3-8b": (4096, 12288, 36, 32, 8, 151936, 40960, 1000000.0),
     "gemma-2-9b": (3584, 14336, 42, 16, 8, 256000, 8192, 10000.0),
 }
 _TIED = ("smollm2-135m", "llama-3.2-1b", "llama-3.2-3b")  # the embedding is the output head
-_LLAMA3_ROPE = {  # the scaling of Llama 3.1 (by 8) and 3.2 (by 32)
+_LLAMA3_ROPE = {  # the scaling of Llama 3.1 and 3.3 (by 8) and 3.2 (by 32)
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-_FACTORS = {"llama-3.1": 8.0, "llama-3.2": 32.0}
+_FACTORS = {"llama-3.1": 8.0, "llama-3.2": 32.0, "llama-3.3": 8.0}
 _MORE: dict[str, dict[str, Any]] = {  # values that other families have beside these
     "llama-7b": {"rms_norm_eps": 1e-6},
     "llama-13b": {"rms_norm_eps": 1e-6},
@@ -82,6 +83,7 @@ HUB_IDS = {
     "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
     "meta-llama/Llama-3.1-70B": "llama-3.1-70b",
     "meta-llama/Llama-3.1-70B-Instruct": "llama-3.1-70b",
+    "meta-llama/Llama-3.3-70B-Instruct": "llama-3.3-70b",
     "meta-llama/Llama-3.2-1B": "llama-3.2-1b",
     "meta-llama/Llama-3.2-3B": "llama-3.2-3b",
     "Qwen/Qwen3-8B": "qwen3-8b",

@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
+from jax.sharding import AxisType, Mesh
 
 from qlora_jax.errors import UnsupportedError
 from qlora_jax.nn.parallel import AXIS
@@ -25,8 +26,6 @@ _COMPILERS: dict[Platform, tuple[tuple[str, ...], str]] = {
     "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), 'pip install "qlora-jax[cuda]"'),
     "tpu": (("libtpu",), 'pip install "qlora-jax[tpu]"'),
 }
-# JAX does not know some GPUs by name; each is mapped to a GPU that it knows, of the same compute capability.
-_KNOWN_TO_JAX = {"NVIDIA GeForce RTX 3090": "NVIDIA A10"}
 
 
 class CompilerMissing(UnsupportedError):
@@ -84,15 +83,38 @@ def machine_mesh(machine: Machine) -> Mesh:
 @contextlib.contextmanager
 def context(mesh: Mesh) -> Iterator[None]:
     """Run the block in the context of training: a mesh of several devices, or the description of one GPU, for kernels."""
+    device = mesh.devices.flat[0]
     with contextlib.ExitStack() as stack:
         stack.enter_context(tracing_for("every"))
         if mesh.size > 1:
             stack.enter_context(jax.set_mesh(mesh))
-        elif mesh.devices.flat[0].platform != "tpu":
-            kind = str(mesh.devices.flat[0].device_kind)
-            device = AbstractDevice(device_kind=_KNOWN_TO_JAX.get(kind, kind), num_cores=None, platform="gpu")
-            one = AbstractMesh((1,), mesh.axis_names, axis_types=mesh.axis_types, abstract_device=device)
-            stack.enter_context(jax.sharding.use_abstract_mesh(one))
+        elif device.platform != "tpu":  # the same description as that of the arguments' shardings
+            stack.enter_context(jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
+        if device.platform != "tpu":
+            stack.enter_context(_cudnn_for(device))
+        yield
+
+
+@contextlib.contextmanager
+def _cudnn_for(device: Any) -> Iterator[None]:
+    """Let JAX's checks of cuDNN's attention see the described GPU while the block runs.
+
+    They ask the attached devices, which are none or others, and would refuse head sizes above 128 on Hopper.
+    """
+    capability = tuple(map(int, str(device.compute_capability).split(".")))
+
+    def numbers(text: str) -> tuple[int, ...]:
+        return tuple(map(int, text.split(".")))
+
+    checks = {
+        "check_compute_capability": lambda least: capability >= numbers(least),
+        "is_cuda_compute_capability_equal": lambda exact: capability == numbers(exact),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, check in checks.items():
+            if hasattr(fused_attention_stablehlo, name):
+                stack.callback(setattr, fused_attention_stablehlo, name, getattr(fused_attention_stablehlo, name))
+                setattr(fused_attention_stablehlo, name, check)
         yield
 
 

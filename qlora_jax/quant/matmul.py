@@ -11,16 +11,19 @@ There are two implementations of a product with a 4-bit matrix:
     xla      dequantises the matrix into a temporary array and multiplies; on every platform
     pallas   a kernel that reads only packed bytes (`kernels`); on TPUs and NVIDIA GPUs
 
-"auto" uses the kernel if x has at most 64 rows (in decoding, reading the weights takes most of the time), there is a kernel
-for the platform and the matrix, and there is only one device; otherwise, and for every gradient, it uses XLA. "pallas"
-always uses the kernel, except for the gradient on GPUs. On platforms without a kernel it runs the TPU kernel in interpret
-mode, and it raises an error for matrices that the kernel does not support. The implementation is a property of the weight
-(`QuantizedTensor.implementation`), so layers need no option for it; `with_implementation(model state, "xla")` changes it.
+"auto" uses the kernel if x has at most 64 rows (in decoding, reading the weights takes most of the time) and there is a
+kernel for the platform and the matrix. For more rows and for gradients XLA multiplies; on TPUs a second kernel dequantises
+the matrix (`kernels.dequantizer`), because XLA takes several times as long. On several devices XLA computes everything.
+
+"pallas" always uses the kernel, except for the gradient on GPUs. On platforms without a kernel it runs the TPU kernel in
+interpret mode, and it raises an error for matrices that the kernel does not support. The implementation is a property of the
+weight (`QuantizedTensor.implementation`), so layers need no option for it; `with_implementation(model state, "xla")` changes
+it.
 """
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax import Array
@@ -35,6 +38,9 @@ from qlora_jax.quant.targets import by_platform
 from qlora_jax.quant.tensor import Implementation, QuantizedTensor, dequantize
 
 FEW_ROWS = 64  # the most rows of x for which "auto" prefers the kernel
+
+# "dequantize": XLA's product with a matrix that the kernel of the platform dequantises, if there is one.
+_Way = Implementation | Literal["dequantize"]
 
 
 def matmul(
@@ -69,13 +75,15 @@ def matmul(
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _chosen(x: Array, w: QuantizedTensor, wanted: Implementation) -> Implementation:
-    """Return the implementation to use; "auto" is returned only if the kernel of the platform may be used."""
+def _chosen(x: Array, w: QuantizedTensor, wanted: Implementation) -> _Way:
+    """Return how to multiply; "auto" is returned only if the kernel of the platform may be used."""
     if wanted == "pallas" and (reason := kernels.unsupported_reason(w, x.dtype)) is not None:
         raise UnsupportedError(f"implementation 'pallas': no kernel takes {reason}; 'auto' falls back to XLA")
-    if wanted == "auto" and (x.shape[0] > FEW_ROWS or not kernels.exists(w, x.dtype) or not kernels.on_one_device()):
+    if wanted != "auto":
+        return wanted
+    if not kernels.on_one_device():
         return "xla"
-    return wanted
+    return "dequantize" if x.shape[0] > FEW_ROWS or not kernels.exists(w, x.dtype) else "auto"
 
 
 def with_implementation(tree: Any, implementation: Implementation) -> Any:
@@ -87,53 +95,78 @@ def with_implementation(tree: Any, implementation: Implementation) -> Any:
     return jax.tree.map(change, tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
 
 
-def _xla(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
-    x, matrix = _ordered(x, w)
+def _xla(x: Array, w: QuantizedTensor | StackedTensor, *, by_kernel: bool = False) -> Array:
+    if x.shape[0] > FEW_ROWS or (w.stack if isinstance(w, StackedTensor) else w).flat_shape is not None:
+        return _dense_product("nk,km->nm", x, w, by_kernel)
+    x, w = _ordered(x, w)
 
     def dense(x: Array, w: QuantizedTensor) -> Array:
         return einsum("nk,km->nm", x, dequantize(w, x.dtype))
 
-    if x.shape[0] > FEW_ROWS or matrix.flat_shape is not None:
-        return dense(x, matrix)
-    return by_platform(x, matrix, cpu=tiles.matmul, default=dense)
+    return by_platform(x, _matrix(w), cpu=tiles.matmul, default=dense)
 
 
-def _xla_transposed(dy: Array, w: QuantizedTensor | StackedTensor) -> Array:
-    dy, matrix = _ordered(dy, w)
-    return einsum("nm,km->nk", dy, dequantize(matrix, dy.dtype))
+def _xla_transposed(dy: Array, w: QuantizedTensor | StackedTensor, *, by_kernel: bool = False) -> Array:
+    return _dense_product("nm,km->nk", dy, w, by_kernel)
 
 
-def _ordered(x: Array, w: QuantizedTensor | StackedTensor) -> tuple[Array, QuantizedTensor]:
-    """Return (x, the matrix) such that the matrix cannot be dequantised before x is computed.
+def _dense_product(equation: str, x: Array, w: QuantizedTensor | StackedTensor, by_kernel: bool) -> Array:
+    """Return the einsum of x and the dense matrix, which on TPUs the kernel makes, if `by_kernel`."""
 
-    Without this barrier XLA may hold several dense matrices in memory at once. The barrier costs a copy of the layer's
-    packed bytes, which is a quarter of the dense matrix's size.
+    def with_xla(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
+        # The barrier is for the packed bytes of the layer: without that copy, XLA dequantises all matrices that have the
+        # same x at once.
+        x, matrix = _ordered(x, _matrix(w))
+        return einsum(equation, x, dequantize(matrix, x.dtype))
+
+    kernel = kernels.dequantizer(w, x.dtype) if by_kernel else None
+    if kernel is None:
+        return with_xla(x, w)
+
+    def with_kernel(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
+        x, w = _ordered(x, w)
+        return einsum(equation, x, kernel(w))
+
+    return by_platform(x, w, tpu=with_kernel, default=with_xla)
+
+
+def _matrix(w: QuantizedTensor | StackedTensor) -> QuantizedTensor:
+    return w.matrix() if isinstance(w, StackedTensor) else w
+
+
+def _ordered(x: Array, w: QuantizedTensor | StackedTensor) -> tuple[Array, Any]:
+    """Return (x, w) such that the matrix cannot be dequantised before x is computed.
+
+    Without this barrier XLA may hold several dense matrices in memory at once. For a matrix that is not in a stack, the
+    barrier costs a copy of the packed bytes, which is a quarter of the dense matrix's size.
     """
     if isinstance(w, StackedTensor):
         x, index = jax.lax.optimization_barrier((x, w.index))
-        return x, StackedTensor(w.stack, index).matrix()
+        return x, StackedTensor(w.stack, index)
     return jax.lax.optimization_barrier((x, w))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _einsum(implementation: Implementation, x: Array, w: QuantizedTensor | StackedTensor) -> Array:
-    match implementation:
+def _einsum(way: _Way, x: Array, w: QuantizedTensor | StackedTensor) -> Array:
+    match way:
         case "xla":
             return _xla(x, w)
+        case "dequantize":
+            return _xla(x, w, by_kernel=True)
         case "auto":
             return kernels.matmul_where_chosen(x, w, otherwise=_xla)
         case "pallas":
             return kernels.matmul(x, w, otherwise=_xla)
 
 
-def _forward(implementation: Implementation, x: Array, w: Any) -> tuple[Array, Any]:
-    return _einsum(implementation, x, w), w
+def _forward(way: _Way, x: Array, w: Any) -> tuple[Array, Any]:
+    return _einsum(way, x, w), w
 
 
-def _backward(implementation: Implementation, w: Any, dy: Array) -> tuple[Array, None]:
-    if implementation == "pallas":
+def _backward(way: _Way, w: Any, dy: Array) -> tuple[Array, None]:
+    if way == "pallas":
         return kernels.matmul_transposed(dy, w, otherwise=_xla_transposed), None
-    return _xla_transposed(dy, w), None
+    return _xla_transposed(dy, w, by_kernel=way != "xla"), None
 
 
 _einsum.defvjp(_forward, _backward)

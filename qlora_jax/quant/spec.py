@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from qlora_jax.errors import OptionError
+from qlora_jax.errors import OptionError, shortened
 from qlora_jax.quant.codebooks import BLOCK_SIZES, DATA_TYPES, DataType
 
 
@@ -25,7 +25,7 @@ class Quantization:
 
     def __post_init__(self) -> None:
         if self.data_type not in DATA_TYPES:
-            raise OptionError(f"unknown data type {self.data_type!r}; expected one of {', '.join(DATA_TYPES)}")
+            raise OptionError(f"unknown data type {shortened(self.data_type)}; expected one of {', '.join(DATA_TYPES)}")
         if self.block_size not in BLOCK_SIZES:
             sizes = ", ".join(map(str, BLOCK_SIZES))
             raise OptionError(f"unknown block size {self.block_size}; expected one of {sizes}")

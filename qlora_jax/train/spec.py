@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from qlora_jax.errors import OptionError
+from qlora_jax.nn.attention_target import AttentionTarget
 from qlora_jax.nn.parallel import AXIS, abstract_module, frozen_shapes
 from qlora_jax.train.offload import HOST, HostOffload, host_offload, memory_kinds
 from qlora_jax.train.optim import Optimizer, OptimizerName, learning_rate_schedule, optimizer
@@ -29,6 +30,7 @@ from qlora_jax.train.step import (
     TrainState,
     Transformation,
     Unit,
+    host_memory_options,
     init_state,
     jit_eval_step,
     jit_train_step,
@@ -39,8 +41,13 @@ from qlora_jax.train.step import (
 class AbstractModel(Protocol):
     """The part of a model's description that a step needs; `models.ModelSpec` has it."""
 
-    def abstract(self, platform: str | None = None) -> Any:
-        """Return the model with shapes in place of arrays, with the attention kernel of a platform."""
+    @property
+    def residuals_on_host(self) -> bool:
+        """Whether the layers save their residuals in host memory."""
+        ...
+
+    def abstract(self, platform: str | AttentionTarget | None = None) -> Any:
+        """Return the model with shapes in place of arrays, with the attention kernel of a platform or a device."""
         ...
 
 
@@ -199,6 +206,12 @@ class StepSpec(Generic[Model]):
         """The tokens that a device's pass through the model takes."""
         return self.sequences * self.batch.longest
 
+    def compiler_options(self, platform: str | AttentionTarget | None = None) -> dict[str, str]:
+        """Return XLA's options for the training step on a platform or a device; the default one if None."""
+        on_host = self.model.residuals_on_host or self.optimizer.host_optimizer
+        name = platform.platform if isinstance(platform, AttentionTarget) else platform
+        return host_memory_options(name or jax.default_backend()) if on_host else {}
+
     def batch_shapes(self, devices: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the shapes of a step's batch on all devices together, `[micro-batches, rows, tokens]`."""
         size, source = self.batch, self.batch.source_length or self.batch.length
@@ -231,6 +244,7 @@ class Step:
         state: the state that training changes.
         frozen: the values of the model that do not train.
         batch: the shapes of a batch of all devices, `[micro-batches, rows, tokens]`.
+        compiler_options: XLA's options for the training step.
     """
 
     objective: StepObjective
@@ -239,6 +253,7 @@ class Step:
     state: TrainState
     frozen: Any
     batch: dict[str, jax.ShapeDtypeStruct]
+    compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def micro_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -247,7 +262,14 @@ class Step:
 
     def jit_train(self) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
         """Return the jitted training step, for a state that has the shardings of this one."""
-        return jit_train_step(self.graphdef, self.tx, self.objective.loss, self.state, unit=self.objective.unit)
+        return jit_train_step(
+            self.graphdef,
+            self.tx,
+            self.objective.loss,
+            self.state,
+            unit=self.objective.unit,
+            compiler_options=self.compiler_options,
+        )
 
     def jit_eval(self) -> Callable[[Any, Any, Any], tuple[dict[str, jax.Array], jax.Array]]:
         """Return the jitted evaluation step."""
@@ -262,7 +284,7 @@ def build_step(
     spec: StepSpec[Any],
     learning_rate: optax.Schedule = _ANY_SCHEDULE,
     *,
-    platform: str | None = None,
+    platform: str | AttentionTarget | None = None,
     devices: int = 1,
 ) -> Step:
     """Return the step of a spec with shapes as its arguments.
@@ -270,7 +292,8 @@ def build_step(
     Args:
         spec: describes the step.
         learning_rate: the learning rate by step.
-        platform: the platform whose attention kernel the model takes ("cpu", "gpu" or "tpu"); the default one if None.
+        platform: the platform ("cpu", "gpu" or "tpu") or the device whose attention kernel the model takes; the default
+            device if None.
         devices: how many devices share the batch.
 
     Raises:
@@ -279,10 +302,11 @@ def build_step(
     graphdef, adapter, frozen = split(_prepared(spec, platform))
     tx = spec.optimizer.build(learning_rate)
     state = jax.eval_shape(partial(init_state, tx), adapter)
-    return Step(spec.objective, tx, graphdef, state, frozen, spec.batch_shapes(devices))
+    options = spec.compiler_options(platform)
+    return Step(spec.objective, tx, graphdef, state, frozen, spec.batch_shapes(devices), options)
 
 
-def _prepared(spec: StepSpec[Any], platform: str | None) -> Any:
+def _prepared(spec: StepSpec[Any], platform: str | AttentionTarget | None) -> Any:
     """Return the abstract model as it is trained."""
     model = spec.model.abstract(platform)
     if spec.objective.prepare is unchanged:

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from qlora_jax.errors import CheckpointError, list_names
+from qlora_jax.errors import CheckpointError, list_names, shortened
 
 T = TypeVar("T")
 _CHECKSUMS = "checksums"
@@ -52,12 +52,25 @@ class StateStore:
             keep: the number of checkpoints to keep.
             create: whether to make the folder, and to remove what a killed run left there half written; otherwise nothing
                 is changed until a checkpoint is saved.
+
+        Raises:
+            CheckpointError: a file in the folder is damaged.
         """
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, enable_async_checkpointing=False)
         self._folder = folder
         if create:
             self._remove_unfinished()
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        try:
+            with _without_tracebacks():
+                self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        except OSError:
+            raise
+        except Exception as error:  # damaged files make Orbax raise errors of many kinds
+            step = latest_step(folder)
+            raise CheckpointError(
+                f"{folder}: cannot be opened: {shortened(_reason(error), 300)}; delete {folder / str(step)} to go on "
+                "without it"
+            ) from error
 
     def latest_step(self) -> int | None:
         """Return the step of the newest complete checkpoint, or None."""

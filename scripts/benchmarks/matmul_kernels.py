@@ -2,7 +2,7 @@
 
     python scripts/benchmarks/matmul_kernels.py --device v5e --model llama-3-8b --rows 1 8 64 2048
     python scripts/benchmarks/matmul_kernels.py --device h100 --model llama-3-8b --rows 1 8 64
-    python scripts/benchmarks/matmul_kernels.py --device v6e --model llama-2-70b --rows 8 --gradient
+    python scripts/benchmarks/matmul_kernels.py --device v6e --model llama-2-70b --rows 2048 --gradient
     python scripts/benchmarks/matmul_kernels.py --device l4 --model llama-3-8b --step
 
 For each matrix of the model, one layer of a stack, the table has the bytes that the compiled program moves, FLOPs,
@@ -10,9 +10,12 @@ temporaries, the least time by the roofline model, and the time to compile. For 
 own cost analysis on TPU, which also counts data that stays on the chip; on GPU there is no cost analysis without the device,
 and the bytes are those of the operands and results of its instructions (qlora_jax/plan/hlo.py). For the kernel, they are the
 bytes that the kernel copies, and the operands and results of every other instruction of the compiled program; so a copy of
-the packed bytes before the kernel, or sums after it, are counted. With --step, the whole decode step of the model for one
-row is compiled instead; the weights that kernels read are counted in it, and the instructions that make arrays of packed
-bytes, those in fusions included. The last line is JSON.
+the packed bytes before the kernel, or sums after it, are counted. On TPU, products of more than 64 rows and gradients are
+also compiled as "auto" chooses: a kernel dequantises the matrix and XLA multiplies. XLA's kilocycles are the compiler's own
+estimate for TPUs; it knows no kernels, whose time is at least that of their bytes.
+
+With --step, the whole decode step of the model for one row is compiled instead; the weights that kernels read are counted in
+it, and the instructions that make arrays of packed bytes, those in fusions included. The last line is JSON.
 """
 
 import dataclasses
@@ -51,8 +54,9 @@ from qlora_jax.quant import (
     with_implementation,
 )
 from qlora_jax.quant.codebooks import SCALE_BLOCK_SIZE
-from qlora_jax.quant.kernels import gpu, tpu
+from qlora_jax.quant.kernels import gpu, tpu, tpu_dequantize
 from qlora_jax.quant.kernels.tpu_scales import spans_of
+from qlora_jax.quant.matmul import FEW_ROWS
 
 _KERNELS = {"tpu": tpu, "cuda": gpu}
 LAYERS = 32  # layers in the stack: too many for XLA to move all of them on chip before the kernel
@@ -83,6 +87,7 @@ class Cost:
     Attributes:
         packed: bytes of the matrix as stored, including scales.
         bytes: bytes that the program moves; None if the compiler refuses it.
+        cycles: cycles that a TPU's compiler expects of everything but kernels; None on GPUs.
         floor_us: microseconds for the bytes or for the FLOPs, whichever is longer.
         unsupported_reason: why the product could not be compiled; None if it could.
     """
@@ -97,6 +102,7 @@ class Cost:
     floor_us: float | None
     compile_seconds: float
     unsupported_reason: str | None = None
+    cycles: int | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,11 +128,17 @@ def measure(arguments: Arguments) -> None:
         cost(name, shape, rows, implementation, arguments.gradient, machine, mesh)
         for name, shape in matrices(arguments.model).items()
         for rows in arguments.rows
-        for implementation in ("xla", "pallas")
+        for implementation in implementations(machine.device.platform, rows, arguments.gradient)
     ]
     print(table(costs))
     result = {"run": dataclasses.asdict(arguments), "versions": versions(machine)}
     print(json.dumps({**result, "costs": [dataclasses.asdict(c) for c in costs]}))
+
+
+def implementations(platform: Platform, rows: int, gradient: bool) -> tuple[Implementation, ...]:
+    """Return the implementations to compare; "auto" only where it is neither of the others."""
+    dequantizes = platform == "tpu" and (gradient or rows > FEW_ROWS)
+    return ("xla", "auto", "pallas") if dequantizes else ("xla", "pallas")
 
 
 def matrices(model: str) -> dict[str, tuple[int, int]]:
@@ -176,15 +188,20 @@ def cost(
         seconds = time.perf_counter() - start
         return Cost(label, rows, implementation, packed, None, flops, None, None, seconds, reason)
     seconds = time.perf_counter() - start
+    text = compiled.as_text()
     if implementation == "pallas":
-        moved = kernel_bytes(stack, rows, gradient, device.platform) + other_bytes(compiled.as_text())
+        moved = kernel_bytes(stack, rows, gradient, device.platform) + other_bytes(text)
+    elif implementation == "auto":
+        moved = tpu_dequantize.moved_bytes(stack, x.dtype) + other_bytes(text)
     elif device.platform == "tpu":
         moved = int(compiled.cost_analysis()["bytes accessed"])
     else:
-        moved = parse_program(compiled.as_text()).traffic()
+        moved = parse_program(text).traffic()
     floor = max(moved / device.bandwidth, flops / device.flops) * 1e6
     temporaries = compiled.memory_analysis().temp_size_in_bytes
-    return Cost(label, rows, implementation, packed, moved, flops, temporaries, floor, seconds)
+    expected = re.findall(r'"estimated_cycles":"(\d+)"', text[text.index("ENTRY ") :])
+    cycles = sum(map(int, expected)) if device.platform == "tpu" else None
+    return Cost(label, rows, implementation, packed, moved, flops, temporaries, floor, seconds, cycles=cycles)
 
 
 def _compile(function: Any, arguments: tuple[Any, ...], machine: Machine, mesh: Mesh) -> Any:
@@ -280,14 +297,26 @@ def packed_copies(hlo: str) -> int:
 
 def table(costs: list[Cost]) -> str:
     """Return a Markdown table with one row per product."""
-    lines = ["| matrix | rows | by | MB moved | of packed | temporaries MB | floor µs | compiled in s |", "|" + " --- |" * 8]
+    head = (
+        "matrix",
+        "rows",
+        "by",
+        "MB moved",
+        "of packed",
+        "temporaries MB",
+        "floor µs",
+        "XLA's kilocycles",
+        "compiled in s",
+    )
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for c in costs:
         if c.bytes is None or c.temporaries is None or c.floor_us is None:
-            lines.append(f"| {c.matrix} | {c.rows} | {c.implementation} | {c.unsupported_reason} | | | | |")
+            lines.append(f"| {c.matrix} | {c.rows} | {c.implementation} | {c.unsupported_reason} | | | | | |")
             continue
         lines.append(
             f"| {c.matrix} | {c.rows} | {c.implementation} | {c.bytes / 1e6:.2f} | {c.bytes / c.packed:.2f} | "
-            f"{c.temporaries / 1e6:.2f} | {c.floor_us:.1f} | {c.compile_seconds:.1f} |"
+            f"{c.temporaries / 1e6:.2f} | {c.floor_us:.1f} | {'–' if c.cycles is None else f'{c.cycles / 1e3:.0f}'} | "
+            f"{c.compile_seconds:.1f} |"
         )
     return "\n".join(lines)
 

@@ -109,6 +109,34 @@ def test_targets_that_are_left_out_are_those_of_the_tensors(saved: Path) -> None
     )
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["c_attn", "c_proj"]},
+        {"target_modules": r".*\.h\.\d+\.attn"},
+        {"layers_to_transform": [9]},
+        {"exclude_modules": ["q_proj"]},
+        {"target_modules": ["nothing"], "exclude_modules": ".*"},
+    ],
+)
+def test_targets_that_select_nothing_are_those_of_the_tensors(
+    saved: Path, fields: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    rewrite(saved, {}, **fields)
+    method = read_adapter(saved).method
+    modules = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+    assert isinstance(method, LoRA)
+    assert method.target_modules == tuple(modules)
+    assert all(module_matches(method, name) for name in modules)
+    assert "selects none of the modules with tensors: taken for an adapter of these 2, such as model.layers.0" in caplog.text
+
+
+def test_targets_that_select_some_are_as_they_are(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rewrite(saved, {}, layers_to_transform=[0])
+    assert read_adapter(saved).method.layers_to_transform == (0,)  # type: ignore[attr-defined]
+    assert not caplog.text
+
+
 def test_towers_are_left_out_and_said(saved: Path) -> None:
     rewrite(saved, {"model.model.layers.1": "model.model.vision_tower.layers.1"})
     with pytest.warns(UserWarning, match=r"2 tensors of parts that are no language model are left out: .*vision_tower"):

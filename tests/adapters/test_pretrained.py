@@ -127,3 +127,59 @@ def test_an_adapter_without_its_record_is_said(
     (found,) = [record.getMessage() for record in caplog.records]
     assert found.startswith(f"{folder.parent}: has no qlora_jax.json, so that it is unknown how its base was stored")
     assert "an adapter on nf4 weights" in found
+
+
+@pytest.mark.parametrize("name", ["runs/nowhere/adapter", "nowhere"])
+def test_a_missing_adapter_is_told_from_a_missing_model(
+    tiny_llama: Path, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"^{name}: .*Accepted as an adapter: a folder with adapter_config.json"):
+        open_pretrained(tiny_llama, name)
+    with pytest.raises(CheckpointError, match=rf"^{name}: .*Accepted: a folder with config.json"):
+        open_pretrained(name)
+
+
+def with_tokens_beside(saved: Path, folder: Path, rows: int, files: dict[str, object]) -> Path:
+    """The adapter of a base that PEFT had resized to so many rows, with some files of its tokenizer."""
+    shutil.copytree(saved, folder)
+    embedding = {"base_model.model.model.embed_tokens.weight": np.ones((rows, 64), np.float32)}
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file) | embedding, file)
+    for name, values in files.items():
+        (folder / name).write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"added_tokens.json": {"<new>": 259, "<tool>": 260}},
+        {"tokenizer_config.json": {"added_tokens_decoder": {"259": {"content": "<new>"}, "260": {"content": "<tool>"}}}},
+        {"added_tokens.json": {"<tool>": 260, "<new>": 259}, "special_tokens_map.json": {"eos_token": {"content": "<new>"}}},
+    ],
+)
+def test_tokens_beside_an_adapter_without_a_vocabulary_count(
+    tiny_llama: Path, saved: Path, tmp_path: Path, files: dict[str, object]
+) -> None:
+    opened = open_pretrained(tiny_llama, with_tokens_beside(saved, tmp_path / "adapter", 261, files))
+    assert opened.tokenizer("a<new><tool>").input_ids[1:] == [259, 260]
+    assert opened.tokenizer.eos_token == ("<new>" if "special_tokens_map.json" in files else "<|im_end|>")
+    assert opened.spec.config.vocab_size == 261
+
+
+def test_tokens_beside_an_adapter_that_do_not_fit_are_named(
+    tiny_llama: Path, saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = Path(shutil.copytree(saved, tmp_path / "adapter"))
+    (adapter / "added_tokens.json").write_text(json.dumps({"<new>": 32000}))
+    (adapter / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<none>"}))
+    opened = open_pretrained(tiny_llama, adapter)
+    assert len(opened.tokenizer) == 259
+    assert opened.tokenizer.pad_token == "<pad>"
+    assert "does not have 1 tokens that are listed beside it: <new>" in caplog.text
+    assert "pad_token '<none>' is no token of the vocabulary: none is used" in caplog.text

@@ -133,7 +133,7 @@ def test_cutting_and_padding_in_the_file_change_no_text(tmp_path: Path) -> None:
         ({}, {"generation_config": {"eos_token_id": 259}}, "</s>"),
         ({"eos_token": "<|not there|>"}, {"generation_config": {"eos_token_id": 260}}, "<|im_end|>"),
         ({}, {}, None),
-        ({"eos_token": 7}, {"config": {"model_type": ["llama"], "eos_token_id": 10**30}}, None),
+        ({"eos_token": 7}, {"config": {"model_type": ["llama"], "eos_token_id": 10**9}}, None),
     ],
 )
 def test_eos_is_named_by_the_first_place_that_knows_it(
@@ -310,7 +310,10 @@ def test_an_end_without_a_row_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [-1, 2.0, "2", [[2]], {"a": 2}, True])
 def test_stop_ids_are_ids(tmp_path: Path, value: Any) -> None:
     folder = write(tmp_path, byte_level(), generation_config={"eos_token_id": value})
-    with pytest.raises(CheckpointError, match=r"generation_config.json: eos_token_id: expected ids of tokens, found"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"generation_config.json: eos_token_id: expected ids of tokens, whole numbers from 0 to 2147483647, found",
+    ):
         stop_ids(folder, load_tokenizer(folder))
 
 
@@ -347,3 +350,62 @@ def test_a_splitter_that_the_vocabulary_was_not_trained_with_is_said(
         tokenizer = load_tokenizer(folder)
     assert ("its vocabulary was trained on single digits" in caplog.text) == warned
     same(tokenizer, Tokenizer.from_file(str(folder / "tokenizer.json")))
+
+
+@pytest.mark.parametrize(("ends", "expected"), [((), "<stop>"), (("<stop>",), "<spare>"), (("<end>", "<spare>"), "<stop>")])
+@pytest.mark.parametrize("file", ["config", "generation_config"])
+def test_no_end_of_a_text_becomes_the_padding_token(tmp_path: Path, file: str, ends: tuple[str, ...], expected: str) -> None:
+    """The vocabulary has no token that was made for padding: the first special one that nothing else uses is taken."""
+    backend = byte_level(("<end>", "<|im_end|>", "<stop>", "<spare>"))
+    ids = [backend.token_to_id(text) for text in ends]
+    folder = write(tmp_path, backend, {"eos_token": "<end>", "bos_token": "<end>"}, **{file: {"eos_token_id": ids}})
+    assert load_tokenizer(folder).pad_token == expected
+
+
+def test_a_padding_token_that_the_files_name_stays(tmp_path: Path) -> None:
+    """Qwen pads with a token that ends a text too; that is the choice of who made the model."""
+    backend = byte_level(("<|im_end|>", "<|endoftext|>", "<spare>"))
+    ids = [backend.token_to_id(text) for text in ("<|im_end|>", "<|endoftext|>")]
+    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    folder = write(tmp_path, backend, names, generation_config={"eos_token_id": ids})
+    assert load_tokenizer(folder).pad_token == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("stated", [False, True])
+def test_eos_is_saved_as_the_padding_token_only_where_the_files_say_so(tmp_path: Path, stated: bool) -> None:
+    backend = byte_level(("<end>",))
+    names = {"eos_token": "<end>", "bos_token": "<end>", "unk_token": "<end>"} | ({"pad_token": "<end>"} if stated else {})
+    tokenizer = load_tokenizer(write(tmp_path / "base", backend, names))
+    assert tokenizer.pad_token == "<end>"  # batches need one
+    (tmp_path / "saved").mkdir()
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert config.get("pad_token") == ("<end>" if stated else None)
+    assert load_tokenizer(tmp_path / "saved").pad_token == "<end>"
+
+
+def test_ids_that_no_token_has_end_no_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write(tmp_path, byte_level(), {}, generation_config={"eos_token_id": [1, 10**9]})
+    assert stop_ids(folder, load_tokenizer(folder)) >= {1}
+    assert "names as the end of a text 1000000000, which is no token of this model" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["vocabulary", "added"])
+def test_an_id_takes_no_memory(tmp_path: Path, place: str) -> None:
+    """The library makes a list as long as the largest id."""
+    folder = write(tmp_path, byte_level(), {})
+    values = json.loads((folder / "tokenizer.json").read_text())
+    if place == "vocabulary":
+        values["model"]["vocab"]["-"] = 2**31 - 1
+    else:
+        values["added_tokens"][0]["id"] = 2**31 - 1
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="expected ids of tokens below 16,777,216, found 2147483647"):
+        load_tokenizer(folder)
+
+
+def test_padding_of_a_file_is_that_of_no_call(tmp_path: Path) -> None:
+    backend = byte_level()
+    backend.enable_padding(length=10**9)
+    backend.enable_truncation(2)
+    assert len(load_tokenizer(write(tmp_path, backend, {}))("abcdef")["input_ids"]) > 2  # type: ignore[arg-type]

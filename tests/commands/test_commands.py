@@ -13,7 +13,15 @@ from qlora_jax.commands import COMMANDS, main
 from qlora_jax.platforms import device_is_attached
 
 ROOT = Path(__file__).parents[2]
-DEVICE_VARIABLES = ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD", "TF_CPP_MIN_LOG_LEVEL")
+DEVICE_VARIABLES = (
+    "JAX_PLATFORMS",
+    "TPU_SKIP_MDS_QUERY",
+    "TPU_ACCELERATOR_TYPE",
+    "TPU_WORKER_HOSTNAMES",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD",
+    "TF_CPP_MIN_LOG_LEVEL",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS",
+)
 
 
 def test_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,9 +47,11 @@ def test_every_command_is_a_module_and_a_script() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_is_dispatched_under_its_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main([name, "--help"])
-    assert exit_.value.code == 0
+    try:
+        code = main([name, "--help"])
+    except SystemExit as exit_:
+        code = exit_.code
+    assert code == 0
     shown = capsys.readouterr().out
     assert f"qlora-jax {name}" in shown
     assert "--config FILE.toml" in shown
@@ -56,7 +66,32 @@ def test_the_console_command_is_installed() -> None:
 @pytest.mark.skipif(device_is_attached(), reason="a GPU or a TPU is attached")
 def test_nothing_is_printed_about_absent_devices(tiny_llama: Path) -> None:
     """With the compilers of GPUs and TPUs installed, JAX would print a traceback, and libtpu would ask a metadata server."""
+    silent("scripts/generate.py", "--model", str(tiny_llama), "--prompt", "hi", "--max-new-tokens", "1")
+
+
+def silent(*arguments: str) -> str:
+    """Return the output of a Python process that is started as a user starts it, and prints nothing on stderr."""
     environment = {name: value for name, value in os.environ.items() if name not in DEVICE_VARIABLES}
-    command = [sys.executable, "scripts/generate.py", "--model", str(tiny_llama), "--prompt", "hi", "--max-new-tokens", "1"]
+    command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(device_is_attached(), reason="a GPU or a TPU is attached")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_silent_about_absent_devices(name: str) -> None:
+    """3 to 5 CPU seconds each: the process imports JAX, and transformers where the command does."""
+    assert "--config" in silent(f"scripts/{name}.py", "--help")
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(device_is_attached(), reason="a GPU or a TPU is attached")
+def test_a_program_and_a_plan_are_silent_about_absent_devices() -> None:
+    """The package as a library, and libtpu as a compiler, if it is installed; about 5 CPU seconds each."""
+    program = "import qlora_jax, jax, transformers; qlora_jax.from_pretrained; print(jax.devices()[0].platform)"
+    assert silent("-c", program) == "cpu\n"
+    pytest.importorskip("libtpu", reason="the compiler for TPUs is not installed")
+    machine = "from qlora_jax.plan import machine_mesh, machine_named; print(machine_mesh(machine_named('v5e')).size)"
+    assert silent("-c", machine) == "1\n"

@@ -16,6 +16,7 @@ from qlora_jax import merge
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.hub import Snapshot
 from qlora_jax.checkpoint.open import open_checkpoint
+from qlora_jax.errors import CheckpointError
 from qlora_jax.export import generation
 from qlora_jax.export.generation import generation_config
 from qlora_jax.export.merge import own_dtype
@@ -23,8 +24,15 @@ from qlora_jax.export.merge import own_dtype
 STATED = {"eos_token_id": [7, 1], "temperature": 0.6, "top_p": 0.9, "do_sample": True, "_from_model_config": True}
 
 
+class Tokens(SimpleNamespace):
+    """A tokenizer of ten tokens."""
+
+    def __len__(self) -> int:
+        return 10
+
+
 def tokenizer(eos: int | None = 5, bos: int | None = None) -> Any:
-    return SimpleNamespace(eos_token_id=eos, bos_token_id=bos)
+    return Tokens(eos_token_id=eos, bos_token_id=bos)
 
 
 def test_a_merged_folder_stops_where_its_base_stopped(tmp_path: Path) -> None:
@@ -84,3 +92,21 @@ def test_the_dtype_of_a_base(
     config = {name: value for name, value in checkpoint.config.items() if "dtype" not in name} | stated
     dtypes = {} if stored is None else dict.fromkeys(checkpoint.shapes, np.dtype(stored))
     assert own_dtype(dataclasses.replace(checkpoint, config=config, dtypes=dtypes)) == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("bos_token_id", 2**31),
+        ("pad_token_id", "2"),
+        ("eos_token_id", [1, -2]),
+        ("temperature", float("nan")),
+        ("top_k", 0.5),
+    ],
+)
+def test_fields_of_other_kinds_are_refused(tmp_path: Path, field: str, value: Any) -> None:
+    folder = write_tiny_llama(tmp_path / "base")
+    (folder / "generation_config.json").write_text(json.dumps({field: value}))
+    with pytest.raises(CheckpointError, match=f"generation_config.json: {field}: expected "):
+        merge(folder, None, tmp_path / "merged", progress=False)
+    assert not (tmp_path / "merged").exists()

@@ -111,6 +111,15 @@ def test_how_many_chunks() -> None:
     assert chunk_count(10 * chunks.CHUNK, "dots") == chunk_count(10 * chunks.CHUNK, "none") == 1
 
 
+def test_more_chunks_divide_the_tokens_where_fewer_would_be_padded() -> None:
+    """By hand: 131,200 = 20 x 6560; 1033 is a prime number, so that 1033 x 128 tokens have no such divisor."""
+    assert chunk_count(16 * chunks.CHUNK, "full") == 16
+    assert chunk_count(131_200, "full") == 20
+    assert chunk_count(1033 * 128, "full") == 17
+    for thousands in range(9, 500, 7):
+        assert thousands * 1024 % (16 * chunk_count(thousands * 1024, "offload")) == 0
+
+
 @pytest.mark.parametrize("family", tiered(FAMILIES, quick=["llama"]))
 def test_a_model_learns_the_same_in_chunks(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     graph, adapter, frozen = build(family)

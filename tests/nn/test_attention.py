@@ -1,5 +1,6 @@
 """Attention against a plain NumPy one; the kernels of the platforms as their compilers take them."""
 
+import math
 import re
 from functools import partial
 from typing import Any
@@ -9,8 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import value_and_pullback
+from tiers import tiered
 
-from qlora_jax.nn import biased_attention, cached_attention, causal_attention, default_implementation, with_prefix
+from qlora_jax.nn import (
+    AttentionTarget,
+    attention_target,
+    biased_attention,
+    cached_attention,
+    causal_attention,
+    relative_attention,
+    with_prefix,
+)
+from qlora_jax.nn.attention import scores_at_once
+from qlora_jax.nn.attention_target import Kernel, choose_kernel
+from qlora_jax.nn.attention_tiles import CausalRows, KeyRows, Mask, tiled_attention
+
+HOPPER, AMPERE, TPU = AttentionTarget("gpu", (9, 0)), AttentionTarget("gpu", (8, 0)), AttentionTarget("tpu")
 
 
 def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -165,11 +180,22 @@ def test_cached() -> None:
     np.testing.assert_allclose(attended, reference(q, k, v, mask), atol=1e-5)
 
 
+def test_cached_with_more_queries_than_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as all at once, where the last block is not full; the mask is an array or a function of the queries."""
+    monkeypatch.setattr("qlora_jax.nn.attention.QUERIES_AT_ONCE", 4)
+    q, k, v = random_qkv(length=11, past=7)
+    mask = np.random.default_rng(1).random((2, 11, 18)) < 0.6
+    mask[..., 0] = True
+    for given in (jnp.asarray(mask), lambda numbers: jnp.asarray(mask)[:, numbers]):
+        attended = cached_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), given)
+        np.testing.assert_allclose(attended, reference(q, k, v, mask), atol=1e-5)
+
+
 def test_float32_and_short_sequences_fall_back_to_xla() -> None:
     q, k, v = random_qkv()
     expected = causal_attention(q, k, v)
-    for implementation in ("cudnn", "splash"):
-        np.testing.assert_array_equal(causal_attention(q, k, v, implementation=implementation), expected)
+    for target in (HOPPER, TPU):
+        np.testing.assert_array_equal(causal_attention(q, k, v, target=target), expected)
 
 
 @pytest.mark.parametrize(("segmented", "window", "cap"), [(False, None, None), (True, None, None), (True, 100, 30.0)])
@@ -179,9 +205,7 @@ def test_splash_lowers_for_tpu_with_its_gradient(segmented: bool, window: int | 
     ids = jax.ShapeDtypeStruct((2, 256), jnp.int32)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
-        out = causal_attention(
-            q, k, v, segment_ids=ids if segmented else None, window=window, cap=cap, implementation="splash"
-        )
+        out = causal_attention(q, k, v, segment_ids=ids if segmented else None, window=window, cap=cap, target=TPU)
         return out.astype(jnp.float32).sum()
 
     traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, kv, kv, ids)
@@ -208,8 +232,6 @@ def test_keys_before_all_others(segmented: bool) -> None:
     mask = np.concatenate([np.ones((len(q), 9, 3), bool), np.broadcast_to(mask, (len(q), 9, 9))], -1)
     k, v = (np.concatenate(pair, 1) for pair in zip(before, (k, v), strict=True))
     np.testing.assert_allclose(attend()[:, 3:], reference(q, k, v, mask), atol=1e-5)
-    for implementation in ("cudnn", "splash"):  # padded, then XLA's for float32
-        np.testing.assert_allclose(attend(implementation=implementation)[:, 3:], reference(q, k, v, mask), atol=1e-5)
 
 
 def test_splash_takes_odd_lengths_of_virtual_tokens() -> None:
@@ -217,13 +239,129 @@ def test_splash_takes_odd_lengths_of_virtual_tokens() -> None:
     prefix = jax.ShapeDtypeStruct((20, 2, 64), jnp.bfloat16)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, prefix: jax.Array) -> jax.Array:
-        out = causal_attention(*with_prefix(q, k, v, (prefix, prefix)), shared=20, implementation="splash")
+        out = causal_attention(*with_prefix(q, k, v, (prefix, prefix)), shared=20, target=TPU)
         return out[:, 20:].astype(jnp.float32).sum()
 
     traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).trace(q, kv, kv, prefix)
     assert traced.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") >= 2
 
 
-@pytest.mark.parametrize(("platform", "expected"), [("cpu", "xla"), ("gpu", "cudnn"), ("tpu", "splash")])
-def test_default_implementation(platform: str, expected: str) -> None:
-    assert default_implementation(platform) == expected
+# (target, head size, length, dtype, further conditions) and the kernel, with the length and the head size that it is given.
+CHOICES: list[tuple[AttentionTarget, int, int, str, dict[str, Any], Kernel]] = [
+    (HOPPER, 128, 1024, "bfloat16", {}, Kernel("cudnn", 1024, 128)),
+    (HOPPER, 128, 1001, "bfloat16", {"segmented": True}, Kernel("cudnn", 1024, 128)),
+    (HOPPER, 256, 1024, "bfloat16", {}, Kernel("cudnn", 1024, 256)),
+    (AMPERE, 256, 1024, "bfloat16", {}, Kernel("blocks", 1024, 256)),
+    (AttentionTarget("gpu", (8, 9)), 256, 1001, "bfloat16", {}, Kernel("blocks", 1001, 256)),
+    (AttentionTarget("gpu", (10, 0)), 256, 1024, "bfloat16", {}, Kernel("blocks", 1024, 256)),
+    (AttentionTarget("gpu", (12, 0)), 128, 64, "float16", {}, Kernel("cudnn", 64, 128)),
+    (AttentionTarget("gpu", (7, 5)), 64, 64, "float16", {}, Kernel("blocks", 64, 64)),
+    (AttentionTarget("gpu"), 64, 64, "bfloat16", {}, Kernel("blocks", 64, 64)),  # of another vendor
+    (AMPERE, 60, 10, "bfloat16", {}, Kernel("cudnn", 64, 64)),
+    (AMPERE, 64, 1024, "float32", {}, Kernel("blocks", 1024, 64)),
+    (HOPPER, 64, 1024, "bfloat16", {"cap": 50.0}, Kernel("blocks", 1024, 64)),
+    (TPU, 256, 1001, "bfloat16", {"cap": 50.0, "segmented": True}, Kernel("splash", 1024, 256)),
+    (TPU, 80, 640, "float32", {}, Kernel("splash", 768, 128)),
+    (TPU, 64, 300, "bfloat16", {"shared": 20}, Kernel("splash", 384, 64)),
+    (TPU, 64, 300, "bfloat16", {"shared": 20, "segmented": True}, Kernel("blocks", 300, 64)),
+    (TPU, 64, 100, "bfloat16", {}, Kernel("blocks", 100, 64)),
+    (TPU, 1024, 1024, "float32", {}, Kernel("blocks", 1024, 1024)),
+    (AttentionTarget(), 64, 1024, "bfloat16", {}, Kernel("blocks", 1024, 64)),
+]
+
+
+@pytest.mark.parametrize(("target", "head_dim", "length", "dtype", "more", "expected"), CHOICES)
+def test_the_kernel_is_chosen_by_target_and_shape(
+    target: AttentionTarget, head_dim: int, length: int, dtype: str, more: dict[str, Any], expected: Kernel
+) -> None:
+    """The limits are those of NVIDIA's cudnn-frontend for the backward pass."""
+    assert choose_kernel(target, head_dim=head_dim, length=length, dtype=dtype, **more) == expected
+
+
+def test_targets() -> None:
+    assert [attention_target(name) for name in ("cpu", "gpu", "cuda", "tpu")] == [AttentionTarget(), AMPERE, AMPERE, TPU]
+    assert attention_target(HOPPER) is HOPPER
+    assert attention_target() == attention_target(jax.default_backend()) or jax.default_backend() == "gpu"
+
+
+# (length, window, cap, whether there are segments, head size, dtype)
+TILED = {
+    "segments": (201, None, None, True, 16, "float32"),
+    "window and cap": (130, 70, 5.0, False, 24, "float32"),
+    "64": (64, None, None, False, 64, "float32"),
+    "1000": (1000, 100, None, True, 80, "float32"),
+    "1001": (1001, None, 50.0, True, 256, "float32"),
+    "bfloat16": (1001, 200, None, True, 128, "bfloat16"),
+}
+
+
+@pytest.mark.parametrize("case", tiered(TILED, quick=("segments", "window and cap")))
+def test_tiles(case: str) -> None:
+    """Values and gradients of the tiled attention against the textbook's formula by autodiff, by the norm of the difference:
+    1e-5 in float32, 4e-3 in bfloat16, whose values have 8 bits."""
+    length, window, cap, segmented, head_dim, dtype = TILED[case]
+    draws = np.random.default_rng(length)
+    shapes = ((1, length, heads, head_dim) for heads in (4, 2, 2))
+    rounded = tuple(jnp.asarray(draws.standard_normal(shape, np.float32), dtype) for shape in shapes)
+    ids = jnp.asarray(np.sort(draws.integers(1, 4, (1, length)), axis=1).astype(np.int32)) if segmented else None
+    rows, columns = np.arange(length)[:, None], np.arange(length)
+    seen = (columns <= rows) & (columns > rows - (window or length))
+    mask = jnp.asarray(seen[None]) if ids is None else seen & ((ids[:, :, None] == ids[:, None]) | (columns < 3))
+
+    def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+        scores = head_dim**-0.5 * jnp.einsum("bthd,bshd->bhts", q, k)
+        scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+        return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf)), v)
+
+    def tiled(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        visible = Mask(CausalRows(window, 0 if ids is None else 3), ids)
+        largest = 64 if length < 256 else 256
+        return tiled_attention(q, k, v, visible, scale=head_dim**-0.5, cap=cap, largest_tile=largest)
+
+    out, gradients = value_and_pullback(tiled, rounded, lambda out: jnp.sin(out.astype(jnp.float32)).astype(out.dtype))
+    back = jnp.sin(out.astype(jnp.float32)).astype(dtype).astype(jnp.float32)
+    exact = tuple(x.astype(jnp.float32) for x in rounded)
+    expected, expected_gradients = value_and_pullback(plain, exact, lambda _: back)
+    for a, b in zip((out, *gradients), (expected, *expected_gradients), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.linalg.norm(a - b) <= (1e-5 if dtype == "float32" else 4e-3) * np.linalg.norm(b)
+
+
+def test_long_rows_take_linear_memory() -> None:
+    """No array of the program, forward or backward, is larger than the queries or the scores of a tile."""
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return causal_attention(q, k, v, cap=2.0, target=HOPPER).sum()
+
+    q = jax.ShapeDtypeStruct((1, 8192, 2, 64), jnp.float32)
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, q, q).as_text()
+    sizes = [math.prod(map(int, dims.split("x"))) for dims in re.findall(r"tensor<((?:\d+x)*\d+)x[a-z]+\d+>", text)]
+    assert max(sizes) == 2 * 8192 * 64
+    assert scores_at_once(8192, HOPPER) == (512, 512)
+
+
+@pytest.mark.parametrize("before", [None, 30])
+def test_tiles_with_a_bias_of_distances(before: int | None) -> None:
+    """The values and gradients of the same bias and mask, spread out over all queries and keys."""
+    draws = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(draws.standard_normal((2, length, 4, 8), np.float32)) for length in (100, 130, 130))
+    bias, keys = jnp.asarray(draws.standard_normal((4, 229), np.float32)), jnp.asarray(draws.random((2, 130)) < 0.7)
+    keys = keys.at[:, 0].set(True)
+    rows, columns = np.arange(100)[:, None], np.arange(130)
+    mask = keys[:, None] & jnp.asarray(columns <= rows + (130 if before is None else before))
+
+    def dense(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return biased_attention(q, k, v, mask, bias[:, columns - rows + 99], scale=0.3)
+
+    def tiled(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return tiled_attention(q, k, v, Mask(KeyRows(before), keys), scale=0.3, distance_bias=bias, largest_tile=64)
+
+    def short(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return relative_attention(q, k, v, keys, bias, scale=0.3, before=before)
+
+    out, expected = value_and_pullback(dense, (q, k, v), jnp.sin)
+    for function in (tiled, short):
+        found, gradients = value_and_pullback(function, (q, k, v), lambda _: jnp.sin(out))
+        for a, b in zip((found, *gradients), (out, *expected), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)

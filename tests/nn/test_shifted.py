@@ -11,7 +11,7 @@ from flax import nnx
 
 from qlora_jax.models import CausalLM
 from qlora_jax.models.llama import llama_config
-from qlora_jax.nn import causal_attention, shifted_group_attention
+from qlora_jax.nn import AttentionTarget, causal_attention, shifted_group_attention
 from qlora_jax.train import language_model_loss
 
 CONFIG: dict[str, Any] = {
@@ -150,7 +150,7 @@ def test_flash_kernels_take_the_groups(packed: bool) -> None:
     ids = jax.ShapeDtypeStruct((2, 1024), jnp.int32)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
-        out = shifted_group_attention(q, k, v, 4, segment_ids=ids if packed else None, implementation="splash")
+        out = shifted_group_attention(q, k, v, 4, segment_ids=ids if packed else None, target=AttentionTarget("tpu"))
         return out.astype(jnp.float32).sum()
 
     text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, kv, kv, ids).lower(lowering_platforms=("tpu",)).as_text()

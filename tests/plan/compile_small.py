@@ -33,6 +33,19 @@ def one_product(machine):
     return compile_program(jax.jit(lambda x: jax.nn.silu(x @ x)), (x,), machine)
 
 
+def stack_traffic(machine):
+    """(bytes that a loop over a stack of matrices moves, bytes of the stack, bytes of one matrix)."""
+    whole = NamedSharding(machine_mesh(machine), P())
+    stack = jax.ShapeDtypeStruct((16, 1024, 2048), jnp.float32, sharding=whole)
+    x = jax.ShapeDtypeStruct((2048, 1024), jnp.float32, sharding=whole)
+
+    def loop(x, stack):
+        return jax.lax.fori_loop(0, 16, lambda i, x: jnp.tanh(x + stack[i].T), x)
+
+    program = compile_program(jax.jit(loop), (x, stack), machine)
+    return program.traffic, 4 * math.prod(stack.shape), 4 * math.prod(x.shape)
+
+
 def of(plan):
     program = plan.program
     values = dataclasses.asdict(dataclasses.replace(plan, program=dataclasses.replace(program, text="")))
@@ -106,11 +119,14 @@ def last_use(body, name):
     return last
 
 
-def main(platform, products_alone):
+def main(platform, what):
     result = {}
+    if what == "--traffic":
+        print(json.dumps(stack_traffic(machine_named("h100" if platform == "cuda" else "v5e"))))
+        return
     kinds = [name for name, device in DEVICES.items() if device.platform == platform]
     result["products"] = {name: one_product(machine_named(name)).flops for name in kinds}  # of all of them, or an error
-    if products_alone:
+    if what == "--products":
         print(json.dumps(result))
         return
     if platform == "cuda":
@@ -139,4 +155,4 @@ def main(platform, products_alone):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], "--products" in sys.argv)
+    main(*sys.argv[1:], *([""] * (3 - len(sys.argv))))

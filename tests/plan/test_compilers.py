@@ -52,12 +52,21 @@ def test_a_product_for_each_device(platform: str, devices: tuple[str, ...]) -> N
     assert compiled(platform, "--products")["products"] == dict.fromkeys(devices, 2 * 128**3)
 
 
+@pytest.mark.integration
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_a_loop_over_a_stack_moves_the_stack_once(platform: str) -> None:
+    """By hand: every matrix is read once; the sum is at most read, transposed and written in each of 16 iterations."""
+    traffic, stack, matrix = compiled(platform, "--traffic")
+    assert stack <= traffic <= stack + (16 * 4 + 4) * matrix
+
+
 def check_arguments(plan: dict[str, Any]) -> None:
     program = plan["program"]
     arguments = plan["packed_weights"] + plan["dense_weights"] + plan["adapter"] + plan["optimizer"]
     assert 0 <= program["arguments"] - arguments <= SLACK
     assert program["aliased"] >= plan["adapter"] + plan["optimizer"]  # the old state is donated
-    assert plan["peak"] == program["arguments"] + program["temporaries"] + program["outputs"] - program["aliased"]
+    in_program = program["arguments"] + program["temporaries"] + program["outputs"] - program["aliased"]
+    assert plan["peak"] == in_program + program["added_workspace"]
     assert 3 in plan["loops"]  # over the layers
 
 
@@ -68,6 +77,8 @@ def test_a_step_for_gpu(cuda: Any) -> None:
     assert plan["optimizer"] == 0
     assert plan["host_optimizer"] == 2 * plan["adapter"] + 3 * 8  # two moments; counters of rule and schedule of each layer
     assert abs(plan["program"]["host_arguments"] - plan["host_optimizer"]) <= SLACK
+    assert plan["program"]["workspace"] == 4 * 128 * (64 + 1) * 4  # heads, tokens, features of a head: in the temporaries
+    assert plan["program"]["added_workspace"] == 0
 
 
 @pytest.mark.integration
@@ -76,6 +87,7 @@ def test_four_devices_share_the_frozen_weights(cuda: Any) -> None:
     check_arguments(four)
     assert four["adapter"] == one["adapter"]
     assert four["packed_weights"] == pytest.approx(one["packed_weights"] / 4, rel=0.01)
+    assert four["program"]["added_workspace"] == one["program"]["workspace"]  # on top of the others
     assert four["program"]["flops"] == pytest.approx(one["program"]["flops"], rel=0.01)  # of each device
     assert one["copied_stacks"] == four["copied_stacks"] == 0  # gathered layer by layer where they lie
 

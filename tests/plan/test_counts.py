@@ -10,6 +10,7 @@ from qlora_jax.models.llama import llama_config
 from qlora_jax.peft import LoRA
 from qlora_jax.plan.flops import count_flops
 from qlora_jax.plan.hlo import parse_program
+from qlora_jax.quant import quantize
 from qlora_jax.train import BatchSpec, StepSpec, build_step, language_model_objective, train_step
 
 
@@ -170,3 +171,148 @@ def test_a_slice_brought_near_is_read_as_a_slice() -> None:
         "}\n"
     )
     assert program.traffic() == 2 * 64
+
+
+def stack_program(result: str, body: str) -> str:
+    """A fusion of a stack `[8, 16, 16]` of 8 KiB and an index, whose body makes `result` of `%p` and `%i`."""
+    return (
+        "%copies (c: f32[8,16,16]) -> f32[8,16,16] {\n"
+        "  %c = f32[8,16,16]{2,1,0} parameter(0)\n"
+        "  ROOT %copied = f32[8,16,16]{1,2,0} copy(%c)\n"
+        "}\n"
+        "%two (t: f32[8,16,16]) -> (f32[8,16,16], f32[8]) {\n"
+        "  %t = f32[8,16,16]{2,1,0} parameter(0)\n"
+        "  %n = f32[8,16,16]{2,1,0} negate(%t)\n"
+        "  %r = f32[8]{0} reduce(%t, %z), dimensions={1,2}, to_apply=%add\n"
+        "  ROOT %pair = (f32[8,16,16]{2,1,0}, f32[8]{0}) tuple(%n, %r)\n"
+        "}\n"
+        f"%outer (p: f32[8,16,16], i: s32[]) -> {result} {{\n"
+        "  %p = f32[8,16,16]{2,1,0} parameter(0)\n"
+        "  %i = s32[] parameter(1)\n"
+        f"{body}"
+        "}\n"
+        f"ENTRY %main (x: f32[8,16,16], k: s32[]) -> {result} {{\n"
+        "  %x = f32[8,16,16]{2,1,0} parameter(0)\n"
+        "  %k = s32[] parameter(1)\n"
+        f"  ROOT %o = {result} fusion(%x, %k), kind=kLoop, calls=%outer\n"
+        "}\n"
+    )
+
+
+ONE, ALL = 16 * 16 * 4, 8 * 16 * 16 * 4
+SLICE = "dynamic_slice_sizes={1,16,16}"
+
+
+@pytest.mark.parametrize(
+    ("result", "body", "expected"),
+    [
+        pytest.param(
+            "f32[1,16,16]",
+            "  %f = f32[8,16,16]{1,2,0} fusion(%p), kind=kLoop, calls=%copies\n"
+            f"  ROOT %s = f32[1,16,16]{{1,2,0}} dynamic-slice(%f, %i, %i, %i), {SLICE}\n",
+            ONE + 4 + ONE,
+            id="a copy of the stack in a fusion of its own, sliced later",
+        ),
+        pytest.param(
+            "f32[16,16]",
+            "  %f = f32[8,16,16]{1,2,0} fusion(%p), kind=kLoop, calls=%copies\n"
+            f"  %s = f32[1,16,16]{{1,2,0}} dynamic-slice(%f, %i, %i, %i), {SLICE}\n"
+            "  %b = f32[16,16]{1,0} bitcast(%s)\n"
+            "  ROOT %e = f32[16,16]{1,0} exponential(%b)\n",
+            ONE + 4 + ONE,
+            id="the same with elementwise work behind the slice",
+        ),
+        pytest.param(
+            "f32[1,16,16]",
+            "  %n = f32[8,16,16]{2,1,0} negate(%p)\n"
+            f"  ROOT %s = f32[1,16,16]{{2,1,0}} dynamic-slice(%n, %i, %i, %i), {SLICE}\n",
+            ONE + 4 + ONE,
+            id="elementwise work before the slice",
+        ),
+        pytest.param(
+            "f32[1,16,16]",
+            "  %f = (f32[8,16,16]{2,1,0}, f32[8]{0}) fusion(%p), kind=kLoop, calls=%two\n"
+            "  %g = f32[8,16,16]{2,1,0} get-tuple-element(%f), index=0\n"
+            f"  ROOT %s = f32[1,16,16]{{2,1,0}} dynamic-slice(%g, %i, %i, %i), {SLICE}\n",
+            ONE + 4 + ONE,
+            id="one of two results, sliced",
+        ),
+        pytest.param(
+            "f32[16,16]",
+            "  %z = f32[] constant(0)\n  ROOT %r = f32[16,16]{1,0} reduce(%p, %z), dimensions={0}, to_apply=%add\n",
+            ALL + ONE,
+            id="a sum over the stack reads all of it",
+        ),
+        pytest.param(
+            "f32[8,16,16]",
+            "  %q = f32[1,16,16]{2,1,0} broadcast(%i), dimensions={}\n"
+            "  %u = f32[8,16,16]{2,1,0} dynamic-update-slice(%p, %q, %i, %i, %i)\n"
+            "  ROOT %c = f32[8,16,16]{2,1,0} bitcast(%u)\n",
+            4 + ONE,
+            id="an update in place writes the slice and reads nothing of the stack",
+        ),
+        pytest.param(
+            "f32[8,16,16]",
+            "  %q = f32[1,16,16]{2,1,0} broadcast(%i), dimensions={}\n"
+            "  %u = f32[8,16,16]{2,1,0} dynamic-update-slice(%p, %q, %i, %i, %i)\n"
+            "  ROOT %c = f32[8,16,16]{2,1,0} negate(%u)\n",
+            ALL + 4 + ALL,
+            id="an update in the middle does not",
+        ),
+        pytest.param(
+            "f32[16,16]",
+            "  %b = f32[128,16]{1,0} bitcast(%p)\n"
+            "  ROOT %d = f32[16,16]{1,0} dot(%b, %b), lhs_contracting_dims={0}, rhs_contracting_dims={0}\n",
+            ALL + ONE,
+            id="a product reads all of it",
+        ),
+    ],
+)
+def test_a_fusion_reads_what_its_results_need(result: str, body: str, expected: int) -> None:
+    assert parse_program(stack_program(result, body)).traffic() == expected
+
+
+def test_an_update_within_a_fusion_within_a_fusion_writes_the_slice() -> None:
+    program = parse_program(
+        "%inner (p: f32[8,16], v: f32[1,16], i: s32[]) -> f32[8,16] {\n"
+        "  %p = f32[8,16]{1,0} parameter(0)\n"
+        "  %v = f32[1,16]{1,0} parameter(1)\n"
+        "  %i = s32[] parameter(2)\n"
+        "  ROOT %u = f32[8,16]{1,0} dynamic-update-slice(%p, %v, %i, %i)\n"
+        "}\n"
+        "%outer (q: f32[8,16], w: f32[1,16], j: s32[]) -> f32[8,16] {\n"
+        "  %q = f32[8,16]{1,0} parameter(0)\n"
+        "  %w = f32[1,16]{1,0} parameter(1)\n"
+        "  %j = s32[] parameter(2)\n"
+        "  ROOT %f = f32[8,16]{1,0} fusion(%q, %w, %j), kind=kLoop, calls=%inner\n"
+        "}\n"
+        "ENTRY %main (x: f32[8,16], y: f32[1,16], k: s32[]) -> f32[8,16] {\n"
+        "  %x = f32[8,16]{1,0} parameter(0)\n"
+        "  %y = f32[1,16]{1,0} parameter(1)\n"
+        "  %k = s32[] parameter(2)\n"
+        "  ROOT %o = f32[8,16]{1,0} fusion(%x, %y, %k), kind=kLoop, calls=%outer\n"
+        "}\n"
+    )
+    assert program.traffic() == 64 + 4 + 64
+
+
+def test_expected_cycles_count_as_often_as_a_loop_runs() -> None:
+    cycles = 'backend_config={"flag_configs":[],"estimated_cycles":"100"}'
+    kernel = '  %kernel = f32[1,16,16]{2,1,0} custom-call(%one), custom_call_target="tpu_custom_call"\n'
+    text = PROGRAM.replace("calls=%fused_slice", f"calls=%fused_slice, {cycles}")
+    text = text.replace("  ROOT %next =", f"{kernel}  ROOT %next =")
+    program = parse_program(text)
+    assert program.cycles() == 8 * 100
+    assert program.unknown_kernels() == 8
+    assert parse_program(PROGRAM).cycles() is None
+
+
+@pytest.mark.parametrize("kernel", ["tpu.matmul", "tpu.matmul_transposed", "gpu.matmul"])
+def test_products_of_4_bit_kernels_are_counted(kernel: str) -> None:
+    from qlora_jax.quant import kernels
+
+    module, name = kernel.split(".")
+    function = getattr(getattr(kernels, module), name)
+    w = jax.eval_shape(quantize, jax.ShapeDtypeStruct((512, 256), jnp.float32))
+    x = jax.ShapeDtypeStruct((24, 256 if "transposed" in name else 512), jnp.bfloat16)
+    assert count_flops(jax.make_jaxpr(function)(x, w)) == 2 * 24 * 512 * 256

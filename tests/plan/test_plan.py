@@ -1,5 +1,6 @@
 """plan/: the arithmetic of bytes, the steps that are planned, the reports and the table of sizes."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -45,6 +46,7 @@ PARAMETERS = {
     "llama-3-70b": 70.554,
     "llama-3.1-8b": 8.030,
     "llama-3.1-70b": 70.554,
+    "llama-3.3-70b": 70.554,
     "llama-3.2-1b": 1.236,
     "llama-3.2-3b": 3.213,
     "qwen3-8b": 8.191,
@@ -74,7 +76,18 @@ def test_weights_are_counted_by_kind() -> None:
 def test_peak_counts_donated_outputs_once() -> None:
     program = Program(100, 30, 25, 50, 7, 2, 0.0, 0, 0.0)
     assert program.peak == 100 + 50 + 30 - 25
+    assert dataclasses.replace(program, workspace=9, added_workspace=4).peak == 100 + 50 + 30 - 25 + 4
     assert program.host_peak == 9
+
+
+def test_only_steps_with_host_memory_on_a_gpu_have_options_of_the_compiler() -> None:
+    """XLA for GPUs counts host memory as the device's, and would recompute what fits."""
+    spec = StepSpec(MODEL, language_model_objective(), BATCH)
+    on_host = changed(spec, optimizer={"host_optimizer": True}), changed(spec, model={"remat": "offload"})
+    for one in on_host:
+        assert build_step(one, platform="cuda").compiler_options.keys() == {"xla_gpu_memory_limit_slop_factor"}
+        assert one.compiler_options("tpu") == one.compiler_options("cpu") == {}
+    assert spec.compiler_options("cuda") == {}
 
 
 def test_a_packed_batch_carries_segments() -> None:

@@ -1,5 +1,6 @@
 """The TPU kernels in interpret mode, against float64 products with the matrix that the codes stand for."""
 
+import re
 from typing import Any
 
 import jax
@@ -80,14 +81,23 @@ def test_what_no_kernel_takes_falls_back_or_is_refused(shape: Any, block_size: i
 
 
 @pytest.mark.parametrize(
-    ("count", "implementation", "called"), [(64, "auto", 1), (65, "auto", 0), (2, "xla", 0), (200, "pallas", 1)]
+    ("count", "implementation", "called"),
+    [
+        (64, "auto", ["matmul_4bit"]),
+        (65, "auto", ["dequantize_4bit"]),
+        (2, "xla", []),
+        (65, "xla", []),
+        (200, "pallas", ["matmul_4bit"]),
+    ],
 )
-def test_the_kernel_is_lowered_for_few_rows_on_a_tpu(count: int, implementation: Any, called: int) -> None:
+def test_the_kernel_is_lowered_by_the_number_of_rows_on_a_tpu(count: int, implementation: Any, called: list[str]) -> None:
     q = jax.eval_shape(quantize, jax.ShapeDtypeStruct((256, 128), jnp.float32))
     x = jax.ShapeDtypeStruct((count, 256), jnp.bfloat16)
     with tracing_for("every"):
         traced = jax.jit(lambda x, q: matmul(x, q, implementation=implementation)).trace(x, q)
-    assert traced.lower(lowering_platforms=("tpu",)).as_text().count("custom_call @tpu_custom_call") == called
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("custom_call @tpu_custom_call") == len(called)
+    assert re.findall(r'kernel_name = "(\w+)"', text) == called
     assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 

@@ -148,6 +148,8 @@ def test_closed_it_begins_no_more_programs() -> None:
     hold = threading.Event()
 
     class Waiting:
+        residuals_on_host = False
+
         def abstract(self, platform: str | None = None) -> Any:
             hold.wait(60)
             return nnx.eval_shape(make)

@@ -15,6 +15,7 @@ from qlora_jax.checkpoint.gguf.architectures import ARCHITECTURES
 from qlora_jax.checkpoint.gguf.header import Header
 from qlora_jax.checkpoint.gguf.metadata import Metadata
 from qlora_jax.checkpoint.gguf.values import read_values
+from qlora_jax.errors import shortened
 
 __all__ = ["ROPE_TENSORS", "read_config"]
 
@@ -32,10 +33,12 @@ def read_config(header: Header, problems: list[str]) -> dict[str, Any]:
     """Return the config.json of a file; an empty one after adding everything that is wrong with the file to `problems`."""
     architecture = header.metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-        problems.append(f"general.architecture: expected one of {', '.join(ARCHITECTURES)}; found {architecture!r}.")
+        problems.append(
+            f"general.architecture: expected one of {', '.join(ARCHITECTURES)}; found {shortened(architecture)}."
+        )
         return {}
     if (kind := header.metadata.get("general.type", "model")) != "model":
-        problems.append(f"general.type: expected 'model', found {kind!r}.")
+        problems.append(f"general.type: expected 'model', found {shortened(kind)}.")
         return {}
     metadata = Metadata(header, architecture, problems)
     if metadata.count("expert_count", 0, least=0) > 0:
@@ -192,7 +195,7 @@ def _rope(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
             return rope | {"rope_type": "linear", "factor": float(metadata.number("rope.scaling.factor", old))}
         case "yarn":
             return rope | _yarn(metadata)
-    metadata.problem("rope.scaling.type", f"expected none, linear or yarn, found {kind!r}.")
+    metadata.problem("rope.scaling.type", f"expected none, linear or yarn, found {shortened(kind)}.")
     return rope
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from qlora_jax.checkpoint.files import check_regular
-from qlora_jax.errors import CheckpointError, list_names
+from qlora_jax.errors import CheckpointError, list_names, shortened
 
 __all__ = ["Header", "StoredTensor", "part_names", "read_header"]
 
@@ -47,6 +47,7 @@ STRING, ARRAY = 8, 9
 # The bytes of the smallest values: counts are compared with the size of the file before anything is read.
 SMALLEST_STRING, SMALLEST_ARRAY, SMALLEST_ENTRY, SMALLEST_TENSOR = 8, 12, 13, 24
 DEEPEST, MOST_DIMENSIONS, MOST_PARTS = 2, 4, 10_000  # arrays in arrays, sizes of a tensor, parts of a split file
+MOST_ENTRIES, MOST_TENSORS, MOST_VALUES, MOST_TEXT = 2**16, 2**20, 2**23, 2**26  # values of an array, bytes of a text
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 
 
@@ -130,35 +131,39 @@ def _read_file(path: Path) -> Header:
             what = f"version {swapped}, big endian" if swapped in VERSIONS else f"version {version}"
             raise CheckpointError(f"{path}: expected GGUF version 2 or 3, little endian; found {what}.")
         tensor_count, entry_count = parser.scalar("Q"), parser.scalar("Q")
-        parser.check_count(entry_count, SMALLEST_ENTRY)
-        parser.check_count(tensor_count, SMALLEST_TENSOR)
+        parser.check_count(entry_count, SMALLEST_ENTRY, MOST_ENTRIES)
+        parser.check_count(tensor_count, SMALLEST_TENSOR, MOST_TENSORS)
         metadata: dict[str, Any] = {}
         for _ in range(entry_count):
             key = parser.string()
             if key in metadata:
-                raise CheckpointError(f"{path}: is damaged within its header: the entry {key!r} occurs twice.")
+                raise CheckpointError(f"{path}: is damaged within its header: the entry {shortened(key, 200)} occurs twice.")
             metadata[key] = parser.value(parser.scalar("I"))
         table = [parser.tensor() for _ in range(tensor_count)]
         end = file.tell()
 
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:
-        raise CheckpointError(f"{path}: expected general.alignment to be a positive number, found {alignment!r}.")
+        raise CheckpointError(f"{path}: expected general.alignment to be a positive number, found {shortened(alignment)}.")
     start = -(-end // alignment) * alignment
     tensors: dict[str, StoredTensor] = {}
     problems: list[str] = []
     for name, shape, code, offset in table:
         if name in tensors:
-            problems.append(f"tensor {name!r} occurs twice.")
+            problems.append(f"tensor {shortened(name)} occurs twice.")
             continue
         try:
             storage = GGMLQuantizationType(code)
         except ValueError:
-            problems.append(f"tensor {name!r}: has storage type {code}, which the installed gguf package does not know.")
+            problems.append(
+                f"tensor {shortened(name)}: has storage type {code}, which the installed gguf package does not know."
+            )
             continue
         block, block_bytes = GGML_QUANT_SIZES[storage]
         if not shape or 0 in shape or shape[-1] % block:
-            problems.append(f"tensor {name!r}: expected rows of whole {storage.name} blocks ({block}), found {list(shape)}.")
+            problems.append(
+                f"tensor {shortened(name)}: expected rows of whole {storage.name} blocks ({block}), found {list(shape)}."
+            )
             continue
         tensors[name] = StoredTensor(storage, shape, start + offset, math.prod(shape) // block * block_bytes, path)
     problems += _overlapping(tensors)
@@ -171,8 +176,8 @@ def _overlapping(tensors: dict[str, StoredTensor]) -> list[str]:
     """Return the problems of tensors whose bytes belong to another tensor too."""
     ordered = sorted(tensors.items(), key=lambda item: item[1].offset)
     return [
-        f"tensor {second!r}: expected it after {first!r}, which ends at byte {before.offset + before.size:,}, found it at "
-        f"{after.offset:,}."
+        f"tensor {shortened(second)}: expected it after {shortened(first)}, which ends at byte "
+        f"{before.offset + before.size:,}, found it at {after.offset:,}."
         for (first, before), (second, after) in itertools.pairwise(ordered)
         if after.offset < before.offset + before.size
     ]
@@ -194,9 +199,15 @@ class _Parser:
             )
         return self.file.read(count)
 
-    def check_count(self, count: int, smallest: int) -> None:
-        """Raise CheckpointError where the rest of the file has no room for so many values of at least `smallest` bytes."""
+    def check_count(self, count: int, smallest: int, most: int = MOST_VALUES) -> None:
+        """Raise CheckpointError where the rest of the file has no room for so many values of at least `smallest` bytes, or
+        where there are more than a header has."""
         at = self.file.tell()
+        if count > most:
+            raise CheckpointError(
+                f"{self.path}: is damaged within its header: expected at most {most:,} values after offset {at:,}, found "
+                f"{count:,}."
+            )
         if count * smallest > self.size - at:
             raise CheckpointError(
                 f"{self.path}: is truncated or damaged within its header: expected {count:,} values after offset {at:,}, "
@@ -207,7 +218,9 @@ class _Parser:
         return struct.unpack("<" + code, self.bytes(struct.calcsize(code)))[0]
 
     def string(self) -> str:
-        text = self.bytes(self.scalar("Q"))
+        length = self.scalar("Q")
+        self.check_count(length, 1, MOST_TEXT)
+        text = self.bytes(length)
         try:
             return text.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -222,6 +235,7 @@ class _Parser:
         if kind == ARRAY and depth < DEEPEST:
             element, length = self.scalar("I"), self.scalar("Q")
             if element in SCALARS:
+                self.check_count(length, 1)
                 return self.numbers(element, length).tolist()
             self.check_count(length, SMALLEST_STRING if element == STRING else SMALLEST_ARRAY)
             return [self.value(element, depth + 1) for _ in range(length)]
@@ -240,8 +254,8 @@ class _Parser:
         name, dimensions = self.string(), self.scalar("I")
         if dimensions > MOST_DIMENSIONS:
             raise CheckpointError(
-                f"{self.path}: is damaged within its header: tensor {name!r}: expected at most {MOST_DIMENSIONS} sizes, "
-                f"found {dimensions}."
+                f"{self.path}: is damaged within its header: tensor {shortened(name)}: expected at most {MOST_DIMENSIONS} "
+                f"sizes, found {dimensions}."
             )
         sizes = [self.scalar("Q") for _ in range(dimensions)]
         return name, tuple(reversed(sizes)), self.scalar("I"), self.scalar("Q")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_jax.checkpoint.gguf.header import Header
+from qlora_jax.errors import shortened
 
 __all__ = ["Metadata"]
 
@@ -65,7 +66,7 @@ class Metadata:
         for name, value in self.header.metadata.items():
             key = name.removeprefix(f"{self.architecture}.")
             if key != name and name not in self.known and not _changes_nothing(key, value, without):
-                text = f"{value!r}" if not isinstance(value, list) else f"{len(value)} values"
+                text = f"{shortened(value)}" if not isinstance(value, list) else f"{len(value)} values"
                 self.problems.append(f"metadata {name}: expected none of this name, found {text}.")
 
     def has(self, *parts: str) -> bool:
@@ -76,7 +77,7 @@ class Metadata:
 def _described(value: object) -> str:
     if value is None:
         return "nothing"
-    return f"{value!r}" if type(value) in (int, float) else f"a {type(value).__name__}"
+    return f"{shortened(value)}" if type(value) in (int, float) else f"a {type(value).__name__}"
 
 
 def _changes_nothing(key: str, value: Any, without: Mapping[str, Any]) -> bool:

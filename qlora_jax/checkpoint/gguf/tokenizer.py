@@ -28,7 +28,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from qlora_jax.checkpoint.gguf.header import read_header
 from qlora_jax.checkpoint.gguf.splits import OTHER_KINDS, SPLITS, Split, pre_tokenizer
 from qlora_jax.checkpoint.gguf.vocabulary import conclude_eos, conclude_pre, warn_of_ends
-from qlora_jax.errors import CheckpointError
+from qlora_jax.errors import CheckpointError, shortened
 
 if TYPE_CHECKING:  # imported where it is used: transformers takes a second, and PyTorch with it where that is installed
     from transformers import PreTrainedTokenizerFast
@@ -136,13 +136,13 @@ def _check_metadata(path: Path, facts: Mapping[str, Any]) -> None:
     if model not in ("gpt2", "llama"):
         raise CheckpointError(
             f"{path}: tokenizer.ggml.model: expected 'gpt2' (byte-level BPE) or 'llama' (SentencePiece's BPE), found "
-            f"{model!r}. Take the tokenizer from the Hugging Face folder or hub id of the model instead."
+            f"{shortened(model)}. Take the tokenizer from the Hugging Face folder or hub id of the model instead."
         )
     problems: list[str] = []
     if model == "gpt2" and pre is not None and (not isinstance(pre, str) or pre in OTHER_KINDS):
         problems.append(
             "tokenizer.ggml.pre: expected the name of a pre-tokenizer of byte-level BPE, such as llama-bpe, qwen2 or gpt-2; "
-            f"found {pre!r}."
+            f"found {shortened(pre)}."
         )
     kinds: dict[str, tuple[type | tuple[type, ...], str]] = {"tokens": (str, "strings")}
     kinds["token_type"] = (int, "numbers")
@@ -159,14 +159,14 @@ def _check_metadata(path: Path, facts: Mapping[str, Any]) -> None:
         if (distinct := len(set(facts["tokens"]))) != count:
             problems.append(f"tokenizer.ggml.tokens: expected {count} different tokens, found {distinct}.")
         if bad := [merge for merge in facts.get("merges", []) if merge.count(" ") != 1 and model == "gpt2"]:
-            problems.append(f"tokenizer.ggml.merges: expected pairs, found {bad[0]!r} and {len(bad) - 1} more.")
+            problems.append(f"tokenizer.ggml.merges: expected pairs, found {shortened(bad[0])} and {len(bad) - 1} more.")
         for key in ("token_type", "scores"):
             if isinstance(facts.get(key), list) and (given := len(facts.get(key, facts["tokens"]))) != count:
                 problems.append(f"tokenizer.ggml.{key}: expected {count}, one for each token, found {given}.")
         for key in ("bos", "eos", "unknown", "padding"):
             index = facts.get(f"{key}_token_id", 0)
             if type(index) is not int or not 0 <= index < count:
-                problems.append(f"tokenizer.ggml.{key}_token_id: expected a number below {count}, found {index!r}.")
+                problems.append(f"tokenizer.ggml.{key}_token_id: expected a number below {count}, found {shortened(index)}.")
     if problems:
         raise CheckpointError.of(path, problems)
 

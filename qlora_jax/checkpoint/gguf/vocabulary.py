@@ -22,7 +22,7 @@ from tokenizers import pre_tokenizers
 from qlora_jax.checkpoint.gguf.splits import named_pre_tokenizer
 from qlora_jax.errors import CheckpointError
 
-__all__ = ["conclude_eos", "conclude_pre", "end_ids", "warn_of_ends"]
+__all__ = ["TURN_NAMES", "conclude_eos", "conclude_pre", "end_ids", "warn_of_ends"]
 
 TURN_NAMES = (
     "<|eot_id|>",

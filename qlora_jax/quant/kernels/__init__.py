@@ -1,7 +1,8 @@
 """Kernels for products with 4-bit matrices, which read only packed bytes from memory, and the choice of a kernel.
 
-    tpu.py      Pallas (Mosaic TPU): any number of rows, and the gradient with respect to x
-    gpu.py      Pallas (Triton): few rows, on NVIDIA GPUs with compute capability 8.0 or higher
+    tpu.py              Pallas (Mosaic TPU): any number of rows, and the gradient with respect to x
+    tpu_dequantize.py   Pallas (Mosaic TPU): the dense matrix, for products of many rows, which XLA computes
+    gpu.py              Pallas (Triton): few rows, on NVIDIA GPUs with compute capability 8.0 or higher
 
 A kernel takes one matrix, or a stack of matrices with the index of one (`StackedTensor`). XLA computes all other products.
 """
@@ -13,10 +14,11 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from qlora_jax.quant.kernels import tpu
+from qlora_jax.quant.kernels import tpu, tpu_dequantize
 from qlora_jax.quant.stacked import StackedTensor
 from qlora_jax.quant.targets import by_platform
 from qlora_jax.quant.tensor import QuantizedTensor
@@ -72,12 +74,33 @@ def matmul_transposed(dy: Array, w: Packed, *, otherwise: Otherwise) -> Array:
 def matmul_where_chosen(x: Array, w: Packed, *, otherwise: Otherwise) -> Array:
     """Return x times W by the kernel, or by `otherwise` if the platform has no kernel or its compiler rejects it."""
     kernels = _kernels(w, x.dtype)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (x, *_parts(w)))
-    leaves, tree = jax.tree.flatten(shapes)
     kernel = kernels.get(_platform())
-    if kernel is not None and not _compiles(kernel, tuple(leaves), tree):
+    if kernel is not None and not _compiles(kernel, *_shapes(x, *_parts(w))):
         return otherwise(x, w)
     return by_platform(x, *_parts(w), **kernels, default=_of_parts(otherwise))
+
+
+def dequantizer(w: Packed, dtype: DTypeLike) -> Callable[[Packed], Array] | None:
+    """Return the function by which TPUs dequantise a matrix like w to `[in, out]`.
+
+    None if the kernel does not support the matrix or, where a TPU is attached, if its compiler rejects the kernel.
+    """
+    kernel = _dequantizer(jnp.dtype(dtype))
+    if tpu_dequantize.unsupported_reason(_parts(w)[0], dtype) is not None:
+        return None
+    if _platform() == "tpu" and not _compiles(kernel, *_shapes(*_parts(w))):
+        return None
+    return lambda w: kernel(*_parts(w))
+
+
+@functools.cache
+def _dequantizer(dtype: DTypeLike) -> Callable[[QuantizedTensor, Array | None], Array]:
+    return functools.partial(tpu_dequantize.dequantize, dtype=dtype)
+
+
+def _shapes(*arguments: Any) -> tuple[tuple[jax.ShapeDtypeStruct, ...], Any]:
+    leaves, tree = jax.tree.flatten(arguments)
+    return tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves), tree
 
 
 def _kernels(w: Packed, dtype: DTypeLike) -> dict[str, Callable[..., Array]]:

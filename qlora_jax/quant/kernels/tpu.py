@@ -11,12 +11,7 @@ half:
 A packed tile is dequantised once, at the first block of rows, and multiplied with all blocks of rows. If there is only one
 block of rows (decoding), the values go directly to the matrix unit, chunk by chunk.
 
-Looking a code up. A gather along the 8 sublanes of a register is one instruction of the vector unit (`vperm.slane`). The 16
-values of the codebook are in two registers of 8, and a lookup consists of two gathers by the code's low three bits and a
-select by its top bit. This takes 6.5 instructions per value including unpacking, compared with 23 for a tree of 15 selects.
-The values are exact float32.
-
-The scales of a tile of columns are computed once (tpu_scales.py).
+Codes are looked up as in tpu_lookup.py, and the scales of a tile of columns are computed once (tpu_scales.py).
 
 A stack of matrices `[layers, ...]` is passed to the kernel as a whole, with the index of the layer; the block specs select
 the layer. If XLA sliced the layer out first, the packed bytes would be read, written and read again.
@@ -33,8 +28,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from qlora_jax.quant.codebooks import DataType, codebook
 from qlora_jax.quant.kernels.operands import Static, stacked, static
+from qlora_jax.quant.kernels.tpu_lookup import lookup_tables, scaled_values
 from qlora_jax.quant.kernels.tpu_scales import scale_operands, write_scales
 from qlora_jax.quant.tensor import QuantizedTensor
 
@@ -77,7 +72,7 @@ def unsupported_reason(w: QuantizedTensor, dtype: DTypeLike) -> str | None:
 
 def matmul(x: Array, w: QuantizedTensor, layer: Array | None = None, *, interpret: Any = False) -> Array:
     """Return x `[M, in]` times W in the dtype of x; if `w` is a stack, `layer`, int32 scalar, is the index of the matrix."""
-    w, index = _in_hbm(w, layer, interpret)
+    w, index = in_hbm(w, layer, interpret)
     count, columns = x.shape[0], w.shape[-1]
     tiles = forward_tiles(count, w, x.dtype)
     inner = w.codes.shape[1]
@@ -109,7 +104,7 @@ def matmul(x: Array, w: QuantizedTensor, layer: Array | None = None, *, interpre
 
 def matmul_transposed(dy: Array, w: QuantizedTensor, layer: Array | None = None, *, interpret: Any = False) -> Array:
     """Return dy `[M, out]` times the transposed W in the dtype of dy."""
-    w, index = _in_hbm(w, layer, interpret)
+    w, index = in_hbm(w, layer, interpret)
     count, columns = dy.shape
     inner = w.codes.shape[1]
     tiles = gradient_tiles(count, w, dy.dtype)
@@ -174,7 +169,7 @@ def _forward_bytes(rows: int, tile: int, inner: int, width: int) -> int:
     return 2 * inner * tile + 2 * inner * tile * width + 4 * rows * inner * width + 8 * rows * tile
 
 
-def _in_hbm(w: QuantizedTensor, layer: Array | None, interpret: Any) -> tuple[QuantizedTensor, Array]:
+def in_hbm(w: QuantizedTensor, layer: Array | None, interpret: Any) -> tuple[QuantizedTensor, Array]:
     """Return the result of `stacked`, with a stack constrained to HBM.
 
     XLA does not know that the kernel reads only one layer of the stack. If the stack fits into vector memory, XLA would copy
@@ -184,40 +179,6 @@ def _in_hbm(w: QuantizedTensor, layer: Array | None, interpret: Any) -> tuple[Qu
         codes, scales = (pltpu.with_memory_space_constraint(leaf, pltpu.HBM) for leaf in (w.codes, w.scales))
         w = dataclasses.replace(w, codes=codes, scales=scales)
     return stacked(w, layer)
-
-
-def _tables(data_type: DataType, columns: int) -> tuple[Array, Array]:
-    """Return the values of the codes 0-7 and of the codes 8-15, float32 `[8, columns]` each, one value in each sublane."""
-    sublane = jax.lax.broadcasted_iota(jnp.int32, (8, columns), 0)
-    values = codebook(data_type)
-
-    def table(first: int) -> Array:
-        rows = jnp.full((8, columns), float(values[first]), jnp.float32)
-        for number in range(1, 8):
-            rows = jnp.where(sublane == number, float(values[first + number]), rows)
-        return rows
-
-    return table(0), table(8)
-
-
-def _values(codes: Array, scales: Any, first_scale: Any, at: Any, tables: tuple[Array, Array], w: Static) -> Array:
-    """Return the scaled float32 values of codes 0-15, int32 `[n, columns]`.
-
-    Their scales are in the columns `at` of the scratch buffer `scales`, from row `first_scale` on.
-    """
-    count, columns = codes.shape
-    grouped = codes.reshape(count // 8, 8, columns)
-    low, high = (
-        jnp.take_along_axis(jnp.broadcast_to(table, grouped.shape), grouped & 7, axis=1, mode="promise_in_bounds")
-        for table in tables
-    )
-    values = jnp.where(grouped >= 8, high, low).reshape(count, columns)
-    size = w.block_size
-    blocks = [
-        values[block * size : (block + 1) * size] * scales[pl.ds(first_scale + block, 1), at]
-        for block in range(count // size)
-    ]
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=0)
 
 
 def _dot(x: Array, w: Array, contract: tuple[int, int] = (1, 0)) -> Array:
@@ -237,14 +198,15 @@ def _forward(
     def unpacked(number: Any) -> tuple[Array, Array]:
         """Return the dequantised chunk with this number: the rows in the high nibbles, and those in the low ones."""
         packed = codes[0, pl.ds(pl.multiple_of(number * chunk, chunk), chunk), :].astype(jnp.int32)
-        scale = number * (chunk // w.block_size)
-        high = _values(packed >> 4, scratch, scale, slice(None), tables, w)
-        low = _values(packed & 15, scratch, scale + w.scale_rows // 2, slice(None), tables, w)
+        groups = chunk // w.block_size
+        rows = [number * groups + group for group in range(groups)]
+        high = scaled_values(packed >> 4, scratch, rows, slice(None), tables)
+        low = scaled_values(packed & 15, scratch, [row + w.scale_rows // 2 for row in rows], slice(None), tables)
         return high.astype(left.dtype), low.astype(left.dtype)
 
     if one_block:
         write_scales(scales, rest, scratch, slice(None), first_column, w)
-        tables = _tables(w.data_type, tiles.tile)
+        tables = lookup_tables(w.data_type, tiles.tile)
 
         def add(number: Any, total: Array) -> Array:
             high, low = unpacked(number)
@@ -256,7 +218,7 @@ def _forward(
         return
 
     matrix = dense[0]
-    tables = _tables(w.data_type, tiles.tile)
+    tables = lookup_tables(w.data_type, tiles.tile)
 
     @pl.when(pl.program_id(1) == 0)
     def _unpack() -> None:
@@ -292,14 +254,15 @@ def _gradient(_: Any, dy: Any, codes: Any, scales: Any, *refs: Any, w: Static, t
 
     @pl.when(rows == 0)
     def _unpack() -> None:
-        tables = _tables(w.data_type, width)
+        tables = lookup_tables(w.data_type, width)
 
         def unpack(_: Any, at: Any) -> None:
             for number in range(tiles.tile // chunk):
                 packed = codes[0, pl.ds(number * chunk, chunk), at].astype(jnp.int32)
                 code = jnp.where(half == 0, packed >> 4, packed & 15)
                 scale = half * (w.scale_rows // 2) + block * (tiles.tile // w.block_size) + number * chunk // w.block_size
-                values = _values(code, scratch, scale, at, tables, w)
+                scale_rows = [scale + group for group in range(chunk // w.block_size)]
+                values = scaled_values(code, scratch, scale_rows, at, tables)
                 matrix[pl.ds(number * chunk, chunk), at] = values.astype(matrix.dtype)
 
         by_columns(unpack)

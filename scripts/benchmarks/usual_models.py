@@ -1,0 +1,236 @@
+"""Compile the training step of each family's usual model for devices that need not be attached: does it fit, and if not why.
+
+    python -m scripts.benchmarks.usual_models --record usual.jsonl --page docs/usual-models.md
+    python -m scripts.benchmarks.usual_models --devices rtx4090 --families gemma
+
+One row of 1024 tokens, not packed (`--packing` for packed rows), NF4 with double quantisation, LoRA of rank 16 on all linear
+layers, bfloat16, AdamW. A cell compiles, with the peak of memory and the least time of a step, or it is refused for memory
+alone; the exit code is 1 if one is refused for another reason. A cell takes 10 to 60 CPU seconds on a GPU's compiler, and up
+to 150 on a TPU's.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_jax import cli
+from qlora_jax.errors import DoesNotFitError
+from qlora_jax.models import FAMILIES, ModelSpec, family_of
+from qlora_jax.peft import LoRA
+from qlora_jax.plan import SIZES, Machine, compile_train_step, machine_named, report_of
+from qlora_jax.platforms import use_compilers_only
+from qlora_jax.train import BatchSpec, StepSpec, language_model_objective, seq2seq_objective
+from scripts.benchmarks.model_sizes import check_names
+from scripts.benchmarks.page import Section, command_line, text, write
+
+GIB = 2**30
+# The usual model of each family: its name and what its config.json says of shapes.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama-3.1-8B", SIZES["llama-3.1-8b"]),
+    "mistral": (
+        "Mistral-7B-v0.1",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 32000,
+            "sliding_window": 4096,
+        },
+    ),
+    "qwen2": (
+        "Qwen2.5-7B",
+        {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+            "use_sliding_window": False,
+        },
+    ),
+    "qwen3": ("Qwen3-8B", SIZES["qwen3-8b"]),
+    "gemma": (
+        "Gemma-7B",
+        {
+            "hidden_size": 3072,
+            "intermediate_size": 24576,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "head_dim": 256,
+            "vocab_size": 256000,
+        },
+    ),
+    "gemma2": ("Gemma-2-9B", SIZES["gemma-2-9b"]),
+    "gemma3_text": (
+        "Gemma-3-4B",
+        {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 34,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "vocab_size": 262208,
+            "sliding_window": 1024,
+        },
+    ),
+    "phi3": (
+        "Phi-3-mini-4k",
+        {
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "vocab_size": 32064,
+            "sliding_window": 2047,
+        },
+    ),
+    "smollm3": (
+        "SmolLM3-3B",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "vocab_size": 128256,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gpt_neox": (
+        "Pythia-6.9B",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 16384,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "vocab_size": 50432,
+        },
+    ),
+    "t5": (
+        "Flan-T5-XL",
+        {
+            "d_model": 2048,
+            "d_kv": 64,
+            "d_ff": 5120,
+            "num_layers": 24,
+            "num_heads": 32,
+            "vocab_size": 32128,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+        },
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The cells to compile."""
+
+    devices: tuple[str, ...] = ("h100", "a100-40", "rtx4090", "v5e", "v5p", "v6e")
+    """Devices, in the notation of scripts/plan.py."""
+    families: tuple[str, ...] = tuple(MODELS)
+    """Families, by their model_type."""
+    packing: bool = False
+    """Compile for packed rows."""
+    record: Path | None = None
+    """File of JSON lines with the results, which is read and extended: cells that it has are not compiled again."""
+    page: Path | None = None
+    """Markdown page to write."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    use_compilers_only()
+    return cli.run(run, Arguments, __doc__, arguments)
+
+
+def run(arguments: Arguments) -> int:
+    """Compile the cells, print and write the table, and return 1 if one is refused for another reason than memory."""
+    check_names("families", arguments.families, FAMILIES)
+    machines = [machine_named(name) for name in arguments.devices]
+    recorded = _read(arguments.record)
+    for family in arguments.families:
+        for machine in machines:
+            if (family, machine.name, arguments.packing) not in recorded:
+                cell = _compile(family, machine, arguments.packing)
+                print(json.dumps(cell), file=sys.stderr, flush=True)
+                if arguments.record is not None:
+                    with arguments.record.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(cell) + "\n")
+                recorded[family, machine.name, arguments.packing] = cell
+    section = _section(arguments, recorded)
+    print(text(section))
+    if arguments.page is not None:
+        write(arguments.page, [section], command_line("benchmarks/usual_models.py"), "Each family on each device")
+    found = [recorded[family, name, arguments.packing] for family in arguments.families for name in arguments.devices]
+    bad = [cell for cell in found if cell["problem"] is not None]
+    print(json.dumps({"cells": len(found), "bad": len(bad), "seconds": round(sum(cell["seconds"] for cell in found))}))
+    return 1 if bad else 0
+
+
+def _compile(family: str, machine: Machine, packing: bool) -> dict[str, Any]:
+    """Return what the compiler says of a cell, as plain values."""
+    config = family_of({"model_type": family}).config({"model_type": family, **MODELS[family][1]})
+    objective = seq2seq_objective() if family == "t5" else language_model_objective(packed=packing)
+    spec = StepSpec(ModelSpec(config, method=LoRA(16)), objective, BatchSpec(length=1024))
+    start = time.process_time()
+    cell: dict[str, Any] = {"family": family, "device": machine.name, "packed": packing}
+    cell |= {"peak": None, "needed": None, "floor": None, "problem": None, "versions": {}}
+    try:
+        plan = compile_train_step(spec, machine)
+        floors = report_of(plan, spec, machine, family).floors
+        cell |= {"peak": plan.peak, "floor": max(floors.values()), "versions": plan.versions}
+    except DoesNotFitError as error:
+        cell |= {"needed": error.needed or machine.device.memory_bytes}
+    except Exception as error:  # the reason is what the table is for
+        cell |= {"problem": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    return cell | {"seconds": round(time.process_time() - start, 1)}
+
+
+def _section(arguments: Arguments, cells: dict[tuple[str, str, bool], dict[str, Any]]) -> Section:
+    """Return the table: a row for each family, a column for each device."""
+
+    def shown(cell: dict[str, Any], memory: int) -> str:
+        if cell["problem"] is not None:
+            return f"FAILS: {cell['problem']}"
+        if cell["peak"] is None or cell["peak"] > memory:
+            return f"does not fit ({(cell['peak'] or cell['needed']) / GIB:.1f})"
+        return f"{cell['peak'] / GIB:.2f}"
+
+    memories = {name: machine_named(name).device.memory_bytes for name in arguments.devices}
+    rows = [
+        (MODELS[family][0], *(shown(cells[family, name, arguments.packing], memories[name]) for name in arguments.devices))
+        for family in arguments.families
+    ]
+    versions = {name: value for cell in cells.values() for name, value in cell["versions"].items()}
+    return Section(
+        "Training one row of 1024 tokens",
+        (
+            "Peak of device memory in GiB of the compiled step: NF4 with double quantisation, LoRA of rank 16 on all linear "
+            f"layers, bfloat16, AdamW, {'packed rows' if arguments.packing else 'rows of one example'}.",
+            f"Compiled with {', '.join(f'{name} {value}' for name, value in sorted(versions.items()))}.",
+        ),
+        ("model", *(f"{name} ({memories[name] / GIB:.0f})" for name in arguments.devices)),
+        tuple(rows),
+    )
+
+
+def _read(record: Path | None) -> dict[tuple[str, str, bool], dict[str, Any]]:
+    if record is None or not record.exists():
+        return {}
+    cells = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+    return {(cell["family"], cell["device"], cell["packed"]): cell for cell in cells}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

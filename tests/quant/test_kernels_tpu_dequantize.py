@@ -1,0 +1,73 @@
+"""The TPU kernel that dequantises, in interpret mode, against float64 products with the matrix that the codes represent."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compiled import value_and_pullback
+from kernel_checks import LIMITS, random, relative_error
+
+from qlora_jax.quant import QuantizedTensor, StackedTensor, codebook, kernels, matmul, quantize, tracing_for
+from qlora_jax.quant.codebooks import dynamic_map
+from qlora_jax.quant.kernels import tpu_dequantize
+
+
+def represented(q: QuantizedTensor) -> np.ndarray:
+    """The float64 matrix that a QuantizedTensor in the column layout represents, by its definition."""
+    codes, scales = np.asarray(q.codes), np.asarray(q.scales)
+    values = np.asarray(codebook(q.data_type), np.float64)[np.concatenate([codes >> 4, codes & 15])]
+    if q.scale_absmax is not None and q.scale_offset is not None:
+        groups = np.repeat(np.asarray(q.scale_absmax, np.float64), 256)[: scales.size].reshape(scales.shape[::-1]).T
+        scales = np.asarray(dynamic_map(), np.float64)[scales] * groups + float(q.scale_offset)
+    return values * np.repeat(scales.astype(np.float64), q.block_size, axis=0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "data_type", "block_size", "double", "dtype"),
+    [
+        (576, 192, "nf3", 64, True, "bfloat16"),  # the lower half begins within a block; the last tile of columns is cut
+        (1152, 128, "nf2", 128, True, "float32"),
+        (288, 130, "int4", 32, True, "bfloat16"),
+        (1440, 128, "fp4", 32, False, "float32"),  # the last tile of rows is cut
+        (512, 128, "fp4-e2m1", 512, True, "float32"),
+        (4096, 128, "fp4-e3m0", 4096, True, "bfloat16"),
+    ],
+)
+def test_the_matrix_is_that_of_its_codes(
+    rows: int, columns: int, data_type: Any, block_size: int, double: bool, dtype: str
+) -> None:
+    q = quantize(random(rows, columns), data_type, block_size, double)
+    dense = tpu_dequantize.dequantize(q, dtype=jnp.dtype(dtype), interpret=True)
+    assert (dense.dtype, dense.shape) == (dtype, (rows, columns))
+    assert relative_error(dense, represented(q)) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_product_and_gradient_of_a_layer(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """The TPU's branch of a product of many rows, which a CPU runs here."""
+    monkeypatch.setattr(tpu_dequantize, "dequantize", partial(tpu_dequantize.dequantize, interpret=True))
+    monkeypatch.setattr(kernels, "_dequantizer", lambda dtype: partial(tpu_dequantize.dequantize, dtype=dtype))
+    q = quantize(random(3, 576, 256))
+    x, dy = (jnp.asarray(random(70, size, seed=1), dtype) for size in (576, 256))
+
+    def run(x: jax.Array, q: QuantizedTensor, index: jax.Array) -> jax.Array:
+        return matmul(x, StackedTensor(q, index))
+
+    with tracing_for("tpu"):
+        y, (dx,) = value_and_pullback(run, (x,), lambda _: dy, q, jnp.int32(2))
+    dense = represented(jax.tree.map(lambda leaf: leaf[2], q))
+    assert relative_error(y, np.asarray(x, np.float64) @ dense) < LIMITS[dtype]
+    assert relative_error(dx, np.asarray(dy, np.float64) @ dense.T) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize(("shape", "block_size", "dtype"), [((600, 128), 64, "float32"), ((256, 128), 64, "float16")])
+def test_xla_dequantises_what_the_kernel_does_not_support(shape: Any, block_size: int, dtype: str) -> None:
+    q = quantize(random(*shape), "nf4", block_size)
+    assert tpu_dequantize.unsupported_reason(q, dtype) is not None
+    x = jnp.ones((70, shape[0]), dtype)
+    with tracing_for("tpu"):
+        traced = jax.jit(matmul).trace(x, q)
+    assert "tpu_custom_call" not in traced.lower(lowering_platforms=("tpu",)).as_text()
