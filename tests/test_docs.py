@@ -14,6 +14,7 @@ import pytest
 
 import qlora_jax as qj
 from qlora_jax.cli import from_toml, parse
+from qlora_jax.commands import COMMANDS as PROGRAM_NAMES
 from qlora_jax.commands.evaluate import EVALUATIONS
 from qlora_jax.finetune import Options
 
@@ -46,7 +47,9 @@ def options_of(script: str) -> type[Any]:
     """Return the options of a program by its path below scripts/, and the name of its sub-command if it has any."""
     script, _, name = script.partition(" ")
     parts = ("evaluations", name) if name else Path(script).with_suffix("").parts
-    module = importlib.import_module(".".join(("qlora_jax.commands" if len(parts) == 1 or name else "scripts", *parts)))
+    module = importlib.import_module(
+        ".".join(("qlora_jax.commands" if name or parts[0] in PROGRAM_NAMES else "scripts", *parts))
+    )
     return next(getattr(module, name) for name in ("PlanCommandOptions", "Arguments", "Options") if hasattr(module, name))
 
 

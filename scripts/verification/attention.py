@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.nn import biased_attention, cached_attention, causal_attention, default_implementation
+from qlora_jax.nn import attention_target, biased_attention, cached_attention, causal_attention
 from scripts.verification import references
 from scripts.verification.checks import Check, Row, checked
 from scripts.verification.kernels import DTYPES, limit_of
@@ -64,7 +64,7 @@ _SMALL = (Case(150, 16, packed=True, window=60),)
 
 def own_attention() -> Any:
     """Return `causal_attention` with the kernel that models take on the attached device."""
-    return partial(causal_attention, implementation=default_implementation())
+    return partial(causal_attention, target=attention_target())
 
 
 def checks(small: bool) -> list[Check]:

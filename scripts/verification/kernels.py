@@ -1,6 +1,7 @@
 """Products with 4-bit matrices, embeddings and 8-bit blocks on the device, against NumPy in float64.
 
-auto     the product as layers compute it: by the kernel of the device for few rows, by XLA for many and for the gradient
+auto     the product as layers compute it: by the kernels that the device has for few rows, for many and for the gradient
+xla      the product without kernels, for comparison
 pallas   the kernel for every number of rows and, on a TPU, for the gradient of the input; interpreted on a CPU
 
 Operands in float32 are multiplied at JAX's highest precision, because by default GPUs round them to TF32 and TPUs to
@@ -89,6 +90,8 @@ def checks(small: bool) -> list[Check]:
             (_OTHERS[-1], "bfloat16", "auto"),
             (Matrix((256, 128)), "float32", "pallas"),
         ]
+    else:
+        cases += [(matrices[0], dtype, "xla") for dtype in DTYPES]
     found = [Check((product_name(*case),), partial(product_rows, *case)) for case in cases]
     found.append(Check(("float32 as JAX multiplies by default",), _default_precision))
     storages: tuple[EmbeddingStorage, ...] = ("none", "int8", "nf4")

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
-from qlora_jax.platforms import silence_absent_devices
+import qlora_jax  # noqa: F401  (it prepares JAX for machines without an accelerator)
 from scripts.verification.checks import Check, Row, rows_of, skipped
 from scripts.verification.sections import Section, checks_of
 
@@ -24,7 +24,6 @@ def rows_in_time(checks: Sequence[Check], section: Section, over: Callable[[], b
 
 def main() -> int:
     """Run the section that the command line names."""
-    silence_absent_devices()
     section = cast(Section, sys.argv[1])
     checks = checks_of(section, small="small" in sys.argv[2:])
     stdout, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not be among the rows
