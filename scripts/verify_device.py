@@ -22,7 +22,7 @@ from qlora_jax.errors import OptionError
 from qlora_jax.platforms import device_is_attached
 from scripts.verification.checks import Row, summary
 from scripts.verification.processes import ONE_DEVICE, rows_in_process
-from scripts.verification.sections import SECTIONS, Section, checks_of
+from scripts.verification.sections import SECTIONS, SHARES, Section, checks_of
 from scripts.verification.worker import rows_in_time
 
 _LEAST = 10  # seconds: a section is not begun with less
@@ -57,7 +57,7 @@ def run(arguments: Arguments) -> int:
     small = arguments.small or not device_is_attached()
     found: list[Row] = []
     for section in ("machine", *wanted):
-        rows = _rows_here(section, end) if small else _rows_of(section, end, found)
+        rows = _rows_here(section, end) if small else _rows_of(section, end, 60 * arguments.minutes, found)
         for row in rows:
             found.append(row)
             print(row.line(), flush=True)
@@ -80,7 +80,7 @@ def _rows_here(section: Section, end: float) -> Iterator[Row]:
     return rows_in_time(checks_of(section, small=True), section, lambda: time.monotonic() > end, _OVER)
 
 
-def _rows_of(section: Section, end: float, found: list[Row]) -> Iterator[Row]:
+def _rows_of(section: Section, end: float, total: float, found: list[Row]) -> Iterator[Row]:
     """Yield the rows of a section that a process of its own computes."""
     checks, left = checks_of(section, small=False), end - time.monotonic()
     if left < _LEAST:
@@ -88,7 +88,9 @@ def _rows_of(section: Section, end: float, found: list[Row]) -> Iterator[Row]:
         return
     names = [name for check in checks for name in check.names]
     several = (_value(found, "count") or 1) > 1
-    yield from rows_in_process(section, names, left, ONE_DEVICE.get(_value(found, "platform"), {}) if several else {})
+    yield from rows_in_process(
+        section, names, min(left, SHARES[section] * total), ONE_DEVICE.get(_value(found, "platform"), {}) if several else {}
+    )
 
 
 def _value(found: list[Row], name: str) -> Any:

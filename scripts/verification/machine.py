@@ -22,6 +22,7 @@ _PACKAGES = (
     "optax",
     "numpy",
 )
+_SLOWER = {"h100": {"pcie", "nvl"}}  # forms of a GPU with another peak and bandwidth than the plans'
 _SAME = 0.1  # a device of the plans is meant if its memory differs by at most this share
 # What JAX calls a TPU, by the name in the plans.
 _TPU_KINDS = {
@@ -99,9 +100,9 @@ def attached_machine() -> Machine | None:
 
 
 def total_memory() -> int | None:
-    """Return the bytes of the first GPU's memory by its driver, of a TPU those that JAX may use; None if unknown."""
+    """Return the bytes of the first GPU's memory by its driver; None if unknown, and for other devices."""
     lines = _nvidia_smi("memory.total") if jax.default_backend() == "gpu" else None
-    return memory_limit() if not lines else int(lines[0].split()[0]) * 2**20
+    return None if not lines else int(lines[0].split()[0]) * 2**20
 
 
 def nearest_device(kind: str, memory: int | None) -> Device | None:
@@ -110,8 +111,12 @@ def nearest_device(kind: str, memory: int | None) -> Device | None:
         if kind in kinds:
             return DEVICES[name]
     words = re.findall(r"[a-z0-9]+", kind.lower().replace("rtx ", "rtx"))
-    near = [device for device in DEVICES.values() if device.platform == "cuda" and device.name.split("-")[0] in words]
-    same = [device for device in near if memory is None or abs(device.memory_bytes / memory - 1) <= _SAME]
+    gpus = [device for device in DEVICES.values() if device.platform == "cuda"]
+    near = [gpu for gpu in gpus if gpu.name.split("-")[0] in words and not _SLOWER.get(gpu.name, set()) & {*words}]
+    if memory is None:  # a name such as A100-SXM4-40GB says which of several it is
+        named = [device for device in near if f"{device.name.partition('-')[2]}gb" in words]
+        return (named or near)[0] if named or len(near) == 1 else None
+    same = [device for device in near if abs(device.memory_bytes / memory - 1) <= _SAME]
     return same[0] if same else None
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import jax
 
-from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.errors import CheckpointError
 from qlora_jax.export.merge import merge
 from scripts.benchmarks import training
 from scripts.benchmarks.workers import OURS, Peer, find_python, run_worker
 from scripts.verification.checks import Check, Row, Skipped, measured
+from scripts.verification.workloads import fetched_model
 
 PEER = Peer("hf", ("torch", "transformers", "peft", "bitsandbytes", "accelerate"), cuda=True)
 _WORK = {"batch_size": 4, "length": 512, "rank": 16, "steps": 8, "warmup": 2}
@@ -39,9 +39,9 @@ def _compare(small: bool) -> Iterator[Row]:
     jax.config.update("jax_platforms", "cpu")  # of this process: the GPU's memory is for the workers
     with tempfile.TemporaryDirectory(prefix="verify-") as temporary:
         try:
-            checkpoint = open_checkpoint(str(fetch_default_model()))
-        except (CheckpointError, OSError) as error:
-            raise Skipped(f"the model cannot be fetched ({str(error).splitlines()[0][:160]})") from error
+            checkpoint = open_checkpoint(str(fetched_model()))
+        except CheckpointError as error:
+            raise Skipped(f"the model cannot be fetched ({error})") from error
         folder = merge(checkpoint, None, Path(temporary) / "checkpoint", dtype="bfloat16", progress=False)
         tokens = _WORK["batch_size"] * _WORK["length"]
         variants = {OURS: ("bfloat16-full",), PEER.name: ("bfloat16-checkpointing",)}

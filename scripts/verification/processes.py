@@ -73,7 +73,11 @@ def rows_in_process(section: Section, names: Sequence[str], seconds: float, envi
             for reader in readers:
                 reader.join()
     last = next((line.strip() for line in reversed(errors) if line.strip()), "nothing on stderr")
-    reason = "the time was over" if over else f"the process ended with status {process.returncode}: {last[:300]}"
+    reason = (
+        f"the time of this section was over after {seconds:.0f} s (--minutes gives more)"
+        if over
+        else f"the process ended with status {process.returncode}: {last[:300]}"
+    )
     for row in without_result(left, reason, failed=not over):
         yield Row(row.name, row.status, row.text, section=section)
 

@@ -6,7 +6,10 @@ the time and the memory of a step do not depend on the values, and dense weights
 
 import dataclasses
 import functools
+import queue
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,6 +37,7 @@ from qlora_jax.train import (
 from scripts.verification.machine import memory_limit
 
 Spec = StepSpec[ModelSpec]
+_FETCH = 45  # seconds for the default model
 _SHARE = 0.9  # of the device's memory that a step is planned to take, if layers have to be left out
 # Widths that a CPU trains in a second. A head has 64 features, so that kernels for attention apply.
 _SMALL = {
@@ -125,12 +129,32 @@ def _build_one_layer(model: ModelSpec) -> Any:
     return jax.jit(build)
 
 
+def fetched_model() -> Path:
+    """Return the file of the default model; raise CheckpointError if it cannot be fetched, or takes too long to."""
+    found: queue.Queue[Path | Exception] = queue.Queue()
+
+    def fetch() -> None:
+        try:
+            found.put(fetch_default_model())
+        except (CheckpointError, OSError) as error:
+            found.put(error)
+
+    threading.Thread(target=fetch, daemon=True).start()
+    try:
+        model = found.get(timeout=_FETCH)
+    except queue.Empty:
+        model = CheckpointError(f"the default model was not fetched within {_FETCH} s")
+    if isinstance(model, Exception):
+        raise CheckpointError((str(model).splitlines() or [""])[0][:200]) from model
+    return model
+
+
 def real_weights(model: ModelSpec) -> tuple[tuple[Any, Any, Any] | None, str]:
     """Return the default model's weights as `train.split` does and a remark, or None and why it could not be fetched."""
     try:
-        checkpoint = open_checkpoint(str(fetch_default_model()))
-    except (CheckpointError, OSError) as error:
-        return None, f"random weights ({str(error).splitlines()[0][:160]})"
+        checkpoint = open_checkpoint(str(fetched_model()))
+    except CheckpointError as error:
+        return None, f"random weights ({error})"
     loaded = load_model(
         checkpoint,
         quantization=model.quantization,

@@ -13,7 +13,7 @@ import pytest
 
 from qlora_jax.quant import quantize, tiles
 from scripts import verify_device
-from scripts.verification import kernels, processes
+from scripts.verification import kernels, processes, training
 from scripts.verification.checks import Check, Row, Skipped, checked, measured, rows_of
 from scripts.verification.kernels import Matrix
 from scripts.verification.machine import nearest_device
@@ -105,7 +105,7 @@ def test_errors_and_skips_become_rows() -> None:
     [
         ("import json; print(json.dumps(ROW), flush=True)", ["measured", "fail"], "ended with status 0"),
         ("import json, os; print(json.dumps(ROW), flush=True); os.abort()", ["measured", "fail"], "ended with status -6"),
-        ("import time; time.sleep(60)", ["skipped", "skipped"], "the time was over"),
+        ("import time; time.sleep(60)", ["skipped", "skipped"], "the time of this section was over"),
     ],
 )
 def test_a_process_that_ends_early(
@@ -121,6 +121,15 @@ def test_a_process_that_ends_early(
     assert text in found[-1].text
 
 
+def test_a_peak_passes_within_the_limits_of_its_plan() -> None:
+    def status(planned: float, before: float | None, peak: float | None) -> str:
+        sizes = [None if size is None else int(size * GIB) for size in (before, peak)]
+        return training._compared("peak", int(planned * GIB), 0.05, *sizes, program=0).status
+
+    assert [status(10, 5, peak) for peak in (9.3, 10.7, 9.2, 10.8)] == ["pass", "pass", "fail", "fail"]
+    assert status(10, None, None) == status(10, 11, 11) == "skipped"
+
+
 @pytest.mark.parametrize(
     ("kind", "gib", "name"),
     [
@@ -129,6 +138,8 @@ def test_a_process_that_ends_early(
         ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40"),
         ("NVIDIA A100-SXM4-80GB", 79.2, "a100-80"),
         ("NVIDIA GeForce RTX 4090", 23.6, "rtx4090"),
+        ("NVIDIA A100-SXM4-40GB", None, "a100-40"),
+        ("NVIDIA H100 PCIe", 79.6, None),
         ("NVIDIA L4", 22.2, "l4"),
         ("NVIDIA L40S", 44.4, None),
         ("NVIDIA H100 NVL", 93.1, None),
