@@ -53,10 +53,9 @@ def run(arguments: Arguments) -> int:
     _check(arguments)
     start = time.monotonic()
     end = start + 60 * arguments.minutes
-    wanted = [section for section in SECTIONS if section in arguments.sections and section != "machine"]
     small = arguments.small or not device_is_attached()
     found: list[Row] = []
-    for section in ("machine", *wanted):
+    for section in (section for section in SECTIONS if section == "machine" or section in arguments.sections):
         rows = _rows_here(section, end) if small else _rows_of(section, end, 60 * arguments.minutes, found)
         for row in rows:
             found.append(row)

@@ -96,7 +96,7 @@ def _causal(case: Case, dtype: str) -> Iterator[Row]:
         shared=case.shared,
     )
     mask = causal_mask(case.length, segments, case.window, case.shared)
-    expected = references.attention(*map(np.asarray, (q, k, v)), mask, np.asarray(gradient), case.cap)
+    expected = references.attention(q, k, v, mask, gradient, case.cap)
     found = _with_gradients(attend, q, k, v, gradient)
     found["result"] = np.where(real[..., None, None], np.asarray(found["result"], np.float64), 0)  # padding is never read
     expected["result"] = np.where(real[..., None, None], expected["result"], 0)
@@ -140,5 +140,5 @@ def _masked(name: str, dtype: str) -> Iterator[Row]:
     mask = np.broadcast_to(np.arange(keys) >= np.array([0, keys // 4])[:, None, None], (_BATCH, length, keys))
     with jax.default_matmul_precision("highest"):
         found = jax.jit(function)(q, k, v, jnp.asarray(mask))
-    expected = references.attention(*map(np.asarray, (q, k, v)), mask, np.asarray(gradient))["result"]
+    expected = references.attention(q, k, v, mask, gradient)["result"]
     yield checked(f"{name}, {dtype}", {"result": relative_error(found, expected)}, limit_of(dtype))

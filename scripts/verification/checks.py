@@ -64,7 +64,7 @@ def checked(name: str, errors: dict[str, float], limit: float, unit: str = "rela
     return Row(name, status, f"{unit} {errors[worst]:.1e}{of}, at most {limit:.1e}", {**errors, "limit": limit})
 
 
-def measured(name: str, text: str, **values: Any) -> Row:
+def measured(name: str, text: str, /, **values: Any) -> Row:
     """Return a row without a limit."""
     return Row(name, "measured", text, values)
 

@@ -83,7 +83,9 @@ def checks(small: bool) -> list[Check]:
     """Return the checks of this section; with `small`, a few of each kind."""
     matrices = [Matrix(data_type=data_type) for data_type in DATA_TYPES]
     ways: tuple[Implementation, ...] = ("auto", "pallas")
-    cases = [(matrix, dtype, way) for matrix in (*matrices, *_OTHERS) for dtype in DTYPES for way in ways]
+    cases: list[tuple[Matrix, str, Implementation]] = [
+        (matrix, dtype, way) for matrix in (*matrices, *_OTHERS) for dtype in DTYPES for way in ways
+    ]
     if small:
         cases = [
             (matrices[0], "float32", "auto"),

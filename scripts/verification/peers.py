@@ -6,7 +6,7 @@ layers recomputed, LoRA of rank 16, 4 x 512 tokens. bench.py compares in more wa
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def _compare(small: bool) -> Iterator[Row]:
             raise Skipped(f"the model cannot be fetched ({error})") from error
         folder = merge(checkpoint, None, Path(temporary) / "checkpoint", dtype="bfloat16", progress=False)
         tokens = _WORK["batch_size"] * _WORK["length"]
-        variants = {OURS: ("bfloat16-full",), PEER.name: ("bfloat16-checkpointing",)}
+        variants: dict[str, Sequence[str]] = {OURS: ("bfloat16-full",), PEER.name: ("bfloat16-checkpointing",)}
         for run in training.runs_of(folder, variants, {OURS: python, PEER.name: python}, **_WORK):
             try:
                 found = training.summary([run_worker(run.command, "default")], tokens, "default")

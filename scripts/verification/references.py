@@ -8,6 +8,7 @@ products, and a bfloat16 result, which alone is rounded by up to 2e-3 of each va
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from qlora_jax.quant import SCALE_BLOCK_SIZE, QuantizedTensor, codebook, dynamic_map
 
@@ -62,7 +63,7 @@ def causal_mask(length: int, segments: np.ndarray | None = None, window: int | N
 
 
 def attention(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, gradient: np.ndarray, cap: float | None = None
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, mask: np.ndarray, gradient: ArrayLike, cap: float | None = None
 ) -> dict[str, np.ndarray]:
     """Return the result of attention and the gradients of q, k and v, all in float64.
 

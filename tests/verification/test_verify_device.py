@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlora_jax.plan import machine_named
 from qlora_jax.quant import quantize, tiles
 from scripts import verify_device
-from scripts.verification import kernels, processes, training
+from scripts.verification import kernels, machine, processes, training
 from scripts.verification.checks import Check, Row, Skipped, checked, measured, rows_of
 from scripts.verification.kernels import Matrix
 from scripts.verification.machine import nearest_device
@@ -119,6 +120,16 @@ def test_a_process_that_ends_early(
     found = list(processes.rows_in_process("kernels", ["a", "b"], 1.5, {}))
     assert [row.status for row in found] == statuses
     assert text in found[-1].text
+
+
+def test_a_known_device_has_the_figures_of_its_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "attached_machine", lambda: machine_named("h100"))
+    (check,) = machine.checks(small=True)
+    found = {row.name: row for row in rows_of(check)}
+    assert set(found) == set(check.names)
+    assert found["device of the plans"].status == "measured"
+    assert found["device of the plans"].values["name"] == "h100"
+    assert found["devices"].values["platform"] == "cpu"
 
 
 def test_a_peak_passes_within_the_limits_of_its_plan() -> None:
