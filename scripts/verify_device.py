@@ -55,7 +55,9 @@ def run(arguments: Arguments) -> int:
     end = start + 60 * arguments.minutes
     small = arguments.small or not device_is_attached()
     found: list[Row] = []
-    for section in (section for section in SECTIONS if section == "machine" or section in arguments.sections):
+    for section in SECTIONS:
+        if section not in ("machine", *arguments.sections):
+            continue
         rows = _rows_here(section, end) if small else _rows_of(section, end, 60 * arguments.minutes, found)
         for row in rows:
             found.append(row)
