@@ -21,7 +21,7 @@ import jax
 from qlora_jax.plan import CompilerMissing, Machine, Report, compile_train_step, quick_plan, report_of
 from qlora_jax.plan.flops import count_flops
 from qlora_jax.train import build_step, place_step
-from scripts.verification.checks import Check, Row, Skipped, Status, measured, skipped
+from scripts.verification.checks import Check, Row, Skipped, Status, measured, rows_of, skipped
 from scripts.verification.machine import attached_machine, peak_memory
 from scripts.verification.workloads import (
     WORKLOADS,
@@ -111,19 +111,19 @@ def _peaks(spec: Spec, machine: Machine | None, run: Run, before: int | None, pe
     own -= memory.alias_size_in_bytes
     quick = quick_plan(spec, platform, 1).peak
     yield _compared("peak against the quick plan", quick, _QUICK, before, peak, program=own)
-    if machine is None:
-        reason = "a CPU" if platform == "cpu" else "a device that is not among the plans'"
-        for name in ("peak against the plan", "floor"):
-            yield skipped(name, f"{reason} has no compiled plan; XLA's buffers of the step take {own / GIB:.2f} GiB")
-        return
-    try:
-        report = report_of(compile_train_step(spec, machine), spec, machine, "")
-    except CompilerMissing as error:
-        for name in ("peak against the plan", "floor"):
-            yield skipped(name, str(error))
-        return
-    yield _compared("peak against the plan", report.total, _PLAN, before, peak, program=own)
-    yield _floor(report, run)
+
+    def compiled_plan() -> Iterator[Row]:
+        if machine is None:
+            reason = "a CPU" if platform == "cpu" else "a device that is not among the plans'"
+            raise Skipped(f"{reason} has no compiled plan; XLA's buffers of the step take {own / GIB:.2f} GiB")
+        try:
+            report = report_of(compile_train_step(spec, machine), spec, machine, "")
+        except CompilerMissing as error:
+            raise Skipped(str(error)) from error
+        yield _compared("peak against the plan", report.total, _PLAN, before, peak, program=own)
+        yield _floor(report, run)
+
+    yield from rows_of(Check(("peak against the plan", "floor"), compiled_plan))  # an error there is no end of the rest
 
 
 def _floor(report: Report, run: Run) -> Row:
