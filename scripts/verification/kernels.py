@@ -93,7 +93,7 @@ def checks(small: bool) -> list[Check]:
             (Matrix((256, 128)), "float32", "pallas"),
         ]
     else:
-        cases += [(matrices[0], "float32", "xla"), (matrices[0], "bfloat16", "xla")]
+        cases.extend((matrices[0], dtype, "xla") for dtype in DTYPES)
     found = [Check((product_name(*case),), partial(product_rows, *case)) for case in cases]
     found.append(Check(("float32 as JAX multiplies by default",), _default_precision))
     storages: tuple[EmbeddingStorage, ...] = ("none", "int8", "nf4")
