@@ -114,7 +114,8 @@ def add_from_folder(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
         _logger.info("%s: adds %d tokens to the tokenizer: %s", folder, len(tokenizer) - before, added)
     stated = {key: value for key, value in config.items() if key != "tokenizer_class"}  # names of the class are the base's
     for name, text in _named_tokens(folder, tokenizer.backend_tokenizer, stated, {}, {}).items():
-        setattr(tokenizer, name, text)
+        if name != "pad_token" or text != tokenizer.eos_token:  # for which another one was chosen, if there is one
+            setattr(tokenizer, name, text)
     if (template := chat_template_of(folder)) is not None:
         tokenizer.chat_template = template
 

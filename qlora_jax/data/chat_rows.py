@@ -208,14 +208,19 @@ def _end_with_closing(text: str, answer: Answer, tokenizer: Any) -> int:
     if following is None or following[0] == tokenizer.bos_token or not _is_special(following[0], tokenizer):
         return answer.end
     own = _LAST_MARKER.search(text, max(answer.start, answer.end - 64), answer.end)
-    return answer.end if own is not None and _is_special(own[0], tokenizer) else following.end()
+    return answer.end if own is not None and _is_token(own[0], tokenizer) else following.end()
 
 
-def _is_special(token: str, tokenizer: Any) -> bool:
+def _is_token(text: str, tokenizer: Any) -> bool:
+    """Return whether a text is one token of the vocabulary."""
+    index = tokenizer.convert_tokens_to_ids(text)
+    return index is not None and tokenizer.convert_ids_to_tokens(index) == text
+
+
+def _is_special(text: str, tokenizer: Any) -> bool:
     """Return whether a text is one special token of the vocabulary."""
-    index = tokenizer.convert_tokens_to_ids(token)
-    known = index is not None and tokenizer.convert_ids_to_tokens(index) == token
-    return known and not tokenizer.decode([index], skip_special_tokens=True)
+    index = tokenizer.convert_tokens_to_ids(text)
+    return _is_token(text, tokenizer) and not tokenizer.decode([index], skip_special_tokens=True)
 
 
 def _is_tagged(tokenizer: Any, tools: Sequence[Any]) -> bool:

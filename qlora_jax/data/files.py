@@ -19,7 +19,7 @@ import io
 import lzma
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -193,7 +193,8 @@ def _read_parquet(source: Input) -> Iterator[RowOrDamage]:
             else:
                 groups.append(group)
         batches = table.iter_batches(batch_size=_PARQUET_ROWS, row_groups=groups) if groups else []
-        short = [field.name for field in table.schema_arrow if field.type in (pyarrow.float16(), pyarrow.float32())]
+        precisions = {pyarrow.float16(): np.float16, pyarrow.float32(): np.float32}
+        short = {field.name: precisions[field.type] for field in table.schema_arrow if field.type in precisions}
         rows_of_all: Iterable[Row] = (_with_short_floats(row, short) for batch in batches for row in batch.to_pylist())
         yield from (table_row(row) for row in islice(rows_of_all, skip, None))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
@@ -202,11 +203,11 @@ def _read_parquet(source: Input) -> Iterator[RowOrDamage]:
         raise DataError(f"{source.path}: expected a whole Parquet file, found: {error}") from error
 
 
-def _with_short_floats(row: Row, columns: list[str]) -> Row:
-    """Return the row with the digits that a number of single precision needs: 0.1 in place of 0.10000000149011612."""
-    for name in columns:
+def _with_short_floats(row: Row, columns: Mapping[str, type[np.floating[Any]]]) -> Row:
+    """Return the row with the digits that a number of its precision needs: 0.1 in place of 0.10000000149011612."""
+    for name, precision in columns.items():
         if row[name] is not None and np.isfinite(row[name]):
-            row[name] = WrittenFloat(str(np.float32(row[name])))
+            row[name] = WrittenFloat(str(precision(row[name])))
     return row
 
 

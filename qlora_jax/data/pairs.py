@@ -32,7 +32,8 @@ PREFERENCE_COLUMNS = ("chosen", "rejected")
 # Columns that hold the prompt; of several, the first one is used.
 _PROMPTS = ("prompt", "question", "instruction")
 # Columns that hold the prompt where none of those is there, and the answers are no whole conversations.
-_OTHER_PROMPTS = ("input", "conversations", "messages")
+_LISTS = ("conversations", "messages")  # of messages, also as JSON text
+_OTHER_PROMPTS = ("input", *_LISTS)
 _CONTEXTS = ("input", "context")
 _USED = {*PREFERENCE_COLUMNS, *_PROMPTS, *_OTHER_PROMPTS, *_CONTEXTS, *MORE}
 _TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
@@ -147,8 +148,16 @@ def _prompt(row: Mapping[str, Any], column: str | None) -> tuple[Message, ...]:
     """Return the messages of the prompt, which is a text, hh-rlhf's dialogue, or a list of messages."""
     if column is None:
         return ()
-    if not _is_text(row[column]):
-        return checked_messages(row[column], column)
+    if not _is_text(row[column]) or column in _LISTS:
+        messages = checked_messages(row[column], column)
+        if column in _LISTS and messages and messages[-1]["role"] == "assistant":
+            if messages[-1] == _answer(str(row["chosen"])):
+                return messages[:-1]
+            raise DataError(
+                f"column {column!r}: expected a prompt beside chosen and rejected, which ends with the user's turn; found a "
+                "conversation that ends with an answer"
+            )
+        return messages
     column_text(row, column)
     text = joined_texts(row, *_PARTS.get(column, (column,)))
     if not _is_dialogue(text):

@@ -216,17 +216,21 @@ def rows_of_table(table: "Dataset") -> Rows:
 def _load_table(source: str, path: Path, split: str) -> "Dataset":
     if path.is_dir():
         return _load(str(path), split, str(path), saved=is_saved(path))
-    if path.exists():
-        raise DataError(
-            f"{source}: expected a regular file or a folder, found a pipe or a device; copy its contents into a file"
-        )
     check_local(source)
     return _load(source, split, _hub_place(source))
 
 
 def check_local(source: str) -> None:
-    """Raise FileNotFoundError for a source that cannot be the id of a hub data set, and is no file or folder either."""
+    """Raise FileNotFoundError for a source that cannot be the id of a hub data set, and is no file or folder either.
+
+    Raises:
+        DataError: it is a pipe or a device.
+    """
     path = Path(source).expanduser()
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise DataError(
+            f"{source}: expected a regular file or a folder, found a pipe or a device; copy its contents into a file"
+        )
     if path.exists() or not _looks_like_a_path(source):
         return
     if address := re.match(r"\w{2,}://(?:huggingface\.co/datasets/([\w.\-]+/[\w.\-]+))?", source):

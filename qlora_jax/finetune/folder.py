@@ -165,7 +165,7 @@ def _differences(before: dict[str, dict[str, Any]], options: Options) -> list[st
     """Return the options that decide the result of a run, however its steps are split, and are others than recorded."""
     now, defaults = to_dict(options), to_dict(Options())
     return [
-        f"{group}.{name}: {shortened(there)} there, {shortened(value)} here"
+        f"{group}.{name}: {shortened(there, 500)} there, {shortened(value, 500)} here"
         for group, values in now.items()
         for name, value in values.items()
         # An option that did not exist yet had its default.

@@ -46,6 +46,9 @@ class AttentionTarget:
     capability: tuple[int, int] | None = None
 
 
+# cuDNN takes segments as a bias, whose gradient it always stores, for each head: 1 GiB at 4096 tokens and 32 heads, and
+# four times that at 8192. Longer rows are computed tile by tile, which is slower and linear in memory.
+LONGEST_BIAS = 4096
 CPU = AttentionTarget()
 
 
@@ -119,6 +122,8 @@ def choose_kernel(
         return Kernel("splash", _splash_length(length), _multiple(head_dim, 64))
     if target.platform == "gpu" and cap is None and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16):
         padded = _multiple(head_dim, 8)
+        if segmented and length > LONGEST_BIAS:
+            return Kernel("blocks", length, head_dim)
         if target.capability is not None and target.capability >= _FLASH and padded <= largest_head(target.capability):
             return Kernel("cudnn", _multiple(length, 64), padded)
     return Kernel("blocks", length, head_dim)

@@ -35,6 +35,7 @@ FACTORS: dict[str, dict[str, dict[str, float]]] = {
         "attention": {
             "hidden": 7.6,
             "heads": 1.83,
+            "bias": 1.0,  # by its definition, not fitted
         },
     },
     "cuda, several": {
@@ -61,6 +62,11 @@ FACTORS: dict[str, dict[str, dict[str, float]]] = {
             "table": 0.028,
             "hoisted": 0.031,
         },
+        "attention": {
+            "hidden": 7.6,
+            "heads": 1.83,
+            "bias": 1.0,
+        },
     },
     "tpu": {
         "loss": {
@@ -83,6 +89,7 @@ FACTORS: dict[str, dict[str, dict[str, float]]] = {
             "matrix": 5.372,
             "adapter": 1.198,
             "mask": 0.0,
+            "bias": 0.0,
             "table": 0.0,
             "hoisted": 0.0,
         },
@@ -108,6 +115,7 @@ FACTORS: dict[str, dict[str, dict[str, float]]] = {
             "matrix": 2.0,
             "adapter": 1.0,
             "mask": 4.0,
+            "bias": 0.0,
             "table": 1.0,
             "hoisted": 0.5,
         },

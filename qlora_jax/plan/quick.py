@@ -255,16 +255,19 @@ def features(spec: StepSpec[ModelSpec], platform: str | AttentionTarget, devices
         "table": table,
         "hoisted": tables * table if spec.batch.micro_batches > 1 else 0,  # moved out of the loop over micro-batches
         "adapter": adapter,
+        "bias": _workspace(spec, target) if spec.objective.packed else 0,
         "mask": int((_CHUNKED_MASK if in_chunks else 1) * spec.sequences * scores * queries * seen * 2),
     }
 
 
 def _workspace(spec: StepSpec[ModelSpec], target: AttentionTarget) -> int:
-    """Return the bytes of cuDNN's workspace for a micro-batch on each GPU, of rows without a mask."""
-    config, keys = spec.model.config, _keys(spec)
+    """Return the bytes of cuDNN's workspace for a micro-batch on each GPU; packed rows have the gradient of their bias."""
+    config, groups = spec.model.config, spec.objective.attention_groups
+    keys = -(-_keys(spec) // groups)
     if target.platform != "gpu" or not isinstance(config, DecoderConfig) or not _has_kernel(spec, config, target, keys):
         return 0
-    return attention_workspace(spec.sequences, config.num_attention_heads, keys, config.head_dim)
+    rows, packed = spec.sequences * groups, spec.objective.packed
+    return attention_workspace(rows, config.num_attention_heads, keys, config.head_dim, bias=packed)
 
 
 def _keys(spec: StepSpec[ModelSpec]) -> int:

@@ -252,8 +252,8 @@ quantisation, bfloat16 activations, float32 adapter, no packing. Made by
   card of 24, 40 or 80 GB has the memory that CUDA reports for an RTX 4090 or an A100; another one has as much of each
   GiB as the RTX 4090.
 - The lengths are those of the quick plan, in steps of {STEP:,} tokens. No card was attached. The last section compares
-  some of them with compiled steps. Lengths of TPU chips are estimates that no compiler has confirmed, unless they stand
-  there.
+  some of them with compiled steps. Lengths of TPU chips are estimates that no compiler has confirmed, unless the last
+  section lists them.
 - The columns "Unsloth" and "Hugging Face" (with FlashAttention 2) are Unsloth's own measurements, from
   {SOURCE}. Theirs is the memory of the whole card, ours that of
   the card without 1 GiB. A ratio below 1 is a cell in which their context is longer.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas
 import pyarrow
 import pyarrow.parquet
@@ -74,6 +75,10 @@ def test_values_of_tables_are_their_text(tmp_path: Path) -> None:
         table = pyarrow.table({"question": ["Q"], "answer": [value]})
         pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
         assert answer(tmp_path / "a.parquet") == text
+    for kind in (pyarrow.float16(), pyarrow.float32()):
+        value = pyarrow.array([np.float16(0.1) if kind == pyarrow.float16() else 0.1], kind)
+        pyarrow.parquet.write_table(pyarrow.table({"question": ["Q"], "answer": value}), tmp_path / "a.parquet")
+        assert answer(tmp_path / "a.parquet") == "0.1"
     assert float(WrittenFloat("8.50")) == 8.5
     assert json.dumps({"a": WrittenFloat("8.50")}) == '{"a": 8.5}'
     with pytest.raises(DataError, match="here: expected text, found list"):

@@ -40,6 +40,19 @@ def said(*parts: Any, role: str = "assistant") -> dict[str, Any]:
             [USER, ANSWER | {"reasoning_content": "One.\n\nTwo."}],
         ),
         (
+            [USER, said({"type": "thinking", "thinking": "Two."}, text("Dry.")) | {"reasoning_content": "One."}],
+            [USER, ANSWER | {"reasoning_content": "One.\n\nTwo."}],
+        ),
+        (
+            [
+                USER,
+                said(USED),
+                said({"type": "tool_result", "content": "sun"}, role="tool") | {"tool_call_id": "t1", "name": "f"},
+                ANSWER,
+            ],
+            [USER, {"role": "assistant", "content": "", "tool_calls": [CALLED]}, RESULT | {"name": "f"}, ANSWER],
+        ),
+        (
             [
                 USER,
                 said(text("I look."), USED),

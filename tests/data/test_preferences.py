@@ -163,6 +163,10 @@ def test_a_cut_that_leaves_no_difference_is_counted(chatml: PreTrainedTokenizerF
             {"prompt": "Q", "preferred": "A", "loser": "B"},
             r".*; the nearest: preference pairs \(--columns chosen=preferred rejected=loser\)",
         ),
+        (
+            {"messages": [USER, GOOD | {"content": "Else"}], "chosen": "Yes", "rejected": "No!"},
+            r"column 'messages': expected a prompt beside chosen and rejected, .* conversation that ends with an answer",
+        ),
         ({"messages": [USER, GOOD]}, r"expected the columns chosen and rejected, found \['messages'\]"),
     ],
 )
@@ -232,6 +236,8 @@ def test_rows_stay_pairs_and_resume_anywhere(stop: int) -> None:
         },
         {"messages": [USER], "chosen": [GOOD], "rejected": [BAD]},
         {"messages": json.dumps([USER]), "chosen": "Yes", "rejected": "No!"},
+        {"conversations": json.dumps([{"from": "human", "value": "Q"}]), "chosen": "Yes", "rejected": "No!"},
+        {"messages": [USER, GOOD], "chosen": "Yes", "rejected": "No!"},
         {"input": USER["content"], "chosen": "Yes", "rejected": "No!"},
         {"messages": [USER, GOOD], "input": "x", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
         {"prompt": [USER], "messages": [USER, GOOD], "chosen": [GOOD], "rejected": [BAD]},

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from qlora_jax.commands.evaluate import main
 
 from qlora_jax.adapters.bind import load_adapter, save_adapter
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
+from qlora_jax.commands.evaluate import main
 from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization
 

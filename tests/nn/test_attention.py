@@ -250,6 +250,8 @@ def test_splash_takes_odd_lengths_of_virtual_tokens() -> None:
 CHOICES: list[tuple[AttentionTarget, int, int, str, dict[str, Any], Kernel]] = [
     (HOPPER, 128, 1024, "bfloat16", {}, Kernel("cudnn", 1024, 128)),
     (HOPPER, 128, 1001, "bfloat16", {"segmented": True}, Kernel("cudnn", 1024, 128)),
+    (HOPPER, 128, 4097, "bfloat16", {"segmented": True}, Kernel("blocks", 4097, 128)),  # the bias would have a gradient
+    (HOPPER, 128, 4097, "bfloat16", {}, Kernel("cudnn", 4160, 128)),
     (HOPPER, 256, 1024, "bfloat16", {}, Kernel("cudnn", 1024, 256)),
     (AMPERE, 256, 1024, "bfloat16", {}, Kernel("blocks", 1024, 256)),
     (AttentionTarget("gpu", (8, 9)), 256, 1001, "bfloat16", {}, Kernel("blocks", 1001, 256)),

@@ -62,8 +62,9 @@ def test_of_a_long_sequence_one_chunk_of_inner_activations_counts() -> None:
     assert chunked["inner"] == 8192 * 14336 * 2 == whole["inner"] // 4
     assert chunked["stream"] < whole["stream"] == whole["hidden"]
     assert features(SPEC, "cuda", 1, 1)["stream"] == SPEC.tokens * 4096 * 2  # 4 x 2048 are one chunk
+    shorter = changed(SPEC, batch={"batch_size": 1, "length": 4096})
     dense, groups = (
-        features(dataclasses.replace(long, objective=language_model_objective(attention_groups=groups)), "cuda", 1, 1)
+        features(dataclasses.replace(shorter, objective=language_model_objective(attention_groups=groups)), "cuda", 1, 1)
         for groups in (1, 4)
     )
     assert groups["mask"] == dense["mask"] // 4 > 0
@@ -84,3 +85,14 @@ def test_there_is_a_factor_for_each_feature(platform: str) -> None:
     sizes = features(SPEC, platform, 1, 1)
     assert {name for factors in FACTORS[platform].values() for name in factors} == sizes.keys()
     assert min(min(factors.values()) for factors in FACTORS[platform].values()) >= 0
+
+
+def test_packed_rows_have_the_gradient_of_their_bias_or_are_computed_tile_by_tile() -> None:
+    """At 4096 tokens and 32 heads, cuDNN stores 1 GiB of scores' gradients; beyond, nothing grows with the square."""
+    packed = dataclasses.replace(SPEC, objective=language_model_objective(packed=True), batch=BatchSpec(length=4096))
+    assert quick_plan(packed, "cuda").workspace == 32 * 4096 * 4 + 32 * 4096 * 4096 * 2
+    peaks = [
+        quick_plan(dataclasses.replace(packed, batch=BatchSpec(length=length)), "cuda").peak for length in (2048, 4096, 8192)
+    ]
+    assert peaks[1] - peaks[0] > 0.8 * 2**30
+    assert quick_plan(dataclasses.replace(packed, batch=BatchSpec(length=32768)), "cuda").workspace == 0
