@@ -21,7 +21,7 @@ from qlora_jax.errors import OptionError, UnsupportedError
 from qlora_jax.nn import AdapterConstant, Delta, Linear, add_delta
 from qlora_jax.peft.method import FieldErrors, FilePart, Method
 from qlora_jax.peft.option import Option
-from qlora_jax.quant import QuantizedTensor, matmul
+from qlora_jax.quant import QuantizedTensor, StackedTensor, matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ class FullLinear(nnx.Module):
         if self.spec.packed:
             return linear.base(x) + matmul(x, delta.astype(x.dtype))
         # A 4-bit matrix, or a layer of a stack of 4-bit matrices.
-        found = "4-bit ones" if isinstance(weight, QuantizedTensor) else type(weight).__name__
+        found = "4-bit ones" if isinstance(weight, QuantizedTensor | StackedTensor) else type(weight).__name__
         raise OptionError(f"full fine-tuning: expected dense linear layers (data_type none), found {found}")
 
     def file_parts(self) -> Iterator[FilePart]:

@@ -23,7 +23,7 @@ OF_NO_PROGRAM = {
     "optimizer": {"learning_rate", "schedule", "warmup_ratio", "warmup_steps", "beta1", "beta2"},
     "objective": {"dpo_beta"},
     "tuning": {"feedforward_modules", "prompt_init", "prompt_init_text", "encoder_layers", "encoder_dropout"}
-    | {"encoder_hidden_size"},
+    | {"encoder_hidden_size", "save_dtype"},
     "context": set[str](),
 }
 
