@@ -64,7 +64,7 @@ def test_score_leaves_models_out(scores: Path, capsys: pytest.CaptureFixture[str
     assert main(["score", str(scores), "--reference", "gpt-3.5"]) == 0
     captured = capsys.readouterr()
     assert list(json.loads(captured.out.splitlines()[-1])["scores"]) == ["m"]
-    assert "models that are left out: n: no rows with gpt-3.5" in captured.err
+    assert "models left out (no rows with gpt-3.5): 1 (n)" in captured.err
 
 
 def test_elo(verdicts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

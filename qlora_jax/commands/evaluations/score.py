@@ -26,7 +26,7 @@ from qlora_jax.commands.evaluations.output import (
     print_notes,
     print_table,
 )
-from qlora_jax.errors import OptionError
+from qlora_jax.errors import OptionError, list_names
 from qlora_jax.evaluate import RelativeScore, models_without_scores, read_judgements, reference_of, relative_scores
 
 
@@ -70,9 +70,10 @@ def score(options: Options) -> None:
     if others := int(((judgements.first != at) & (judgements.second != at)).sum()):
         print(f"{judgements.source}: rows without {reference}, which are ignored: {others:,}", file=sys.stderr)
     found = relative_scores(judgements, reference, resamples=options.resamples, seed=options.seed)
-    if missing := models_without_scores(judgements, reference):
-        names = "; ".join(f"{model}: {reason}" for model, reason in missing.items())
-        print(f"{judgements.source}: models that are left out: {names}", file=sys.stderr)
+    missing = models_without_scores(judgements, reference)
+    for reason in dict.fromkeys(missing.values()):
+        models = [model for model, its_reason in missing.items() if its_reason == reason]
+        print(f"{judgements.source}: models left out ({reason}): {len(models)} ({list_names(models)})", file=sys.stderr)
     header = ["model", f"% of {reference}", "95 % interval", "shown second", "shown first", "pooled", "rows", "left out"]
     print_table(header, [_row(model, one) for model, one in found.items()])
     if options.plot is not None:
