@@ -222,9 +222,9 @@ def _columns(kind: Kind) -> str:
 
 def _kind_of_row(row: dict[str, Any], asked: Kind | None, path: Path, number: int) -> Kind:
     """Return the kind that is asked for if a column of it is there, or else the other one."""
-    complete = [kind for kind, columns in _COLUMNS.items() if all(column in row for column in columns)]
-    begun = [kind for kind, columns in _COLUMNS.items() if any(column in row for column in columns)]
-    if asked in begun:
+    complete: list[Kind] = [kind for kind, columns in _COLUMNS.items() if all(column in row for column in columns)]
+    begun: list[Kind] = [kind for kind, columns in _COLUMNS.items() if any(column in row for column in columns)]
+    if asked is not None and asked in begun:
         return asked
     for kind in (*complete, *begun):
         return kind
