@@ -14,14 +14,14 @@ from qlora_jax.evaluate.agreement import (
     split_by_judge,
 )
 from qlora_jax.evaluate.bradley_terry import BradleyTerry, bradley_terry, fit_bradley_terry
-from qlora_jax.evaluate.elo import Elo, elo_ratings
+from qlora_jax.evaluate.elo import Elo, check_elo, elo_ratings
 from qlora_jax.evaluate.intervals import Interval, mean_interval, paired_difference, share_interval
 from qlora_jax.evaluate.judgements import Judgements, notes_on_pairs, read_judgements
 from qlora_jax.evaluate.lengths import padded_batches
 from qlora_jax.evaluate.mmlu import Prompts, Scores, encode_questions, evaluate_mmlu, letter_logits
 from qlora_jax.evaluate.questions import LETTERS, Question, QuestionSet, read_questions
 from qlora_jax.evaluate.rankings import kendall_tau
-from qlora_jax.evaluate.relative_scores import RelativeScore, reference_of, relative_scores
+from qlora_jax.evaluate.relative_scores import RelativeScore, models_without_scores, reference_of, relative_scores
 from qlora_jax.evaluate.rouge import rouge_l
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "Scores",
     "SelfAgreement",
     "bradley_terry",
+    "check_elo",
     "elo_ratings",
     "encode_questions",
     "evaluate_mmlu",
@@ -47,6 +48,7 @@ __all__ = [
     "kendall_tau",
     "letter_logits",
     "mean_interval",
+    "models_without_scores",
     "notes_on_pairs",
     "padded_batches",
     "pair_agreement",

@@ -93,10 +93,16 @@ def self_agreement(judgements: Judgements, *, resamples: int = 1_000, seed: int 
     """Return what one judge does with the order of two answers.
 
     Raises:
-        DataError: there is no row with a judgement.
+        DataError: there is no row, or none with a judgement.
         OptionError: `resamples` is not positive.
     """
     _check_resamples(resamples)
+    if not len(judgements):
+        models = list_names(judgements.models)
+        raise DataError(
+            f"{judgements.source}: expected judgements between the models {models}, found no rows; "
+            "name two or more that were compared with --models"
+        )
     valid = judgements.valid()
     if not len(valid):
         raise DataError(f"{judgements.source}: expected judgements, found rows without one only")
@@ -143,7 +149,7 @@ def pair_agreement(
     pair = [judges[one].valid(), judges[other].valid()]
     models = sorted(set.intersection(*(_judged(judge) for judge in pair)))
     if len(models) < 2:
-        names = " and ".join(list_names(judge.models) for judge in pair)
+        names = " and ".join(list_names(sorted(_judged(judge))) or "none" for judge in pair)
         raise DataError(f"{one} and {other}: expected judgements of the same models, at least two, found {names}")
     questions = sorted(set.intersection(*({judge.questions[q] for q in set(judge.question.tolist())} for judge in pair)))
     if not questions:

@@ -15,9 +15,9 @@ _AT_A_TIME = 4_000_000  # numbers of one block of resamples
 
 
 def over_questions(
-    statistic: Callable[[np.ndarray], np.ndarray], questions: int, *, resamples: int, seed: int, level: float = 0.95
+    statistic: Callable[[np.ndarray], np.ndarray], questions: int, *, resamples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lower and the upper bound of a statistic.
+    """Return the bounds between which 95 % of the resamples of a statistic are.
 
     Args:
         statistic: takes the number of times that each question was drawn, float64 `[resamples, questions]`, and returns the
@@ -25,7 +25,6 @@ def over_questions(
         questions: number of questions; with fewer than two the bounds are NaN.
         resamples: number of resamples.
         seed: seed of the draws.
-        level: share of the resamples between the bounds.
     """
     draws = np.random.default_rng(seed)
     block = max(1, _AT_A_TIME // max(questions, 1))
@@ -37,5 +36,5 @@ def over_questions(
     edges = np.full((2, *values.shape[1:]), np.nan)
     defined = ~np.isnan(values).all(0)
     if questions > 1:
-        edges[:, defined] = np.nanpercentile(values[:, defined], [50 * (1 - level), 50 * (1 + level)], axis=0)
+        edges[:, defined] = np.nanpercentile(values[:, defined], [2.5, 97.5], axis=0)
     return edges[0], edges[1]

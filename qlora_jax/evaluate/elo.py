@@ -13,6 +13,7 @@ Each run is a uniform draw without replacement, and the mean over runs varies no
 All runs are simulated side by side: a step is one comparison of every run.
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from qlora_jax.errors import DataError, OptionError, list_names
 from qlora_jax.evaluate.intervals import Interval
 from qlora_jax.evaluate.judgements import Judgements
 
-__all__ = ["COMPARISONS", "Elo", "check_connected", "elo_ratings"]
+__all__ = ["COMPARISONS", "Elo", "check_connected", "check_elo", "elo_ratings"]
 
 COMPARISONS = 500
 _AT_A_TIME = 20_000_000  # comparisons of one block of runs
@@ -57,7 +58,8 @@ def check_connected(judgements: Judgements) -> None:
     apart = [name for index, name in enumerate(judgements.models) if index not in reached]
     if not reached:
         models = list_names(judgements.models)
-        raise DataError(f"{judgements.source}: expected verdicts on common questions of {models}, found none")
+        instead = "rows without one only" if len(judgements) else "no rows"
+        raise DataError(f"{judgements.source}: expected verdicts on common questions of {models}, found {instead}")
     if apart:
         joined = list_names([judgements.models[index] for index in sorted(reached)])
         raise DataError(
@@ -89,13 +91,11 @@ def elo_ratings(
         OptionError: a number is out of range, or there are fewer comparisons than asked for.
         DataError: some models were never compared with the others.
     """
+    check_elo(orders=orders, k_factor=k_factor, start=start)
     check_connected(judgements)
     valid = judgements.valid()
     total = len(valid)
     length = _length(comparisons, total, judgements.source)
-    if orders < 1 or k_factor <= 0:
-        name, value = ("orders", orders) if orders < 1 else ("k_factor", k_factor)
-        raise OptionError(f"{name}: expected a positive number, found {value}")
     games = _Games(valid.first, valid.second, valid.points(), len(valid.models), k_factor, start)
     shorter = {max(1, length // 4), max(1, length // 2)}
     main = _simulate(games, orders=orders, length=length, at=shorter | {length}, seed=seed)
@@ -114,6 +114,16 @@ def elo_ratings(
         length,
         {number: dict(zip(valid.models, runs[number].mean(0).tolist(), strict=True)) for number in sorted(runs)},
     )
+
+
+def check_elo(*, orders: int, k_factor: float, start: float) -> None:
+    """Raise OptionError for the first of these numbers that is out of range."""
+    if orders < 1:
+        raise OptionError(f"orders: expected a positive number, found {orders}")
+    if not (math.isfinite(k_factor) and k_factor > 0):
+        raise OptionError(f"k_factor: expected a positive number, found {k_factor}")
+    if not math.isfinite(start):
+        raise OptionError(f"start: expected a finite number, found {start}")
 
 
 def _length(comparisons: int | None, total: int, source: str) -> int:

@@ -6,7 +6,7 @@
 `model_a` is the model whose answer the judge saw first. A score is a number from 0. A verdict is 1 (the first answer is
 better), 2 (the second is better) or 3 (a tie). Both are -1 if the judge gave none. Judges favour one of the two
 positions, so each pair is usually judged in both orders (Zheng et al. 2023, arXiv 2306.05685; Dettmers et al. 2023,
-arXiv 2305.14314). The column "judge" is optional; further columns are ignored.
+arXiv 2305.14314). The column "judge" is optional; further columns are ignored, also those of the other kind.
 """
 
 import difflib
@@ -127,7 +127,7 @@ def notes_on_pairs(judgements: Judgements) -> list[str]:
         pair = f"{judgements.models[first]} before {judgements.models[second]}"
         notes.append(
             f"{judgements.source}: judgements without a counterpart in the other order: {missing:,}, the first of them with "
-            f"{pair} ({count:,} questions)"
+            f"{pair} (questions: {count:,})"
         )
     if repeated:
         notes.append(
@@ -141,7 +141,7 @@ def read_judgements(path: Path, kind: Kind | None = None) -> Judgements:
 
     Args:
         path: a JSONL file.
-        kind: the kind that is expected; None: either.
+        kind: the kind that is expected; None: either, and scores if the columns of both are there.
 
     Raises:
         DataError: the file is empty, is of another kind, or has a malformed line (the message names the first one), or a
@@ -158,7 +158,7 @@ def read_judgements(path: Path, kind: Kind | None = None) -> Judgements:
             problems.append(row)
             continue
         if found is None:
-            found = _kind_of_row(row, path, number)
+            found = _kind_of_row(row, kind, path, number)
             if kind is not None and found != kind:
                 reader = "score" if found == "scores" else "elo"
                 raise DataError(f"{path}: expected {kind} {_columns(kind)}, found {found}, which the command {reader} reads")
@@ -220,10 +220,14 @@ def _columns(kind: Kind) -> str:
     return f"(question_id, model_a, model_b, {', '.join(_COLUMNS[kind])})"
 
 
-def _kind_of_row(row: dict[str, Any], path: Path, number: int) -> Kind:
-    for kind, columns in _COLUMNS.items():
-        if any(column in row for column in columns):
-            return kind
+def _kind_of_row(row: dict[str, Any], asked: Kind | None, path: Path, number: int) -> Kind:
+    """Return the kind that is asked for if a column of it is there, or else the other one."""
+    complete: list[Kind] = [kind for kind, columns in _COLUMNS.items() if all(column in row for column in columns)]
+    begun: list[Kind] = [kind for kind, columns in _COLUMNS.items() if any(column in row for column in columns)]
+    if asked is not None and asked in begun:
+        return asked
+    for kind in (*complete, *begun):
+        return kind
     expected = " or ".join(f"{kind} {_columns(kind)}" for kind in _COLUMNS)
     raise DataError(f"{path}, line {number}: expected {expected}, found the columns {list_names(list(row)) or 'none'}")
 
@@ -234,8 +238,10 @@ def _read_row(row: dict[str, Any], kind: Kind) -> tuple[str, str, str, str, tupl
         if name not in row:
             return f"{name}: expected a value, found none; the columns are {list_names(list(row))}"
     question, first, second, judge = (row.get(name) for name in ("question_id", "model_a", "model_b", "judge"))
+    if isinstance(question, float) and question.is_integer():  # as pandas writes a column of numbers with gaps
+        question = int(question)
     if isinstance(question, bool) or not isinstance(question, (int, str)) or question == "":
-        return f"question_id: expected a number or a text, found {kind_of(question)}"
+        return f"question_id: expected a whole number or a text, found {kind_of(question)}"
     for name in ("model_a", "model_b"):
         if not isinstance(row[name], str) or not row[name].strip():
             return f"{name}: expected the name of a model, found {kind_of(row[name])}"

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_jax.errors import DataError, OptionError
+from qlora_jax.errors import DataError, OptionError, list_names
 from qlora_jax.evaluate.bootstrap import over_questions
 from qlora_jax.evaluate.intervals import Interval
 from qlora_jax.evaluate.judgements import Judgements, check_known
 
-__all__ = ["RelativeScore", "reference_of", "relative_scores"]
+__all__ = ["RelativeScore", "models_without_scores", "reference_of", "relative_scores"]
 
 _DEFAULT = "gpt-3.5"  # the paper's reference, for files in which two models could be the reference
 
@@ -73,6 +73,8 @@ def relative_scores(
 ) -> dict[str, RelativeScore]:
     """Return the relative score of each model but the reference, the highest first.
 
+    Models without a relative score are left out; `models_without_scores` returns them.
+
     Args:
         judgements: scores; rows without the reference are ignored.
         reference: the model that the others are relative to.
@@ -80,36 +82,62 @@ def relative_scores(
 
     Raises:
         OptionError: `resamples` is not positive.
-        DataError: a model has no scores on a question together with the reference, or the reference's scores are all 0.
+        DataError: no model is left.
     """
     if resamples < 1:
         raise OptionError(f"resamples: expected at least 1, found {resamples}")
-    at = judgements.models.index(reference)
-    found = {
-        model: _relative(judgements, index, at, resamples, seed)
-        for index, model in enumerate(judgements.models)
-        if index != at
-    }
+    missing = models_without_scores(judgements, reference)
+    models = [model for model in judgements.models if model != reference and model not in missing]
+    if not models:
+        found_instead = list_names([f"{model} ({reason})" for model, reason in missing.items()]) or f"{reference} only"
+        raise DataError(
+            f"{judgements.source}: expected scores of models in rows with {reference}, found {found_instead}; "
+            "choose others with --models or --reference"
+        )
+    found = {model: _relative(judgements, model, reference, resamples, seed) for model in models}
     return dict(sorted(found.items(), key=lambda item: -item[1].relative.value))
 
 
-def _relative(judgements: Judgements, model: int, reference: int, resamples: int, seed: int) -> RelativeScore:
-    second = (judgements.first == reference) & (judgements.second == model)
-    first = (judgements.first == model) & (judgements.second == reference)
-    rows = judgements.rows(first | second)
+def models_without_scores(judgements: Judgements, reference: str) -> dict[str, str]:
+    """Return the models that have no score relative to the reference, and why."""
+    found = {}
+    for model in judgements.models:
+        if model == reference:
+            continue
+        rows = _rows(judgements, model, reference)
+        valid = rows.valid()
+        if not len(rows):
+            found[model] = f"no rows with {reference}"
+        elif not len(valid):
+            found[model] = f"rows with {reference}, but no scores in them"
+        elif not all(scores.any() for scores in _reference_scores(valid, reference)):
+            found[model] = f"scores of {reference} that are zeros only"
+    return found
+
+
+def _rows(judgements: Judgements, model: str, reference: str) -> Judgements:
+    ours, theirs = judgements.models.index(model), judgements.models.index(reference)
+    first, second = judgements.first, judgements.second
+    return judgements.rows(((first == ours) & (second == theirs)) | ((first == theirs) & (second == ours)))
+
+
+def _reference_scores(valid: Judgements, reference: str) -> list[np.ndarray]:
+    """Return the reference's scores in each order that has rows."""
+    at = valid.models.index(reference)
+    scores = [valid.values[valid.first == at, 0], valid.values[valid.second == at, 1]]
+    return [one for one in scores if len(one)]
+
+
+def _relative(judgements: Judgements, model: str, reference: str, resamples: int, seed: int) -> RelativeScore:
+    rows = _rows(judgements, model, reference)
     valid = rows.valid()
-    pair = f"{judgements.models[model]} and {judgements.models[reference]}"
-    if not len(valid):
-        raise DataError(f"{judgements.source}: expected scores of {pair} on common questions, found none")
     asked, question = np.unique(valid.question, return_inverse=True)
     sums = np.zeros((2, 2, len(asked)))  # by order, by model and reference, by question
-    order = (valid.first == model).astype(int)
+    order = (valid.first == judgements.models.index(model)).astype(int)
     ours, theirs = np.where(order == 1, valid.values.T, valid.values.T[::-1])
     np.add.at(sums[:, 0], (order, question), ours)
     np.add.at(sums[:, 1], (order, question), theirs)
     judged = [index for index in range(2) if (order == index).any()]
-    if not (sums[judged, 1].sum(-1) > 0).all():
-        raise DataError(f"{judgements.source}: expected scores above 0 of {judgements.models[reference]}, found zeros only")
 
     def relative(drawn: np.ndarray) -> np.ndarray:  # [n, questions] -> [n]
         with np.errstate(divide="ignore", invalid="ignore"):

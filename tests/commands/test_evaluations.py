@@ -7,6 +7,8 @@ import pytest
 from matplotlib.image import imread
 
 from qlora_jax.commands.evaluate import EVALUATIONS, main
+from qlora_jax.commands.evaluations import agreement, elo, score
+from qlora_jax.errors import OptionError
 
 ROOT = Path(__file__).parents[2]
 SCORES = [(1, "gpt-3.5", "m", 6, 5), (2, "gpt-3.5", "m", 4, 3), (1, "m", "gpt-3.5", 2, 4), (2, "m", "gpt-3.5", -1, -1)]
@@ -52,8 +54,17 @@ def test_score(scores: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert row["low"] <= row["relative"] <= row["high"]
     assert (row["rows"], row["left_out"]) == (3, 1)
     assert (found["reference"], found["left_out"]) == ("gpt-3.5", 1)
-    assert "4 scores, 1 of them without a judgement and left out; 2 models, 2 questions" in captured.err
+    assert "scores: 4, left out without a judgement: 1; models: 2, questions: 2" in captured.err
     assert imread(tmp_path / "scores.png").std() > 0
+
+
+def test_score_leaves_models_out(scores: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"question_id": 1, "model_a": "m", "model_b": "n", "score_a": 3, "score_b": 4}
+    scores.write_text(scores.read_text() + json.dumps(row))
+    assert main(["score", str(scores), "--reference", "gpt-3.5"]) == 0
+    captured = capsys.readouterr()
+    assert list(json.loads(captured.out.splitlines()[-1])["scores"]) == ["m"]
+    assert "models left out (no rows with gpt-3.5): 1 (n)" in captured.err
 
 
 def test_elo(verdicts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +117,7 @@ def test_agreement(scores: Path, verdicts: Path, tmp_path: Path, capsys: pytest.
             ["elo", "verdicts.jsonl", "--models", "a", "d"],
             "error: models: expected models of verdicts.jsonl (a, b, c), found 'd'",
         ),
-        (["elo", "verdicts.jsonl", "--models", "a"], "expected verdicts on common questions of a, found none"),
+        (["elo", "verdicts.jsonl", "--models", "a"], "expected verdicts on common questions of a, found no rows"),
         (["elo", "verdicts.jsonl", "--comparisons", "9"], "error: comparisons: expected at most the 5 verdicts"),
         (["score", "scores.jsonl", "--reference", "gpt-4"], "error: reference: expected models of scores.jsonl"),
         (["score", "scores.jsonl", "--models", "n"], "error: models: expected models of scores.jsonl"),
@@ -117,9 +128,13 @@ def test_agreement(scores: Path, verdicts: Path, tmp_path: Path, capsys: pytest.
         ),
         (
             ["agreement", "scores.jsonl", "scores.jsonl"],
-            "error: scores.jsonl: expected judges of other names, found scores.jsonl",
+            "error: agreement: expected each file once, found scores.jsonl twice",
         ),
-        (["agreement", "scores.jsonl", "--resamples", "0"], "error: resamples: expected at least 1, found 0"),
+        (
+            ["agreement", "verdicts.jsonl", "named.jsonl"],
+            "error: named.jsonl: expected each judge in one file, found verdicts, which verdicts.jsonl has too; rename the",
+        ),
+        (["agreement", "verdicts.jsonl", "--models", "a"], "expected judgements between the models a, found no rows"),
     ],
 )
 def test_one_line_for_what_is_wrong(
@@ -131,11 +146,37 @@ def test_one_line_for_what_is_wrong(
     message: str,
 ) -> None:
     monkeypatch.chdir(scores.parent)
+    written(Path("named.jsonl"), [json.loads(verdicts.read_text().splitlines()[0]) | {"judge": "verdicts"}])
     assert main(arguments) == 1
     captured = capsys.readouterr()
     *_, last = captured.err.splitlines()
     assert message in last
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        (agreement.Options, {"resamples": 0}, "resamples: expected at least 1, found 0"),
+        (agreement.Options, {"seed": -1}, "seed: expected at least 0, found -1"),
+        (score.Options, {"seed": -1, "resamples": 0}, "resamples: .* found 0; seed: expected at least 0, found -1"),
+        (elo.Options, {"seed": -1}, "seed: expected at least 0, found -1"),
+        (elo.Options, {"resamples": 0}, "resamples: expected at least 1, found 0"),
+        (elo.Options, {"comparisons": -1}, "comparisons: expected at least 0, found -1"),
+        (elo.Options, {"orders": 0}, "orders: expected a positive number, found 0"),
+        (elo.Options, {"k_factor": float("nan")}, "k_factor: expected a positive number, found nan"),
+        (elo.Options, {"start": float("inf")}, "start: expected a finite number, found inf"),
+    ],
+)
+def test_numbers_are_checked_before_files_are_read(command: type, options: dict[str, float], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        command(**options)
+
+
+def test_a_number_out_of_range_names_its_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["score", "none.jsonl", "--seed", "-1"])
+    assert "seed: expected at least 0, found -1" in capsys.readouterr().err
 
 
 def test_options_first_are_those_of_mmlu(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,6 +66,8 @@ def test_position_bias(tmp_path: Path) -> None:
     assert self_agreement(read(tmp_path, rows[-2:])).both_orders == 0
     with pytest.raises(DataError, match="expected judgements, found rows without one only"):
         self_agreement(read(tmp_path, rows[-1:]))
+    with pytest.raises(DataError, match="expected judgements between the models a, found no rows; name two or more"):
+        self_agreement(read(tmp_path, rows).between(["a"]))
 
 
 def test_a_judge_agrees_with_itself_and_not_with_its_opposite(tmp_path: Path) -> None:

@@ -77,8 +77,12 @@ def test_what_is_wrong(tmp_path: Path) -> None:
         elo_ratings(judgements, orders=0)
     with pytest.raises(OptionError, match="k_factor: expected a positive number, found 0"):
         elo_ratings(judgements, k_factor=0.0)
+    with pytest.raises(OptionError, match="k_factor: expected a positive number, found nan"):
+        elo_ratings(judgements, k_factor=float("nan"))
+    with pytest.raises(OptionError, match="start: expected a finite number, found inf"):
+        elo_ratings(judgements, start=float("inf"))
     rows = [verdict(1, "a", "b", 1), verdict(1, "c", "d", 1), verdict(2, "b", "c", -1)]
     with pytest.raises(DataError, match="found no common questions of a, b with c, d; name the models of one group"):
         elo_ratings(read(tmp_path, rows))
-    with pytest.raises(DataError, match="expected verdicts on common questions of b, c, found none"):
+    with pytest.raises(DataError, match="expected verdicts on common questions of b, c, found rows without one only"):
         elo_ratings(read(tmp_path, rows[2:]))

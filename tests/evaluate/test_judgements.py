@@ -49,7 +49,9 @@ GOOD = verdict(1, "a", "b", 1)
         ([{**GOOD, "verdict": "A"}], "line 1: verdict: expected 1 .* found str 'A'"),
         ([{**GOOD, "verdict": True}], "line 1: verdict: expected 1 .* found bool True"),
         ([{**GOOD, "verdict": [1]}], "line 1: verdict: expected 1 .* found list"),
-        ([{**GOOD, "question_id": None}], "line 1: question_id: expected a number or a text, found null"),
+        ([{**GOOD, "question_id": None}], "line 1: question_id: expected a whole number or a text, found null"),
+        ([{**GOOD, "question_id": 1.5}], "line 1: question_id: expected a whole number or a text, found float 1.5"),
+        ([{**GOOD, "question_id": float("inf")}], "line 1: question_id: expected a whole number or a text"),
         ([{**GOOD, "judge": 3}], "line 1: judge: expected a name, found int 3"),
         ([score(1, "a", "b", -2, 1)], "line 1: score_a: expected a number from 0"),
         ([score(1, "a", "b", float("nan"), 1)], "line 1: score_a: expected a number from 0"),
@@ -84,6 +86,22 @@ def test_the_wrong_kind_names_the_right_command(tmp_path: Path) -> None:
         read_judgements(scores, "verdicts")
     with pytest.raises(DataError, match=r"expected scores .* found verdicts, which the command elo reads"):
         read_judgements(verdicts, "scores")
+
+
+def test_the_columns_of_both_kinds(tmp_path: Path) -> None:
+    path = write(tmp_path / "f.jsonl", [score(1, "a", "b", 4, 2) | {"verdict": 2}])
+    assert read_judgements(path, "scores").values.tolist() == [[4, 2]]
+    assert read_judgements(path, "verdicts").points().tolist() == [0]
+    assert read_judgements(path).kind == "scores"
+    write(path, [verdict(1, "a", "b", 2) | {"score_a": 4}])  # scores are not complete
+    assert read_judgements(path).kind == "verdicts"
+    with pytest.raises(DataError, match="line 1: score_b: expected a value, found none"):
+        read_judgements(path, "scores")
+
+
+def test_whole_floats_are_numbers_of_questions(tmp_path: Path) -> None:
+    found = read_judgements(write(tmp_path / "f.jsonl", [verdict(1, "a", "b", 1), GOOD | {"question_id": 1.0}]))
+    assert found.questions == ("1",)
 
 
 def test_models_are_chosen(tmp_path: Path) -> None:

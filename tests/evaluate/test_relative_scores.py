@@ -7,7 +7,7 @@ import pytest
 from judged import score, write
 
 from qlora_jax.errors import DataError, OptionError
-from qlora_jax.evaluate import Judgements, read_judgements, reference_of, relative_scores
+from qlora_jax.evaluate import Judgements, models_without_scores, read_judgements, reference_of, relative_scores
 
 # Model "m": 8 of 10 with the reference shown first, 9 of 12 with it shown second; question 3 has no scores in one order.
 ROWS = [
@@ -69,12 +69,28 @@ def test_which_model_is_the_reference(tmp_path: Path) -> None:
         reference_of(read(tmp_path, [score(1, "a", "b", 2, 1), score(1, "c", "d", 2, 1)]))
 
 
+def test_models_without_scores_are_left_out(tmp_path: Path) -> None:
+    rows = [score(1, "r", "a", 2, 1), score(1, "a", "none", 1, 2), score(1, "empty", "r", -1, -1)]
+    rows += [score(1, "r", "zero", 0, 2), score(1, "zero", "r", 1, 1)]
+    judgements = read(tmp_path, rows)
+    assert list(relative_scores(judgements, "r")) == ["a"]
+    assert models_without_scores(judgements, "r") == {
+        "empty": "rows with r, but no scores in them",
+        "none": "no rows with r",
+        "zero": "scores of r that are zeros only",
+    }
+    with pytest.raises(DataError, match="expected scores of models in rows with r, found r only"):
+        relative_scores(judgements.between(["r"]), "r")
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([score(1, "r", "a", 1, 2), score(1, "a", "b", 1, 2)], "expected scores of b and r on common questions, found none"),
-        ([score(1, "r", "a", -1, -1)], "expected scores of a and r on common questions, found none"),
-        ([score(1, "r", "a", 0, 2), score(2, "r", "a", 0, 2)], "expected scores above 0 of r, found zeros only"),
+        (
+            [score(1, "r", "a", -1, -1)],
+            r"found a \(rows with r, but no scores in them\); .* --models or --ref",
+        ),
+        ([score(1, "r", "a", 0, 2), score(2, "r", "a", 0, 2)], r"found a \(scores of r that are zeros only\)"),
     ],
 )
 def test_nothing_to_divide_by(tmp_path: Path, rows: list[dict[str, object]], message: str) -> None:

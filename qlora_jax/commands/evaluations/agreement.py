@@ -17,7 +17,7 @@ from pathlib import Path
 import tyro
 
 from qlora_jax import cli
-from qlora_jax.commands.evaluations.output import bounds, number, print_json, print_notes, print_table
+from qlora_jax.commands.evaluations.output import bounds, check_least, number, print_json, print_notes, print_table
 from qlora_jax.errors import DataError, OptionError
 from qlora_jax.evaluate import (
     Interval,
@@ -45,6 +45,9 @@ class Options:
     seed: int = 0
     """Seed of the resamples."""
 
+    def __post_init__(self) -> None:
+        check_least(self, resamples=1, seed=0)
+
 
 def main(arguments: Sequence[str] | None = None, *, program: str | None = None) -> int:
     """Run the command and return its exit code."""
@@ -55,8 +58,8 @@ def agreement(options: Options) -> None:
     """Print the agreement of the judges."""
     judges = _judges(options)
     draws = {"resamples": options.resamples, "seed": options.seed}
-    pairs = {pair: pair_agreement(judges, *pair, **draws) for pair in combinations(judges, 2)}
     alone = {name: self_agreement(judge, **draws) for name, judge in judges.items()}
+    pairs = {pair: pair_agreement(judges, *pair, **draws) for pair in combinations(judges, 2)}
     header = ["judge", "rows", "first", "second", "tie", "bias", "95 % interval", "both orders", "consistent", "kappa"]
     print_table(header, [_self_row(name, one) for name, one in alone.items()])
     if pairs:
@@ -88,6 +91,10 @@ def _judges(options: Options) -> dict[str, Judgements]:
     """Read the files; return the judgements by judge."""
     if not options.files:
         raise OptionError("agreement: expected a file of scores or verdicts, found none")
+    resolved = [path.resolve() for path in options.files]
+    for place, path in enumerate(options.files):
+        if resolved[place] in resolved[:place]:
+            raise OptionError(f"agreement: expected each file once, found {path} twice")
     judges: dict[str, Judgements] = {}
     files = [read_judgements(path) for path in options.files]
     stems = [path.stem for path in options.files]
@@ -97,7 +104,10 @@ def _judges(options: Options) -> dict[str, Judgements]:
             judgements = judgements.between(options.models)
         for name, judge in split_by_judge(judgements, own_name).items():
             if name in judges:
-                raise DataError(f"{path}: expected judges of other names, found {name}, which {judges[name].source} has too")
+                raise DataError(
+                    f"{path}: expected each judge in one file, found {name}, which {judges[name].source} has too; "
+                    "rename the judge, or put the rows into one file"
+                )
             judges[name] = judge
         print_notes(judgements)
     return judges

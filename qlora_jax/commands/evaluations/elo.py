@@ -18,6 +18,7 @@ import tyro
 from qlora_jax import cli
 from qlora_jax.commands.evaluations.output import (
     bounds,
+    check_least,
     check_plot,
     draw_intervals,
     number,
@@ -26,7 +27,7 @@ from qlora_jax.commands.evaluations.output import (
     print_table,
 )
 from qlora_jax.errors import OptionError
-from qlora_jax.evaluate import BradleyTerry, Elo, Interval, bradley_terry, elo_ratings, read_judgements
+from qlora_jax.evaluate import BradleyTerry, Elo, Interval, bradley_terry, check_elo, elo_ratings, read_judgements
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,10 @@ class Options:
     """Seed of the orders and of the resamples."""
     plot: Path | None = None
     """Picture to write: the Elo ratings with their intervals."""
+
+    def __post_init__(self) -> None:
+        check_least(self, comparisons=0, resamples=1, seed=0)
+        check_elo(orders=self.orders, k_factor=self.k_factor, start=self.start)
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str | None = None) -> int:

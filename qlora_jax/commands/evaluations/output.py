@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.errors import OptionError
 from qlora_jax.evaluate import Interval, Judgements, notes_on_pairs
 
-__all__ = ["bounds", "check_plot", "draw_intervals", "number", "print_json", "print_notes", "print_table"]
+__all__ = ["bounds", "check_least", "check_plot", "draw_intervals", "number", "print_json", "print_notes", "print_table"]
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -52,14 +53,23 @@ def _without_nan(value: Any) -> Any:
 
 def print_notes(judgements: Judgements) -> None:
     """Print on stderr what a file contains, and what should be said of it."""
-    left_out = f", {judgements.left_out:,} of them without a judgement and left out" if judgements.left_out else ""
+    left_out = f", left out without a judgement: {judgements.left_out:,}" if judgements.left_out else ""
     models, questions = len(judgements.models), len(judgements.questions)
     print(
-        f"{judgements.source}: {len(judgements):,} {judgements.kind}{left_out}; {models} models, {questions} questions",
+        f"{judgements.source}: {judgements.kind}: {len(judgements):,}{left_out}; "
+        f"models: {models:,}, questions: {questions:,}",
         *notes_on_pairs(judgements),
         sep="\n",
         file=sys.stderr,
     )
+
+
+def check_least(options: object, **least: int) -> None:
+    """Raise OptionError if numbers of a dataclass of options are below the least that is given for each; None is not."""
+    values = {name: getattr(options, name) for name in least}
+    low = [name for name, value in values.items() if value is not None and value < least[name]]
+    if low:
+        raise OptionError("; ".join(f"{name}: expected at least {least[name]}, found {values[name]}" for name in low))
 
 
 def check_plot(path: Path | None) -> None:

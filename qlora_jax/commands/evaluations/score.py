@@ -18,6 +18,7 @@ import tyro
 from qlora_jax import cli
 from qlora_jax.commands.evaluations.output import (
     bounds,
+    check_least,
     check_plot,
     draw_intervals,
     number,
@@ -25,8 +26,8 @@ from qlora_jax.commands.evaluations.output import (
     print_notes,
     print_table,
 )
-from qlora_jax.errors import OptionError
-from qlora_jax.evaluate import RelativeScore, read_judgements, reference_of, relative_scores
+from qlora_jax.errors import OptionError, list_names
+from qlora_jax.evaluate import RelativeScore, models_without_scores, read_judgements, reference_of, relative_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Options:
     file: tyro.conf.Positional[Path | None] = None
     """File of scores (JSONL)."""
     reference: str | None = None
-    """Model that the others are relative to; the one that is part of every row if left out."""
+    """Model that the others are relative to; the one that is part of every row if left out, and gpt-3.5 if two are."""
     models: tuple[str, ...] = ()
     """Models to score; all if left out."""
     resamples: int = 10_000
@@ -45,6 +46,9 @@ class Options:
     """Seed of the resamples."""
     plot: Path | None = None
     """Picture to write: the relative scores with their intervals."""
+
+    def __post_init__(self) -> None:
+        check_least(self, resamples=1, seed=0)
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str | None = None) -> int:
@@ -66,6 +70,10 @@ def score(options: Options) -> None:
     if others := int(((judgements.first != at) & (judgements.second != at)).sum()):
         print(f"{judgements.source}: rows without {reference}, which are ignored: {others:,}", file=sys.stderr)
     found = relative_scores(judgements, reference, resamples=options.resamples, seed=options.seed)
+    missing = models_without_scores(judgements, reference)
+    for reason in dict.fromkeys(missing.values()):
+        models = [model for model, its_reason in missing.items() if its_reason == reason]
+        print(f"{judgements.source}: models left out ({reason}): {len(models)} ({list_names(models)})", file=sys.stderr)
     header = ["model", f"% of {reference}", "95 % interval", "shown second", "shown first", "pooled", "rows", "left out"]
     print_table(header, [_row(model, one) for model, one in found.items()])
     if options.plot is not None:
