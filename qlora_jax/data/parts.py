@@ -39,7 +39,7 @@ def split_parts(message: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]
             rest.append(part)
     if results and not rest and not reasoning and not calls:
         kept = {name: value for name, value in message.items() if name not in ("role", key)}
-        return [kept | result for result in results]
+        return [{**kept, **result} for result in results]
     if reasoning and isinstance(stated := message.get("reasoning_content"), str) and stated not in ("", *reasoning):
         reasoning.insert(0, stated)
     more: dict[str, Any] = {"reasoning_content": "\n\n".join(reasoning)} if reasoning else {}
