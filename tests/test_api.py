@@ -38,7 +38,7 @@ def with_noise(model: qj.CausalLM | qj.T5) -> qj.CausalLM | qj.T5:
     return nnx.merge(graph, noisy, frozen)
 
 
-@pytest.mark.parametrize("initialization", ["pissa", "loftq"])
+@pytest.mark.parametrize("initialization", ["pissa", pytest.param("loftq", marks=pytest.mark.integration)])
 def test_an_adapter_from_creation_to_its_file_and_back(tiny_llama: Path, tmp_path: Path, initialization: str) -> None:
     """The saved folder holds a plain LoRA for the original weights, and gives the trained model back."""
     method = qj.LoRA(rank=4, alpha=6, init_lora_weights=initialization, loftq_iter=2 if initialization == "loftq" else 1)

@@ -194,7 +194,13 @@ def test_subspace_iteration_comes_close_to_the_exact_values() -> None:
         assert 0.9999 < float(jnp.linalg.norm(close) / jnp.linalg.norm(exact)) < worse
 
 
-@pytest.mark.parametrize("fields", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "loftq", "loftq_iter": 4}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({"init_lora_weights": "pissa"}, marks=pytest.mark.integration),
+        {"init_lora_weights": "loftq", "loftq_iter": 4},
+    ],
+)
 def test_they_start_closer_to_the_weights(peers: Callable[[str], Peer], fields: dict[str, Any]) -> None:
     """Each layer's matrix, with adapter, and the logits, against 4 bits alone."""
     peer, lora = peers("llama"), LoRA(rank=8, alpha=4.0, **fields)
@@ -241,6 +247,7 @@ def test_starts_from_a_random_key_alone() -> None:
                 assert np.abs(a @ b).max() < 1e-6
 
 
+@pytest.mark.integration
 def test_starts_in_files(peers: Callable[[str], Peer], tmp_path: Path) -> None:
     peer = peers("llama")
     for name in ("gaussian", "orthogonal"):

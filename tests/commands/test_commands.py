@@ -40,7 +40,7 @@ def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_every_command_is_a_module_and_a_script() -> None:
     modules = {path.stem for path in (ROOT / "qlora_jax" / "commands").glob("*.py")} - {"__init__", "__main__"}
-    assert modules == set(COMMANDS) == {path.stem for path in (ROOT / "scripts").glob("*.py")}
+    assert modules == set(COMMANDS) == {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"verify_device"}
     for name in COMMANDS:
         assert f'run_script("{name}")' in (ROOT / "scripts" / f"{name}.py").read_text("utf-8")
 
@@ -63,6 +63,7 @@ def test_the_console_command_is_installed() -> None:
     assert getattr(importlib.import_module(module), function) is main
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(device_is_attached(), reason="a GPU or a TPU is attached")
 def test_nothing_is_printed_about_absent_devices(tiny_llama: Path) -> None:
     """With the compilers of GPUs and TPUs installed, JAX would print a traceback, and libtpu would ask a metadata server."""

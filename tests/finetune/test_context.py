@@ -70,6 +70,7 @@ def test_longlora_trains_norms_and_table_and_is_dense_afterwards(adapter: Path, 
     assert held_out[-1] < held_out[0] - 0.1
 
 
+@pytest.mark.integration
 def test_the_model_is_loaded_with_the_scaling_of_the_training(adapter: Path, options: Options) -> None:
     tuned = open_pretrained(model=options.model.model, adapter=str(adapter))
     assert tuned.checkpoint.config["max_position_embeddings"] == 128

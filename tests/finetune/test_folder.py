@@ -26,6 +26,7 @@ def _no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlora_jax.checkpoint.safetensors.read_tensor", lambda *_: pytest.fail("a weight was read"))
 
 
+@pytest.mark.integration
 def test_a_finished_run_is_not_repeated(finished_sft: FinishedRun) -> None:
     with pytest.raises(ValueError, match=r"holds a finished run; .*--overwrite"):
         prepare(finished_sft.options, progress=False)

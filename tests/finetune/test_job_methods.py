@@ -58,7 +58,7 @@ def options_of(model: Path, data: Path, output: Path, **tuning: Any) -> Options:
             marks=pytest.mark.integration,
         ),
         pytest.param({"method": "p-tuning", "virtual_tokens": 6, **LSTM}, 0, marks=pytest.mark.integration),
-        ({"method": "prefix-tuning", "virtual_tokens": 6}, 0),
+        pytest.param({"method": "prefix-tuning", "virtual_tokens": 6}, 0, marks=pytest.mark.integration),
     ],
     ids=lambda value: value["method"] if isinstance(value, dict) else None,
 )

@@ -249,6 +249,7 @@ def test_decoding_with_a_cache_equals_the_whole_forward_pass(quantization: Quant
     assert int(cache.length) == width + new - 1
 
 
+@pytest.mark.integration
 def test_remat_changes_no_gradient() -> None:
     model = with_random_adapter(tiny(quantization=Quantization(), method=LoRA(rank=4)))
 

@@ -368,6 +368,7 @@ def test_remat_changes_no_gradient(remat: Remat) -> None:
         assert largest(a, b) < 1e-3 * float(jnp.abs(b).max())
 
 
+@pytest.mark.integration
 def test_dropout_acts_in_both_stacks() -> None:
     """A random key changes what an adapter of either stack adds, and nothing without an adapter."""
     sources, mask, inputs = example(8)

@@ -84,7 +84,7 @@ def ours_like(peer: MethodPeer, theirs: Any) -> Any:
     ("family", "name"),
     tiered(
         itertools.product(("llama", "t5"), NAMES),
-        quick=[("llama", "prompt"), ("llama", "mlp"), ("llama", "projected prefix"), ("t5", "prefix")],
+        quick=[("llama", "prompt"), ("llama", "mlp"), ("llama", "projected prefix")],
     ),
 )
 def test_outputs_and_files_both_ways(tmp_path: Path, family: str, name: str) -> None:
@@ -120,7 +120,7 @@ def test_outputs_and_files_both_ways(tmp_path: Path, family: str, name: str) -> 
     ("family", "name"),
     tiered(
         [*(("llama", name) for name in NAMES), ("t5", "mlp"), ("t5", "prefix")],
-        quick=[("llama", "mlp"), ("llama", "prefix")],
+        quick=[("llama", "prefix")],
     ),
 )
 def test_the_same_training(tmp_path: Path, family: str, name: str) -> None:
@@ -138,7 +138,7 @@ def test_the_same_training(tmp_path: Path, family: str, name: str) -> None:
     ("family", "name"),
     tiered(
         [*itertools.product(("llama", "t5"), ("prompt", "prefix")), ("gemma2", "prompt"), ("mistral", "prefix")],
-        quick=[("llama", "prompt"), ("mistral", "prefix")],
+        quick=[("llama", "prompt")],
     ),
 )
 def test_greedy_answers_are_those_of_peft(tmp_path: Path, family: str, name: str) -> None:

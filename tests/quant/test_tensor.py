@@ -98,7 +98,7 @@ def check_reference(w: np.ndarray, data_type: Any, block_size: int) -> None:
     np.testing.assert_array_equal(dequantize(q), values)
 
 
-@pytest.mark.parametrize("count", [1, 9216, 8_208_384])
+@pytest.mark.parametrize("count", [1, 9216, pytest.param(8_208_384, marks=pytest.mark.integration)])
 def test_the_offset_of_the_scales_is_their_exact_sum_by_their_count(count: int) -> None:
     """As many as a whole table of 128,256 rows has, too, whose float32 sum alone would lose seven digits."""
     mean = jax.jit(tensor_module._mean)

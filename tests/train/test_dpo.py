@@ -69,7 +69,7 @@ def cut(batch: dict[str, jax.Array], micro_batches: int = 1) -> dict[str, jax.Ar
     return {name: x.reshape(micro_batches, -1, x.shape[-1]) for name, x in batch.items()}
 
 
-@pytest.mark.parametrize(("beta", "smoothing"), [(0.1, 0.0), (0.5, 0.2)])
+@pytest.mark.parametrize(("beta", "smoothing"), [pytest.param(0.1, 0.0, marks=pytest.mark.integration), (0.5, 0.2)])
 def test_loss_and_gradients_are_trls(beta: float, smoothing: float) -> None:
     """Every gradient of the adapter: torch's of the logits, pulled back by JAX through the model."""
     torch = pytest.importorskip("torch", reason="torch, to compare with, is not installed")

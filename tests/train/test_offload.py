@@ -34,7 +34,7 @@ def in_host_memory(tree: Any) -> Any:
     ("name", "adapter"),
     tiered(
         itertools.product(OPTIMIZERS, (False, True)),
-        quick=[("adamw", False), ("adamw8bit", True), ("adafactor", False), ("lion", True)],
+        quick=[("adamw", False), ("adafactor", False), ("lion", True)],
     ),
 )
 def test_the_numbers_are_those_of_the_device(name: OptimizerName, adapter: bool) -> None:

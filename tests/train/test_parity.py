@@ -181,7 +181,10 @@ def compare(ours: Result, theirs: Result, record: Any) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("optimizer", "micro_batches"),
-    [(Optimizer(clip=0.3), 1), (Optimizer(learning_rate=2e-3, weight_decay=0.1), 2)],
+    [
+        pytest.param(Optimizer(clip=0.3), 1, marks=pytest.mark.integration),
+        (Optimizer(learning_rate=2e-3, weight_decay=0.1), 2),
+    ],
     ids=["QLoRA's", "accumulated, decayed, not clipped"],
 )
 def test_a_tiny_llama(
