@@ -73,10 +73,9 @@ def test_early_stopping_saves_the_best_adapter(
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("packing", [True, False])
-def test_a_killed_run_goes_on_as_if_it_had_not_been(options: Options, tmp_path: Path, packing: bool) -> None:
+def test_a_killed_run_goes_on_as_if_it_had_not_been(options: Options, tmp_path: Path) -> None:
     """SIGKILL at a random step, then the same command: every loss is that of a run in one piece."""
-    flags = ["--config", str(write_config(options, tmp_path, packing))]
+    flags = ["--config", str(write_config(options, tmp_path))]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finetune(parse(Options, description=None, arguments=[*flags, "--output", str(whole)]), progress=False)
     expected = without_timing(rows_of(whole))
@@ -98,7 +97,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(options: Options, tmp_path: 
         np.testing.assert_array_equal(read_adapter(broken / "adapter").tensors[name], tensor)
 
 
-def write_config(options: Options, folder: Path, packing: bool) -> Path:
+def write_config(options: Options, folder: Path) -> Path:
     path = folder / "run.toml"
     path.write_text(
         f"""
@@ -111,7 +110,6 @@ def write_config(options: Options, folder: Path, packing: bool) -> Path:
         data = {json.dumps(options.data.data)}
         max_length = 64
         held_out = 0.2
-        packing = {"true" if packing else "false"}
         [optimizer]
         learning_rate = 1e-3
         schedule = "cosine"
@@ -152,7 +150,7 @@ def wait_for_step(output: Path, step: int, process: subprocess.Popen[str]) -> No
 @pytest.mark.integration
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_saves_the_step_that_it_is_in(options: Options, tmp_path: Path, number: signal.Signals) -> None:
-    flags = ["--config", str(write_config(options, tmp_path, True)), "--save-every", "0", "--max-steps", "2000"]
+    flags = ["--config", str(write_config(options, tmp_path)), "--save-every", "0", "--max-steps", "2000"]
     output = tmp_path / "run"
     with start(flags, output) as process:
         wait_for_step(output, 3, process)

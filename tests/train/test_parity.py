@@ -241,7 +241,7 @@ def test_smollm2(tmp_path: Path, record_property: Any) -> None:
     records = load_records(PLAIN_ANSWERS).select(range(60))
     examples, _ = encode_all(records, load_tokenizer(source), max_length=65, progress=False)
     iterator = batches(examples, batch_size=2, length=64, pad_id=0)
-    data = [next(iterator) for _ in range(STEPS)]
+    data = [next(iterator) for _ in range(4)]
     optimizer = Optimizer(clip=0.3)
     ours = train_ours(folder, tmp_path, data, optimizer, 1, real=True)
     theirs = train_theirs(folder, tmp_path / "fresh", data, optimizer)
