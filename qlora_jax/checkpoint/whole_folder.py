@@ -25,7 +25,7 @@ from pathlib import Path
 from qlora_jax.errors import CheckpointError
 from qlora_jax.interrupts import cleaning_up
 
-__all__ = ["TOKENIZER_FILES", "remove_abandoned", "temporary_folder", "whole_folder", "writing_errors"]
+__all__ = ["TOKENIZER_FILES", "remove_abandoned", "remove_remains", "temporary_folder", "whole_folder", "writing_errors"]
 
 # What `save_tokenizer` may write, now and in earlier versions of transformers.
 TOKENIZER_FILES = frozenset(
@@ -150,6 +150,12 @@ def remove_abandoned(parent: Path, prefix: str) -> None:
         if ended:
             shutil.rmtree(entry.path, ignore_errors=True)
         os.close(handle)
+
+
+def remove_remains(folder: str | Path) -> None:
+    """Remove what a process left that was killed when `folder` was whole already."""
+    target = Path(os.path.realpath(folder))
+    remove_abandoned(target.parent, f".{target.name}.writing-")
 
 
 def _lock(folder: Path) -> int | None:

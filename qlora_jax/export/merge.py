@@ -43,7 +43,7 @@ from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.initialize import rewrite_for
 from qlora_jax.checkpoint.load import find, with_copy, with_tied
 from qlora_jax.checkpoint.tokenizer import save_tokenizer
-from qlora_jax.checkpoint.whole_folder import whole_folder, writing_errors
+from qlora_jax.checkpoint.whole_folder import remove_remains, whole_folder, writing_errors
 from qlora_jax.errors import CheckpointError, OptionError
 from qlora_jax.export.biases import with_biases
 from qlora_jax.export.generation import GENERATION, generation_config
@@ -132,6 +132,7 @@ def merge(
     if dtype not in _DTYPES:
         raise OptionError(f"unknown dtype {dtype!r}; expected one of {', '.join(get_args(MergedDtype))}")
     if output.exists() and (not output.is_dir() or next(output.iterdir(), None) is not None):
+        remove_remains(output)
         raise CheckpointError(f"{output}: expected a folder that is empty or does not exist yet, found it in use.")
     if adapter is not None and adapter.method.virtual_tokens:
         raise CheckpointError(

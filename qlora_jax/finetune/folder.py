@@ -19,6 +19,7 @@ import jax
 from qlora_jax.checkpoint.whole_folder import remove_abandoned, temporary_folder
 from qlora_jax.cli import to_dict
 from qlora_jax.errors import OptionError, shortened
+from qlora_jax.finetune.lock import remove_abandoned_lock
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.options.run import RunOptions
 from qlora_jax.renamed_options import replace_old_names
@@ -74,6 +75,7 @@ def claim(options: Options) -> None:
             "choose another folder, or --overwrite to delete it"
         )
     if is_finished(folder) and not _has_other_length(before, options):
+        remove_abandoned_lock(folder)
         raise finished_error(folder)
 
 

@@ -32,6 +32,18 @@ def check_unlocked(folder: Path) -> None:
         os.close(handle)
 
 
+def remove_abandoned_lock(folder: Path) -> None:
+    """Remove the file of a run that was killed after it had ended, of which there is nothing left to do."""
+    try:
+        handle = os.open(folder / NAME, os.O_RDONLY)
+    except OSError:
+        return
+    with contextlib.suppress(OSError):  # another run holds it
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (folder / NAME).unlink(missing_ok=True)
+    os.close(handle)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, which is made if there is none.

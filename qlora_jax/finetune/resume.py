@@ -4,6 +4,7 @@ import logging
 
 from qlora_jax.errors import OptionError
 from qlora_jax.finetune.folder import CHECKPOINTS, finished_error, is_finished, recorded_held_out
+from qlora_jax.finetune.lock import remove_abandoned_lock
 from qlora_jax.finetune.objectives import Batches
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.train.state_store import StateStore, latest_step
@@ -44,6 +45,7 @@ def find_position(options: Options, batches: Batches, steps: int, held_out_check
             "choose another folder, or --overwrite to delete it"
         )
     if finished and done == steps:
+        remove_abandoned_lock(folder)
         raise finished_error(folder)
     store = StateStore(folder / CHECKPOINTS, keep=options.run.keep, create=False)
     try:
