@@ -62,7 +62,7 @@ def over_chunks(function: Callable[[Array, Keys], Array], x: Array, keys: Keys, 
     devices, features = devices_of_context(), x.shape[-1]
     tokens = x.reshape(devices, -1, features)  # by device, so that splitting into chunks needs no communication
     own = tokens.shape[1]
-    length = own // count if own % count == 0 else -(-own // (count * _TILE)) * _TILE
+    length = own // count if own % (count * _LEAST_TILE) == 0 else -(-own // (count * _TILE)) * _TILE
     padded = jnp.pad(tokens, ((0, 0), (0, count * length - own), (0, 0)))
     chunks = _spread(padded.reshape(devices, count, length, features), 0).swapaxes(0, 1)
 

@@ -182,7 +182,7 @@ class T5(nnx.Module):
         graph, layers = nnx.split(self.encoder.layers)
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-            return relative_attention(q, k, v, mask, bias, scale=1.0), None
+            return relative_attention(q, k, v, mask, bias, scale=1.0, target=self.attention), None
 
         def run_layer(x: Array, inputs: tuple[Any, Array | None]) -> tuple[Array, None]:
             state, layer_key = inputs
@@ -222,10 +222,10 @@ class T5(nnx.Module):
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
                 if before is not None:
                     _, k, v = with_prefix(q, k, v, before)
-                return relative_attention(q, k, v, every, bias, scale=1.0, before=n), None
+                return relative_attention(q, k, v, every, bias, scale=1.0, before=n, target=self.attention), None
 
             def attend_sources(q: Array) -> Array:
-                return relative_attention(q, k, v, mask, None, scale=1.0)
+                return relative_attention(q, k, v, mask, None, scale=1.0, target=self.attention)
 
             x, _ = layer(checkpoint_name(x, "residual"), attend, attend_sources, keys)
             return x, None

@@ -189,6 +189,7 @@ def relative_attention(
     *,
     scale: float,
     before: int | None = None,
+    target: AttentionTarget = CPU,
 ) -> Float[Array, "b t heads d"]:
     """Compute attention whose bias depends on distances alone, by XLA, in memory that is linear in t and s.
 
@@ -201,13 +202,15 @@ def relative_attention(
             j - i + t - 1. It gets no gradient. None: no bias.
         scale: factor on the scores q·k.
         before: number of keys before that of the first query, if queries attend to no later keys; None: to all keys.
+        target: the device that the program is compiled for.
 
     Returns:
         `[b, t, heads, d]` in the dtype of q.
     """
     (t, s), visible = (q.shape[1], k.shape[1]), KeyRows(before)
     if max(t, s) > _LONGEST:
-        return tiled_attention(q, k, v, Mask(visible, keys), scale=scale, distance_bias=distance_bias)
+        mask, tile = Mask(visible, keys), largest_tile(target)
+        return tiled_attention(q, k, v, mask, scale=scale, largest_tile=tile, distance_bias=distance_bias)
     bias = None if distance_bias is None else diagonals(distance_bias, t, s)
     return _grouped(q, _heads_first(k, v), visible.mask(keys, jnp.arange(t), jnp.arange(s)), bias, scale, None)
 
@@ -216,7 +219,7 @@ def cached_attention(
     q: Float[Array, "b t heads d"],
     k: Float[Array, "b kv_heads s d"],
     v: Float[Array, "b kv_heads s d"],
-    mask: Bool[Array, "b t s"] | Callable[[Array], Array],
+    mask_of: Callable[[Array], Array],
     *,
     scale: float | None = None,
     cap: float | None = None,
@@ -229,15 +232,14 @@ def cached_attention(
         q: `[b, t, heads, d]`.
         k: `[b, kv_heads, s, d]`.
         v: `[b, kv_heads, s, d]`.
-        mask: bool `[b, t, s]`, true where a query may attend to a key; or a function that returns the mask `[b, n, s]` of
-            the queries with the numbers `[n]`, so that the whole mask is never stored.
+        mask_of: returns, for the queries with the numbers `[n]`, the mask bool `[b, n, s]`, true where a query may attend
+            to a key. The whole mask is never stored.
         scale: factor on the scores q·k; None: d ** -0.5.
         cap: scores become cap * tanh(score / cap); None: no cap.
     """
     (b, t), scale = q.shape[:2], float(q.shape[-1] ** -0.5 if scale is None else scale)
-    mask_of = mask if callable(mask) else lambda numbers: mask[:, numbers]
     if t <= QUERIES_AT_ONCE:
-        return _grouped(q, (k, v), mask_of(jnp.arange(t)) if callable(mask) else mask, None, scale, cap)
+        return _grouped(q, (k, v), mask_of(jnp.arange(t)), None, scale, cap)
 
     def attend(block: tuple[Array, Array]) -> Array:
         return _grouped(block[0], (k, v), mask_of(block[1]), None, scale, cap)

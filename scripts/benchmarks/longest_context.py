@@ -37,6 +37,7 @@ from qlora_jax.quant import EmbeddingStorage
 from qlora_jax.train import BatchSpec, OptimizerSpec, StepSpec, build_step, language_model_objective
 from qlora_jax.train.spec import Step
 from scripts.benchmarks.model_sizes import check_names, config_of
+from scripts.benchmarks.page import table
 
 Spec = StepSpec[ModelSpec]
 GIB = 2**30
@@ -192,41 +193,34 @@ def markdown(rows: list[dict[str, Any]], compiled: list[dict[str, Any]]) -> str:
 
 
 def _cards(model: str, rows: list[dict[str, Any]]) -> list[str]:
-    lines = [_row(["card", "Unsloth", "Hugging Face", *WAYS, f"{FIRST} / Unsloth", "host GiB"]), _rule(5 + len(WAYS))]
+    found = []
     for size, (theirs, other) in PUBLISHED[model].items():
         cells = {row["way"]: row for row in rows if row["place"] == f"{size} GB"}
         first = cells[FIRST]
         ratio = "–" if first["length"] is None else f"{first['length'] / theirs:.2f}"
         ours = [_length(cells[way]["length"]) for way in WAYS]
-        lines.append(_row([f"{size} GB", _length(theirs), _length(other), *ours, ratio, _gib(first["host"])]))
-    return lines
+        found.append([f"{size} GB", _length(theirs), _length(other), *ours, ratio, _gib(first["host"])])
+    return table(["card", "Unsloth", "Hugging Face", *WAYS, f"{FIRST} / Unsloth", "host GiB"], found)
 
 
 def _chips(rows: list[dict[str, Any]]) -> list[str]:
-    lines = [_row(["chip", *WAYS, "host GiB"]), _rule(2 + len(WAYS))]
+    found = []
     for chip in CHIPS:
         cells = {row["way"]: row for row in rows if row["place"] == chip}
-        lines.append(_row([chip, *(_length(cells[way]["length"]) for way in WAYS), _gib(cells[FIRST]["host"])]))
-    return lines
+        found.append([chip, *(_length(cells[way]["length"]) for way in WAYS), _gib(cells[FIRST]["host"])])
+    return table(["chip", *WAYS, "host GiB"], found)
 
 
 def _checks(compiled: list[dict[str, Any]]) -> list[str]:
     if not compiled:
         return ["None was compiled for this page."]
-    lines = [_row(["model", "device", "way", "tokens", "quick GiB", "compiled GiB", "limit GiB", "workspace GiB"]), _rule(8)]
+    found = []
     for row in compiled:
         sizes = (row[name] for name in ("peak", "compiled", "limit", "workspace"))
-        lines.append(_row([row["model"], row["place"], row["way"], _length(row["length"]), *map(_gib, sizes)]))
+        found.append([row["model"], row["place"], row["way"], _length(row["length"]), *map(_gib, sizes)])
     used = dict.fromkeys(", ".join(f"{name} {version}" for name, version in row["versions"].items()) for row in compiled)
-    return [*lines, "", f"Compiled with {'; '.join(used)}."]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _rule(columns: int) -> str:
-    return f"|{' --- |' * columns}"
+    header = ["model", "device", "way", "tokens", "quick GiB", "compiled GiB", "limit GiB", "workspace GiB"]
+    return [*table(header, found), "", f"Compiled with {'; '.join(used)}."]
 
 
 def _length(length: int | None) -> str:

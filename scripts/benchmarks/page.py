@@ -48,9 +48,14 @@ def markdown(sections: Sequence[Section], command: str, title: str = "Results") 
     for section in sections:
         lines += [f"## {section.title}", "", *(line for sentence in section.before for line in (sentence, ""))]
         if section.rows:
-            lines += [_row(section.columns), f"|{' --- |' * len(section.columns)}", *map(_row, section.rows), ""]
+            lines += [*table(section.columns, section.rows), ""]
         lines += [line for sentence in section.after for line in (sentence, "")]
     return "\n".join(lines)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in Markdown."""
+    return [_row(columns), f"|{' --- |' * len(columns)}", *map(_row, rows)]
 
 
 def write(path: Path, sections: Sequence[Section], command: str, title: str = "Results") -> None:

@@ -123,7 +123,7 @@ def _operands(length: int, keys: int, head_dim: int, dtype: str) -> tuple[jax.Ar
 
 
 def _cached(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    return cached_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+    return cached_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), lambda numbers: mask[:, numbers])
 
 
 def _biased(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from scripts.verification.references import LIMITS, relative_error
+from scripts.verification.references import LIMITS, dense_matrix, relative_error
 
-__all__ = ["LIMITS", "random", "relative_error"]
+__all__ = ["LIMITS", "dense_matrix", "random", "relative_error"]
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:

@@ -108,6 +108,6 @@ def test_a_kernel_that_does_not_compile_is_told_once_and_left_alone(monkeypatch:
     monkeypatch.setattr(kernels.tpu, "matmul", refuses)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     q, x = quantize(random(256, 128)), random(2, 256, seed=1)
-    with pytest.warns(UserWarning, match="does not compile here, XLA multiplies instead: no such instruction"):
+    with pytest.warns(UserWarning, match="does not compile here, XLA does its work: no such instruction"):
         found = matmul(x, q)
     np.testing.assert_array_equal(found, matmul(x, q, implementation="xla"))

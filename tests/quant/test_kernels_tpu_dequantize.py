@@ -8,21 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import value_and_pullback
-from kernel_checks import LIMITS, random, relative_error
+from kernel_checks import LIMITS, dense_matrix, random, relative_error
 
-from qlora_jax.quant import QuantizedTensor, StackedTensor, codebook, kernels, matmul, quantize, tracing_for
-from qlora_jax.quant.codebooks import dynamic_map
+from qlora_jax.quant import QuantizedTensor, StackedTensor, kernels, matmul, quantize, tracing_for
 from qlora_jax.quant.kernels import tpu_dequantize
-
-
-def represented(q: QuantizedTensor) -> np.ndarray:
-    """The float64 matrix that a QuantizedTensor in the column layout represents, by its definition."""
-    codes, scales = np.asarray(q.codes), np.asarray(q.scales)
-    values = np.asarray(codebook(q.data_type), np.float64)[np.concatenate([codes >> 4, codes & 15])]
-    if q.scale_absmax is not None and q.scale_offset is not None:
-        groups = np.repeat(np.asarray(q.scale_absmax, np.float64), 256)[: scales.size].reshape(scales.shape[::-1]).T
-        scales = np.asarray(dynamic_map(), np.float64)[scales] * groups + float(q.scale_offset)
-    return values * np.repeat(scales.astype(np.float64), q.block_size, axis=0)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +31,7 @@ def test_the_matrix_is_that_of_its_codes(
     q = quantize(random(rows, columns), data_type, block_size, double)
     dense = tpu_dequantize.dequantize(q, dtype=jnp.dtype(dtype), interpret=True)
     assert (dense.dtype, dense.shape) == (dtype, (rows, columns))
-    assert relative_error(dense, represented(q)) < LIMITS[dtype]
+    assert relative_error(dense, dense_matrix(q)) < LIMITS[dtype]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -58,7 +47,7 @@ def test_product_and_gradient_of_a_layer(monkeypatch: pytest.MonkeyPatch, dtype:
 
     with tracing_for("tpu"):
         y, (dx,) = value_and_pullback(run, (x,), lambda _: dy, q, jnp.int32(2))
-    dense = represented(jax.tree.map(lambda leaf: leaf[2], q))
+    dense = dense_matrix(jax.tree.map(lambda leaf: leaf[2], q))
     assert relative_error(y, np.asarray(x, np.float64) @ dense) < LIMITS[dtype]
     assert relative_error(dx, np.asarray(dy, np.float64) @ dense.T) < LIMITS[dtype]
 

@@ -134,6 +134,6 @@ def _compiles(kernel: Callable[..., Array], leaves: tuple[jax.ShapeDtypeStruct, 
         jax.jit(kernel).lower(*jax.tree.unflatten(tree, leaves)).compile()
     except Exception as error:  # compilers raise various kinds of errors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"the kernel for 4-bit matrices does not compile here, XLA multiplies instead: {reason}", stacklevel=2)
+        warnings.warn(f"the kernel for 4-bit matrices does not compile here, XLA does its work: {reason}", stacklevel=2)
         return False
     return True
