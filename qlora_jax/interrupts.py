@@ -148,6 +148,10 @@ class Interrupts:
     def _start_grace(self, number: int) -> None:
         """Let the process end soon after a signal that a block had deferred."""
         self.received = number
+        self.wake(number)
+
+    def wake(self, number: int) -> None:
+        """Let the watching thread count its time from now on."""
         if self._pipe is not None:
             os.write(self._pipe[1], bytes([number]))
 
@@ -166,6 +170,8 @@ class Interrupts:
                     deadline = now + (_SHORT_SECONDS if self._ends_at_once() else GRACE_SECONDS)
             else:
                 owner = getattr(signal.getsignal(number), "__self__", None)
+                if select.select([pipe], [], [], 0)[0]:  # a block that deferred a signal has just ended: its time starts anew
+                    continue
                 if not self.handled and (owner is self or (isinstance(owner, Deferral) and count > 1)):
                     self._end(number)
                 if not isinstance(owner, Deferral):
@@ -225,6 +231,9 @@ def deferred(note: str) -> Iterator[Deferral]:
     try:
         yield deferral
     finally:
+        owner = _owner(before[signal.SIGINT])
+        if owner is not None and deferral.number is not None:
+            owner.wake(deferral.number)  # before its handlers are back, so that the thread never sees them with the old time
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
@@ -232,7 +241,7 @@ def deferred(note: str) -> Iterator[Deferral]:
 @contextmanager
 def cleaning_up() -> Iterator[None]:
     """Let a signal in the block raise `Interrupted`, so that the block can remove what it has begun to write."""
-    owner = _installed()
+    owner = _owner(signal.getsignal(signal.SIGINT))
     if owner is None:
         yield
         return
@@ -243,8 +252,8 @@ def cleaning_up() -> Iterator[None]:
         owner.cleanups -= 1
 
 
-def _installed() -> Interrupts | None:
-    owner = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+def _owner(handler: Any) -> Interrupts | None:
+    owner = getattr(handler, "__self__", None)
     return owner if isinstance(owner, Interrupts) else None
 
 
@@ -254,7 +263,7 @@ def plain_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    owner = _installed()
+    owner = _owner(signal.getsignal(signal.SIGINT))
 
     def on_signal(*_: object) -> NoReturn:
         if owner is not None:

@@ -172,13 +172,31 @@ run(main)
 
 @pytest.mark.parametrize("number", BOTH)
 def test_a_step_is_finished_first(number: signal.Signals) -> None:
-    code, errors, _ = interrupted(STEPS.format(short=True), number)
+    code, errors, _ = interrupted(LONG + STEPS.format(short=True), number)
     assert (code, errors) == (128 + number, "\ninterrupted: this step first\n\ninterrupted: stopped after step 1\n")
 
 
 def test_two_signals_for_one_key_are_one() -> None:
     """As a terminal and a launcher may send them."""
-    code, errors, _ = interrupted(STEPS.format(short=True), signal.SIGINT, signal.SIGINT, pause=0.05)
+    code, errors, _ = interrupted(LONG + STEPS.format(short=True), signal.SIGINT, signal.SIGINT, pause=0.05)
+    assert (code, errors) == (130, "\ninterrupted: this step first\n\ninterrupted: stopped after step 1\n")
+
+
+def test_the_time_to_clean_up_starts_when_a_step_has_ended() -> None:
+    """The step ends 0.9 s after the signal, what follows it takes 0.7 s, and the time to clean up is 1 s."""
+    program = """
+def main(options):
+    with deferred("this step first") as signals:
+        ready()
+        time.sleep(0.01)
+        while signals.number is None:
+            time.sleep(0.01)
+        time.sleep(0.9)
+    time.sleep(0.7)
+    raise interrupts.Interrupted("stopped after step 1", signals.number)
+run(main)
+"""
+    code, errors, _ = interrupted(program, signal.SIGINT)
     assert (code, errors) == (130, "\ninterrupted: this step first\n\ninterrupted: stopped after step 1\n")
 
 

@@ -86,10 +86,10 @@ CASES: list[tuple[str, Any, tuple[Any, ...], dict[str, Any], int | str, list[Any
     (
         "cached_attention",
         nn.cached_attention,
-        (QUERIES, array(2, 2, 5, 8), array(2, 2, 5, 8), MASK),
+        (QUERIES, array(2, 2, 5, 8), array(2, 2, 5, 8), lambda queries: MASK[:, queries]),
         {},
-        3,
-        [MASK[0], tokens(2, 3, 5)],
+        2,
+        [array(2, 2, 5, 4), array(2, 5, 2, 8), array(2, 5, 8)],
     ),
     (
         "shifted_group_attention",
