@@ -30,6 +30,7 @@ __all__ = ["Interrupted", "Interrupts", "cleaning_up", "deferred", "end_while_im
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE_SECONDS = 5.0  # the time to clean up after a signal
 _SHORT_SECONDS = 0.3  # the time for the main thread to end the process itself
+_AFTER_DEFERRAL = 0  # beside the numbers of signals in the pipe: a block that deferred one has ended
 REPEAT_SECONDS = 0.5  # signals that follow sooner count as one: a shell and a launcher may both pass on the same Ctrl-C
 
 
@@ -148,12 +149,15 @@ class Interrupts:
     def _start_grace(self, number: int) -> None:
         """Let the process end soon after a signal that a block had deferred."""
         self.received = number
-        self.wake(number)
+        self._wake(number)
 
-    def wake(self, number: int) -> None:
-        """Let the watching thread count its time from now on."""
+    def after_deferral(self) -> None:
+        """Let the process end within `GRACE_SECONDS` from now on, as its work ends after a signal that a block deferred."""
+        self._wake(_AFTER_DEFERRAL)
+
+    def _wake(self, byte: int) -> None:
         if self._pipe is not None:
-            os.write(self._pipe[1], bytes([number]))
+            os.write(self._pipe[1], bytes([byte]))
 
     def _watch(self, pipe: int) -> None:
         """End the process where a signal has not, some time after it; return when the other end of the pipe is closed."""
@@ -164,13 +168,16 @@ class Interrupts:
                 if not (found := os.read(pipe, 64)):
                     os.close(pipe)
                     return
+                now, deferred_before = time.monotonic(), _AFTER_DEFERRAL in found
                 if signals := [byte for byte in found if byte in SIGNALS]:
-                    now, number = time.monotonic(), signals[-1]
+                    number = signals[-1]
                     count, last = count + (now - last >= REPEAT_SECONDS), now
-                    deadline = now + (_SHORT_SECONDS if self._ends_at_once() else GRACE_SECONDS)
+                if signals or deferred_before:
+                    at_once = self._ends_at_once() and not deferred_before
+                    deadline = now + (_SHORT_SECONDS if at_once else GRACE_SECONDS)
             else:
                 owner = getattr(signal.getsignal(number), "__self__", None)
-                if select.select([pipe], [], [], 0)[0]:  # a block that deferred a signal has just ended: its time starts anew
+                if select.select([pipe], [], [], 0)[0]:  # a block that deferred a signal has just ended
                     continue
                 if not self.handled and (owner is self or (isinstance(owner, Deferral) and count > 1)):
                     self._end(number)
@@ -233,7 +240,7 @@ def deferred(note: str) -> Iterator[Deferral]:
     finally:
         owner = _owner(before[signal.SIGINT])
         if owner is not None and deferral.number is not None:
-            owner.wake(deferral.number)  # before its handlers are back, so that the thread never sees them with the old time
+            owner.after_deferral()  # before its handlers are back, so that the thread never sees them with the old time
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
