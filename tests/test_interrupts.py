@@ -183,7 +183,7 @@ def test_two_signals_for_one_key_are_one() -> None:
 
 
 def test_the_time_to_clean_up_starts_when_a_step_has_ended() -> None:
-    """Also where the step ends so soon that a command that defers nothing would not be over yet, and what follows is slow."""
+    """Also where the step is short and what follows is slow."""
     program = """
 def main(options):
     with deferred("this step first") as signals:
