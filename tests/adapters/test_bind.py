@@ -312,12 +312,13 @@ def test_missing_extra_and_misshapen_tensors_come_in_one_message(saved: Path) ->
         tensors[Q_A.replace("lora_A", "lora_B")] = np.zeros((65, 4), np.float32)
 
     change_tensors(saved, change)
-    change_config(saved, base_model_name_or_path="owner/other-base")
+    base = "/models" + "/a-long-name" * 10  # a path is shown as a whole
+    change_config(saved, base_model_name_or_path=base)
     with pytest.raises(CheckpointError) as caught:
         load_adapter(tiny(read_adapter_method(saved)), saved)
     for part in (
         "does not fit this model",
-        "names the base 'owner/other-base'",
+        f"names the base {base!r}",
         "3 problems",
         f"lacks (1): {Q_A}",
         f"no place for (1): {Q_A.replace('q_proj', 'k_proj')}",
