@@ -133,7 +133,7 @@ def _is_copy(name: str, tensors: Mapping[str, np.ndarray], model: Model) -> bool
 
 
 def _named_base(adapter: Adapter) -> str:
-    """Return the base that an adapter names, as messages show it: a path as a whole, but not the megabytes of a damaged file."""
+    """Return the base that an adapter names, as messages show it: a whole path, but not the megabytes of a damaged file."""
     return shortened(adapter.base, 500)
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "content_text",
     "for_template",
     "is_answer",
+    "is_empty",
     "not_learned",
     "unread_keys",
 ]
@@ -114,6 +115,12 @@ def called_names(message: Message) -> list[str]:
 def is_answer(message: Message) -> bool:
     """Return whether a message is the assistant's and is learned."""
     return message["role"] == "assistant" and message.get(_NOT_LEARNED) is not False
+
+
+def is_empty(message: Message) -> bool:
+    """Return whether a message has nothing but white space: no text, no reasoning and no call."""
+    texts = (message.get(key) for key in ("content", *REASONING_KEYS))
+    return not message.get("tool_calls") and not any(isinstance(text, str) and text.strip() for text in texts)
 
 
 def not_learned(message: Message) -> Message:
