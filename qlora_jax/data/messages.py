@@ -141,9 +141,9 @@ def unread_keys(messages: Sequence[Message], tokenizer: Any, *, chat: bool) -> s
         tokenizer: has the chat template.
         chat: whether the chat template writes them, which may read any key; otherwise only role and content are read.
     """
-    present = [(message["role"], name) for message in messages for name, part in message.items() if part not in ("", [], {})]
-    # Only of an answer it is read whether it is learned.
-    keys = {name for role, name in present if name != _NOT_LEARNED or role != "assistant"}
+    pairs = [pair for message in messages for pair in message.items() if pair[1] not in ("", [], {})]
+    # A question that is to be learned is not.
+    keys = {name for name, part in pairs if name != _NOT_LEARNED or part is not False}
     keys -= {"role", "content", "tool_calls"}
     source = json.dumps(tokenizer.chat_template) if keys and chat else ""  # several templates may have names
     unread = {name for name in keys if re.search(rf"\b{re.escape(name)}\b", source) is None}
