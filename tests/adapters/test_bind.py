@@ -381,6 +381,9 @@ def test_every_field_that_would_change_the_mathematics_is_named(saved: Path) -> 
     ("fields", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type: expected one of LORA"),
+        ({"peft_type": "LOHA", "lora_alpha": None, "init_weights": True}, "PREFIX_TUNING, found 'LOHA'."),
+        ({"lora_alpha": 1e308}, "LoRA alpha: expected a number above 0, at most 1e+06, found 1e+308"),
+        ({"alpha_pattern": {"q_proj": 1e9}}, "LoRA alpha_pattern 'q_proj': expected a number above 0, at most 1e+06"),
         ({"r": "8"}, "r: expected a whole number, found '8'"),
         ({"r": 0}, "LoRA rank: expected at least 1, found 0"),
         ({"lora_alpha": None}, "lora_alpha: expected a number, found None"),
