@@ -22,12 +22,19 @@ __all__ = [
     "OptionError",
     "QLoRAError",
     "UnsupportedError",
+    "failed_download",
     "list_names",
     "shortened",
 ]
 
 _MAX_LISTED = 8  # how many names of one kind of problem a message spells out
 _LONGEST_NAME = 300  # characters of each
+# How files start that stand in the place of others after a download that failed.
+_FAILED_DOWNLOADS = {
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself, for example with git lfs pull",
+    b"<!doctype html": "a web page; download the file itself",
+    b"<html": "a web page; download the file itself",
+}
 
 
 class QLoRAError(ValueError):
@@ -78,6 +85,12 @@ def list_names(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
     shown = [name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…" for name in names[:_MAX_LISTED]]
     return ", ".join(shown) + more
+
+
+def failed_download(start: bytes) -> str | None:
+    """Return what a file is in place of its contents, by its first 40 bytes; None if it is no download that failed."""
+    text = start.lstrip(b"\xef\xbb\xbf \r\n").lower()
+    return next((found for first, found in _FAILED_DOWNLOADS.items() if text.startswith(first)), None)
 
 
 def shortened(value: object, most: int = 60) -> str:

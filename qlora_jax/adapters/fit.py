@@ -47,8 +47,8 @@ def check_family(adapter: Adapter, family: str) -> None:
     if base is not None and base != family:
         found = f"one of a {base} model, {adapter.base}"
     elif adapter.modules and named and family in FAMILIES and family not in named:
-        base = shortened(adapter.base)
-        found = f"one whose modules are named as in {', '.join(named)} (e.g. {adapter.modules[0]}), base {base}"
+        example = f"e.g. {adapter.modules[0]}"
+        found = f"one whose modules are named as in {', '.join(named)} ({example}), base {_named_base(adapter)}"
     else:
         return
     raise CheckpointError(f"{adapter.name}: expected an adapter of a {family} model, found {found}.")
@@ -63,9 +63,7 @@ def check_fit(adapter: Adapter, model: Model) -> None:
         model: may be abstract.
     """
     check_family(adapter, model.config.family)
-    base = (
-        f"its configuration names the base {shortened(adapter.base)}" if adapter.base else "its configuration names no base"
-    )
+    base = f"its configuration names the base {_named_base(adapter)}" if adapter.base else "its configuration names no base"
     place = f"{adapter.name}: this adapter does not fit this model, a {model.config.family} ({base})"
     if model.prompt is not None:
         if problems := prompt_problems(model.prompt, adapter.tensors, adapter.encoder):
@@ -132,6 +130,11 @@ def _is_copy(name: str, tensors: Mapping[str, np.ndarray], model: Model) -> bool
     else:
         return False
     return original is not None and np.array_equal(original, tensors[name])
+
+
+def _named_base(adapter: Adapter) -> str:
+    """Return the base that an adapter names, as messages show it: a whole path, but not the megabytes of a damaged file."""
+    return shortened(adapter.base, 500)
 
 
 def _family_of_base(adapter: Adapter) -> str | None:

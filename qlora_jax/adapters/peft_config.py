@@ -167,14 +167,12 @@ def _method_of(name: str, config: Mapping[str, Any]) -> Method:
     kind = config.get("peft_type")
     methods = peft_methods()
     found = methods.get(str(kind))
-    problems = [] if found else [f"peft_type: expected one of {', '.join(methods)}, found {shortened(kind)}"]
+    if found is None:  # its other fields mean nothing here
+        raise CheckpointError(f"{name}: {CONFIG}: peft_type: expected one of {', '.join(methods)}, found {shortened(kind)}.")
     try:
-        # The fields of a file of no known kind are read as LoRA's, so that all problems are reported at once.
-        method = (found or LoRA).from_peft(config)
-        if found is not None:
-            return method
+        return found.from_peft(config)
     except FieldErrors as error:
-        problems += error.problems
+        problems = error.problems
     except ValueError as error:
-        problems.append(str(error))
+        problems = [str(error)]
     raise CheckpointError.of(f"{name}: {CONFIG}", problems)

@@ -35,7 +35,7 @@ from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.hub import Snapshot, resolve
 from qlora_jax.checkpoint.load import checked_rewrite, default_dtype, load, storage_of
 from qlora_jax.checkpoint.open import open_checkpoint
-from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, stated_ends, stop_ids
+from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, stated_ends, stop_ids, warn_of_unknown_ends
 from qlora_jax.checkpoint.tokenizer_files import add_from_folder
 from qlora_jax.errors import OptionError
 from qlora_jax.models import Model, ModelSpec, Origin, Remat, ResizedEmbeddings, RopeScaling
@@ -297,6 +297,7 @@ def open_unchecked(
     if not own and snapshot is not None:
         add_from_folder(tokenizer, snapshot.path)
     check_tokenizer(tokenizer, checkpoint.config, stated_ends(base.path, tokenizer))
+    warn_of_unknown_ends(base, tokenizer)
     return Pretrained(
         base,
         checkpoint,

@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.errors import CheckpointError
+from qlora_jax.errors import CheckpointError, failed_download
 
 __all__ = ["check_folder", "check_regular", "parse_object", "read_object", "read_text"]
 
@@ -88,7 +88,8 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     except RecursionError:
         raise CheckpointError("JSON that is nested too deeply") from None
     except ValueError as error:
-        raise CheckpointError(f"other text: {error}") from error
+        start = text[:40].encode() if isinstance(text, str) else text[:40]
+        raise CheckpointError(failed_download(start) or f"other text: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"a {type(value).__name__}")
     return value

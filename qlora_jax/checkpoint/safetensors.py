@@ -30,7 +30,7 @@ import numpy as np
 from qlora_jax.checkpoint.checkpoint import Checkpoint, unknown_tensor
 from qlora_jax.checkpoint.files import parse_object, read_object
 from qlora_jax.checkpoint.index import INDEX, SINGLE, shards_of_index
-from qlora_jax.errors import CheckpointError
+from qlora_jax.errors import CheckpointError, failed_download
 
 __all__ = ["Tensor", "open_safetensors_folder", "read_safetensors", "read_tensor"]
 
@@ -156,7 +156,12 @@ def read_safetensors(path: Path, problems: list[str]) -> dict[str, Tensor] | Non
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
-        prefix = file.read(8)
+        first = file.read(40)
+        if found := failed_download(first):
+            problems.append(f"{path.name}: expected weights, found {found}.")
+            return None
+        file.seek(8)
+        prefix = first[:8]
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > MAX_HEADER_BYTES:
             problems.append(

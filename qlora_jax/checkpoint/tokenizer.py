@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # imported where it is used: transformers takes a second, and
     from transformers import PreTrainedTokenizerFast
 
 
-__all__ = ["check_tokenizer", "load_tokenizer", "save_tokenizer", "stated_ends", "stop_ids"]
+__all__ = ["check_tokenizer", "load_tokenizer", "save_tokenizer", "stated_ends", "stop_ids", "warn_of_unknown_ends"]
 
 FEW, MANY = 16, 256  # tokens without an embedding, of the vocabulary and with added ones, that a tokenizer may have
 PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<PAD>", "<|padding|>", "<|finetune_right_pad_id|>", "<|endofpad|>")
@@ -85,6 +85,8 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: str | Path) -> 
 def stop_ids(base: str | Path | Snapshot, tokenizer: "PreTrainedTokenizerFast") -> frozenset[int]:
     """Return the ids of all tokens that a model calls the end of a text, which often includes the end of a turn.
 
+    Ids that are no token of the model are left out; `warn_of_unknown_ends` says so.
+
     Args:
         base: the files of the model; config.json and generation_config.json are read where they exist. Of a GGUF file that
             names no end of a turn, the tokens with the usual names are taken; `load_tokenizer` warns of it.
@@ -92,19 +94,27 @@ def stop_ids(base: str | Path | Snapshot, tokenizer: "PreTrainedTokenizerFast") 
     Raises:
         CheckpointError: one of these files is damaged.
     """
-    path, known = resolve(base).path, len(tokenizer)
-    if path.is_dir():
-        size = (read_object(path / "config.json") or {}).get("vocab_size")
-        known = max(known, size) if type(size) is int else known
-    stated = stated_ends(path, tokenizer)
-    if beyond := sorted(index for index in stated if index >= known):
+    path = resolve(base).path
+    size = _known_ids(path, tokenizer)
+    return frozenset(index for index in stated_ends(path, tokenizer) if index < size)
+
+
+def warn_of_unknown_ends(base: Snapshot, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Log a warning where a model calls ids the end of a text that are none of its tokens."""
+    size = _known_ids(base.path, tokenizer)
+    if beyond := sorted(index for index in stated_ends(base.path, tokenizer) if index >= size):
         _logger.warning(
             "%s: names as the end of a text %s, which is no token of this model (ids are below %d): left out",
-            path,
+            base.path,
             list_names([str(index) for index in beyond]),
-            known,
+            size,
         )
-    return frozenset(index for index in stated if index < known)
+
+
+def _known_ids(path: Path, tokenizer: "PreTrainedTokenizerFast") -> int:
+    """Return the number below which ids are tokens, or rows of the embedding, of a model."""
+    size = (read_object(path / "config.json") or {}).get("vocab_size") if path.is_dir() else None
+    return max(len(tokenizer), size) if type(size) is int else len(tokenizer)
 
 
 def stated_ends(path: Path, tokenizer: "PreTrainedTokenizerFast") -> set[int]:

@@ -13,23 +13,21 @@ token if the tags leave that out, with a line end after it if they enclose it, a
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from qlora_jax.data.chat import WAY_OUT, reason_of, with_reasoning
+from qlora_jax.data.chat import WAY_OUT, chat_text, reason_of, with_reasoning
 from qlora_jax.data.chat_answers import Answer, find_answers
 from qlora_jax.data.chat_checks import (
-    REASONING_TAGS,
     check_answer,
     check_message,
     check_tools,
-    forms_of_text,
     tool_name,
 )
-from qlora_jax.data.chat_forms import text_of
+from qlora_jax.data.chat_places import content_place
 from qlora_jax.data.messages import Message
 from qlora_jax.data.pieces import Piece, Span
 from qlora_jax.errors import DataError
@@ -88,7 +86,7 @@ def conversation_rows(
     notes += _check(messages, answers, rows, tools, removed)
     if any(answers[turn].by_content for turn in learned):
         notes.append(FOUND_BY_CONTENT)
-    finished = [_row(messages, row, held, learned, answers, tokenizer) for row, held in rows]
+    finished = [_row(messages, row, held, learned, answers, (tokenizer, tools)) for row, held in rows]
     if _is_tagged(tokenizer, tools):
         finished = [
             made if row.messages is None else _within_tags(made, messages[: row.messages], tokenizer, tools)
@@ -146,57 +144,73 @@ def _row(
     held: Sequence[int],
     learned: Sequence[int],
     answers: dict[int, Answer],
-    tokenizer: Any,
+    template: tuple[Any, Sequence[Any]],
 ) -> ChatRow:
-    """Return a row with the ranges of the answers that it teaches, and of what it does not teach in any case."""
+    """Return a row with the ranges of the answers that it teaches, and of what it does not teach in any case.
+
+    Args:
+        template: (the tokenizer, the tools that the conversation may call).
+    """
+    tokenizer, tools = template
     spans = tuple((answers[turn].start, _end_with_closing(row.text, answers[turn], tokenizer)) for turn in held)
+    # The messages of which the start of the row was written, as a prompt if the rest was joined to it.
+    count = row.messages if row.messages is not None else max(held, default=0)
+
+    def write(messages: Sequence[Message]) -> str:
+        return chat_text([messages], tokenizer, prompt=row.messages is None, tools=tools)[0]
+
+    def place_of(index: int, start: int) -> Span | None:
+        return content_place(messages[: max(count, index + 1)], index, row.text, write, start)
+
     others = (answer for turn, answer in answers.items() if turn not in held)
     excluded = [(answer.start, answer.end) for answer in others if _holds(row, answer)]
-    excluded += _rewritten(messages, row, learned, answers)
+    excluded += _rewritten(messages, row, learned, answers, place_of)
     if held and any(turn < held[0] for turn in learned):
         # Another row teaches the turns before. The question to the first answer starts after the answer before it.
         question = next(
             (index for index in range(held[0] - 1, 0, -1) if messages[index - 1]["role"] == "assistant"), held[0] - 1
         )
-        found = row.text.rfind(text_of(messages[question]).strip(), 0, spans[0][0])
-        excluded.append((0, found if found > 0 else spans[0][0]))
+        before = [answer.end for turn, answer in answers.items() if turn < question and _holds(row, answer)]
+        place = place_of(question, max(before, default=0))
+        excluded.append((0, place[0] if place is not None and 0 < place[0] < spans[0][0] else spans[0][0]))
     ends_in_answer = bool(held) and answers[held[-1]].end >= len(row.text.rstrip())
     return ChatRow(Piece(row.text, spans, tuple(excluded)), ends_in_answer)
 
 
-def _rewritten(messages: Sequence[Message], row: Answer, learned: Sequence[int], answers: dict[int, Answer]) -> list[Span]:
+def _rewritten(
+    messages: Sequence[Message],
+    row: Answer,
+    learned: Sequence[int],
+    answers: dict[int, Answer],
+    place_of: Callable[[int, int], Span | None],
+) -> list[Span]:
     """Return where a row has answers that are not learned in a form other than that of inference.
 
-    Such an answer is searched for: it is between the texts of the messages around it, whose order a template keeps (but for
-    the system message). The ranges reach from the end of the message before to the start of the next one.
+    Such an answer is between the texts of the messages around it, whose order a template keeps (but for the system message).
+    The ranges reach from the end of the message before to the start of the next one.
+
+    Args:
+        place_of: returns where the row has the content of a message, from a position on.
     """
+    held = {turn: answer for turn, answer in answers.items() if _holds(row, answer)}
+    lost = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index not in learned]
+    if held.keys() >= set(lost):
+        return []
     spans: list[Span] = []
     end, start = 0, None  # of the last message that was found; of a range that is not closed yet
     for index, message in enumerate(messages):
-        answer = answers.get(index)
-        held = answer if answer is not None and _holds(row, answer) else None
-        if message["role"] == "assistant" and index not in learned and held is None:
+        if index in lost and index not in held:
             start = end if start is None else start
         if message["role"] == "system":
             continue
-        place = (held.start, held.end) if held is not None else _written_at(message, row.text, end)
+        place = (held[index].start, held[index].end) if index in held else place_of(index, end)
         if place is None:
             continue
-        if start is not None and (index in learned or message["role"] != "assistant" or held is not None):
+        if start is not None and (index not in lost or index in held):
             spans.append((start, place[0]))
             start = None
         end = max(end, place[1])
     return spans if start is None else [*spans, (start, len(row.text))]
-
-
-def _written_at(message: Message, text: str, start: int) -> Span | None:
-    """Return where a text has the content of a message, without its reasoning, from `start` on; None if it is not found."""
-    content = REASONING_TAGS.split(text_of(message))[-1].strip()
-    for form in forms_of_text(content) if content else ():
-        found = text.find(form, start)
-        if found >= 0:
-            return found, found + len(form)
-    return None
 
 
 def _end_with_closing(text: str, answer: Answer, tokenizer: Any) -> int:

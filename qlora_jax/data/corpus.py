@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from qlora_jax.data.format import Encoded, Example, Limits, encode_rendered
-from qlora_jax.data.messages import is_answer, unread_keys
+from qlora_jax.data.messages import is_answer, is_empty, unread_keys
 from qlora_jax.data.odd_rows import OnBadRow, RowAccount, RowTally
 from qlora_jax.data.render import Rendered, Template, render
 from qlora_jax.data.schemas import Record, parse
@@ -44,6 +44,7 @@ class Report:
     dropped_long: int
     without_target: int  # records with nothing to learn, for any reason
     without_answer: int  # the part of these that has no turn of the assistant
+    empty: int  # the part of these whose answers are all empty
     tokens: int
     learned_tokens: int
     longest_row: int  # in tokens, before it was split or cut
@@ -84,8 +85,10 @@ class Report:
             parts.append(f"{self.dropped_long:,} left out: over {longest}")
         if self.without_answer:
             parts.append(f"{self.without_answer:,} left out: no answer to learn")
-        if empty := self.without_target - self.without_answer:
-            parts.append(f"{empty:,} left out: nothing to learn in {self.limits}")
+        if self.empty:
+            parts.append(f"{self.empty:,} left out: the answer is empty")
+        if cut := self.without_target - self.without_answer - self.empty:
+            parts.append(f"{cut:,} left out: nothing to learn in {self.limits}")
         if self.kept:
             parts.append(f"{self.tokens:,} tokens, {self.learned_tokens:,} of them learned ({share:.0f} %)")
         return "; ".join([*parts, *self.odd.sentences()])
@@ -97,7 +100,7 @@ class NothingToLearn(DataError):
     def __init__(self, report: Report) -> None:
         ways_out = {
             "train_on_source learns prompts too": report.without_answer > 0,
-            "raise max_length if the answers are not empty": report.without_target > report.without_answer,
+            "raise max_length": report.without_target > report.without_answer + report.empty,
         }
         hints = "".join(f"; {way_out}" for way_out, helps in ways_out.items() if helps)
         super().__init__(f"records: expected at least one row with something to learn, found none: {report}{hints}")
@@ -152,8 +155,8 @@ def encode_all(
             for number, row in enumerate(chunk, first_row + totals.counts["rows"]):
                 if (record := tally.attempt(number, parse, row)) is None:
                     continue
-                if not (train_on_source or _has_target(record)):
-                    totals.counts["without_answer"] += 1
+                if reason := _without_target(record, train_on_source):
+                    totals.counts[reason] += 1
                     continue
                 if (parts := tally.attempt(number, rendered_rows, record, tokenizer, template)) is None:
                     continue
@@ -254,8 +257,9 @@ class _Totals:
             split=self.counts["split"],
             truncated=self.counts["truncated"],
             dropped_long=self.counts["dropped_long"],
-            without_target=self.counts["without_target"] + self.counts["without_answer"],
+            without_target=sum(self.counts[reason] for reason in ("without_target", "without_answer", "empty")),
             without_answer=self.counts["without_answer"],
+            empty=self.counts["empty"],
             tokens=sum(len(example) for example in examples),
             learned_tokens=sum(int(example.loss_mask.sum()) for example in examples),
             longest_row=self._longest_row,
@@ -272,10 +276,16 @@ def _chunks(records: Iterator[Any]) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _has_target(record: Record) -> bool:
-    # All of a text without turns is a target.
-    no_turns = "text" in record.fields and not record.messages
-    return no_turns or any(is_answer(message) for message in record.messages)
+def _without_target(record: Record, train_on_source: bool) -> Literal["without_answer", "empty"] | None:
+    """Return why there is nothing to learn in a record; None if there is something."""
+    if "text" in record.fields and not record.messages:  # all of a text without turns is a target
+        return None if record.fields["text"].strip() else "empty"
+    if train_on_source:
+        return None
+    answers = [message for message in record.messages if is_answer(message)]
+    if not answers:
+        return "without_answer"
+    return "empty" if all(map(is_empty, answers)) else None
 
 
 def train_eval_split(

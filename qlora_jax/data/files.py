@@ -30,18 +30,12 @@ import numpy as np
 from qlora_jax.data.file_input import DamagedRow, Input, Row, RowOrDamage, not_utf8
 from qlora_jax.data.json_files import read_json
 from qlora_jax.data.values import WrittenFloat, table_row
-from qlora_jax.errors import DataError
+from qlora_jax.errors import DataError, failed_download
 
 __all__ = ["EXTENSIONS", "DamagedRow", "Row", "RowOrDamage", "file_kind", "read_file"]
 
 _FIRST_BYTES = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ", ".zst": b"\x28\xb5\x2f\xfd"}
 _COMPRESSIONS = tuple(_FIRST_BYTES)
-# How files start that stand in the place of data after a download that failed.
-_NO_DATA = {
-    b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself, for example with git lfs pull",
-    b"<!doctype html": "a web page; download the file itself",
-    b"<html": "a web page; download the file itself",
-}
 _SEPARATORS = (";", "\t", "|")  # of files that are called CSV nevertheless
 _PARQUET_ROWS = 1000  # rows that are converted at a time
 
@@ -82,8 +76,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     """Open a file, decompressed if its first bytes say so, and name it in the errors of decompression."""
     with path.open("rb") as file:
         start = file.read(40)
-    text = start.lstrip(b"\xef\xbb\xbf \r\n").lower()
-    found = next((found for first, found in _NO_DATA.items() if text.startswith(first)), None)
+    found = failed_download(start)
     if found is not None and file_kind(path) != ".txt":  # whose lines may be of any kind
         raise DataError(f"{path}: expected data, found {found}")
     compression = next((name for name, first in _FIRST_BYTES.items() if start.startswith(first)), "")

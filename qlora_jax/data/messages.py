@@ -34,6 +34,7 @@ __all__ = [
     "content_text",
     "for_template",
     "is_answer",
+    "is_empty",
     "not_learned",
     "unread_keys",
 ]
@@ -116,6 +117,12 @@ def is_answer(message: Message) -> bool:
     return message["role"] == "assistant" and message.get(_NOT_LEARNED) is not False
 
 
+def is_empty(message: Message) -> bool:
+    """Return whether a message has nothing but white space: no text, no reasoning and no call."""
+    texts = (message.get(key) for key in ("content", *REASONING_KEYS))
+    return not message.get("tool_calls") and not any(isinstance(text, str) and text.strip() for text in texts)
+
+
 def not_learned(message: Message) -> Message:
     """Return the message, marked as one that is not learned."""
     return message | {_NOT_LEARNED: False}
@@ -134,8 +141,10 @@ def unread_keys(messages: Sequence[Message], tokenizer: Any, *, chat: bool) -> s
         tokenizer: has the chat template.
         chat: whether the chat template writes them, which may read any key; otherwise only role and content are read.
     """
-    keys = {name for message in messages for name, part in message.items() if part not in ("", [], {})}
-    keys -= {"role", "content", "tool_calls", _NOT_LEARNED}
+    pairs = [pair for message in messages for pair in message.items() if pair[1] not in ("", [], {})]
+    # A question that is to be learned is not.
+    keys = {name for name, part in pairs if name != _NOT_LEARNED or part is not False}
+    keys -= {"role", "content", "tool_calls"}
     source = json.dumps(tokenizer.chat_template) if keys and chat else ""  # several templates may have names
     unread = {name for name in keys if re.search(rf"\b{re.escape(name)}\b", source) is None}
     # A template gets the reasoning under all of its names, and what it drops of a learned answer is written or refused.

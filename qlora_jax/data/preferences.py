@@ -18,7 +18,7 @@ import numpy as np
 from qlora_jax.data.batch import Batch, batches
 from qlora_jax.data.corpus import plain_rows, rendered_rows, unused_names
 from qlora_jax.data.format import Example, Limits, encode_rendered
-from qlora_jax.data.messages import Message, not_learned
+from qlora_jax.data.messages import Message, is_empty, not_learned
 from qlora_jax.data.odd_rows import OnBadRow, RowAccount, RowTally
 from qlora_jax.data.pairs import Pair, parse_pair
 from qlora_jax.data.pieces import Piece
@@ -50,6 +50,7 @@ class PreferenceReport:
     kept: int  # pairs that became examples
     truncated: int
     without_difference: int  # after they were cut
+    empty: int  # one of the two answers is
     max_length: int
     templates: dict[Template, int]  # template → pairs
     notes: dict[str, int] = field(default_factory=dict)  # what a user should know of how pairs were rendered → pairs
@@ -65,6 +66,8 @@ class PreferenceReport:
         parts += [f"{note} ({count:,} {'pair' if count == 1 else 'pairs'})" for note, count in self.notes.items()]
         if self.truncated:
             parts.append(f"{self.truncated:,} cut to {self.max_length:,} tokens")
+        if self.empty:
+            parts.append(f"{self.empty:,} left out: an answer is empty")
         if self.without_difference:
             parts.append(f"{self.without_difference:,} left out: no two answers in {self.max_length:,} tokens")
         return "; ".join([*parts, *self.odd.sentences()])
@@ -95,11 +98,14 @@ def encode_preferences(
     """
     if template not in get_args(Template):
         raise OptionError(f"template: expected one of {', '.join(get_args(Template))}, found {template!r}")
-    tally, rows = RowTally(on_bad_row), 0
+    tally, rows, empty = RowTally(on_bad_row), 0, 0
     flat: list[Rendered] = []
     numbers: list[int] = []
     for rows, row in enumerate(plain_rows(records), start=1):
         pair = tally.attempt(rows - 1, parse_pair, row, template)
+        if pair is not None and any(all(map(is_empty, answers)) for answers in (pair.chosen, pair.rejected)):
+            empty += 1
+            continue
         rendered = None if pair is None else tally.attempt(rows - 1, _render, pair, tokenizer, template)
         if pair is not None and rendered is not None:
             flat += rendered
@@ -121,6 +127,7 @@ def encode_preferences(
         kept=len(examples),
         truncated=truncated,
         without_difference=equal,
+        empty=empty,
         max_length=max_length,
         templates=dict(Counter(text.template for text in flat[::2])),
         notes=dict(Counter(note for text in flat[::2] for note in text.notes)),

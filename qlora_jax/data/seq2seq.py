@@ -77,7 +77,8 @@ class Seq2SeqReport:
     kept: int  # records that became examples
     truncated: int
     dropped_long: int
-    without_target: int
+    without_target: int  # records without an answer, or with an empty one
+    empty: int  # the part of these whose answer is empty
     longest: tuple[int, int]  # source, target
     limits: tuple[int, int]
     templates: dict[Template, int]  # template → rows
@@ -97,8 +98,10 @@ class Seq2SeqReport:
             parts.append(f"{self.truncated:,} cut to {limits} {longest}")
         if self.dropped_long:
             parts.append(f"{self.dropped_long:,} left out: over {limits} {longest}")
-        if self.without_target:
-            parts.append(f"{self.without_target:,} left out: no target")
+        if unanswered := self.without_target - self.empty:
+            parts.append(f"{unanswered:,} left out: no target")
+        if self.empty:
+            parts.append(f"{self.empty:,} left out: the target is empty")
         return "; ".join([*parts, *self.odd.sentences()])
 
 
@@ -134,7 +137,7 @@ def encode_all_seq2seq(
     templates: Counter[Template] = Counter()
     notes: Counter[str] = Counter()
     tally = RowTally(on_bad_row)
-    rows = truncated = dropped_long = without_target = 0
+    rows = truncated = dropped_long = without_target = empty = 0
     for rows, row in enumerate(plain_rows(records), start=1):
         if (record := tally.attempt(rows - 1, parse, row)) is None:
             continue
@@ -148,7 +151,7 @@ def encode_all_seq2seq(
         notes.update(rendered.notes)
         tally.unused(unused_names(record, rendered.template, tokenizer))
         if not target.strip():
-            without_target += 1
+            without_target, empty = without_target + 1, empty + 1
             continue
         full = encode_seq2seq(source, target, tokenizer)
         if not tally.attempt(rows - 1, check_ids, [*full.source, *full.target], tokenizer, vocabulary):
@@ -172,6 +175,7 @@ def encode_all_seq2seq(
         truncated=truncated,
         dropped_long=dropped_long,
         without_target=without_target,
+        empty=empty,
         longest=longest,
         limits=limits,
         templates=dict(templates),

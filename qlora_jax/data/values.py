@@ -42,15 +42,28 @@ class WrittenFloat(float):
         return number
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):  # one of the values would be lost
+        names = [name for name, _ in pairs]
+        twice = next(name for name in made if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r:.60} occurs twice in one object")
+    return made
+
+
 # Floating-point numbers are `WrittenFloat`, and NaN is None.
-DECODER = json.JSONDecoder(parse_float=WrittenFloat, parse_constant=lambda name: None if name == "NaN" else float(name))
+DECODER = json.JSONDecoder(
+    object_pairs_hook=_object,
+    parse_float=WrittenFloat,
+    parse_constant=lambda name: None if name == "NaN" else float(name),
+)
 
 
 def loads(text: str) -> Any:
     """Return the value of a JSON text, with floating-point numbers as `WrittenFloat` and NaN as None.
 
     Raises:
-        ValueError: the text is not JSON, or is nested too deeply.
+        ValueError: the text is not JSON, is nested too deeply, or has an object with the same key twice.
     """
     try:
         return DECODER.decode(text)
@@ -65,10 +78,11 @@ def from_json(text: str, place: str) -> Any:
         DataError: it is neither.
     """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return loads(text)
+    except ValueError as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-    if len(text) <= _LONGEST_LITERAL:
+        damaged = isinstance(error, json.JSONDecodeError)
+    if damaged and len(text) <= _LONGEST_LITERAL:
         try:
             return ast.literal_eval(text.strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

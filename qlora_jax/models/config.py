@@ -172,6 +172,8 @@ class Fields:
         scaling = dict(self.get("rope_parameters") or self.get("rope_scaling") or {})
         if of is not None and of in scaling:
             scaling = dict(self.checked("rope_parameters", scaling[of] or {}))
+        if of != "sliding_attention":  # to which the older field does not apply
+            self._compare_older_scaling(scaling)
         theta = float(self.checked("rope_theta", scaling.pop("rope_theta", None) or self.get("rope_theta") or 10000.0))
         partial = scaling.pop("partial_rotary_factor", None) or self.get("partial_rotary_factor", 1.0)
         rotated = int(head_dim * self.checked("partial_rotary_factor", partial))
@@ -186,6 +188,20 @@ class Fields:
         except QLoRAError as error:
             self._record(str(error))
             return RotaryEmbedding.from_config(2, theta, 1, None)
+
+    def _compare_older_scaling(self, scaling: Mapping[str, Any]) -> None:
+        """Record a problem where a file has both rope_parameters and rope_scaling, and they are not the same.
+
+        The field of older versions is often added by hand, to lengthen the context; transformers then forgets the other one.
+        """
+        older = {} if not self.get("rope_parameters") else dict(self.get("rope_scaling") or {})
+        ours, theirs = ({**fields, "rope_type": _rope_type(fields)} for fields in (scaling, older))
+        differ = [name for name, value in theirs.items() if name != "type" and ours.get(name) != value]
+        if older and differ:
+            self._record(
+                f"rope_scaling: expected the same as rope_parameters, or only one of the two, found {shortened(older)} and "
+                f"{shortened(dict(scaling))}; write the values that are meant into rope_parameters"
+            )
 
     def sizes(self) -> dict[str, Any]:
         """Return the fields of `DecoderConfig` that have the same names in all families."""
@@ -218,6 +234,11 @@ class Fields:
         if len(types) != self["num_hidden_layers"]:
             self._record(f"layer_types: expected {self['num_hidden_layers']} of them, found {len(types)}")
         return types
+
+
+def _rope_type(fields: Mapping[str, Any]) -> Any:
+    kind = fields.get("rope_type", fields.get("type", "default"))
+    return "longrope" if kind == "su" else kind
 
 
 def kinds_of(layers: Sequence[AttentionKind]) -> dict[str, Any]:

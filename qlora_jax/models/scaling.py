@@ -74,6 +74,7 @@ def scaled(hf_config: Mapping[str, Any], config: Any, scaling: RopeScaling) -> d
     if hf_config.get("rope_parameters"):  # transformers 5 stores theta in the same object
         others = {name: hf_config["rope_parameters"].get(name) for name in ("rope_theta", "partial_rotary_factor")}
         changed["rope_parameters"] = {name: value for name, value in others.items() if value is not None} | fields
+        changed.pop("rope_scaling", None)  # of older versions; it said the same
     else:
         changed["rope_scaling"] = fields
     return changed

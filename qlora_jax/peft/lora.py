@@ -21,6 +21,7 @@ from qlora_jax.peft.patterns import END, FULL, LAYER, pattern_error
 from qlora_jax.peft.targets import ALL_LINEAR, choose, known_names, pattern_matches, renamed_targets
 
 Number = TypeVar("Number", int, float)
+MOST_ALPHA = 1e6  # far above that of any adapter; beyond it, the file is damaged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +53,9 @@ class LoRA(Method):
         from_files: see `Method`.
 
     Raises:
-        OptionError: rank < 1, alpha <= 0, dropout outside [0, 1), no target, an invalid regular expression, a pattern given
-            twice, layers_to_transform beside a regular expression, or an initialization that is unknown or contradicts
-            another field.
+        OptionError: rank < 1, alpha <= 0 or too large, dropout outside [0, 1), no target, an invalid regular expression, a
+            pattern given twice, layers_to_transform beside a regular expression, or an initialization that is unknown or
+            contradicts another field.
     """
 
     name: ClassVar = "lora"
@@ -95,8 +96,8 @@ class LoRA(Method):
             ("alpha", self.alpha),
             *((f"alpha_pattern {shortened(name)}", a) for name, a in self.alpha_pattern),
         ):
-            if not 0 < alpha < math.inf:
-                raise OptionError(f"LoRA {where}: expected a number above 0, found {alpha}")
+            if not 0 < alpha <= MOST_ALPHA:
+                raise OptionError(f"LoRA {where}: expected a number above 0, at most {MOST_ALPHA:g}, found {alpha}")
         if not 0 <= self.dropout < 1:
             raise OptionError(f"LoRA dropout: expected 0 <= dropout < 1, found {self.dropout}")
         if self.bias not in get_args(Bias):

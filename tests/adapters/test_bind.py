@@ -312,12 +312,13 @@ def test_missing_extra_and_misshapen_tensors_come_in_one_message(saved: Path) ->
         tensors[Q_A.replace("lora_A", "lora_B")] = np.zeros((65, 4), np.float32)
 
     change_tensors(saved, change)
-    change_config(saved, base_model_name_or_path="owner/other-base")
+    base = "/models" + "/a-long-name" * 10  # a path is shown as a whole
+    change_config(saved, base_model_name_or_path=base)
     with pytest.raises(CheckpointError) as caught:
         load_adapter(tiny(read_adapter_method(saved)), saved)
     for part in (
         "does not fit this model",
-        "names the base 'owner/other-base'",
+        f"names the base {base!r}",
         "3 problems",
         f"lacks (1): {Q_A}",
         f"no place for (1): {Q_A.replace('q_proj', 'k_proj')}",
@@ -380,6 +381,9 @@ def test_every_field_that_would_change_the_mathematics_is_named(saved: Path) -> 
     ("fields", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type: expected one of LORA"),
+        ({"peft_type": "LOHA", "lora_alpha": None, "init_weights": True}, "PREFIX_TUNING, found 'LOHA'."),
+        ({"lora_alpha": 1e308}, "LoRA alpha: expected a number above 0, at most 1e+06, found 1e+308"),
+        ({"alpha_pattern": {"q_proj": 1e9}}, "LoRA alpha_pattern 'q_proj': expected a number above 0, at most 1e+06"),
         ({"r": "8"}, "r: expected a whole number, found '8'"),
         ({"r": 0}, "LoRA rank: expected at least 1, found 0"),
         ({"lora_alpha": None}, "lora_alpha: expected a number, found None"),

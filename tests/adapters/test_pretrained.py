@@ -17,6 +17,7 @@ from qlora_jax.checkpoint.hub import Snapshot, resolve
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.errors import CheckpointError
+from qlora_jax.export.generation import generation_config
 from qlora_jax.peft import LoRA
 from qlora_jax.quant import Quantization
 
@@ -94,6 +95,18 @@ def test_a_push_in_between_does_not_mix_commits(hub: Hub, tiny_llama: Path, save
     assert 77 in after.stop_ids
     assert after.adapter_metadata == AdapterMetadata(None, "alpaca")
     assert not np.array_equal(after.checkpoint.read(name), before.checkpoint.read(name))
+
+
+def test_an_unknown_stop_id_is_said_once(
+    tiny_llama: Path, saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Generation and the generation_config.json of a merged folder ask for the ids again."""
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [77, 10**6]}))
+    pretrained = open_pretrained(base, saved)
+    assert 10**6 not in pretrained.stop_ids >= {77}
+    assert generation_config(pretrained.checkpoint, pretrained.tokenizer)
+    assert caplog.text.count("names as the end of a text") == 1
 
 
 def test_a_snapshot_is_not_resolved_again(hub: Hub) -> None:

@@ -209,6 +209,19 @@ def test_pip_ends_with_its_parent(tmp_path: Path):
     pytest.fail("pip still runs")
 
 
+@pytest.mark.parametrize(("arguments", "status"), [(["--version"], 0), (["no-such-command"], 1)])
+def test_pip_ends_with_its_own_status(arguments: list[str], status: int):
+    """Python must not abort at the end of pip because of the thread that waits for the parent; about 1 second each."""
+    inside, outside = os.pipe()
+    try:
+        command = [sys.executable, "-c", default_model._WITH_PARENT, "pip", *arguments]
+        done = subprocess.run(command, stdin=inside, capture_output=True, text=True, check=False)
+    finally:
+        os.close(inside)
+        os.close(outside)
+    assert (done.returncode, "Fatal" in done.stderr) == (status, False)
+
+
 def test_the_real_model(monkeypatch: pytest.MonkeyPatch):
     try:
         path = fetch_default_model()

@@ -497,6 +497,7 @@ def test_truncated_after_it_was_opened(tmp_path: Path):
     ("content", "expected"),
     [
         (b"PK\x03\x04" + bytes(60), "expected it to begin with b'GGUF', found b'PK"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "found a pointer of Git LFS; fetch the file itself"),
         (
             b"GGUF" + (1).to_bytes(4, "little") + bytes(60),
             "expected GGUF version 2 or 3, little endian; found version 1",

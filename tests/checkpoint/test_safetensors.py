@@ -155,6 +155,22 @@ def test_complete_shards_need_no_index(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5\n",
+            "found a pointer of Git LFS; fetch the file",
+        ),
+        (b"\n<!DOCTYPE html><html>Not found</html>", "found a web page; download the file itself"),
+    ],
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_download_that_failed(tmp_path: Path, name: str, content: bytes, found: str):
+    (tmp_path / name).write_bytes(content)
+    assert found in problems_of(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("header", "expected"),
     [
         (b"{not json", "corrupt header: expected 9 bytes of JSON"),

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_jax.checkpoint.hub import resolve
-from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer, stop_ids
+from qlora_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer, stop_ids, warn_of_unknown_ends
 from qlora_jax.checkpoint.tokenizer_files import has_tokenizer
 from qlora_jax.data import check_ids
 from qlora_jax.errors import CheckpointError, DataError
@@ -386,7 +386,9 @@ def test_eos_is_saved_as_the_padding_token_only_where_the_files_say_so(tmp_path:
 
 def test_ids_that_no_token_has_end_no_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write(tmp_path, byte_level(), {}, generation_config={"eos_token_id": [1, 10**9]})
-    assert stop_ids(folder, load_tokenizer(folder)) >= {1}
+    tokenizer = load_tokenizer(folder)
+    warn_of_unknown_ends(resolve(folder), tokenizer)
+    assert 10**9 not in stop_ids(folder, tokenizer) >= {1}
     assert "names as the end of a text 1000000000, which is no token of this model" in caplog.text
 
 

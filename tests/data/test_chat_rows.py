@@ -178,6 +178,20 @@ def test_sources_are_learned_once_in_several_rows() -> None:
     assert [text for _, text in runs(third, tokenizer)] == ["A fish?<|end|>\n<|assistant|>\nCod.<|end|>\n</s>"]
 
 
+@pytest.mark.parametrize("weights", [(1, 1, 1), (0, 0, 1), (1, 0, 1)], ids=str)
+@pytest.mark.parametrize("source", [FINAL_EOS, MOVES_SYSTEM], ids=["final_eos", "moves_system"])
+def test_a_message_that_occurs_in_a_marker_is_found(source: str, weights: tuple[int, ...]) -> None:
+    """What is learned does not depend on the letters of the questions."""
+    tokenizer = letters_for(source, "</s>")
+
+    def masks(question: str) -> list[list[bool]]:
+        talk = [part for weight in weights for part in (user(question), answer("Pear.", weight=weight))]
+        return [example.loss_mask.tolist() for example in encoded(tokenizer, talk, train_on_source=True)[0]]
+
+    for question in ("assistant", "user", "end", "INST", "<"):
+        assert masks(question) == masks("ZqZqZqZqZ"[: len(question)])
+
+
 def test_tags_of_whole_messages_are_learned_without_the_header() -> None:
     tagged = (
         LOOP + "{% if message.role == 'assistant' %}{% generation %}{{ '<|im_start|>assistant\n' + message.content }}"

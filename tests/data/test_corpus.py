@@ -41,8 +41,9 @@ def test_report_adds_up(chatml: PreTrainedTokenizerFast) -> None:
     assert report.learned_tokens == sum(example.loss_mask.sum() for example in examples)
     assert report.longest_row == max(len(encode(row, chatml)) for row in (LONG, LONG_QUESTION))
     assert str(report).startswith("3 of 6 rows kept: question/answer as chat; 1 cut to 40 tokens (the longest had ")
-    assert report.without_answer == 1
-    assert "; 1 left out: no answer to learn; 2 left out: nothing to learn in 40 tokens; " in str(report)
+    assert (report.without_answer, report.empty) == (1, 1)
+    reasons = "1 left out: no answer to learn; 1 left out: the answer is empty; 1 left out: nothing to learn in 40 tokens"
+    assert f"; {reasons}; " in str(report)
     for example, row in zip(examples, (SHORT, LONG, SHORT), strict=True):
         alone = encode(row, chatml, max_length=40)
         np.testing.assert_array_equal(example.tokens, alone.tokens)
@@ -125,6 +126,23 @@ def test_nothing_to_learn_at_all(chatml: PreTrainedTokenizerFast) -> None:
         encode_all([], chatml, max_length=40, progress=False)
     examples, _ = encode_all([UNANSWERED], chatml, max_length=40, train_on_source=True, progress=False)
     assert examples[0].loss_mask[1:].all()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": " \n"}]},
+        {"prompt": "Why?", "completion": " "},
+        {"instruction": "Why?", "output": ""},
+        {"text": "### Human: Why? ### Assistant: "},
+        {"text": "\n"},
+    ],
+    ids=str,
+)
+def test_white_space_is_no_answer(chatml: PreTrainedTokenizerFast, row: dict[str, Any]) -> None:
+    _, report = encode_all([SHORT, row], chatml, max_length=40, progress=False)
+    assert (report.kept, report.empty, report.without_target) == (1, 1, 1)
+    assert "; 1 left out: the answer is empty; " in str(report)
 
 
 def test_rows_are_named_by_their_number(chatml: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ import pytest
 from qlora_jax.data import DataError, load_records, open_source, stream_records, stream_source
 from qlora_jax.data.files import DamagedRow, read_file
 from qlora_jax.data.schemas import parse
-from qlora_jax.data.values import WrittenFloat, checked_text
+from qlora_jax.data.values import WrittenFloat, checked_text, from_json
 
 QA = [{"question": f"Q{number}", "answer": f"ü {number} 😀"} for number in range(3)]
 
@@ -80,9 +80,23 @@ def test_values_of_tables_are_their_text(tmp_path: Path) -> None:
         pyarrow.parquet.write_table(pyarrow.table({"question": ["Q"], "answer": value}), tmp_path / "a.parquet")
         assert answer(tmp_path / "a.parquet") == "0.1"
     assert float(WrittenFloat("8.50")) == 8.5
+    assert checked_text(from_json("[8.50]", "column 'x'")[0], "") == "8.50"
     assert json.dumps({"a": WrittenFloat("8.50")}) == '{"a": 8.5}'
     with pytest.raises(DataError, match="here: expected text, found list"):
         checked_text([1], "here")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "key"),
+    [
+        ("a.jsonl", lines(QA[0]) + '{"question": "q", "answer": "one", "answer": "two"}', "answer"),
+        ("a.csv", 'messages\n"[{""role"": ""user"", ""content"": ""a"", ""role"": ""assistant""}]"\n', "role"),
+    ],
+)
+def test_a_key_that_occurs_twice_is_a_damaged_row(tmp_path: Path, name: str, text: str, key: str) -> None:
+    """One of the two values would be lost."""
+    with pytest.raises(DataError, match=f"the key '{key}' occurs twice in one object"):
+        parse(load_records(str(write(tmp_path / name, text))).to_list()[-1])
 
 
 def test_nulls_are_data_in_json_and_filling_in_tables(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_mutated_rows(form: str, tokenizer: PreTrainedTokenizerFast, tmp_path: P
     assert len(records) == len(rows)
     encode: Any = encode_preferences if form.startswith("preferences") else encode_all
     _, report = encode(records, tokenizer, max_length=300, on_bad_row="skip")
-    left_out = report.without_difference if encode is encode_preferences else report.without_target
+    left_out = report.without_difference + report.empty if encode is encode_preferences else report.without_target
     assert report.rows == len(rows) == report.kept + left_out + report.odd.left_out
     for index, (row, record) in enumerate(zip(rows, records, strict=True)):
         try:

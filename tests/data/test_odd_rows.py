@@ -76,7 +76,7 @@ def test_more_than_one_in_ten_is_an_error(bad: int, good: int, fails: bool) -> N
 
 
 def test_columns_and_keys_that_nothing_reads_are_named(chatml: PreTrainedTokenizerFast) -> None:
-    named = [USER | {"name": "Ada"}, ANSWER | {"logprobs": [1], "weight": 1}]
+    named = [USER | {"name": "Ada", "train": True}, ANSWER | {"logprobs": [1], "weight": 1}]
     rows: list[dict[str, Any]] = [
         {"messages": named, "id": 3, "source": ""},
         GOOD | {"context": "C.", "category": "qa", "empty": None},
@@ -84,8 +84,8 @@ def test_columns_and_keys_that_nothing_reads_are_named(chatml: PreTrainedTokeniz
         {"text": "T", "title": "T"},
     ]
     _, report = encode_all(rows, chatml, max_length=200, progress=False)
-    assert report.odd.unused == {"id": 2, "name": 1, "logprobs": 1, "category": 1, "context": 1, "title": 1}
-    assert str(report).endswith("; not used: category, context, id, logprobs, name, title")
+    assert report.odd.unused == {"id": 2, "name": 1, "train": 1, "logprobs": 1, "category": 1, "context": 1, "title": 1}
+    assert str(report).endswith("; not used: category, context, id, logprobs, name, title, train")
     assert RowAccount().sentences() == []
 
 
@@ -106,9 +106,13 @@ def test_pairs(chatml: PreTrainedTokenizerFast) -> None:
         {"prompt": "Q", "chosen": "A"},
         None,
     ]
-    pairs, report = encode_preferences([good] * 40 + bad, chatml, max_length=100, on_bad_row="skip")
-    assert (len(pairs), report.rows, report.odd.left_out) == (40, 44, 4)
-    assert "4 left out: cannot be used (row 40: expected two different answers" in str(report)
+    pairs, report = encode_preferences(
+        [good] * 40 + bad + [good | {"rejected": " "}], chatml, max_length=100, on_bad_row="skip"
+    )
+    assert (len(pairs), report.rows, report.odd.left_out, report.empty) == (40, 45, 4, 1)
+    assert "1 left out: an answer is empty; 4 left out: cannot be used (row 40: expected two different answers" in str(
+        report
+    )
     assert str(report).endswith("not used: score")
     report.check_bad_rows()
     _, report = encode_preferences([good, *bad[:2]], chatml, max_length=100, on_bad_row="skip")

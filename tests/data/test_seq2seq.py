@@ -113,7 +113,7 @@ def test_what_becomes_of_long_and_empty_rows() -> None:
     found, report = encode_all_seq2seq(rows, tokenizer, **PAIR)
     assert [pair.source.tolist() for pair in found] == [[1, 2, 3, 4, 5, 6, 1, 0], [1, 0], [1, 0]]
     assert [pair.target.tolist() for pair in found] == [[1, 0], [1, 2, 3, 4], [2, 0]]
-    text = "2 cut to 8 source and 4 target tokens (the longest had 10 and 5); 1 left out: no target"
+    text = "2 cut to 8 source and 4 target tokens (the longest had 10 and 5); 1 left out: the target is empty"
     assert str(report) == f"3 of 4 rows kept as pairs of source and target: plain; {text}"
     found, report = encode_all_seq2seq(rows, tokenizer, **PAIR, on_long="drop")
     assert (len(found), report.dropped_long, report.truncated) == (1, 2, 0)

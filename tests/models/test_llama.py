@@ -292,4 +292,13 @@ def test_config_lists_everything_that_is_missing() -> None:
 def test_config_of_older_transformers_equals_that_of_newer_ones() -> None:
     older = TINY | {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
     newer = TINY | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}}
-    assert llama_config(older) == llama_config(newer)
+    assert llama_config(older) == llama_config(newer) == llama_config(older | newer)
+    # A scaling that somebody added to a newer file: transformers would forget theta, and without it the context is short.
+    added = {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        "rope_scaling": {"type": "yarn", "factor": 4.0},
+    }
+    with pytest.raises(
+        ValueError, match="rope_scaling: expected the same as rope_parameters, or only one of the two, found"
+    ):
+        llama_config(TINY | added)

@@ -24,7 +24,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from qlora_jax.checkpoint.files import check_regular
-from qlora_jax.errors import CheckpointError, list_names, shortened
+from qlora_jax.errors import CheckpointError, failed_download, list_names, shortened
 
 __all__ = ["Header", "StoredTensor", "part_names", "read_header"]
 
@@ -124,7 +124,8 @@ def _read_file(path: Path) -> Header:
         parser = _Parser(path, file, size)
         magic = file.read(4)
         if magic != b"GGUF":
-            raise CheckpointError(f"{path}: is not a GGUF file: expected it to begin with b'GGUF', found {magic!r}.")
+            found = failed_download(magic + file.read(36)) or repr(magic)
+            raise CheckpointError(f"{path}: is not a GGUF file: expected it to begin with b'GGUF', found {found}.")
         version = parser.scalar("I")
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
