@@ -22,8 +22,9 @@ from qlora_jax.nn import (
     with_prefix,
 )
 from qlora_jax.nn.attention import scores_at_once
+from qlora_jax.nn.attention_masks import CausalRows, KeyRows, Mask
 from qlora_jax.nn.attention_target import Kernel, choose_kernel
-from qlora_jax.nn.attention_tiles import CausalRows, KeyRows, Mask, tiled_attention
+from qlora_jax.nn.attention_tiles import tiled_attention
 
 HOPPER, AMPERE, TPU = AttentionTarget("gpu", (9, 0)), AttentionTarget("gpu", (8, 0)), AttentionTarget("tpu")
 
