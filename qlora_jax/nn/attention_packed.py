@@ -44,7 +44,8 @@ from qlora_jax.nn.attention_tiles import tile_attention, tile_gradients
 from qlora_jax.nn.parallel import shard_rows
 from qlora_jax.nn.residuals import checkpoint_name
 
-_AT_ONCE = 2**26  # bytes of the queries of the heads that are computed at a time
+# Bytes of queries: of those whose heads are computed at once, and else of the heads that are computed at a time.
+_SMALL, _AT_ONCE = 2**26, 2**25
 _NO_WEIGHT = 1e30  # the logarithm of a normalizer beside which every weight is 0
 _SHARED = 2**30  # the number of the document that shared tokens are
 
@@ -83,7 +84,8 @@ def packed_attention(
     parts += [_Shared(size - real, shared)] if shared else []
 
     def attend(q: Array, k: Array, v: Array, ids: Array) -> Array:
-        settings = _Settings(tuple(parts), leaf, scale, _heads_at_once(q, kv_heads))
+        at_once = heads_at_once(q.shape[0] * length, heads, kv_heads, d, q.dtype.itemsize)
+        settings = _Settings(tuple(parts), leaf, scale, at_once)
         attended: Any = _packed(*(split(x) for x in (q, k, v, ids)), settings)
         return attended
 
@@ -95,9 +97,11 @@ def _halvings(length: int) -> int:
     return max(0, -(-length // LEAF) - 1).bit_length()
 
 
-def _heads_at_once(q: Array, kv_heads: int) -> int:
-    """Return the number of key heads that are computed at a time."""
-    of_one = q.size * q.dtype.itemsize // kv_heads
+def heads_at_once(tokens: int, heads: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
+    """Return the number of key heads that are computed at a time, of so many tokens on a device."""
+    of_one = tokens * heads // kv_heads * head_dim * itemsize
+    if of_one * kv_heads <= _SMALL:
+        return kv_heads
     return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n == 1 or n * of_one <= _AT_ONCE))
 
 
