@@ -19,9 +19,9 @@ Each call returns its result and the logarithm of its softmax's normalizer, from
 those of the whole softmax, the backward pass of a call returns its part of the gradients. Parts are added in float32. This
 is how attention is split over devices in ring attention (Liu et al. 2023), here over calls of one device.
 
-A window of w tokens splits the row into pieces of w - 1 tokens. Within a piece the window hides nothing. Token i of a piece
-attends to the tokens j >= i of the piece before it, which is causal attention if both pieces are reversed. The tokens that
-all documents attend to are one more call.
+A window of w tokens splits the row into pieces of w tokens. Within a piece the window hides nothing. Token i of a piece
+attends to the tokens j > i of the piece before it, which is causal attention if both pieces are reversed, and the queries
+moved on by one. The tokens that all documents attend to are one more call.
 
 Long rows are computed for some of the heads at a time, which bounds what the calls take and return. cuDNN's own layout of
 packed rows is of no use here: XLA describes each document as a row of full length to it, so that statistics and workspace
@@ -67,7 +67,7 @@ def packed_attention(
     (_, length, heads, d), kv_heads = q.shape, k.shape[2]
     if shared:
         segment_ids = jnp.where(jnp.arange(length) < shared, _SHARED, segment_ids)
-    real = length if window is None else window - 1
+    real = length if window is None else window
     pieces, halvings = -(-length // real), _halvings(real)
     leaf = -(-real // (8 * 2**halvings)) * 8
     size = leaf * 2**halvings
@@ -160,7 +160,7 @@ class _Halves:
 
 @dataclasses.dataclass(frozen=True)
 class _Before:
-    """The tokens of each piece of `size` tokens but the first, and those of the piece before it that are not earlier."""
+    """The tokens of each piece of `size` tokens but the first, and the later ones of the piece before it."""
 
     size: int
     causal: bool = True
@@ -169,8 +169,9 @@ class _Before:
         return x.reshape(x.shape[0], -1, self.size, *x.shape[2:])[:, :, ::-1]
 
     def queries(self, x: Array) -> Array:
-        x = self._pieces(x)[:, 1:]
-        return x.reshape(-1, *x.shape[2:])
+        x = self._pieces(x)[:, 1:, 1:]  # the last token of a piece has no later one
+        x = x.reshape(-1, *x.shape[2:])
+        return jnp.pad(x, ((0, 0), (0, 1), *[(0, 0)] * (x.ndim - 2)))
 
     def keys(self, x: Array) -> Array:
         x = self._pieces(x)[:, :-1]

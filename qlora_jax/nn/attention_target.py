@@ -126,7 +126,7 @@ def choose_kernel(
             if not segmented:
                 return Kernel("cudnn", _multiple(length, 64), padded)
             # The parts of packed rows are those of their windows; small ones are not worth calls of a kernel.
-            if (length if window is None else window - 1) > LEAF and not (window is not None and shared):
+            if (length if window is None else window) > LEAF and not (window is not None and shared):
                 return Kernel("cudnn", length, padded)
     return Kernel("blocks", length, head_dim)
 
