@@ -75,19 +75,14 @@ def causal_attention(
     if more[1][1] or more[3][1]:
         q, k, v = (jnp.pad(x, more) for x in (q, k, v))
         segment_ids = None if segment_ids is None else jnp.pad(segment_ids, more[:2])
+    if segment_ids is not None and kernel.name == "cudnn":
+        return packed_attention(q, k, v, segment_ids, window=window, scale=scale, shared=shared)[..., :head_dim]
     if kernel.name == "splash":
         attended = splash_attention(q, k, v, segment_ids, window, scale, cap)
-    elif segment_ids is not None:
-        attended = packed_attention(q, k, v, segment_ids, window=window, scale=scale, shared=shared)
     else:
+        local = None if window is None else (window - 1, 0)
         attended = jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            scale=scale,
-            is_causal=True,
-            local_window_size=None if window is None else (window - 1, 0),
-            implementation="cudnn",
+            q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
         )
     return checkpoint_name(attended, "attention")[:, :length, :, :head_dim]
 

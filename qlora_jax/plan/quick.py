@@ -275,7 +275,9 @@ def _parts(spec: StepSpec[ModelSpec], target: AttentionTarget) -> int:
     config = spec.model.config
     if not spec.objective.packed or not isinstance(config, DecoderConfig) or not _workspace(spec, target):
         return 0
-    return spec.sequences * _keys(spec) * _heads_at_once(spec, config) * config.head_dim * jnp.dtype(spec.model.dtype).itemsize
+    return (
+        spec.sequences * _keys(spec) * _heads_at_once(spec, config) * config.head_dim * jnp.dtype(spec.model.dtype).itemsize
+    )
 
 
 def _heads_at_once(spec: StepSpec[ModelSpec], config: DecoderConfig) -> int:

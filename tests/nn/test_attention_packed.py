@@ -133,9 +133,7 @@ def test_parts_add_up(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = jnp.where((ids > 0)[..., None, None], weight, 0)  # no loss is learned on padding
 
     def attend(q: Any, k: Any, v: Any) -> Any:
-        return packed_attention(
-            q, k, v, jnp.asarray(ids), window=window, scale=head_dim**-0.5, shared=shared
-        )
+        return packed_attention(q, k, v, jnp.asarray(ids), window=window, scale=head_dim**-0.5, shared=shared)
 
     out, gradients = value_and_pullback(attend, (q, k, v), lambda _: weight)
     assert np.isfinite(np.asarray(out, np.float32)).all()
