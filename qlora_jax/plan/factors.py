@@ -35,7 +35,7 @@ FACTORS: dict[str, dict[str, dict[str, float]]] = {
         "attention": {
             "hidden": 7.6,
             "heads": 1.83,
-            "parts": 1.0,
+            "parts": 23.0,  # by packed rows of five models; that of several GPUs by two
         },
     },
     "cuda, several": {
@@ -65,7 +65,7 @@ FACTORS: dict[str, dict[str, dict[str, float]]] = {
         "attention": {
             "hidden": 7.6,
             "heads": 1.83,
-            "parts": 1.0,
+            "parts": 27.0,
         },
     },
     "tpu": {

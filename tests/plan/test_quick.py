@@ -96,4 +96,4 @@ def test_packed_rows_take_what_others_take() -> None:
             quick_plan(dataclasses.replace(SPEC, objective=language_model_objective(packed=x), batch=batch), "cuda").peak
             for x in (False, True)
         )
-        assert plain <= packed < 1.03 * plain
+        assert plain <= packed < 1.05 * plain
