@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Float32, Int
 
+from qlora_jax.nn.attention_masks import CausalRows, KeyRows, Mask
+from qlora_jax.nn.attention_packed import packed_attention
 from qlora_jax.nn.attention_splash import splash_attention
 from qlora_jax.nn.attention_target import CPU, AttentionTarget, choose_kernel
-from qlora_jax.nn.attention_tiles import CausalRows, KeyRows, Mask, diagonals, largest_tile, tile_of, tiled_attention
+from qlora_jax.nn.attention_tiles import diagonals, largest_tile, tile_of, tiled_attention
 from qlora_jax.nn.residuals import checkpoint_name
 from qlora_jax.quant.dense_matmul import einsum
 
@@ -45,8 +47,9 @@ def causal_attention(
         q: `[b, t, heads, d]`, heads a multiple of kv_heads.
         k: `[b, t, kv_heads, d]`.
         v: `[b, t, kv_heads, d]`.
-        segment_ids: int32 `[b, t]`; a token attends only to tokens of its own segment. None: each row is one segment
-            (padding on the right needs no mask, because no earlier token attends to it).
+        segment_ids: int32 `[b, t]`; a token attends only to tokens of its own segment. The tokens of a segment are
+            neighbours; 0 is padding, whose results are finite. None: each row is one segment (padding on the right needs no
+            mask, because no earlier token attends to it).
         window: number of tokens that a token attends to, including itself; None: all earlier tokens.
         scale: factor on the scores q·k; None: d ** -0.5.
         cap: scores become cap * tanh(score / cap) (Gemma 2's soft-capping); None: no cap.
@@ -60,7 +63,7 @@ def causal_attention(
     scale = float(head_dim**-0.5 if scale is None else scale)
     window = None if window is None or window >= length else window
     kernel = choose_kernel(
-        target, head_dim=head_dim, length=length, dtype=q.dtype, cap=cap, segmented=segmented, shared=shared
+        target, head_dim=head_dim, length=length, dtype=q.dtype, cap=cap, segmented=segmented, window=window, shared=shared
     )
     if kernel.name == "blocks":
         if length <= _LONGEST:
@@ -72,22 +75,16 @@ def causal_attention(
     if more[1][1] or more[3][1]:
         q, k, v = (jnp.pad(x, more) for x in (q, k, v))
         segment_ids = None if segment_ids is None else jnp.pad(segment_ids, more[:2])
+    if segment_ids is not None and kernel.name == "cudnn":
+        return packed_attention(q, k, v, segment_ids, window=window, scale=scale, shared=shared)[..., :head_dim]
     if kernel.name == "splash":
         attended = splash_attention(q, k, v, segment_ids, window, scale, cap)
     else:
-        attended = _cudnn(q, k, v, segment_ids, window, scale, shared)
+        local = None if window is None else (window - 1, 0)
+        attended = jax.nn.dot_product_attention(
+            q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
+        )
     return checkpoint_name(attended, "attention")[:, :length, :, :head_dim]
-
-
-def _cudnn(q: Array, k: Array, v: Array, segment_ids: Array | None, window: int | None, scale: float, shared: int) -> Array:
-    if segment_ids is None:
-        mask, local = None, None if window is None else (window - 1, 0)
-    else:  # the window is a part of the mask, because cuDNN before 9.10.2 takes no window beside one
-        mask, local, rows = _same_segment(segment_ids, shared, slice(None), slice(None)), None, jnp.arange(q.shape[1])
-        mask = (mask if window is None else mask & (rows > rows[:, None] - window))[:, None]
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
-    )
 
 
 def scores_at_once(length: int, target: AttentionTarget, *, causal: bool = True) -> tuple[int, int]:

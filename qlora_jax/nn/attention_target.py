@@ -1,7 +1,8 @@
 """Which kernel computes causal attention: the one place that chooses, by the target device and by what is computed.
 
     splash   TPU: JAX's Pallas kernel, with causal, window and segment masks and with capped scores
-    cudnn    NVIDIA GPUs from compute capability 8.0 on: cuDNN's flash attention, in bfloat16 and float16
+    cudnn    NVIDIA GPUs from compute capability 8.0 on: cuDNN's flash attention, in bfloat16 and float16; of packed rows in
+             several calls (`attention_packed`)
     blocks   every platform and everything else, by XLA: blocks of queries (`attention`), or tiles where the rows are long
              (`attention_tiles`); memory is linear in the length
 
@@ -11,8 +12,7 @@ added.
 
 The limits of cuDNN are those of the backward pass in NVIDIA's cudnn-frontend (`CompositeSDPABackwardNode`), which are
 narrower than those that JAX checks: a head size of at most 256 on Hopper and of at most 128 on all others, Blackwell too.
-Lengths are padded to multiples of 64, because with a bias cuDNN takes even ones only and because not all of its versions
-take every length.
+Lengths are padded to multiples of 64, because not all versions of cuDNN take every length.
 
 The target is a device that a program is compiled for. It need not be attached, so that a plan chooses as the run does.
 """
@@ -30,6 +30,7 @@ KernelName = Literal["blocks", "cudnn", "splash"]
 _FLASH = (8, 0)  # the first compute capability with flash attention in cuDNN
 _SHORT = 128  # tokens; the scores of shorter rows are small, and splash attention has tiles of 128 x 128
 _WIDEST = 2048  # bytes of a head; more of them do not fit into the memory of a TPU core
+LEAF = 128  # tokens; the most of a part of a packed row whose scores XLA computes
 SPLASH_TILES = (512, 384, 256, 128)  # the fastest first
 
 
@@ -46,9 +47,6 @@ class AttentionTarget:
     capability: tuple[int, int] | None = None
 
 
-# cuDNN takes segments as a bias, whose gradient it always stores, for each head: 1 GiB at 4096 tokens and 32 heads, and
-# four times that at 8192. Longer rows are computed tile by tile, which is slower and linear in memory.
-LONGEST_BIAS = 4096
 CPU = AttentionTarget()
 
 
@@ -99,9 +97,10 @@ def choose_kernel(
     dtype: DTypeLike,
     cap: float | None = None,
     segmented: bool = False,
+    window: int | None = None,
     shared: int = 0,
 ) -> Kernel:
-    """Return the kernel for causal attention on a target. A window makes no difference to any of them.
+    """Return the kernel for causal attention on a target.
 
     Args:
         target: the device.
@@ -110,6 +109,7 @@ def choose_kernel(
         dtype: the dtype of queries, keys and values.
         cap: the cap of the scores, or None.
         segmented: whether tokens attend to those of their own segment only.
+        window: number of tokens that a token attends to, less than the length; None: all earlier ones.
         shared: number of first tokens that tokens of all segments attend to.
     """
     if (
@@ -122,10 +122,12 @@ def choose_kernel(
         return Kernel("splash", _splash_length(length), _multiple(head_dim, 64))
     if target.platform == "gpu" and cap is None and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16):
         padded = _multiple(head_dim, 8)
-        if segmented and length > LONGEST_BIAS:
-            return Kernel("blocks", length, head_dim)
         if target.capability is not None and target.capability >= _FLASH and padded <= largest_head(target.capability):
-            return Kernel("cudnn", _multiple(length, 64), padded)
+            if not segmented:
+                return Kernel("cudnn", _multiple(length, 64), padded)
+            # The parts of packed rows are those of their windows; small ones are not worth calls of a kernel.
+            if (length if window is None else window) > LEAF and not (window is not None and shared):
+                return Kernel("cudnn", length, padded)
     return Kernel("blocks", length, head_dim)
 
 

@@ -15,96 +15,18 @@ rows are long.
 
 import dataclasses
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int
 
+from qlora_jax.nn.attention_masks import CausalRows, Mask, Visible
 from qlora_jax.nn.attention_target import AttentionTarget
 from qlora_jax.nn.residuals import checkpoint_name
 from qlora_jax.quant.dense_matmul import einsum
-
-
-class Visible(Protocol):
-    """Which keys a query may attend to. Instances are compile-time constants, and so must be hashable."""
-
-    def mask(self, arrays: Any, rows: Array, columns: Array) -> Array:
-        """Return bool `[b or 1, rows, columns]` for numbers of queries and keys, which may be beyond the last."""
-        ...
-
-    def reaches(self, rows: range, columns: range) -> bool:
-        """Return False if none of these queries may attend to any of these keys, whatever the arrays are."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class CausalRows:
-    """Earlier tokens of the same segment.
-
-    Attributes:
-        window: number of tokens that a token attends to, including itself; None: all earlier ones.
-        shared: number of first tokens that tokens of all segments attend to.
-    """
-
-    window: int | None = None
-    shared: int = 0
-
-    def mask(self, arrays: Array | None, rows: Array, columns: Array) -> Array:
-        """Return the mask; `arrays` is int32 `[b, t]`, the segment of each token, or None: each row is one segment."""
-        seen = columns <= rows[:, None]
-        if self.window is not None:
-            seen = seen & (columns > rows[:, None] - self.window)
-        if arrays is None:
-            return seen[None]
-        own, others = (at(arrays, index) for index in (rows, columns))
-        same = own[:, :, None] == others[:, None]
-        same = same | (columns < self.shared) if self.shared else same
-        return seen & same & (others > 0)[:, None]
-
-    def reaches(self, rows: range, columns: range) -> bool:
-        """Return whether the last query is not before the first key, nor the first query's window after the last key."""
-        return columns[0] <= rows[-1] and (self.window is None or columns[-1] > rows[0] - self.window)
-
-
-@dataclasses.dataclass(frozen=True)
-class KeyRows:
-    """The keys of a mask, which is the same for all queries.
-
-    Attributes:
-        before: number of keys before that of the first query, if queries attend to no later keys; None: to all keys.
-    """
-
-    before: int | None = None
-
-    def mask(self, arrays: Array, rows: Array, columns: Array) -> Array:
-        """Return the mask; `arrays` is bool `[b or 1, s]`, true for keys that queries may attend to."""
-        seen = at(arrays, columns)[:, None]
-        return seen if self.before is None else seen & (columns <= rows[:, None] + self.before)
-
-    def reaches(self, rows: range, columns: range) -> bool:
-        """Return whether the last query is not before the first key."""
-        return self.before is None or columns[0] <= rows[-1] + self.before
-
-
-@dataclasses.dataclass(frozen=True)
-class Mask:
-    """A mask that is computed tile by tile.
-
-    Attributes:
-        visible: which keys a query may attend to.
-        arrays: the arrays that `visible` reads; they get no gradient.
-    """
-
-    visible: Visible
-    arrays: Any = None
-
-
-def at(values: Array, index: Array) -> Array:
-    """Return the columns `index` of `[b, n]` values, 0 or False beyond the last."""
-    return values.at[:, index].get(mode="fill", fill_value=0)
 
 
 def largest_tile(target: AttentionTarget) -> int:
@@ -166,6 +88,74 @@ def tiled_attention(
     out: Any = _tiled(q, k, v, mask.arrays, bias, _Settings(mask.visible, scale, cap, kv_heads, tile, q.shape[2]))
     out = out.reshape(b, kv_heads, heads // kv_heads, -1, d).transpose(0, 3, 1, 2, 4)
     return out.reshape(b, -1, heads, d)[:, :t]
+
+
+def tile_attention(
+    q: Float[Array, "n t heads d"],
+    k: Float[Array, "n t kv_heads d"],
+    v: Float[Array, "n t kv_heads d"],
+    segment_ids: Int[Array, "n t"],
+    *,
+    scale: float,
+) -> tuple[Float[Array, "n t heads d"], Float32[Array, "n t heads"]]:
+    """Return (result, logarithm of the softmax's normalizer) of causal attention within segments, each row as one tile.
+
+    Args:
+        q: `[n, t, heads, d]`.
+        k: `[n, t, kv_heads, d]`.
+        v: `[n, t, kv_heads, d]`.
+        segment_ids: int32 `[n, t]`; 0 is padding, whose results are finite.
+        scale: factor on the scores q·k.
+    """
+    kv_heads = k.shape[2]
+    out, residuals = _forward(*_one_tile(q, k, v), segment_ids, None, _settings_of_tile(k, scale))
+    return _tokens_first(out, kv_heads), _tokens_first(residuals[-1], kv_heads)
+
+
+def tile_gradients(
+    q: Float[Array, "n t heads d"],
+    k: Float[Array, "n t kv_heads d"],
+    v: Float[Array, "n t kv_heads d"],
+    segment_ids: Int[Array, "n t"],
+    saved: tuple[Float[Array, "n t heads d"], Float32[Array, "n t heads"], Float[Array, "n t heads d"]],
+    *,
+    scale: float,
+) -> tuple[Float[Array, "n t heads d"], Float[Array, "n t kv_heads d"], Float[Array, "n t kv_heads d"]]:
+    """Return the gradients of q, k and v that come from the scores of `tile_attention`.
+
+    Args:
+        q, k, v, segment_ids: as in `tile_attention`.
+        saved: (result, logarithm of the normalizer, gradient of the result) of a softmax over these and maybe more keys.
+        scale: factor on the scores.
+    """
+    kv_heads = k.shape[2]
+    out, logs, gradient = (_heads_first(x, kv_heads) for x in saved)
+    residuals = (*_one_tile(q, k, v), segment_ids, None, out, logs)
+    dq, dk, dv, *_ = _backward(_settings_of_tile(k, scale), residuals, gradient)
+    return _tokens_first(dq, kv_heads), _tokens_first(dk[:, None], kv_heads), _tokens_first(dv[:, None], kv_heads)
+
+
+def _settings_of_tile(k: Array, scale: float) -> "_Settings":
+    length = k.shape[1]
+    return _Settings(CausalRows(), scale, None, k.shape[2], (length, length), length)
+
+
+def _one_tile(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    """Return q as `[n * kv_heads, group, t, d]`, k and v as `[n * kv_heads, t, d]`."""
+    kv_heads = k.shape[2]
+    return _heads_first(q, kv_heads), _heads_first(k, kv_heads)[:, 0], _heads_first(v, kv_heads)[:, 0]
+
+
+def _heads_first(x: Array, kv_heads: int) -> Array:
+    """Return `[n, t, heads, …]` as `[n * kv_heads, heads / kv_heads, t, …]`."""
+    x = jnp.moveaxis(x.reshape(*x.shape[:2], kv_heads, -1, *x.shape[3:]), 1, 3)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _tokens_first(x: Array, kv_heads: int) -> Array:
+    """Return `[n * kv_heads, group, t, …]` as `[n, t, heads, …]`."""
+    x = jnp.moveaxis(x.reshape(-1, kv_heads, *x.shape[1:]), 3, 1)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
 def _padded(x: Array, more: int) -> Array:

@@ -33,7 +33,9 @@ def _equation_flops(equation: Any, platform: str | None, causal: bool) -> float:
     if name == "dot_general":
         return _dot_flops(equation)
     if name.startswith("dot_product_attention"):
-        return _cudnn_flops(equation, causal)
+        return _cudnn_flops(equation, "bwd" in name, causal)
+    if name == "ffi_call" and "cudnn$fmha" in (target := equation.params["target_name"]):
+        return _cudnn_flops(equation, target.endswith("Backward"), "CAUSAL" in equation.params["legacy_backend_config"])
     if name == "pallas_call":
         return _pallas_flops(equation, causal)
     repeats = equation.params.get("length", 1) if name == "scan" else 1
@@ -63,9 +65,9 @@ def _dot_flops(equation: Any) -> float:
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
 
 
-def _cudnn_flops(equation: Any, causal: bool) -> float:
+def _cudnn_flops(equation: Any, backward: bool, causal: bool) -> float:
     q, k = (equation.invars[index].aval.shape for index in (0, 1))  # [b, t, heads, d], [b, s, kv heads, d]
-    return _attention_flops(q[0] * q[2], q[1], k[1], q[3], backward="bwd" in equation.primitive.name, causal=causal)
+    return _attention_flops(q[0] * q[2], q[1], k[1], q[3], backward=backward, causal=causal)
 
 
 def _pallas_flops(equation: Any, causal: bool) -> float:

@@ -24,6 +24,7 @@ from qlora_jax.models import DecoderConfig, ModelSpec
 from qlora_jax.models.chunks import chunk_count
 from qlora_jax.nn import split_axis
 from qlora_jax.nn.attention import scores_at_once
+from qlora_jax.nn.attention_packed import heads_at_once
 from qlora_jax.nn.attention_target import AttentionTarget, attention_target, choose_kernel
 from qlora_jax.plan.factors import FACTORS
 from qlora_jax.plan.tree_bytes import tree_bytes
@@ -35,8 +36,8 @@ from qlora_jax.train.spec import Step, StepSpec, build_step
 # The size of the feature "program", the same for all steps: a TPU's program itself and its data in the chip's own memory.
 _PROGRAM = 2**26
 # Where the feed-forward takes chunks on a GPU, the peak of a layer is in attention's backward pass: the share of what is as
-# large as the residual stream, and how much larger a mask is there (by llama-2-7b and llama-3-8b at 1 x 32768).
-_ATTENTION, _CHUNKED_MASK = 0.45, 1.95
+# large as the residual stream (by llama-2-7b and llama-3-8b at 1 x 32768).
+_ATTENTION = 0.45
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,11 +221,8 @@ def features(spec: StepSpec[ModelSpec], platform: str | AttentionTarget, devices
     groups = spec.objective.attention_groups
     seen = -(-keys // groups)  # tokens that a token may see
     fused = decoder and _has_kernel(spec, config, target, seen)
-    masked = spec.objective.packed and platform == "cuda"
-    # cuDNN takes a mask as a bias, one for all heads; XLA's attention stores the scores of all of them, a block at a time.
-    scores = (1 if masked else 0) if fused else 2 * attention
-    queries = keys
-    if not fused:
+    queries = 0
+    if not fused:  # XLA's attention stores the scores of all heads, a block at a time
         queries, seen = scores_at_once(seen, target, causal=decoder)
         queries *= groups
     of_value = {"none": size, "int8": 1, "nf4": 0.516}[spec.model.embedding_storage]  # bytes in an embedding
@@ -255,19 +253,39 @@ def features(spec: StepSpec[ModelSpec], platform: str | AttentionTarget, devices
         "table": table,
         "hoisted": tables * table if spec.batch.micro_batches > 1 else 0,  # moved out of the loop over micro-batches
         "adapter": adapter,
-        "bias": _workspace(spec, target) if spec.objective.packed else 0,
-        "mask": int((_CHUNKED_MASK if in_chunks else 1) * spec.sequences * scores * queries * seen * 2),
+        "parts": _parts(spec, target),
+        "scores": spec.sequences * 2 * attention * queries * seen * 2,
     }
 
 
 def _workspace(spec: StepSpec[ModelSpec], target: AttentionTarget) -> int:
-    """Return the bytes of cuDNN's workspace for a micro-batch on each GPU; packed rows have the gradient of their bias."""
-    config, groups = spec.model.config, spec.objective.attention_groups
-    keys = -(-_keys(spec) // groups)
+    """Return the bytes of cuDNN's workspace for a micro-batch on each GPU."""
+    config = spec.model.config
+    keys = -(-_keys(spec) // spec.objective.attention_groups)
     if target.platform != "gpu" or not isinstance(config, DecoderConfig) or not _has_kernel(spec, config, target, keys):
         return 0
-    rows, packed = spec.sequences * groups, spec.objective.packed
-    return attention_workspace(rows, config.num_attention_heads, keys, config.head_dim, bias=packed)
+    tokens, heads = spec.sequences * spec.objective.attention_groups * keys, config.num_attention_heads
+    if not spec.objective.packed:
+        return attention_workspace(1, heads, tokens, config.head_dim)
+    return attention_workspace(1, _heads_at_once(spec, config), -(-tokens // 2), config.head_dim)  # the right halves
+
+
+def _parts(spec: StepSpec[ModelSpec], target: AttentionTarget) -> int:
+    """Return the bytes of the queries that attention of packed rows takes at a time on a GPU, 0 elsewhere."""
+    config = spec.model.config
+    if not spec.objective.packed or not isinstance(config, DecoderConfig) or not _workspace(spec, target):
+        return 0
+    return (
+        spec.sequences * _keys(spec) * _heads_at_once(spec, config) * config.head_dim * jnp.dtype(spec.model.dtype).itemsize
+    )
+
+
+def _heads_at_once(spec: StepSpec[ModelSpec], config: DecoderConfig) -> int:
+    """Return the heads that attention of packed rows computes at a time."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    size = jnp.dtype(spec.model.dtype).itemsize
+    at_once = heads_at_once(spec.sequences * _keys(spec), heads, kv_heads, config.head_dim, size)
+    return at_once * heads // kv_heads
 
 
 def _keys(spec: StepSpec[ModelSpec]) -> int:

@@ -47,6 +47,7 @@ _CASES = (
     Case(packed=True),
     Case(window=100),
     Case(packed=True, window=100),
+    Case(packed=True, window=150),
     Case(cap=30.0),
     Case(packed=True, cap=30.0),
     Case(packed=True, shared=3),

@@ -6,40 +6,59 @@
                c c c _
 
 Both are computed by the device, and differ by rounding alone. In bfloat16 every layer rounds, so the limit is wider than
-that of a single kernel.
+that of a single kernel. The time of attention alone is measured for a row of one document with and without segments, and
+for a row of eight documents.
 """
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from qlora_jax.train import language_model_loss
-from scripts.verification.checks import Check, Row, checked
+from scripts.verification.attention import own_attention
+from scripts.verification.checks import Check, Row, checked, measured
 from scripts.verification.kernels import DTYPES
 from scripts.verification.references import relative_error
 from scripts.verification.workloads import WORKLOADS, random_weights, step_spec
 
 _LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}
-_DOCUMENTS = (100, 90, 60)  # tokens
-_ROW, _ROWS = 256, 128  # tokens of the packed row, and of the others
 _VOCABULARY = 512
+_TIME = "time of attention and its gradients"
+_RUNS = 10  # of the attention whose time is measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Numbers of tokens: of the documents, of the packed row, of the other rows, and of the row whose time is measured."""
+
+    documents: tuple[int, ...]
+    row: int
+    rows: int
+    timed: int
+
+
+_SMALL, _FULL = Size((100, 90, 60), 256, 128, 64), Size((600, 250, 150), 1024, 640, 8192)
 
 
 def checks(small: bool) -> list[Check]:
     """Return the checks of this section."""
-    return [Check((_name(dtype),), partial(_compare, dtype)) for dtype in DTYPES[: 1 if small else 2]]
+    size = _SMALL if small else _FULL
+    found = [Check((_name(dtype),), partial(_compare, dtype, size)) for dtype in DTYPES[: 1 if small else 2]]
+    return [*found, Check((_TIME,), partial(_time, size.timed))]
 
 
 def _name(dtype: str) -> str:
     return f"loss and gradient of a packed row, {dtype}"
 
 
-def _compare(dtype: str) -> Iterator[Row]:
+def _compare(dtype: str, size: Size) -> Iterator[Row]:
     model = dataclasses.replace(step_spec(WORKLOADS["8b"], small=True).model, dtype=dtype)
     graphdef, adapter, frozen = random_weights(model)
     adapter = _filled(adapter)  # B is zero in a new adapter, and so is the gradient of A
@@ -49,8 +68,8 @@ def _compare(dtype: str) -> Iterator[Row]:
         return jax.value_and_grad(lambda x: language_model_loss(nnx.merge(graphdef, x, frozen), batch, None))(adapter)
 
     with jax.default_matmul_precision("highest"):
-        loss, packed = gradient(adapter, frozen, _packed())
-        expected_loss, unpacked = gradient(adapter, frozen, _unpacked())
+        loss, packed = gradient(adapter, frozen, _packed(size))
+        expected_loss, unpacked = gradient(adapter, frozen, _unpacked(size))
     errors = {
         "loss": abs(float(loss) / float(expected_loss) - 1),
         "gradient": relative_error(_flat(packed), _flat(unpacked)),
@@ -58,15 +77,38 @@ def _compare(dtype: str) -> Iterator[Row]:
     yield checked(_name(dtype), errors, _LIMITS[dtype])
 
 
-def _documents() -> list[np.ndarray]:
+def _time(length: int) -> Iterator[Row]:
+    """Measure attention with the heads of Llama-3-8B, forward and backward, for one row in bfloat16."""
     generator = np.random.default_rng(0)
-    return [generator.integers(0, _VOCABULARY, length + 1).astype(np.int32) for length in _DOCUMENTS]
+    q, k, v = (jnp.asarray(generator.standard_normal((1, length, n, 128), np.float32), "bfloat16") for n in (32, 8, 8))
+    one, eight = jnp.ones((1, length), jnp.int32), jnp.arange(length, dtype=jnp.int32)[None] * 8 // length + 1
+
+    @jax.jit
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> Any:
+        out, pull_back = jax.vjp(partial(own_attention(), segment_ids=segments), q, k, v)
+        return out, pull_back(out)
+
+    seconds = {}
+    for name, segments in (("plain", None), ("packed, 1 document", one), ("packed, 8 documents", eight)):
+        jax.block_until_ready(attend(q, k, v, segments))
+        start = time.perf_counter()
+        for _ in range(_RUNS):
+            found = attend(q, k, v, segments)
+        jax.block_until_ready(found)
+        seconds[name] = (time.perf_counter() - start) / _RUNS
+    text = "; ".join(f"{name} {1e3 * value:.2f} ms" for name, value in seconds.items())
+    yield measured(_TIME, f"{length} tokens: {text}", length=length, seconds=seconds)
 
 
-def _packed() -> dict[str, np.ndarray]:
-    batch = _zeros(("inputs", "targets", "positions", "segment_ids", "loss_mask"), (1, _ROW))
+def _documents(size: Size) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, _VOCABULARY, length + 1).astype(np.int32) for length in size.documents]
+
+
+def _packed(size: Size) -> dict[str, np.ndarray]:
+    batch = _zeros(("inputs", "targets", "positions", "segment_ids", "loss_mask"), (1, size.row))
     start = 0
-    for number, tokens in enumerate(_documents(), start=1):
+    for number, tokens in enumerate(_documents(size), start=1):
         place = slice(start, start := start + len(tokens) - 1)
         values = (tokens[:-1], tokens[1:], np.arange(len(tokens) - 1), number, 1)
         for array, value in zip(batch.values(), values, strict=True):
@@ -74,9 +116,9 @@ def _packed() -> dict[str, np.ndarray]:
     return batch
 
 
-def _unpacked() -> dict[str, np.ndarray]:
-    batch = _zeros(("inputs", "targets", "loss_mask"), (len(_DOCUMENTS), _ROWS))
-    for row, tokens in enumerate(_documents()):
+def _unpacked(size: Size) -> dict[str, np.ndarray]:
+    batch = _zeros(("inputs", "targets", "loss_mask"), (len(size.documents), size.rows))
+    for row, tokens in enumerate(_documents(size)):
         for array, value in zip(batch.values(), (tokens[:-1], tokens[1:], 1), strict=True):
             array[row, : len(tokens) - 1] = value
     return batch

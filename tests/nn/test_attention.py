@@ -22,8 +22,9 @@ from qlora_jax.nn import (
     with_prefix,
 )
 from qlora_jax.nn.attention import scores_at_once
+from qlora_jax.nn.attention_masks import CausalRows, KeyRows, Mask
 from qlora_jax.nn.attention_target import Kernel, choose_kernel
-from qlora_jax.nn.attention_tiles import CausalRows, KeyRows, Mask, tiled_attention
+from qlora_jax.nn.attention_tiles import tiled_attention
 
 HOPPER, AMPERE, TPU = AttentionTarget("gpu", (9, 0)), AttentionTarget("gpu", (8, 0)), AttentionTarget("tpu")
 
@@ -248,8 +249,12 @@ def test_splash_takes_odd_lengths_of_virtual_tokens() -> None:
 # (target, head size, length, dtype, further conditions) and the kernel, with the length and the head size that it is given.
 CHOICES: list[tuple[AttentionTarget, int, int, str, dict[str, Any], Kernel]] = [
     (HOPPER, 128, 1024, "bfloat16", {}, Kernel("cudnn", 1024, 128)),
-    (HOPPER, 128, 1001, "bfloat16", {"segmented": True}, Kernel("cudnn", 1024, 128)),
-    (HOPPER, 128, 4097, "bfloat16", {"segmented": True}, Kernel("blocks", 4097, 128)),  # the bias would have a gradient
+    (HOPPER, 128, 4097, "bfloat16", {"segmented": True}, Kernel("cudnn", 4097, 128)),
+    (HOPPER, 60, 1001, "bfloat16", {"segmented": True, "window": 129}, Kernel("cudnn", 1001, 64)),
+    (HOPPER, 128, 1001, "bfloat16", {"segmented": True, "window": 128}, Kernel("blocks", 1001, 128)),
+    (HOPPER, 128, 1001, "bfloat16", {"segmented": True, "window": 300, "shared": 4}, Kernel("blocks", 1001, 128)),
+    (HOPPER, 128, 128, "bfloat16", {"segmented": True}, Kernel("blocks", 128, 128)),
+    (HOPPER, 128, 100, "bfloat16", {"window": 50}, Kernel("cudnn", 128, 128)),
     (HOPPER, 128, 4097, "bfloat16", {}, Kernel("cudnn", 4160, 128)),
     (HOPPER, 256, 1024, "bfloat16", {}, Kernel("cudnn", 1024, 256)),
     (AMPERE, 256, 1024, "bfloat16", {}, Kernel("blocks", 1024, 256)),

@@ -7,6 +7,7 @@ from tiny_llama import TINY
 
 from qlora_jax.models import ModelSpec
 from qlora_jax.models.llama import llama_config
+from qlora_jax.nn import AttentionTarget, causal_attention
 from qlora_jax.peft import LoRA
 from qlora_jax.plan.flops import count_flops
 from qlora_jax.plan.hlo import parse_program
@@ -49,6 +50,20 @@ def test_a_training_step_is_counted_as_by_hand(micro_batches: int) -> None:
     counted = count_flops(traced.jaxpr)
     by_hand = 2.0 * micro_batches * (3 * layer + head + label)
     assert counted == pytest.approx(by_hand, rel=0.03)
+
+
+def test_the_parts_of_packed_rows_are_half_of_all_scores() -> None:
+    """Between halves of 512, 256 and 128 tokens, and within leaves of 128, which XLA computes whole."""
+    target, length = AttentionTarget("gpu", (9, 0)), 1024
+    q, ids = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+    def attend(q: jax.Array, ids: jax.Array) -> jax.Array:
+        return causal_attention(q, q, q, segment_ids=ids, target=target).astype(jnp.float32).sum()
+
+    pairs = 512 * 512 + 2 * 256 * 256 + 4 * 128 * 128 + 8 * 128 * 128
+    assert count_flops(jax.jit(attend).trace(q, ids).jaxpr, platform="cuda") == 2 * 2 * 2 * 64 * pairs
+    back = jax.jit(jax.grad(attend)).trace(q, ids)
+    assert count_flops(back.jaxpr, platform="cuda") == pytest.approx((2 + 5) * 2 * 2 * 64 * pairs, rel=2e-3)  # a padded row
 
 
 PROGRAM = """HloModule jit_f, is_scheduled=true

@@ -64,10 +64,11 @@ def test_of_a_long_sequence_one_chunk_of_inner_activations_counts() -> None:
     assert features(SPEC, "cuda", 1, 1)["stream"] == SPEC.tokens * 4096 * 2  # 4 x 2048 are one chunk
     shorter = changed(SPEC, batch={"batch_size": 1, "length": 4096})
     dense, groups = (
-        features(dataclasses.replace(shorter, objective=language_model_objective(attention_groups=groups)), "cuda", 1, 1)
+        features(dataclasses.replace(shorter, objective=language_model_objective(attention_groups=groups)), "cpu", 1, 1)
         for groups in (1, 4)
     )
-    assert groups["mask"] == dense["mask"] // 4 > 0
+    assert dense["scores"] == 2 * 32 * 256 * 256 * 2  # a tile
+    assert groups["scores"] == 2 * 32 * 4 * 128 * 1024 * 2  # a block of each group
 
 
 def test_packed_tables_are_exact() -> None:
@@ -87,12 +88,12 @@ def test_there_is_a_factor_for_each_feature(platform: str) -> None:
     assert min(min(factors.values()) for factors in FACTORS[platform].values()) >= 0
 
 
-def test_packed_rows_have_the_gradient_of_their_bias_or_are_computed_tile_by_tile() -> None:
-    """At 4096 tokens and 32 heads, cuDNN stores 1 GiB of scores' gradients; beyond, nothing grows with the square."""
-    packed = dataclasses.replace(SPEC, objective=language_model_objective(packed=True), batch=BatchSpec(length=4096))
-    assert quick_plan(packed, "cuda").workspace == 32 * 4096 * 4 + 32 * 4096 * 4096 * 2
-    peaks = [
-        quick_plan(dataclasses.replace(packed, batch=BatchSpec(length=length)), "cuda").peak for length in (2048, 4096, 8192)
-    ]
-    assert peaks[1] - peaks[0] > 0.8 * 2**30
-    assert quick_plan(dataclasses.replace(packed, batch=BatchSpec(length=32768)), "cuda").workspace == 0
+def test_packed_rows_take_what_others_take() -> None:
+    """Nothing grows with the square of the length."""
+    for length in (2048, 8192, 32768):
+        batch = BatchSpec(length=length)
+        plain, packed = (
+            quick_plan(dataclasses.replace(SPEC, objective=language_model_objective(packed=x), batch=batch), "cuda").peak
+            for x in (False, True)
+        )
+        assert plain <= packed < 1.05 * plain
