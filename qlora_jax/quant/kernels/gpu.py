@@ -11,12 +11,7 @@ of the lower half of W:
 A scale (exact in float32) is multiplied with a sum of 64 products and not with each value. XLA sums the parts of K. With few
 rows of x, the columns of W are along the long side of the matrix units: y^T = W^T x^T.
 
-Looking a code up. PRMT, the byte permutation, selects four of eight bytes by four selectors of three bits, and a packed byte
-is two selectors. The 16 values in bfloat16 are in four registers of low bytes and four registers of high bytes. For four
-codes, two PRMT select from the values 0-7 and 8-15, a third one selects between these by the codes' top bits (all for low
-and for high bytes), and two more combine the bytes to numbers. This takes 2.6 instructions per value; a tree of selects
-takes 20, and a table in memory a load and the computation of its address. If x is float32, a value is the sum of three such
-bfloat16 numbers, which is exact.
+lookup_ptx.py looks codes up. If x is float32, a value is the sum of three bfloat16 numbers, which is exact.
 
 The order of columns. A thread needs columns g, g + 8, g + 64 and g + 72 of a tile. The columns are permuted so that these
 are neighbours in memory (`_permutation`), because shared memory is read by words and not by bytes.
@@ -39,6 +34,7 @@ from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 
 from qlora_jax.quant.codebooks import DataType, codebook, dynamic_map
+from qlora_jax.quant.kernels.lookup_ptx import lookup_ptx, tables
 from qlora_jax.quant.kernels.operands import Static, stacked, static
 from qlora_jax.quant.tensor import QuantizedTensor
 
@@ -238,40 +234,3 @@ def _values(packed: Array, *, data_type: DataType, dtype: Any) -> tuple[Array, A
         return upper + (rest + last)
 
     return add(0), add(1)
-
-
-def tables(data_type: DataType, dtype: DTypeLike) -> list[np.ndarray]:
-    """Return the 16 values in bfloat16 or, for float32, three bfloat16 tables that sum to the values, the largest first."""
-    rest = np.asarray(codebook(data_type), np.float32)
-    parts = [rest.astype(jnp.bfloat16)]
-    while jnp.dtype(dtype) == jnp.float32 and len(parts) < 3:  # each holds 8 of the 24 bits
-        rest = rest - parts[-1].astype(np.float32)
-        parts.append(rest.astype(jnp.bfloat16))
-    return parts
-
-
-def lookup_ptx(values: np.ndarray) -> str:
-    """Return PTX that looks up four packed bytes $4; the words $0-$3 hold the high nibble's bfloat16 above the low one's."""
-    bits = values.view(np.uint16)
-
-    def table(plane: int, first: int) -> str:
-        """Return a register with the low bytes (plane 0) or the high bytes (plane 1) of four values."""
-        return f"0x{int.from_bytes(bytes((bits[first : first + 4] >> (8 * plane) & 255).tolist()), 'little'):08x}"
-
-    lines = [
-        "and.b32 s0, $4, 0x77777777",  # selectors among eight values; PRMT reads the lower four selectors
-        "and.b32 t0, $4, 0x88888888",
-        "shr.u32 t0, t0, 1",
-        "add.u32 t0, t0, 0x32103210",  # byte i of the first selection, or of the second one
-        "shr.u32 s1, s0, 16",
-        "shr.u32 t1, t0, 16",
-    ]
-    for half in range(2):
-        for plane in range(2):
-            lines += [
-                f"prmt.b32 a, {table(plane, 0)}, {table(plane, 4)}, s{half}",
-                f"prmt.b32 b, {table(plane, 8)}, {table(plane, 12)}, s{half}",
-                f"prmt.b32 p{plane}, a, b, t{half}",
-            ]
-        lines += [f"prmt.b32 ${2 * half}, p0, p1, 0x5140", f"prmt.b32 ${2 * half + 1}, p0, p1, 0x7362"]
-    return "{\n.reg .b32 a, b, p0, p1, s0, s1, t0, t1;\n" + "".join(line + ";\n" for line in lines) + "}"
