@@ -22,7 +22,8 @@ multiplied by its float32 scale and rounded. XLA computes the scales, `[K/block,
 bytes with each byte read and written.
 
 The kernel runs with the package's JAX versions through the same calls; Mosaic GPU is imported when a program needs the kernel,
-since that takes seconds. In interpret mode the lookup is a chain of selects, and all else is the same program.
+since that takes seconds. In interpret mode the lookup is a chain of selects, and the transposed product gets transposed tiles, as
+the interpreter has no transposed operands; all else is the same program.
 """
 
 import dataclasses
@@ -249,7 +250,7 @@ def _multiply(total: Any, *, warpgroup: Any, product: Product, gpu: Any, scratch
         gpu.barrier_wait(scratch["x_loaded"].at[x_slot])
         for half in range(2):
             part = pl.ds(half * _HALF, _HALF)
-            if product.transposed:
+            if product.transposed and not product.interpreted:
                 matrix = gpu.transpose_ref(dense.at[place, :, part], (1, 0))
             else:
                 matrix = dense.at[place, part]
@@ -279,7 +280,11 @@ def _convert(slot: Any, dense: Any, warpgroup: Any, product: Product, gpu: Any, 
         spread = lax.broadcast_in_dim(scale, (rows, COLUMNS), (1,))
         spread = spread if product.interpreted else gpu.layout_cast(spread, layout)
         scaled = (value.astype(jnp.float32) * spread).astype(jnp.bfloat16)
-        dense[pl.ds(half * PACKED_ROWS + first, rows)] = scaled
+        to = pl.ds(half * PACKED_ROWS + first, rows)
+        if product.transposed and product.interpreted:
+            dense[:, to] = scaled.T
+        else:
+            dense[to] = scaled
 
 
 def _layout(gpu: Any) -> Any:
