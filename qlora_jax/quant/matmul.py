@@ -39,7 +39,10 @@ from qlora_jax.quant.tensor import Implementation, QuantizedTensor, dequantize
 
 FEW_ROWS = 64  # the most rows of x for which "auto" prefers the kernel
 
-# "dequantize": XLA's product with a matrix that the kernel of the platform dequantises, if there is one.
+_PRODUCT, _TRANSPOSED = "nk,km->nm", "nm,km->nk"
+
+# "dequantize": a product of many rows, by what the platform has: a kernel that dequantises the matrix, for XLA's product, or
+# a fused product.
 _Way = Implementation | Literal["dequantize"]
 
 
@@ -97,7 +100,7 @@ def with_implementation(tree: Any, implementation: Implementation) -> Any:
 
 def _xla(x: Array, w: QuantizedTensor | StackedTensor, *, by_kernel: bool = False) -> Array:
     if x.shape[0] > FEW_ROWS or (w.stack if isinstance(w, StackedTensor) else w).flat_shape is not None:
-        return _dense_product("nk,km->nm", x, w, by_kernel)
+        return _dense_product(_PRODUCT, x, w, by_kernel)
     x, w = _ordered(x, w)
 
     def dense(x: Array, w: QuantizedTensor) -> Array:
@@ -107,11 +110,14 @@ def _xla(x: Array, w: QuantizedTensor | StackedTensor, *, by_kernel: bool = Fals
 
 
 def _xla_transposed(dy: Array, w: QuantizedTensor | StackedTensor, *, by_kernel: bool = False) -> Array:
-    return _dense_product("nm,km->nk", dy, w, by_kernel)
+    return _dense_product(_TRANSPOSED, dy, w, by_kernel)
 
 
 def _dense_product(equation: str, x: Array, w: QuantizedTensor | StackedTensor, by_kernel: bool) -> Array:
-    """Return the einsum of x and the dense matrix, which on TPUs the kernel makes, if `by_kernel`."""
+    """Return the einsum of x and the dense matrix.
+
+    If `by_kernel`, TPUs make the dense matrix by a kernel, and Hopper GPUs multiply without one in memory.
+    """
 
     def with_xla(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
         # The barrier is for the packed bytes of the layer: without that copy, XLA dequantises all matrices that have the
@@ -119,15 +125,17 @@ def _dense_product(equation: str, x: Array, w: QuantizedTensor | StackedTensor, 
         x, matrix = _ordered(x, _matrix(w))
         return einsum(equation, x, dequantize(matrix, x.dtype))
 
-    kernel = kernels.dequantizer(w, x.dtype) if by_kernel else None
-    if kernel is None:
-        return with_xla(x, w)
+    forms = {}
+    if by_kernel and (dequantizer := kernels.dequantizer(w, x.dtype)) is not None:
 
-    def with_kernel(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
-        x, w = _ordered(x, w)
-        return einsum(equation, x, kernel(w))
+        def with_kernel(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
+            x, w = _ordered(x, w)
+            return einsum(equation, x, dequantizer(w))
 
-    return by_platform(x, w, tpu=with_kernel, default=with_xla)
+        forms["tpu"] = with_kernel
+    if by_kernel and (fused := kernels.fused(x, w, transposed=equation == _TRANSPOSED)) is not None:
+        forms["cuda"] = fused
+    return by_platform(x, w, **forms, default=with_xla)
 
 
 def _matrix(w: QuantizedTensor | StackedTensor) -> QuantizedTensor:

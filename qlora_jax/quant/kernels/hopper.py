@@ -120,12 +120,12 @@ def matmul(x: Array, w: QuantizedTensor, layer: Array | None = None, *, interpre
 
     `interpret` is None, or the parameters of Mosaic GPU's interpret mode.
     """
-    return _product(x, w, layer, False, interpret)
+    return _product(x, w, layer, transposed=False, interpret=interpret)
 
 
 def matmul_transposed(dy: Array, w: QuantizedTensor, layer: Array | None = None, *, interpret: Any = None) -> Array:
     """Return dy `[M, out]` times the transposed W, like `matmul`."""
-    return _product(dy, w, layer, True, interpret)
+    return _product(dy, w, layer, transposed=True, interpret=interpret)
 
 
 def rows_of_tile(count: int) -> int:
@@ -133,7 +133,8 @@ def rows_of_tile(count: int) -> int:
     return 256 if -(-count // 128) % 2 == 0 or count > 1024 else 128
 
 
-def _product(x: Array, w: QuantizedTensor, layer: Array | None, transposed: bool, interpret: Any) -> Array:
+@functools.partial(jax.jit, static_argnames=("transposed", "interpret"))  # so that a program lowers it once for each shape
+def _product(x: Array, w: QuantizedTensor, layer: Array | None, *, transposed: bool, interpret: Any) -> Array:
     from jax.experimental.pallas import mosaic_gpu as gpu
 
     w, index = stacked(w, layer)
