@@ -16,6 +16,9 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
+_PALLAS = ("pallas_call", "mpmd_map")  # of kernels with one program for all cores or threads, and with several of them
+
+
 def count_flops(jaxpr: Any, *, platform: str | None = None, causal: bool = True) -> float:
     """Return the operations of all matrix products of a (closed) jaxpr, on all devices together.
 
@@ -34,7 +37,7 @@ def _equation_flops(equation: Any, platform: str | None, causal: bool) -> float:
         return _dot_flops(equation)
     if name.startswith("dot_product_attention"):
         return _cudnn_flops(equation, causal)
-    if name == "pallas_call":
+    if name in _PALLAS:
         return _pallas_flops(equation, causal)
     repeats = equation.params.get("length", 1) if name == "scan" else 1
     if name == "shard_map":  # its body runs on each device
@@ -49,7 +52,8 @@ def _equation_flops(equation: Any, platform: str | None, causal: bool) -> float:
 
 
 def _bodies(equation: Any) -> Iterator[Any]:
-    names = ("call_jaxpr", "fun_jaxpr") if equation.primitive.name.startswith("custom_") else equation.params
+    custom = ("call", "call_jaxpr", "fun_jaxpr")  # not the rules of differentiation and batching
+    names = custom if equation.primitive.name.startswith("custom_") else equation.params
     for name in names:
         value = equation.params.get(name)
         for item in value if isinstance(value, (tuple, list)) else (value,):

@@ -83,8 +83,13 @@ def matmul_transposed(dy: Array, w: Packed, *, otherwise: Otherwise) -> Array:
 
 
 def matmul_where_chosen(x: Array, w: Packed, *, otherwise: Otherwise) -> Array:
-    """Return x times W by the kernel, or by `otherwise` if the platform has no kernel or its compiler rejects it."""
+    """Return x times W by the kernel, or by `otherwise` if the platform has no kernel or its compiler rejects it.
+
+    A Hopper GPU takes the fused product where the kernel for few rows does not support W or is missing.
+    """
     kernels = _kernels(w, x.dtype)
+    if "cuda" not in kernels and fused(x, w) is not None:
+        kernels["cuda"] = hopper.matmul
     kernel = kernels.get(_platform())
     if kernel is not None and not _compiles(kernel, *_shapes(x, *_parts(w))):
         return otherwise(x, w)

@@ -252,7 +252,7 @@ def _multiply(total: Any, *, warpgroup: Any, product: Product, gpu: Any, scratch
         for half in range(2):
             part = pl.ds(half * _HALF, _HALF)
             if product.transposed and not product.interpreted:
-                matrix = gpu.transpose_ref(dense.at[place, :, part], (1, 0))
+                matrix = dense.at[place, :, part].T
             else:
                 matrix = dense.at[place, part]
             gpu.wgmma(total, x_tiles.at[x_slot, half, rows], matrix)
@@ -274,9 +274,8 @@ def _convert(slot: Any, dense: Any, warpgroup: Any, product: Product, gpu: Any, 
     if product.interpreted:
         values, scales = _selected(packed[...], product.data_type), [scale[...] for scale in scales]
     else:
-        packed = gpu.load(packed, (), layout=layout, optimized=False)
-        values = _looked_up(packed, product.data_type, gpu)
-        scales = [gpu.load(scale, (), layout=layout.reduce(0), optimized=False) for scale in scales]
+        values = _looked_up(gpu.layout_cast(packed[...], layout), product.data_type, gpu)
+        scales = [gpu.layout_cast(scale[...], layout.reduce(0)) for scale in scales]
     for half, (value, scale) in enumerate(zip(values, scales, strict=True)):
         spread = lax.broadcast_in_dim(scale, (rows, COLUMNS), (1,))
         spread = spread if product.interpreted else gpu.layout_cast(spread, layout)
