@@ -38,6 +38,9 @@ from qlora_jax.quant.targets import by_platform
 from qlora_jax.quant.tensor import Implementation, QuantizedTensor, dequantize
 
 FEW_ROWS = 64  # the most rows of x for which "auto" prefers the kernel
+# The most rows of x for which XLA for GPUs dequantises a matrix in its stack. For more, the bytes that the copy would take
+# are few among those of the activations, and two dense matrices at once would take more memory.
+MOST_IN_PLACE = 2048
 
 _PRODUCT, _TRANSPOSED = "nk,km->nm", "nm,km->nk"
 
@@ -119,13 +122,17 @@ def _dense_product(equation: str, x: Array, w: QuantizedTensor | StackedTensor, 
     If `by_kernel`, TPUs make the dense matrix by a kernel, and Hopper GPUs multiply without one in memory.
     """
 
-    def with_xla(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
-        # The barrier is for the packed bytes of the layer: without that copy, XLA dequantises all matrices that have the
-        # same x at once.
-        x, matrix = _ordered(x, _matrix(w))
+    def with_copy(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
+        x, matrix = _ordered(x, _matrix(w))  # the barrier is for the packed bytes of the layer, which are copied before it
         return einsum(equation, x, dequantize(matrix, x.dtype))
 
-    forms = {}
+    def in_place(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
+        # The dequantisation itself slices the stack. XLA may then dequantise two matrices that have the same x at once.
+        x, w = _ordered(x, w)
+        return einsum(equation, x, dequantize(_matrix(w), x.dtype))
+
+    fused = kernels.fused(x, w, transposed=equation == _TRANSPOSED) if by_kernel else None
+    forms = {"cuda": fused or (in_place if x.shape[0] <= MOST_IN_PLACE else with_copy)}
     if by_kernel and (dequantizer := kernels.dequantizer(w, x.dtype)) is not None:
 
         def with_kernel(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
@@ -133,9 +140,7 @@ def _dense_product(equation: str, x: Array, w: QuantizedTensor | StackedTensor, 
             return einsum(equation, x, dequantizer(w))
 
         forms["tpu"] = with_kernel
-    if by_kernel and (fused := kernels.fused(x, w, transposed=equation == _TRANSPOSED)) is not None:
-        forms["cuda"] = fused
-    return by_platform(x, w, **forms, default=with_xla)
+    return by_platform(x, w, **forms, default=with_copy)
 
 
 def _matrix(w: QuantizedTensor | StackedTensor) -> QuantizedTensor:
