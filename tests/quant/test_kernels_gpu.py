@@ -14,6 +14,7 @@ from kernel_checks import LIMITS, random, relative_error
 from qlora_jax.quant import DATA_TYPES, StackedTensor, dequantize, kernels, matmul, quantize
 from qlora_jax.quant.codebooks import codebook
 from qlora_jax.quant.kernels import gpu
+from qlora_jax.quant.kernels.lookup_ptx import lookup_ptx, tables
 from qlora_jax.quant.targets import tracing_for
 
 
@@ -55,11 +56,14 @@ def test_the_ptx_looks_every_byte_up(data_type: Any) -> None:
     packed, exact = np.arange(256, dtype=np.uint8), codebook(data_type)
     for dtype, count in (("bfloat16", 1), ("float32", 3)):
         found = np.zeros((256, 2), np.float32)
-        tables = gpu.tables(data_type, dtype)
-        assert len(tables) == count
-        for table in reversed(tables):
-            words = run_ptx(gpu.lookup_ptx(table), packed.view("<u4"))
+        parts = tables(data_type, dtype)
+        assert len(parts) == count
+        for table in reversed(parts):
+            words = run_ptx(lookup_ptx(table), packed.view("<u4"))
             pairs = np.stack(words, axis=1).reshape(-1)  # one word a byte
+            by_nibble = np.stack(run_ptx(lookup_ptx(table, by_nibble=True), packed.view("<u4")), axis=1).astype(np.uint32)
+            halves = by_nibble.view(np.uint16).reshape(-1, 2, 4)  # the values of four high nibbles, then of four low ones
+            np.testing.assert_array_equal(halves.transpose(0, 2, 1).reshape(-1, 2), np.stack([pairs >> 16, pairs & 65535], 1))
             found += np.stack([pairs >> 16 << 16, pairs << 16], axis=1).astype(np.uint32).view(np.float32)
         expected = np.stack([exact[packed >> 4], exact[packed & 15]], axis=1)
         np.testing.assert_array_equal(found, expected.astype(dtype).astype(np.float32))
