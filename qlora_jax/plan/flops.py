@@ -15,7 +15,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-
 _PALLAS = ("pallas_call", "mpmd_map")  # of kernels with one program for all cores or threads, and with several of them
 
 

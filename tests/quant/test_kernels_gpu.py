@@ -63,7 +63,9 @@ def test_the_ptx_looks_every_byte_up(data_type: Any) -> None:
             pairs = np.stack(words, axis=1).reshape(-1)  # one word a byte
             by_nibble = np.stack(run_ptx(lookup_ptx(table, by_nibble=True), packed.view("<u4")), axis=1).astype(np.uint32)
             halves = by_nibble.view(np.uint16).reshape(-1, 2, 4)  # the values of four high nibbles, then of four low ones
-            np.testing.assert_array_equal(halves.transpose(0, 2, 1).reshape(-1, 2), np.stack([pairs >> 16, pairs & 65535], 1))
+            np.testing.assert_array_equal(
+                halves.transpose(0, 2, 1).reshape(-1, 2), np.stack([pairs >> 16, pairs & 65535], 1)
+            )
             found += np.stack([pairs >> 16 << 16, pairs << 16], axis=1).astype(np.uint32).view(np.float32)
         expected = np.stack([exact[packed >> 4], exact[packed & 15]], axis=1)
         np.testing.assert_array_equal(found, expected.astype(dtype).astype(np.float32))

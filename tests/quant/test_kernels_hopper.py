@@ -4,6 +4,8 @@ The integration tests take about 20 CPU seconds, the others one.
 """
 
 import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +19,7 @@ from qlora_jax.plan import machine_mesh, machine_named
 from qlora_jax.plan.compile import compile_program, place
 from qlora_jax.plan.topology import context
 from qlora_jax.quant import QuantizedTensor, StackedTensor, dequantize, kernels, matmul, quantize
-from qlora_jax.quant.kernels import hopper
+from qlora_jax.quant.kernels import hopper, trial
 from qlora_jax.quant.targets import tracing_for
 
 HOPPER, AMPERE = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
@@ -67,32 +69,40 @@ def test_the_fused_product_is_for_hopper_gpus_and_few_rows(monkeypatch: pytest.M
         assert kernels.fused(x, w) is None  # type: ignore[arg-type]
 
 
-def test_a_kernel_that_multiplies_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    def right(x: jax.Array, w: QuantizedTensor, layer: jax.Array) -> jax.Array:
-        return x @ dequantize(StackedTensor(w, layer).matrix(), x.dtype)
+@pytest.mark.parametrize(("factor", "reason"), [(1.0, ""), (1.1, "its relative error is 1.0e-01")])
+def test_a_trial_compares_with_numpy(monkeypatch: pytest.MonkeyPatch, factor: float, reason: str) -> None:
+    def product(x: jax.Array, w: QuantizedTensor, layer: jax.Array, rows: int) -> jax.Array:
+        return (x @ dequantize(StackedTensor(w, layer).matrix(), x.dtype) * factor).astype(x.dtype)
 
-    def wrong(x: jax.Array, w: QuantizedTensor, layer: jax.Array) -> jax.Array:
-        return right(x, w, layer) * 1.1
-
-    def failing(x: jax.Array, w: QuantizedTensor, layer: jax.Array) -> jax.Array:
-        raise ValueError("no such instruction")
-
-    for kernel, message in ((right, None), (wrong, "relative error is"), (failing, "no such instruction")):
-        kernels._multiplies_right.cache_clear()
-        monkeypatch.setattr(hopper, "matmul", kernel)
-        if message is None:
-            assert kernels._multiplies_right("nf4", 128, False)
-            continue
-        with pytest.warns(UserWarning, match=message):
-            assert not kernels._multiplies_right("nf4", 128, False)
-    kernels._multiplies_right.cache_clear()
+    monkeypatch.setattr(hopper, "matmul", product)
+    error = trial.error_of("fp4", 128, False)
+    assert trial.attempt([sys.executable, "-c", f"print({error})"]).startswith(reason)
+    assert (error <= trial.LARGEST_ERROR) == (not reason)
 
 
-# 384 rows, and 384 columns, are three packed tiles, as many as are loaded ahead. 260 rows of x are three tiles of rows.
+def test_a_trial_that_fails_or_does_not_end_is_a_reason() -> None:
+    code = "import sys; sys.exit('no such instruction')"
+    assert trial.attempt([sys.executable, "-c", code]) == "the trial ended with code 1: no such instruction"
+    assert trial.attempt([sys.executable, "-c", "while True: pass"], 0.1) == "the trial did not end within 0.1 s"
+
+
+def test_the_result_of_a_trial_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QLORA_JAX_CACHE", str(tmp_path))
+    results = iter(["", "it is wrong"])
+    monkeypatch.setattr(trial, "attempt", lambda _: next(results))
+    is_right = trial.is_right.__wrapped__  # without the cache of this process
+    assert is_right("NVIDIA H200")
+    assert is_right("NVIDIA H200")  # from the file
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="XLA multiplies: it is wrong"):
+            assert not is_right("NVIDIA H20")
+
+
+# 384 rows are three packed tiles, as many as are loaded ahead; 100 and 500 rows of x are padded to 128 and to two tiles.
 @pytest.mark.integration
 @pytest.mark.parametrize(
     ("shape", "data_type", "block_size", "double", "count", "transposed"),
-    [((384, 128), "nf4", 64, True, 260, False), ((256, 384), "fp4", 128, False, 200, True)],
+    [((384, 128), "nf4", 64, True, 100, False), ((256, 256), "fp4", 128, False, 500, True)],
 )
 def test_interpreted_products(
     shape: Any, data_type: Any, block_size: int, double: bool, count: int, transposed: bool

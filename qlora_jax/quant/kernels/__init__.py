@@ -17,12 +17,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from qlora_jax.quant.codebooks import DataType, codebook
-from qlora_jax.quant.kernels import hopper, tpu, tpu_dequantize
+from qlora_jax.quant.kernels import hopper, tpu, tpu_dequantize, trial
 from qlora_jax.quant.stacked import StackedTensor
 from qlora_jax.quant.targets import by_platform, is_for_hopper
 from qlora_jax.quant.tensor import QuantizedTensor
@@ -30,9 +28,8 @@ from qlora_jax.quant.tensor import QuantizedTensor
 # The most rows for which the fused product is used. It saves writing and reading the dense matrix, 4 bytes a value, which at
 # 2048 rows is a sixth of the time that the product takes at the peak rate, and converts each value once for 256 rows.
 MOST_FUSED_ROWS = 2048
-FUSED = "QLORA_JAX_FUSED"  # the environment variable that switches the fused product off, if it is 0
+FUSED = "QLORA_JAX_FUSED"  # the environment variable
 
-_FUSED_ERROR = 4e-3  # the largest relative error of a bfloat16 product
 
 Packed = QuantizedTensor | StackedTensor
 Otherwise = Callable[[Array, Packed], Array]  # the product for platforms and matrices without a kernel
@@ -110,48 +107,22 @@ def dequantizer(w: Packed, dtype: DTypeLike) -> Callable[[Packed], Array] | None
 
 
 def fused(x: Array, w: Packed, *, transposed: bool = False) -> Callable[[Array, Packed], Array] | None:
-    """Return the function by which Hopper GPUs multiply x with W, or with the transposed W, without a dense matrix in memory.
+    """Return the function by which Hopper GPUs multiply x with W, or with the transposed W, without a dense matrix.
 
-    None if the program is for another device, if the kernel does not support the operands, if x has too many rows, if the
-    environment variable `QLORA_JAX_FUSED` is 0, or if the kernel failed on the attached device (`_multiplies_right`).
+    None if the program is for another device, if the kernel does not support the operands, if x has too many rows, or if
+    the kernel failed on the attached device (`trial`). The environment variable `QLORA_JAX_FUSED` switches the kernel off if
+    it is 0, and makes its trial needless if it is 1.
     """
     matrix, _ = _parts(w)
-    if os.environ.get(FUSED) == "0" or x.shape[0] > MOST_FUSED_ROWS or not is_for_hopper():
+    wanted = os.environ.get(FUSED)
+    if wanted == "0" or x.shape[0] > MOST_FUSED_ROWS or not is_for_hopper():
         return None
     if hopper.unsupported_reason(matrix, x.dtype) is not None:
         return None
-    if _platform() == "cuda" and not _multiplies_right(matrix.data_type, hopper.rows_of_tile(x.shape[0]), transposed):
+    if wanted != "1" and _platform() == "cuda" and not trial.is_right(jax.devices()[0].device_kind):
         return None
     kernel = hopper.matmul_transposed if transposed else hopper.matmul
     return lambda x, w: kernel(x, *_parts(w))
-
-
-@functools.cache
-def _multiplies_right(data_type: DataType, rows: int, transposed: bool) -> bool:
-    """Return whether the fused product runs on the attached device and equals NumPy's; warn once if it does not.
-
-    One small product is computed for each data type, number of rows of a tile and direction, when it is first needed.
-    """
-    random = np.random.default_rng(0)
-    inputs, outputs = 512, 256
-    codes = random.integers(0, 256, (2, inputs // 2, outputs), np.uint8)
-    scales = random.uniform(0.5, 1.5, (2, inputs // 64, outputs)).astype(np.float32)
-    values = codebook(data_type).astype(np.float64)[np.concatenate([codes[1] >> 4, codes[1] & 15])]
-    values *= np.repeat(scales[1].astype(np.float64), 64, axis=0)
-    x = random.standard_normal((2 * rows - 3, outputs if transposed else inputs)).astype(jnp.bfloat16)
-    expected = x.astype(np.float64) @ (values.T if transposed else values)
-    w = QuantizedTensor(codes, scales, None, None, data_type, 64, jnp.dtype(jnp.bfloat16), None)  # type: ignore[arg-type]
-    kernel = hopper.matmul_transposed if transposed else hopper.matmul
-    try:
-        with jax.ensure_compile_time_eval():  # the program that is being traced does not contain this product
-            found = np.asarray(jax.jit(kernel)(x, w, np.int32(1)), np.float64)
-        error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-        reason = None if error < _FUSED_ERROR else f"its relative error is {error:.1e}"
-    except Exception as failure:  # compilers and devices raise various kinds of errors
-        reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0]
-    if reason is not None:
-        warnings.warn(f"the fused product with 4-bit matrices is not used, XLA multiplies: {reason}", stacklevel=2)
-    return reason is None
 
 
 @functools.cache

@@ -7,23 +7,26 @@ The dense matrix exists tile by tile in shared memory only, so that a product re
 A program multiplies a tile of up to 256 rows. It consists of three warpgroups, which work at the same time:
 
     loads        TMA copies of packed tiles [64, 128] and their scales, three of them ahead, and of tiles of x, two ahead
-    two halves   each converts half of a packed tile to bfloat16 in shared memory, and multiplies half of the rows by all of it
+    two halves   each converts half of a packed tile to bfloat16 in shared memory, and multiplies half of the rows by all of
+                 it
 
 A byte holds row j in its high nibble and row j + K/2 in its low one: a packed tile is two dense tiles [64, 128], which are
 kept one above the other, `[128, 128]`. The forward product multiplies the columns j… and j + K/2… of x by the upper and by
-the lower one. The transposed product sums over the 128 columns, in two steps of 64, and yields columns j… and j + K/2… of dx.
+the lower one. The transposed product sums over the 128 columns, in two steps of 64, and yields columns j… and j + K/2… of
+dx.
 
     step s:     convert tile s, while the matrix unit multiplies tile s - 1
-                wait for the own product of tile s - 1, then for the other half: tile s is complete, and nobody reads tile s - 1
+                wait for the own product of tile s - 1, then for the other half: now tile s is complete, and nobody reads
+                tile s - 1
                 start the products of tile s
 
 Codes are looked up as in gpu.py (`lookup_ptx`), four bytes at a time, in the codebook rounded to bfloat16. A value is
 multiplied by its float32 scale and rounded. XLA computes the scales, `[K/block, N]`, which are a sixteenth of the packed
 bytes with each byte read and written.
 
-The kernel runs with the package's JAX versions through the same calls; Mosaic GPU is imported when a program needs the kernel,
-since that takes seconds. In interpret mode the lookup is a chain of selects, and the transposed product gets transposed tiles, as
-the interpreter has no transposed operands; all else is the same program.
+Mosaic GPU is imported when a program needs the kernel, since that takes seconds. In interpret mode the lookup is a chain of
+selects, and the transposed product gets transposed tiles, as the interpreter has no transposed operands; all else is the
+same program.
 """
 
 import dataclasses
@@ -32,12 +35,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
-from qlora_jax.quant.codebooks import DataType, codebook
+from qlora_jax.quant.codebooks import DataType
+from qlora_jax.quant.kernels.hopper_lookup import looked_up_values, selected_values, word_layout
 from qlora_jax.quant.kernels.operands import stacked
 from qlora_jax.quant.stacked import StackedTensor
 from qlora_jax.quant.tensor import QuantizedTensor, block_scales
@@ -46,6 +49,7 @@ PACKED_ROWS = 64  # of a tile of codes
 COLUMNS = 128  # of a tile of codes
 _HALF = 64  # columns of x, or of the result, that belong to one half of the packed rows or of the columns
 _AHEAD_X, _AHEAD_CODES = 2, 3  # tiles in shared memory; they fit into the 227 KiB of a program
+TILES_OF_ROWS = (128, 256)
 _LOADS = 2  # the number of the warpgroup that loads
 
 
@@ -115,17 +119,26 @@ def unsupported_reason(w: QuantizedTensor, dtype: DTypeLike) -> str | None:
     return None
 
 
-def matmul(x: Array, w: QuantizedTensor, layer: Array | None = None, *, interpret: Any = None) -> Array:
+def matmul(
+    x: Array, w: QuantizedTensor, layer: Array | None = None, *, rows: int | None = None, interpret: Any = None
+) -> Array:
     """Return x `[M, in]` times W in bfloat16; if `w` is a stack, `layer`, int32 scalar, is the index of the matrix.
 
-    `interpret` is None, or the parameters of Mosaic GPU's interpret mode.
+    Args:
+        x: bfloat16.
+        w: a matrix or a stack that the kernel supports.
+        layer: see above.
+        rows: number of rows of a tile, one of `TILES_OF_ROWS`; None: what suits M.
+        interpret: None, or the parameters of Mosaic GPU's interpret mode.
     """
-    return _product(x, w, layer, transposed=False, interpret=interpret)
+    return _product(x, w, layer, rows=rows or rows_of_tile(x.shape[0]), transposed=False, interpret=interpret)
 
 
-def matmul_transposed(dy: Array, w: QuantizedTensor, layer: Array | None = None, *, interpret: Any = None) -> Array:
+def matmul_transposed(
+    dy: Array, w: QuantizedTensor, layer: Array | None = None, *, rows: int | None = None, interpret: Any = None
+) -> Array:
     """Return dy `[M, out]` times the transposed W, like `matmul`."""
-    return _product(dy, w, layer, transposed=True, interpret=interpret)
+    return _product(dy, w, layer, rows=rows or rows_of_tile(dy.shape[0]), transposed=True, interpret=interpret)
 
 
 def rows_of_tile(count: int) -> int:
@@ -133,12 +146,12 @@ def rows_of_tile(count: int) -> int:
     return 256 if -(-count // 128) % 2 == 0 or count > 1024 else 128
 
 
-@functools.partial(jax.jit, static_argnames=("transposed", "interpret"))  # so that a program lowers it once for each shape
-def _product(x: Array, w: QuantizedTensor, layer: Array | None, *, transposed: bool, interpret: Any) -> Array:
+@functools.partial(jax.jit, static_argnames=("rows", "transposed", "interpret"))  # a program lowers it once for each shape
+def _product(x: Array, w: QuantizedTensor, layer: Array | None, *, rows: int, transposed: bool, interpret: Any) -> Array:
     from jax.experimental.pallas import mosaic_gpu as gpu
 
     w, index = stacked(w, layer)
-    count, rows = x.shape[0], rows_of_tile(x.shape[0])
+    count = x.shape[0]
     row_tiles = -(-count // rows)
     product = Product(
         rows, row_tiles, w.codes.shape[1], w.shape[-1], w.block_size, w.data_type, transposed, interpret is not None
@@ -172,9 +185,7 @@ def _product(x: Array, w: QuantizedTensor, layer: Array | None, *, transposed: b
     return y[:count] if padding else y
 
 
-def _kernel(
-    index: Any, x: Any, codes: Any, scales: Any, out: Any, *, product: Product, gpu: Any, **scratch: Any
-) -> None:
+def _kernel(index: Any, x: Any, codes: Any, scales: Any, out: Any, *, product: Product, gpu: Any, **scratch: Any) -> None:
     """Run one program: a tile of results, in three warpgroups."""
     warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
     first_row = lax.rem(program, product.row_tiles) * product.rows
@@ -251,11 +262,12 @@ def _multiply(total: Any, *, warpgroup: Any, product: Product, gpu: Any, scratch
         gpu.barrier_wait(scratch["x_loaded"].at[x_slot])
         for half in range(2):
             part = pl.ds(half * _HALF, _HALF)
-            if product.transposed and not product.interpreted:
-                matrix = dense.at[place, :, part].T
-            else:
-                matrix = dense.at[place, part]
-            gpu.wgmma(total, x_tiles.at[x_slot, half, rows], matrix)
+            turned = product.transposed and not product.interpreted
+            gpu.wgmma(
+                total,
+                x_tiles.at[x_slot, half, rows],
+                dense.at[place, :, part].T if turned else dense.at[place, part],
+            )
         return carry
 
     lax.fori_loop(0, steps, step, None)
@@ -268,13 +280,13 @@ def _multiply(total: Any, *, warpgroup: Any, product: Product, gpu: Any, scratch
 def _convert(slot: Any, dense: Any, warpgroup: Any, product: Product, gpu: Any, scratch: Any) -> None:
     """Write half of the rows of a tile of codes, as the bfloat16 values of both nibbles, to the dense tiles."""
     rows = PACKED_ROWS // 2
-    first, layout = warpgroup * rows, _layout(gpu)
+    first, layout = warpgroup * rows, word_layout(gpu)
     packed = scratch["code_tiles"].at[slot, pl.ds(first, rows)]
     scales = [scratch["scale_tiles"].at[slot, half] for half in range(2)]
     if product.interpreted:
-        values, scales = _selected(packed[...], product.data_type), [scale[...] for scale in scales]
+        values, scales = selected_values(packed[...], product.data_type), [scale[...] for scale in scales]
     else:
-        values = _looked_up(gpu.layout_cast(packed[...], layout), product.data_type, gpu)
+        values = looked_up_values(gpu.layout_cast(packed[...], layout), product.data_type, gpu)
         scales = [gpu.layout_cast(scale[...], layout.reduce(0)) for scale in scales]
     for half, (value, scale) in enumerate(zip(values, scales, strict=True)):
         spread = lax.broadcast_in_dim(scale, (rows, COLUMNS), (1,))
@@ -285,66 +297,6 @@ def _convert(slot: Any, dense: Any, warpgroup: Any, product: Product, gpu: Any, 
             dense[:, to] = scaled.T
         else:
             dense[to] = scaled
-
-
-def _layout(gpu: Any) -> Any:
-    """Return the distribution of `[32, 128]` values among the 128 threads of a warpgroup.
-
-    A thread has four successive columns, which are a word of codes. Sixteen threads have the 64 columns, or 128 bytes, of a
-    row of the swizzled dense tiles, so that their stores meet no bank twice.
-    """
-    tiling = gpu.Tiling(((8, 64), (2, 64), (4,)))
-    return gpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-
-
-def _looked_up(packed: Array, data_type: DataType, gpu: Any) -> tuple[Array, Array]:
-    """Return the bfloat16 values of the (high, low) nibbles of packed bytes, by PTX instructions."""
-    from jax.experimental.mosaic import gpu as mosaic
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import llvm
-
-    from qlora_jax.quant.kernels.lookup_ptx import lookup_ptx, tables
-
-    program = lookup_ptx(tables(data_type, jnp.bfloat16)[0], by_nibble=True)
-    layout = _layout(gpu)
-    result = gpu.ShapeDtypeStruct(packed.shape, jnp.bfloat16, layout=layout)
-
-    @gpu.inline_mgpu(arg_types=(layout,), return_type=(result, result))
-    def look_up(_: Any, codes: Any) -> tuple[Any, Any]:
-        word = ir.IntegerType.get_signless(32)
-        four_values = ir.VectorType.get((4,), ir.BF16Type.get())
-        two_words = ir.VectorType.get((2,), word)
-        four_words = llvm.StructType.get_literal([word] * 4)
-        halves = [np.empty_like(codes.registers) for _ in range(2)]
-        for place, register in np.ndenumerate(codes.registers):
-            source = mosaic.utils.bitcast(register, word)
-            found = llvm.inline_asm(four_words, [source], program, "=r,=r,=r,=r,r", has_side_effects=False)
-            for half, registers in enumerate(halves):
-                pair = llvm.mlir_undef(two_words)
-                for number in range(2):
-                    part = llvm.extractvalue(word, found, [2 * half + number])
-                    pair = llvm.insertelement(pair, part, mosaic.utils.c(number, word))
-                registers[place] = mosaic.utils.bitcast(pair, four_values)
-        high, low = (
-            mosaic.FragmentedArray(_registers=registers, _layout=codes.layout, _is_signed=None) for registers in halves
-        )
-        return high, low
-
-    high, low = look_up(packed)
-    return high, low
-
-
-def _selected(packed: Array, data_type: DataType) -> tuple[Array, Array]:
-    """Compute `_looked_up` by selects, in interpret mode."""
-    packed = packed.astype(jnp.int32)
-
-    def values(codes: Array) -> Array:
-        found = lax.full(codes.shape, 0, jnp.float32)
-        for code, value in enumerate(codebook(data_type)):
-            found = lax.select(codes == code, lax.full(codes.shape, value, jnp.float32), found)
-        return found.astype(jnp.bfloat16)
-
-    return values(packed >> 4), values(packed & 15)
 
 
 def _when(condition: Any, then: Any) -> None:

@@ -1,10 +1,10 @@
 """The lookup of 4-bit codes in GPU kernels, as PTX.
 
 PRMT, the byte permutation, selects four of eight bytes by four selectors of three bits, and a packed byte is two selectors.
-The 16 values in bfloat16 are in four registers of low bytes and four registers of high bytes. For four codes, two PRMT select
-from the values 0-7 and 8-15, a third one selects between these by the codes' top bits (all for low and for high bytes), and
-two more combine the bytes to numbers. This takes 2.75 instructions per value; a tree of selects takes 20, and a table in
-memory a load and the computation of its address.
+The 16 values in bfloat16 are in four registers of low bytes and four registers of high bytes. For four codes, two PRMT
+select from the values 0-7 and 8-15, a third one selects between these by the codes' top bits (all for low and for high
+bytes), and two more combine the bytes to numbers. This takes 2.75 instructions per value; a tree of selects takes 20, and a
+table in memory a load and the computation of its address.
 """
 
 import jax.numpy as jnp
