@@ -13,7 +13,8 @@ There are two implementations of a product with a 4-bit matrix:
 
 "auto" uses the kernel if x has at most 64 rows (in decoding, reading the weights takes most of the time) and there is a
 kernel for the platform and the matrix. For more rows and for gradients XLA multiplies; on TPUs a second kernel dequantises
-the matrix (`kernels.dequantizer`), because XLA takes several times as long. On several devices XLA computes everything.
+the matrix (`kernels.dequantizer`), because XLA takes several times as long, and on Hopper GPUs a kernel multiplies without a
+dense matrix in memory (`kernels.fused`), up to 2048 rows. On several devices XLA computes everything.
 
 "pallas" always uses the kernel, except for the gradient on GPUs. On platforms without a kernel it runs the TPU kernel in
 interpret mode, and it raises an error for matrices that the kernel does not support. The implementation is a property of the

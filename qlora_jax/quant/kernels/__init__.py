@@ -25,8 +25,8 @@ from qlora_jax.quant.stacked import StackedTensor
 from qlora_jax.quant.targets import by_platform, is_for_hopper
 from qlora_jax.quant.tensor import QuantizedTensor
 
-# The most rows for which the fused product is used. It saves writing and reading the dense matrix, 4 bytes a value, which at
-# 2048 rows is a sixth of the time that the product takes at the peak rate, and converts each value once for 256 rows.
+# The most rows for which the fused product is used. It saves writing and reading the dense matrix, 4 bytes a value, which
+# for an H100 is 29 % of the time that the product of 2048 rows takes at the peak rate.
 MOST_FUSED_ROWS = 2048
 FUSED = "QLORA_JAX_FUSED"  # the environment variable
 
