@@ -73,7 +73,7 @@ def matmul(x: Array, w: Packed, *, otherwise: Otherwise) -> Array:
 
 def matmul_transposed(dy: Array, w: Packed, *, otherwise: Otherwise) -> Array:
     """Return dy `[M, out]` times the transposed W, like `matmul`; on GPUs, which have no such kernel, use `otherwise`."""
-    if tpu.unsupported_reason(_parts(w)[0], dy.dtype) is not None:
+    if tpu.transposed_unsupported_reason(_parts(w)[0], dy.dtype) is not None:
         return otherwise(dy, w)
     interpreted = functools.partial(tpu.matmul_transposed, interpret=True)
     return by_platform(dy, *_parts(w), tpu=tpu.matmul_transposed, cuda=_of_parts(otherwise), default=interpreted)

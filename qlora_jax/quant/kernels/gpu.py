@@ -22,6 +22,7 @@ index of the layer to read.
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -72,8 +73,8 @@ def unsupported_reason(w: QuantizedTensor, dtype: DTypeLike) -> str | None:
         return "the flat layout"
     if w.block_size not in (64, 128):
         return f"blocks of {w.block_size}: expected 64 or 128"
-    if rows % (2 * w.block_size) or columns % TILE:
-        return f"a matrix [{rows}, {columns}]: expected multiples of {2 * w.block_size} and {TILE}"
+    if rows % w.block_size or columns % TILE:
+        return f"a matrix [{rows}, {columns}]: expected multiples of {w.block_size} and {TILE}"
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         return f"x in {jnp.dtype(dtype).name}: expected float32 or bfloat16"
     if jnp.dtype(dtype) == jnp.float32 and w.block_size != 64:  # would need more shared memory than small GPUs have
@@ -112,7 +113,8 @@ def grid_of(count: int, w: QuantizedTensor, dtype: DTypeLike) -> Grid:
     """
     exact = jnp.dtype(dtype) == jnp.float32  # does not use the matrix units; sums and operands fill the registers
     rows = min(16 if exact else _MOST_ROWS, max(8, 1 << (count - 1).bit_length()))
-    blocks = w.scales.shape[-2] // 2
+    size = rows_of_block(w.block_size, w.codes.shape[-2])
+    blocks = w.codes.shape[-2] // size
     programs = w.shape[-1] // TILE * -(-count // rows)
     wanted = max(128, 4096 // rows)
     parts = max(
@@ -123,14 +125,23 @@ def grid_of(count: int, w: QuantizedTensor, dtype: DTypeLike) -> Grid:
     unroll = 2 if w.block_size == 64 and rows < 64 and not exact and (blocks // parts) % 2 == 0 else 1
     # The stages fit into the 99 KiB of shared memory of small GPUs.
     stages = (2 if w.block_size == 64 else 1) if exact else 3 if rows * w.block_size > 4096 else 4
-    return Grid(rows, parts, blocks // parts, unroll, 32 if exact else 64, 4 if rows < 32 else 8, stages)
+    return Grid(rows, parts, blocks // parts, unroll, min(32 if exact else 64, size), 4 if rows < 32 else 8, stages)
+
+
+def rows_of_block(block_size: int, packed_rows: int) -> int:
+    """Return the number of packed rows that share a scale in both halves: a block, or half of one.
+
+    It is half of a block if the lower half of the matrix begins in the middle of a block.
+    """
+    return math.gcd(block_size, packed_rows)
 
 
 def _product(index: Any, x: Any, codes: Any, scales: Any, *refs: Any, w: Static, grid: Grid, interpreted: bool) -> None:
     *rest, out = refs
     absmax, offset, dynamic = rest[:3] if w.double_quantized else (out, out, out)  # not read without double quantisation
     values = partial(_from_table, rest[-1]) if interpreted else partial(_values, data_type=w.data_type)
-    layer, size, upper = index[0], w.block_size, w.scale_rows // 2
+    layer, inner, shift = index[0], codes.shape[1], w.block_size.bit_length() - 1
+    size = rows_of_block(w.block_size, inner)
     first_column = pl.program_id(0) * TILE
     first_block = pl.program_id(1) * grid.blocks
     first_row = pl.program_id(2) * grid.rows
@@ -147,7 +158,7 @@ def _product(index: Any, x: Any, codes: Any, scales: Any, *refs: Any, w: Static,
                 return (found,)
             return found, triton.load(absmax.at[layer, 0, (columns * w.scale_rows + row) >> 8])  # groups of 256
 
-        return read(block), read(upper + block)
+        return read((block * size) >> shift), read((inner + block * size) >> shift)
 
     def scale(found: Array, group: Array | None = None) -> Array:
         if group is None:
@@ -165,12 +176,12 @@ def _product(index: Any, x: Any, codes: Any, scales: Any, *refs: Any, w: Static,
         next_scales = []
         for index in range(grid.unroll):
             block = first_block + number * grid.unroll + index
-            next_scales.append(read_scales(jnp.minimum(block + grid.unroll, upper - 1)))
+            next_scales.append(read_scales(jnp.minimum(block + grid.unroll, inner // size - 1)))
             sums = []
             for piece in range(0, size, grid.piece):
                 row = block * size + piece
                 high, low = values(codes[layer, pl.ds(row, grid.piece), pl.ds(first_column, TILE)], dtype=x.dtype)
-                sums.append((dot(high, row), dot(low, upper * size + row)))
+                sums.append((dot(high, row), dot(low, inner + row)))
             for half, ones in enumerate(zip(*sums, strict=True)):
                 total += sum(ones[1:], ones[0]) * scale(*ready[index][half])
         return total, next_scales
