@@ -74,16 +74,17 @@ def _cudnn_flops(equation: Any, causal: bool) -> float:
 def _pallas_flops(equation: Any, causal: bool) -> float:
     """Return the operations of splash attention, whose queries are `[.., heads, t, d]`, or of another kernel.
 
-    The kernels of 4-bit matrices multiply x `[M, K]`, which is their first matrix of floating-point numbers, with a matrix,
-    to y `[.., M, N]`; its first axis may be that of partial sums over K. Of other kernels the declared estimate counts.
+    The kernels of 4-bit matrices multiply by a matrix of a stack, whose codes `[layers, K/2, N]` are their first uint8
+    operand, to y `[.., M, N]`; its first axis may be that of partial sums over K. Of other kernels the declared estimate
+    counts.
     """
     name = str(equation.params.get("name_and_src_info") or equation.params.get("name") or "")
     estimate = equation.params.get("cost_estimate")
     if estimate is not None and "splash" not in name:
         return float(estimate.flops)
     if "matmul_4bit" in name:
-        x = next(v.aval for v in equation.invars if v.aval.ndim == 2 and jnp.issubdtype(v.aval.dtype, jnp.floating))
-        return 2.0 * x.shape[1] * math.prod(equation.outvars[0].aval.shape[-2:])
+        codes = next(v.aval for v in equation.invars if v.aval.ndim == 3 and v.aval.dtype == jnp.uint8)
+        return 2.0 * equation.outvars[0].aval.shape[-2] * 2 * math.prod(codes.shape[1:])
     if "splash" not in name:
         return 0.0
     arrays = [value.aval for value in equation.invars if jnp.issubdtype(value.aval.dtype, jnp.floating)]
