@@ -15,6 +15,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+_PALLAS = ("pallas_call", "mpmd_map")  # of kernels with one program for all cores or threads, and with several of them
+
 
 def count_flops(jaxpr: Any, *, platform: str | None = None, causal: bool = True) -> float:
     """Return the operations of all matrix products of a (closed) jaxpr, on all devices together.
@@ -36,7 +38,7 @@ def _equation_flops(equation: Any, platform: str | None, causal: bool) -> float:
         return _cudnn_flops(equation, "bwd" in name, causal)
     if name == "ffi_call" and "cudnn$fmha" in (target := equation.params["target_name"]):
         return _cudnn_flops(equation, target.endswith("Backward"), "CAUSAL" in equation.params["legacy_backend_config"])
-    if name == "pallas_call":
+    if name in _PALLAS:
         return _pallas_flops(equation, causal)
     repeats = equation.params.get("length", 1) if name == "scan" else 1
     if name == "shard_map":  # its body runs on each device
@@ -51,7 +53,8 @@ def _equation_flops(equation: Any, platform: str | None, causal: bool) -> float:
 
 
 def _bodies(equation: Any) -> Iterator[Any]:
-    names = ("call_jaxpr", "fun_jaxpr") if equation.primitive.name.startswith("custom_") else equation.params
+    custom = ("call", "call_jaxpr", "fun_jaxpr")  # not the rules of differentiation and batching
+    names = custom if equation.primitive.name.startswith("custom_") else equation.params
     for name in names:
         value = equation.params.get(name)
         for item in value if isinstance(value, (tuple, list)) else (value,):
@@ -73,16 +76,17 @@ def _cudnn_flops(equation: Any, backward: bool, causal: bool) -> float:
 def _pallas_flops(equation: Any, causal: bool) -> float:
     """Return the operations of splash attention, whose queries are `[.., heads, t, d]`, or of another kernel.
 
-    The kernels of 4-bit matrices multiply x `[M, K]`, which is their first matrix of floating-point numbers, with a matrix,
-    to y `[.., M, N]`; its first axis may be that of partial sums over K. Of other kernels the declared estimate counts.
+    The kernels of 4-bit matrices multiply by a matrix of a stack, whose codes `[layers, K/2, N]` are their first uint8
+    operand, to y `[.., M, N]`; its first axis may be that of partial sums over K. Of other kernels the declared estimate
+    counts.
     """
     name = str(equation.params.get("name_and_src_info") or equation.params.get("name") or "")
     estimate = equation.params.get("cost_estimate")
     if estimate is not None and "splash" not in name:
         return float(estimate.flops)
     if "matmul_4bit" in name:
-        x = next(v.aval for v in equation.invars if v.aval.ndim == 2 and jnp.issubdtype(v.aval.dtype, jnp.floating))
-        return 2.0 * x.shape[1] * math.prod(equation.outvars[0].aval.shape[-2:])
+        codes = next(v.aval for v in equation.invars if v.aval.ndim == 3 and v.aval.dtype == jnp.uint8)
+        return 2.0 * equation.outvars[0].aval.shape[-2] * 2 * math.prod(codes.shape[1:])
     if "splash" not in name:
         return 0.0
     arrays = [value.aval for value in equation.invars if jnp.issubdtype(value.aval.dtype, jnp.floating)]

@@ -13,7 +13,8 @@ There are two implementations of a product with a 4-bit matrix:
 
 "auto" uses the kernel if x has at most 64 rows (in decoding, reading the weights takes most of the time) and there is a
 kernel for the platform and the matrix. For more rows and for gradients XLA multiplies; on TPUs a second kernel dequantises
-the matrix (`kernels.dequantizer`), because XLA takes several times as long. On several devices XLA computes everything.
+the matrix (`kernels.dequantizer`), because XLA takes several times as long, and on Hopper GPUs a kernel multiplies without a
+dense matrix in memory (`kernels.fused`), up to 2048 rows. On several devices XLA computes everything.
 
 "pallas" always uses the kernel, except for the gradient on GPUs. On platforms without a kernel it runs the TPU kernel in
 interpret mode, and it raises an error for matrices that the kernel does not support. The implementation is a property of the
@@ -38,8 +39,14 @@ from qlora_jax.quant.targets import by_platform
 from qlora_jax.quant.tensor import Implementation, QuantizedTensor, dequantize
 
 FEW_ROWS = 64  # the most rows of x for which "auto" prefers the kernel
+# The most rows of x for which XLA for GPUs dequantises a matrix in its stack. For more, the bytes that the copy would take
+# are few among those of the activations, and two dense matrices at once would take more memory.
+MOST_IN_PLACE = 2048
 
-# "dequantize": XLA's product with a matrix that the kernel of the platform dequantises, if there is one.
+_PRODUCT, _TRANSPOSED = "nk,km->nm", "nm,km->nk"
+
+# "dequantize": a product of many rows, by what the platform has: a kernel that dequantises the matrix, for XLA's product, or
+# a fused product.
 _Way = Implementation | Literal["dequantize"]
 
 
@@ -97,7 +104,7 @@ def with_implementation(tree: Any, implementation: Implementation) -> Any:
 
 def _xla(x: Array, w: QuantizedTensor | StackedTensor, *, by_kernel: bool = False) -> Array:
     if x.shape[0] > FEW_ROWS or (w.stack if isinstance(w, StackedTensor) else w).flat_shape is not None:
-        return _dense_product("nk,km->nm", x, w, by_kernel)
+        return _dense_product(_PRODUCT, x, w, by_kernel)
     x, w = _ordered(x, w)
 
     def dense(x: Array, w: QuantizedTensor) -> Array:
@@ -107,27 +114,34 @@ def _xla(x: Array, w: QuantizedTensor | StackedTensor, *, by_kernel: bool = Fals
 
 
 def _xla_transposed(dy: Array, w: QuantizedTensor | StackedTensor, *, by_kernel: bool = False) -> Array:
-    return _dense_product("nm,km->nk", dy, w, by_kernel)
+    return _dense_product(_TRANSPOSED, dy, w, by_kernel)
 
 
 def _dense_product(equation: str, x: Array, w: QuantizedTensor | StackedTensor, by_kernel: bool) -> Array:
-    """Return the einsum of x and the dense matrix, which on TPUs the kernel makes, if `by_kernel`."""
+    """Return the einsum of x and the dense matrix.
 
-    def with_xla(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
-        # The barrier is for the packed bytes of the layer: without that copy, XLA dequantises all matrices that have the
-        # same x at once.
-        x, matrix = _ordered(x, _matrix(w))
+    If `by_kernel`, TPUs make the dense matrix by a kernel, and Hopper GPUs multiply without one in memory.
+    """
+
+    def with_copy(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
+        x, matrix = _ordered(x, _matrix(w))  # the barrier is for the packed bytes of the layer, which are copied before it
         return einsum(equation, x, dequantize(matrix, x.dtype))
 
-    kernel = kernels.dequantizer(w, x.dtype) if by_kernel else None
-    if kernel is None:
-        return with_xla(x, w)
-
-    def with_kernel(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
+    def in_place(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
+        # The dequantisation itself slices the stack. XLA may then dequantise two matrices that have the same x at once.
         x, w = _ordered(x, w)
-        return einsum(equation, x, kernel(w))
+        return einsum(equation, x, dequantize(_matrix(w), x.dtype))
 
-    return by_platform(x, w, tpu=with_kernel, default=with_xla)
+    fused = kernels.fused(x, w, transposed=equation == _TRANSPOSED) if by_kernel else None
+    forms = {"cuda": fused or (in_place if x.shape[0] <= MOST_IN_PLACE else with_copy)}
+    if by_kernel and (dequantizer := kernels.dequantizer(w, x.dtype)) is not None:
+
+        def with_kernel(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
+            x, w = _ordered(x, w)
+            return einsum(equation, x, dequantizer(w))
+
+        forms["tpu"] = with_kernel
+    return by_platform(x, w, **forms, default=with_copy)
 
 
 def _matrix(w: QuantizedTensor | StackedTensor) -> QuantizedTensor:

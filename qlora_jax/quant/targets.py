@@ -10,6 +10,7 @@ slower.
 """
 
 import functools
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from jax import Array
 from jax.extend.backend import backends
 
 Target = Literal["cpu", "tpu", "cuda", "rocm", "every"]
+
+_HOPPER = re.compile(r"\bGH?200\b|\bH(100|200|20|800)\b")  # in the names of NVIDIA's GPUs of compute capability 9.0
 
 _target: Any = jax.make_user_context(default_value=None)  # part of what jitted functions are cached by
 
@@ -42,6 +45,17 @@ def by_platform(*operands: Any, default: Callable[..., Array], **forms: Callable
         return forms.get(target, default)(*operands)
     result: Array = jax.lax.platform_dependent(*operands, default=default, **forms)
     return result
+
+
+def is_for_hopper() -> bool:
+    """Return whether the program is compiled for one of NVIDIA's Hopper GPUs (compute capability 9.0).
+
+    That is the GPU that the mesh of the context describes, or else the first attached device.
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return bool(_HOPPER.search(described.device_kind))
+    return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
 
 
 @functools.cache

@@ -10,8 +10,9 @@ temporaries, the least time by the roofline model, and the time to compile. For 
 own cost analysis on TPU, which also counts data that stays on the chip; on GPU there is no cost analysis without the device,
 and the bytes are those of the operands and results of its instructions (qlora_jax/plan/hlo.py). For the kernel, they are the
 bytes that the kernel copies, and the operands and results of every other instruction of the compiled program; so a copy of
-the packed bytes before the kernel, or sums after it, are counted. On TPU, products of more than 64 rows and gradients are
-also compiled as "auto" chooses: a kernel dequantises the matrix and XLA multiplies. XLA's kilocycles are the compiler's own
+the packed bytes before the kernel, or sums after it, are counted. Products of more than 64 rows and gradients are also
+compiled as "auto" chooses: on TPU a kernel dequantises the matrix and XLA multiplies, and on Hopper GPUs the fused product
+does both. XLA's kilocycles are the compiler's own
 estimate for TPUs; it knows no kernels, whose time is at least that of their bytes.
 
 With --step, the whole decode step of the model for one row is compiled instead; the weights that kernels read are counted in
@@ -57,6 +58,7 @@ from qlora_jax.quant.codebooks import SCALE_BLOCK_SIZE
 from qlora_jax.quant.kernels import gpu, tpu, tpu_dequantize
 from qlora_jax.quant.kernels.tpu_scales import spans_of
 from qlora_jax.quant.matmul import FEW_ROWS
+from qlora_jax.quant.targets import is_for_hopper
 
 _KERNELS = {"tpu": tpu, "cuda": gpu}
 LAYERS = 32  # layers in the stack: too many for XLA to move all of them on chip before the kernel
@@ -124,21 +126,23 @@ def measure(arguments: Arguments) -> None:
     if arguments.step:
         print(json.dumps({"run": dataclasses.asdict(arguments), "steps": steps(arguments.model, machine, mesh)}))
         return
+    with context(mesh):
+        hopper = machine.device.platform == "cuda" and is_for_hopper()
     costs = [
         cost(name, shape, rows, implementation, arguments.gradient, machine, mesh)
         for name, shape in matrices(arguments.model).items()
         for rows in arguments.rows
-        for implementation in implementations(machine.device.platform, rows, arguments.gradient)
+        for implementation in implementations(machine.device.platform, rows, arguments.gradient, hopper=hopper)
     ]
     print(table(costs))
     result = {"run": dataclasses.asdict(arguments), "versions": versions(machine)}
     print(json.dumps({**result, "costs": [dataclasses.asdict(c) for c in costs]}))
 
 
-def implementations(platform: Platform, rows: int, gradient: bool) -> tuple[Implementation, ...]:
+def implementations(platform: Platform, rows: int, gradient: bool, *, hopper: bool = False) -> tuple[Implementation, ...]:
     """Return the implementations to compare; "auto" only where it is neither of the others."""
-    dequantizes = platform == "tpu" and (gradient or rows > FEW_ROWS)
-    return ("xla", "auto", "pallas") if dequantizes else ("xla", "pallas")
+    third = hopper or platform == "tpu"  # a kernel for many rows, besides that for few
+    return ("xla", "auto", "pallas") if third and (gradient or rows > FEW_ROWS) else ("xla", "pallas")
 
 
 def matrices(model: str) -> dict[str, tuple[int, int]]:
@@ -191,7 +195,7 @@ def cost(
     text = compiled.as_text()
     if implementation == "pallas":
         moved = kernel_bytes(stack, rows, gradient, device.platform) + other_bytes(text)
-    elif implementation == "auto":
+    elif implementation == "auto" and device.platform == "tpu":
         moved = tpu_dequantize.moved_bytes(stack, x.dtype) + other_bytes(text)
     elif device.platform == "tpu":
         moved = int(compiled.cost_analysis()["bytes accessed"])

@@ -37,6 +37,7 @@ from qlora_jax.quant import (
     quantize_blockwise,
     quantize_embedding,
 )
+from scripts.verification import fused
 from scripts.verification.checks import Check, Row, Skipped, checked, measured
 from scripts.verification.references import LIMITS, dense_matrix, relative_error, rounding_error
 
@@ -103,7 +104,7 @@ def checks(small: bool) -> list[Check]:
     for data_type in DATA_TYPES[:1] if small else DATA_TYPES:
         found.append(Check((f"quantise {data_type}",), partial(_quantize, data_type)))
     found += [Check((_blocks_name(signed),), partial(_blocks, signed)) for signed in (True, False)]
-    return found
+    return found + fused.checks()
 
 
 def product_name(matrix: Matrix, dtype: str, way: Implementation) -> str:

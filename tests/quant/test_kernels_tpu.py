@@ -24,6 +24,7 @@ from qlora_jax.quant.targets import tracing_for
         (512, 256, "fp4", 128, False, 17),
         (768, 128, "int4", 128, True, 64),
         (512, 640, "nf4", 64, False, 200),
+        (576, 128, "nf4", 64, True, 3),  # the lower half begins in the middle of a block
         (256, 128, "fp4-e3m0", 64, True, 2),
         (256, 128, "nf3", 64, True, 2),
     ],
@@ -67,8 +68,8 @@ def test_each_column_gets_the_absmax_of_the_groups_it_touches(rows: int, columns
     ("shape", "block_size", "dtype", "reason"),
     [
         ((100, 128), 64, "float32", "the flat layout"),
-        ((640, 128), 64, "float32", r"\[640, 128\]: expected multiples of 256 and 128"),
-        ((256, 96), 64, "float32", r"\[256, 96\]: expected multiples"),
+        ((4224, 128), 64, "float32", r"\[4224, 128\]: expected at most 4096 rows or a multiple of 256"),
+        ((256, 96), 64, "float32", r"\[256, 96\]: expected a multiple of 128 columns"),
         ((256, 128), 256, "float32", "blocks of 256: expected 64 or 128"),
         ((256, 128), 64, "float16", "x in float16: expected float32 or bfloat16"),
     ],

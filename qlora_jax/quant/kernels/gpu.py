@@ -11,12 +11,7 @@ of the lower half of W:
 A scale (exact in float32) is multiplied with a sum of 64 products and not with each value. XLA sums the parts of K. With few
 rows of x, the columns of W are along the long side of the matrix units: y^T = W^T x^T.
 
-Looking a code up. PRMT, the byte permutation, selects four of eight bytes by four selectors of three bits, and a packed byte
-is two selectors. The 16 values in bfloat16 are in four registers of low bytes and four registers of high bytes. For four
-codes, two PRMT select from the values 0-7 and 8-15, a third one selects between these by the codes' top bits (all for low
-and for high bytes), and two more combine the bytes to numbers. This takes 2.6 instructions per value; a tree of selects
-takes 20, and a table in memory a load and the computation of its address. If x is float32, a value is the sum of three such
-bfloat16 numbers, which is exact.
+lookup_ptx.py looks codes up. If x is float32, a value is the sum of three bfloat16 numbers, which is exact.
 
 The order of columns. A thread needs columns g, g + 8, g + 64 and g + 72 of a tile. The columns are permuted so that these
 are neighbours in memory (`_permutation`), because shared memory is read by words and not by bytes.
@@ -27,18 +22,19 @@ index of the layer to read.
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 
 from qlora_jax.quant.codebooks import DataType, codebook, dynamic_map
+from qlora_jax.quant.kernels.lookup_ptx import lookup_ptx, tables
 from qlora_jax.quant.kernels.operands import Static, stacked, static
 from qlora_jax.quant.tensor import QuantizedTensor
 
@@ -77,8 +73,8 @@ def unsupported_reason(w: QuantizedTensor, dtype: DTypeLike) -> str | None:
         return "the flat layout"
     if w.block_size not in (64, 128):
         return f"blocks of {w.block_size}: expected 64 or 128"
-    if rows % (2 * w.block_size) or columns % TILE:
-        return f"a matrix [{rows}, {columns}]: expected multiples of {2 * w.block_size} and {TILE}"
+    if rows % w.block_size or columns % TILE:
+        return f"a matrix [{rows}, {columns}]: expected multiples of {w.block_size} and {TILE}"
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         return f"x in {jnp.dtype(dtype).name}: expected float32 or bfloat16"
     if jnp.dtype(dtype) == jnp.float32 and w.block_size != 64:  # would need more shared memory than small GPUs have
@@ -117,7 +113,8 @@ def grid_of(count: int, w: QuantizedTensor, dtype: DTypeLike) -> Grid:
     """
     exact = jnp.dtype(dtype) == jnp.float32  # does not use the matrix units; sums and operands fill the registers
     rows = min(16 if exact else _MOST_ROWS, max(8, 1 << (count - 1).bit_length()))
-    blocks = w.scales.shape[-2] // 2
+    size = rows_of_block(w.block_size, w.codes.shape[-2])
+    blocks = w.codes.shape[-2] // size
     programs = w.shape[-1] // TILE * -(-count // rows)
     wanted = max(128, 4096 // rows)
     parts = max(
@@ -128,14 +125,23 @@ def grid_of(count: int, w: QuantizedTensor, dtype: DTypeLike) -> Grid:
     unroll = 2 if w.block_size == 64 and rows < 64 and not exact and (blocks // parts) % 2 == 0 else 1
     # The stages fit into the 99 KiB of shared memory of small GPUs.
     stages = (2 if w.block_size == 64 else 1) if exact else 3 if rows * w.block_size > 4096 else 4
-    return Grid(rows, parts, blocks // parts, unroll, 32 if exact else 64, 4 if rows < 32 else 8, stages)
+    return Grid(rows, parts, blocks // parts, unroll, min(32 if exact else 64, size), 4 if rows < 32 else 8, stages)
+
+
+def rows_of_block(block_size: int, packed_rows: int) -> int:
+    """Return the number of packed rows that share a scale in both halves: a block, or half of one.
+
+    It is half of a block if the lower half of the matrix begins in the middle of a block.
+    """
+    return math.gcd(block_size, packed_rows)
 
 
 def _product(index: Any, x: Any, codes: Any, scales: Any, *refs: Any, w: Static, grid: Grid, interpreted: bool) -> None:
     *rest, out = refs
     absmax, offset, dynamic = rest[:3] if w.double_quantized else (out, out, out)  # not read without double quantisation
     values = partial(_from_table, rest[-1]) if interpreted else partial(_values, data_type=w.data_type)
-    layer, size, upper = index[0], w.block_size, w.scale_rows // 2
+    layer, inner, shift = index[0], codes.shape[1], w.block_size.bit_length() - 1
+    size = rows_of_block(w.block_size, inner)
     first_column = pl.program_id(0) * TILE
     first_block = pl.program_id(1) * grid.blocks
     first_row = pl.program_id(2) * grid.rows
@@ -152,7 +158,7 @@ def _product(index: Any, x: Any, codes: Any, scales: Any, *refs: Any, w: Static,
                 return (found,)
             return found, triton.load(absmax.at[layer, 0, (columns * w.scale_rows + row) >> 8])  # groups of 256
 
-        return read(block), read(upper + block)
+        return read((block * size) >> shift), read((inner + block * size) >> shift)
 
     def scale(found: Array, group: Array | None = None) -> Array:
         if group is None:
@@ -170,12 +176,12 @@ def _product(index: Any, x: Any, codes: Any, scales: Any, *refs: Any, w: Static,
         next_scales = []
         for index in range(grid.unroll):
             block = first_block + number * grid.unroll + index
-            next_scales.append(read_scales(jnp.minimum(block + grid.unroll, upper - 1)))
+            next_scales.append(read_scales(jnp.minimum(block + grid.unroll, inner // size - 1)))
             sums = []
             for piece in range(0, size, grid.piece):
                 row = block * size + piece
                 high, low = values(codes[layer, pl.ds(row, grid.piece), pl.ds(first_column, TILE)], dtype=x.dtype)
-                sums.append((dot(high, row), dot(low, upper * size + row)))
+                sums.append((dot(high, row), dot(low, inner + row)))
             for half, ones in enumerate(zip(*sums, strict=True)):
                 total += sum(ones[1:], ones[0]) * scale(*ready[index][half])
         return total, next_scales
@@ -238,40 +244,3 @@ def _values(packed: Array, *, data_type: DataType, dtype: Any) -> tuple[Array, A
         return upper + (rest + last)
 
     return add(0), add(1)
-
-
-def tables(data_type: DataType, dtype: DTypeLike) -> list[np.ndarray]:
-    """Return the 16 values in bfloat16 or, for float32, three bfloat16 tables that sum to the values, the largest first."""
-    rest = np.asarray(codebook(data_type), np.float32)
-    parts = [rest.astype(jnp.bfloat16)]
-    while jnp.dtype(dtype) == jnp.float32 and len(parts) < 3:  # each holds 8 of the 24 bits
-        rest = rest - parts[-1].astype(np.float32)
-        parts.append(rest.astype(jnp.bfloat16))
-    return parts
-
-
-def lookup_ptx(values: np.ndarray) -> str:
-    """Return PTX that looks up four packed bytes $4; the words $0-$3 hold the high nibble's bfloat16 above the low one's."""
-    bits = values.view(np.uint16)
-
-    def table(plane: int, first: int) -> str:
-        """Return a register with the low bytes (plane 0) or the high bytes (plane 1) of four values."""
-        return f"0x{int.from_bytes(bytes((bits[first : first + 4] >> (8 * plane) & 255).tolist()), 'little'):08x}"
-
-    lines = [
-        "and.b32 s0, $4, 0x77777777",  # selectors among eight values; PRMT reads the lower four selectors
-        "and.b32 t0, $4, 0x88888888",
-        "shr.u32 t0, t0, 1",
-        "add.u32 t0, t0, 0x32103210",  # byte i of the first selection, or of the second one
-        "shr.u32 s1, s0, 16",
-        "shr.u32 t1, t0, 16",
-    ]
-    for half in range(2):
-        for plane in range(2):
-            lines += [
-                f"prmt.b32 a, {table(plane, 0)}, {table(plane, 4)}, s{half}",
-                f"prmt.b32 b, {table(plane, 8)}, {table(plane, 12)}, s{half}",
-                f"prmt.b32 p{plane}, a, b, t{half}",
-            ]
-        lines += [f"prmt.b32 ${2 * half}, p0, p1, 0x5140", f"prmt.b32 ${2 * half + 1}, p0, p1, 0x7362"]
-    return "{\n.reg .b32 a, b, p0, p1, s0, s1, t0, t1;\n" + "".join(line + ";\n" for line in lines) + "}"

@@ -18,6 +18,7 @@ the layer. If XLA sliced the layer out first, the packed bytes would be read, wr
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,7 @@ _LANES = 128
 _ROWS = 256  # the most rows of x in a block
 _FEW_ROWS = 64  # up to this number of rows there is one block
 _TILE_BYTES = 2**20  # of packed codes in a grid step: large enough for fast copies, small enough for a quick start
+_MOST_UNROLLED = 4096  # rows of W, if the halves of x do not begin at a lane 0
 _VMEM_BUDGET = 40 * 2**20  # of the 64 MiB (v5p) or 128 MiB (v5e, v6e) of vector memory
 _VMEM_LIMIT = 56 * 2**20
 
@@ -61,13 +63,22 @@ def unsupported_reason(w: QuantizedTensor, dtype: DTypeLike) -> str | None:
     rows, columns = w.shape[-2:]
     if w.flat_shape is not None:
         return "the flat layout"
-    if rows % 256 or columns % _LANES:
-        return f"a matrix [{rows}, {columns}]: expected multiples of 256 and {_LANES}"
     if w.block_size not in (64, 128):
         return f"blocks of {w.block_size}: expected 64 or 128"
+    if columns % _LANES:
+        return f"a matrix [{rows}, {columns}]: expected a multiple of {_LANES} columns"
+    if (rows // 2) % _LANES and rows > _MOST_UNROLLED:
+        return f"a matrix [{rows}, {columns}]: expected at most {_MOST_UNROLLED} rows or a multiple of {2 * _LANES}"
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         return f"x in {jnp.dtype(dtype).name}: expected float32 or bfloat16"
     return None
+
+
+def transposed_unsupported_reason(w: QuantizedTensor, dtype: DTypeLike) -> str | None:
+    """Return why the kernel of the gradient does not support this matrix (or stack), or None if it does."""
+    if w.shape[-2] % (2 * _LANES):
+        return f"the gradient with a matrix {list(w.shape[-2:])}: expected a multiple of {2 * _LANES} rows"
+    return unsupported_reason(w, dtype)
 
 
 def matmul(x: Array, w: QuantizedTensor, layer: Array | None = None, *, interpret: Any = False) -> Array:
@@ -76,7 +87,12 @@ def matmul(x: Array, w: QuantizedTensor, layer: Array | None = None, *, interpre
     count, columns = x.shape[0], w.shape[-1]
     tiles = forward_tiles(count, w, x.dtype)
     inner = w.codes.shape[1]
-    halves = [pl.BlockSpec((tiles.rows, inner), lambda n, m, _, half=half: (m, half)) for half in range(2)]
+    if inner % _LANES:  # the halves of x are blocks only as arrays of their own
+        halves = [pl.BlockSpec((tiles.rows, inner), lambda n, m, _: (m, 0))] * 2
+        parts = [x[:, :inner], x[:, inner:]]
+    else:
+        halves = [pl.BlockSpec((tiles.rows, inner), lambda n, m, _, half=half: (m, half)) for half in range(2)]
+        parts = [x, x]
     scales, scale_specs = scale_operands(w, index, tiles.tile, lambda n, m, *_: n)
     one_block = count <= tiles.rows
     scratch = [pltpu.VMEM((w.scales.shape[1], tiles.tile), jnp.float32)]
@@ -99,7 +115,7 @@ def matmul(x: Array, w: QuantizedTensor, layer: Array | None = None, *, interpre
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT),
         name="matmul_4bit",
         interpret=interpret,
-    )(index, x, x, w.codes, *scales)
+    )(index, *parts, w.codes, *scales)
 
 
 def matmul_transposed(dy: Array, w: QuantizedTensor, layer: Array | None = None, *, interpret: Any = False) -> Array:
@@ -140,7 +156,9 @@ def forward_tiles(count: int, w: QuantizedTensor, dtype: Any) -> Tiles:
     inner, columns = w.codes.shape[-2:]
     width = jnp.dtype(dtype).itemsize
     rows = count if count <= _FEW_ROWS else _ROWS
-    chunk = max(size for size in (128, 256) if inner % size == 0)
+    group = math.gcd(w.block_size, inner)
+    sizes = (128, 256) if inner % _LANES == 0 else range(group, 257, group)
+    chunk = max(size for size in sizes if inner % size == 0)
     tile = _LANES
     while 2 * tile <= columns and 2 * tile * inner <= (_TILE_BYTES if count <= _FEW_ROWS else 4 * _TILE_BYTES):
         tile *= 2
@@ -192,16 +210,16 @@ def _forward(
     _: Any, left: Any, right: Any, codes: Any, scales: Any, *refs: Any, w: Static, tiles: Tiles, one_block: bool
 ) -> None:
     rest, (out, scratch, *dense) = refs[:2] if w.double_quantized else (), refs[2:] if w.double_quantized else refs
-    inner, chunk = codes.shape[1], tiles.chunk
+    inner, chunk, shift = codes.shape[1], tiles.chunk, w.block_size.bit_length() - 1
+    group = math.gcd(w.block_size, inner)  # rows that share a scale in both halves: a block, or half of one
     first_column = pl.program_id(0) * tiles.tile
 
     def unpacked(number: Any) -> tuple[Array, Array]:
         """Return the dequantised chunk with this number: the rows in the high nibbles, and those in the low ones."""
         packed = codes[0, pl.ds(pl.multiple_of(number * chunk, chunk), chunk), :].astype(jnp.int32)
-        groups = chunk // w.block_size
-        rows = [number * groups + group for group in range(groups)]
-        high = scaled_values(packed >> 4, scratch, rows, slice(None), tables)
-        low = scaled_values(packed & 15, scratch, [row + w.scale_rows // 2 for row in rows], slice(None), tables)
+        starts = [number * chunk + start for start in range(0, chunk, group)]
+        high = scaled_values(packed >> 4, scratch, [start >> shift for start in starts], slice(None), tables)
+        low = scaled_values(packed & 15, scratch, [(inner + start) >> shift for start in starts], slice(None), tables)
         return high.astype(left.dtype), low.astype(left.dtype)
 
     if one_block:
@@ -213,7 +231,14 @@ def _forward(
             at = pl.ds(pl.multiple_of(number * chunk, chunk), chunk)
             return total + _dot(left[:, at], high) + _dot(right[:, at], low)
 
-        total = jax.lax.fori_loop(0, inner // chunk, add, jnp.zeros(out.shape, jnp.float32))
+        total = jnp.zeros(out.shape, jnp.float32)
+        if chunk % _LANES == 0:
+            total = jax.lax.fori_loop(0, inner // chunk, add, total)
+        else:  # slices of x that do not begin at a lane 0 must be static
+            for number in range(inner // chunk):
+                high, low = unpacked(number)
+                at = pl.ds(number * chunk, chunk)
+                total += _dot(left[:, at], high) + _dot(right[:, at], low)
         out[...] = total.astype(out.dtype)
         return
 

@@ -1,0 +1,128 @@
+"""Whether the fused product is right on the attached GPU: small products, tried in a process of its own, once per machine.
+
+The kernel was written and tested without a GPU: in interpret mode, and through NVIDIA's compiler. Before a program uses it,
+`python -m qlora_jax.quant.kernels.trial` multiplies with it on the device and compares with NumPy in float64, for each
+number of rows of a tile, both directions, and every data type. A kernel that crashed or waited for ever would end that
+process and not the run, which then lets XLA multiply and warns.
+
+A result is kept in the folder of downloaded files ($QLORA_JAX_CACHE, else $XDG_CACHE_HOME/qlora_jax, else
+~/.cache/qlora_jax) as `fused-<key>.json`. The key is a hash of the device's kind, the versions of JAX and the CUDA plugin,
+and the kernel's source, so that a change of any of them is tried again.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.quant.codebooks import DATA_TYPES, DataType, codebook
+from qlora_jax.quant.kernels import hopper, hopper_lookup, lookup_ptx
+from qlora_jax.quant.tensor import QuantizedTensor
+
+LARGEST_ERROR = 4e-3  # relative, of a product in bfloat16
+_SECONDS = 300  # a trial takes less than a minute
+_MODULE = "qlora_jax.quant.kernels.trial"
+
+
+@functools.cache
+def is_right(device_kind: str) -> bool:
+    """Return whether the fused product is right on the attached GPU, by the kept result or a trial; warn if it is not."""
+    path = _folder() / f"fused-{_key(device_kind)}.json"
+    reason = _kept(path)
+    if reason is None:
+        reason = attempt([sys.executable, "-m", _MODULE])
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"device": device_kind, "reason": reason}))
+        except OSError:  # then the next process tries again
+            pass
+    if reason:
+        warnings.warn(
+            f"the fused product with 4-bit matrices is not used on this GPU, XLA multiplies: {reason} "
+            f"(QLORA_JAX_FUSED=0 does without it and without this trial; remove {path} to try again)",
+            stacklevel=2,
+        )
+    return not reason
+
+
+def attempt(command: Sequence[str], seconds: float = _SECONDS) -> str:
+    """Run a trial as a process and return why it failed, or "" if it did not."""
+    # The process that waits for this one has most of the device's memory.
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    try:
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return f"the trial did not end within {seconds:g} s"
+    if run.returncode:
+        last = (run.stderr.strip().splitlines() or ["no message"])[-1]
+        return f"the trial ended with code {run.returncode}: {last}"
+    error = float(run.stdout.strip().splitlines()[-1])
+    return "" if error <= LARGEST_ERROR else f"its relative error is {error:.1e}, more than {LARGEST_ERROR:.1e}"
+
+
+def largest_error() -> float:
+    """Return the largest relative error of the products of a trial, computed on the default device."""
+    cases = [("nf4", rows, transposed) for rows in hopper.TILES_OF_ROWS for transposed in (False, True)]
+    others = [(data_type, hopper.TILES_OF_ROWS[0], False) for data_type in DATA_TYPES if data_type != "nf4"]
+    return max(error_of(*case) for case in (*cases, *others))
+
+
+def error_of(data_type: DataType, rows: int, transposed: bool) -> float:
+    """Return the relative error of a product with the second matrix of a stack, with two tiles of rows, one not full."""
+    random = np.random.default_rng(0)
+    inputs, outputs = 512, 256
+    codes = random.integers(0, 256, (2, inputs // 2, outputs), np.uint8)
+    scales = random.uniform(0.5, 1.5, (2, inputs // 64, outputs)).astype(np.float32)
+    values = codebook(data_type).astype(np.float64)[np.concatenate([codes[1] >> 4, codes[1] & 15])]
+    values *= np.repeat(scales[1].astype(np.float64), 64, axis=0)
+    x = random.standard_normal((2 * rows - 3, outputs if transposed else inputs)).astype(jnp.bfloat16)
+    expected = x.astype(np.float64) @ (values.T if transposed else values)
+    w = QuantizedTensor(jnp.asarray(codes), jnp.asarray(scales), None, None, data_type, 64, jnp.dtype(jnp.bfloat16), None)
+    kernel = hopper.matmul_transposed if transposed else hopper.matmul
+    found = np.asarray(jax.jit(functools.partial(kernel, rows=rows))(x, w, np.int32(1)), np.float64)
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def _kept(path: Path) -> str | None:
+    """Return the reason that is kept in a file, "" for a trial that was right, or None without a readable file."""
+    try:
+        reason = json.loads(path.read_text())["reason"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return reason if isinstance(reason, str) else None
+
+
+def _key(device_kind: str) -> str:
+    plugins = [name for name in ("jax-cuda13-plugin", "jax-cuda12-plugin") if _version(name)]
+    parts = [device_kind, *(f"{name} {_version(name)}" for name in ("jax", "jaxlib", *plugins))]
+    modules = (hopper, hopper_lookup, lookup_ptx)
+    sources = [Path(module.__file__ or "").read_text() for module in modules]
+    return hashlib.sha256("\n".join([*parts, *sources]).encode()).hexdigest()[:16]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _folder() -> Path:
+    if named := os.environ.get("QLORA_JAX_CACHE"):
+        return Path(named).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "qlora_jax"
+
+
+if __name__ == "__main__":
+    print(largest_error())
