@@ -22,6 +22,7 @@ it.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ from jaxtyping import Float
 from qlora_jax.errors import UnsupportedError
 from qlora_jax.quant import kernels, tiles
 from qlora_jax.quant.dense_matmul import dense_matmul, einsum
-from qlora_jax.quant.mixed import MixedTensor, mixed_matmul
+from qlora_jax.quant.mixed import MixedTensor
 from qlora_jax.quant.stacked import StackedTensor
 from qlora_jax.quant.targets import by_platform
 from qlora_jax.quant.tensor import Implementation, QuantizedTensor, dequantize
@@ -41,6 +42,7 @@ FEW_ROWS = 64  # the most rows of x for which "auto" prefers the kernel
 
 # "dequantize": XLA's product with a matrix that the kernel of the platform dequantises, if there is one.
 _Way = Implementation | Literal["dequantize"]
+Packed = QuantizedTensor | StackedTensor
 
 
 def matmul(
@@ -69,7 +71,8 @@ def matmul(
         packed = w.stack if isinstance(w, StackedTensor) else w
         y: Array = _einsum(_chosen(rows, packed, implementation or packed.implementation), rows, w)
     elif isinstance(w, MixedTensor):
-        y = mixed_matmul(rows, w)
+        packed = w.stack.packed
+        y = _mixed(_chosen(rows, packed, implementation or packed.implementation), rows, w)
     else:
         y = dense_matmul(rows, w)
     return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -95,46 +98,47 @@ def with_implementation(tree: Any, implementation: Implementation) -> Any:
     return jax.tree.map(change, tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
 
 
-def _xla(x: Array, w: QuantizedTensor | StackedTensor, *, by_kernel: bool = False) -> Array:
-    if x.shape[0] > FEW_ROWS or (w.stack if isinstance(w, StackedTensor) else w).flat_shape is not None:
-        return _dense_product("nk,km->nm", x, w, by_kernel)
-    x, w = _ordered(x, w)
-
-    def dense(x: Array, w: QuantizedTensor) -> Array:
-        return einsum("nk,km->nm", x, dequantize(w, x.dtype))
-
-    return by_platform(x, _matrix(w), cpu=tiles.matmul, default=dense)
+def _xla(x: Array, w: Packed, *, by_kernel: bool = False) -> Array:
+    few = x.shape[0] <= FEW_ROWS and (w.stack if isinstance(w, StackedTensor) else w).flat_shape is None
+    return _dense_product("nk,km->nm", x, w, by_kernel, few)
 
 
-def _xla_transposed(dy: Array, w: QuantizedTensor | StackedTensor, *, by_kernel: bool = False) -> Array:
-    return _dense_product("nm,km->nk", dy, w, by_kernel)
+def _xla_transposed(dy: Array, w: Packed, *, by_kernel: bool = False) -> Array:
+    return _dense_product("nm,km->nk", dy, w, by_kernel, few=False)
 
 
-def _dense_product(equation: str, x: Array, w: QuantizedTensor | StackedTensor, by_kernel: bool) -> Array:
-    """Return the einsum of x and the dense matrix, which on TPUs the kernel makes, if `by_kernel`."""
+def _dense_product(equation: str, x: Array, w: Packed, by_kernel: bool, few: bool) -> Array:
+    """Return the einsum of x and the dense matrix.
 
-    def with_xla(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
-        # The barrier is for the packed bytes of the layer: without that copy, XLA dequantises all matrices that have the
-        # same x at once.
-        x, matrix = _ordered(x, _matrix(w))
-        return einsum(equation, x, dequantize(matrix, x.dtype))
+    On TPUs the kernel makes the dense matrix, if `by_kernel`. On CPUs the product of few rows is computed in tiles.
+    """
 
-    kernel = kernels.dequantizer(w, x.dtype) if by_kernel else None
-    if kernel is None:
-        return with_xla(x, w)
+    def with_xla(x: Array, w: Packed) -> Array:
+        # With many rows the barrier is for the packed bytes of the layer: without that copy, XLA dequantises all matrices
+        # that have the same x at once.
+        x, w = _ordered(x, w if few else _matrix(w))
+        return einsum(equation, x, dequantize(_matrix(w), x.dtype))
 
-    def with_kernel(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
+    def in_tiles(x: Array, w: Packed) -> Array:
         x, w = _ordered(x, w)
-        return einsum(equation, x, kernel(w))
+        return tiles.matmul(x, _matrix(w))
 
-    return by_platform(x, w, tpu=with_kernel, default=with_xla)
+    forms: dict[str, Callable[..., Array]] = {"cpu": in_tiles} if few else {}
+    if by_kernel and (kernel := kernels.dequantizer(w, x.dtype)) is not None:
+
+        def with_kernel(x: Array, w: Packed) -> Array:
+            x, w = _ordered(x, w)
+            return einsum(equation, x, kernel(w))
+
+        forms["tpu"] = with_kernel
+    return by_platform(x, w, default=with_xla, **forms)
 
 
-def _matrix(w: QuantizedTensor | StackedTensor) -> QuantizedTensor:
+def _matrix(w: Packed) -> QuantizedTensor:
     return w.matrix() if isinstance(w, StackedTensor) else w
 
 
-def _ordered(x: Array, w: QuantizedTensor | StackedTensor) -> tuple[Array, Any]:
+def _ordered(x: Array, w: Packed) -> tuple[Array, Any]:
     """Return (x, w) such that the matrix cannot be dequantised before x is computed.
 
     Without this barrier XLA may hold several dense matrices in memory at once. For a matrix that is not in a stack, the
@@ -147,14 +151,14 @@ def _ordered(x: Array, w: QuantizedTensor | StackedTensor) -> tuple[Array, Any]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _einsum(way: _Way, x: Array, w: QuantizedTensor | StackedTensor) -> Array:
+def _einsum(way: _Way, x: Array, w: Packed) -> Array:
     match way:
         case "xla":
             return _xla(x, w)
         case "dequantize":
             return _xla(x, w, by_kernel=True)
         case "auto":
-            return kernels.matmul_where_chosen(x, w, otherwise=_xla)
+            return kernels.matmul_where_chosen(x, w, otherwise=partial(_xla, by_kernel=True))
         case "pallas":
             return kernels.matmul(x, w, otherwise=_xla)
 
@@ -164,9 +168,42 @@ def _forward(way: _Way, x: Array, w: Any) -> tuple[Array, Any]:
 
 
 def _backward(way: _Way, w: Any, dy: Array) -> tuple[Array, None]:
+    return _transposed(way, dy, w), None
+
+
+def _transposed(way: _Way, dy: Array, w: Packed) -> Array:
     if way == "pallas":
-        return kernels.matmul_transposed(dy, w, otherwise=_xla_transposed), None
-    return _xla_transposed(dy, w, by_kernel=way != "xla"), None
+        return kernels.matmul_transposed(dy, w, otherwise=_xla_transposed)
+    return _xla_transposed(dy, w, by_kernel=way != "xla")
 
 
 _einsum.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mixed(way: _Way, x: Array, w: MixedTensor) -> Array:
+    """Return x times the matrix, of whose two kinds the one that the layer has is chosen at run time."""
+    return _of_kind(w, x, partial(_einsum, way), "nk,km->nm")
+
+
+def _mixed_forward(way: _Way, x: Array, w: MixedTensor) -> tuple[Array, MixedTensor]:
+    return _mixed(way, x, w), w
+
+
+def _mixed_backward(way: _Way, w: MixedTensor, dy: Array) -> tuple[Array, None]:
+    return _of_kind(w, dy, partial(_transposed, way), "nm,km->nk"), None
+
+
+_mixed.defvjp(_mixed_forward, _mixed_backward)
+
+
+def _of_kind(w: MixedTensor, x: Array, packed_product: Callable[[Array, Packed], Array], equation: str) -> Array:
+    def packed(x: Array, w: MixedTensor) -> Array:
+        return packed_product(x, StackedTensor(w.stack.packed, w.place()))
+
+    def dense(x: Array, w: MixedTensor) -> Array:
+        x, matrix = jax.lax.optimization_barrier((x, w.stack.dense[-1 - w.place()]))
+        return einsum(equation, x, matrix.astype(x.dtype))
+
+    y: Array = jax.lax.cond(w.place() >= 0, packed, dense, x, w)
+    return y
