@@ -85,7 +85,7 @@ def _chosen(x: Array, w: QuantizedTensor, wanted: Implementation) -> _Way:
     if wanted != "auto":
         return wanted
     if not kernels.on_one_device():
-        return "xla"
+        return "dequantize" if kernels.on_several_devices() else "xla"
     return "dequantize" if x.shape[0] > FEW_ROWS or not kernels.exists(w, x.dtype) else "auto"
 
 

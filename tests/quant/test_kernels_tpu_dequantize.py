@@ -38,7 +38,7 @@ def test_the_matrix_is_that_of_its_codes(
 def test_product_and_gradient_of_a_layer(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     """The TPU's branch of a product of many rows, which a CPU runs here."""
     monkeypatch.setattr(tpu_dequantize, "dequantize", partial(tpu_dequantize.dequantize, interpret=True))
-    monkeypatch.setattr(kernels, "_dequantizer", lambda dtype: partial(tpu_dequantize.dequantize, dtype=dtype))
+    monkeypatch.setattr(kernels, "_dequantizer", lambda dtype, _: partial(tpu_dequantize.dequantize, dtype=dtype))
     q = quantize(random(3, 576, 256))
     x, dy = (jnp.asarray(random(70, size, seed=1), dtype) for size in (576, 256))
 
