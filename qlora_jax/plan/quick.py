@@ -192,7 +192,7 @@ def residual_bytes(spec: StepSpec[ModelSpec], target: AttentionTarget) -> tuple[
         return stream, 0
     if spec.model.remat == "offload":
         return 0, stream
-    # q, k, v, the attention's output twice (attended and o), gate and up; down ends the layer, its result is not needed again
+    # q, k, v, the attention's output twice (attended and o), gate and up; down ends the layer and is not needed again
     padding, sums = _attended(spec, target)
     products = tokens * (heads + 2 * kv + hidden + 2 * inner) * size + int(padding * tokens * heads) * size + sums
     method = spec.model.method
@@ -210,8 +210,8 @@ def residual_bytes(spec: StepSpec[ModelSpec], target: AttentionTarget) -> tuple[
 def _attended(spec: StepSpec[ModelSpec], target: AttentionTarget) -> tuple[float, int]:
     """Return (how many times as large the padded heads of a kernel are, bytes of the sums that XLA's attention saves).
 
-    A kernel is given padded rows and heads, and its padded result is saved. XLA's attention saves a float32 sum for each head
-    of each token as well.
+    A kernel is given padded rows and heads, and its padded result is saved. XLA's attention saves a float32 sum for each
+    head of each token as well.
     """
     config, groups = spec.model.config, spec.objective.attention_groups
     keys = -(-_keys(spec) // groups)

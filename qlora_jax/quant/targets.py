@@ -1,9 +1,9 @@
 """The platform that a program is compiled for, known while it is traced.
 
 `jax.lax.platform_dependent` traces the form of every platform, and of each its derivatives: half of the time that tracing a
-training step takes. A process can run a program only on the platforms whose devices it has. `by_platform` traces the forms of
-these alone: that of the CPU where JAX has the CPU alone, that of the CPU and that of the GPU or TPU where it has both, because
-a program may be put on either.
+training step takes. A process can run a program only on the platforms whose devices it has. `by_platform` traces the forms
+of these alone: that of the CPU where JAX has the CPU alone, that of the CPU and that of the GPU or TPU where it has both,
+because a program may be put on either.
 
 A program that is traced on one machine and compiled for another, e.g. with `jax.export`, must be traced within
 `tracing_for("every")` or that platform: else it holds the forms of the wrong platform, which are slower, or cannot be
