@@ -12,8 +12,8 @@ There are two implementations of a product with a 4-bit matrix:
     pallas   a kernel that reads only packed bytes (`kernels`); on TPUs and NVIDIA GPUs
 
 "auto" uses the kernel if x has at most 64 rows (in decoding, reading the weights takes most of the time) and there is a
-kernel for the platform and the matrix. For more rows and for gradients XLA multiplies; on TPUs a second kernel dequantises
-the matrix (`kernels.dequantizer`), because XLA takes several times as long. On several devices XLA computes everything.
+kernel for the platform and the matrix. For more rows, for other matrices, on several devices, and for gradients XLA
+multiplies; on TPUs a second kernel dequantises the matrix (`kernels.dequantizer`), because XLA takes several times as long.
 
 "pallas" always uses the kernel, except for the gradient on GPUs. On platforms without a kernel it runs the TPU kernel in
 interpret mode, and it raises an error for matrices that the kernel does not support. The implementation is a property of the
