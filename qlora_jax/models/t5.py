@@ -23,7 +23,7 @@ from jaxtyping import Float, Int, Shaped
 
 from qlora_jax.models.origin import Origin
 from qlora_jax.models.shape import method_for
-from qlora_jax.models.stack import Remat, by_layer, rematerialise, storage_by_stack
+from qlora_jax.models.stack import Remat, by_layer, rematerialise, scanned_layers, storage_by_stack
 from qlora_jax.models.t5_config import T5Config
 from qlora_jax.models.t5_layers import T5Layer, T5Stack, random_keys
 from qlora_jax.models.trainable import adapters_of, add_deltas, trainable_base
@@ -180,14 +180,15 @@ class T5(nnx.Module):
         count, mask = embedded.shape[1], _mask(embedded, source_mask)
         bias = self.encoder.distance_bias(count, count, bidirectional=True)
         graph, layers = nnx.split(self.encoder.layers)
+        layers, layer_of = scanned_layers(layers)
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
             return relative_attention(q, k, v, mask, bias, scale=1.0, target=self.attention), None
 
         def run_layer(x: Array, inputs: tuple[Any, Array | None]) -> tuple[Array, None]:
             state, layer_key = inputs
-            x, _ = nnx.merge(graph, gather(state))(checkpoint_name(x, "residual"), attend, None, random_keys(layer_key))
-            return x, None
+            layer = nnx.merge(graph, gather(layer_of(state)))
+            return layer(checkpoint_name(x, "residual"), attend, None, random_keys(layer_key))[0], None
 
         keys = None if key is None else jax.random.split(key, self.config.num_layers)
         x, _ = jax.lax.scan(rematerialise(run_layer, self.remat), embedded, (layers, keys))
@@ -214,9 +215,10 @@ class T5(nnx.Module):
         count, mask = inputs.shape[1], _mask(encoded, source_mask)
         bias, every = self.decoder.distance_bias(count, n + count, bidirectional=False), jnp.ones((1, n + count), bool)
         graph, layers = nnx.split(self.decoder.layers)
+        layers, layer_of = scanned_layers(layers)
 
         def run_layer(x: Array, inputs: tuple[Any, Array | None, Any]) -> tuple[Array, None]:
-            layer, keys, before = nnx.merge(graph, gather(inputs[0])), random_keys(inputs[1]), inputs[2]
+            layer, keys, before = nnx.merge(graph, gather(layer_of(inputs[0]))), random_keys(inputs[1]), inputs[2]
             k, v = layer.keys_and_values_of(encoded, keys)
 
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
@@ -246,9 +248,10 @@ class T5(nnx.Module):
         """
         config, (batch, length), prefix = self.config, encoded.shape[:2], self._prefix(None)
         graph, layers = nnx.split(self.decoder.layers)
+        layers, layer_of = scanned_layers(layers)
 
         def run_layer(_: None, state: Any) -> tuple[None, tuple[Array, Array]]:
-            return None, nnx.merge(graph, gather(state)).keys_and_values_of(encoded, random_keys(None))
+            return None, nnx.merge(graph, gather(layer_of(state))).keys_and_values_of(encoded, random_keys(None))
 
         _, (source_keys, source_values) = jax.lax.scan(run_layer, None, layers)
         n = 0 if prefix is None else prefix[0].shape[1]

@@ -25,7 +25,7 @@ from qlora_jax.models.chunks import chunk_count
 from qlora_jax.nn import split_axis
 from qlora_jax.nn.attention import scores_at_once
 from qlora_jax.nn.attention_packed import heads_at_once
-from qlora_jax.nn.attention_target import AttentionTarget, attention_target, choose_kernel
+from qlora_jax.nn.attention_target import AttentionTarget, Kernel, attention_target, choose_kernel
 from qlora_jax.plan.factors import FACTORS
 from qlora_jax.plan.tree_bytes import tree_bytes
 from qlora_jax.plan.workspace import attention_workspace
@@ -119,7 +119,7 @@ def quick_plan(
     step = build_step(spec, platform=target, devices=devices) if step is None else step
     packed, dense = _spread_bytes(step.frozen, devices)
     adapter, optimizer = tree_bytes(step.state.adapter), tree_bytes(step.state.opt_state)
-    saved, saved_on_host = residual_bytes(spec)
+    saved, saved_on_host = residual_bytes(spec, target)
     on_device = 0 if spec.optimizer.host_adapter else adapter
     gradients, working = worst_moment(features(spec, target, devices, on_device), FACTORS[kind_of(name_of(target), devices)])
     return QuickPlan(
@@ -148,10 +148,10 @@ def name_of(target: AttentionTarget) -> str:
     return "cuda" if target.platform == "gpu" else target.platform
 
 
-def _has_kernel(spec: StepSpec[ModelSpec], config: DecoderConfig, target: AttentionTarget, length: int) -> bool:
-    """Return whether a kernel of the device computes the attention of rows of this length, rather than XLA."""
+def _kernel(spec: StepSpec[ModelSpec], config: DecoderConfig, target: AttentionTarget, length: int) -> Kernel:
+    """Return what computes the attention of rows of this length on a device."""
     method = spec.model.method
-    kernel = choose_kernel(
+    return choose_kernel(
         target,
         head_dim=config.head_dim,
         length=length,
@@ -160,7 +160,11 @@ def _has_kernel(spec: StepSpec[ModelSpec], config: DecoderConfig, target: Attent
         segmented=spec.objective.packed,
         shared=0 if method is None else method.virtual_tokens,
     )
-    return kernel.name != "blocks"
+
+
+def _has_kernel(spec: StepSpec[ModelSpec], config: DecoderConfig, target: AttentionTarget, length: int) -> bool:
+    """Return whether a kernel of the device computes the attention of rows of this length, rather than XLA."""
+    return _kernel(spec, config, target, length).name != "blocks"
 
 
 def worst_moment(sizes: dict[str, int], factors: dict[str, dict[str, float]]) -> tuple[int, int]:
@@ -172,10 +176,10 @@ def worst_moment(sizes: dict[str, int], factors: dict[str, dict[str, float]]) ->
     return sizes["adapter"], int(rest)
 
 
-def residual_bytes(spec: StepSpec[ModelSpec]) -> tuple[int, int]:
+def residual_bytes(spec: StepSpec[ModelSpec], target: AttentionTarget) -> tuple[int, int]:
     """Return (device, host) bytes that the layers save for the backward pass of one micro-batch, on each device.
 
-    They depend on remat:
+    They depend on remat, and the results of the attention on how it is computed on the target (`_attended`):
 
     full      the input of each layer
     offload   the input of each layer, in host memory
@@ -189,8 +193,9 @@ def residual_bytes(spec: StepSpec[ModelSpec]) -> tuple[int, int]:
         return stream, 0
     if spec.model.remat == "offload":
         return 0, stream
-    # q, k, v, the attention's output twice (out and o), gate and up; down ends the layer, and its result is not needed again
-    products = tokens * (2 * heads + 2 * kv + hidden + 2 * inner) * size
+    # q, k, v, the attention's output twice (attended and o), gate and up; down ends the layer and is not needed again
+    padding, sums = _attended(spec, target)
+    products = tokens * (heads + 2 * kv + hidden + 2 * inner) * size + int(padding * tokens * heads) * size + sums
     method = spec.model.method
     lora = 0 if method is None else tokens * 7 * method.rank * size
     if method is not None and method.use_dora:  # each linear layer's result before its columns are scaled
@@ -198,8 +203,26 @@ def residual_bytes(spec: StepSpec[ModelSpec]) -> tuple[int, int]:
     saved = stream + layers * (products + lora)
     if spec.model.remat == "dots":
         return saved, 0
-    between = tokens * (3 * hidden + heads + kv + inner) * size
+    rotated = int(padding * tokens * (heads + (2 if padding > 1 else 1) * kv))  # the values are copied if they are padded
+    between = (tokens * (3 * hidden + inner) + rotated) * size
     return saved + layers * between, 0
+
+
+def _attended(spec: StepSpec[ModelSpec], target: AttentionTarget) -> tuple[float, int]:
+    """Return (how many times as large the padded heads of a kernel are, bytes of the sums that XLA's attention saves).
+
+    A kernel is given padded rows and heads, and its padded result is saved. XLA's attention saves a float32 sum for each
+    head of each token as well.
+    """
+    config, groups = spec.model.config, spec.objective.attention_groups
+    keys = -(-_keys(spec) // groups)
+    sums = _positions(spec) * (config.num_attention_heads if isinstance(config, DecoderConfig) else config.num_heads) * 4
+    if not isinstance(config, DecoderConfig):
+        return 1.0, sums
+    kernel = _kernel(spec, config, target, keys)
+    if kernel.name == "blocks":
+        return 1.0, sums
+    return kernel.length * kernel.head_dim / (keys * config.head_dim), 0
 
 
 def features(spec: StepSpec[ModelSpec], platform: str | AttentionTarget, devices: int, adapter: int) -> dict[str, int]:

@@ -40,14 +40,16 @@ def report_of(plan: Any, spec: StepSpec[ModelSpec], machine: Machine, title: str
 @report_of.register
 def _(plan: Plan, spec: StepSpec[ModelSpec], machine: Machine, title: str, seconds: float = 0.0) -> Report:
     program = plan.program
-    saved, _ = residual_bytes(spec)
+    saved, _ = residual_bytes(spec, machine.device.target)
     gradients = plan.adapter
     workspace = program.workspace - program.added_workspace
-    rest = program.temporaries - saved - gradients - workspace
+    rest = program.temporaries - saved - gradients
     known = plan.packed_weights + plan.dense_weights + plan.adapter + plan.optimizer
     notes = [("saved for the backward pass", saved), ("gradients of the adapter", gradients), ("working memory", rest)]
     # A program may free part of these before the peak. The split would be wrong then, and is left out.
-    notes = [*(notes if rest >= 0 else ()), *([("cuDNN's workspace", workspace)] if workspace else ())]
+    # The workspace is within the working memory: it exists only while attention's backward pass runs, which need not be at
+    # the peak, so that it cannot be subtracted.
+    notes = [*(notes if rest >= 0 else ()), *([("cuDNN's workspace, within it", workspace)] if workspace else ())]
     return Report(
         title=title,
         machine=machine,

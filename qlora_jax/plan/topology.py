@@ -84,7 +84,7 @@ def context(mesh: Mesh) -> Iterator[None]:
     """Run the block in the context of training: a mesh of several devices, or the description of one GPU, for kernels."""
     device = mesh.devices.flat[0]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(tracing_for("every"))
+        stack.enter_context(tracing_for("tpu" if device.platform == "tpu" else "cuda"))
         if mesh.size > 1:
             stack.enter_context(jax.set_mesh(mesh))
         elif device.platform != "tpu":  # the same description as that of the arguments' shardings

@@ -12,9 +12,9 @@ There are two implementations of a product with a 4-bit matrix:
     pallas   a kernel that reads only packed bytes (`kernels`); on TPUs and NVIDIA GPUs
 
 "auto" uses the kernel if x has at most 64 rows (in decoding, reading the weights takes most of the time) and there is a
-kernel for the platform and the matrix. For more rows and for gradients XLA multiplies; on TPUs a second kernel dequantises
-the matrix (`kernels.dequantizer`), because XLA takes several times as long, and on Hopper GPUs a kernel multiplies without a
-dense matrix in memory (`kernels.fused`), up to 2048 rows. On several devices XLA computes everything.
+kernel for the platform and the matrix. For more rows, for other matrices, and for gradients XLA multiplies; on TPUs a second
+kernel dequantises the matrix (`kernels.dequantizer`), because XLA takes several times as long, and on Hopper GPUs a kernel
+multiplies without a dense matrix in memory (`kernels.fused`), up to 2048 rows. On several devices XLA multiplies.
 
 "pallas" always uses the kernel, except for the gradient on GPUs. On platforms without a kernel it runs the TPU kernel in
 interpret mode, and it raises an error for matrices that the kernel does not support. The implementation is a property of the
@@ -23,6 +23,7 @@ it.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ from jaxtyping import Float
 from qlora_jax.errors import UnsupportedError
 from qlora_jax.quant import kernels, tiles
 from qlora_jax.quant.dense_matmul import dense_matmul, einsum
-from qlora_jax.quant.mixed import MixedTensor, mixed_matmul
+from qlora_jax.quant.mixed import MixedTensor
 from qlora_jax.quant.stacked import StackedTensor
 from qlora_jax.quant.targets import by_platform
 from qlora_jax.quant.tensor import Implementation, QuantizedTensor, dequantize
@@ -48,6 +49,7 @@ _PRODUCT, _TRANSPOSED = "nk,km->nm", "nm,km->nk"
 # "dequantize": a product of many rows, by what the platform has: a kernel that dequantises the matrix, for XLA's product, or
 # a fused product.
 _Way = Implementation | Literal["dequantize"]
+Packed = QuantizedTensor | StackedTensor
 
 
 def matmul(
@@ -76,7 +78,8 @@ def matmul(
         packed = w.stack if isinstance(w, StackedTensor) else w
         y: Array = _einsum(_chosen(rows, packed, implementation or packed.implementation), rows, w)
     elif isinstance(w, MixedTensor):
-        y = mixed_matmul(rows, w)
+        packed = w.stack.packed
+        y = _mixed(_chosen(rows, packed, implementation or packed.implementation), rows, w)
     else:
         y = dense_matmul(rows, w)
     return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -89,7 +92,7 @@ def _chosen(x: Array, w: QuantizedTensor, wanted: Implementation) -> _Way:
     if wanted != "auto":
         return wanted
     if not kernels.on_one_device():
-        return "xla"
+        return "dequantize" if kernels.on_several_devices() else "xla"
     return "dequantize" if x.shape[0] > FEW_ROWS or not kernels.exists(w, x.dtype) else "auto"
 
 
@@ -102,53 +105,53 @@ def with_implementation(tree: Any, implementation: Implementation) -> Any:
     return jax.tree.map(change, tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
 
 
-def _xla(x: Array, w: QuantizedTensor | StackedTensor, *, by_kernel: bool = False) -> Array:
-    if x.shape[0] > FEW_ROWS or (w.stack if isinstance(w, StackedTensor) else w).flat_shape is not None:
-        return _dense_product(_PRODUCT, x, w, by_kernel)
-    x, w = _ordered(x, w)
-
-    def dense(x: Array, w: QuantizedTensor) -> Array:
-        return einsum("nk,km->nm", x, dequantize(w, x.dtype))
-
-    return by_platform(x, _matrix(w), cpu=tiles.matmul, default=dense)
+def _xla(x: Array, w: Packed, *, by_kernel: bool = False) -> Array:
+    few = x.shape[0] <= FEW_ROWS and (w.stack if isinstance(w, StackedTensor) else w).flat_shape is None
+    return _dense_product(_PRODUCT, x, w, by_kernel, few)
 
 
-def _xla_transposed(dy: Array, w: QuantizedTensor | StackedTensor, *, by_kernel: bool = False) -> Array:
-    return _dense_product(_TRANSPOSED, dy, w, by_kernel)
+def _xla_transposed(dy: Array, w: Packed, *, by_kernel: bool = False) -> Array:
+    return _dense_product(_TRANSPOSED, dy, w, by_kernel, few=False)
 
 
-def _dense_product(equation: str, x: Array, w: QuantizedTensor | StackedTensor, by_kernel: bool) -> Array:
+def _dense_product(equation: str, x: Array, w: Packed, by_kernel: bool, few: bool) -> Array:
     """Return the einsum of x and the dense matrix.
 
-    If `by_kernel`, TPUs make the dense matrix by a kernel, and Hopper GPUs multiply without one in memory.
+    If `by_kernel`, TPUs make the dense matrix by a kernel, and Hopper GPUs multiply without one in memory. On CPUs the
+    product of few rows is computed in tiles.
     """
 
-    def with_copy(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
+    def with_copy(x: Array, w: Packed) -> Array:
         x, matrix = _ordered(x, _matrix(w))  # the barrier is for the packed bytes of the layer, which are copied before it
         return einsum(equation, x, dequantize(matrix, x.dtype))
 
-    def in_place(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
+    def in_place(x: Array, w: Packed) -> Array:
         # The dequantisation itself slices the stack. XLA may then dequantise two matrices that have the same x at once.
         x, w = _ordered(x, w)
         return einsum(equation, x, dequantize(_matrix(w), x.dtype))
 
+    def in_tiles(x: Array, w: Packed) -> Array:
+        x, w = _ordered(x, w)
+        return tiles.matmul(x, _matrix(w))
+
     fused = kernels.fused(x, w, transposed=equation == _TRANSPOSED) if by_kernel else None
-    forms = {"cuda": fused or (in_place if x.shape[0] <= MOST_IN_PLACE else with_copy)}
+    forms: dict[str, Callable[..., Array]] = {"cpu": in_tiles} if few else {}
+    forms["cuda"] = fused or (in_place if x.shape[0] <= MOST_IN_PLACE else with_copy)
     if by_kernel and (dequantizer := kernels.dequantizer(w, x.dtype)) is not None:
 
-        def with_kernel(x: Array, w: QuantizedTensor | StackedTensor) -> Array:
+        def with_kernel(x: Array, w: Packed) -> Array:
             x, w = _ordered(x, w)
             return einsum(equation, x, dequantizer(w))
 
         forms["tpu"] = with_kernel
-    return by_platform(x, w, **forms, default=with_copy)
+    return by_platform(x, w, **forms, default=in_place if few else with_copy)
 
 
-def _matrix(w: QuantizedTensor | StackedTensor) -> QuantizedTensor:
+def _matrix(w: Packed) -> QuantizedTensor:
     return w.matrix() if isinstance(w, StackedTensor) else w
 
 
-def _ordered(x: Array, w: QuantizedTensor | StackedTensor) -> tuple[Array, Any]:
+def _ordered(x: Array, w: Packed) -> tuple[Array, Any]:
     """Return (x, w) such that the matrix cannot be dequantised before x is computed.
 
     Without this barrier XLA may hold several dense matrices in memory at once. For a matrix that is not in a stack, the
@@ -161,14 +164,14 @@ def _ordered(x: Array, w: QuantizedTensor | StackedTensor) -> tuple[Array, Any]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _einsum(way: _Way, x: Array, w: QuantizedTensor | StackedTensor) -> Array:
+def _einsum(way: _Way, x: Array, w: Packed) -> Array:
     match way:
         case "xla":
             return _xla(x, w)
         case "dequantize":
             return _xla(x, w, by_kernel=True)
         case "auto":
-            return kernels.matmul_where_chosen(x, w, otherwise=_xla)
+            return kernels.matmul_where_chosen(x, w, otherwise=partial(_xla, by_kernel=True))
         case "pallas":
             return kernels.matmul(x, w, otherwise=_xla)
 
@@ -178,9 +181,42 @@ def _forward(way: _Way, x: Array, w: Any) -> tuple[Array, Any]:
 
 
 def _backward(way: _Way, w: Any, dy: Array) -> tuple[Array, None]:
+    return _transposed(way, dy, w), None
+
+
+def _transposed(way: _Way, dy: Array, w: Packed) -> Array:
     if way == "pallas":
-        return kernels.matmul_transposed(dy, w, otherwise=_xla_transposed), None
-    return _xla_transposed(dy, w, by_kernel=way != "xla"), None
+        return kernels.matmul_transposed(dy, w, otherwise=_xla_transposed)
+    return _xla_transposed(dy, w, by_kernel=way != "xla")
 
 
 _einsum.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mixed(way: _Way, x: Array, w: MixedTensor) -> Array:
+    """Return x times the matrix, of whose two kinds the one that the layer has is chosen at run time."""
+    return _of_kind(w, x, partial(_einsum, way), "nk,km->nm")
+
+
+def _mixed_forward(way: _Way, x: Array, w: MixedTensor) -> tuple[Array, MixedTensor]:
+    return _mixed(way, x, w), w
+
+
+def _mixed_backward(way: _Way, w: MixedTensor, dy: Array) -> tuple[Array, None]:
+    return _of_kind(w, dy, partial(_transposed, way), "nm,km->nk"), None
+
+
+_mixed.defvjp(_mixed_forward, _mixed_backward)
+
+
+def _of_kind(w: MixedTensor, x: Array, packed_product: Callable[[Array, Packed], Array], equation: str) -> Array:
+    def packed(x: Array, w: MixedTensor) -> Array:
+        return packed_product(x, StackedTensor(w.stack.packed, w.place()))
+
+    def dense(x: Array, w: MixedTensor) -> Array:
+        x, matrix = jax.lax.optimization_barrier((x, w.stack.dense[-1 - w.place()]))
+        return einsum(equation, x, matrix.astype(x.dtype))
+
+    y: Array = jax.lax.cond(w.place() >= 0, packed, dense, x, w)
+    return y

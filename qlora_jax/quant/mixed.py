@@ -6,8 +6,8 @@ layers has two parts, each of which is a stack of its own:
     packed [a, in, out] in 4 bits      dense [b, in, out]      places: for each of the a + b layers, where it is
 
 A scan over layers cannot slice the two parts together. `index_in_stack` therefore takes a `MixedStack` out of the scanned
-tree, and gives each layer a `MixedTensor`: the whole stack and the index of the layer. A product chooses its part at run
-time; its gradient with respect to x does the same, and saves no matrix.
+tree, and gives each layer a `MixedTensor`: the whole stack and the index of the layer. A product (`matmul`) chooses its part
+at run time; its gradient with respect to x does the same, and saves no matrix.
 """
 
 import dataclasses
@@ -19,9 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
 
-from qlora_jax.quant.tensor import QuantizedTensor, dequantize
+from qlora_jax.quant.tensor import QuantizedTensor
 
 __all__ = ["MixedStack", "MixedTensor", "mixed_stack"]
 
@@ -80,9 +79,13 @@ class MixedTensor:
     def ndim(self) -> int:
         return 2
 
+    def place(self) -> Array:
+        """Return the int32 index of the matrix in `packed`, or -1 minus its index in `dense`."""
+        return jnp.asarray(np.asarray(self.stack.places, np.int32))[self.index]
+
     def parts(self) -> tuple[Array, QuantizedTensor, Array]:
         """Return (whether the matrix is in 4 bits, a matrix of `packed`, one of `dense`); one of the two is the matrix."""
-        place = jnp.asarray(np.asarray(self.stack.places, np.int32))[self.index]
+        place = self.place()
 
         def take(leaf: Array, at: Array) -> Array:
             return jax.lax.dynamic_index_in_dim(leaf, jnp.maximum(at, 0), keepdims=False)
@@ -101,27 +104,3 @@ def mixed_stack(packed: QuantizedTensor, dense: Collection[int]) -> MixedStack:
     kept = np.asarray([layer for layer in range(layers) if layer not in dense])
     zeros = jnp.zeros((layers - len(kept), *packed.shape[1:]), packed.dtype)
     return MixedStack(jax.tree.map(lambda leaf: leaf[kept], packed), zeros, tuple(places))
-
-
-@jax.custom_vjp
-def mixed_matmul(x: Float[Array, "n k"], w: MixedTensor) -> Float[Array, "n m"]:
-    """Return x @ w, `[n, out]` in the dtype of x; w gets no gradient."""
-    quantized, packed, dense = w.parts()
-    x, packed, dense = jax.lax.optimization_barrier((x, packed, dense))
-    return jax.lax.cond(quantized, lambda: x @ dequantize(packed, x.dtype), lambda: jnp.matmul(x, dense.astype(x.dtype)))
-
-
-def _forward(x: Array, w: MixedTensor) -> tuple[Array, MixedTensor]:
-    return mixed_matmul(x, w), w
-
-
-def _backward(w: MixedTensor, dy: Array) -> tuple[Array, None]:
-    quantized, packed, dense = w.parts()
-    dy, packed, dense = jax.lax.optimization_barrier((dy, packed, dense))
-    return (
-        jax.lax.cond(quantized, lambda: dy @ dequantize(packed, dy.dtype).T, lambda: dy @ dense.astype(dy.dtype).T),
-        None,
-    )
-
-
-mixed_matmul.defvjp(_forward, _backward)

@@ -1,12 +1,13 @@
 """The platform that a program is compiled for, known while it is traced.
 
 `jax.lax.platform_dependent` traces the form of every platform, and of each its derivatives: half of the time that tracing a
-training step takes. In a process in which JAX has the CPU alone, only the CPU's form can be meant, so `by_platform` traces
-that one. Where there are other devices, it leaves the choice to JAX.
+training step takes. A process can run a program only on the platforms whose devices it has. `by_platform` traces the forms
+of these alone: that of the CPU where JAX has the CPU alone, that of the CPU and that of the GPU or TPU where it has both,
+because a program may be put on either.
 
-A program that is traced on a machine without an accelerator and compiled for one, e.g. with `jax.export`, must be traced
-within `tracing_for("every")` or that platform: else it holds the CPU's forms, which are as right on the other device, and
-slower.
+A program that is traced on one machine and compiled for another, e.g. with `jax.export`, must be traced within
+`tracing_for("every")` or that platform: else it holds the forms of the wrong platform, which are slower, or cannot be
+compiled there.
 """
 
 import functools
@@ -40,10 +41,14 @@ def by_platform(*operands: Any, default: Callable[..., Array], **forms: Callable
         default: the form for platforms that `forms` does not name.
         forms: functions by the names "cpu", "tpu", "cuda" and "rocm"; all give results of one shape and dtype.
     """
-    target: Target = _target.value or _target_of_this_process()
-    if target != "every":
-        return forms.get(target, default)(*operands)
-    result: Array = jax.lax.platform_dependent(*operands, default=default, **forms)
+    if _target.value == "every":
+        result: Array = jax.lax.platform_dependent(*operands, default=default, **forms)
+        return result
+    platforms = _platforms() if _target.value is None else (_target.value,)
+    *others, last = [forms.get(platform, default) for platform in platforms]
+    if all(form is last for form in others):
+        return last(*operands)
+    result = jax.lax.platform_dependent(*operands, default=last, **dict(zip(platforms, others, strict=False)))
     return result
 
 
@@ -59,5 +64,6 @@ def is_for_hopper() -> bool:
 
 
 @functools.cache
-def _target_of_this_process() -> Target:
-    return "cpu" if list(backends()) == ["cpu"] else "every"
+def _platforms() -> tuple[str, ...]:
+    """Return the platforms of the devices of this process, by JAX's names, the CPU first."""
+    return tuple(sorted(backends(), key=lambda name: name != "cpu"))

@@ -19,117 +19,15 @@ from typing import Any
 
 from qlora_jax import cli
 from qlora_jax.errors import DoesNotFitError
-from qlora_jax.models import FAMILIES, ModelSpec, family_of
+from qlora_jax.models import FAMILIES, ModelSpec
 from qlora_jax.peft import LoRA
-from qlora_jax.plan import SIZES, Machine, compile_train_step, machine_named, report_of
+from qlora_jax.plan import Machine, compile_train_step, machine_named, report_of
 from qlora_jax.platforms import use_compilers_only
 from qlora_jax.train import BatchSpec, StepSpec, language_model_objective, seq2seq_objective
-from scripts.benchmarks.model_sizes import check_names
+from scripts.benchmarks.model_sizes import USUAL, check_names, config_of
 from scripts.benchmarks.page import Section, command_line, text, write
 
 GIB = 2**30
-# The usual model of each family: its name and what its config.json says of shapes.
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama-3.1-8B", SIZES["llama-3.1-8b"]),
-    "mistral": (
-        "Mistral-7B-v0.1",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 32000,
-            "sliding_window": 4096,
-        },
-    ),
-    "qwen2": (
-        "Qwen2.5-7B",
-        {
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "vocab_size": 152064,
-            "use_sliding_window": False,
-        },
-    ),
-    "qwen3": ("Qwen3-8B", SIZES["qwen3-8b"]),
-    "gemma": (
-        "Gemma-7B",
-        {
-            "hidden_size": 3072,
-            "intermediate_size": 24576,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 16,
-            "head_dim": 256,
-            "vocab_size": 256000,
-        },
-    ),
-    "gemma2": ("Gemma-2-9B", SIZES["gemma-2-9b"]),
-    "gemma3_text": (
-        "Gemma-3-4B",
-        {
-            "hidden_size": 2560,
-            "intermediate_size": 10240,
-            "num_hidden_layers": 34,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "vocab_size": 262208,
-            "sliding_window": 1024,
-        },
-    ),
-    "phi3": (
-        "Phi-3-mini-4k",
-        {
-            "hidden_size": 3072,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "vocab_size": 32064,
-            "sliding_window": 2047,
-        },
-    ),
-    "smollm3": (
-        "SmolLM3-3B",
-        {
-            "hidden_size": 2048,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 4,
-            "vocab_size": 128256,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "gpt_neox": (
-        "Pythia-6.9B",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 16384,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "vocab_size": 50432,
-        },
-    ),
-    "t5": (
-        "Flan-T5-XL",
-        {
-            "d_model": 2048,
-            "d_kv": 64,
-            "d_ff": 5120,
-            "num_layers": 24,
-            "num_heads": 32,
-            "vocab_size": 32128,
-            "feed_forward_proj": "gated-gelu",
-            "tie_word_embeddings": False,
-        },
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +36,7 @@ class Arguments:
 
     devices: tuple[str, ...] = ("h100", "a100-40", "rtx4090", "v5e", "v5p", "v6e")
     """Devices, in the notation of scripts/plan.py."""
-    families: tuple[str, ...] = tuple(MODELS)
+    families: tuple[str, ...] = tuple(USUAL)
     """Families, by their model_type."""
     packing: bool = False
     """Compile for packed rows."""
@@ -180,7 +78,7 @@ def run(arguments: Arguments) -> int:
 
 def _compile(family: str, machine: Machine, packing: bool) -> dict[str, Any]:
     """Return what the compiler says of a cell, as plain values."""
-    config = family_of({"model_type": family}).config({"model_type": family, **MODELS[family][1]})
+    config = config_of(family)
     objective = seq2seq_objective() if family == "t5" else language_model_objective(packed=packing)
     spec = StepSpec(ModelSpec(config, method=LoRA(16)), objective, BatchSpec(length=1024))
     start = time.process_time()
@@ -209,7 +107,7 @@ def _section(arguments: Arguments, cells: dict[tuple[str, str, bool], dict[str, 
 
     memories = {name: machine_named(name).device.memory_bytes for name in arguments.devices}
     rows = [
-        (MODELS[family][0], *(shown(cells[family, name, arguments.packing], memories[name]) for name in arguments.devices))
+        (USUAL[family][0], *(shown(cells[family, name, arguments.packing], memories[name]) for name in arguments.devices))
         for family in arguments.families
     ]
     versions = {name: value for cell in cells.values() for name, value in cell["versions"].items()}

@@ -16,7 +16,6 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmarks" / "measure_plan.py
 def test_recipes_are_plans() -> None:
     config = llama_config(SIZES["smollm2-135m"])
     peaks = {name: quick_plan(make(config), "tpu").peak for name, make in script.RECIPES.items()}
-    assert set(peaks) == {"paper", "packed", "offload", "dots"}
     assert peaks["dots"] > peaks["offload"]
 
 
@@ -37,3 +36,9 @@ def test_bad_input_is_one_line() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: models: expected some of ")
     assert done.stderr.strip().endswith("found llama-8b")
+
+
+def test_about_a_third_is_held_out_of_each_device() -> None:
+    for device in ("h100", "v5e"):
+        keys = [(model, device, recipe) for model in SIZES for recipe in script.RECIPES]
+        assert 0.25 < sum(map(script.is_held_out, keys)) / len(keys) < 0.42

@@ -3,16 +3,18 @@
 import dataclasses
 
 import pytest
-from tiny_llama import changed
+from tiny_llama import TINY, changed
 
 from qlora_jax.models import ModelSpec
 from qlora_jax.models.llama import llama_config
+from qlora_jax.nn import AttentionTarget
 from qlora_jax.peft import LoRA
 from qlora_jax.plan import SIZES, quick_plan
 from qlora_jax.plan.factors import FACTORS
 from qlora_jax.plan.quick import features, residual_bytes
 from qlora_jax.train import BatchSpec, StepSpec, language_model_objective
 
+HOPPER, TPU = AttentionTarget("gpu", (9, 0)), AttentionTarget("tpu")
 LLAMA = llama_config(SIZES["llama-3-8b"])
 PLAIN = language_model_objective(packed=False)
 SPEC = StepSpec(ModelSpec(LLAMA, method=LoRA(16)), PLAIN, BatchSpec(batch_size=4, length=2048))
@@ -39,11 +41,32 @@ def test_columns_are_spread_over_devices_and_the_adapter_is_not() -> None:
 
 def test_residuals_by_remat() -> None:
     stream = 32 * 4 * 2048 * 4096 * 2
-    assert residual_bytes(SPEC) == (stream, 0)
-    assert residual_bytes(changed(SPEC, model={"remat": "offload"})) == (0, stream)
-    dots, _ = residual_bytes(changed(SPEC, model={"remat": "dots"}))
-    none, _ = residual_bytes(changed(SPEC, model={"remat": "none"}))
+    assert residual_bytes(SPEC, HOPPER) == (stream, 0)
+    assert residual_bytes(changed(SPEC, model={"remat": "offload"}), HOPPER) == (0, stream)
+    dots, _ = residual_bytes(changed(SPEC, model={"remat": "dots"}), HOPPER)
+    none, _ = residual_bytes(changed(SPEC, model={"remat": "none"}), HOPPER)
     assert stream < dots < none
+
+
+@pytest.mark.parametrize(
+    ("target", "length", "attended", "sums"),
+    [
+        (HOPPER, 64, 64 * 80, 0),
+        (TPU, 128, 128 * 128, 0),  # splash attention takes heads of 64, 128 …
+        (HOPPER, 50, 64 * 80, 0),  # cuDNN takes multiples of 64 tokens
+        (AttentionTarget(), 64, 64 * 80, 4),  # XLA's attention saves a float32 sum for each head of a token
+    ],
+)
+def test_saved_results_of_attention_are_padded_as_the_kernel_wants(
+    target: AttentionTarget, length: int, attended: int, sums: int
+) -> None:
+    """By hand, for heads of 80 features: what "dots" saves in each layer, in bfloat16."""
+    heads, kv, hidden, inner, rank, layers = 4, 2, 320, 640, 8, 3
+    shape = {"num_attention_heads": heads, "num_key_value_heads": kv, "hidden_size": hidden, "head_dim": 80}
+    config = llama_config(TINY | shape | {"intermediate_size": inner, "num_hidden_layers": layers})
+    spec = StepSpec(ModelSpec(config, method=LoRA(rank), remat="dots"), PLAIN, BatchSpec(length=length))
+    products = length * (hidden + 80 * heads + 2 * 80 * kv + hidden + 2 * inner + 7 * rank) + heads * attended
+    assert residual_bytes(spec, target) == (layers * (2 * products + sums * heads * length), 0)
 
 
 def test_options_move_memory_the_right_way() -> None:

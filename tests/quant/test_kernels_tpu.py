@@ -1,6 +1,7 @@
 """The TPU kernels in interpret mode, against float64 products with the matrix that the codes stand for."""
 
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -82,18 +83,23 @@ def test_what_no_kernel_takes_falls_back_or_is_refused(shape: Any, block_size: i
 
 
 @pytest.mark.parametrize(
-    ("count", "implementation", "called"),
+    ("rows", "block_size", "count", "implementation", "called"),
     [
-        (64, "auto", ["matmul_4bit"]),
-        (65, "auto", ["dequantize_4bit"]),
-        (2, "xla", []),
-        (65, "xla", []),
-        (200, "pallas", ["matmul_4bit"]),
+        (256, 64, 64, "auto", ["matmul_4bit"]),
+        (256, 64, 65, "auto", ["dequantize_4bit"]),
+        (256, 64, 2, "xla", []),
+        (256, 64, 65, "xla", []),
+        (256, 64, 200, "pallas", ["matmul_4bit"]),
+        (256, 256, 2, "auto", ["dequantize_4bit"]),  # the kernel of few rows does not take such blocks
+        (384, 64, 2, "auto", ["dequantize_4bit"]),  # that of GPUs takes this matrix, and that of TPUs does not
     ],
 )
-def test_the_kernel_is_lowered_by_the_number_of_rows_on_a_tpu(count: int, implementation: Any, called: list[str]) -> None:
-    q = jax.eval_shape(quantize, jax.ShapeDtypeStruct((256, 128), jnp.float32))
-    x = jax.ShapeDtypeStruct((count, 256), jnp.bfloat16)
+def test_the_kernel_is_lowered_by_the_number_of_rows_on_a_tpu(
+    rows: int, block_size: int, count: int, implementation: Any, called: list[str]
+) -> None:
+    quantized = partial(quantize, block_size=block_size)
+    q = jax.eval_shape(quantized, jax.ShapeDtypeStruct((rows, 128), jnp.float32))
+    x = jax.ShapeDtypeStruct((count, rows), jnp.bfloat16)
     with tracing_for("every"):
         traced = jax.jit(lambda x, q: matmul(x, q, implementation=implementation)).trace(x, q)
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
@@ -107,6 +113,7 @@ def test_a_kernel_that_does_not_compile_is_told_once_and_left_alone(monkeypatch:
         raise NotImplementedError("no such instruction\nand more")
 
     monkeypatch.setattr(kernels.tpu, "matmul", refuses)
+    monkeypatch.setattr(kernels, "dequantizer", lambda *_: None)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     q, x = quantize(random(256, 128)), random(2, 256, seed=1)
     with pytest.warns(UserWarning, match="does not compile here, XLA does its work: no such instruction"):

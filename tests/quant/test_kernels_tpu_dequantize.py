@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import value_and_pullback
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 from kernel_checks import LIMITS, dense_matrix, random, relative_error
 
 from qlora_jax.quant import QuantizedTensor, StackedTensor, kernels, matmul, quantize, tracing_for
@@ -38,7 +40,7 @@ def test_the_matrix_is_that_of_its_codes(
 def test_product_and_gradient_of_a_layer(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     """The TPU's branch of a product of many rows, which a CPU runs here."""
     monkeypatch.setattr(tpu_dequantize, "dequantize", partial(tpu_dequantize.dequantize, interpret=True))
-    monkeypatch.setattr(kernels, "_dequantizer", lambda dtype: partial(tpu_dequantize.dequantize, dtype=dtype))
+    monkeypatch.setattr(kernels, "_dequantizer", lambda dtype, _: partial(tpu_dequantize.dequantize, dtype=dtype))
     q = quantize(random(3, 576, 256))
     x, dy = (jnp.asarray(random(70, size, seed=1), dtype) for size in (576, 256))
 
@@ -60,3 +62,27 @@ def test_xla_dequantises_what_the_kernel_does_not_support(shape: Any, block_size
     with tracing_for("tpu"):
         traced = jax.jit(matmul).trace(x, q)
     assert "tpu_custom_call" not in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_on_several_devices_each_dequantises_the_gathered_matrix() -> None:
+    """XLA cannot distribute a kernel, so the program maps it over the devices; the product remains XLA's to distribute."""
+    q = jax.eval_shape(quantize, jax.ShapeDtypeStruct((256, 128), jnp.float32))
+    x = jax.ShapeDtypeStruct((70, 256), jnp.bfloat16)
+    mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    with tracing_for("tpu"), jax.sharding.use_abstract_mesh(mesh):
+        jaxpr = jax.make_jaxpr(matmul)(x, q)
+    (mapped,) = (equation for equation in equations(jaxpr.jaxpr) if equation.primitive.name == "shard_map")
+    assert "dequantize_4bit" in str(mapped.params["jaxpr"])
+    assert [value.aval.shape for value in mapped.outvars] == [(256, 128)]
+    assert all(spec == P() for spec in mapped.params["out_specs"])
+
+
+def equations(jaxpr: Any) -> list[Any]:
+    """Return the equations of a program and of those within it, except of what is mapped over devices."""
+    found = []
+    for equation in jaxpr.eqns:
+        found.append(equation)
+        inner = [value for value in equation.params.values() if hasattr(value, "jaxpr") or hasattr(value, "eqns")]
+        for value in inner if equation.primitive.name != "shard_map" else ():
+            found += equations(getattr(value, "jaxpr", value))
+    return found

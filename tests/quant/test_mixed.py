@@ -1,12 +1,23 @@
 """Stacks of mixed storage: their products and gradients against the dense matrices that they stand for."""
 
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from qlora_jax.quant import MixedStack, dequantize, index_in_stack, matmul, mixed_stack, quantize
+from qlora_jax.quant import (
+    MixedStack,
+    MixedTensor,
+    dequantize,
+    index_in_stack,
+    matmul,
+    mixed_stack,
+    quantize,
+    tracing_for,
+)
 
 
 def test_products_and_gradients_of_each_layer() -> None:
@@ -43,3 +54,16 @@ def test_products_and_gradients_of_each_layer() -> None:
         np.testing.assert_allclose(gradients[layer], y @ matrix.T, atol=1e-4)
         own = stack.matrix(layer)
         np.testing.assert_array_equal(own if isinstance(own, jax.Array) else dequantize(own), matrix)
+
+
+@pytest.mark.parametrize(("count", "called"), [(2, "matmul_4bit"), (70, "dequantize_4bit")])
+def test_on_a_tpu_the_kernels_read_the_packed_stack(count: int, called: str) -> None:
+    """The packed bytes are an operand of the kernel as the whole stack, beside the index of a matrix."""
+    stack = jax.eval_shape(lambda w: mixed_stack(quantize(w), [1]), jax.ShapeDtypeStruct((3, 256, 128), jnp.bfloat16))
+    matrix = MixedTensor(stack, jax.ShapeDtypeStruct((), jnp.int32))
+    with tracing_for("tpu"):
+        traced = jax.jit(matmul).trace(jax.ShapeDtypeStruct((count, 256), jnp.bfloat16), matrix)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    (call,) = (line for line in text.splitlines() if "@tpu_custom_call" in line)
+    assert re.findall(r'kernel_name = "(\w+)"', call) == [called]
+    assert "tensor<2x128x128xui8>" in call

@@ -1,16 +1,17 @@
 """Which forms of a computation are traced, and which one a program holds, by what it computes."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from qlora_jax.quant import by_platform, tracing_for
+from qlora_jax.quant import by_platform, targets, tracing_for
 from qlora_jax.quant.targets import Target
 
 
-def program() -> tuple[Callable[[jax.Array], jax.Array], list[str]]:
+def program() -> tuple[Any, list[str]]:
     """Return a jitted choice among three forms, and the list of those that were traced."""
     traced: list[str] = []
 
@@ -50,3 +51,29 @@ def test_every_platform() -> None:
         lowered = jax.jit(run).trace(jnp.zeros(())).lower(lowering_platforms=("cuda",)).as_text()
     assert set(traced) == {"cpu", "tpu", "default"}
     assert "3.000000e+00" in lowered
+
+
+@pytest.mark.parametrize(
+    ("platforms", "forms"),
+    [(("cpu", "cuda"), {"cpu", "default"}), (("cpu", "tpu"), {"cpu", "tpu"}), (("tpu",), {"tpu"}), (("cuda",), {"default"})],
+)
+def test_a_process_traces_the_forms_of_its_own_platforms(
+    monkeypatch: pytest.MonkeyPatch, platforms: tuple[str, ...], forms: set[str]
+) -> None:
+    """Whichever of them a program is compiled for, it holds that platform's form."""
+    monkeypatch.setattr(targets, "_platforms", lambda: platforms)
+    run, traced = program()
+    lowered = {name: run.trace(jnp.zeros(())).lower(lowering_platforms=(name,)).as_text() for name in platforms}
+    assert set(traced) == forms
+    for name, text in lowered.items():
+        assert {"cpu": "1.000000e+00", "tpu": "2.000000e+00", "cuda": "3.000000e+00"}[name] in text
+        assert text.count("stablehlo.add") == 1
+    if "cpu" in platforms:
+        assert run(jnp.zeros(())) == 1
+
+
+def test_forms_that_are_one_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "_platforms", lambda: ("cpu", "cuda"))
+    traced = []
+    jax.make_jaxpr(lambda x: by_platform(x, default=lambda x: traced.append(0) or x, tpu=jnp.sin))(1.0)
+    assert traced == [0]

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from qlora_jax.quant.kernels import hopper, tpu, tpu_dequantize, trial
@@ -61,6 +62,12 @@ def on_one_device() -> bool:
     return jax.device_count() == 1 if mesh.empty else mesh.size == 1
 
 
+def on_several_devices() -> bool:
+    """Return whether the context has a mesh of several devices, over which XLA spreads the program."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size > 1 and mesh.are_all_axes_auto
+
+
 def matmul(x: Array, w: Packed, *, otherwise: Otherwise) -> Array:
     """Return x `[M, in]` times W, by the kernel of the platform or by the TPU kernel in interpret mode.
 
@@ -96,9 +103,11 @@ def matmul_where_chosen(x: Array, w: Packed, *, otherwise: Otherwise) -> Array:
 def dequantizer(w: Packed, dtype: DTypeLike) -> Callable[[Packed], Array] | None:
     """Return the function by which TPUs dequantise a matrix like w to `[in, out]`.
 
+    On several devices each of them dequantises the whole matrix, whose packed bytes it has gathered.
+
     None if the kernel does not support the matrix or, where a TPU is attached, if its compiler rejects the kernel.
     """
-    kernel = _dequantizer(jnp.dtype(dtype))
+    kernel = _dequantizer(jnp.dtype(dtype), on_several_devices())
     if tpu_dequantize.unsupported_reason(_parts(w)[0], dtype) is not None:
         return None
     if _platform() == "tpu" and not _compiles(kernel, *_shapes(*_parts(w))):
@@ -126,8 +135,11 @@ def fused(x: Array, w: Packed, *, transposed: bool = False) -> Callable[[Array, 
 
 
 @functools.cache
-def _dequantizer(dtype: DTypeLike) -> Callable[[QuantizedTensor, Array | None], Array]:
-    return functools.partial(tpu_dequantize.dequantize, dtype=dtype)
+def _dequantizer(dtype: DTypeLike, replicated: bool) -> Callable[[QuantizedTensor, Array | None], Array]:
+    kernel = functools.partial(tpu_dequantize.dequantize, dtype=dtype)
+    if not replicated:
+        return kernel
+    return lambda *parts: jax.shard_map(kernel, in_specs=P(), out_specs=P(), check_vma=False)(*parts)
 
 
 def _shapes(*arguments: Any) -> tuple[tuple[jax.ShapeDtypeStruct, ...], Any]:
