@@ -24,7 +24,7 @@ from qlora_jax.models.attention_kinds import cache_lasts, layer_kinds, of_kind, 
 from qlora_jax.models.chunks import chunk_count
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import DecoderLayer, make_norm
-from qlora_jax.models.kv_cache import KVCache, cache_masks, empty_cache, with_first_tokens
+from qlora_jax.models.kv_cache import KVCache, cache_masks, empty_cache, with_first_tokens, write_slots
 from qlora_jax.models.neftune import neftune_noise
 from qlora_jax.models.origin import Origin
 from qlora_jax.models.prompts import with_prompt
@@ -217,27 +217,37 @@ class CausalLM(nnx.Module):
         return self.norm(x[:, -tokens.shape[1] :])
 
     def decode(
-        self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"], cache: KVCache
+        self,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t"],
+        cache: KVCache,
+        *,
+        lengths: Int[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b v"], KVCache]:
-        """Process new tokens after those in the cache.
+        """Process new tokens of each row after those in the cache.
 
         Args:
-            tokens: int32 `[b, t]`, a complete left-padded prompt or one token per row.
-            positions: int32 `[b, t]`; negative positions mark padding.
+            tokens: int32 `[b, t]`, a prompt or a part of it, padded on the right, or one token per row.
+            positions: int32 `[b, t]`, which increase by one in each row and may begin anywhere up to the row's past tokens;
+                negative for padding. The slots of all t tokens, padding included, must be within the cache's capacity.
             cache: the keys and values of the tokens so far.
+            lengths: int32 `[b]`, the lengths of the whole prompts, if `tokens` are only a part of them; None: the prompts end
+                with `tokens`. Frequencies may depend on them (`cache_lasts`).
 
         Returns:
-            (logits of the last token `[b, vocabulary]`, the cache including the new tokens).
+            (logits of each row's last token `[b, vocabulary]`, the cache including the new tokens).
         """
-        shifted = jnp.where(positions < 0, positions, positions + self._virtual_tokens)
-        x, cache = self._extended(self._embed(tokens), shifted, cache)
-        return self.logits(self.norm(x[:, -1])), cache
+        slots = jnp.where(positions < 0, positions, positions + self._virtual_tokens)
+        totals = None if lengths is None else lengths[:, None] + self._virtual_tokens
+        x, cache = self._extended(self._embed(tokens), slots, cache, totals)
+        last = jnp.maximum(jnp.sum(positions >= 0, axis=1) - 1, 0)
+        return self.logits(self.norm(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])), cache
 
-    def _extended(self, x: Array, positions: Array, cache: KVCache, lengths: Array | None = None) -> tuple[Array, KVCache]:
+    def _extended(self, x: Array, slots: Array, cache: KVCache, lengths: Array | None = None) -> tuple[Array, KVCache]:
         """Return the last layer's output `[b, t, hidden_size]` for embedded tokens x, and the cache including them."""
-        config, count = self.config, x.shape[1]
-        rotations = rotations_of(self.config, jnp.maximum(positions, 0), lengths)
-        filled, mask_of = cache_masks(config, cache, positions, self._virtual_tokens)
+        config, first = self.config, slots[:, 0]
+        rotations = rotations_of(self.config, jnp.maximum(slots, 0), lengths)
+        mask_of = cache_masks(config, cache.keys.shape[3], slots)
         graph, layers = nnx.split(self.layers)
         scanned, layer_of = by_layer(layers)
 
@@ -246,10 +256,7 @@ class CausalLM(nnx.Module):
             state, layer, kind = inputs
 
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
-                start = (layer, 0, 0, cache.length, 0)
-                k, v = (x.swapaxes(1, 2)[None].astype(past_keys.dtype) for x in (k, v))
-                keys = jax.lax.dynamic_update_slice(past_keys, k, start)
-                values = jax.lax.dynamic_update_slice(past_values, v, start)
+                keys, values = write_slots(past_keys, k, layer, first), write_slots(past_values, v, layer, first)
                 own = keys[layer], values[layer], partial(mask_of, kind)
                 return cached_attention(q, *own, scale=config.score_scale, cap=config.score_cap), (keys, values)
 
@@ -258,7 +265,7 @@ class CausalLM(nnx.Module):
 
         inputs = (scanned, jnp.arange(config.num_hidden_layers), layer_kinds(self.config))
         (x, keys, values), _ = jax.lax.scan(run_layer, (x, cache.keys, cache.values), inputs)
-        return x, KVCache(keys, values, filled, cache.length + count)
+        return x, KVCache(keys, values)
 
     def cache_lasts(self, length: int) -> int | None:
         """Return the length up to which the cache of a row of `length` tokens is right when the row grows; None: always.
