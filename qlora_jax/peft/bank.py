@@ -9,7 +9,7 @@ that of B contains A. A module that an adapter does not target has zeros and the
 
 How to use it (a server or a trainer does all of this; none of it compiles anything after its first call):
 
-    model = open_pretrained(base, method=Bank(slots=64, bank_rank=16)).load()  K = 64 with slot 0; all slots are empty
+    model = open_pretrained(base, method=Bank(64, 16, dtype)).load()           K = 64 with slot 0; all slots are empty
     graphdef, bank, frozen = split_bank(model)                                 bank: lora_a, lora_b and scale of all stacks
     values = adapters.bank.slot_values(model, read_adapter(folder))            NumPy; or an error that names the reason
     bank = write_slot(bank, slot, values)                                      in place: the old bank is donated
@@ -20,9 +20,12 @@ How to use it (a server or a trainer does all of this; none of it compiles anyth
 
 The product. A and B of each row are gathered, and multiplied as a batch of small matrices; for one token a row, where
 reading A and B is all the work, they are multiplied and summed by one fused loop that reads them out of the bank without a
-copy between. Operations and bytes grow with the tokens and with the rows' adapters. `jax.lax.ragged_dot` over rows in the
-order of their slots is not used: compiled for H100 it reads the whole bank (16 rows of one token: 87 MB at K = 16, 1,366 MB
-at K = 256, where the loop reads 35 MB at any K). docs/tenants.md has the figures.
+copy between. Operations and bytes grow with the tokens and with the rows' adapters, not with K (docs/tenants.md). This is
+what the compilers say for it: A lies transposed, since TPUs pad a last axis of r to 128; layers stay in their stack while
+decoding (`quant.SlotMatrices`); and the bank has the dtype of the activations, since XLA for TPUs otherwise converts all
+slots before it gathers some. The result is the same, because float32 matrices are rounded to that dtype anyway. Training
+needs float32, and takes few slots at a time. `jax.lax.ragged_dot` over rows in the order of their slots is not used: for
+H100 it reads the whole bank (16 rows of one token: 87 MB at K = 16, 1,366 MB at K = 256, where the loop reads 35 MB).
 
 The gradient of a whole bank is as large as the bank. Training therefore takes the slots of a step's tenants out of the bank
 (`take_slots`), and differentiates those (`train.tenants`).
@@ -39,6 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from qlora_jax.errors import CheckpointError, OptionError, UnsupportedError, list_names
 from qlora_jax.nn import AdapterConstant, LayerContext, Linear, checkpoint_name
@@ -75,6 +79,7 @@ class Bank(Method):
     Attributes:
         slots: K, the number of slots, with slot 0 for the bare base.
         bank_rank: r, the largest rank of an adapter.
+        dtype: of the matrices; that of the activations to serve, float32 to train.
         target_modules: the linear modules that adapters may target, as LoRA's field of this name selects them. A stack of
             which one layer is selected is in the bank as a whole.
 
@@ -84,6 +89,7 @@ class Bank(Method):
 
     slots: int = 2
     bank_rank: int = 16
+    dtype: DTypeLike = "float32"
     target_modules: str | tuple[str, ...] = ALL_LINEAR
 
     def __post_init__(self) -> None:
@@ -94,16 +100,17 @@ class Bank(Method):
     def targets(self, layers: Mapping[str, Sequence[str]]) -> "dict[str, BankSpec]":
         """See `method.Method`."""
         chosen = choose(LoRA(target_modules=self.target_modules), layers)
-        spec = BankSpec(self.slots, self.bank_rank)
+        spec = BankSpec(self.slots, self.bank_rank, self.dtype)
         return {key: spec for key, names in layers.items() if not chosen.isdisjoint(names)}
 
 
 @dataclasses.dataclass(frozen=True)
 class BankSpec:
-    """The slots of a linear layer: how many, and of which rank."""
+    """The slots of a linear layer: how many, and of which rank and dtype."""
 
     slots: int
     rank: int
+    dtype: DTypeLike = "float32"
 
     def make(self, in_features: int, out_features: int, *, layer: int | Array = 0, rngs: nnx.Rngs) -> "BankLinear":
         """Return empty slots for one layer."""
@@ -114,13 +121,13 @@ class BankLinear(nnx.Module):
     """The slots of one linear layer.
 
     Attributes:
-        lora_a, lora_b: `nnx.LoRAParam`s holding float32 `quant.SlotMatrices` `[K, r, in]` and `[K, r, out]`.
+        lora_a, lora_b: `nnx.LoRAParam`s holding `quant.SlotMatrices` `[K, r, in]` and `[K, r, out]`.
         scale: float32 `SlotScale` `[K]`.
     """
 
     def __init__(self, in_features: int, out_features: int, *, spec: BankSpec) -> None:
-        self.lora_a = nnx.LoRAParam(SlotMatrices(jnp.zeros((spec.slots, spec.rank, in_features), jnp.float32)))
-        self.lora_b = nnx.LoRAParam(SlotMatrices(jnp.zeros((spec.slots, spec.rank, out_features), jnp.float32)))
+        self.lora_a = nnx.LoRAParam(SlotMatrices(jnp.zeros((spec.slots, spec.rank, in_features), spec.dtype)))
+        self.lora_b = nnx.LoRAParam(SlotMatrices(jnp.zeros((spec.slots, spec.rank, out_features), spec.dtype)))
         self.scale = SlotScale(jnp.zeros((spec.slots,), jnp.float32))
 
     def __call__(self, x: Array, linear: Linear, context: LayerContext) -> Array:
@@ -167,7 +174,7 @@ def take_slots(bank: Any, slots: Array) -> Any:
 
 def put_slots(bank: Any, slots: Array, values: Any) -> Any:
     """Return the bank with the values `[layers, S, …]` in these slots; entries of `slots` beyond the bank are left out."""
-    return jax.tree.map(lambda leaf, new: leaf.at[:, slots].set(new, mode="drop"), bank, values)
+    return jax.tree.map(lambda leaf, new: leaf.at[:, slots].set(new.astype(leaf.dtype), mode="drop"), bank, values)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -181,7 +188,7 @@ def write_slot(bank: Any, slot: int | Array, values: Any) -> Any:
         slot: the index, which is not checked here.
         values: of `fill_slot`.
     """
-    return jax.tree.map(lambda leaf, new: leaf.at[:, slot].set(new), bank, values)
+    return jax.tree.map(lambda leaf, new: leaf.at[:, slot].set(new.astype(leaf.dtype)), bank, values)
 
 
 @partial(jax.jit, donate_argnums=0)
