@@ -116,6 +116,10 @@ class Engine:
         """Whether there is anything to do."""
         return bool(self._answers or self._events or self._in_flight)
 
+    def running(self, ticket: int) -> bool:
+        """Return whether a request has answers that have not ended."""
+        return ticket in self._answers
+
     def check(self, request: Request) -> None:
         """Raise an error for a request that this engine cannot answer.
 
