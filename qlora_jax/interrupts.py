@@ -170,7 +170,9 @@ class Interrupts:
                     deadline = now + (_SHORT_SECONDS if self._ends_at_once() else GRACE_SECONDS)
             else:
                 owner = getattr(signal.getsignal(number), "__self__", None)
-                if select.select([pipe], [], [], 0)[0]:  # a block that deferred a signal has just ended: its time starts anew
+                if select.select([pipe], [], [], 0)[
+                    0
+                ]:  # a block that deferred a signal has just ended: its time starts anew
                     continue
                 if not self.handled and (owner is self or (isinstance(owner, Deferral) and count > 1)):
                     self._end(number)

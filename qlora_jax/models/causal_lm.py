@@ -279,10 +279,7 @@ class CausalLM(nnx.Module):
         return x, KVCache(keys, values)
 
     def cache_lasts(self, length: int) -> int | None:
-        """Return the length up to which the cache of a row of `length` tokens is right when the row grows; None: always.
-
-        A row that outgrows it needs a new cache: with LongRoPE and dynamic NTK all rotations depend on the length.
-        """
+        """Return the length up to which the cache of a row of `length` tokens is right; None: always. See `nn.rope`."""
         last = cache_lasts(self.config, length + self._virtual_tokens)
         return None if last is None else last - self._virtual_tokens
 

@@ -100,7 +100,7 @@ class Answer:
         tokens: the prompt and the tokens of the answer that the host knows.
         text: the text of the answer.
         row: the row in which the answer runs; None: it waits.
-        slot: the slot of its adapter.
+        slot, version: those of its adapter, as `Adapters.acquire` returned them.
         key: what texts must share, besides tokens, to share keys and values in the cache.
         lasts: the length up to which its part of the cache is right; None: always.
         target: the number of tokens that a prefill processes before the next token can be drawn.
@@ -117,6 +117,7 @@ class Answer:
     text: AnswerText
     row: int | None = None
     slot: int = 0
+    version: object = None
     key: tuple[object, ...] = ()
     lasts: int | None = None
     target: int = 0

@@ -20,28 +20,29 @@ runs it in a thread of its own.
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qlora_jax.errors import OptionError
-from qlora_jax.serve import programs
+from qlora_jax.errors import OptionError, QLoRAError
 from qlora_jax.serve.answer import Answer, AnswerText, Event, Finish, TokenLogprobs
+from qlora_jax.serve.device import Device
 from qlora_jax.serve.generate import LengthDependent
 from qlora_jax.serve.interfaces import Adapters, Grammar, NoAdapters
-from qlora_jax.serve.programs import Chunk, DeviceState
 from qlora_jax.serve.request import Request
-from qlora_jax.serve.row_sampling import Drawn, RowSettings, all_allowed, empty_memory
+from qlora_jax.serve.row_sampling import Drawn, RowSettings, all_allowed
 from qlora_jax.serve.scheduler import Limits, Placement, Scheduler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Counts", "Engine", "PromptError"]
+
+_logger = logging.getLogger(__name__)
 
 
 class PromptError(OptionError):
@@ -89,32 +90,27 @@ class Engine:
             constrain: makes a grammar from `Request.grammar`; None: requests with a grammar are refused.
         """
         self.limits, self.counts, self.scheduler = limits, Counts(), Scheduler(limits)
-        self._graphdef, self._state, self._vocabulary, self._tokenizer = graphdef, state, vocabulary, tokenizer
+        self._vocabulary, self._tokenizer, self._constrain = vocabulary, tokenizer, constrain
         self._adapters: Adapters = adapters or NoAdapters()
-        self._constrain = constrain
-        model, rows = nnx.merge(graphdef, state), limits.rows
+        self._device = Device(graphdef, state, limits, vocabulary, self._adapters)
+        model = nnx.merge(graphdef, state)
         self._cache_lasts = model.cache_lasts if isinstance(model, LengthDependent) else lambda _: None
-        # A chunk that begins in the last slot of a text ends within the capacity, and the last slot belongs to no text.
-        self._capacity = limits.capacity + limits.chunk
-        self._device = jax.jit(
-            lambda state: DeviceState(
-                nnx.merge(graphdef, state).init_cache(rows, self._capacity),
-                jnp.zeros((rows, vocabulary), jnp.float32),
-                empty_memory(rows, vocabulary),
-            )
-        )(state)
-        self._settings = jax.device_put(RowSettings.of([None] * rows, vocabulary))
-        self._all_allowed = jax.device_put(all_allowed(rows, vocabulary))
         self._tickets = itertools.count()
         self._answers: dict[int, list[Answer]] = {}
         self._grammars: dict[Answer, Grammar] = {}
         self._events: list[Event] = []
+        self._without_adapter: list[Answer] = []
         self._in_flight: _Launch | None = None
 
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
         return bool(self._answers or self._events or self._in_flight)
+
+    @property
+    def waits(self) -> bool:
+        """Whether nothing is being computed: there is nothing to do, or adapters are being loaded."""
+        return self._in_flight is None and not self._events and not self.scheduler.running()
 
     def running(self, ticket: int) -> bool:
         """Return whether a request has answers that have not ended."""
@@ -158,8 +154,6 @@ class Engine:
             for number in range(request.count)
         ]
         grammars = [self._constrain(request.grammar) for _ in answers] if request.grammar and self._constrain else []
-        for answer in answers:
-            self._begin(answer)
         self.scheduler.enqueue(answers)
         self._grammars.update(zip(answers, grammars, strict=False))
         self._answers[ticket] = answers
@@ -173,9 +167,12 @@ class Engine:
     def step(self) -> list[Event]:
         """Do one step; return what happened."""
         if (answer := self.scheduler.preempt()) is not None:
-            self._adapters.release(answer.request.adapter)
+            self._adapters.release(answer.slot)
         for placement in self.scheduler.place(self._acquire):
             self._start(placement)
+        for answer in self._without_adapter:
+            self._end(answer, "error")
+        self._without_adapter.clear()
         launched = self._launch()
         if self._in_flight is not None:
             self._collect(self._in_flight)
@@ -184,47 +181,42 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compile all programs by running each once; the engine must have no requests."""
-        row, tokens = np.int32(0), np.zeros((1, self.limits.chunk), np.int32)
-        nobody = np.zeros(self.limits.rows, bool)
-        self._prefill(Chunk(tokens, tokens - 1, row, np.ones(1, np.int32), np.zeros(1, np.int32)))
-        self._decode(np.full(self.limits.rows, self._capacity - 1, np.int32), nobody, np.zeros(self.limits.rows, np.int32))
-        jax.block_until_ready(self._draw(np.zeros(self.limits.rows, np.int32), nobody, self._all_allowed))
-        self._remember(row, np.zeros(0, np.int32), np.zeros(0, np.int32), {})
-        self._device = jax.block_until_ready(programs.copy_row(self._device, row, row))
+        self._device.warm_up()
 
     def _begin(self, answer: Answer) -> None:
         """Set what an answer needs before its tokens so far are processed from the first one on."""
         answer.target, answer.written = len(answer.tokens), 0
         answer.lasts = self._cache_lasts(answer.target)
-        answer.key = (answer.request.adapter, self._adapters.version(answer.request.adapter), answer.lasts)
+        answer.key = (answer.request.adapter, answer.version, answer.lasts)
 
     def _acquire(self, answer: Answer) -> bool:
         if answer.known < answer.drawn:  # it lost its row in this step: a token of it is still to be read
             return False
-        slot = self._adapters.acquire(answer.request.adapter)
-        if slot is None:
+        try:
+            acquired = self._adapters.acquire(answer.request.adapter)
+        except (QLoRAError, OSError):
+            _logger.exception("an adapter cannot be loaded")
+            self._without_adapter.append(answer)
             return False
-        answer.slot = slot
-        self._begin(answer)  # the adapter of this name may have changed since the request came
+        if acquired is None:
+            return False
+        answer.slot, answer.version = acquired
+        self._begin(answer)
         return True
 
     def _start(self, placement: Placement) -> None:
-        answer, row = placement.answer, np.int32(placement.row)
-        self._state = self._adapters.install(self._state)
+        answer, request = placement.answer, placement.answer.request
+        self._device.install_adapters()
         if placement.source is not None and placement.source != placement.row:
-            self._device = programs.copy_row(self._device, np.int32(placement.source), row)
+            self._device.copy_row(placement.source, placement.row)
         self.counts.shared_tokens += placement.shared
-        self._remember(
-            row,
-            np.asarray(answer.tokens[len(answer.request.prompt) :], np.int32),
-            np.asarray(answer.request.prompt, np.int32),
-            answer.request.choices.logit_bias,
-        )
+        drawn = answer.tokens[len(request.prompt) :]
+        self._device.begin_row(placement.row, list(request.prompt), drawn, request.choices.logit_bias)
         answers = [row.answer for row in self.scheduler.rows]
         of_rows = [
             None if one is None else (one.request.choices, one.number, bool(one.request.top_logprobs)) for one in answers
         ]
-        self._settings = jax.device_put(RowSettings.of(of_rows, self._vocabulary))
+        self._device.settings = jax.device_put(RowSettings.of(of_rows, self._vocabulary))
 
     def _launch(self) -> _Launch | None:
         draws = []
@@ -233,12 +225,12 @@ class Engine:
             draws += [] if answer.prefills else [answer]
         decodes = [other for other in self.scheduler.running() if other is not answer and self._can_decode(other)]
         if decodes:
-            positions = np.full(self.limits.rows, self._capacity - 1, np.int32)
+            positions = np.full(self.limits.rows, self._device.unused, np.int32)
             adapter_ids = np.zeros(self.limits.rows, np.int32)
             for other in decodes:
                 positions[other.row], adapter_ids[other.row] = other.written, other.slot
                 other.written += 1
-            self._decode(positions, _mask(decodes, self.limits.rows), adapter_ids)
+            self._device.decode(positions, _mask(decodes, self.limits.rows), adapter_ids)
         draws += decodes
         if not draws:
             return None
@@ -247,17 +239,15 @@ class Engine:
             steps[other.row] = other.drawn
             other.drawn += 1
             self.scheduler.drew(other)
-        drawn = self._draw(steps, _mask(draws, self.limits.rows), self._allowed(draws))
+        drawn = self._device.draw(steps, _mask(draws, self.limits.rows), self._allowed(draws))
         self.counts.steps += 1
         return _Launch(drawn, tuple((other.row, other) for other in draws if other.row is not None))
 
     def _next_chunk(self, answer: Answer) -> None:
         """Process the next tokens of an answer's prompt."""
         start, stop = answer.written, min(answer.written + self.limits.chunk, answer.target)
-        tokens, positions = np.zeros((1, self.limits.chunk), np.int32), np.full((1, self.limits.chunk), -1, np.int32)
-        tokens[0, : stop - start], positions[0, : stop - start] = answer.tokens[start:stop], np.arange(start, stop)
-        length, slot = np.asarray([answer.target], np.int32), np.asarray([answer.slot], np.int32)
-        self._prefill(Chunk(tokens, positions, np.asarray(answer.row, np.int32), length, slot))
+        place = {"row": answer.row, "length": answer.target, "slot": answer.slot}
+        self._device.prefill(answer.tokens[start:stop], start, **place)
         answer.written = stop
         self.counts.prompt_tokens += stop - start
 
@@ -300,7 +290,7 @@ class Engine:
         rest = answer.text.finish()
         self._events.append(Event(answer.ticket, answer.number, text=rest, finish=finish))
         if answer.row is not None:
-            self._adapters.release(answer.request.adapter)
+            self._adapters.release(answer.slot)
         self.scheduler.release(answer)
         self._grammars.pop(answer, None)
         if all(other.finished for other in self._answers[answer.ticket]):
@@ -309,30 +299,11 @@ class Engine:
     def _allowed(self, draws: Sequence[Answer]) -> Any:
         restricted = [answer for answer in draws if answer in self._grammars]
         if not restricted:
-            return self._all_allowed
+            return self._device.all_allowed
         allowed = all_allowed(self.limits.rows, self._vocabulary)
         for answer in restricted:
             allowed[answer.row] = self._grammars[answer].allowed()
         return allowed
-
-    def _prefill(self, chunk: Chunk) -> None:
-        fixed = {"capacity": self._capacity, "banked": self._adapters.banked}
-        self._device = programs.prefill_chunk(self._graphdef, self._state, self._device, chunk, **fixed)
-
-    def _decode(self, positions: np.ndarray, active: np.ndarray, adapter_ids: np.ndarray) -> None:
-        arrays, banked = (positions, active, adapter_ids), self._adapters.banked
-        self._device = programs.decode_rows(self._graphdef, self._state, self._device, *arrays, banked=banked)
-
-    def _draw(self, steps: np.ndarray, active: np.ndarray, allowed: Any) -> Drawn:
-        drawn, self._device = programs.sample_rows(self._device, self._settings, steps, active, allowed)
-        return drawn
-
-    def _remember(self, row: np.int32, answer: np.ndarray, prompt: np.ndarray, bias: Any) -> None:
-        counts = np.bincount(answer, minlength=self._vocabulary).astype(np.int32)
-        in_prompt, added = np.zeros(self._vocabulary, bool), np.zeros(self._vocabulary, np.float32)
-        in_prompt[prompt] = True
-        added[list(bias)] = list(bias.values())
-        self._device = programs.begin_row(self._device, row, counts, in_prompt, added)
 
 
 def _mask(answers: Sequence[Answer], rows: int) -> np.ndarray:

@@ -14,13 +14,14 @@ import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from qlora_jax.serve.answer import Event
 from qlora_jax.serve.api_keys import ApiKey, find_key
@@ -144,7 +145,7 @@ class _Calls:
 
         if call.stream:
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-            return StreamingResponse(_then(stream_answers(asked), ended), media_type="text/event-stream", headers=headers)
+            return _Stream(stream_answers(asked), ended, headers)
         try:
             return JSONResponse(await _unless_gone(request, whole_answers(asked)))
         finally:
@@ -161,16 +162,17 @@ class _Calls:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        tickets: dict[int, int] = {}
+        futures: list[Future[int]] = []
         try:
             requests = await loop.run_in_executor(
                 self._tokenizing, lambda: call.requests(service.prepared, adapter=adapter, tenant=tenant)
             )
-            for number, one in enumerate(requests):
-                tickets[await asyncio.wrap_future(service.worker.submit(one, listener))] = number
+            for one in requests:
+                futures.append(service.worker.submit(one, listener))
+            tickets = {await asyncio.wrap_future(future): number for number, future in enumerate(futures)}
         except BaseException as error:
-            for ticket in tickets:
-                service.worker.cancel(ticket)
+            for future in futures:
+                future.add_done_callback(self._cancel)
             if not isinstance(error, Exception):
                 raise
             known = of_engine(error)
@@ -178,6 +180,10 @@ class _Calls:
                 _logger.exception("a request could not be given to the engine")
             raise known from error
         return Asked(call, tickets, sum(len(one.prompt) for one in requests), events, service.token_text)
+
+    def _cancel(self, future: "Future[int]") -> None:
+        if not future.cancelled() and future.exception() is None:
+            self._service.worker.cancel(future.result())
 
     def _key(self, request: HttpRequest) -> ApiKey | None:
         """Return the key of a request; None if requests need none."""
@@ -209,13 +215,18 @@ class _Calls:
         return {"id": name, "object": "model", "created": self._started, "owned_by": "qlora_jax", "parent": parent}
 
 
-async def _then(parts: AsyncIterator[str], ended: Callable[[], None]) -> AsyncIterator[str]:
-    """Yield all parts, and call `ended` after the last one or when the client has gone."""
-    try:
-        async for part in parts:
-            yield part
-    finally:
-        ended()
+class _Stream(StreamingResponse):
+    """Server-sent events; `ended` is called after the last one, or when the client has gone."""
+
+    def __init__(self, parts: AsyncIterator[str], ended: Callable[[], None], headers: dict[str, str]) -> None:
+        super().__init__(parts, media_type="text/event-stream", headers=headers)
+        self._ended = ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ended()
 
 
 async def _unless_gone(request: HttpRequest, answers: Any) -> dict[str, Any]:

@@ -21,20 +21,26 @@ class Adapters(Protocol):
         """Raise OptionError if there is no adapter of that name."""
         ...
 
-    def acquire(self, name: str) -> int | None:
-        """Return the slot of an adapter, which it has until `release`; None: not now, because it is being loaded."""
+    def acquire(self, name: str) -> tuple[int, object] | None:
+        """Return (the slot of an adapter, which it has until `release`, its version), or None: it is not ready yet.
+
+        The version changes when another adapter gets the name.
+
+        Raises:
+            QLoRAError: the adapter is gone, or cannot be loaded.
+        """
         ...
 
-    def release(self, name: str) -> None:
+    def release(self, slot: int) -> None:
         """Take back one `acquire`."""
-        ...
-
-    def version(self, name: str) -> object:
-        """Return a value that changes when another adapter gets the name."""
         ...
 
     def install(self, state: Any) -> Any:
         """Return the model's state with the adapters that were acquired since the last call."""
+        ...
+
+    def warm_up(self, state: Any) -> Any:
+        """Return the model's state after all programs for adapters were compiled."""
         ...
 
 
@@ -48,16 +54,16 @@ class NoAdapters:
         if name:
             raise OptionError(f"adapter: expected none, found {name}")
 
-    def acquire(self, name: str) -> int | None:
+    def acquire(self, name: str) -> tuple[int, object] | None:
         """Return slot 0."""
-        return 0
+        return 0, 0
 
-    def release(self, name: str) -> None:
+    def release(self, slot: int) -> None:
         """Do nothing."""
 
-    def version(self, name: str) -> object:
-        """Return the name."""
-        return name
+    def warm_up(self, state: Any) -> Any:
+        """Return the state unchanged."""
+        return state
 
     def install(self, state: Any) -> Any:
         """Return the state unchanged."""

@@ -94,9 +94,7 @@ def prefill_chunk(
         own = jax.tree.map(partial(jnp.where, begins), fresh, own)
     adapters = {"adapter_ids": chunk.adapter_ids} if banked else {}
     logits, own = model.decode(chunk.tokens, chunk.positions, own, lengths=chunk.length, **adapters)
-    cache = jax.tree.map(
-        lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, chunk.row, axis=1), device.cache, own
-    )
+    cache = jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, chunk.row, axis=1), device.cache, own)
     return DeviceState(cache, device.logits.at[chunk.row].set(logits[0].astype(jnp.float32)), device.memory)
 
 

@@ -18,6 +18,7 @@ from qlora_jax.serve.request import Request
 __all__ = ["StoppedError", "Worker"]
 
 _logger = logging.getLogger(__name__)
+_LOADING_SECONDS = 0.005  # between two looks for an adapter that is being loaded, if there is nothing else to do
 Listener = Callable[[Event], None]
 
 
@@ -119,6 +120,8 @@ class Worker:
                     command()
                 for event in self.engine.step():
                     self._tell(event)
+                if self.engine.busy and self.engine.waits:
+                    time.sleep(_LOADING_SECONDS)
         except BaseException as error:
             _logger.exception("the engine failed; no more requests are answered")
             with self._wake:

@@ -108,9 +108,7 @@ def test_a_draw_depends_on_the_seed_and_the_request_alone() -> None:
     assert ask(engine(), other) != [alone]
 
 
-@pytest.mark.parametrize(
-    "kind", ["longrope", pytest.param("dynamic", marks=pytest.mark.integration)]
-)
+@pytest.mark.parametrize("kind", ["longrope", pytest.param("dynamic", marks=pytest.mark.integration)])
 def test_rows_whose_rotations_depend_on_their_length(kind: str) -> None:
     """As if each text had been read at once: before the context, across it (in the prompt's chunks too) and beyond."""
     model, prompts = with_scaling(kind), random_prompts((36, 5, 44, 38))
@@ -226,7 +224,10 @@ def test_a_full_queue_refuses_and_takes_again() -> None:
         ({"prompt": [1], "count": 1, "logit_bias": {-1: 0.5}}, r"logit_bias: expected tokens from 0 to 31, found -1"),
         ({"prompt": [1], "count": 1, "adapter": "other"}, "adapter: expected none, found other"),
         ({"prompt": [], "count": 0}, "prompt: expected at least one token, found none; max_new_tokens"),
-        ({"prompt": [1], "count": 1, "temperature": float("nan")}, "temperature: expected a number from 0 to 100, found nan"),
+        (
+            {"prompt": [1], "count": 1, "temperature": float("nan")},
+            "temperature: expected a number from 0 to 100, found nan",
+        ),
         ({"prompt": [1], "count": 1, "seed": 2**65}, "seed: expected a whole number of at most 64 bits"),
     ],
 )
