@@ -38,6 +38,7 @@ from qlora_jax.peft.bank import Bank
 from qlora_jax.serve.adapter_slots import AdapterSlots
 from qlora_jax.serve.api_keys import ApiKey, new_key, read_api_keys
 from qlora_jax.serve.engine import Engine
+from qlora_jax.serve.grammars import constrain_by
 from qlora_jax.serve.scheduler import Limits
 from qlora_jax.serve.token_text import token_text
 from qlora_jax.serve.worker import Worker
@@ -202,7 +203,15 @@ def load_service(options: Options, keys: tuple[ApiKey, ...] | None) -> "Service"
     tokenizer: Any = pretrained.tokenizer
     vocabulary = pretrained.checkpoint.model_config.vocab_size
     own = copy.deepcopy(tokenizer)  # the engine's thread decodes while another one encodes
-    engine = Engine(*nnx.split(model), limits=limits, vocabulary=vocabulary, tokenizer=own, adapters=slots)
+    constrain = constrain_by(own, vocabulary, pretrained.stop_ids)
+    engine = Engine(
+        *nnx.split(model),
+        limits=limits,
+        vocabulary=vocabulary,
+        tokenizer=own,
+        adapters=slots,
+        constrain=constrain,
+    )
     start = time.perf_counter()
     engine.warm_up()
     _logger.info("programs compiled in %.1f s", time.perf_counter() - start)

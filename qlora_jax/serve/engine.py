@@ -82,7 +82,8 @@ class Engine:
         """Create an engine without requests.
 
         Args:
-            graphdef, state: `nnx.split` of a `programs.RowDecoder`.
+            graphdef, state: `nnx.split` of a `programs.RowDecoder`. If it has a bank, the bank belongs to the engine from
+                now on: its arrays are donated when a slot is written.
             limits: the sizes.
             vocabulary: the number of logits.
             tokenizer: makes the text of the answers; None: they have none.
@@ -153,7 +154,9 @@ class Engine:
             Answer(ticket, number, request, list(request.prompt), AnswerText(self._tokenizer, request.stop, context))
             for number in range(request.count)
         ]
-        grammars = [self._constrain(request.grammar) for _ in answers] if request.grammar and self._constrain else []
+        grammars = (
+            [self._constrain(request.grammar) for _ in answers] if request.grammar is not None and self._constrain else []
+        )
         self.scheduler.enqueue(answers)
         self._grammars.update(zip(answers, grammars, strict=False))
         self._answers[ticket] = answers

@@ -2,7 +2,8 @@
 
 `POST /v1/chat/completions` and `POST /v1/completions`. Fields that the API has and this server does not support are refused
 by name, as are fields that nobody knows. Beside OpenAI's fields, `top_k`, `min_p` and `repetition_penalty` are those of
-`serve.request.Choices`.
+`serve.request.Choices`, and `response_format` also takes `{"type": "regex", "pattern": …}` and
+`{"type": "grammar", "grammar": …}` (`serve.grammars`).
 """
 
 import dataclasses
@@ -263,20 +264,26 @@ def _bias(fields: Fields) -> dict[int, float]:
 
 
 def _response_format(fields: Fields | None) -> Any:
+    """Return the grammar of an answer (`serve.grammars`), or None."""
     if fields is None:
         return None
-    kind = fields.must("type", fields.text("type", choices=("text", "json_object", "json_schema")))
-    given = fields.fields("json_schema")
-    if (kind == "json_schema") != (given is not None):
-        fields.wrong("json_schema", "a schema with the type json_schema and with no other", kind)
-    schema: Any = {"type": "object"} if kind == "json_object" else None
-    if given is not None:
+    kind = fields.must("type", fields.text("type", choices=("text", "json_object", "json_schema", "regex", "grammar")))
+    found: Any = None
+    if kind == "json_object":
+        found = "json", {"type": "object"}
+    elif kind == "json_schema":
+        given = fields.must("json_schema", fields.fields("json_schema"))
         given.must("name", given.text("name"))
         given.text("description")
         given.flag("strict")  # an answer always obeys its schema
-        schema = given.any("schema")
+        schema = given.must("schema", given.any("schema"))
         if not isinstance(schema, dict):
             given.wrong("schema", "an object", schema)
         given.none_left()
+        found = "json", schema
+    elif kind == "regex":
+        found = "regex", fields.must("pattern", fields.text("pattern"))
+    elif kind == "grammar":
+        found = "lark", fields.must("grammar", fields.text("grammar"))
     fields.none_left()
-    return schema
+    return found

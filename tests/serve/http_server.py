@@ -54,7 +54,13 @@ def running(service: Service) -> Iterator[Client]:
     service.worker.start()
     listening = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        make_app(service), http="h11", ws="none", lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=1
+        make_app(service),
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

@@ -88,7 +88,9 @@ def test_a_completion_and_its_stream_are_the_same(client: Client) -> None:
     assert body["choices"][0]["logprobs"]["tokens"] == list("bcde")
     assert body["choices"][0]["logprobs"]["text_offset"] == [0, 1, 2, 3]
     assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 16, "total_tokens": 18}
-    streamed = client.events(COMPLETION, completion(prompt=["a", "k"], n=2, stream=True, stream_options={"include_usage": True}))
+    streamed = client.events(
+        COMPLETION, completion(prompt=["a", "k"], n=2, stream=True, stream_options={"include_usage": True})
+    )
     texts = ["", "", "", ""]
     for event in streamed[:-1]:
         (choice,) = event["choices"]
@@ -106,7 +108,9 @@ def test_a_chat_and_its_stream_are_the_same(client: Client) -> None:
     assert status == 200
     assert choice["message"]["role"] == "assistant"
     assert choice["finish_reason"] == "length"
-    assert [token["bytes"] for token in choice["logprobs"]["content"]] == [list(text.encode()) for text in choice["message"]["content"]]
+    assert [token["bytes"] for token in choice["logprobs"]["content"]] == [
+        list(text.encode()) for text in choice["message"]["content"]
+    ]
     first, *rest = client.events(CHAT, chat(stream=True))
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert "".join(event["choices"][0]["delta"].get("content", "") for event in rest) == choice["message"]["content"]
@@ -160,7 +164,7 @@ WRONG = [
     (CHAT, chat(messages=[{"role": "user", "content": "\ud800"}]), 400, None, None),
     (CHAT, chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, "messages[0].content[0].type", "invalid_value"),
     (CHAT, chat(top_logprobs=3), 400, "top_logprobs", "invalid_value"),
-    (CHAT, chat(response_format={"type": "json_schema"}), 400, "response_format.json_schema", "invalid_value"),
+    (CHAT, chat(response_format={"type": "json_schema"}), 400, "response_format.json_schema", None),
     (CHAT, b"", 400, None, None),
     (CHAT, b"[1]", 400, None, None),
     (CHAT, b'{"model": NaN}', 400, None, None),
@@ -270,7 +274,12 @@ def test_a_key_opens_its_models_and_no_others(tiny_llama: Path, caplog: pytest.L
             return [model["id"] for model in body["data"]]
 
         assert [models(key.name) for key in KEYS] == [["counter", "other"], ["counter"], ["other"]]
-        for headers in ({}, {"Authorization": "Bearer sk-wrong"}, {"Authorization": "Basic sk-all"}, {"Authorization": "Bearer"}):
+        for headers in (
+            {},
+            {"Authorization": "Bearer sk-wrong"},
+            {"Authorization": "Basic sk-all"},
+            {"Authorization": "Bearer"},
+        ):
             status, found, body = client.call("POST", COMPLETION, completion(), **headers)
             assert status == 401
             assert found["WWW-Authenticate"] == "Bearer"
@@ -316,7 +325,10 @@ def test_the_file_of_keys(tmp_path: Path) -> None:
     for text, message in (
         ("", r"expected tables \[\[key\]\]"),
         ("[[key]]\nname = 'a'", "key 1: expected models, name, sha256, found"),
-        (f"[[key]]\nname = 'a'\nsha256 = '{key}'\nmodels = []", "sha256: expected 64 hexadecimal digits, found another text"),
+        (
+            f"[[key]]\nname = 'a'\nsha256 = '{key}'\nmodels = []",
+            "sha256: expected 64 hexadecimal digits, found another text",
+        ),
         (lines + lines, "twice"),
         ("[[key", "expected TOML"),
     ):
