@@ -24,6 +24,7 @@ from test_engine import Successors, make
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.data import encode_prompt
 from qlora_jax.serve.api_keys import ApiKey, find_key, new_key, read_api_keys
+from qlora_jax.serve.grammars import constrain_by
 from qlora_jax.serve.http import Service
 from qlora_jax.serve.http_calls import Prepared
 from qlora_jax.serve.scheduler import Limits
@@ -41,7 +42,8 @@ KEYS = tuple(
 def service(folder: Path, keys: tuple[ApiKey, ...] | None = None, adapters: tuple[str, ...] = ()) -> Service:
     tokenizer: Any = load_tokenizer(folder)
     size = len(tokenizer)
-    engine = make(Successors(size), LIMITS, size, tokenizer=tokenizer)
+    constrain = constrain_by(tokenizer, size, [1])
+    engine = make(Successors(size), LIMITS, size, tokenizer=tokenizer, constrain=constrain)
     engine.warm_up()
     prepared = Prepared(
         chat=lambda messages: encode_prompt(list(messages), tokenizer, template="chat").tolist(),
