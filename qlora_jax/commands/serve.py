@@ -5,14 +5,15 @@
     python scripts/serve.py --new-key alice >> keys.toml
     python scripts/serve.py --host 0.0.0.0 --keys keys.toml --adapter-folder adapters
 
-The adapter is the `model` field of a request: the name of an adapter, or that of the base. Ctrl-C and SIGTERM let the answers
-that run come to their end, for a limited time. docs/serving.md describes the API and the file of keys.
+The adapter is the `model` field of a request: the name of an adapter, or that of the base. Ctrl-C and SIGTERM let the
+answers that run come to their end, for a limited time. docs/serving.md describes the API and the file of keys.
 """
 
 import copy
 import dataclasses
 import ipaddress
 import logging
+import os
 import socket
 import sys
 import threading
@@ -62,7 +63,7 @@ class ServerOptions:
     open_to_everyone: str | None = None
     """The host once more, to serve without keys to all who can reach it."""
     new_key: str | None = None
-    """Print a new key for a tenant of this name on stderr and its lines for the file of keys on stdout, and do nothing else."""
+    """Only print a new key for a tenant of this name on stderr, and its lines for the file of keys on stdout."""
     drain_seconds: float = 30.0
     """How long answers may take after Ctrl-C or SIGTERM."""
     most_body_bytes: int = 2**20
@@ -80,7 +81,9 @@ class AdapterOptions:
     slots: int = 16
     """Adapters in the memory of the device at a time; at least as many as rows."""
     rank: int | None = None
-    """Largest rank of an adapter; that of the given ones if left out."""
+    """Largest rank of an adapter; that of the given ones (16 if there are none) if left out."""
+    runtime_adapters: bool = False
+    """Let keys for all models load adapters within --adapter-folder and unload them, over the API."""
     held: int = 256
     """Adapters whose values stay in main memory; others are read again when they are asked for."""
 
@@ -194,7 +197,7 @@ def load_service(options: Options, keys: tuple[ApiKey, ...] | None) -> "Service"
     if not isinstance(model, CausalLM):
         raise UnsupportedError(f"serve: expected a decoder-only model, found {model.config.family.name}")
     limits, slots = options.engine, None
-    if sources:
+    if sources or options.adapter.runtime_adapters:
         slots = AdapterSlots(max(options.adapter.slots, limits.rows) + 1, _loader(model), held=options.adapter.held)
         for name, path in sources.items():
             slots.register(name, path)
@@ -229,12 +232,15 @@ def load_service(options: Options, keys: tuple[ApiKey, ...] | None) -> "Service"
         token_text=token_text(copy.deepcopy(tokenizer)),
         keys=keys,
         most_bytes=options.server.most_body_bytes,
+        manage=_manage(options.adapter, slots, base) if slots and options.adapter.runtime_adapters else None,
     )
 
 
 def adapter_sources(options: AdapterOptions) -> dict[str, Path]:
     """Return the paths of the adapters by their names."""
     found: dict[str, Path] = {}
+    if options.runtime_adapters and (options.adapter_folder is None or not options.adapter_folder.is_dir()):
+        raise OptionError(f"--runtime-adapters: expected a folder as --adapter-folder, found {options.adapter_folder}")
     for one in options.adapters:
         name, equals, path = one.partition("=")
         if not (name and equals and path) or name in found:
@@ -242,7 +248,7 @@ def adapter_sources(options: AdapterOptions) -> dict[str, Path]:
         found[name] = Path(path)
     if options.adapter_folder is not None:
         folders = sorted(path.parent for path in options.adapter_folder.glob("*/adapter_config.json"))
-        if not folders:
+        if not folders and not options.runtime_adapters:
             raise OptionError(f"--adapter-folder {options.adapter_folder}: expected folders of adapters, found none")
         found |= {folder.name: folder for folder in folders if folder.name not in found}
     return found
@@ -253,17 +259,17 @@ def _open(options: Options, adapters: Sequence[Adapter]) -> Pretrained:
     chosen = options.model
     if chosen.adapter is not None:
         raise OptionError(f"--adapter: expected --adapters NAME={chosen.adapter}, by which requests name it")
-    if not adapters:
+    if not adapters and not options.adapter.runtime_adapters:
         return chosen.open()
     dtype = default_dtype() if chosen.dtype == "auto" else chosen.dtype
     ranks = [max([one.method.rank or 1, *(rank for _, rank in getattr(one.method, "rank_pattern", ()))]) for one in adapters]
-    slots = max(options.adapter.slots, options.engine.rows) + 1
+    slots, rank = max(options.adapter.slots, options.engine.rows) + 1, options.adapter.rank or max(ranks, default=16)
     return open_pretrained(
         chosen.model,
         revision=chosen.revision,
         quantization=QuantizationChoice(chosen.data_type, chosen.block_size, chosen.double_quantization),
         embedding_storage=chosen.embedding_storage,
-        method=Bank(slots, options.adapter.rank or max(ranks), dtype),
+        method=Bank(slots, rank, dtype),
         dtype=dtype,
     )
 
@@ -271,6 +277,36 @@ def _open(options: Options, adapters: Sequence[Adapter]) -> Pretrained:
 def _read(path: Path) -> tuple[Adapter, AdapterMetadata | None]:
     snapshot = resolve_adapter(path)
     return read_adapter(snapshot), read_adapter_metadata(snapshot)
+
+
+def _manage(options: AdapterOptions, slots: AdapterSlots, base: str) -> Any:
+    from qlora_jax.serve.http import Manage
+
+    root = (options.adapter_folder or Path()).resolve()
+
+    def load(name: str, path: str) -> None:
+        if name == base or not name.isprintable() or len(name) > 200:
+            raise OptionError(
+                f"lora_name: expected a name of at most 200 characters, and not that of the base, found {name!r}"
+            )
+        slots.register(name, path_within(root, path))
+
+    return Manage(load, slots.remove)
+
+
+def path_within(root: Path, path: str) -> Path:
+    """Return the folder of an adapter, which must be within the root with all its files, wherever links lead.
+
+    Raises:
+        OptionError: it is not, or it has no weights in safetensors, whose files cannot contain programs.
+    """
+    folder = Path(os.path.realpath(root / path))
+    files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    if not all(Path(os.path.realpath(file)).is_relative_to(root) for file in (folder, *files)):
+        raise OptionError("lora_path: expected a folder within the folder of adapters")
+    if not all(file.is_file() for file in files):
+        raise OptionError("lora_path: expected a folder with adapter_config.json and adapter_model.safetensors")
+    return folder
 
 
 def _loader(model: CausalLM) -> Any:

@@ -1,7 +1,7 @@
 """The cache of keys and values of past tokens, for decoding.
 
-    row 0   v v a b c d e _ _      each row fills its own slots from the first one on: the virtual tokens v, then the token of
-    row 1   v v f g _ _ _ _ _      position p in slot p + (number of virtual tokens)
+    row 0   v v a b c d e _ _      each row fills its own slots from the first one on: the virtual tokens v, then the token
+    row 1   v v f g _ _ _ _ _      of position p in slot p + (number of virtual tokens)
 
 A token attends to the slots up to its own. So a row has its own length, which is not stored, because the positions of the
 new tokens tell it; and what lies in the slots after it (padding of a prompt, tokens of an earlier text) is never read.

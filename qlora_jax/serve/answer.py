@@ -1,7 +1,7 @@
 """An answer that the engine is working on, and its text.
 
-Stop texts. The pieces of text of `TextStream` are searched for the stop texts. A piece that ends with the beginning of a stop
-text is held back from there on, until the following tokens decide. So no part of a stop text is ever written.
+Stop texts. The pieces of text of `TextStream` are searched for the stop texts. A piece that ends with the beginning of a
+stop text is held back from there on, until the following tokens decide. So no part of a stop text is ever written.
 """
 
 import dataclasses

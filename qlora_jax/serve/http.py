@@ -2,6 +2,7 @@
 
     POST /v1/chat/completions, /v1/completions     answers (`http_calls`, `http_answers`)
     GET  /v1/models, /v1/models/NAME               the base and the adapters that the key may use
+    POST /v1/load_lora_adapter, …/unload_…         names of adapters that come and go, off unless the service has a `Manage`
     GET  /health, /ready, /metrics                 whether the engine works, whether it takes requests, and what it does
 
 The adapter is the `model` field. A model that a key may not use is answered like one that does not exist. A client that
@@ -23,18 +24,32 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from qlora_jax.errors import QLoRAError
 from qlora_jax.serve.answer import Event
 from qlora_jax.serve.api_keys import ApiKey, find_key
 from qlora_jax.serve.http_answers import Asked, stream_answers, whole_answers
-from qlora_jax.serve.http_body import read_object
+from qlora_jax.serve.http_body import Fields, read_object
 from qlora_jax.serve.http_calls import Call, Prepared, chat_call, completion_call
 from qlora_jax.serve.http_errors import ApiError, handlers, of_engine
 from qlora_jax.serve.metrics import Metrics
 from qlora_jax.serve.worker import Worker
 
-__all__ = ["Service", "make_app"]
+__all__ = ["Manage", "Service", "make_app"]
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manage:
+    """How adapters come and go while the server runs; both functions raise QLoRAError or OSError.
+
+    Attributes:
+        load: registers a name for the adapter at a path.
+        unload: removes a name.
+    """
+
+    load: Callable[[str, str], None]
+    unload: Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +64,7 @@ class Service:
         token_text: returns (the text, the bytes) of a token.
         keys: the API keys; None: requests need none.
         most_bytes: the largest body of a request.
+        manage: how adapters come and go, for keys that may use all models; None: they do not.
     """
 
     worker: Worker
@@ -58,13 +74,19 @@ class Service:
     token_text: Callable[[int], tuple[str, bytes]]
     keys: tuple[ApiKey, ...] | None = None
     most_bytes: int = 2**20
+    manage: Manage | None = None
 
 
 def make_app(service: Service) -> Starlette:
     """Return the application."""
     calls = _Calls(service)
+    manage = (
+        Route("/v1/load_lora_adapter", calls.load_adapter, methods=["POST"]),
+        Route("/v1/unload_lora_adapter", calls.unload_adapter, methods=["POST"]),
+    )
     return Starlette(
         routes=[
+            *(manage if service.manage is not None else ()),
             Route("/v1/chat/completions", calls.chat, methods=["POST"]),
             Route("/v1/completions", calls.completion, methods=["POST"]),
             Route("/v1/models", calls.models, methods=["GET"]),
@@ -109,6 +131,36 @@ class _Calls:
         name = request.path_params["name"]
         self._check_model(name, self._key(request))
         return JSONResponse(self._described(name))
+
+    async def load_adapter(self, request: HttpRequest) -> Response:
+        """Register an adapter, as vLLM's path of this name does."""
+        fields = await self._managing(request)
+        name, path = (fields.must(one, fields.text(one)) for one in ("lora_name", "lora_path"))
+        fields.none_left()
+        return await self._manage(f"Success: LoRA adapter '{name}' added successfully.", lambda how: how.load(name, path))
+
+    async def unload_adapter(self, request: HttpRequest) -> Response:
+        """Remove an adapter; answers that run are finished with it."""
+        fields = await self._managing(request)
+        name = fields.must("lora_name", fields.text("lora_name"))
+        fields.ignore("lora_int_id")
+        fields.none_left()
+        return await self._manage(f"Success: LoRA adapter '{name}' removed successfully.", lambda how: how.unload(name))
+
+    async def _managing(self, request: HttpRequest) -> Fields:
+        key = self._key(request)
+        if key is not None and "*" not in key.models:
+            raise ApiError(403, "This key may not load or unload adapters.", code="forbidden")
+        return Fields(await read_object(request, self._service.most_bytes))
+
+    async def _manage(self, done: str, change: Callable[[Manage], None]) -> Response:
+        how = self._service.manage
+        assert how is not None  # otherwise there are no such paths
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, change, how)
+        except (QLoRAError, OSError) as error:
+            raise ApiError(400, str(error)) from error
+        return PlainTextResponse(done)
 
     async def health(self, _: HttpRequest) -> Response:
         """Tell whether the engine works."""

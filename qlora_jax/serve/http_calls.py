@@ -86,7 +86,7 @@ class Prepared:
     """How prompts become tokens.
 
     Attributes:
-        chat: maps messages to the tokens up to the start of the answer; raises QLoRAError for what the template cannot write.
+        chat: maps messages to the tokens up to the start of the answer; raises QLoRAError where it cannot.
         text: maps a text to its tokens.
         eos_ids: the tokens that end an answer.
         capacity: the most tokens of a prompt with its answer.

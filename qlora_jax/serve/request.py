@@ -21,8 +21,8 @@ class Choices:
     """How each next token of an answer is chosen.
 
     The steps are, in this order: the bias is added; the repetition penalty divides positive and multiplies negative logits
-    of all tokens of the prompt and the answer (Keskar et al. 2019); the presence penalty is subtracted once and the frequency
-    penalty once per occurrence, for the tokens of the answer; then temperature, top-k and top-p as in `serve.sampling`, and
+    of all tokens of the prompt and the answer (Keskar et al. 2019); the presence penalty is subtracted once and the
+    frequency penalty once per occurrence, for the tokens of the answer; then temperature, top-k and top-p as in `serve.sampling`, and
     min-p excludes tokens that are less than `min_p` times as likely as the most likely one.
 
     Attributes:

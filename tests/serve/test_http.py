@@ -1,8 +1,10 @@
-"""The server over real connections, with a model that counts: answers, errors, keys, limits. About 10 seconds.
+"""The server over real connections, with a model that counts: answers, errors, keys, limits. About 8 CPU-seconds.
 
-The model's likeliest token is the last one plus 1, and a token of the tokenizer is a byte, so that an answer to "a" is "bcd…".
+The model's likeliest token is the last one plus 1, and a token of the tokenizer is a byte, so an answer to "a" is "bcd…".
 """
+# ruff: noqa: E402 - the server's own dependencies may be missing
 
+import dataclasses
 import hashlib
 import json
 import socket
@@ -23,9 +25,10 @@ from test_engine import Successors, make
 
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.data import encode_prompt
+from qlora_jax.errors import OptionError
 from qlora_jax.serve.api_keys import ApiKey, find_key, new_key, read_api_keys
 from qlora_jax.serve.grammars import constrain_by
-from qlora_jax.serve.http import Service
+from qlora_jax.serve.http import Manage, Service
 from qlora_jax.serve.http_calls import Prepared
 from qlora_jax.serve.scheduler import Limits
 from qlora_jax.serve.token_text import token_text
@@ -164,7 +167,7 @@ WRONG = [
     (CHAT, chat(messages=["hi"]), 400, "messages[0]", "invalid_value"),
     (CHAT, chat(messages=[{"role": "king", "content": "a"}]), 400, "messages[0].role", "invalid_value"),
     (CHAT, chat(messages=[{"role": "user", "content": "\ud800"}]), 400, None, None),
-    (CHAT, chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, "messages[0].content[0].type", "invalid_value"),
+    (CHAT, chat(messages=[{"role": "user", "content": [{"type": "x"}]}]), 400, "messages[0].content[0].type", "invalid_value"),
     (CHAT, chat(top_logprobs=3), 400, "top_logprobs", "invalid_value"),
     (CHAT, chat(response_format={"type": "json_schema"}), 400, "response_format.json_schema", None),
     (CHAT, b"", 400, None, None),
@@ -216,8 +219,20 @@ def test_bodies_of_any_kind_crash_nothing(served: tuple[Client, Service]) -> Non
         max_leaves=6,
     )
     names = st.sampled_from(
-        "prompt messages max_tokens temperature top_p n stop seed stream logprobs top_logprobs logit_bias response_format "
-        "tools stream_options min_p top_k user frequency_penalty presence_penalty echo suffix".split()
+        [
+            "prompt",
+            "messages",
+            "max_tokens",
+            "temperature",
+            "top_p",
+            "n",
+            "stop",
+            "seed",
+            "stream",
+            "logprobs",
+            "top_logprobs",
+        ]
+        + ["logit_bias", "response_format", "tools", "stream_options", "min_p", "top_k", "user", "echo", "presence_penalty"]
     )
 
     @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -338,3 +353,34 @@ def test_the_file_of_keys(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message) as raised:
             read_api_keys(path)
         assert key not in str(raised.value)
+
+
+def test_adapters_come_and_go_for_keys_of_all_models_only(tiny_llama: Path) -> None:
+    names: dict[str, str] = {}
+
+    def load(name: str, path: str) -> None:
+        if path == "outside":
+            raise OptionError("lora_path: expected a folder within the folder of adapters")
+        names[name] = path
+
+    made = dataclasses.replace(
+        service(tiny_llama, KEYS), manage=Manage(load, lambda name: names.pop(name) and None), adapters=lambda: list(names)
+    )
+    with running(made) as client:
+
+        def call(path: str, key: str, **body: Any) -> tuple[int, Any]:
+            status, _, answer = client.call("POST", f"/v1/{path}_lora_adapter", body, Authorization=f"Bearer sk-{key}")
+            return status, answer
+
+        assert call("load", "base", lora_name="x", lora_path="here")[0] == 403
+        assert call("load", "all", lora_name="x", lora_path="outside")[0] == 400
+        assert call("load", "all", lora_name="x")[0] == 400
+        assert call("load", "all", lora_name="x", lora_path="here") == (200, "Success: LoRA adapter 'x' added successfully.")
+        status, _, answer = client.call("GET", "/v1/models", Authorization="Bearer sk-all")
+        assert (status, [model["id"] for model in answer["data"]]) == (200, ["counter", "x"])
+        assert call("unload", "all", lora_name="x")[0] == 200
+        assert names == {}
+
+
+def test_adapters_do_not_come_and_go_unless_enabled(client: Client) -> None:
+    assert client.call("POST", "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "y"})[0] == 404

@@ -26,6 +26,7 @@ def engine_of(base: Any, slots: AdapterSlots) -> Any:
     return make(nnx.merge(graph, jax.tree.map(jnp.copy, state)), LIMITS, adapters=slots)
 
 
+pytestmark = pytest.mark.integration
 LIMITS = Limits(rows=2, capacity=48, chunk=16)
 
 
