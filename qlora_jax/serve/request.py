@@ -22,8 +22,8 @@ class Choices:
 
     The steps are, in this order: the bias is added; the repetition penalty divides positive and multiplies negative logits
     of all tokens of the prompt and the answer (Keskar et al. 2019); the presence penalty is subtracted once and the
-    frequency penalty once per occurrence, for the tokens of the answer; then temperature, top-k and top-p as in `serve.sampling`, and
-    min-p excludes tokens that are less than `min_p` times as likely as the most likely one.
+    frequency penalty once per occurrence, for the tokens of the answer; then temperature, top-k and top-p as in
+    `serve.sampling`, and min-p excludes tokens that are less than `min_p` times as likely as the most likely one.
 
     Attributes:
         temperature: 0 chooses the most likely token.

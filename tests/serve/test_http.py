@@ -167,7 +167,7 @@ WRONG = [
     (CHAT, chat(messages=["hi"]), 400, "messages[0]", "invalid_value"),
     (CHAT, chat(messages=[{"role": "king", "content": "a"}]), 400, "messages[0].role", "invalid_value"),
     (CHAT, chat(messages=[{"role": "user", "content": "\ud800"}]), 400, None, None),
-    (CHAT, chat(messages=[{"role": "user", "content": [{"type": "x"}]}]), 400, "messages[0].content[0].type", "invalid_value"),
+    (CHAT, chat(messages=[{"role": "user", "content": [{}]}]), 400, "messages[0].content[0].type", None),
     (CHAT, chat(top_logprobs=3), 400, "top_logprobs", "invalid_value"),
     (CHAT, chat(response_format={"type": "json_schema"}), 400, "response_format.json_schema", None),
     (CHAT, b"", 400, None, None),
@@ -218,21 +218,21 @@ def test_bodies_of_any_kind_crash_nothing(served: tuple[Client, Service]) -> Non
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
         max_leaves=6,
     )
+    known = {
+        *completion(),
+        *chat(),
+        "top_p",
+        "n",
+        "stop",
+        "seed",
+        "stream",
+        "logprobs",
+        "top_logprobs",
+        "logit_bias",
+        "tools",
+    }
     names = st.sampled_from(
-        [
-            "prompt",
-            "messages",
-            "max_tokens",
-            "temperature",
-            "top_p",
-            "n",
-            "stop",
-            "seed",
-            "stream",
-            "logprobs",
-            "top_logprobs",
-        ]
-        + ["logit_bias", "response_format", "tools", "stream_options", "min_p", "top_k", "user", "echo", "presence_penalty"]
+        sorted({*known, "response_format", "stream_options", "min_p", "top_k", "user", "presence_penalty"})
     )
 
     @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

@@ -1,4 +1,4 @@
-"""scripts/serve.py: who may listen where, adapters' paths, and a whole server that is asked and then drained (8 CPU-seconds)."""
+"""scripts/serve.py: who may listen where, adapters' paths, and a whole server that is drained (8 CPU-seconds)."""
 
 import contextlib
 import http.client
