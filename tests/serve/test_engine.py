@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ import pytest
 from flax import nnx
 from test_generate import VOCABULARY, Successor, random_prompts, tiny, with_scaling, without_cache
 
+from qlora_jax.checkpoint.load import load_model
+from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.serve import generate, programs
 from qlora_jax.serve.engine import Engine, PromptError
 from qlora_jax.serve.request import Choices, Request
@@ -254,3 +257,27 @@ def test_rows_are_counted_equal_after_many_cancellations() -> None:
     assert free_rows(tried) == 3
     assert tried.scheduler.count_waiting == 0
     assert ask(tried, request([1], 3)) == [[2, 3, 4]]
+
+
+@pytest.mark.integration
+def test_log_probabilities_equal_those_of_transformers(tiny_llama: Path) -> None:
+    """Prompts in chunks, then token by token, in rows beside each other; about 3 CPU-seconds."""
+    torch = pytest.importorskip("torch", reason="torch, to compare with, is not installed")
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = open_checkpoint(str(tiny_llama))
+    model = load_model(checkpoint, quantization=None, dtype=jax.numpy.float32, progress=False)
+    size = checkpoint.model_config.vocab_size
+    tried = make(model, Limits(rows=2, capacity=64, chunk=16), size)
+    prompts = [np.random.default_rng(length).integers(0, size, length).tolist() for length in (40, 3)]
+    events = run(tried, [(0, request(prompt, 8, top_logprobs=20)) for prompt in prompts])
+    peer: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    for prompt, own in zip(prompts, events, strict=True):
+        answer = tokens(own)
+        with torch.inference_mode():
+            logits = peer(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).numpy()
+        assert answer == expected.argmax(-1).tolist()
+        found = [event.logprobs[0] for event in own if event.tokens]
+        for row, one in zip(expected, found, strict=True):
+            np.testing.assert_allclose([value for _, value in one.top], row[[token for token, _ in one.top]], atol=1e-3)
