@@ -84,8 +84,13 @@ class AdapterOptions:
     """Largest rank of an adapter; that of the given ones (16 if there are none) if left out."""
     runtime_adapters: bool = False
     """Let keys for all models load adapters within --adapter-folder and unload them, over the API."""
-    held: int = 256
+    held: int = 32
     """Adapters whose values stay in main memory; others are read again when they are asked for."""
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "held"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name}: expected at least 1, found {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)

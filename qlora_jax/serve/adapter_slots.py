@@ -41,7 +41,7 @@ class AdapterSlots:
 
     banked = True
 
-    def __init__(self, slots: int, load: Callable[[Any], Any], *, held: int = 256) -> None:
+    def __init__(self, slots: int, load: Callable[[Any], Any], *, held: int = 32) -> None:
         """Create slots without adapters.
 
         Args:

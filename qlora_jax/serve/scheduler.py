@@ -20,7 +20,7 @@ import dataclasses
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
-from qlora_jax.errors import QLoRAError
+from qlora_jax.errors import OptionError, QLoRAError
 from qlora_jax.serve.answer import Answer
 
 __all__ = ["BusyError", "Limits", "Placement", "Scheduler"]
@@ -43,6 +43,9 @@ class Limits:
         chunk: tokens of a prompt that are processed at a time, between two tokens of the answers that run.
         waiting: answers that may wait for a row, of all tenants.
         waiting_per_tenant: and of one tenant.
+
+    Raises:
+        OptionError: a size below 1, or a capacity below 2.
     """
 
     rows: int = 8
@@ -50,6 +53,12 @@ class Limits:
     chunk: int = 128
     waiting: int = 1024
     waiting_per_tenant: int = 256
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 2 if field.name == "capacity" else 1
+            if value < least:
+                raise OptionError(f"{field.name}: expected at least {least}, found {value}")
 
 
 @dataclasses.dataclass(frozen=True)

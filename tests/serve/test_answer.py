@@ -21,7 +21,7 @@ def tokenizer(tiny_llama: Path) -> Any:
 def test_pieces_join_to_the_text_before_the_first_stop_text(tokenizer: Any) -> None:
     """The tokens are bytes, so that each character has several."""
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=40, deadline=None)
     @given(TEXTS, st.lists(st.text(st.sampled_from("ab\n€"), min_size=1, max_size=4), max_size=3))
     def check(written: str, stop: list[str]) -> None:
         answer, pieces = AnswerText(tokenizer, stop, ()), []

@@ -235,7 +235,7 @@ def test_bodies_of_any_kind_crash_nothing(served: tuple[Client, Service]) -> Non
         sorted({*known, "response_format", "stream_options", "min_p", "top_k", "user", "presence_penalty"})
     )
 
-    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.sampled_from([CHAT, COMPLETION]), st.dictionaries(names, values, max_size=3))
     def check(path: str, fields: dict[str, Any]) -> None:
         status, _, body = client.call("POST", path, (chat if path == CHAT else completion)(**fields))
