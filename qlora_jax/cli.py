@@ -26,7 +26,7 @@ from qlora_jax.errors import OptionError, shortened
 from qlora_jax.interrupts import Interrupts
 from qlora_jax.renamed_options import MEANT, RENAMED_OPTIONS, new_value
 
-__all__ = ["from_toml", "parse", "run", "to_dict"]
+__all__ = ["from_toml", "from_values", "parse", "read_toml", "run", "to_dict"]
 
 T = TypeVar("T")
 
@@ -131,6 +131,15 @@ def _with_mappings(options: Any, default: Any) -> Any:
 
 def from_toml(options: type[T], path: Path) -> T:
     """Return an instance of the dataclass from a TOML file; `parse` says what is raised."""
+    return from_values(options, read_toml(path), f"config file {path}")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the tables of a TOML file.
+
+    Raises:
+        OptionError: the file is missing or is not TOML.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -138,13 +147,24 @@ def from_toml(options: type[T], path: Path) -> T:
     except UnicodeDecodeError as error:
         raise OptionError(f"config file {path}: expected UTF-8, found {error}") from error
     try:
-        values = tomllib.loads(text)
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and lists in lists
         raise OptionError(f"config file {path}: not valid TOML: {error}") from error
+
+
+def from_values(options: type[T], values: dict[str, Any], place: str) -> T:
+    """Return an instance of the dataclass from tables of values, as TOML gives them.
+
+    Args:
+        place: what the values are from, for the message.
+
+    Raises:
+        OptionError: values that do not fit, all of them in one message.
+    """
     problems: list[str] = []
     result = _build(options, values, "", problems)
     if problems:
-        raise OptionError(f"config file {path}: " + "; ".join(problems))
+        raise OptionError(f"{place}: " + "; ".join(problems))
     return result
 
 
