@@ -18,7 +18,7 @@ from typing import Any
 
 import tyro
 
-from qlora_jax.cli import from_values, read_toml
+from qlora_jax.config_file import from_values, read_toml
 from qlora_jax.errors import OptionError
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.options.reporting import WatchOptions
