@@ -77,7 +77,7 @@ class AdapterOptions:
     adapters: tuple[str, ...] = ()
     """Adapters as NAME=PATH, in PEFT's format: LoRA on linear layers."""
     adapter_folder: Path | None = None
-    """Folder whose folders with an adapter_config.json are adapters, by their names."""
+    """Folder whose folders are adapters, or runs with an adapter in them (train_many.py), by their names."""
     slots: int = 16
     """Adapters in the memory of the device at a time; at least as many as rows."""
     rank: int | None = None
@@ -252,11 +252,17 @@ def adapter_sources(options: AdapterOptions) -> dict[str, Path]:
             raise OptionError(f"--adapters: expected different names as in NAME=PATH, found {one}")
         found[name] = Path(path)
     if options.adapter_folder is not None:
-        folders = sorted(path.parent for path in options.adapter_folder.glob("*/adapter_config.json"))
-        if not folders and not options.runtime_adapters:
-            raise OptionError(f"--adapter-folder {options.adapter_folder}: expected folders of adapters, found none")
-        found |= {folder.name: folder for folder in folders if folder.name not in found}
+        root, within = options.adapter_folder, {}
+        for pattern in ("*/adapter", "*"):
+            within |= {path.relative_to(root).parts[0]: path for path in sorted(root.glob(pattern)) if _is_adapter(path)}
+        if not within and not options.runtime_adapters:
+            raise OptionError(f"--adapter-folder {root}: expected folders of adapters, found none")
+        found = within | found
     return found
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
 
 
 def _open(options: Options, adapters: Sequence[Adapter]) -> Pretrained:

@@ -54,8 +54,11 @@ def test_names_of_adapters(tmp_path: Path) -> None:
     for name in ("b", "c"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text("{}")
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "other").mkdir()
     found = adapter_sources(AdapterOptions(adapters=("a=x", "b=y"), adapter_folder=tmp_path))
-    assert found == {"a": Path("x"), "b": Path("y"), "c": tmp_path / "c"}
+    assert found == {"a": Path("x"), "b": Path("y"), "c": tmp_path / "c", "run": tmp_path / "run" / "adapter"}
     for wrong in (("a",), ("=x",), ("a=",), ("a=x", "a=y")):
         with pytest.raises(ValueError, match="expected different names as in NAME=PATH"):
             adapter_sources(AdapterOptions(adapters=wrong))
