@@ -2,18 +2,14 @@
 
     python scripts/train.py --config run.toml --learning-rate 1e-4
 
-A config file has one table for each group of options, with the names of their fields. A table, a key or a type that the
-options do not have is an error that names the file and the most similar name: a run of several days must not start with a
-default because a key was misspelt. An option that was renamed is an error that gives its new name.
+`config_file` reads the file. An option that was renamed is an error that gives its new name.
 
 `run` is the one way from a command line to an exit code, for every command and every program of scripts/.
 """
 
 import dataclasses
-import difflib
 import subprocess
 import sys
-import tomllib
 import typing
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,11 +18,12 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from qlora_jax.errors import OptionError, shortened
+from qlora_jax.config_file import from_toml, is_required
+from qlora_jax.errors import OptionError
 from qlora_jax.interrupts import Interrupts
 from qlora_jax.renamed_options import MEANT, RENAMED_OPTIONS, new_value
 
-__all__ = ["from_toml", "parse", "run", "to_dict"]
+__all__ = ["parse", "run", "to_dict"]
 
 T = TypeVar("T")
 
@@ -90,7 +87,7 @@ def parse(
     config, arguments = _split_config(arguments)
     _check_flags(options, arguments)
     arguments = _with_lists_added_up(arguments, _options_of(options))
-    required = any(_is_required(field) for field in dataclasses.fields(options))  # type: ignore[arg-type]
+    required = any(is_required(field) for field in dataclasses.fields(options))  # type: ignore[arg-type]
     default: Any = tyro.MISSING_NONPROP if required else options()
     if config is not None:
         default = from_toml(options, config)
@@ -127,25 +124,6 @@ def _with_mappings(options: Any, default: Any) -> Any:
         elif value == {}:
             changed[field.name] = before
     return dataclasses.replace(options, **changed)
-
-
-def from_toml(options: type[T], path: Path) -> T:
-    """Return an instance of the dataclass from a TOML file; `parse` says what is raised."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise OptionError(f"config file {path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise OptionError(f"config file {path}: expected UTF-8, found {error}") from error
-    try:
-        values = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and lists in lists
-        raise OptionError(f"config file {path}: not valid TOML: {error}") from error
-    problems: list[str] = []
-    result = _build(options, values, "", problems)
-    if problems:
-        raise OptionError(f"config file {path}: " + "; ".join(problems))
-    return result
 
 
 def to_dict(options: Any) -> dict[str, Any]:
@@ -246,90 +224,6 @@ def _split_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
             raise OptionError("--config: expected one file, found " + ("none" if not value else "two"))
         config = Path(value)
     return config, rest
-
-
-def _build(options: type[Any], values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
-    """Return an instance of `options`; add a message to `problems` for each value that does not fit."""
-    hints = typing.get_type_hints(options)
-    names = {name.replace("-", "_"): name for name in values}
-    chosen: dict[str, Any] = {}
-    for field, name in names.items():
-        if twice := [other for other in values if other != name and other.replace("-", "_") == field]:
-            problems.append(f"{prefix}{name}: given twice, also as {prefix}{twice[0]}")
-    for field, name in names.items():
-        if RENAMED_OPTIONS.get(field) in hints and field not in hints:
-            problems.append(f"{prefix}{name}: was renamed to {prefix}{RENAMED_OPTIONS[field]}")
-            continue
-        if field not in hints:
-            near = difflib.get_close_matches(field, hints, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(hints)}"
-            problems.append(f"unknown key {prefix}{name}{hint}")
-            continue
-        value, hint = values[name], hints[field]
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            if isinstance(value, dict):
-                chosen[field] = _build(hint, value, f"{prefix}{field}.", problems)
-            else:
-                problems.append(f"{prefix}{name}: expected a table, found {shortened(value)}")
-        elif (changed := new_value(field, value)) is not None:
-            problems.append(f"{prefix}{name}: {value} was renamed to {changed}")
-        elif not _fits(value, hint):
-            problems.append(f"{prefix}{name}: expected {_name(hint)}, found {shortened(value)}")
-        else:
-            chosen[field] = _convert(value, hint)
-    required = {field.name: tyro.MISSING_NONPROP for field in dataclasses.fields(options) if _is_required(field)}
-    try:
-        return options(**required | chosen)  # flags may give what the file leaves open
-    except ValueError as error:
-        problems.append(str(error))
-        return options(**required)
-
-
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return value in inner
-    if origin is tuple:
-        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(item, inner[-1]) for item in value.values())
-    if inner:  # a union
-        return any(_fits(value, one) for one in inner)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is Path:
-        return isinstance(value, str)
-    return isinstance(hint, type) and isinstance(value, hint)
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(value)
-    inner = typing.get_args(hint) or (hint,)
-    if isinstance(value, dict):
-        return {name: _convert(item, inner[-1]) for name, item in value.items()}
-    if isinstance(value, str) and Path in inner:
-        return Path(value)
-    if isinstance(value, int) and not isinstance(value, bool) and float in inner and int not in inner:
-        return float(value)
-    return value
-
-
-def _name(hint: Any) -> str:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return "one of " + ", ".join(map(repr, inner))
-    if origin is tuple:
-        return f"a list of {_name(inner[0])}"
-    if origin is dict:
-        return f"a table of {_name(inner[-1])}"
-    return getattr(hint, "__name__", str(hint))
 
 
 def _plain(value: Any) -> Any:

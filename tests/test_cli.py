@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import pytest
 
-from qlora_jax.cli import from_toml, parse, run, to_dict
+from qlora_jax.cli import parse, run, to_dict
+from qlora_jax.config_file import from_toml
 from qlora_jax.errors import OptionError
 from qlora_jax.finetune import Options as FinetuneOptions
 from qlora_jax.renamed_options import RENAMED_OPTIONS, replace_old_names

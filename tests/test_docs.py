@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 import qlora_jax as qj
-from qlora_jax.cli import from_toml, parse
+from qlora_jax.cli import parse
 from qlora_jax.commands import COMMANDS as PROGRAM_NAMES
 from qlora_jax.commands.evaluate import EVALUATIONS
+from qlora_jax.config_file import from_toml
 from qlora_jax.finetune import Options
 
 ROOT = Path(__file__).parents[1]

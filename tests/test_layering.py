@@ -19,13 +19,15 @@ ALLOWED: dict[str, frozenset[str]] = {
     "checkpoint": _BELOW_MODELS | {"models", "interrupts"},
     "platforms": frozenset(),
     "renamed_options": frozenset(),
-    "cli": frozenset({"interrupts", "renamed_options"}),
+    "config_file": frozenset({"renamed_options"}),
+    "cli": frozenset({"config_file", "interrupts", "renamed_options"}),
     "data": frozenset(),
     "train": _BELOW_MODELS | {"data", "interrupts"},
     "evaluate": _BELOW_MODELS | {"data"},
     "serve": _BELOW_MODELS | {"data"},
     "plan": _BELOW_MODELS | {"models", "train", "serve"},
-    "finetune": frozenset(LAYERS) | {"cli", "interrupts", "renamed_options", "data", "train", "evaluate", "serve", "plan"},
+    "finetune": frozenset(LAYERS)
+    | {"cli", "config_file", "interrupts", "renamed_options", "data", "train", "evaluate", "serve", "plan"},
     "api": frozenset(LAYERS) | {"data", "train", "serve"},
     "commands": frozenset(LAYERS)
     | {"cli", "interrupts", "platforms", "data", "train", "evaluate", "serve", "plan", "finetune"},

@@ -19,7 +19,9 @@ __all__ = ["COMMANDS", "choose", "main", "run_script"]
 
 COMMANDS = {
     "train": "fine-tune a language model with QLoRA",
+    "train_many": "train the adapters of many tenants at once over one frozen base",
     "generate": "ask a model, with or without an adapter",
+    "serve": "serve a model and many adapters over OpenAI's API",
     "merge": "merge an adapter into its base model and write a Hugging Face folder",
     "evaluate": "measure models: MMLU, and the judgements of their answers",
     "plan": "compile a step for devices that need not be attached, and show what it needs",

@@ -14,6 +14,7 @@ from jax import Array
 from jaxtyping import Float32, Int
 
 from qlora_jax.models.config import DecoderConfig
+from qlora_jax.nn import AttentionTarget, causal_attention, shifted_group_attention
 
 
 def layer_kinds(config: DecoderConfig) -> Int[Array, " layers"] | None:
@@ -63,3 +64,32 @@ def with_window(
         return attend(q, k, v, window=windows[0])
     choice = np.asarray([windows.index(kind.window) for kind in config.kinds], np.int32)
     return jax.lax.switch(jnp.asarray(choice)[kind], [partial(attend, window=window) for window in windows], q, k, v)
+
+
+def attend_of_kind(
+    config: DecoderConfig,
+    target: AttentionTarget,
+    kind: Array | None,
+    qkv: tuple[Array, Array, Array],
+    documents: tuple[Array | None, int],
+    groups: int,
+) -> Array:
+    """Return the causal attention of a layer's kind, `[b, t, heads, head_dim]`.
+
+    Args:
+        config: the configuration of the model.
+        target: the device whose kernel computes attention.
+        kind: the index of the kind; None: the only kind.
+        qkv: queries, keys and values.
+        documents: the segment ids of packed documents or None, and the number of first keys that all documents share.
+        groups: the number of groups of LongLoRA's attention.
+    """
+    segment_ids, shared = documents
+    attend = partial(
+        partial(causal_attention, shared=shared) if groups == 1 else partial(shifted_group_attention, groups=groups),
+        segment_ids=segment_ids,
+        scale=config.score_scale,
+        cap=config.score_cap,
+        target=target,
+    )
+    return with_window(attend, config, kind, *qkv)

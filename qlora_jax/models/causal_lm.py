@@ -20,11 +20,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from qlora_jax.errors import OptionError
-from qlora_jax.models.attention_kinds import cache_lasts, layer_kinds, of_kind, rotations_of, with_window
+from qlora_jax.models.attention_kinds import attend_of_kind, cache_lasts, layer_kinds, of_kind, rotations_of
 from qlora_jax.models.chunks import chunk_count
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import DecoderLayer, make_norm
-from qlora_jax.models.kv_cache import KVCache, cache_masks, empty_cache, with_first_tokens
+from qlora_jax.models.kv_cache import KVCache, cache_masks, empty_cache, with_first_tokens, write_slots
 from qlora_jax.models.neftune import neftune_noise
 from qlora_jax.models.origin import Origin
 from qlora_jax.models.prompts import with_prompt
@@ -36,16 +36,16 @@ from qlora_jax.nn import (
     AttentionTarget,
     Delta,
     Embedding,
+    LayerContext,
     Linear,
     VocabularyMatrix,
     cached_attention,
-    causal_attention,
     checkpoint_name,
     fetch_to_device,
     gather,
-    shifted_group_attention,
     with_prefix,
 )
+from qlora_jax.nn.context import AdapterIds
 from qlora_jax.nn.parallel import devices_of_context
 from qlora_jax.peft import Method
 from qlora_jax.quant import EmbeddingStorage, Quantization
@@ -153,9 +153,11 @@ class CausalLM(nnx.Module):
         positions: Int[Array, "b t"] | None = None,
         segment_ids: Int[Array, "b t"] | None = None,
         key: Array | None = None,
+        adapter_ids: AdapterIds = None,
     ) -> Float[Array, "b t v"]:
         """Return the logits `[b, t, vocabulary]` of int32 tokens `[b, t]`; see `hidden` for the other arguments."""
-        return self.logits(self.hidden(tokens, positions=positions, segment_ids=segment_ids, key=key))
+        hidden = self.hidden(tokens, positions=positions, segment_ids=segment_ids, key=key, adapter_ids=adapter_ids)
+        return self.logits(hidden)
 
     def hidden(
         self,
@@ -164,6 +166,7 @@ class CausalLM(nnx.Module):
         positions: Int[Array, "b t"] | None = None,
         segment_ids: Int[Array, "b t"] | None = None,
         key: Array | None = None,
+        adapter_ids: AdapterIds = None,
         neftune_alpha: float = 0.0,
         attention_groups: int = 1,
     ) -> Float[Array, "b t d"]:
@@ -174,6 +177,7 @@ class CausalLM(nnx.Module):
             positions: int32 `[b, t]`; None: 0, 1, 2 ….
             segment_ids: int32 `[b, t]`, for packed documents: 0 is padding, and tokens attend only to their own segment.
             key: random key; if given, dropout and the noise of NEFTune are applied.
+            adapter_ids: int32 `[b]`, the slot of each row in a bank of adapters; see `LayerContext`.
             neftune_alpha: strength of NEFTune's noise on the embeddings; 0: no noise.
             attention_groups: number of groups of LongLoRA's attention (`nn.shifted`); 1: tokens attend to all earlier ones.
 
@@ -191,23 +195,29 @@ class CausalLM(nnx.Module):
             x = x + self.config.embedding_scale * neftune_noise(x, segment_ids, neftune_alpha, noise_key).astype(x.dtype)
         prompt = with_prompt(self.prompt, self.config, x, positions, segment_ids, key)
         rotations = rotations_of(self.config, prompt.positions)
+        rows = (prompt.segment_ids, prompt.virtual_tokens)
         graph, layers = nnx.split(self.layers)
         layers, layer_of = scanned_layers(layers)
         chunks = chunk_count(prompt.x.shape[0] * prompt.x.shape[1] // devices_of_context(), self.remat)
 
         def run_layer(x: Array, inputs: tuple[Any, Array | None, Array | None, Any]) -> tuple[Array, None]:
             state, layer_key, kind, prefix = inputs
+            context = LayerContext(layer_key, adapter_ids)
             state = layer_of(state)
             state = gather(state) if chunks == 1 else fetch_to_device(gather(state))
 
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
                 length = q.shape[1]
                 q, k, v = (q, k, v) if prefix is None else with_prefix(q, k, v, prefix)
-                attended = self._attend(q, k, v, kind, prompt.segment_ids, prompt.virtual_tokens, attention_groups)
+                attended = attend_of_kind(self.config, self.attention, kind, (q, k, v), rows, attention_groups)
                 return attended[:, -length:], None
 
             x, _ = nnx.merge(graph, state)(
-                checkpoint_name(x, "residual"), *of_kind(rotations, kind), attend, layer_key, chunks
+                checkpoint_name(x, "residual"),
+                *of_kind(rotations, kind),
+                attend,
+                context,
+                chunks,
             )
             return x, None
 
@@ -217,54 +227,59 @@ class CausalLM(nnx.Module):
         return self.norm(x[:, -tokens.shape[1] :])
 
     def decode(
-        self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"], cache: KVCache
+        self,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t"],
+        cache: KVCache,
+        *,
+        lengths: Int[Array, " b"] | None = None,
+        adapter_ids: AdapterIds = None,
     ) -> tuple[Float[Array, "b v"], KVCache]:
-        """Process new tokens after those in the cache.
+        """Return (logits of each row's last token `[b, vocabulary]`, the cache including new tokens of each row).
 
         Args:
-            tokens: int32 `[b, t]`, a complete left-padded prompt or one token per row.
-            positions: int32 `[b, t]`; negative positions mark padding.
+            tokens: int32 `[b, t]`, a prompt or a part of it, padded on the right, or one token per row.
+            positions: int32 `[b, t]`, increasing by one from anywhere up to the row's past tokens; negative for padding. The
+                slots of all t tokens, padding included, must be within the cache's capacity.
             cache: the keys and values of the tokens so far.
-
-        Returns:
-            (logits of the last token `[b, vocabulary]`, the cache including the new tokens).
+            lengths: int32 `[b]`, those of the whole prompts if `tokens` are only a part of them (`cache_lasts`); or None.
+            adapter_ids: as in `hidden`.
         """
-        shifted = jnp.where(positions < 0, positions, positions + self._virtual_tokens)
-        x, cache = self._extended(self._embed(tokens), shifted, cache)
-        return self.logits(self.norm(x[:, -1])), cache
+        slots = jnp.where(positions < 0, positions, positions + self._virtual_tokens)
+        totals = None if lengths is None else lengths[:, None] + self._virtual_tokens
+        x, cache = self._extended(self._embed(tokens), slots, cache, totals, adapter_ids)
+        last = jnp.maximum(jnp.sum(positions >= 0, axis=1) - 1, 0)
+        return self.logits(self.norm(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])), cache
 
-    def _extended(self, x: Array, positions: Array, cache: KVCache, lengths: Array | None = None) -> tuple[Array, KVCache]:
+    def _extended(
+        self, x: Array, slots: Array, cache: KVCache, lengths: Array | None = None, adapter_ids: AdapterIds = None
+    ) -> tuple[Array, KVCache]:
         """Return the last layer's output `[b, t, hidden_size]` for embedded tokens x, and the cache including them."""
-        config, count = self.config, x.shape[1]
-        rotations = rotations_of(self.config, jnp.maximum(positions, 0), lengths)
-        filled, mask_of = cache_masks(config, cache, positions, self._virtual_tokens)
+        config, first = self.config, slots[:, 0]
+        rotations = rotations_of(self.config, jnp.maximum(slots, 0), lengths)
+        mask_of = cache_masks(config, cache.keys.shape[3], slots)
         graph, layers = nnx.split(self.layers)
         scanned, layer_of = by_layer(layers)
+        context = LayerContext(adapter_ids=adapter_ids)
 
         def run_layer(carry: tuple[Array, Array, Array], inputs: tuple[Any, Array, Array | None]) -> tuple[Any, None]:
             x, past_keys, past_values = carry
             state, layer, kind = inputs
 
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
-                start = (layer, 0, 0, cache.length, 0)
-                k, v = (x.swapaxes(1, 2)[None].astype(past_keys.dtype) for x in (k, v))
-                keys = jax.lax.dynamic_update_slice(past_keys, k, start)
-                values = jax.lax.dynamic_update_slice(past_values, v, start)
+                keys, values = write_slots(past_keys, k, layer, first), write_slots(past_values, v, layer, first)
                 own = keys[layer], values[layer], partial(mask_of, kind)
                 return cached_attention(q, *own, scale=config.score_scale, cap=config.score_cap), (keys, values)
 
-            x, (keys, values) = nnx.merge(graph, layer_of(state, layer))(x, *of_kind(rotations, kind), attend, None)
+            x, (keys, values) = nnx.merge(graph, layer_of(state, layer))(x, *of_kind(rotations, kind), attend, context)
             return (x, keys, values), None
 
         inputs = (scanned, jnp.arange(config.num_hidden_layers), layer_kinds(self.config))
         (x, keys, values), _ = jax.lax.scan(run_layer, (x, cache.keys, cache.values), inputs)
-        return x, KVCache(keys, values, filled, cache.length + count)
+        return x, KVCache(keys, values)
 
     def cache_lasts(self, length: int) -> int | None:
-        """Return the length up to which the cache of a row of `length` tokens is right when the row grows; None: always.
-
-        A row that outgrows it needs a new cache: with LongRoPE and dynamic NTK all rotations depend on the length.
-        """
+        """Return the length up to which the cache of a row of `length` tokens is right; None: always. See `nn.rope`."""
         last = cache_lasts(self.config, length + self._virtual_tokens)
         return None if last is None else last - self._virtual_tokens
 
@@ -328,19 +343,6 @@ class CausalLM(nnx.Module):
     @property
     def _virtual_tokens(self) -> int:
         return 0 if self.prompt is None else self.prompt.virtual_tokens
-
-    def _attend(
-        self, q: Array, k: Array, v: Array, kind: Array | None, segment_ids: Array | None, shared: int, groups: int
-    ) -> Array:
-        """Compute attention of one kind."""
-        attend = partial(
-            partial(causal_attention, shared=shared) if groups == 1 else partial(shifted_group_attention, groups=groups),
-            segment_ids=segment_ids,
-            scale=self.config.score_scale,
-            cap=self.config.score_cap,
-            target=self.attention,
-        )
-        return with_window(attend, self.config, kind, q, k, v)
 
     @staticmethod
     def _positions(tokens: Array) -> Array:

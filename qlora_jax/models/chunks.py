@@ -15,6 +15,7 @@ Each chunk dequantises the matrices again, so chunks are large.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,12 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from qlora_jax.models.stack import Remat
+from qlora_jax.nn.context import Contexts
 from qlora_jax.nn.parallel import AXIS, devices_of_context
 
 CHUNK = 8192  # the most tokens of a device in one chunk
 _TILE = 128  # the number of tokens in a padded chunk is a multiple of this
 _LEAST_TILE = 16  # and in a chunk that needs no padding, of this: the rows of the matrix units
-
-Keys = Sequence[Array | None]
 
 
 def chunk_count(tokens: int, remat: Remat) -> int:
@@ -44,34 +44,37 @@ def chunk_count(tokens: int, remat: Remat) -> int:
     return next(even, least)
 
 
-def over_chunks(function: Callable[[Array, Keys], Array], x: Array, keys: Keys, count: int) -> Array:
-    """Return function(x, keys), computed in `count` chunks of equal length.
+def over_chunks(function: Callable[[Array, Contexts], Array], x: Array, contexts: Contexts, count: int) -> Array:
+    """Return function(x, contexts), computed in `count` chunks of equal length.
 
     Args:
-        function: acts on each token independently; it takes `[n, features]` or `[b, t, features]`, and random keys. Arrays
+        function: acts on each token independently; it takes `[n, features]` or `[b, t, features]`, and contexts. Arrays
             that it closes over must be in device memory.
         x: `[b, t, features]`, its rows split over the devices of the context.
-        keys: random keys; each chunk gets different ones that are derived from them.
+        contexts: of the linear layers; each chunk gets different random keys that are derived from theirs. With adapter ids
+            a chunk has a part of every row, so that the ids remain one for each row.
         count: number of chunks.
 
     Returns:
         The function's result, in the shape of x.
     """
     if count == 1:
-        return function(x, keys)
-    devices, features = devices_of_context(), x.shape[-1]
-    tokens = x.reshape(devices, -1, features)  # by device, so that splitting into chunks needs no communication
+        return function(x, contexts)
+    by_device = all(context.adapter_ids is None for context in contexts)
+    groups, features = devices_of_context() if by_device else x.shape[0], x.shape[-1]
+    tokens = x.reshape(groups, -1, features)  # by device, so that splitting into chunks needs no communication
     own = tokens.shape[1]
     length = own // count if own % (count * _LEAST_TILE) == 0 else -(-own // (count * _TILE)) * _TILE
     padded = jnp.pad(tokens, ((0, 0), (0, count * length - own), (0, 0)))
-    chunks = _spread(padded.reshape(devices, count, length, features), 0).swapaxes(0, 1)
+    chunks = _spread(padded.reshape(groups, count, length, features), 0).swapaxes(0, 1)
 
-    def run(part: tuple[Array, Keys]) -> Array:
-        return function(_spread(part[0], 0), part[1])
+    def run(part: tuple[Array, Sequence[Array | None]]) -> Array:
+        own_contexts = [replace(context, key=key) for context, key in zip(contexts, part[1], strict=True)]
+        return function(_spread(part[0], 0), own_contexts)
 
-    own_keys = [None if key is None else jax.random.split(key, count) for key in keys]
-    done = jax.lax.map(jax.checkpoint(run, prevent_cse=False), (chunks, own_keys))
-    return _spread(done, 1).swapaxes(0, 1).reshape(devices, -1, features)[:, :own].reshape(x.shape)
+    keys = [None if context.key is None else jax.random.split(context.key, count) for context in contexts]
+    done = jax.lax.map(jax.checkpoint(run, prevent_cse=False), (chunks, keys))
+    return _spread(done, 1).swapaxes(0, 1).reshape(groups, -1, features)[:, :own].reshape(x.shape)
 
 
 def _spread(x: Array, axis: int) -> Array:

@@ -12,18 +12,18 @@ checkpoints. The computations after attention, which act on each token independe
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from qlora_jax.models.chunks import Keys, over_chunks
+from qlora_jax.models.chunks import over_chunks
 from qlora_jax.models.config import DecoderConfig, Fused
-from qlora_jax.nn import Activation, LayerNorm, Linear, RMSNorm, activate, glu, rotate
+from qlora_jax.nn import Activation, LayerContext, LayerNorm, Linear, RMSNorm, activate, glu, rotate
+from qlora_jax.nn.context import Contexts
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
-_MOST_LINEAR = 7  # the most linear layers in a decoder layer; each gets its own random key
+_MOST_LINEAR = 7  # the most linear layers in a decoder layer; each gets its own context
 
 
 class MakeLinear(Protocol):
@@ -60,24 +60,24 @@ class Attention(nnx.Module):
         self.q_norm = make_norm(config, self.head_dim, dtype) if config.query_key_norm else None
         self.k_norm = make_norm(config, self.head_dim, dtype) if config.query_key_norm else None
 
-    def __call__(self, x: Array, cosine: Array, sine: Array, attend: Attend, keys: Keys) -> tuple[Array, Any]:
-        q, k, v = self._project(x, keys)
+    def __call__(self, x: Array, cosine: Array, sine: Array, attend: Attend, contexts: Contexts) -> tuple[Array, Any]:
+        q, k, v = self._project(x, contexts)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         attended, cache = attend(rotate(q, cosine, sine), rotate(k, cosine, sine), v)
-        return self.o_proj(attended.reshape(*x.shape[:2], -1), key=keys[3]), cache
+        return self.o_proj(attended.reshape(*x.shape[:2], -1), contexts[3]), cache
 
-    def _project(self, x: Array, keys: Keys) -> tuple[Array, Array, Array]:
+    def _project(self, x: Array, contexts: Contexts) -> tuple[Array, Array, Array]:
         def heads(y: Array, count: int) -> Array:
             return y.reshape(*y.shape[:2], count, self.head_dim)
 
         if self.fused == "no":
             return (
-                heads(self.q_proj(x, key=keys[0]), self.heads),
-                heads(self.k_proj(x, key=keys[1]), self.kv_heads),
-                heads(self.v_proj(x, key=keys[2]), self.kv_heads),
+                heads(self.q_proj(x, contexts[0]), self.heads),
+                heads(self.k_proj(x, contexts[1]), self.kv_heads),
+                heads(self.v_proj(x, contexts[2]), self.kv_heads),
             )
-        y = heads(self.qkv_proj(x, key=keys[0]), self.heads + 2 * self.kv_heads)
+        y = heads(self.qkv_proj(x, contexts[0]), self.heads + 2 * self.kv_heads)
         if self.fused == "heads":
             y = y.reshape(*y.shape[:2], self.heads, 3, self.head_dim)
             return y[..., 0, :], y[..., 1, :], y[..., 2, :]
@@ -100,15 +100,15 @@ class FeedForward(nnx.Module):
             self.up_proj = linear("mlp.up_proj", hidden, inner, use_bias=bias)
         self.down_proj = linear("mlp.down_proj", inner, hidden, use_bias=bias)
 
-    def __call__(self, x: Array, keys: Keys) -> Array:
+    def __call__(self, x: Array, contexts: Contexts) -> Array:
         if self.fused:
-            gate, up = jnp.split(self.gate_up_proj(x, key=keys[0]), 2, axis=-1)
+            gate, up = jnp.split(self.gate_up_proj(x, contexts[0]), 2, axis=-1)
             inner = glu(self.activation, gate, up)
         elif self.glu:
-            inner = glu(self.activation, self.gate_proj(x, key=keys[0]), self.up_proj(x, key=keys[1]))
+            inner = glu(self.activation, self.gate_proj(x, contexts[0]), self.up_proj(x, contexts[1]))
         else:
-            inner = activate(self.activation, self.up_proj(x, key=keys[1]))
-        return self.down_proj(inner, key=keys[2])
+            inner = activate(self.activation, self.up_proj(x, contexts[1]))
+        return self.down_proj(inner, contexts[2])
 
 
 class DecoderLayer(nnx.Module):
@@ -127,7 +127,7 @@ class DecoderLayer(nnx.Module):
         self.post_feedforward_layernorm = norm() if config.post_norms else None
 
     def __call__(
-        self, x: Array, cosine: Array, sine: Array, attend: Attend, key: Array | None, chunks: int = 1
+        self, x: Array, cosine: Array, sine: Array, attend: Attend, context: LayerContext, chunks: int = 1
     ) -> tuple[Array, Any]:
         """Return the layer's output `[b, t, hidden_size]` and the second result of `attend`.
 
@@ -135,19 +135,19 @@ class DecoderLayer(nnx.Module):
             x: `[b, t, hidden_size]`.
             cosine, sine: rotations of the positions, `[b, t, r / 2]`.
             attend: maps rotated queries, rotated keys and values to the attention's result and a second value.
-            key: random key of the adapters' dropout, or None.
+            context: the random key of the adapters' dropout and the adapter ids of the rows.
             chunks: number of chunks of tokens in which the feed-forward runs.
         """
-        keys: Keys = [None] * _MOST_LINEAR if key is None else list(jax.random.split(key, _MOST_LINEAR))
-        attended, cache = self.self_attn(self.input_layernorm(x), cosine, sine, attend, keys[:4])
+        contexts = context.split(_MOST_LINEAR)
+        attended, cache = self.self_attn(self.input_layernorm(x), cosine, sine, attend, contexts[:4])
         if self.parallel:
-            return attended + over_chunks(self._add_feed_forward, x, keys[4:], chunks), cache
+            return attended + over_chunks(self._add_feed_forward, x, contexts[4:], chunks), cache
         if self.post_feedforward_layernorm is not None:
             attended = self.post_attention_layernorm(attended)
-        return over_chunks(self._add_feed_forward, x + attended, keys[4:], chunks), cache
+        return over_chunks(self._add_feed_forward, x + attended, contexts[4:], chunks), cache
 
-    def _add_feed_forward(self, x: Array, keys: Keys) -> Array:
+    def _add_feed_forward(self, x: Array, contexts: Contexts) -> Array:
         """Return x plus the feed-forward of x, which acts on each token independently."""
         if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
-            return x + self.mlp(self.post_attention_layernorm(x), keys)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), keys))
+            return x + self.mlp(self.post_attention_layernorm(x), contexts)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), contexts))

@@ -68,13 +68,13 @@ def rematerialise(run_layer: Callable[..., Any], remat: Remat) -> Callable[..., 
 def by_layer(layers: Any) -> tuple[Any, Callable[[Any, Array], Any]]:
     """Return, for decoding, the part of stacked `layers` to scan over, and a function (its slice, index) -> layer's state.
 
-    On one device, 4-bit matrices remain in their stacks, because kernels can read one layer of a stack without a copy. On
-    several devices, a layer's leaves are sliced and gathered.
+    On one device, 4-bit matrices remain in their stacks, because kernels can read one layer of a stack without a copy, and
+    so do the slots of a bank of adapters. On several devices, a layer's leaves are sliced and gathered.
     """
     if devices_of_context() > 1:
         scanned, layer_of = index_in_stack(layers, packed=False)
         return scanned, lambda state, index: gather(_sliced(layer_of(state, index)))
-    return index_in_stack(layers)
+    return index_in_stack(layers, slots=True)
 
 
 def scanned_layers(layers: Any) -> tuple[Any, Callable[[Any], Any]]:

@@ -19,18 +19,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 
 from qlora_jax.models.origin import Origin
 from qlora_jax.models.shape import method_for
 from qlora_jax.models.stack import Remat, by_layer, rematerialise, scanned_layers, storage_by_stack
 from qlora_jax.models.t5_config import T5Config
-from qlora_jax.models.t5_layers import T5Layer, T5Stack, random_keys
+from qlora_jax.models.t5_layers import SourceMask, T5Layer, T5Stack, layer_contexts
 from qlora_jax.models.trainable import adapters_of, add_deltas, trainable_base
 from qlora_jax.nn import (
     CPU,
     AttentionTarget,
     Embedding,
+    LayerContext,
     Linear,
     VocabularyMatrix,
     biased_attention,
@@ -39,6 +40,7 @@ from qlora_jax.nn import (
     relative_attention,
     with_prefix,
 )
+from qlora_jax.nn.context import AdapterIds
 from qlora_jax.peft import Method
 from qlora_jax.peft.prompt import cross_order
 from qlora_jax.quant import EmbeddingStorage, Quantization
@@ -155,16 +157,22 @@ class T5(nnx.Module):
         sources: Int[Array, "b s"],
         inputs: Int[Array, "b t"],
         *,
-        source_mask: Shaped[Array, "b s"] | None = None,
+        source_mask: SourceMask = None,
         key: Array | None = None,
+        adapter_ids: AdapterIds = None,
     ) -> Float[Array, "b t v"]:
         """Return the logits `[b, t, vocabulary]` for int32 sources `[b, s]` and inputs of the decoder `[b, t]`."""
         keys = (None, None) if key is None else jax.random.split(key)
-        encoded = self.encode(sources, source_mask, key=keys[0])
-        return self.logits(self.hidden(inputs, encoded, source_mask, key=keys[1]))
+        encoded = self.encode(sources, source_mask, key=keys[0], adapter_ids=adapter_ids)
+        return self.logits(self.hidden(inputs, encoded, source_mask, key=keys[1], adapter_ids=adapter_ids))
 
     def encode(
-        self, sources: Int[Array, "b s"], source_mask: Shaped[Array, "b s"] | None = None, *, key: Array | None = None
+        self,
+        sources: Int[Array, "b s"],
+        source_mask: SourceMask = None,
+        *,
+        key: Array | None = None,
+        adapter_ids: AdapterIds = None,
     ) -> Float[Array, "b n d"]:
         """Return the hidden states of the sources, `[b, s, hidden_size]`, or `[b, n + s, hidden_size]` with virtual tokens.
 
@@ -172,6 +180,7 @@ class T5(nnx.Module):
             sources: int32 `[b, s]`.
             source_mask: `[b, s]`, 0 for padding; None: no padding.
             key: random key; if given, the adapter's dropout is applied.
+            adapter_ids: int32 `[b]`, the slot of each row in a bank of adapters; see `LayerContext`.
         """
         embedded = self.shared(sources)
         if self.prompt is not None and not self.prompt.is_prefix:
@@ -187,8 +196,9 @@ class T5(nnx.Module):
 
         def run_layer(x: Array, inputs: tuple[Any, Array | None]) -> tuple[Array, None]:
             state, layer_key = inputs
-            layer = nnx.merge(graph, gather(layer_of(state)))
-            return layer(checkpoint_name(x, "residual"), attend, None, random_keys(layer_key))[0], None
+            contexts, layer = layer_contexts(LayerContext(layer_key, adapter_ids)), nnx.merge(graph, gather(layer_of(state)))
+            x, _ = layer(checkpoint_name(x, "residual"), attend, None, contexts)
+            return x, None
 
         keys = None if key is None else jax.random.split(key, self.config.num_layers)
         x, _ = jax.lax.scan(rematerialise(run_layer, self.remat), embedded, (layers, keys))
@@ -198,9 +208,10 @@ class T5(nnx.Module):
         self,
         inputs: Int[Array, "b t"],
         encoded: Float[Array, "b n d"],
-        source_mask: Shaped[Array, "b s"] | None = None,
+        source_mask: SourceMask = None,
         *,
         key: Array | None = None,
+        adapter_ids: AdapterIds = None,
     ) -> Float[Array, "b t d"]:
         """Return the decoder's last hidden states `[b, t, hidden_size]`, scaled for the output head.
 
@@ -210,6 +221,7 @@ class T5(nnx.Module):
             encoded: the result of `encode` for the sources.
             source_mask: the mask that `encode` got.
             key: random key; if given, the adapter's dropout is applied.
+            adapter_ids: as in `encode`.
         """
         prefix, n = self._prefix(key), 0 if self.prompt is None or not self.prompt.is_prefix else self.prompt.virtual_tokens
         count, mask = inputs.shape[1], _mask(encoded, source_mask)
@@ -218,8 +230,9 @@ class T5(nnx.Module):
         layers, layer_of = scanned_layers(layers)
 
         def run_layer(x: Array, inputs: tuple[Any, Array | None, Any]) -> tuple[Array, None]:
-            layer, keys, before = nnx.merge(graph, gather(layer_of(inputs[0]))), random_keys(inputs[1]), inputs[2]
-            k, v = layer.keys_and_values_of(encoded, keys)
+            layer, before = nnx.merge(graph, gather(layer_of(inputs[0]))), inputs[2]
+            contexts = layer_contexts(LayerContext(inputs[1], adapter_ids))
+            k, v = layer.keys_and_values_of(encoded, contexts)
 
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
                 if before is not None:
@@ -229,7 +242,7 @@ class T5(nnx.Module):
             def attend_sources(q: Array) -> Array:
                 return relative_attention(q, k, v, mask, None, scale=1.0, target=self.attention)
 
-            x, _ = layer(checkpoint_name(x, "residual"), attend, attend_sources, keys)
+            x, _ = layer(checkpoint_name(x, "residual"), attend, attend_sources, contexts)
             return x, None
 
         keys = None if key is None else jax.random.split(key, self.config.num_decoder_layers)
@@ -237,7 +250,7 @@ class T5(nnx.Module):
         return self._scale_for_head(self.decoder.norm(x))
 
     def init_cache(
-        self, encoded: Float[Array, "b n d"], source_mask: Shaped[Array, "b s"] | None, capacity: int
+        self, encoded: Float[Array, "b n d"], source_mask: SourceMask, capacity: int, *, adapter_ids: AdapterIds = None
     ) -> Seq2SeqCache:
         """Return a cache for `capacity` targets per row that contains only the virtual tokens, if there are any.
 
@@ -245,13 +258,15 @@ class T5(nnx.Module):
             encoded: the result of `encode` for the sources.
             source_mask: the mask that `encode` got.
             capacity: number of targets.
+            adapter_ids: as in `encode`.
         """
         config, (batch, length), prefix = self.config, encoded.shape[:2], self._prefix(None)
         graph, layers = nnx.split(self.decoder.layers)
         layers, layer_of = scanned_layers(layers)
+        contexts = layer_contexts(LayerContext(adapter_ids=adapter_ids))
 
         def run_layer(_: None, state: Any) -> tuple[None, tuple[Array, Array]]:
-            return None, nnx.merge(graph, gather(layer_of(state))).keys_and_values_of(encoded, random_keys(None))
+            return None, nnx.merge(graph, gather(layer_of(state))).keys_and_values_of(encoded, contexts)
 
         _, (source_keys, source_values) = jax.lax.scan(run_layer, None, layers)
         n = 0 if prefix is None else prefix[0].shape[1]
@@ -265,13 +280,16 @@ class T5(nnx.Module):
         mask = jnp.broadcast_to(_mask(encoded, source_mask), (batch, length))
         return Seq2SeqCache(keys, values, source_keys, source_values, mask, jnp.asarray(n, jnp.int32))
 
-    def decode(self, tokens: Int[Array, " b"], cache: Seq2SeqCache) -> tuple[Float[Array, "b v"], Seq2SeqCache]:
+    def decode(
+        self, tokens: Int[Array, " b"], cache: Seq2SeqCache, *, adapter_ids: AdapterIds = None
+    ) -> tuple[Float[Array, "b v"], Seq2SeqCache]:
         """Process the decoder's next input, int32 `[b]`; return (logits `[b, vocabulary]`, the cache including it)."""
         length, slots = cache.length, jnp.arange(cache.keys.shape[2])
         bias = self.decoder.bias(length[None], slots, bidirectional=False)
         mask, source_mask = (slots <= length)[None, None], cache.source_mask[:, None]
         graph, layers = nnx.split(self.decoder.layers)
         scanned, layer_of = by_layer(layers)
+        contexts = layer_contexts(LayerContext(adapter_ids=adapter_ids))
 
         def run_layer(carry: tuple[Array, Array, Array], inputs: tuple[Any, ...]) -> tuple[Any, None]:
             x, past_keys, past_values = carry
@@ -287,7 +305,7 @@ class T5(nnx.Module):
                 return biased_attention(q, source_keys, source_values, source_mask, None, scale=1.0)
 
             merged = nnx.merge(graph, layer_of(state, layer))
-            x, (keys, values) = merged(x, attend, attend_sources, random_keys(None))
+            x, (keys, values) = merged(x, attend, attend_sources, contexts)
             return (x, keys, values), None
 
         start = (self.shared(tokens)[:, None], cache.keys, cache.values)

@@ -3,18 +3,20 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Shaped
 
-from qlora_jax.models.decoder import Attend, Keys, MakeLinear
+from qlora_jax.models.decoder import Attend, MakeLinear
 from qlora_jax.models.stack import stack
 from qlora_jax.models.t5_config import T5Config
-from qlora_jax.nn import Activation, Embedding, RMSNorm, activate, glu, relative_position_bias
+from qlora_jax.nn import Activation, Embedding, LayerContext, RMSNorm, activate, glu, relative_position_bias
+from qlora_jax.nn.context import Contexts
 
-_MOST_LINEAR = 11  # linear layers in a layer of the decoder; each gets its own random key
+SourceMask = Shaped[Array, "b s"] | None  # 0 for padding; None: no padding
+_MOST_LINEAR = 11  # linear layers in a layer of the decoder; each gets its own context
 _CROSS = slice(4, 8)  # the indices of the linear layers of cross-attention
 
 
@@ -29,17 +31,17 @@ class T5Attention(nnx.Module):
         self.v = linear(f"{name}.v", hidden, inner, use_bias=False)
         self.o = linear(f"{name}.o", inner, hidden, use_bias=False)
 
-    def queries(self, x: Array, keys: Keys) -> Array:
-        """Return the queries `[b, t, heads, head_dim]` of x `[b, t, hidden]`; `keys` are random keys for q, k, v and o."""
-        return self._heads(self.q(x, key=keys[0]))
+    def queries(self, x: Array, contexts: Contexts) -> Array:
+        """Return the queries `[b, t, heads, head_dim]` of x `[b, t, hidden]`; `contexts` are those of q, k, v and o."""
+        return self._heads(self.q(x, contexts[0]))
 
-    def keys_and_values(self, x: Array, keys: Keys) -> tuple[Array, Array]:
+    def keys_and_values(self, x: Array, contexts: Contexts) -> tuple[Array, Array]:
         """Return the keys and values, each `[b, s, heads, head_dim]`, of x `[b, s, hidden]`."""
-        return self._heads(self.k(x, key=keys[1])), self._heads(self.v(x, key=keys[2]))
+        return self._heads(self.k(x, contexts[1])), self._heads(self.v(x, contexts[2]))
 
-    def output(self, attended: Array, keys: Keys) -> Array:
+    def output(self, attended: Array, contexts: Contexts) -> Array:
         """Return the output projection `[b, t, hidden]` of the attention's result `[b, t, heads, head_dim]`."""
-        return self.o(attended.reshape(*attended.shape[:2], -1), key=keys[3])
+        return self.o(attended.reshape(*attended.shape[:2], -1), contexts[3])
 
     def _heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:2], self.heads, -1)
@@ -55,11 +57,11 @@ class T5FeedForward(nnx.Module):
         self.up = linear("feed_forward.up", hidden, inner, use_bias=False)
         self.down = linear("feed_forward.down", inner, hidden, use_bias=False)
 
-    def __call__(self, x: Array, keys: Keys) -> Array:
-        up = self.up(x, key=keys[0])
+    def __call__(self, x: Array, contexts: Contexts) -> Array:
+        up = self.up(x, contexts[0])
         if self.gate is None:
-            return self.down(activate(self.activation, up), key=keys[2])
-        return self.down(glu(self.activation, self.gate(x, key=keys[1]), up), key=keys[2])
+            return self.down(activate(self.activation, up), contexts[2])
+        return self.down(glu(self.activation, self.gate(x, contexts[1]), up), contexts[2])
 
 
 class T5Layer(nnx.Module):
@@ -75,7 +77,7 @@ class T5Layer(nnx.Module):
         self.feed_forward, self.feed_forward_norm = T5FeedForward(config, linear), norm()
 
     def __call__(
-        self, x: Array, attend: Attend, attend_sources: Callable[[Array], Array] | None, keys: Keys
+        self, x: Array, attend: Attend, attend_sources: Callable[[Array], Array] | None, contexts: Contexts
     ) -> tuple[Array, Any]:
         """Return the layer's output `[b, t, hidden_size]` and the second result of `attend`.
 
@@ -83,22 +85,22 @@ class T5Layer(nnx.Module):
             x: `[b, t, hidden_size]`.
             attend: maps queries, keys and values of the sequence to the result of self-attention and a second value.
             attend_sources: maps queries to the result of cross-attention to the sources; None in the encoder.
-            keys: random keys of the linear layers.
+            contexts: those of the linear layers, as `layer_contexts` makes them.
         """
         attention, normed = self.self_attention, self.self_attention_norm(x)
-        attended, cache = attend(attention.queries(normed, keys), *attention.keys_and_values(normed, keys))
-        x = x + attention.output(attended, keys)
+        attended, cache = attend(attention.queries(normed, contexts), *attention.keys_and_values(normed, contexts))
+        x = x + attention.output(attended, contexts)
         if self.cross_attention is not None and self.cross_attention_norm is not None and attend_sources is not None:
-            attention, cross_keys = self.cross_attention, keys[_CROSS]
-            attended = attend_sources(attention.queries(self.cross_attention_norm(x), cross_keys))
-            x = x + attention.output(attended, cross_keys)
-        return x + self.feed_forward(self.feed_forward_norm(x), keys[_CROSS.stop :]), cache
+            attention, cross_contexts = self.cross_attention, contexts[_CROSS]
+            attended = attend_sources(attention.queries(self.cross_attention_norm(x), cross_contexts))
+            x = x + attention.output(attended, cross_contexts)
+        return x + self.feed_forward(self.feed_forward_norm(x), contexts[_CROSS.stop :]), cache
 
-    def keys_and_values_of(self, encoded: Array, keys: Keys) -> tuple[Array, Array]:
+    def keys_and_values_of(self, encoded: Array, contexts: Contexts) -> tuple[Array, Array]:
         """Return the keys and values of cross-attention, `[b, s, heads, head_dim]`, for encoded sources."""
         if self.cross_attention is None:
             raise ValueError("expected a layer of the decoder, found one of the encoder")
-        return self.cross_attention.keys_and_values(encoded, keys[_CROSS])
+        return self.cross_attention.keys_and_values(encoded, contexts[_CROSS])
 
 
 class T5Stack(nnx.Module):
@@ -128,6 +130,6 @@ class T5Stack(nnx.Module):
         return self.bias(jnp.zeros(1, jnp.int32), distances, bidirectional=bidirectional)[:, 0]
 
 
-def random_keys(key: Array | None) -> Keys:
-    """Return a random key for each linear layer of a layer, or a list of None without a key."""
-    return [None] * _MOST_LINEAR if key is None else list(jax.random.split(key, _MOST_LINEAR))
+def layer_contexts(context: LayerContext) -> Contexts:
+    """Return the context of each linear layer of a layer."""
+    return context.split(_MOST_LINEAR)

@@ -9,6 +9,7 @@ from qlora_jax.nn.attention import (
     with_prefix,
 )
 from qlora_jax.nn.attention_target import CPU, AttentionTarget, attention_target
+from qlora_jax.nn.context import LayerContext
 from qlora_jax.nn.delta import Delta, add_delta
 from qlora_jax.nn.embedding import Embedding, VocabularyMatrix
 from qlora_jax.nn.host import HostArray, copy_to_device, fetch_to_device
@@ -28,6 +29,7 @@ __all__ = [
     "Delta",
     "Embedding",
     "HostArray",
+    "LayerContext",
     "LayerNorm",
     "Linear",
     "LinearAdapter",

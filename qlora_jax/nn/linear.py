@@ -16,10 +16,13 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from qlora_jax.nn.context import LayerContext
 from qlora_jax.nn.delta import Delta, value_of
 from qlora_jax.nn.parallel import ReplicatedVariable
 from qlora_jax.nn.residuals import checkpoint_name
 from qlora_jax.quant import Quantization, matmul, quantize
+
+_PLAIN = LayerContext()
 
 
 class AdapterConstant(ReplicatedVariable):
@@ -47,13 +50,13 @@ class ReadsWeight(Protocol):
 class LinearAdapter(Protocol):
     """An `nnx.Module` that computes the output of an adapted linear layer; its `nnx.LoRAParam`s are trainable."""
 
-    def __call__(self, x: Float[Array, "*rows k"], linear: "Linear", key: Array | None) -> Float[Array, "*rows n"]:
+    def __call__(self, x: Float[Array, "*rows k"], linear: "Linear", context: LayerContext) -> Float[Array, "*rows n"]:
         """Return the adapted layer's output, `[..., out]` in the dtype of x.
 
         Args:
             x: `[..., in]`.
             linear: the layer; `linear.base(x)` is its output without the adapter.
-            key: random key of the adapter's dropout while training, else None.
+            context: the random key of the dropout and the adapter ids of the rows.
         """
         ...
 
@@ -121,7 +124,7 @@ class Linear(nnx.Module):
         """Return y `[..., out]` plus the bias, if there is one."""
         return y if self.bias is None else y + value_of(self.bias, self.bias_delta).astype(y.dtype)
 
-    def __call__(self, x: Float[Array, "*rows k"], *, key: Array | None = None) -> Float[Array, "*rows n"]:
+    def __call__(self, x: Float[Array, "*rows k"], context: LayerContext = _PLAIN) -> Float[Array, "*rows n"]:
         """Map x `[..., in]` to `[..., out]` in the dtype of x; with a random key, the adapter's dropout is applied."""
-        y = self.base(x) if self.adapter is None else self.adapter(x, self, key)
+        y = self.base(x) if self.adapter is None else self.adapter(x, self, context)
         return checkpoint_name(y, "linear")

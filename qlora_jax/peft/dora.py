@@ -29,7 +29,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from qlora_jax.nn import AdapterConstant, Linear, WeightConstant, checkpoint_name
+from qlora_jax.nn import AdapterConstant, LayerContext, Linear, WeightConstant, checkpoint_name
 from qlora_jax.peft.lora_linear import LoRASpec, apply_dropout, initialize_lora, lora_file_parts, lora_update
 from qlora_jax.peft.method import FilePart
 from qlora_jax.quant import MixedStack, QuantizedTensor, dequantize, matmul
@@ -69,8 +69,8 @@ class DoRALinear(nnx.Module):
         """See `nn.ReadsWeight`."""
         self.weight_norm.set_value(column_norms(weight))
 
-    def __call__(self, x: Array, linear: Linear, key: Array | None) -> Array:
-        weight, dropped = linear.weight.get_value(), apply_dropout(x, self.spec.dropout, key)
+    def __call__(self, x: Array, linear: Linear, context: LayerContext) -> Array:
+        weight, dropped = linear.weight.get_value(), apply_dropout(x, self.spec.dropout, context.key)
         update = lora_update(dropped, self.lora_a[...], self.lora_b[...], self._scaling())
         base = matmul(dropped, weight)
         # The gradient of m reads this sum, and it cannot be computed from the layer's result.

@@ -26,7 +26,7 @@ from flax import nnx
 from jax import Array
 
 from qlora_jax.errors import OptionError
-from qlora_jax.nn import Linear
+from qlora_jax.nn import LayerContext, Linear
 from qlora_jax.peft.lora import LoRA
 from qlora_jax.peft.method import Method
 
@@ -80,7 +80,7 @@ class InputStatistics(nnx.Module):
         self.count = nnx.LoRAParam(jnp.zeros((), jnp.float32))
         self.least_cosine = nnx.LoRAParam(jnp.zeros((), jnp.float32))
 
-    def __call__(self, x: Array, linear: Linear, key: Array | None) -> Array:
+    def __call__(self, x: Array, linear: Linear, context: LayerContext) -> Array:
         statistics = (self.directions[...], self.mean[...], self.count[...], self.least_cosine[...])
         y: Any = _with_statistics(linear.base(x), x, statistics)
         return y

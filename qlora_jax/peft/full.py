@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 
 from qlora_jax.errors import OptionError, UnsupportedError
-from qlora_jax.nn import AdapterConstant, Delta, Linear, add_delta
+from qlora_jax.nn import AdapterConstant, Delta, LayerContext, Linear, add_delta
 from qlora_jax.peft.method import FieldErrors, FilePart, Method
 from qlora_jax.peft.option import Option
 from qlora_jax.quant import QuantizedTensor, StackedTensor, matmul
@@ -106,7 +106,7 @@ class FullLinear(nnx.Module):
         used = None if spec.used is None else jnp.asarray(np.asarray(spec.used, np.float32))[layer]
         self.used = None if used is None else AdapterConstant(used)
 
-    def __call__(self, x: Array, linear: Linear, key: Array | None) -> Array:
+    def __call__(self, x: Array, linear: Linear, context: LayerContext) -> Array:
         weight = linear.weight.get_value()
         delta = self.delta[...] if self.used is None else self.delta[...] * self.used[...]
         if isinstance(weight, Array):

@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 
 from qlora_jax.errors import OptionError, shortened
-from qlora_jax.nn import AdapterConstant, Linear
+from qlora_jax.nn import AdapterConstant, LayerContext, Linear
 from qlora_jax.peft.fields import Fields, as_list, as_names, is_list, is_names
 from qlora_jax.peft.method import FilePart, Method, ModelShape
 from qlora_jax.peft.option import Option
@@ -260,7 +260,7 @@ class IA3Linear(nnx.Module):
         used = None if all(spec.used) else jnp.asarray(np.asarray(spec.used, np.float32))[layer]
         self.used = None if used is None else AdapterConstant(used)
 
-    def __call__(self, x: Array, linear: Linear, key: Array | None) -> Array:
+    def __call__(self, x: Array, linear: Linear, context: LayerContext) -> Array:
         change = self.change[...][0]
         scale = 1 + (change if self.used is None else change * self.used[...])
         if self.spec.feedforward:

@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from qlora_jax.nn import AdapterConstant, Linear, checkpoint_name
+from qlora_jax.nn import AdapterConstant, LayerContext, Linear, checkpoint_name
 from qlora_jax.peft.initialization import orthogonal
 from qlora_jax.peft.method import FilePart
 from qlora_jax.quant import matmul
@@ -101,9 +101,9 @@ class LoRALinear(nnx.Module):
         factor = None if factors is None or not spec.bias else jnp.asarray(spec.scalings, jnp.float32)[layer]
         self.bias_factor = None if factor is None else AdapterConstant(factor)
 
-    def __call__(self, x: Array, linear: Linear, key: Array | None) -> Array:
+    def __call__(self, x: Array, linear: Linear, context: LayerContext) -> Array:
         scaling = self.spec.scalings[0] if self.factors is None else self.factors[...]
-        update = lora_update(x, self.lora_a[...], self.lora_b[...], scaling, self.spec.dropout, key)
+        update = lora_update(x, self.lora_a[...], self.lora_b[...], scaling, self.spec.dropout, context.key)
         if self.lora_bias is not None:
             factor = self.spec.scalings[0] if self.bias_factor is None else self.bias_factor[...]
             update = update + (factor * self.lora_bias[...]).astype(update.dtype)

@@ -7,7 +7,7 @@ from the results back to the parameters:
     elementwise, copies, broadcasts     need no more elements of an operand than are needed of them
     reductions                          need in proportion
     fusions in the fusion               the same, through their own instructions
-    updates of a slice in place         need nothing of the array that they update
+    updates of slices in place          need nothing of the array that they update
     products and all others             need all of an operand
 
 A copy of a whole stack from which a slice is taken later, in the same fusion, thus counts as that slice.
@@ -23,6 +23,19 @@ SLICES = frozenset(("dynamic-slice", "slice", "gather"))
 SEE_THROUGH = frozenset(("bitcast", "reshape", "copy", "convert", "transpose"))
 _ALL = frozenset(("dot", "convolution", "sort", "scatter", "select-and-scatter", "reduce-window", "custom-call", "fft"))
 _ALL |= {"while", "conditional", "cholesky", "triangular-solve", "topk", "ragged-dot"}
+
+
+def updates(computations: Computations, instruction: Instruction) -> int | None:
+    """Return the place of the operand that an instruction writes into its first operand; None if it does no such thing.
+
+    A scatter writes in place if it combines nothing: its computation returns one of its parameters.
+    """
+    if instruction.opcode == "dynamic-update-slice":
+        return 1
+    if instruction.opcode == "scatter" and len(instruction.shapes) == 1:
+        root = _root(computations.get(instruction.called("to_apply") or "", {}))
+        return 2 if root is not None and root.opcode == "parameter" else None
+    return None
 
 
 def parameter_reads(computations: Computations, name: str) -> dict[int, int]:
@@ -57,8 +70,8 @@ def written(computations: Computations, body: Computation, root: Instruction, pl
             root = body[root.operands[0]]
         elif root.opcode == "fusion" and (inner := _root(computations.get(called, {}))) is not None:
             body, root = computations[called], inner
-        elif root.opcode == "dynamic-update-slice" and root.operands[1] in body:
-            return min(size, sum(body[root.operands[1]].all_sizes))
+        elif (update := updates(computations, root)) is not None and root.operands[update] in body:
+            return min(size, sum(body[root.operands[update]].all_sizes))
         else:
             return size
 
@@ -109,6 +122,8 @@ def _of_operands(
     `results` are the instructions whose memory is that of the fusion's results.
     """
     everything = [[] if operand is None else operand.elements for operand in operands]
+    if updates(computations, instruction) is not None:
+        return [[0 if instruction.name in results else wanted[0]], *everything[1:]]
     match instruction.opcode:
         case "get-tuple-element":
             return [[wanted[0] if index == _place(instruction) else 0 for index in range(len(everything[0]))]]
@@ -118,8 +133,6 @@ def _of_operands(
             called = computations.get(instruction.called("calls") or instruction.called("to_apply") or "", {})
             found = _needs(computations, called, wanted, instruction.name in results)
             return [found.get(place, [0] * len(arrays)) for place, arrays in enumerate(everything)]
-        case "dynamic-update-slice":
-            return [[0 if instruction.name in results else wanted[0]], *everything[1:]]
         case opcode if opcode in SLICES:
             return [[min(wanted[0], everything[0][0])], *everything[1:]]
         case opcode if opcode in _ALL or len(wanted) != 1:

@@ -16,7 +16,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator
 
-from qlora_jax.plan.fusions import SLICES, parameter_reads, result_writes, written
+from qlora_jax.plan.fusions import SLICES, parameter_reads, result_writes, updates, written
 from qlora_jax.plan.instructions import Computation, Instruction, parse_computations
 
 _MOVES_NOTHING = frozenset(("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier"))
@@ -106,6 +106,8 @@ class Program:
     def reads(self, scope: Computation, instruction: Instruction) -> list[int]:
         """Return the bytes that an instruction reads of each operand."""
         sizes = [scope[name].size if name in scope else 0 for name in instruction.operands]
+        if updates(self.computations, instruction) is not None:
+            return [0, *sizes[1:]]
         match instruction.opcode:
             case opcode if opcode in _MOVES_NOTHING or opcode == "while":
                 return [0] * len(sizes)
@@ -113,8 +115,6 @@ class Program:
                 in_memory, whole = bool(sizes and sizes[0]), instruction.all_sizes
                 part = whole[1] if opcode == "slice-start" else max(whole)
                 return [min(sizes[0], part) if in_memory else 0, *[0] * (len(sizes) - 1)]
-            case "dynamic-update-slice":
-                return [0, *sizes[1:]]
             case "custom-call" if instruction.of_stacks:
                 return [_layer(scope[name]) if name in scope else 0 for name in instruction.operands]
             case "fusion" if (called := instruction.called("calls")) in self.computations:
@@ -125,11 +125,11 @@ class Program:
 
     def writes(self, scope: Computation, instruction: Instruction) -> int:
         """Return the bytes that an instruction writes."""
+        if updates(self.computations, instruction) is not None:
+            return min(instruction.size, written(self.computations, scope, instruction))
         match instruction.opcode:
             case opcode if opcode in _MOVES_NOTHING or opcode == "while":
                 return 0
-            case "dynamic-update-slice":
-                return min(instruction.size, written(self.computations, scope, instruction))
             case "copy-start":  # (destination, source, context)
                 return instruction.sizes[0]
             case "slice-start":  # ((source), destination, context)

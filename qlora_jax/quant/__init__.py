@@ -20,6 +20,7 @@ from qlora_jax.quant.embedding import (
 )
 from qlora_jax.quant.matmul import matmul, with_implementation
 from qlora_jax.quant.mixed import MixedStack, MixedTensor, mixed_stack
+from qlora_jax.quant.slots import IndexedSlots, SlotMatrices
 from qlora_jax.quant.spec import Quantization
 from qlora_jax.quant.stacked import StackedTensor, index_in_stack
 from qlora_jax.quant.targets import by_platform, tracing_for
@@ -34,12 +35,14 @@ __all__ = [
     "DataType",
     "EmbeddingStorage",
     "Implementation",
+    "IndexedSlots",
     "Int8Embedding",
     "MixedStack",
     "MixedTensor",
     "PackedEmbedding",
     "Quantization",
     "QuantizedTensor",
+    "SlotMatrices",
     "StackedTensor",
     "by_platform",
     "code_bits",

@@ -13,6 +13,7 @@ import jax
 from jax import Array
 
 from qlora_jax.quant.mixed import MixedStack, MixedTensor
+from qlora_jax.quant.slots import IndexedSlots, SlotMatrices
 from qlora_jax.quant.tensor import QuantizedTensor
 
 
@@ -42,7 +43,7 @@ class StackedTensor:
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, self.index, keepdims=False), self.stack)
 
 
-def index_in_stack(layers: Any, *, packed: bool = True) -> tuple[Any, Callable[[Any, Array], Any]]:
+def index_in_stack(layers: Any, *, packed: bool = True, slots: bool = False) -> tuple[Any, Callable[[Any, Array], Any]]:
     """Return (scanned, layer_of) for a scan over stacked layers that does not slice their 4-bit matrices.
 
     `jax.lax.scan` runs over `scanned`. In its body, layer_of(slice of scanned, index of the layer) returns a tree like one
@@ -50,12 +51,20 @@ def index_in_stack(layers: Any, *, packed: bool = True) -> tuple[Any, Callable[[
 
     Args:
         packed: whether stacks that are 4-bit as a whole are indexed too; otherwise the scan slices them.
+        slots: whether the slots of adapters (`SlotMatrices`) are indexed too. Their gradient would then be as large as the
+            slots of all layers, in each layer.
     """
 
     def is_kept(leaf: Any) -> bool:
-        return isinstance(leaf, MixedStack) or (packed and isinstance(leaf, QuantizedTensor))
+        return (
+            isinstance(leaf, MixedStack)
+            or (packed and isinstance(leaf, QuantizedTensor))
+            or (slots and isinstance(leaf, SlotMatrices))
+        )
 
     def indexed(leaf: Any, index: Array) -> Any:
+        if isinstance(leaf, SlotMatrices):
+            return IndexedSlots(leaf, index)
         return MixedTensor(leaf, index) if isinstance(leaf, MixedStack) else StackedTensor(leaf, index)
 
     leaves, tree = jax.tree.flatten(layers, is_leaf=is_kept)

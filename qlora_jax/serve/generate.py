@@ -1,12 +1,13 @@
 """Batched generation with a key-value cache, and streaming of text.
 
-    prompts   a b c d e    padded on the left to a multiple of 64, so that all rows end in the same slot: one forward
-              _ _ _ f g    pass computes the first logits of all rows, and each step fills one slot of all rows
+    prompts   a b c d e    padded on the right to a multiple of 64: one forward pass computes the first logits of all rows,
+              f g _ _ _    and each step fills one slot of each row, the one after its last token
     prefill   state, padded prompts                     -> logits of the last token, cache
     step      state, one token per row, position, cache -> logits, cache; the cache is donated, so no step copies it
     choose    logits, key of the seed and the step      -> one token per row
 
-Padding has negative positions. The model masks it, and the positions of each row's tokens count from 0.
+Padding has negative positions. The model masks it, and the positions of each row's tokens count from 0. `serve.engine` is
+for requests that come and go; this is for a batch that begins at once.
 
 A cache that is outgrown. With LongRoPE and dynamic NTK the rotations of all tokens of a row depend on its length. When a row
 outgrows the length for which its cache is right (`LengthDependent.cache_lasts`), the cache is made again by a prefill of all
@@ -54,8 +55,8 @@ class Decoder(Protocol):
         """Process new tokens; return (logits of the last token `[b, v]`, the cache including the new tokens).
 
         Args:
-            tokens: int32 `[b, t]`.
-            positions: int32 `[b, t]`, negative for padding.
+            tokens: int32 `[b, t]`, padded on the right.
+            positions: int32 `[b, t]`, increasing by one in each row, negative for padding.
             cache: the cache of the tokens so far.
         """
         ...
@@ -107,19 +108,17 @@ def generate(
     padded = round_up(max(map(len, prompts)))
     tokens = np.zeros((len(prompts), padded), np.int32)
     for row, prompt in enumerate(prompts):
-        tokens[row, padded - len(prompt) :] = prompt
+        tokens[row, : len(prompt)] = prompt
     lengths = np.array([[len(prompt)] for prompt in prompts], np.int32)
-    positions = np.arange(-padded, 0, dtype=np.int32) + lengths
 
     model = nnx.merge(graphdef, state)
     longest, capacity = int(lengths.max()), round_up(padded + max_new_tokens)
     cache_lasts = model.cache_lasts if isinstance(model, LengthDependent) else lambda _: None
     lasts = [cache_lasts(len(prompt)) for prompt in prompts]
     outgrown = any(last is not None and longest + max_new_tokens > last for last in lasts)
-    capacity += _BUCKET if outgrown else 0  # the padding of a prefill of tokens that begin in the middle of a bucket
     answered: list[Array] = []
     key = jax.random.key(seed)
-    logits, cache = _prefill(graphdef, state, tokens, positions, capacity=capacity)
+    logits, cache = _prefill(graphdef, state, tokens, _positions(lengths, padded), capacity=capacity)
 
     def advance(token: Array, step: int) -> Array:
         nonlocal cache, lasts
@@ -129,10 +128,11 @@ def generate(
         if any(last is not None and length > last for length, last in zip(now, lasts, strict=True)):
             lasts = [cache_lasts(length) for length in now]
             width = round_up(max(now))
-            text = jnp.concatenate([tokens, jnp.stack(answered, axis=1)], axis=1)
-            text = jnp.pad(text, ((0, 0), (width, 0)))[:, -width:]  # only padding is cut off
+            text = np.pad(tokens, ((0, 0), (0, max(0, width - padded))))[:, :width]
+            for row, answer in enumerate(np.stack(answered, axis=1)):
+                text[row, len(prompts[row]) : now[row]] = answer
             del cache  # before there is another one
-            logits, cache = _prefill(graphdef, state, text, np.arange(-width, 0) + lengths + step + 1, capacity=capacity)
+            logits, cache = _prefill(graphdef, state, text, _positions(lengths + step + 1, width), capacity=capacity)
         else:
             logits, cache = decode_step(graphdef, state, token, lengths + step, cache)
         return choose(logits, key, step + 1, sampling=sampling)
@@ -252,7 +252,7 @@ def stream_text(
 @partial(jax.jit, static_argnames=("graphdef", "capacity"))
 def _prefill(graphdef: Any, state: Any, tokens: Array, positions: Array, *, capacity: int) -> tuple[Array, Any]:
     model = nnx.merge(graphdef, state)
-    rows, lengths = tokens.shape[0], positions[:, -1] + 1
+    rows, lengths = tokens.shape[0], positions.max(axis=1) + 1
     by_length = isinstance(model, LengthDependent)
     cache = model.init_cache(rows, capacity, lengths) if by_length else model.init_cache(rows, capacity)
     return model.decode(tokens, positions, cache)
@@ -269,6 +269,12 @@ def decode_step(graphdef: Any, state: Any, token: Array, positions: Array, cache
 def choose(logits: Array, key: Array, step: Array | int, *, sampling: Sampling) -> Array:
     """Return the next token of each row, int32 `[b]`; each step draws with a different random key."""
     return sample(logits, jax.random.fold_in(key, jnp.asarray(step)), sampling)
+
+
+def _positions(lengths: np.ndarray, width: int) -> np.ndarray:
+    """Return the positions `[b, width]` of rows of `lengths` `[b, 1]`, -1 for the padding after them."""
+    positions = np.arange(width, dtype=np.int32)[None]
+    return np.where(positions < lengths, positions, -1)
 
 
 def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_positions: int | None) -> None:

@@ -63,12 +63,17 @@ def warp(logits: Array, sampling: Sampling) -> Array:
         lowest = jax.lax.top_k(scores, sampling.top_k)[0].min(axis=-1, keepdims=True)
         scores = jnp.where(scores < lowest, -jnp.inf, scores)
     if sampling.top_p is not None and sampling.top_p < 1:
-        scores = jnp.where(_outside_top_p(scores, sampling.top_p), -jnp.inf, scores)
+        scores = jnp.where(outside_top_p(scores, sampling.top_p), -jnp.inf, scores)
     return scores
 
 
-def _outside_top_p(scores: Array, top_p: float) -> Array:
-    """Return the mask of excluded tokens, found by value, because a scatter from the sorted order is slow on TPUs."""
+def outside_top_p(scores: Array, top_p: float | Array) -> Array:
+    """Return the mask of excluded tokens `[b, v]`, found by value, because a scatter from the sorted order is slow on TPUs.
+
+    Args:
+        scores: logits `[b, v]`, -inf for tokens that are excluded already.
+        top_p: the probability, a number or `[b, 1]`.
+    """
     ascending = jnp.sort(scores, axis=-1)
     sums = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
     dropped = jnp.sum(sums <= 1 - top_p, axis=-1, keepdims=True)

@@ -41,7 +41,7 @@ def language_model_loss(
     """
     more: dict[str, Any] = {"neftune_alpha": neftune_alpha} if neftune_alpha else {}
     more |= {"attention_groups": attention_groups} if attention_groups > 1 else {}
-    hidden = _decoder_hidden(model, batch, key, **more)
+    hidden = decoder_hidden(model, batch, key, **more)
     return row_losses(model, hidden, batch["targets"], batch["loss_mask"]).sum()
 
 
@@ -64,7 +64,7 @@ def language_model_metrics(
 
     TRL reports the accuracy by this name: a token counts 1 if the model gives it the highest of all logits.
     """
-    return _loss_and_accuracy(model, _decoder_hidden(model, batch, key), batch)
+    return _loss_and_accuracy(model, decoder_hidden(model, batch, key), batch)
 
 
 def seq2seq_metrics(
@@ -85,7 +85,7 @@ def token_log_probabilities(model: Any, batch: Batch, key: PRNGKeyArray | None =
             Each log-probability is multiplied by its `loss_mask`.
         key: the random key of dropout; None turns it off.
     """
-    return -_losses_of_tokens(model, _decoder_hidden(model, batch, key), batch["targets"], batch["loss_mask"])
+    return -_losses_of_tokens(model, decoder_hidden(model, batch, key), batch["targets"], batch["loss_mask"])
 
 
 def row_losses(
@@ -95,7 +95,9 @@ def row_losses(
     return _losses_of_tokens(model, hidden, targets, weights).sum(1)
 
 
-def _decoder_hidden(model: Any, batch: Batch, key: Array | None, **more: Any) -> Array:
+def decoder_hidden(model: Any, batch: Batch, key: Array | None, **more: Any) -> Array:
+    """Return the hidden states of a batch, whose rows may have `adapter_ids`, the slots of a bank of adapters."""
+    more |= {"adapter_ids": batch["adapter_ids"]} if "adapter_ids" in batch else {}
     return model.hidden(
         batch["inputs"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"), key=key, **more
     )

@@ -217,7 +217,8 @@ def ask(parts: Parts, prompts: Sequence[Prompt]) -> list[bool]:
     def real(tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
         tokens, positions = tokens[:-DIGITS], positions[:-DIGITS]
         padding = -len(tokens) % CHUNK
-        tokens, positions = np.pad(tokens, (padding, 0)), np.pad(positions, (padding, 0), constant_values=-1)
+        tokens, after = np.pad(tokens, (0, padding)), positions[-1:] + 1
+        positions = np.pad(positions, (0, padding), constant_values=-1)
         cache, found = nnx.merge(graph, adapter, frozen).init_cache(1, 0), []
         for start in tqdm(range(0, len(tokens), CHUNK), desc="reading", unit="chunk", leave=False):
             cache = enlarged(cache, GROWTH) if start % GROWTH == 0 else cache
@@ -226,7 +227,7 @@ def ask(parts: Parts, prompts: Sequence[Prompt]) -> list[bool]:
             found = [int(token)]  # waits for the result, so that the progress bar is correct
         cache = enlarged(cache, CHUNK)
         for number in range(1, DIGITS):
-            token, cache = decode(adapter, frozen, np.asarray(found[-1:], np.int32), positions[-1:] + number, cache)
+            token, cache = decode(adapter, frozen, np.asarray(found[-1:], np.int32), after + number - 1, cache)
             found.append(int(token))
         return np.asarray(found)
 
@@ -245,7 +246,7 @@ def enlarged(cache: KVCache, more: int) -> KVCache:
     """Return the cache with room for `more` further tokens."""
     slots = ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))
     keys, values = jnp.pad(cache.keys, slots), jnp.pad(cache.values, slots)
-    return dataclasses.replace(cache, keys=keys, values=values, filled=jnp.pad(cache.filled, ((0, 0), (0, more))))
+    return KVCache(keys, values)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from family_configs import LONGROPE
 from fuzz_folders import gguf_file, run_options, state_of_run
 
 from qlora_jax.adapters.pretrained import Pretrained, open_pretrained
-from qlora_jax.cli import from_toml
+from qlora_jax.config_file import from_toml
 from qlora_jax.data import check_ids, encode_prompt
 from qlora_jax.export.pretrained import merge_pretrained
 from qlora_jax.finetune import ObjectiveOptions, Options

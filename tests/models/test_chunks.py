@@ -18,7 +18,7 @@ from tiers import tiered
 
 from qlora_jax.models import CausalLM, ModelSpec, chunks, family_of
 from qlora_jax.models.chunks import chunk_count, over_chunks
-from qlora_jax.nn import data_mesh, put_on_mesh
+from qlora_jax.nn import LayerContext, data_mesh, put_on_mesh
 from qlora_jax.peft import LoRA
 from qlora_jax.plan.flops import count_flops
 from qlora_jax.quant import Quantization
@@ -81,7 +81,7 @@ def test_chunks_of_any_number_of_tokens_give_what_all_at_once_does() -> None:
     x, w, v = (jnp.asarray(draws.standard_normal(shape), jnp.float32) for shape in ((2, 150, 8), (8, 32), (32, 8)))
 
     def run(x: jax.Array, w: jax.Array, count: int) -> jax.Array:
-        return over_chunks(lambda x, _: x + jnp.tanh(x @ w) @ v, x, [None], count)
+        return over_chunks(lambda x, _: x + jnp.tanh(x @ w) @ v, x, [LayerContext()], count)
 
     def value_and_gradients(count: int) -> tuple[Any, Any]:
         loss = lambda x, w: jnp.sin(run(x, w, count)).sum()  # noqa: E731
@@ -97,7 +97,7 @@ def test_each_chunk_draws_from_keys_of_its_own() -> None:
     x = jnp.zeros((1, 512, 4))
 
     def run(key: jax.Array) -> jax.Array:
-        drawn = over_chunks(lambda x, keys: jax.random.normal(keys[0], x.shape), x, [key], 4)  # type: ignore[arg-type]
+        drawn = over_chunks(lambda x, own: jax.random.normal(own[0].key, x.shape), x, [LayerContext(key)], 4)  # type: ignore[arg-type]
         return drawn.reshape(4, -1)
 
     drawn = np.asarray(run(jax.random.key(0)))

@@ -227,13 +227,13 @@ def test_padding_on_the_right_changes_no_earlier_logit() -> None:
 
 @pytest.mark.parametrize("quantization", [None, Quantization()], ids=["dense", "nf4"])
 def test_decoding_with_a_cache_equals_the_whole_forward_pass(quantization: Quantization | None) -> None:
-    """Prompts of different lengths, padded on the left; then one token at a time."""
+    """Prompts of different lengths, padded on the right; then one token at a time."""
     model = with_random_adapter(tiny(quantization=quantization, method=LoRA(rank=4)))
     rows = random_tokens(3, 14)
     prompts, new = (8, 3, 5), 6
     width = max(prompts)
-    padded = np.stack([np.pad(row[:n], (width - n, 0)) for row, n in zip(rows, prompts, strict=True)])
-    positions = np.stack([np.arange(width) - (width - n) for n in prompts])
+    padded = np.stack([np.pad(row[:n], (0, width - n)) for row, n in zip(rows, prompts, strict=True)])
+    positions = np.stack([np.where(np.arange(width) < n, np.arange(width), -1) for n in prompts])
     graph, state = nnx.split(model)
     decode = jax.jit(lambda state, *arguments: nnx.merge(graph, state).decode(*arguments))
 
@@ -246,7 +246,6 @@ def test_decoding_with_a_cache_equals_the_whole_forward_pass(quantization: Quant
             tokens = np.stack([row[n + step : n + step + 1] for row, n in zip(rows, prompts, strict=True)])
             at = np.asarray(prompts)[:, None] + step
             logits, cache = decode(state, jnp.asarray(tokens), jnp.asarray(at), cache)
-    assert int(cache.length) == width + new - 1
 
 
 @pytest.mark.integration

@@ -23,7 +23,7 @@ from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.export.merge import merge
 from qlora_jax.models import CausalLM, ModelSpec
 from qlora_jax.models.llama import llama_config
-from qlora_jax.nn import Linear
+from qlora_jax.nn import LayerContext, Linear
 from qlora_jax.peft import DoRALinear, LoRA
 from qlora_jax.peft.dora import column_norms
 from qlora_jax.peft.lora_linear import apply_dropout
@@ -172,7 +172,7 @@ def test_the_formula_and_its_gradient(quantization: Quantization | None, dropout
         graph, trained, rest = nnx.split(layer, nnx.LoRAParam, ...)
         leaves = {"lora_a": a, "lora_b": b, "lora_magnitude": magnitude}
         nnx.replace_by_pure_dict(trained, {"adapter": leaves})
-        return (probe * nnx.merge(graph, trained, rest)(x, key=key)).sum()
+        return (probe * nnx.merge(graph, trained, rest)(x, LayerContext(key))).sum()
 
     values = (x, adapter.lora_a[...], adapter.lora_b[...], adapter.lora_magnitude[...])
     expected, gradients = jax.jit(jax.value_and_grad(plain, (0, 1, 2, 3)))(*values)

@@ -95,8 +95,8 @@ def test_four_devices_share_the_frozen_weights(cuda: Any) -> None:
 @pytest.mark.integration
 def test_a_decode_step_reads_the_weights_and_the_cache(cuda: Any) -> None:
     plan = cuda["decode"]
-    assert plan["cache"] == 2 * 3 * 256 * 2 * 64 * 2 + 256 + 4
-    assert plan["program"]["aliased"] >= plan["cache"] - 260  # keys and values are donated
+    assert plan["cache"] == 2 * 3 * 256 * 2 * 64 * 2
+    assert plan["program"]["aliased"] >= plan["cache"]  # it is donated
     least = plan["packed_weights"] + plan["dense_weights"] / 2 + plan["adapter"]  # of the token table one row is read
     assert least < plan["program"]["traffic"] < 3 * least
     assert plan["packed_weights"] <= plan["stack_reads"] <= 1.1 * plan["packed_weights"]  # by the kernel, layer by layer

@@ -1,0 +1,326 @@
+"""Serve a model and many adapters over OpenAI's API.
+
+    python scripts/serve.py
+    python scripts/serve.py --adapters alice=runs/alice bob=runs/bob --rows 16
+    python scripts/serve.py --new-key alice >> keys.toml
+    python scripts/serve.py --host 0.0.0.0 --keys keys.toml --adapter-folder adapters
+
+The adapter is the `model` field of a request: the name of an adapter, or that of the base. Ctrl-C and SIGTERM let the
+answers that run come to their end, for a limited time. docs/serving.md describes the API and the file of keys.
+"""
+
+import copy
+import dataclasses
+import ipaddress
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flax import nnx
+
+from qlora_jax import cli
+from qlora_jax.adapters.bank import slot_values
+from qlora_jax.adapters.files import Adapter, read_adapter
+from qlora_jax.adapters.metadata import AdapterMetadata, QuantizationChoice, read_adapter_metadata
+from qlora_jax.adapters.peft_config import resolve_adapter
+from qlora_jax.adapters.pretrained import Pretrained, PretrainedOptions, open_pretrained
+from qlora_jax.checkpoint.load import default_dtype
+from qlora_jax.data import Template, encode_prompt
+from qlora_jax.errors import OptionError, UnsupportedError
+from qlora_jax.interrupts import deferred
+from qlora_jax.models import CausalLM
+from qlora_jax.peft.bank import Bank
+from qlora_jax.serve.adapter_slots import AdapterSlots
+from qlora_jax.serve.api_keys import ApiKey, new_key, read_api_keys
+from qlora_jax.serve.engine import Engine
+from qlora_jax.serve.grammars import constrain_by
+from qlora_jax.serve.scheduler import Limits
+from qlora_jax.serve.token_text import token_text
+from qlora_jax.serve.worker import Worker
+
+if TYPE_CHECKING:
+    from qlora_jax.serve.http import Service
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerOptions:
+    """Options of the server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at. Without keys it must be one of this machine alone, unless --open-to-everyone repeats it."""
+    port: int = 8000
+    """Port to listen at; 0 takes a free one."""
+    keys: Path | None = None
+    """File of API keys; without it, requests need no key."""
+    open_to_everyone: str | None = None
+    """The host once more, to serve without keys to all who can reach it."""
+    new_key: str | None = None
+    """Only print a new key for a tenant of this name on stderr, and its lines for the file of keys on stdout."""
+    drain_seconds: float = 30.0
+    """How long answers may take after Ctrl-C or SIGTERM."""
+    most_body_bytes: int = 2**20
+    """Largest body of a request."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterOptions:
+    """Options of the adapters."""
+
+    adapters: tuple[str, ...] = ()
+    """Adapters as NAME=PATH, in PEFT's format: LoRA on linear layers."""
+    adapter_folder: Path | None = None
+    """Folder whose folders are adapters, or runs with an adapter in them (train_many.py), by their names."""
+    slots: int = 16
+    """Adapters in the memory of the device at a time; at least as many as rows."""
+    rank: int | None = None
+    """Largest rank of an adapter; that of the given ones (16 if there are none) if left out."""
+    runtime_adapters: bool = False
+    """Let keys for all models load adapters within --adapter-folder and unload them, over the API."""
+    held: int = 32
+    """Adapters whose values stay in main memory; others are read again when they are asked for."""
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "held"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name}: expected at least 1, found {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of the command."""
+
+    model: PretrainedOptions = dataclasses.field(default_factory=PretrainedOptions)
+    adapter: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
+    engine: Limits = dataclasses.field(default_factory=Limits)
+    server: ServerOptions = dataclasses.field(default_factory=ServerOptions)
+    name: str | None = None
+    """Name of the base model in requests; the last part of its path or id if left out."""
+    template: Template = "auto"
+    """Template of conversations; auto: the chat template if the tokenizer has one, else guanaco."""
+
+
+def main(arguments: Sequence[str] | None = None, *, program: str | None = None) -> int:
+    """Run the command and return its exit code."""
+    return cli.run(serve, Options, __doc__, arguments, program=program)
+
+
+def serve(options: Options) -> int:
+    """Serve until a signal comes; return 0 if all answers came to their end, else 1."""
+    if options.server.new_key is not None:
+        key, lines = new_key(options.server.new_key)
+        print(f"the key, which is not saved anywhere: {key}", file=sys.stderr)
+        print(lines)
+        return 0
+    try:
+        import uvicorn
+
+        from qlora_jax.serve.http import make_app
+    except ModuleNotFoundError as error:
+        raise OptionError(f'serve: {error.name} is not installed: pip install "qlora-jax[serve]"') from error
+    keys = check_access(options.server)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    listening = listen(options.server)
+    service = load_service(options, keys)
+    service.worker.start()
+    drain = options.server.drain_seconds
+    config = uvicorn.Config(
+        make_app(service),
+        http="h11",  # which refuses what two servers could understand in two ways
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(drain) + 1,
+        limit_concurrency=2 * (options.engine.waiting + options.engine.rows),
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="http", daemon=True)
+    thread.start()
+    address = "http://{}:{}".format(*listening.getsockname()[:2])
+    print(f"serving {service.base} and {len(service.adapters())} adapters at {address}/v1", file=sys.stderr, flush=True)
+    with deferred(f"no more requests are taken; answers that run may take {drain:g} seconds more") as deferral:
+        while deferral.number is None and thread.is_alive() and service.worker.failure is None:
+            time.sleep(0.1)
+        complete = service.worker.failure is None and deferral.number is not None
+        server.should_exit = True
+        complete = service.worker.stop(drain) and complete
+        thread.join(5.0)
+    return 0 if complete else 1
+
+
+def check_access(options: ServerOptions) -> tuple[ApiKey, ...] | None:
+    """Return the keys, or None if requests need none, which must be said twice for an address that others can reach."""
+    if options.keys is not None:
+        return read_api_keys(options.keys)
+    try:
+        alone = options.host == "localhost" or ipaddress.ip_address(options.host).is_loopback
+    except ValueError:
+        alone = False
+    if not alone and options.open_to_everyone != options.host:
+        raise OptionError(
+            f"--host {options.host}: expected --keys FILE, because others may reach this address; to serve without keys to "
+            f"all of them, repeat it: --open-to-everyone {options.host}"
+        )
+    return None
+
+
+def listen(options: ServerOptions) -> socket.socket:
+    """Return a socket that listens, before a model is loaded for nothing."""
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((options.host, options.port))
+        found.listen(1024)
+    except (OSError, OverflowError) as error:
+        found.close()
+        raise OptionError(f"--host {options.host} --port {options.port}: cannot listen there: {error}") from error
+    return found
+
+
+def load_service(options: Options, keys: tuple[ApiKey, ...] | None) -> "Service":
+    """Load the model and its adapters, compile the programs, and return what the application serves."""
+    from qlora_jax.serve.http import Service
+    from qlora_jax.serve.http_calls import Prepared
+
+    sources = adapter_sources(options.adapter)
+    read = {name: _read(path) for name, path in sources.items()}
+    pretrained = _open(options, [adapter for adapter, _ in read.values()])
+    base = options.name or Path(pretrained.base.name).name
+    if base in sources:
+        raise OptionError(f"--adapters: expected names other than that of the base, found {base}")
+    model = pretrained.load(progress=sys.stderr.isatty())
+    if not isinstance(model, CausalLM):
+        raise UnsupportedError(f"serve: expected a decoder-only model, found {model.config.family.name}")
+    limits, slots = options.engine, None
+    if sources or options.adapter.runtime_adapters:
+        slots = AdapterSlots(max(options.adapter.slots, limits.rows) + 1, _loader(model), held=options.adapter.held)
+        for name, path in sources.items():
+            slots.register(name, path)
+    if model.max_positions is not None:
+        limits = dataclasses.replace(limits, capacity=min(limits.capacity, model.max_positions))
+    tokenizer: Any = pretrained.tokenizer
+    vocabulary = pretrained.checkpoint.model_config.vocab_size
+    own = copy.deepcopy(tokenizer)  # the engine's thread decodes while another one encodes
+    constrain = constrain_by(own, vocabulary, pretrained.stop_ids)
+    engine = Engine(
+        *nnx.split(model),
+        limits=limits,
+        vocabulary=vocabulary,
+        tokenizer=own,
+        adapters=slots,
+        constrain=constrain,
+    )
+    start = time.perf_counter()
+    engine.warm_up()
+    _logger.info("programs compiled in %.1f s", time.perf_counter() - start)
+    prepared = Prepared(
+        chat=lambda messages: encode_prompt(list(messages), tokenizer, template=options.template).tolist(),
+        text=lambda text: encode_prompt(text, tokenizer, template="plain").tolist(),
+        eos_ids=pretrained.stop_ids,
+        capacity=limits.capacity,
+    )
+    return Service(
+        worker=Worker(engine),
+        base=base,
+        adapters=slots.names if slots else list,
+        prepared=prepared,
+        token_text=token_text(copy.deepcopy(tokenizer)),
+        keys=keys,
+        most_bytes=options.server.most_body_bytes,
+        manage=_manage(options.adapter, slots, base) if slots and options.adapter.runtime_adapters else None,
+    )
+
+
+def adapter_sources(options: AdapterOptions) -> dict[str, Path]:
+    """Return the paths of the adapters by their names."""
+    found: dict[str, Path] = {}
+    if options.runtime_adapters and (options.adapter_folder is None or not options.adapter_folder.is_dir()):
+        raise OptionError(f"--runtime-adapters: expected a folder as --adapter-folder, found {options.adapter_folder}")
+    for one in options.adapters:
+        name, equals, path = one.partition("=")
+        if not (name and equals and path) or name in found:
+            raise OptionError(f"--adapters: expected different names as in NAME=PATH, found {one}")
+        found[name] = Path(path)
+    if options.adapter_folder is not None:
+        root, within = options.adapter_folder, {}
+        for pattern in ("*/adapter", "*"):
+            within |= {path.relative_to(root).parts[0]: path for path in sorted(root.glob(pattern)) if _is_adapter(path)}
+        if not within and not options.runtime_adapters:
+            raise OptionError(f"--adapter-folder {root}: expected folders of adapters, found none")
+        found = within | found
+    return found
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def _open(options: Options, adapters: Sequence[Adapter]) -> Pretrained:
+    """Open the base, with a bank if there are adapters."""
+    chosen = options.model
+    if chosen.adapter is not None:
+        raise OptionError(f"--adapter: expected --adapters NAME={chosen.adapter}, by which requests name it")
+    if not adapters and not options.adapter.runtime_adapters:
+        return chosen.open()
+    dtype = default_dtype() if chosen.dtype == "auto" else chosen.dtype
+    ranks = [max([one.method.rank or 1, *(rank for _, rank in getattr(one.method, "rank_pattern", ()))]) for one in adapters]
+    slots, rank = max(options.adapter.slots, options.engine.rows) + 1, options.adapter.rank or max(ranks, default=16)
+    return open_pretrained(
+        chosen.model,
+        revision=chosen.revision,
+        quantization=QuantizationChoice(chosen.data_type, chosen.block_size, chosen.double_quantization),
+        embedding_storage=chosen.embedding_storage,
+        method=Bank(slots, rank, dtype),
+        dtype=dtype,
+    )
+
+
+def _read(path: Path) -> tuple[Adapter, AdapterMetadata | None]:
+    snapshot = resolve_adapter(path)
+    return read_adapter(snapshot), read_adapter_metadata(snapshot)
+
+
+def _manage(options: AdapterOptions, slots: AdapterSlots, base: str) -> Any:
+    from qlora_jax.serve.http import Manage
+
+    root = (options.adapter_folder or Path()).resolve()
+
+    def load(name: str, path: str) -> None:
+        if name == base or not name.isprintable() or len(name) > 200:
+            raise OptionError(
+                f"lora_name: expected a name of at most 200 characters, and not that of the base, found {name!r}"
+            )
+        slots.register(name, path_within(root, path))
+
+    return Manage(load, slots.remove)
+
+
+def path_within(root: Path, path: str) -> Path:
+    """Return the folder of an adapter, which must be within the root with all its files, wherever links lead.
+
+    Raises:
+        OptionError: it is not, or it has no weights in safetensors, whose files cannot contain programs.
+    """
+    folder = Path(os.path.realpath(root / path))
+    files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    if not all(Path(os.path.realpath(file)).is_relative_to(root) for file in (folder, *files)):
+        raise OptionError("lora_path: expected a folder within the folder of adapters")
+    if not all(file.is_file() for file in files):
+        raise OptionError("lora_path: expected a folder with adapter_config.json and adapter_model.safetensors")
+    return folder
+
+
+def _loader(model: CausalLM) -> Any:
+    # An adapter is read for the shapes of the model, whose arrays the engine's programs donate.
+    abstract = nnx.eval_shape(lambda: model)
+    return lambda path: slot_values(abstract, *_read(path))

@@ -1,0 +1,51 @@
+"""Matrices in slots, of which each row of a batch takes one: the A or B of a bank of adapters.
+
+A scan over layers slices each layer's leaves out of their stacks. XLA for TPUs may copy such a slice, all slots of the
+layer, before it gathers from it. A scan that provides the index of the layer instead gathers from the slots of all layers,
+which are (layers K) matrices in one row, and nothing is copied.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+__all__ = ["IndexedSlots", "SlotMatrices"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotMatrices:
+    """The matrices of K slots, `[K, in, out]`; those of a stack of layers are `[layers, K, in, out]`.
+
+    Attributes:
+        values: the array.
+    """
+
+    values: Array
+
+    def of_rows(self, ids: Array) -> Array:
+        """Return the matrix of each row, `[rows, in, out]`, for the slots int32 `[rows]`; others are read as the nearest."""
+        return self.values.at[ids].get(mode="clip")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class IndexedSlots:
+    """The slots of one layer, not sliced out of those of all layers.
+
+    Attributes:
+        stack: `[layers, K, in, out]`.
+        index: the layer, int32 scalar.
+    """
+
+    stack: SlotMatrices
+    index: Array
+
+    def of_rows(self, ids: Array) -> Array:
+        """See `SlotMatrices.of_rows`."""
+        values = self.stack.values
+        slots = values.shape[1]
+        flat = values.reshape(-1, *values.shape[2:])
+        return flat.at[self.index * slots + jnp.clip(ids, 0, slots - 1)].get(mode="clip")

@@ -1,0 +1,144 @@
+"""The engine in a thread of its own: requests come from any thread, events go to the listener of each request.
+
+An error of the device ends all requests and refuses new ones: what the device holds is then unknown.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from qlora_jax.errors import QLoRAError
+from qlora_jax.serve.answer import Event
+from qlora_jax.serve.engine import Engine
+from qlora_jax.serve.request import Request
+
+__all__ = ["StoppedError", "Worker"]
+
+_logger = logging.getLogger(__name__)
+_LOADING_SECONDS = 0.005  # between two looks for an adapter that is being loaded, if there is nothing else to do
+Listener = Callable[[Event], None]
+
+
+class StoppedError(QLoRAError):
+    """The engine takes no requests any more."""
+
+
+class Worker:
+    """A thread that runs an engine.
+
+    Attributes:
+        engine: the engine; only its thread may call it.
+        failure: the error that ended the thread; None: none did.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.failure = engine, None
+        self._commands: deque[Callable[[], None]] = deque()
+        self._listeners: dict[int, Listener] = {}
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are taken."""
+        return self._thread.is_alive() and not self._stopping and self.failure is None
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, request: Request, listener: Listener) -> "Future[int]":
+        """Give a request to the engine; return its ticket, or the error that it is refused with, as soon as it is known.
+
+        Args:
+            request: the request.
+            listener: called in the engine's thread with each event of the request; it must not wait.
+        """
+        future: Future[int] = Future()
+
+        def command() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                ticket = self.engine.submit(request)
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                self._listeners[ticket] = listener
+                future.set_result(ticket)
+
+        if not self._command(command):
+            future.set_exception(StoppedError("the server is stopping"))
+        return future
+
+    def cancel(self, ticket: int) -> None:
+        """End the answers to a request; its listener gets their last events."""
+        self._command(lambda: self.engine.cancel(ticket))
+
+    def stop(self, seconds: float) -> bool:
+        """Take no more requests, and end the thread as soon as all answers have ended; return whether they had time to.
+
+        Args:
+            seconds: how long the answers may take; then they are cancelled.
+        """
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        deadline = time.monotonic() + seconds
+        self._thread.join(seconds)
+        in_time = not self._thread.is_alive() and time.monotonic() <= deadline
+        if self._thread.is_alive():
+            with self._wake:
+                self._commands.extend(lambda ticket=ticket: self.engine.cancel(ticket) for ticket in list(self._listeners))
+                self._wake.notify()
+            self._thread.join()
+        return in_time
+
+    def _command(self, command: Callable[[], None]) -> bool:
+        with self._wake:
+            if self._stopping or self.failure is not None or not self._thread.is_alive():
+                return False
+            self._commands.append(command)
+            self._wake.notify()
+            return True
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._wake:
+                    while not (self._commands or self._stopping or self.engine.busy):
+                        self._wake.wait()
+                    commands = list(self._commands)
+                    self._commands.clear()
+                    if self._stopping and not commands and not self.engine.busy:
+                        return
+                for command in commands:
+                    command()
+                for event in self.engine.step():
+                    self._tell(event)
+                if self.engine.busy and self.engine.waits:
+                    time.sleep(_LOADING_SECONDS)
+        except BaseException as error:
+            _logger.exception("the engine failed; no more requests are answered")
+            with self._wake:
+                self.failure = error
+                commands = list(self._commands)
+            for command in commands:  # the engine refuses them, or they find no answer to cancel
+                try:
+                    command()
+                except Exception:
+                    _logger.debug("a command after the failure", exc_info=True)
+            for ticket in list(self._listeners):
+                self._tell(Event(ticket, 0, finish="error"))
+
+    def _tell(self, event: Event) -> None:
+        listener = self._listeners.get(event.ticket)
+        if listener is None:
+            return
+        if event.finish is not None and not self.engine.running(event.ticket):
+            del self._listeners[event.ticket]
+        listener(event)

@@ -1,0 +1,176 @@
+"""Runs of many tenants over one base: against runs of their own, resumed, and with one that fails. About 60 CPU-seconds.
+
+The references are what `finetune` leaves for the same options, and the file formats of its folders.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from runs import rows_of
+
+from qlora_jax.errors import CheckpointError, OptionError
+from qlora_jax.finetune import Options, finetune
+from qlora_jax.finetune.tenants import ManyOptions, train_many
+from qlora_jax.finetune.tenants.options import read_tenants
+
+COMMON = """
+output = "{output}"
+rows = 4
+{shared}
+[model]
+model = "{model}"
+[data]
+data = "{data}"
+max_length = 64
+held_out = 0.2
+[run]
+max_steps = 3
+eval_every = 2
+save_every = 2
+batch_size = 1
+[lora]
+rank = 4
+alpha = 8.0
+[optimizer]
+learning_rate = 1e-2
+"""
+TENANTS = """
+[tenants.plain]
+[tenants.small.lora]
+rank = 2
+target_modules = ["q_proj", "down_proj"]
+[tenants.small.optimizer]
+weight_decay = 0.5
+schedule = "linear"
+[tenants.small.run]
+batch_size = 3
+max_steps = 5
+seed = 3
+[tenants.packed.data]
+packing = true
+max_length = 48
+[tenants.packed.optimizer]
+schedule = "cosine"
+max_grad_norm = 0.5
+warmup_steps = 2
+"""
+
+
+@pytest.fixture
+def write_file(tmp_path: Path, tiny_llama: Path, colours: str) -> Callable[..., Path]:
+    """Write a file of tenants."""
+
+    def write(tenants: str = TENANTS, shared: str = "", output: str = "many") -> Path:
+        path = tmp_path / "tenants.toml"
+        common = COMMON.format(output=tmp_path / output, model=tiny_llama, data=colours, shared=shared)
+        path.write_text(common + tenants, encoding="utf-8")
+        return path
+
+    return write
+
+
+def adapter(folder: Path) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+
+
+def own_run(options: Options, output: Path) -> Path:
+    import dataclasses
+
+    return finetune(dataclasses.replace(options, run=dataclasses.replace(options.run, output=output)), progress=False)
+
+
+@pytest.mark.integration
+def test_each_tenant_equals_a_run_of_its_own(write_file: Callable[..., Path], tmp_path: Path) -> None:
+    """Two slots for three tenants: the third waits. Metrics, held-out losses, files and PEFT's configuration too."""
+    path = write_file(shared="slots = 2")
+    assert train_many(ManyOptions(path), progress=False) == 3
+    for name, options in read_tenants(path).tenants.items():
+        alone, together = own_run(options, tmp_path / "alone" / name), tmp_path / "many" / name / "adapter"
+        found, expected = adapter(together), adapter(alone)
+        assert found.keys() == expected.keys()
+        for tensor in expected:
+            difference = np.linalg.norm(found[tensor] - expected[tensor])
+            assert difference <= 1e-5 * np.linalg.norm(expected[tensor]), tensor
+        config, own = (json.loads((folder / "adapter_config.json").read_text()) for folder in (together, alone))
+        assert config == own
+        rows, own_rows = rows_of(tmp_path / "many" / name), rows_of(tmp_path / "alone" / name)
+        assert [row.keys() for row in rows] == [row.keys() for row in own_rows]
+        for row, other in zip(rows, own_rows, strict=True):
+            for key in row.keys() - {"tokens_per_second", "peak_memory_bytes"}:
+                assert row[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
+        files = {path.name for path in (tmp_path / "many" / name).iterdir()}
+        assert files == {path.name for path in (tmp_path / "alone" / name).iterdir()}
+    with pytest.raises(OptionError, match="nothing to train: all tenants are finished"):
+        train_many(ManyOptions(path), progress=False)
+
+
+@pytest.mark.integration
+def test_one_tenant_fails_and_the_others_do_not_notice(write_file: Callable[..., Path], tmp_path: Path) -> None:
+    """One diverges, one has no data; the others have the bits of a run without these two."""
+    good = TENANTS.split("[tenants.packed.data]")[0]
+    bad = "[tenants.wild.optimizer]\nlearning_rate = 1e30\nmax_grad_norm = 0\n[tenants.lost.data]\ndata = 'nowhere.jsonl'\n"
+    with pytest.raises(CheckpointError, match=r"(?s)2 of 4 tenants are set aside.*lost: .*nowhere.*wild: step \d: found"):
+        train_many(ManyOptions(write_file(bad + good)), progress=False)
+    train_many(ManyOptions(write_file(good, output="without")), progress=False)
+    for name in ("plain", "small"):
+        found, expected = (adapter(tmp_path / output / name / "adapter") for output in ("many", "without"))
+        for tensor in expected:
+            np.testing.assert_array_equal(found[tensor], expected[tensor])
+    assert not (tmp_path / "many" / "wild" / "adapter").exists()
+
+
+@pytest.mark.integration
+def test_a_killed_process_resumes_every_tenant(write_file: Callable[..., Path], tmp_path: Path) -> None:
+    """By SIGKILL once one tenant has a checkpoint; the adapters have the bits of a process that was not killed."""
+    path = write_file()
+    script = [sys.executable, "scripts/train_many.py", str(path)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(script, env=environment, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list((tmp_path / "many" / "small" / "checkpoints").glob("2")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    train_many(ManyOptions(path), progress=False)
+    train_many(ManyOptions(write_file(output="whole")), progress=False)
+    for name in ("plain", "small", "packed"):
+        found, expected = (adapter(tmp_path / output / name / "adapter") for output in ("many", "whole"))
+        for tensor in expected:
+            np.testing.assert_array_equal(found[tensor], expected[tensor])
+
+
+@pytest.mark.parametrize(
+    ("tenants", "message"),
+    [
+        ("", "expected a table .tenants.NAME. for each tenant, found none"),
+        ("[tenants.a.lora]\nrnak = 3\n", "tenants.a: unknown key lora.rnak; did you mean lora.rank"),
+        ("[tenants.a.lora]\nuse_dora = true\n", "tenants.a: .*cannot hold DoRA"),
+        ("[tenants.a.lora]\ndropout = 0.1\n", "tenants.a: lora.dropout: expected 0.0 among many tenants, found 0.1"),
+        ("[tenants.a.tuning]\nmethod = 'ia3'\n", "tenants.a: .*method ia3"),
+        ("[tenants.a.optimizer]\noptimizer = 'lion'\n", "optimizer.optimizer: expected 'adamw' among many tenants"),
+        ("[tenants.a.objective]\nobjective = 'dpo'\n", "objective.objective: expected 'sft' among many tenants"),
+        ("[tenants.a]\n[tenants.b.model]\ndata_type = 'fp4'\n", "tenants.b: expected the base of a"),
+        ("[tenants.'../a']\n", "expected a name of letters"),
+        ("[tenants.a.run]\noutput = 'x'\n", "tenants.a.run.output: expected none"),
+    ],
+)
+def test_what_a_file_of_tenants_cannot_say(write_file: Callable[..., Path], tenants: str, message: str) -> None:
+    with pytest.raises(OptionError, match=f"(?s)config file .*tenants.toml: .*{message}"):
+        read_tenants(write_file(tenants))
+
+
+def test_options_of_all_tenants_and_of_one(write_file: Callable[..., Path], tmp_path: Path) -> None:
+    file: Any = read_tenants(write_file(shared="slots = 2"))
+    assert (file.slots, file.rows, list(file.tenants)) == (2, 4, ["plain", "small", "packed"])
+    small = file.tenants["small"]
+    assert (small.lora.rank, small.lora.alpha, small.run.max_steps, small.run.samples) == (2, 8.0, 5, 0)
+    assert small.run.output == tmp_path / "many" / "small"
