@@ -1,6 +1,6 @@
 """Attention of packed rows by parts, with a plain kernel in place of cuDNN's; what cuDNN is told, against JAX's own calls.
 
-The module takes about 12 CPU-seconds, and 25 with the integration tests.
+The module takes about 4 CPU-seconds, and 14 with the integration tests.
 """
 
 import re
@@ -104,23 +104,18 @@ def exact_attention(operands: Any, gradient: np.ndarray, kv_heads: int) -> tuple
 
 CASES = {
     # length, window, shared, heads, kv_heads, head_dim, dtype
-    "two leaves": (200, None, 0, 2, 2, 16, "float32"),
-    "1000 tokens": (1000, None, 0, 2, 1, 8, "float32"),
-    "window": (700, 201, 0, 2, 1, 8, "float32"),
-    "window, two leaves": (300, 130, 0, 2, 1, 8, "float32"),
-    "shared": (330, None, 7, 2, 1, 8, "float32"),
-    "1001 tokens, window": (1001, 300, 0, 4, 2, 16, "float32"),
-    "bfloat16": (700, None, 0, 4, 2, 64, "bfloat16"),
-    "bfloat16, window": (1001, 300, 0, 4, 2, 64, "bfloat16"),
-    "heads one by one": (520, None, 3, 4, 2, 16, "float32"),
+    "window": (300, 130, 0, 2, 1, 8, "float32"),
+    "shared, heads one by one": (330, None, 7, 4, 2, 8, "float32"),
+    "1001 tokens": (1001, None, 0, 2, 1, 8, "float32"),
+    "bfloat16, window": (600, 250, 0, 4, 2, 64, "bfloat16"),
 }
 
 
 @pytest.mark.usefixtures("plain_kernel")
-@pytest.mark.parametrize("case", tiered(CASES, quick=("two leaves", "window", "shared")))
+@pytest.mark.parametrize("case", tiered(CASES, quick=("window",)))
 def test_parts_add_up(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     length, window, shared, heads, kv_heads, head_dim, dtype = CASES[case]
-    if case == "heads one by one":
+    if "one by one" in case:
         monkeypatch.setattr(attention_packed, "_SMALL", 1)
         monkeypatch.setattr(attention_packed, "_AT_ONCE", 1)
     generator, ids = np.random.default_rng(0), documents(length)
@@ -147,17 +142,14 @@ def test_parts_add_up(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("plain_kernel")
 @pytest.mark.integration
-@pytest.mark.parametrize("groups", [1, 2])
-def test_models_take_them(groups: int) -> None:
-    """On a GPU's target, whole rows and LongLoRA's groups: the numbers of XLA's attention."""
-    generator, ids = np.random.default_rng(0), jnp.asarray(documents(600))
-    q, k, v = (jnp.asarray(generator.standard_normal((2, 600, n, 60), np.float32), "bfloat16") for n in (4, 2, 2))
+def test_groups_of_longlora() -> None:
+    """On a GPU's target: the numbers of XLA's attention, to which both round in bfloat16."""
+    generator, ids = np.random.default_rng(0), jnp.asarray(documents(500))
+    q, k, v = (jnp.asarray(generator.standard_normal((2, 500, n, 28), np.float32), "bfloat16") for n in (4, 2, 2))
 
     def attend(target: AttentionTarget) -> Any:
         def function(q: Any, k: Any, v: Any) -> Any:
-            if groups == 1:
-                return causal_attention(q, k, v, segment_ids=ids, target=target)
-            return shifted_group_attention(q, k, v, groups, segment_ids=ids, target=target)
+            return shifted_group_attention(q, k, v, 2, segment_ids=ids, target=target)
 
         return value_and_pullback(function, (q, k, v), lambda _: jnp.where((ids > 0)[..., None, None], q, 0))
 
@@ -165,7 +157,7 @@ def test_models_take_them(groups: int) -> None:
     found, wanted = (jnp.where((ids > 0)[..., None, None], x, 0) for x in (found, wanted))
     for ours, theirs in zip((found, *found_gradients), (wanted, *gradients), strict=True):
         ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
-        assert np.linalg.norm(ours - theirs) < 8e-3 * np.linalg.norm(theirs)  # both round to bfloat16
+        assert np.linalg.norm(ours - theirs) < 8e-3 * np.linalg.norm(theirs)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -200,7 +192,7 @@ def test_cudnn_is_told_what_jax_tells_it(causal: bool, monkeypatch: pytest.Monke
     assert [call.split("(")[0] for call in calls(ours)] == ["@__cudnn$fmhaSoftmax", "@__cudnn$fmhaSoftmaxBackward"]
 
 
-@pytest.mark.parametrize(("length", "window"), [(1024, None), (8192, None), (8192, 4096)])
+@pytest.mark.parametrize(("length", "window"), [(1024, None), (8192, 4096)])
 def test_nothing_grows_with_the_square(length: int, window: int | None) -> None:
     """No array of the program, forward or backward, is larger than the queries or the scores of the leaves."""
 
