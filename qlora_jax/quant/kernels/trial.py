@@ -62,7 +62,7 @@ def attempt(command: Sequence[str], seconds: float = _SECONDS) -> tuple[str, boo
     An error in Python may have other reasons than the kernel, such as a device without free memory.
     """
     # The process that waits for this one has most of the device's memory.
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_TRACEBACK_FILTERING": "off"}
     try:
         run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
