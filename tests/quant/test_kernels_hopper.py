@@ -76,25 +76,27 @@ def test_a_trial_compares_with_numpy(monkeypatch: pytest.MonkeyPatch, factor: fl
 
     monkeypatch.setattr(hopper, "matmul", product)
     error = trial.error_of("fp4", 128, False)
-    assert trial.attempt([sys.executable, "-c", f"print({error})"]).startswith(reason)
+    found, final = trial.attempt([sys.executable, "-c", f"print({error})"])
+    assert found.startswith(reason)
+    assert final
     assert (error <= trial.LARGEST_ERROR) == (not reason)
 
 
 def test_a_trial_that_fails_or_does_not_end_is_a_reason() -> None:
     code = "import sys; sys.exit('no such instruction')"
-    assert trial.attempt([sys.executable, "-c", code]) == "the trial ended with code 1: no such instruction"
-    assert trial.attempt([sys.executable, "-c", "while True: pass"], 0.1) == "the trial did not end within 0.1 s"
+    assert trial.attempt([sys.executable, "-c", code]) == ("the trial ended with code 1: no such instruction", False)
+    assert trial.attempt([sys.executable, "-c", "while True: pass"], 0.1) == ("the trial did not end within 0.1 s", True)
 
 
 def test_the_result_of_a_trial_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("QLORA_JAX_CACHE", str(tmp_path))
-    results = iter(["", "it is wrong"])
+    results = iter([("", True), ("no memory", False), ("it is wrong", True)])
     monkeypatch.setattr(trial, "attempt", lambda _: next(results))
     is_right = trial.is_right.__wrapped__  # without the cache of this process
     assert is_right("NVIDIA H200")
     assert is_right("NVIDIA H200")  # from the file
-    for _ in range(2):
-        with pytest.warns(UserWarning, match="XLA multiplies: it is wrong"):
+    for reason in ("no memory", "it is wrong", "it is wrong"):
+        with pytest.warns(UserWarning, match=f"XLA multiplies: {reason}"):
             assert not is_right("NVIDIA H20")
 
 

@@ -44,7 +44,7 @@ def looked_up_values(packed: Array, data_type: DataType, gpu: Any) -> tuple[Arra
         halves = [np.empty_like(codes.registers) for _ in range(2)]
         for place, register in np.ndenumerate(codes.registers):
             source = mosaic.utils.bitcast(register, word)
-            found = llvm.inline_asm(four_words, [source], program, "=r,=r,=r,=r,r", has_side_effects=False)
+            found: Any = llvm.inline_asm(four_words, [source], program, "=r,=r,=r,=r,r", has_side_effects=False)
             for half, registers in enumerate(halves):
                 pair = llvm.mlir_undef(two_words)
                 for number in range(2):

@@ -5,9 +5,9 @@ The kernel was written and tested without a GPU: in interpret mode, and through 
 number of rows of a tile, both directions, and every data type. A kernel that crashed or waited for ever would end that
 process and not the run, which then lets XLA multiply and warns.
 
-A result is kept in the folder of downloaded files ($QLORA_JAX_CACHE, else $XDG_CACHE_HOME/qlora_jax, else
-~/.cache/qlora_jax) as `fused-<key>.json`. The key is a hash of the device's kind, the versions of JAX and the CUDA plugin,
-and the kernel's source, so that a change of any of them is tried again.
+A result is kept, unless the process ended with an error in Python, in the folder of downloaded files ($QLORA_JAX_CACHE,
+else $XDG_CACHE_HOME/qlora_jax, else ~/.cache/qlora_jax) as `fused-<key>.json`. The key is a hash of the device's kind, the
+versions of JAX and the CUDA plugin, and the kernel's source, so that a change of any of them is tried again.
 """
 
 import functools
@@ -40,10 +40,11 @@ def is_right(device_kind: str) -> bool:
     path = _folder() / f"fused-{_key(device_kind)}.json"
     reason = _kept(path)
     if reason is None:
-        reason = attempt([sys.executable, "-m", _MODULE])
+        reason, final = attempt([sys.executable, "-m", _MODULE])
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"device": device_kind, "reason": reason}))
+            if final:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps({"device": device_kind, "reason": reason}))
         except OSError:  # then the next process tries again
             pass
     if reason:
@@ -55,26 +56,31 @@ def is_right(device_kind: str) -> bool:
     return not reason
 
 
-def attempt(command: Sequence[str], seconds: float = _SECONDS) -> str:
-    """Run a trial as a process and return why it failed, or "" if it did not."""
+def attempt(command: Sequence[str], seconds: float = _SECONDS) -> tuple[str, bool]:
+    """Run a trial as a process and return why it failed, or "" if it did not, and whether that is the kernel's doing.
+
+    An error in Python may have other reasons than the kernel, such as a device without free memory.
+    """
     # The process that waits for this one has most of the device's memory.
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_TRACEBACK_FILTERING": "off"}
     try:
         run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        return f"the trial did not end within {seconds:g} s"
+        return f"the trial did not end within {seconds:g} s", True
     if run.returncode:
         last = (run.stderr.strip().splitlines() or ["no message"])[-1]
-        return f"the trial ended with code {run.returncode}: {last}"
+        return f"the trial ended with code {run.returncode}: {last}", run.returncode < 0
     error = float(run.stdout.strip().splitlines()[-1])
-    return "" if error <= LARGEST_ERROR else f"its relative error is {error:.1e}, more than {LARGEST_ERROR:.1e}"
+    return "" if error <= LARGEST_ERROR else f"its relative error is {error:.1e}, more than {LARGEST_ERROR:.1e}", True
 
 
 def largest_error() -> float:
     """Return the largest relative error of the products of a trial, computed on the default device."""
-    cases = [("nf4", rows, transposed) for rows in hopper.TILES_OF_ROWS for transposed in (False, True)]
-    others = [(data_type, hopper.TILES_OF_ROWS[0], False) for data_type in DATA_TYPES if data_type != "nf4"]
-    return max(error_of(*case) for case in (*cases, *others))
+    cases: list[tuple[DataType, int, bool]] = [
+        ("nf4", rows, transposed) for rows in hopper.TILES_OF_ROWS for transposed in (False, True)
+    ]
+    cases += [(data_type, hopper.TILES_OF_ROWS[0], False) for data_type in DATA_TYPES if data_type != "nf4"]
+    return max(error_of(*case) for case in cases)
 
 
 def error_of(data_type: DataType, rows: int, transposed: bool) -> float:
