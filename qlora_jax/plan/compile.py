@@ -170,7 +170,7 @@ def compile_program(function: Any, arguments: tuple[Any, ...], machine: Machine)
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
+        temporaries=_temporaries(memory, platform),
         host_arguments=memory.host_argument_size_in_bytes,
         host_temporaries=memory.host_temp_size_in_bytes,
         flops=count_flops(traced.jaxpr, platform=platform) / machine.count,
@@ -182,6 +182,22 @@ def compile_program(function: Any, arguments: tuple[Any, ...], machine: Machine)
         cycles=program.cycles(),
         unknown_kernels=program.unknown_kernels(),
     )
+
+
+def _temporaries(memory: Any, platform: str) -> int:
+    """Return the bytes of device memory that a program needs beside its arguments and outputs.
+
+    The size of the temporaries that libtpu reports is too high by one array or more, such as the stack of the saved
+    residuals: libtpu accepts programs that would not fit by it. What it compares with the memory of the chip is the sum of
+    all allocations, which it reports as the peak, together with those in host memory. That sum has only the larger of the
+    temporaries in device and in host memory, so that it says nothing where there are some in host memory.
+    """
+    whole = getattr(memory, "peak_memory_in_bytes", 0)
+    if platform != "tpu" or memory.host_temp_size_in_bytes or not whole:
+        return memory.temp_size_in_bytes
+    on_host = memory.host_argument_size_in_bytes + memory.host_output_size_in_bytes - memory.host_alias_size_in_bytes
+    settled = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return min(memory.temp_size_in_bytes, whole - on_host - settled)
 
 
 def _explained(error: Exception, machine: Machine) -> Exception:

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_llama import TINY, changed
 
+from qlora_jax.errors import DoesNotFitError
 from qlora_jax.models import ModelSpec
 from qlora_jax.models.llama import llama_config
 from qlora_jax.peft import LoRA
@@ -44,6 +45,22 @@ def stack_traffic(machine):
 
     program = compile_program(jax.jit(loop), (x, stack), machine)
     return program.traffic, 4 * math.prod(stack.shape), 4 * math.prod(x.shape)
+
+
+def saved_stack(machine, rows):
+    """The peak of a gradient through a loop that saves a stack of its inputs, or what the compiler says it needs."""
+    whole = NamedSharding(machine_mesh(machine), P())
+    x = jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16, sharding=whole)
+    weights = jax.ShapeDtypeStruct((8, 4096, 4096), jnp.bfloat16, sharding=whole)
+
+    def loss(x, weights):
+        body = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None), prevent_cse=False)
+        return jnp.square(jax.lax.scan(body, x, weights)[0].astype(jnp.float32)).sum()
+
+    try:
+        return {"peak": compile_program(jax.jit(jax.grad(loss)), (x, weights), machine).peak}
+    except DoesNotFitError as error:
+        return {"needed": error.needed}
 
 
 def of(plan):
@@ -123,6 +140,9 @@ def main(platform, what):
     result = {}
     if what == "--traffic":
         print(json.dumps(stack_traffic(machine_named("h100" if platform == "cuda" else "v5e"))))
+        return
+    if what == "--limit":
+        print(json.dumps([saved_stack(machine_named("v5e"), rows) for rows in (166912, 170496)]))
         return
     kinds = [name for name, device in DEVICES.items() if device.platform == platform]
     result["products"] = {name: one_product(machine_named(name)).flops for name in kinds}  # of all of them, or an error

@@ -60,6 +60,16 @@ def test_a_loop_over_a_stack_moves_the_stack_once(platform: str) -> None:
     assert stack <= traffic <= stack + (16 * 4 + 4) * matrix
 
 
+@pytest.mark.integration
+def test_a_plan_for_a_tpu_fits_exactly_if_libtpu_accepts_the_program() -> None:
+    """Two programs on both sides of the limit of 15.75 GiB; the temporaries that libtpu reports would refuse the first."""
+    limit, one = 15.75 * 2**30, 4096 * 2  # bytes of a row
+    fits, refused = compiled("tpu", "--limit")
+    assert 0.98 * limit < fits["peak"] <= limit
+    assert fits["peak"] == pytest.approx((8 + 2 + 2) * 166912 * one + 8 * 4096 * one, rel=0.001)  # stack, temporaries, x, dx
+    assert refused["needed"] > limit
+
+
 def check_arguments(plan: dict[str, Any]) -> None:
     program = plan["program"]
     arguments = plan["packed_weights"] + plan["dense_weights"] + plan["adapter"] + plan["optimizer"]
