@@ -280,7 +280,7 @@ def _open(options: Options, adapters: Sequence[Adapter]) -> Pretrained:
         revision=chosen.revision,
         quantization=QuantizationChoice(chosen.data_type, chosen.block_size, chosen.double_quantization),
         embedding_storage=chosen.embedding_storage,
-        method=Bank(slots, rank, dtype),
+        method=Bank(slots, rank, dtype),  # pyright: ignore[reportAbstractUsage]
         dtype=dtype,
     )
 
