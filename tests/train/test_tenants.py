@@ -166,7 +166,7 @@ def step(
         rows.append((place, batch))
     adapter, scale, sums = programs().begin(state, slots)
     for batch in micro_batches(rows):
-        sums = programs().accumulate(adapter, scale, sums, frozen, batch)
+        sums = programs().accumulate["sft"](adapter, scale, sums, frozen, batch)
     return programs().update(state, slots, sums)
 
 
