@@ -200,7 +200,7 @@ def load_service(options: Options, keys: tuple[ApiKey, ...] | None) -> "Service"
         raise OptionError(f"--adapters: expected names other than that of the base, found {base}")
     model = pretrained.load(progress=sys.stderr.isatty())
     if not isinstance(model, CausalLM):
-        raise UnsupportedError(f"serve: expected a decoder-only model, found {model.config.family.name}")
+        raise UnsupportedError(f"serve: expected a decoder-only model, found {model.config.family}")
     limits, slots = options.engine, None
     if sources or options.adapter.runtime_adapters:
         slots = AdapterSlots(max(options.adapter.slots, limits.rows) + 1, _loader(model), held=options.adapter.held)
@@ -280,7 +280,7 @@ def _open(options: Options, adapters: Sequence[Adapter]) -> Pretrained:
         revision=chosen.revision,
         quantization=QuantizationChoice(chosen.data_type, chosen.block_size, chosen.double_quantization),
         embedding_storage=chosen.embedding_storage,
-        method=Bank(slots, rank, dtype),
+        method=Bank(slots, rank, dtype),  # pyright: ignore[reportAbstractUsage]
         dtype=dtype,
     )
 

@@ -1,5 +1,6 @@
 """Methods of parameter-efficient fine-tuning, one file each, on the layers of `nn`; `method.py` is their interface."""
 
+from qlora_jax.peft.bank import Bank, clear_slot, split_bank, write_slot
 from qlora_jax.peft.dora import DoRALinear, DoRASpec
 from qlora_jax.peft.full import FullFineTuning, FullLinearSpec
 from qlora_jax.peft.ia3 import IA3, IA3Linear
@@ -37,6 +38,7 @@ __all__ = [
     "IA3",
     "METHODS",
     "AdapterModule",
+    "Bank",
     "DoRALinear",
     "DoRASpec",
     "FieldErrors",
@@ -59,9 +61,12 @@ __all__ = [
     "PromptTuning",
     "Subtracted",
     "by_name",
+    "clear_slot",
     "lora_update",
     "module_matches",
     "option_problems",
     "peft_methods",
     "reads_weights",
+    "split_bank",
+    "write_slot",
 ]

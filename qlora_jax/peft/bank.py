@@ -35,7 +35,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +87,12 @@ class Bank(Method):
         OptionError: fewer than 2 slots, or a rank below 1.
     """
 
+    name: ClassVar = "bank"
+    title: ClassVar = "A bank of adapters"
+    summary: ClassVar = "an adapter of its own for each row"
+    peft_type: ClassVar = "LORA"
+    suffixes: ClassVar = ("lora_A.weight", "lora_B.weight")
+
     slots: int = 2
     bank_rank: int = 16
     dtype: DTypeLike = "float32"
@@ -102,6 +108,23 @@ class Bank(Method):
         chosen = choose(LoRA(target_modules=self.target_modules), layers)
         spec = BankSpec(self.slots, self.bank_rank, self.dtype)
         return {key: spec for key, names in layers.items() if not chosen.isdisjoint(names)}
+
+    def merged(self, weight: np.ndarray, module: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Raise UnsupportedError: a bank is no single adapter."""
+        raise _no_single_adapter()
+
+    def to_peft(self, modules: Sequence[str]) -> dict[str, Any]:
+        """Raise UnsupportedError: a bank is no single adapter."""
+        raise _no_single_adapter()
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> "Bank":
+        """Raise UnsupportedError: a bank is no single adapter."""
+        raise _no_single_adapter()
+
+
+def _no_single_adapter() -> UnsupportedError:
+    return UnsupportedError("a bank of adapters: expected one adapter, which can be merged and saved, found many")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,7 +52,9 @@ class Device:
         shape, count = (1, self._limits.chunk), len(tokens)
         ids, positions = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
         ids[0, :count], positions[0, :count] = tokens, np.arange(start, start + count)
-        chunk = Chunk(ids, positions, np.int32(row), np.asarray([length], np.int32), np.asarray([slot], np.int32))
+        chunk = Chunk(
+            ids, positions, np.asarray(row, np.int32), np.asarray([length], np.int32), np.asarray([slot], np.int32)
+        )
         fixed = {"capacity": self._capacity, "banked": self._adapters.banked}
         self._state = programs.prefill_chunk(self._graphdef, self._model, self._state, chunk, **fixed)
 

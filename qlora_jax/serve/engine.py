@@ -311,5 +311,5 @@ class Engine:
 
 def _mask(answers: Sequence[Answer], rows: int) -> np.ndarray:
     mask = np.zeros(rows, bool)
-    mask[[answer.row for answer in answers]] = True
+    mask[[answer.row for answer in answers if answer.row is not None]] = True
     return mask

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["constrain_by"]
 
 # A model that may write any white space often writes nothing else.
-_SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_SPACES: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def constrain_by(

@@ -19,10 +19,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from qlora_jax.errors import QLoRAError
 from qlora_jax.serve.answer import Event
@@ -37,6 +38,7 @@ from qlora_jax.serve.worker import Worker
 __all__ = ["Manage", "Service", "make_app"]
 
 _logger = logging.getLogger(__name__)
+_SEND_SECONDS = 60.0  # how long a client may take nothing of a stream; the server then closes the connection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,15 +270,21 @@ class _Calls:
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events; `ended` is called after the last one, or when the client has gone."""
+    """Server-sent events; `ended` is called after the last one, or when the client has gone or does not read them."""
 
     def __init__(self, parts: AsyncIterator[str], ended: Callable[[], None], headers: dict[str, str]) -> None:
         super().__init__(parts, media_type="text/event-stream", headers=headers)
         self._ended = ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(_SEND_SECONDS):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_in_time)
+        except (TimeoutError, ClientDisconnect):
+            _logger.info("a client left its stream, or did not read it for %g seconds", _SEND_SECONDS)
         finally:
             self._ended()
 

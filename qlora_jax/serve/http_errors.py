@@ -50,7 +50,7 @@ def of_engine(error: Exception) -> ApiError:
     if isinstance(error, StoppedError):
         return ApiError(503, "The server takes no more requests.", code="stopping")
     if isinstance(error, PromptError):
-        return ApiError(400, f"The request is too long: {error}.", param="messages", code="context_length_exceeded")
+        return ApiError(400, f"The request is too long: {error}.", code="context_length_exceeded")
     if isinstance(error, QLoRAError):
         return ApiError(400, str(error))
     return ApiError(500, "The server had an error.", code="internal_error")

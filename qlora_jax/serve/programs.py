@@ -14,7 +14,7 @@ logits and its memory stay as they are.
 
 import dataclasses
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -74,11 +74,11 @@ class Chunk:
         adapter_ids: int32 `[1]`.
     """
 
-    tokens: np.ndarray
-    positions: np.ndarray
-    row: np.ndarray
-    length: np.ndarray
-    adapter_ids: np.ndarray
+    tokens: Array | np.ndarray
+    positions: Array | np.ndarray
+    row: Array | np.ndarray
+    length: Array | np.ndarray
+    adapter_ids: Array | np.ndarray
 
 
 @partial(jax.jit, static_argnames=("graphdef", "capacity", "banked"), donate_argnames="device")
@@ -86,14 +86,16 @@ def prefill_chunk(
     graphdef: Any, state: Any, device: DeviceState, chunk: Chunk, *, capacity: int, banked: bool
 ) -> DeviceState:
     """Process a chunk of one row's prompt; its last token's logits become those of the row."""
-    model = nnx.merge(graphdef, state)
+    model: Any = nnx.merge(graphdef, state)
     own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, chunk.row, 1, axis=1), device.cache)
     if isinstance(model, LengthDependent) and model.cache_lasts(1) is not None:
         # The first slots may hold virtual tokens, whose keys then depend on the length of the text as well.
-        begins, fresh = chunk.positions[0, 0] == 0, model.init_cache(1, capacity, chunk.length)
+        begins, fresh = chunk.positions[0, 0] == 0, model.init_cache(1, capacity, jnp.asarray(chunk.length))
         own = jax.tree.map(partial(jnp.where, begins), fresh, own)
-    adapters = {"adapter_ids": chunk.adapter_ids} if banked else {}
-    logits, own = model.decode(chunk.tokens, chunk.positions, own, lengths=chunk.length, **adapters)
+    adapters = {"adapter_ids": jnp.asarray(chunk.adapter_ids)} if banked else {}
+    decoder = cast(RowDecoder, model)
+    tokens, positions, length = (jnp.asarray(x) for x in (chunk.tokens, chunk.positions, chunk.length))
+    logits, own = decoder.decode(tokens, positions, own, lengths=length, **adapters)
     cache = jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, chunk.row, axis=1), device.cache, own)
     return DeviceState(cache, device.logits.at[chunk.row].set(logits[0].astype(jnp.float32)), device.memory)
 

@@ -185,11 +185,12 @@ def _draw(scores: Array, settings: RowSettings, steps: Array, draws: Array) -> A
             key = jax.random.fold_in(key, part)
         return jax.random.categorical(key, row)
 
-    return jax.vmap(draw)(scores, settings.seed, steps)
+    return jax.vmap(draw)(scores, jnp.asarray(settings.seed), steps)
 
 
 def _limited(scores: Array, settings: RowSettings) -> Array:
     descending = -jnp.sort(-scores, axis=-1)
     lowest = jnp.take_along_axis(descending, settings.top_k[:, None] - 1, axis=-1)
     scores = jnp.where(scores < lowest, -jnp.inf, scores)
-    return jnp.where(outside_top_p(scores, settings.top_p[:, None]) & (settings.top_p < 1)[:, None], -jnp.inf, scores)
+    top_p = jnp.asarray(settings.top_p)[:, None]
+    return jnp.where(outside_top_p(scores, top_p) & (top_p < 1), -jnp.inf, scores)

@@ -49,18 +49,39 @@ def dpo_loss(
         beta: how closely the tuned model is held to the reference; higher is closer.
         label_smoothing: the assumed share of pairs whose preference is the wrong way round.
     """
+    losses, rewards = pair_losses(model, batch, key, beta=beta, label_smoothing=label_smoothing)
+    return losses.sum(), {name: value.sum() for name, value in rewards.items()}
+
+
+def pair_losses(
+    model: Any,
+    batch: Mapping[str, Array],
+    key: PRNGKeyArray | None,
+    *,
+    beta: float | Float[Array, " b"],
+    label_smoothing: float | Float[Array, " b"],
+) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
+    """Return the terms of the sums of `dpo_loss`, one for each pair; those of pairs that do not count are 0.
+
+    The batch may have `adapter_ids`, the slots of a bank of adapters, whose reference is the base.
+    """
     both = {
         name: jnp.concatenate([batch[f"{side}_{name}"] for side in ("chosen", "rejected")])
         for name in ("inputs", "targets", "loss_mask")
     }
+    if "adapter_ids" in batch:
+        both["adapter_ids"] = jnp.concatenate([batch["adapter_ids"]] * 2)
     tuned = token_log_probabilities(model, both, key).sum(1)
     reference = jax.lax.stop_gradient(token_log_probabilities(_reference_of(model), both).sum(1))
-    rewards_chosen, rewards_rejected = jnp.split(beta * (tuned - reference), 2)
+    rewards_chosen, rewards_rejected = (beta * side for side in jnp.split(tuned - reference, 2))
     margin = rewards_chosen - rewards_rejected
     losses = -(1 - label_smoothing) * jax.nn.log_sigmoid(margin) - label_smoothing * jax.nn.log_sigmoid(-margin)
     counts = _counts(batch)
-    sums = {"chosen": rewards_chosen, "rejected": rewards_rejected, "margins": margin, "accuracies": (margin > 0) * 1.0}
-    return (losses * counts).sum(), {f"rewards/{name}": (value * counts).sum() for name, value in sums.items()}
+    rewards = {"chosen": rewards_chosen, "rejected": rewards_rejected, "margins": margin, "accuracies": (margin > 0) * 1.0}
+    return losses * counts, {f"rewards/{name}": value * counts for name, value in rewards.items()}
+
+
+REWARDS = tuple(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies"))
 
 
 def without_adapter(model: Any) -> Any:

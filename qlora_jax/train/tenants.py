@@ -29,11 +29,14 @@ from jax import Array
 
 from qlora_jax.errors import OptionError
 from qlora_jax.peft.bank import SlotScale, put_slots, take_slots
+from qlora_jax.train.dpo import REWARDS, pair_losses
 from qlora_jax.train.loss import decoder_hidden, row_losses
 from qlora_jax.train.optim import SCHEDULES, Schedule
 from qlora_jax.train.spec import OptimizerSpec
 
 __all__ = [
+    "METRICS",
+    "ROW_LOSSES",
     "RowLoss",
     "Sums",
     "TenantPrograms",
@@ -43,6 +46,7 @@ __all__ = [
     "init_tenants",
     "language_model_row_losses",
     "new_slot",
+    "preference_row_losses",
     "put_slot",
     "slot_settings",
     "split_tenants",
@@ -51,7 +55,8 @@ __all__ = [
 ]
 
 Batch = Mapping[str, Array]
-RowLoss = Callable[[Any, Batch], Array]  # (model, micro-batch with adapter_ids) to the summed loss of each row, [rows]
+# (model, micro-batch with adapter_ids) to the summed loss of each row and further metrics, float32 [rows] each
+RowLoss = Callable[[Any, Batch], dict[str, Array]]
 
 
 @jax.tree_util.register_dataclass
@@ -87,11 +92,11 @@ class Sums:
 
     Attributes:
         gradient: like the adapter of S slots.
-        loss: float32 `[S]`.
+        means: float32 `[S]` by the names of metrics, `loss` among them.
     """
 
     gradient: Any
-    loss: Array
+    means: dict[str, Array]
 
 
 def slot_settings(
@@ -149,22 +154,34 @@ def new_slot(adapter: Any, scale: Any, settings: Mapping[str, np.ndarray]) -> Te
 @partial(jax.jit, donate_argnums=0)
 def put_slot(state: TenantsState, slot: int | Array, values: TenantsState) -> TenantsState:
     """Return the state with a tenant in a slot, in place: the old state is donated. One program serves all slots."""
-    stacks = jax.tree.map(lambda leaf, new: leaf.at[:, slot].set(new), state.stacks, values.stacks)
+    adapter, scale, mu, nu = jax.tree.map(lambda leaf, new: leaf.at[:, slot].set(new), state.stacks, values.stacks)
     count = state.count.at[slot].set(values.count)
     settings = {name: leaf.at[slot].set(values.settings[name]) for name, leaf in state.settings.items()}
-    return TenantsState(*stacks, count, settings)
+    return TenantsState(adapter, scale, mu, nu, count, settings)
 
 
 @jax.jit
 def get_slot(state: TenantsState, slot: int | Array) -> TenantsState:
     """Return the state of the tenant in a slot, which may be kept in main memory and put into any slot later."""
-    stacks = jax.tree.map(lambda leaf: leaf[:, slot], state.stacks)
-    return TenantsState(*stacks, state.count[slot], {name: leaf[slot] for name, leaf in state.settings.items()})
+    adapter, scale, mu, nu = jax.tree.map(lambda leaf: leaf[:, slot], state.stacks)
+    settings = {name: leaf[slot] for name, leaf in state.settings.items()}
+    return TenantsState(adapter, scale, mu, nu, state.count[slot], settings)
 
 
-def language_model_row_losses(model: Any, batch: Batch) -> Array:
-    """Return the summed cross-entropy of each row over its learned tokens, float32 `[rows]`; see `language_model_loss`."""
-    return row_losses(model, decoder_hidden(model, batch, None), batch["targets"], batch["loss_mask"])
+def language_model_row_losses(model: Any, batch: Batch) -> dict[str, Array]:
+    """Return the summed cross-entropy of each row over its learned tokens; see `language_model_loss`."""
+    return {"loss": row_losses(model, decoder_hidden(model, batch, None), batch["targets"], batch["loss_mask"])}
+
+
+def preference_row_losses(model: Any, batch: Batch) -> dict[str, Array]:
+    """Return the loss and the rewards of each pair; see `dpo_loss`. `beta` and `label_smoothing` are `[pairs]`."""
+    given = {name: batch[name] for name in ("beta", "label_smoothing")}
+    loss, rewards = pair_losses(model, batch, None, beta=given["beta"], label_smoothing=given["label_smoothing"])
+    return {"loss": loss, **rewards}
+
+
+ROW_LOSSES: dict[str, RowLoss] = {"sft": language_model_row_losses, "dpo": preference_row_losses}
+METRICS = ("loss", *REWARDS)  # of all objectives
 
 
 def accumulate(graphdef: Any, row_loss: RowLoss, adapter: Any, scale: Any, sums: Sums, frozen: Any, batch: Batch) -> Sums:
@@ -177,24 +194,26 @@ def accumulate(graphdef: Any, row_loss: RowLoss, adapter: Any, scale: Any, sums:
         sums: so far.
         frozen: the values of the model that do not train.
         batch: arrays `[rows, t]` that `row_loss` reads; `adapter_ids` int32 `[rows]`, which of the S slots a row belongs
-            to; `share` float32 `[rows]`, one divided by the learned tokens of the row's tenant in the whole step, and 0 in
-            rows of padding, whose `loss_mask` is 0 as well.
+            to; `share` float32 `[rows]`, one divided by the learned tokens (or pairs) of the row's tenant in the whole step,
+            and 0 in rows of padding, whose `loss_mask` is 0 as well.
     """
 
-    def loss(adapter: Any) -> tuple[Array, Array]:
-        rows = row_loss(nnx.merge(graphdef, adapter, scale, frozen), batch) * batch["share"]
-        return rows.sum(), rows
+    def loss(adapter: Any) -> tuple[Array, dict[str, Array]]:
+        rows = row_loss(nnx.merge(graphdef, adapter, scale, frozen), batch)
+        shares = {name: values * batch["share"] for name, values in rows.items()}
+        return shares["loss"].sum(), shares
 
     gradient, rows = jax.grad(loss, has_aux=True)(adapter)
     summed = jax.tree.map(jnp.add, sums.gradient, gradient)
-    return Sums(summed, sums.loss.at[batch["adapter_ids"]].add(jax.lax.stop_gradient(rows)))
+    means = {name: sums.means[name].at[batch["adapter_ids"]].add(values) for name, values in rows.items()}
+    return Sums(summed, sums.means | means)
 
 
 def update(state: TenantsState, slots: Array, sums: Sums) -> tuple[TenantsState, dict[str, Array]]:
     """Return the state after one update of the slots that have rows, and metrics `[S]`.
 
-    The metrics are `loss`; `grad_norm`, before clipping; `learning_rate`; and `finite`, which is false for a slot that keeps
-    its values and state since its loss or gradient is not finite.
+    The metrics are the means; `grad_norm`, before clipping; `learning_rate`; and `finite`, which is false for a slot that
+    keeps its values and state since its loss or gradient is not finite.
 
     Args:
         state: of K slots; all slots but those of `slots` keep their bits.
@@ -206,7 +225,7 @@ def update(state: TenantsState, slots: Array, sums: Sums) -> tuple[TenantsState,
     own = {name: leaf.at[slots].get(mode="clip") for name, leaf in state.settings.items()}
     norm = jnp.sqrt(sum(_of_slots(leaf * leaf) for leaf in jax.tree.leaves(sums.gradient)))
     factor = jnp.where(norm < own["max_grad_norm"], 1.0, own["max_grad_norm"] / norm)
-    finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
+    finite = jnp.isfinite(norm) & jnp.isfinite(sums.means["loss"])
     rate, done = _learning_rate(count, own), count + 1
     updates = done.astype(jnp.float32)
 
@@ -230,7 +249,7 @@ def update(state: TenantsState, slots: Array, sums: Sums) -> tuple[TenantsState,
     before = (state.adapter, state.mu, state.nu)
     new_adapter, new_mu, new_nu = (put_slots(old, slots, new) for old, new in zip(before, parts, strict=True))
     new_count = state.count.at[slots].set(jnp.where(finite, done, count), mode="drop")
-    metrics = {"loss": sums.loss, "grad_norm": norm, "learning_rate": rate, "finite": finite}
+    metrics = {**sums.means, "grad_norm": norm, "learning_rate": rate, "finite": finite}
     return TenantsState(new_adapter, state.scale, new_mu, new_nu, new_count, state.settings), metrics
 
 
@@ -259,29 +278,31 @@ class TenantPrograms:
 
     Attributes:
         begin: (state, slots) to (adapter, scale, sums of zeros) of these slots.
-        accumulate: (adapter, scale, sums, frozen, micro-batch) to the sums; the old ones are donated.
+        accumulate: by the name of an objective, (adapter, scale, sums, frozen, micro-batch) to the sums; the old ones are
+            donated.
         update: (state, slots, sums) to (state, metrics); the old state is donated.
     """
 
-    begin: Callable[[TenantsState, Array], tuple[Any, Any, Sums]]
-    accumulate: Callable[[Any, Any, Sums, Any, Batch], Sums]
-    update: Callable[[TenantsState, Array, Sums], tuple[TenantsState, dict[str, Array]]]
+    begin: Callable[[TenantsState, Any], tuple[Any, Any, Sums]]
+    accumulate: dict[str, Callable[[Any, Any, Sums, Any, Mapping[str, Any]], Sums]]
+    update: Callable[[TenantsState, Any, Sums], tuple[TenantsState, dict[str, Array]]]
 
     def cache_sizes(self) -> tuple[int, ...]:
         """Return how often each function was compiled."""
-        functions: Any = (self.begin, self.accumulate, self.update)
+        functions: Any = (self.begin, *self.accumulate.values(), self.update)
         return tuple(function._cache_size() for function in functions)
 
 
-def tenant_programs(graphdef: Any, row_loss: RowLoss = language_model_row_losses) -> TenantPrograms:
-    """Return the jitted functions of a step of many tenants."""
+def tenant_programs(graphdef: Any) -> TenantPrograms:
+    """Return the jitted functions of a step of many tenants; each compiles when it is first called."""
 
     def begin(state: TenantsState, slots: Array) -> tuple[Any, Any, Sums]:
         adapter, scale = take_slots(state.adapter, slots), take_slots(state.scale, slots)
-        return adapter, scale, Sums(jax.tree.map(jnp.zeros_like, adapter), jnp.zeros(slots.shape, jnp.float32))
+        zeros = {name: jnp.zeros(slots.shape, jnp.float32) for name in METRICS}
+        return adapter, scale, Sums(jax.tree.map(jnp.zeros_like, adapter), zeros)
 
     return TenantPrograms(
         jax.jit(begin),
-        jax.jit(partial(accumulate, graphdef, row_loss), donate_argnums=2),
+        {name: jax.jit(partial(accumulate, graphdef, loss), donate_argnums=2) for name, loss in ROW_LOSSES.items()},
         jax.jit(update, donate_argnums=0),
     )

@@ -105,6 +105,17 @@ def test_each_chunk_draws_from_keys_of_its_own() -> None:
     np.testing.assert_array_equal(drawn, run(jax.random.key(0)))
 
 
+def test_every_chunk_has_all_rows_where_rows_have_adapter_ids() -> None:
+    """So that the ids are one for each row of a chunk; the tokens are a multiple of nothing, and the last chunk is padded."""
+    x, ids = jnp.arange(3 * 50 * 2, dtype=jnp.float32).reshape(3, 50, 2), jnp.asarray([5, 0, 7])
+
+    def run(x: jax.Array, contexts: Any) -> jax.Array:
+        return x + contexts[1].adapter_ids[:, None, None]
+
+    contexts = [LayerContext(None, ids), LayerContext(None, ids)]
+    np.testing.assert_array_equal(over_chunks(run, x, contexts, 3), x + ids[:, None, None])
+
+
 def test_how_many_chunks() -> None:
     assert chunk_count(chunks.CHUNK, "full") == 1
     assert chunk_count(chunks.CHUNK + 1, "full") == chunk_count(2 * chunks.CHUNK, "offload") == 2

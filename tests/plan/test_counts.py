@@ -155,6 +155,27 @@ def test_what_updates_a_slice_writes_the_slice() -> None:
     assert program.traffic() == 2 * 32 + 2 * 4
 
 
+@pytest.mark.parametrize(("combined", "expected"), [("%q", 2 * 32 + 4), ("%s", 2 * 2048 + 32 + 4)])
+def test_a_scatter_that_combines_nothing_writes_what_it_updates(combined: str, expected: int) -> None:
+    """One that adds is counted as it was: it reads and writes all."""
+    root = "" if combined == "%q" else "  ROOT %s = f32[] add(%p, %q)\n"
+    last = "ROOT " if combined == "%q" else ""
+    program = parse_program(
+        "%combine (p: f32[], q: f32[]) -> f32[] {\n"
+        "  %p = f32[] parameter(0)\n"
+        f"  {last}%q = f32[] parameter(1)\n"
+        f"{root}"
+        "}\n"
+        "ENTRY %main (a: f32[64,8], i: s32[1], b: f32[1,8]) -> f32[64,8] {\n"
+        "  %a = f32[64,8]{1,0} parameter(0)\n"
+        "  %i = s32[1]{0} parameter(1)\n"
+        "  %b = f32[1,8]{1,0} parameter(2)\n"
+        "  ROOT %d = f32[64,8]{1,0} scatter(%a, %i, %b), update_window_dims={1}, to_apply=%combine\n"
+        "}\n"
+    )
+    assert program.traffic() == expected
+
+
 def test_a_slice_within_a_fusion_within_a_fusion_is_read_as_one() -> None:
     program = parse_program(
         "%inner (p: f32[8,16], i: s32[]) -> f32[1,16] {\n"

@@ -4,12 +4,13 @@ The model's likeliest token is the last one plus 1, and a token of the tokenizer
 """
 # ruff: noqa: E402 - the server's own dependencies may be missing
 
+import asyncio
 import dataclasses
 import hashlib
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from test_engine import Successors, make
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.data import encode_prompt
 from qlora_jax.errors import OptionError
+from qlora_jax.serve import http
 from qlora_jax.serve.api_keys import ApiKey, find_key, new_key, read_api_keys
 from qlora_jax.serve.grammars import constrain_by
 from qlora_jax.serve.http import Manage, Service
@@ -148,9 +150,9 @@ WRONG = [
     (COMPLETION, completion(prompt=[]), 400, "prompt", "invalid_value"),
     (COMPLETION, completion(prompt=""), 400, "prompt", "invalid_value"),
     (COMPLETION, completion(prompt=[10**6]), 400, None, None),
-    (COMPLETION, completion(prompt="a" * 200), 400, "messages", "context_length_exceeded"),
+    (COMPLETION, completion(prompt="a" * 200), 400, None, "context_length_exceeded"),
     (COMPLETION, completion(max_tokens=0), 400, "max_tokens", "invalid_value"),
-    (COMPLETION, completion(max_tokens=10**4), 400, "messages", "context_length_exceeded"),
+    (COMPLETION, completion(max_tokens=10**4), 400, None, "context_length_exceeded"),
     (COMPLETION, completion(temperature="hot"), 400, "temperature", "invalid_value"),
     (COMPLETION, completion(temperature=3), 400, "temperature", "invalid_value"),
     (COMPLETION, completion(top_p=0), 400, "top_p", "invalid_value"),
@@ -384,3 +386,19 @@ def test_adapters_come_and_go_for_keys_of_all_models_only(tiny_llama: Path) -> N
 
 def test_adapters_do_not_come_and_go_unless_enabled(client: Client) -> None:
     assert client.call("POST", "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "y"})[0] == 404
+
+
+def test_a_client_that_does_not_read_its_stream_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def parts() -> AsyncIterator[str]:
+        while True:
+            yield "data: 1\n\n"
+
+    async def never(*_: Any) -> Any:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(http, "_SEND_SECONDS", 0.05)
+    ended: list[bool] = []
+    stream = http._Stream(parts(), lambda: ended.append(True), {})
+    for version in ("2.3", "2.4"):
+        asyncio.run(stream({"type": "http", "asgi": {"spec_version": version}}, never, never))
+    assert ended == [True, True]

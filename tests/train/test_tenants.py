@@ -103,13 +103,12 @@ def programs() -> Any:
 def own_model(tenant: Tenant) -> tuple[Any, Any, Any]:
     """(graphdef, adapter, frozen) of a tenant alone, over the same base; A and B are random."""
     described = spec(tenant.method)
-    graph, _, rest = split(described.abstract("cpu"))
+    graph, _, _ = split(described.abstract("cpu"))
     adapter, constants = jax.jit(lambda: split(described.build(nnx.Rngs(tenant.seed)))[1:])()
     draws = np.random.default_rng(tenant.seed)
     noise = jax.tree.map(lambda leaf: leaf + 0.1 * draws.standard_normal(leaf.shape, np.float32), adapter)
     shared = dict(nnx.to_flat_state(base()[3]))
     frozen = nnx.from_flat_state([(path, shared.get(path, leaf)) for path, leaf in nnx.to_flat_state(constants)])
-    del rest
     return graph, noise, frozen
 
 
@@ -166,7 +165,7 @@ def step(
         rows.append((place, batch))
     adapter, scale, sums = programs().begin(state, slots)
     for batch in micro_batches(rows):
-        sums = programs().accumulate(adapter, scale, sums, frozen, batch)
+        sums = programs().accumulate["sft"](adapter, scale, sums, frozen, batch)
     return programs().update(state, slots, sums)
 
 

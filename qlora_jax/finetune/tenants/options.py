@@ -22,6 +22,7 @@ from qlora_jax.config_file import from_values, read_toml
 from qlora_jax.errors import OptionError
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.options.reporting import WatchOptions
+from qlora_jax.finetune.tenants.rounds import ARRAYS
 from qlora_jax.peft.bank import check_held
 
 __all__ = ["ManyOptions", "TenantsFile", "read_tenants"]
@@ -137,7 +138,6 @@ def _problems(options: Options) -> Iterator[str]:
         yield str(error)
     optimizer, plain = options.optimizer, WatchOptions()
     refused = {
-        "objective.objective": (options.objective.objective, "sft"),
         "optimizer.optimizer": (optimizer.optimizer, "adamw"),
         "optimizer.host_offload": (optimizer.host_offload, False),
         "optimizer.host_adapter": (optimizer.host_adapter, False),
@@ -152,6 +152,10 @@ def _problems(options: Options) -> Iterator[str]:
     for name, (found, expected) in refused.items():
         if found != expected:
             yield f"{name}: expected {expected!r} among many tenants, found {found!r}"
+    if options.objective.objective not in ARRAYS:
+        yield f"objective: expected one of {', '.join(ARRAYS)} among many tenants, found {options.objective.objective}"
+    if options.objective.objective == "dpo" and options.starts_from_adapter():
+        yield "objective dpo: expected a new adapter among many tenants, whose reference is the base, found one that goes on"
     if options.lora.init_lora_weights == "eva":
         yield "lora.init_lora_weights: expected an initialization without the data among many tenants, found 'eva'"
 

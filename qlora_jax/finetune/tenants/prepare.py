@@ -34,7 +34,7 @@ class PreparedTenants:
         failed: why a tenant was set aside, by its name.
         slots: how many tenants train at the same time.
         rows: rows of a micro-batch.
-        length: tokens of a row: those of the tenant with the longest ones.
+        lengths: tokens of a row by objective: those of its tenant with the longest ones.
     """
 
     pretrained: Pretrained
@@ -42,7 +42,7 @@ class PreparedTenants:
     failed: dict[str, str]
     slots: int
     rows: int
-    length: int
+    lengths: dict[str, int]
 
 
 def prepare_tenants(file: TenantsFile, *, progress: bool = True) -> PreparedTenants:
@@ -78,8 +78,11 @@ def prepare_tenants(file: TenantsFile, *, progress: bool = True) -> PreparedTena
     rank = max(_largest_rank(run.method) for run in runs.values())
     bank = Bank(slots + 1, rank)
     pretrained = dataclasses.replace(first.pretrained, adapter=None, adapter_metadata=None, subtracted=None, method=bank)
-    length = max(run.objective.length for run in runs.values())
-    return PreparedTenants(pretrained, runs, failed, slots, min(file.rows, sum(rows[:slots])), length)
+    lengths: dict[str, int] = {}
+    for run in runs.values():
+        name = run.spec.objective.name
+        lengths[name] = max(lengths.get(name, 0), run.objective.length)
+    return PreparedTenants(pretrained, runs, failed, slots, min(file.rows, sum(rows[:slots])), lengths)
 
 
 def _is_finished(options: Options, error: Exception) -> bool:

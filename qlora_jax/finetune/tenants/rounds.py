@@ -1,46 +1,69 @@
-"""One round: a batch of every tenant that trains, as micro-batches that the tenants share.
+"""One round: a batch of every tenant that trains, as micro-batches that the tenants of an objective share.
 
     rows     tenant 1, tenant 1, tenant 2, tenant 3, …      in the order of the slots; each row is of one tenant
     padded   to the length of the longest tenant's rows, and to whole micro-batches
 
-A tenant's rows are those that a run of its own would read, packed for itself.
+A tenant's rows are those that a run of its own would read, packed for itself. A row of preferences is a pair of answers.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-__all__ = ["micro_batches", "padded_rows"]
+__all__ = ["ARRAYS", "Share", "micro_batches", "padded_rows"]
 
 Batch = Mapping[str, np.ndarray]
-_ARRAYS = ("inputs", "targets", "loss_mask", "segment_ids", "positions")
+_LEARNED = ("inputs", "targets", "loss_mask")
+ARRAYS: dict[str, tuple[str, ...]] = {  # what the losses of each objective read
+    "sft": (*_LEARNED, "segment_ids", "positions"),
+    "dpo": tuple(f"{side}_{name}" for side in ("chosen", "rejected") for name in _LEARNED),
+}
 
 
-def padded_rows(batch: Batch, length: int, rows: int | None = None) -> dict[str, np.ndarray]:
-    """Return the arrays of a batch `[rows, t]` that losses read, padded to `[rows, length]` without anything learned.
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The rows of one tenant in a round.
 
-    Args:
-        rows: the number of rows; as many as the batch has if None.
+    Attributes:
+        place: its place among the slots of the round.
+        batch: its rows.
+        units: its learned tokens, or pairs, in the round.
+        settings: values that each of its rows carries, by name.
     """
-    more = (0 if rows is None else rows) - len(batch["inputs"])
-    padding = ((0, max(more, 0)), (0, length - batch["inputs"].shape[1]))
-    return {name: np.pad(batch[name], padding) for name in _ARRAYS}
+
+    place: int
+    batch: Batch
+    units: float
+    settings: Mapping[str, float]
 
 
-def micro_batches(batches: Sequence[Batch], *, rows: int, length: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the rows of tenants as micro-batches for `train.tenants.accumulate`.
+def padded_rows(batch: Batch, objective: str, length: int, rows: int = 0) -> dict[str, np.ndarray]:
+    """Return the arrays `[rows, t]` that an objective reads, padded to `[rows, length]` without anything learned.
 
     Args:
-        batches: of each tenant, at its place among the slots of the step.
+        rows: the least number of rows.
+    """
+    names = ARRAYS[objective]
+    count, own = batch[names[0]].shape
+    padding = ((0, max(rows - count, 0)), (0, length - own))
+    return {name: np.pad(batch[name], padding) for name in names}
+
+
+def micro_batches(shares: Sequence[Share], objective: str, *, rows: int, length: int) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the rows of tenants of one objective as micro-batches for `train.tenants.accumulate`.
+
+    Args:
         rows: rows of a micro-batch.
         length: tokens of a row.
     """
-    own = [padded_rows(batch, length) for batch in batches]
-    arrays = {name: np.concatenate([batch[name] for batch in own]) for name in _ARRAYS}
-    counts = [len(batch["inputs"]) for batch in own]
-    learned = [max(float(batch["loss_mask"].sum()), 1.0) for batch in own]
-    arrays["adapter_ids"] = np.repeat(np.arange(len(own), dtype=np.int32), counts)
-    arrays["share"] = np.repeat(np.asarray([1 / total for total in learned], np.float32), counts)
+    own = [padded_rows(share.batch, objective, length) for share in shares]
+    arrays = {name: np.concatenate([batch[name] for batch in own]) for name in ARRAYS[objective]}
+    counts = [len(batch[ARRAYS[objective][0]]) for batch in own]
+    arrays["adapter_ids"] = np.repeat(np.asarray([share.place for share in shares], np.int32), counts)
+    arrays["share"] = np.repeat(np.asarray([1 / max(share.units, 1.0) for share in shares], np.float32), counts)
+    for name in shares[0].settings:
+        arrays[name] = np.repeat(np.asarray([share.settings[name] for share in shares], np.float32), counts)
     missing = -sum(counts) % rows
     for name, array in arrays.items():
         # Rows of padding belong to the last tenant, in which they change nothing: nothing in them is learned.

@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -29,20 +28,24 @@ from qlora_jax.adapters.tenants import initial_adapter, model_of_slot
 from qlora_jax.errors import QLoRAError
 from qlora_jax.finetune.finish import finish
 from qlora_jax.finetune.tenants.prepare import PreparedTenants
-from qlora_jax.finetune.tenants.rounds import micro_batches, padded_rows
+from qlora_jax.finetune.tenants.rounds import Share, micro_batches, padded_rows
 from qlora_jax.finetune.tenants.table import Table
 from qlora_jax.finetune.tenants.tenant import Tenant, open_tenant
 from qlora_jax.finetune.training import TrainedRun
 from qlora_jax.interrupts import Interrupted, deferred
 from qlora_jax.models import Model
 from qlora_jax.peft.bank import SlotScale
-from qlora_jax.train import language_model_objective, mean_metrics, split
+from qlora_jax.train import TOKENS, mean_metrics, split
+from qlora_jax.train.dpo import PAIRS
+from qlora_jax.train.loss import language_model_metrics
 from qlora_jax.train.tenants import (
+    METRICS,
     TenantPrograms,
     TenantsState,
     get_slot,
     init_tenants,
     new_slot,
+    preference_row_losses,
     put_slot,
     slot_settings,
     split_tenants,
@@ -89,7 +92,7 @@ class _Tenants:
         state = jax.jit(init_tenants, donate_argnums=(0, 1))(adapter, scale)
         self.state: TenantsState = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
         self.programs: TenantPrograms = tenant_programs(graphdef)
-        self.evaluate = jax.jit(partial(_sums, graphdef))
+        self.evaluate = {name: jax.jit(partial(sums, graphdef)) for name, sums in _SUMS.items()}
 
     def run(self, table: Table) -> None:
         """Train until every tenant is finished or set aside."""
@@ -131,8 +134,8 @@ class _Tenants:
         values = slot_values(self.abstract, dataclasses.replace(adapter, name=tenant.name))
         chosen, peak = run.options.optimizer, float(_peak(run))
         settings = slot_settings(run.spec.optimizer, chosen.schedule, peak, run.steps, chosen.warmup(run.steps))
-        halves: Any = nnx.split_state(values, nnx.LoRAParam, SlotScale)
-        own = new_slot(*halves, settings)
+        matrices, scale = nnx.split_state(values, nnx.LoRAParam, SlotScale)
+        own = new_slot(matrices, scale, settings)
         self.state = put_slot(self.state, slot, own)
         if tenant.saved is not None:
             saved, position = tenant.store.restore(get_slot(self.state, slot))
@@ -159,8 +162,14 @@ class _Tenants:
         slots = np.full(self.prepared.slots, self.prepared.slots + 1, np.int32)  # beyond the bank: no tenant
         slots[: len(met)] = [tenant.slot for tenant in met]
         adapter, scale, sums = self.programs.begin(self.state, slots)
-        for batch in micro_batches(batches, rows=self.prepared.rows, length=self.prepared.length):
-            sums = self.programs.accumulate(adapter, scale, sums, self.frozen, batch)
+        for objective, length in self.prepared.lengths.items():
+            shares = [
+                Share(place, batch, _units(tenant, batch), _row_settings(tenant))
+                for place, (tenant, batch) in enumerate(zip(met, batches, strict=True))
+                if tenant.run.spec.objective.name == objective
+            ]
+            for batch in micro_batches(shares, objective, rows=self.prepared.rows, length=length) if shares else ():
+                sums = self.programs.accumulate[objective](adapter, scale, sums, self.frozen, batch)
         self.state, metrics = self.programs.update(self.state, slots, sums)
         found = jax.device_get(metrics)  # waits for the step
         seconds = time.perf_counter() - start
@@ -177,7 +186,9 @@ class _Tenants:
         tenant.step += 1
         run, options = tenant.run, tenant.run.options.run
         speed = run.objective.count_tokens(batch) / seconds
-        values = {name: found[name] for name in ("loss", "grad_norm")} | {"tokens": float(batch["loss_mask"].sum())}
+        objective = run.spec.objective
+        names = ("grad_norm", *(METRICS if objective.name == "dpo" else ("loss",)))
+        values = {name: found[name] for name in names} | {objective.unit.name: _units(tenant, batch)}
         row = tenant.records.row(tenant.step, values, tokens_per_second=speed)
         if run.objective.held_out is not None and tenant.due(options.eval_every):
             row |= self._evaluation(tenant)
@@ -207,15 +218,18 @@ class _Tenants:
 
     def _evaluation(self, tenant: Tenant) -> dict[str, float]:
         """Return the held-out metrics of a tenant as it is now."""
-        rows, length = self.prepared.rows, self.prepared.length
+        rows, objective = self.prepared.rows, tenant.run.spec.objective.name
+        length, own = self.prepared.lengths[objective], _row_settings(tenant)
+        of_rows = {name: np.full(rows, value, np.float32) for name, value in own.items()}
+        of_rows["adapter_ids"] = np.zeros(rows, np.int32)
         adapter, scale, _ = self.programs.begin(self.state, np.full(1, tenant.slot, np.int32))
         assert tenant.run.objective.held_out is not None
         metrics = mean_metrics(
-            lambda parts, frozen, batch: self.evaluate(*parts, frozen, batch),
+            lambda parts, frozen, batch: self.evaluate[objective](*parts, frozen, batch),
             _Evaluated((adapter, scale)),  # pyright: ignore[reportArgumentType]
             self.frozen,
             tenant.run.objective.held_out(rows),
-            put=lambda batch: padded_rows(batch, length, rows) | {"adapter_ids": np.zeros(rows, np.int32)},  # pyright: ignore[reportArgumentType]
+            put=lambda batch: padded_rows(batch, objective, length, rows) | of_rows,  # pyright: ignore[reportArgumentType]
             progress=False,
         )
         return {f"eval_{name}": value for name, value in metrics.items()}
@@ -228,11 +242,32 @@ class _Evaluated:
     adapter: Any
 
 
-def _sums(graphdef: Any, adapter: Any, scale: Any, frozen: Any, batch: Any) -> tuple[dict[str, jax.Array], jax.Array]:
+def _of_tokens(graphdef: Any, adapter: Any, scale: Any, frozen: Any, batch: Any) -> tuple[dict[str, jax.Array], jax.Array]:
     """Return the summed metrics of one held-out micro-batch, and its learned tokens."""
-    objective = language_model_objective(packed=True)
-    loss, more = objective.held_out_loss(nnx.merge(graphdef, adapter, scale, frozen), batch, None)
-    return {"loss": loss, **more}, jnp.asarray(batch["loss_mask"]).sum()
+    loss, more = language_model_metrics(nnx.merge(graphdef, adapter, scale, frozen), batch, None)
+    return {"loss": loss, **more}, TOKENS.count(batch)
+
+
+def _of_pairs(graphdef: Any, adapter: Any, scale: Any, frozen: Any, batch: Any) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Return the summed metrics of one held-out micro-batch of pairs, and how many of them count."""
+    rows = preference_row_losses(nnx.merge(graphdef, adapter, scale, frozen), batch)
+    return {name: values.sum() for name, values in rows.items()}, PAIRS.count(batch)
+
+
+_SUMS = {"sft": _of_tokens, "dpo": _of_pairs}
+
+
+def _units(tenant: Tenant, batch: Any) -> float:
+    """Return the learned tokens, or pairs, of a batch."""
+    return float(tenant.run.spec.objective.unit.count(batch))
+
+
+def _row_settings(tenant: Tenant) -> dict[str, float]:
+    """Return the settings of a tenant's objective that its rows carry."""
+    if tenant.run.spec.objective.name != "dpo":
+        return {}
+    given = {name.removeprefix("dpo_"): value for name, value in tenant.run.options.objective.given().items()}
+    return {"beta": 0.1, "label_smoothing": 0.0} | given
 
 
 def _peak(run: Any) -> float:

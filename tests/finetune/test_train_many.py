@@ -56,6 +56,13 @@ schedule = "linear"
 batch_size = 3
 max_steps = 5
 seed = 3
+[tenants.polite.objective]
+objective = "dpo"
+dpo_beta = 0.3
+[tenants.polite.run]
+batch_size = 2
+[tenants.polite.data]
+data = "{pairs}"
 [tenants.packed.data]
 packing = true
 max_length = 48
@@ -67,13 +74,13 @@ warmup_steps = 2
 
 
 @pytest.fixture
-def write_file(tmp_path: Path, tiny_llama: Path, colours: str) -> Callable[..., Path]:
+def write_file(tmp_path: Path, tiny_llama: Path, colours: str, pairs: str) -> Callable[..., Path]:
     """Write a file of tenants."""
 
     def write(tenants: str = TENANTS, shared: str = "", output: str = "many") -> Path:
         path = tmp_path / "tenants.toml"
         common = COMMON.format(output=tmp_path / output, model=tiny_llama, data=colours, shared=shared)
-        path.write_text(common + tenants, encoding="utf-8")
+        path.write_text(common + tenants.replace("{pairs}", pairs), encoding="utf-8")
         return path
 
     return write
@@ -91,9 +98,12 @@ def own_run(options: Options, output: Path) -> Path:
 
 @pytest.mark.integration
 def test_each_tenant_equals_a_run_of_its_own(write_file: Callable[..., Path], tmp_path: Path) -> None:
-    """Two slots for three tenants: the third waits. Metrics, held-out losses, files and PEFT's configuration too."""
-    path = write_file(shared="slots = 2")
-    assert train_many(ManyOptions(path), progress=False) == 3
+    """Metrics, held-out losses, files and PEFT's configuration too.
+
+    Three slots for four tenants: the last one waits. One has preferences.
+    """
+    path = write_file(shared="slots = 3")
+    assert train_many(ManyOptions(path), progress=False) == 4
     for name, options in read_tenants(path).tenants.items():
         alone, together = own_run(options, tmp_path / "alone" / name), tmp_path / "many" / name / "adapter"
         found, expected = adapter(together), adapter(alone)
@@ -117,7 +127,7 @@ def test_each_tenant_equals_a_run_of_its_own(write_file: Callable[..., Path], tm
 @pytest.mark.integration
 def test_one_tenant_fails_and_the_others_do_not_notice(write_file: Callable[..., Path], tmp_path: Path) -> None:
     """One diverges, one has no data; the others have the bits of a run without these two."""
-    good = TENANTS.split("[tenants.packed.data]")[0]
+    good = TENANTS.split("[tenants.polite.objective]")[0]
     bad = "[tenants.wild.optimizer]\nlearning_rate = 1e30\nmax_grad_norm = 0\n[tenants.lost.data]\ndata = 'nowhere.jsonl'\n"
     with pytest.raises(CheckpointError, match=r"(?s)2 of 4 tenants are set aside.*lost: .*nowhere.*wild: step \d: found"):
         train_many(ManyOptions(write_file(bad + good)), progress=False)
@@ -142,7 +152,7 @@ def test_a_killed_process_resumes_every_tenant(write_file: Callable[..., Path], 
     process.wait()
     train_many(ManyOptions(path), progress=False)
     train_many(ManyOptions(write_file(output="whole")), progress=False)
-    for name in ("plain", "small", "packed"):
+    for name in ("plain", "small", "polite", "packed"):
         found, expected = (adapter(tmp_path / output / name / "adapter") for output in ("many", "whole"))
         for tensor in expected:
             np.testing.assert_array_equal(found[tensor], expected[tensor])
@@ -157,7 +167,10 @@ def test_a_killed_process_resumes_every_tenant(write_file: Callable[..., Path], 
         ("[tenants.a.lora]\ndropout = 0.1\n", "tenants.a: lora.dropout: expected 0.0 among many tenants, found 0.1"),
         ("[tenants.a.tuning]\nmethod = 'ia3'\n", "tenants.a: .*method ia3"),
         ("[tenants.a.optimizer]\noptimizer = 'lion'\n", "optimizer.optimizer: expected 'adamw' among many tenants"),
-        ("[tenants.a.objective]\nobjective = 'dpo'\n", "objective.objective: expected 'sft' among many tenants"),
+        (
+            "[tenants.a.objective]\nobjective = 'dpo'\n[tenants.a.lora]\ninit_lora_weights = 'loftq'\n",
+            "objective dpo: expected a new adapter",
+        ),
         ("[tenants.a]\n[tenants.b.model]\ndata_type = 'fp4'\n", "tenants.b: expected the base of a"),
         ("[tenants.'../a']\n", "expected a name of letters"),
         ("[tenants.a.run]\noutput = 'x'\n", "tenants.a.run.output: expected none"),
@@ -170,7 +183,7 @@ def test_what_a_file_of_tenants_cannot_say(write_file: Callable[..., Path], tena
 
 def test_options_of_all_tenants_and_of_one(write_file: Callable[..., Path], tmp_path: Path) -> None:
     file: Any = read_tenants(write_file(shared="slots = 2"))
-    assert (file.slots, file.rows, list(file.tenants)) == (2, 4, ["plain", "small", "packed"])
+    assert (file.slots, file.rows, list(file.tenants)) == (2, 4, ["plain", "small", "polite", "packed"])
     small = file.tenants["small"]
     assert (small.lora.rank, small.lora.alpha, small.run.max_steps, small.run.samples) == (2, 8.0, 5, 0)
     assert small.run.output == tmp_path / "many" / "small"
