@@ -173,8 +173,9 @@ def _allowed_only(scores: Array, allowed: Array) -> Array:
 def _draw(scores: Array, settings: RowSettings, steps: Array, draws: Array) -> Array:
     """Return one draw for each row, int `[B]`; meaningless where `draws` is false."""
     scores = scores / jnp.where(draws, settings.temperature, 1.0)[:, None]
-    limited = draws & ((settings.top_k < scores.shape[-1]) | (settings.top_p < 1))
-    scores = jax.lax.cond(limited.any(), lambda: _limited(scores, settings), lambda: scores)
+    few, likely = draws & (settings.top_k < scores.shape[-1]), draws & (settings.top_p < 1)
+    scores = jax.lax.cond(few.any(), _top_k_only, lambda scores, _: scores, scores, settings)
+    scores = jax.lax.cond(likely.any(), _top_p_only, lambda scores, _: scores, scores, settings)
     highest = jnp.max(scores, axis=-1, keepdims=True)
     least = highest + jnp.log(settings.min_p)[:, None]  # -inf for 0, which excludes nothing
     scores = jnp.where(scores < least, -jnp.inf, scores)
@@ -188,9 +189,12 @@ def _draw(scores: Array, settings: RowSettings, steps: Array, draws: Array) -> A
     return jax.vmap(draw)(scores, jnp.asarray(settings.seed), steps)
 
 
-def _limited(scores: Array, settings: RowSettings) -> Array:
+def _top_k_only(scores: Array, settings: RowSettings) -> Array:
     descending = -jnp.sort(-scores, axis=-1)
     lowest = jnp.take_along_axis(descending, settings.top_k[:, None] - 1, axis=-1)
-    scores = jnp.where(scores < lowest, -jnp.inf, scores)
+    return jnp.where(scores < lowest, -jnp.inf, scores)
+
+
+def _top_p_only(scores: Array, settings: RowSettings) -> Array:
     top_p = jnp.asarray(settings.top_p)[:, None]
     return jnp.where(outside_top_p(scores, top_p) & (top_p < 1), -jnp.inf, scores)
