@@ -1,4 +1,6 @@
-"""A bank of adapters against each adapter alone, on the tiny Llama and T5; what it refuses. About 8 CPU-seconds, and 8 more in the integration tier.
+"""A bank of adapters against each adapter alone, on the tiny Llama and T5; what it refuses.
+
+About 8 CPU-seconds, and 8 more in the integration tier.
 
 The single-adapter model is the independent implementation: its own product, its own rank, and PEFT's names of tensors.
 """
