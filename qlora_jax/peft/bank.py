@@ -61,7 +61,6 @@ __all__ = [
     "check_held",
     "clear_slot",
     "fill_slot",
-    "put_slots",
     "split_bank",
     "take_slots",
     "write_slot",
@@ -193,11 +192,6 @@ def split_bank(model: Any) -> tuple[Any, Any, Any]:
 def take_slots(bank: Any, slots: Array) -> Any:
     """Return a bank of some slots only, `[layers, S, …]`; entries of int32 `slots` `[S]` beyond the bank give any values."""
     return jax.tree.map(lambda leaf: leaf.at[:, slots].get(mode="clip"), bank)
-
-
-def put_slots(bank: Any, slots: Array, values: Any) -> Any:
-    """Return the bank with the values `[layers, S, …]` in these slots; entries of `slots` beyond the bank are left out."""
-    return jax.tree.map(lambda leaf, new: leaf.at[:, slots].set(new.astype(leaf.dtype), mode="drop"), bank, values)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -7,8 +7,8 @@
 
 The state of a slot is its A and B, the two moments of AdamW, the count of its updates and its settings (learning rate,
 schedule, decays). All of it is stacked over the K slots of a bank (`peft.bank`), so that its bytes are K times those of a
-slot. A step takes the S slots of its tenants out of the stacks and puts the new ones back in place; its operations and
-bytes grow with S and with the rows. Which slots and rows these are is data and not part of the program: tenants join,
+slot. A step takes A and B of the S slots of its tenants out of the stacks, and updates these slots in place; its operations
+and bytes grow with S and with the rows. Which slots and rows these are is data and not part of the program: tenants join,
 pause, finish and leave without a compilation.
 
 A value that is not finite stays in its own slot: rows of a batch do not meet in the model, gradients of slots are summed by
@@ -28,7 +28,7 @@ from flax import nnx
 from jax import Array
 
 from qlora_jax.errors import OptionError
-from qlora_jax.peft.bank import SlotScale, put_slots, take_slots
+from qlora_jax.peft.bank import SlotScale, take_slots
 from qlora_jax.train.dpo import REWARDS, pair_losses
 from qlora_jax.train.loss import decoder_hidden, row_losses
 from qlora_jax.train.optim import SCHEDULES, Schedule
@@ -220,47 +220,59 @@ def update(state: TenantsState, slots: Array, sums: Sums) -> tuple[TenantsState,
         slots: int32 `[S]`, each slot once; K for an entry without a tenant.
         sums: of the whole step.
     """
-    adapter, mu, nu = (take_slots(part, slots) for part in (state.adapter, state.mu, state.nu))
     count = state.count.at[slots].get(mode="clip")
     own = {name: leaf.at[slots].get(mode="clip") for name, leaf in state.settings.items()}
     norm = jnp.sqrt(sum(_of_slots(leaf * leaf) for leaf in jax.tree.leaves(sums.gradient)))
-    factor = jnp.where(norm < own["max_grad_norm"], 1.0, own["max_grad_norm"] / norm)
     finite = jnp.isfinite(norm) & jnp.isfinite(sums.means["loss"])
     rate, done = _learning_rate(count, own), count + 1
-    updates = done.astype(jnp.float32)
+    own |= {
+        "clip": jnp.where(norm < own["max_grad_norm"], 1.0, own["max_grad_norm"] / norm),
+        "rate": rate,
+        "updates": done.astype(jnp.float32),
+        "moves": finite & (slots < state.count.shape[0]),
+    }
+    slots_read = jnp.minimum(slots, state.count.shape[0] - 1)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.adapter)]
+    gradients, tree = jax.tree.leaves(sums.gradient), jax.tree.structure(state.adapter)
 
-    def moved(path: Any, value: Array, gradient: Array, first: Array, second: Array) -> tuple[Array, Array, Array]:
-        per = partial(_per_slot, value)
-        gradient = gradient * per(factor)
-        first_new = per(own["beta1"]) * first + per(own["rest_of_beta1"]) * gradient
-        second_new = per(own["beta2"]) * second + per(own["rest_of_beta2"]) * (gradient * gradient)
-        step = first_new / per(1 - own["beta1"] ** updates)
-        step = step / (jnp.sqrt(second_new / per(1 - own["beta2"] ** updates)) + per(own["epsilon"]))
-        own_rate = rate * own["rate_of_b"] if "lora_b" in jax.tree_util.keystr(path) else rate
-        new = value - per(own_rate) * (step + per(own["weight_decay"]) * value)
-        pairs = ((new, value), (first_new, first), (second_new, second))
-        kept = [jnp.where(per(finite), new, old) for new, old in pairs]
-        return kept[0], kept[1], kept[2]
+    def change(place: Array, stacks: list[tuple[Array, Array, Array]]) -> list[tuple[Array, Array, Array]]:
+        """Update one slot in place: its values and state are read and written once."""
+        mine = {name: values[place] for name, values in own.items()}
 
-    leaves, tree = jax.tree_util.tree_flatten_with_path(adapter)
-    others = zip(*(jax.tree.leaves(part) for part in (sums.gradient, mu, nu)), strict=True)
-    results = [moved(path, value, *more) for (path, value), more in zip(leaves, others, strict=True)]
-    parts = [tree.unflatten(part) for part in zip(*results, strict=True)]
-    before = (state.adapter, state.mu, state.nu)
-    new_adapter, new_mu, new_nu = (put_slots(old, slots, new) for old, new in zip(before, parts, strict=True))
+        def moved(name: str, gradient: Array, stack: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            old = [jax.lax.dynamic_index_in_dim(leaf, slots_read[place], 1, keepdims=False) for leaf in stack]
+            new = _adamw(name, jax.lax.dynamic_index_in_dim(gradient, place, 1, keepdims=False), *old, mine)
+            kept = [jnp.where(mine["moves"], one, before) for one, before in zip(new, old, strict=True)]
+            pairs = zip(stack, kept, strict=True)
+            put = [jax.lax.dynamic_update_index_in_dim(leaf, one, slots_read[place], 1) for leaf, one in pairs]
+            return put[0], put[1], put[2]
+
+        return [moved(*parts) for parts in zip(names, gradients, stacks, strict=True)]
+
+    stacks = list(zip(*(jax.tree.leaves(part) for part in (state.adapter, state.mu, state.nu)), strict=True))
+    stacks = jax.lax.fori_loop(0, slots.shape[0], change, stacks)
+    adapter, mu, nu = (tree.unflatten(part) for part in zip(*stacks, strict=True))
     new_count = state.count.at[slots].set(jnp.where(finite, done, count), mode="drop")
     metrics = {**sums.means, "grad_norm": norm, "learning_rate": rate, "finite": finite}
-    return TenantsState(new_adapter, state.scale, new_mu, new_nu, new_count, state.settings), metrics
+    return TenantsState(adapter, state.scale, mu, nu, new_count, state.settings), metrics
+
+
+def _adamw(
+    name: str, gradient: Array, value: Array, first: Array, second: Array, own: Mapping[str, Array]
+) -> tuple[Array, Array, Array]:
+    """Return the values and moments of one slot after an update with its own settings; `name` is that of the leaf."""
+    gradient = gradient * own["clip"]
+    first = own["beta1"] * first + own["rest_of_beta1"] * gradient
+    second = own["beta2"] * second + own["rest_of_beta2"] * (gradient * gradient)
+    step = first / (1 - own["beta1"] ** own["updates"])
+    step = step / (jnp.sqrt(second / (1 - own["beta2"] ** own["updates"])) + own["epsilon"])
+    rate = own["rate"] * own["rate_of_b"] if "lora_b" in name else own["rate"]
+    return value - rate * (step + own["weight_decay"] * value), first, second
 
 
 def _of_slots(leaf: Array) -> Array:
     """Return the sums of a leaf `[layers, S, …]` of each slot, `[S]`."""
     return leaf.sum(tuple(axis for axis in range(leaf.ndim) if axis != 1))
-
-
-def _per_slot(leaf: Array, values: Array) -> Array:
-    """Return values `[S]` in a shape that broadcasts to a leaf `[layers, S, …]`."""
-    return values.reshape(1, -1, *(1,) * (leaf.ndim - 2))
 
 
 def _learning_rate(count: Array, own: Mapping[str, Array]) -> Array:

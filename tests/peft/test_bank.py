@@ -1,4 +1,6 @@
-"""A bank of adapters against each adapter alone, on the tiny Llama and T5; what it refuses. About 12 CPU-seconds.
+"""A bank of adapters against each adapter alone, on the tiny Llama and T5; what it refuses.
+
+About 8 CPU-seconds, and 8 more in the integration tier.
 
 The single-adapter model is the independent implementation: its own product, its own rank, and PEFT's names of tensors.
 """
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiers import tiered
 
 from qlora_jax.adapters.bank import slot_values
 from qlora_jax.adapters.bind import adapter_tensors
@@ -90,7 +93,7 @@ def methods_of(family: str) -> tuple[LoRA, ...]:
     return METHODS if family == "llama" else (METHODS[0], METHODS[2])
 
 
-@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("family", tiered(["llama", "t5"], quick=["llama"]))
 def test_rows_of_many_adapters_equal_each_adapter_alone(family: str) -> None:
     """Rows in any order, one of them of the bare base; one token a row takes another product than several."""
     base = built(spec_of(family, Bank(slots=5, bank_rank=4)))

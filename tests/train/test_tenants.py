@@ -1,5 +1,5 @@
 """Many tenants trained at once against a run of each alone, on the tiny Llama; what one tenant's NaN and coming and going do
-to the others. About 25 CPU-seconds.
+to the others. About 15 CPU-seconds in the integration tier.
 
 The reference is the step of one adapter (`train.step`) with Optax' own rules and schedules.
 """
@@ -199,6 +199,7 @@ def together() -> dict[Tenant, TenantsState]:
     return train({slot: (tenant, 0) for slot, tenant in enumerate(TENANTS, start=1)}, 5)
 
 
+@pytest.mark.integration
 def test_eight_tenants_equal_their_own_runs(together: dict[Tenant, TenantsState]) -> None:
     """Ranks, targets, scalings, rates, schedules, warm-ups, decays, betas, clips, LoRA+, rows and lengths of runs differ."""
     for tenant in TENANTS:
@@ -212,6 +213,7 @@ def test_eight_tenants_equal_their_own_runs(together: dict[Tenant, TenantsState]
         assert together[tenant].count == tenant.steps
 
 
+@pytest.mark.integration
 def test_the_order_of_joining_does_not_matter_and_compiles_nothing(together: dict[Tenant, TenantsState]) -> None:
     before = (programs().cache_sizes(), put_slot._cache_size(), get_slot._cache_size())  # pyright: ignore
     joins = {SLOTS - 1 - place: (tenant, (5 * place) % 7) for place, tenant in enumerate(TENANTS)}
@@ -222,6 +224,7 @@ def test_the_order_of_joining_does_not_matter_and_compiles_nothing(together: dic
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.integration
 def test_nan_of_one_tenant_does_not_reach_the_others() -> None:
     """Nor do its rows: the bits of the others are those of a run in which that tenant has no rows."""
     joins = {slot: (tenant, 0) for slot, tenant in enumerate(TENANTS[:5], start=1)}
@@ -236,6 +239,7 @@ def test_nan_of_one_tenant_does_not_reach_the_others() -> None:
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.integration
 def test_slots_without_rows_keep_their_bits() -> None:
     state = empty()
     for slot, tenant in enumerate(TENANTS[:3], start=1):

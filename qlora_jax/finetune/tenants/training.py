@@ -220,7 +220,7 @@ class _Tenants:
         """Return the held-out metrics of a tenant as it is now."""
         rows, objective = self.prepared.rows, tenant.run.spec.objective.name
         length, own = self.prepared.lengths[objective], _row_settings(tenant)
-        of_rows = {name: np.full(rows, value, np.float32) for name, value in own.items()}
+        of_rows: dict[str, Any] = {name: np.full(rows, value, np.float32) for name, value in own.items()}
         of_rows["adapter_ids"] = np.zeros(rows, np.int32)
         adapter, scale, _ = self.programs.begin(self.state, np.full(1, tenant.slot, np.int32))
         assert tenant.run.objective.held_out is not None
