@@ -21,6 +21,7 @@ from qlora_jax.quant.kernels import tpu_dequantize
     [
         (576, 192, "nf3", 64, True, "bfloat16"),  # the lower half begins within a block; the last tile of columns is cut
         (1152, 128, "nf2", 128, True, "float32"),
+        (256, 384, "nf4", 64, True, "bfloat16"),  # tiles of 256 columns, the last of which is cut
         (288, 130, "int4", 32, True, "bfloat16"),
         (1440, 128, "fp4", 32, False, "float32"),  # the last tile of rows is cut
         (512, 128, "fp4-e2m1", 512, True, "float32"),

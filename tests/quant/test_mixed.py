@@ -60,7 +60,7 @@ def test_products_and_gradients_of_each_layer() -> None:
 def test_on_a_tpu_the_kernels_read_the_packed_stack(count: int, called: str) -> None:
     """The packed bytes are an operand of the kernel as the whole stack, beside the index of a matrix."""
     stack = jax.eval_shape(lambda w: mixed_stack(quantize(w), [1]), jax.ShapeDtypeStruct((3, 256, 128), jnp.bfloat16))
-    matrix = MixedTensor(stack, jax.ShapeDtypeStruct((), jnp.int32))
+    matrix = jax.eval_shape(MixedTensor, stack, jax.ShapeDtypeStruct((), jnp.int32))
     with tracing_for("tpu"):
         traced = jax.jit(matmul).trace(jax.ShapeDtypeStruct((count, 256), jnp.bfloat16), matrix)
     text = traced.lower(lowering_platforms=("tpu",)).as_text()

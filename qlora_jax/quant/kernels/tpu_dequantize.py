@@ -116,7 +116,9 @@ def tiles_of(w: QuantizedTensor, dtype: DTypeLike) -> Tiles:
     most = _MOST_ROWS // 2
     unit = w.block_size if w.block_size <= min(inner, most) else min(group, most)
     rows = _size(inner, unit, _MOST_ROWS)
-    tile = _size(columns, _LANES, max(_TILE_BYTES // (2 * rows * jnp.dtype(dtype).itemsize), _LANES))
+    # Mosaic does not load a single register's width at a dynamic row out of a wider tile, so wider tiles have an even number.
+    lanes = _LANES if columns < 2 * _LANES else 2 * _LANES
+    tile = _size(columns, lanes, max(_TILE_BYTES // (2 * rows * jnp.dtype(dtype).itemsize), lanes))
     chunk = min(max(group, _SUBLANES), _LANES)
     return Tiles(rows, tile, chunk, min(group, chunk), math.gcd(tile, 256))
 
