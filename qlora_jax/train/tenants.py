@@ -241,7 +241,8 @@ def update(state: TenantsState, slots: Array, sums: Sums) -> tuple[TenantsState,
 
         def moved(name: str, gradient: Array, stack: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             old = [jax.lax.dynamic_index_in_dim(leaf, slots_read[place], 1, keepdims=False) for leaf in stack]
-            new = _adamw(name, jax.lax.dynamic_index_in_dim(gradient, place, 1, keepdims=False), *old, mine)
+            of_slot = jax.lax.dynamic_index_in_dim(gradient, place, 1, keepdims=False)
+            new = _adamw(name, of_slot, old[0], old[1], old[2], mine)
             kept = [jnp.where(mine["moves"], one, before) for one, before in zip(new, old, strict=True)]
             pairs = zip(stack, kept, strict=True)
             put = [jax.lax.dynamic_update_index_in_dim(leaf, one, slots_read[place], 1) for leaf, one in pairs]

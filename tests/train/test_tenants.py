@@ -135,7 +135,8 @@ def alone(tenant: Tenant) -> Any:
 def first(tenant: Tenant) -> TenantsState:
     graph, adapter, frozen = own_model(tenant)
     settings = slot_settings(tenant.optimizer, tenant.schedule, tenant.peak, tenant.steps, tenant.warmup)
-    return new_slot(*values_of(tenant, nnx.merge(graph, adapter, frozen)), settings)
+    matrices, scale = values_of(tenant, nnx.merge(graph, adapter, frozen))
+    return new_slot(matrices, scale, settings)
 
 
 def micro_batches(rows: list[tuple[int, dict[str, np.ndarray]]]) -> list[dict[str, np.ndarray]]:
