@@ -197,8 +197,7 @@ class T5(nnx.Module):
         def run_layer(x: Array, inputs: tuple[Any, Array | None]) -> tuple[Array, None]:
             state, layer_key = inputs
             contexts, layer = layer_contexts(LayerContext(layer_key, adapter_ids)), nnx.merge(graph, gather(layer_of(state)))
-            x, _ = layer(checkpoint_name(x, "residual"), attend, None, contexts)
-            return x, None
+            return layer(checkpoint_name(x, "residual"), attend, None, contexts)[0], None
 
         keys = None if key is None else jax.random.split(key, self.config.num_layers)
         x, _ = jax.lax.scan(rematerialise(run_layer, self.remat), embedded, (layers, keys))
@@ -216,8 +215,7 @@ class T5(nnx.Module):
         """Return the decoder's last hidden states `[b, t, hidden_size]`, scaled for the output head.
 
         Args:
-            inputs: int32 `[b, t]`, the inputs of the decoder. Padding must be at the end, where no other token attends to
-                it.
+            inputs: int32 `[b, t]`, the decoder's inputs. Padding must be at the end, where no other token attends to it.
             encoded: the result of `encode` for the sources.
             source_mask: the mask that `encode` got.
             key: random key; if given, the adapter's dropout is applied.
@@ -242,8 +240,7 @@ class T5(nnx.Module):
             def attend_sources(q: Array) -> Array:
                 return relative_attention(q, k, v, mask, None, scale=1.0, target=self.attention)
 
-            x, _ = layer(checkpoint_name(x, "residual"), attend, attend_sources, contexts)
-            return x, None
+            return layer(checkpoint_name(x, "residual"), attend, attend_sources, contexts)[0], None
 
         keys = None if key is None else jax.random.split(key, self.config.num_decoder_layers)
         x, _ = jax.lax.scan(rematerialise(run_layer, self.remat), self.shared(inputs), (layers, keys, prefix))

@@ -96,7 +96,7 @@ def compiled_bytes(device: str, product: Callable[..., Array], rows: int, tokens
         jax.ShapeDtypeStruct((rows,), jnp.int32),
     )
     if device == "cpu":
-        return parse_program(run.lower(*arguments).compile().as_text()).traffic()
+        return parse_program(run.lower(*arguments).compile().as_text() or "").traffic()
     machine = machine_named(device)
     mesh = machine_mesh(machine)
     with context(mesh):

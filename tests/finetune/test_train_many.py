@@ -1,4 +1,6 @@
-"""Runs of many tenants over one base: against runs of their own, resumed, and with one that fails. About 45 CPU-seconds, nearly all in the integration tier.
+"""Runs of many tenants over one base: against runs of their own, resumed, and with one that fails.
+
+About 45 CPU-seconds, nearly all in the integration tier.
 
 The references are what `finetune` leaves for the same options, and the file formats of its folders.
 """

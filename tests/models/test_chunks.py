@@ -106,7 +106,7 @@ def test_each_chunk_draws_from_keys_of_its_own() -> None:
 
 
 def test_every_chunk_has_all_rows_where_rows_have_adapter_ids() -> None:
-    """So that the ids are one for each row of a chunk; the tokens are a multiple of nothing, and the last chunk is padded."""
+    """So that a chunk has one id for each of its rows. The last chunk is padded."""
     x, ids = jnp.arange(3 * 50 * 2, dtype=jnp.float32).reshape(3, 50, 2), jnp.asarray([5, 0, 7])
 
     def run(x: jax.Array, contexts: Any) -> jax.Array:

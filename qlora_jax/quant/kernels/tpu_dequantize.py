@@ -116,7 +116,7 @@ def tiles_of(w: QuantizedTensor, dtype: DTypeLike) -> Tiles:
     most = _MOST_ROWS // 2
     unit = w.block_size if w.block_size <= min(inner, most) else min(group, most)
     rows = _size(inner, unit, _MOST_ROWS)
-    # Mosaic does not load a single register's width at a dynamic row out of a wider tile, so wider tiles have an even number.
+    # Mosaic does not load a single register's width at a dynamic row out of a wider tile: wider tiles have an even number.
     lanes = _LANES if columns < 2 * _LANES else 2 * _LANES
     tile = _size(columns, lanes, max(_TILE_BYTES // (2 * rows * jnp.dtype(dtype).itemsize), lanes))
     chunk = min(max(group, _SUBLANES), _LANES)

@@ -20,6 +20,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,7 @@ def largest_error() -> float:
     cases: list[tuple[DataType, int, bool]] = [
         ("nf4", rows, transposed) for rows in hopper.TILES_OF_ROWS for transposed in (False, True)
     ]
-    cases += [(data_type, hopper.TILES_OF_ROWS[0], False) for data_type in DATA_TYPES if data_type != "nf4"]
+    cases += [(cast(DataType, data_type), hopper.TILES_OF_ROWS[0], False) for data_type in DATA_TYPES if data_type != "nf4"]
     return max(error_of(*case) for case in cases)
 
 
