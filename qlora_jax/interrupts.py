@@ -113,7 +113,8 @@ class Interrupts:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         sys.unraisablehook = self._unraisable_before
         signal.set_wakeup_fd(self._wakeup_before)
-        os.close(self._pipe[1])  # ends the thread
+        write_end, self._pipe = self._pipe[1], None
+        os.close(write_end)  # ends the thread
 
     def say(self, interruption: BaseException) -> int:
         """Print that the command was interrupted, once, and return its exit code."""

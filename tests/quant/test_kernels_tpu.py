@@ -91,7 +91,7 @@ def test_what_no_kernel_takes_falls_back_or_is_refused(shape: Any, block_size: i
         (256, 64, 65, "xla", []),
         (256, 64, 200, "pallas", ["matmul_4bit"]),
         (256, 256, 2, "auto", ["dequantize_4bit"]),  # the kernel of few rows does not take such blocks
-        (384, 64, 2, "auto", ["dequantize_4bit"]),  # that of GPUs takes this matrix, and that of TPUs does not
+        (4224, 64, 2, "auto", ["dequantize_4bit"]),  # that of GPUs takes this matrix, and that of TPUs does not
     ],
 )
 def test_the_kernel_is_lowered_by_the_number_of_rows_on_a_tpu(
