@@ -25,10 +25,10 @@ from qlora_jax.quant.targets import tracing_for
 HOPPER, AMPERE = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
 
 
-def on(kind: str) -> Any:
-    """The context of a program for a GPU that need not be there."""
+def on(kind: str, count: int = 1) -> Any:
+    """The context of a program for GPUs that need not be there."""
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device))
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((count,), ("x",), abstract_device=device))
 
 
 def matrix(*shape: int, block_size: int = 64) -> QuantizedTensor:
@@ -60,6 +60,8 @@ def test_the_fused_product_is_for_hopper_gpus_and_few_rows(monkeypatch: pytest.M
     more = jax.ShapeDtypeStruct((2049, 256), jnp.bfloat16)
     assert kernels.fused(x, w) is None  # type: ignore[arg-type]
     with on(AMPERE):
+        assert kernels.fused(x, w) is None  # type: ignore[arg-type]
+    with on(HOPPER, 4):  # XLA cannot partition the kernel
         assert kernels.fused(x, w) is None  # type: ignore[arg-type]
     with on(HOPPER):
         assert kernels.fused(x, w) is not None  # type: ignore[arg-type]

@@ -118,13 +118,13 @@ def dequantizer(w: Packed, dtype: DTypeLike) -> Callable[[Packed], Array] | None
 def fused(x: Array, w: Packed, *, transposed: bool = False) -> Callable[[Array, Packed], Array] | None:
     """Return the function by which Hopper GPUs multiply x with W, or with the transposed W, without a dense matrix.
 
-    None if the program is for another device, if the kernel does not support the operands, if x has too many rows, or if
-    the kernel failed on the attached device (`trial`). The environment variable `QLORA_JAX_FUSED` switches the kernel off if
-    it is 0, and makes its trial needless if it is 1.
+    None if the program is for another device or for several, if the kernel does not support the operands, if x has too many
+    rows, or if the kernel failed on the attached device (`trial`). The environment variable `QLORA_JAX_FUSED` switches the
+    kernel off if it is 0, and makes its trial needless if it is 1.
     """
     matrix, _ = _parts(w)
     wanted = os.environ.get(FUSED)
-    if wanted == "0" or x.shape[0] > MOST_FUSED_ROWS or not is_for_hopper():
+    if wanted == "0" or x.shape[0] > MOST_FUSED_ROWS or not on_one_device() or not is_for_hopper():
         return None
     if hopper.unsupported_reason(matrix, x.dtype) is not None:
         return None
