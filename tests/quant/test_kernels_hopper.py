@@ -88,15 +88,31 @@ def test_a_trial_that_fails_or_does_not_end_is_a_reason() -> None:
     code = "import sys; sys.exit('no such instruction')"
     assert trial.attempt([sys.executable, "-c", code]) == ("the trial ended with code 1: no such instruction", False)
     assert trial.attempt([sys.executable, "-c", "while True: pass"], 0.1) == ("the trial did not end within 0.1 s", True)
+    assert trial.attempt([sys.executable, "-c", "import os; os.abort()"]) == (
+        "the trial ended with code -6: no message",
+        True,
+    )
+    assert trial.attempt([sys.executable, "-c", "print('hello')"])[0].startswith("the trial printed 'hello")
+    reason, final = trial.attempt(["/no/such/python"])
+    assert reason.startswith("the trial could not be started: ")
+    assert not final
 
 
-def test_the_result_of_a_trial_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_trial_leaves_the_memory_of_the_waiting_process_alone_and_never_takes_the_cpu() -> None:
+    code = "import os; assert os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] == 'false'; print(os.environ['JAX_PLATFORMS'])"
+    assert trial.attempt([sys.executable, "-c", code])[0] == "the trial printed 'cuda\\n': expected its error"
+
+
+def test_the_result_of_a_trial_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("QLORA_JAX_CACHE", str(tmp_path))
     results = iter([("", True), ("no memory", False), ("it is wrong", True)])
     monkeypatch.setattr(trial, "attempt", lambda _: next(results))
     is_right = trial.is_right.__wrapped__  # without the cache of this process
     assert is_right("NVIDIA H200")
     assert is_right("NVIDIA H200")  # from the file
+    assert capsys.readouterr().err.count("Trying the fused product") == 1
     for reason in ("no memory", "it is wrong", "it is wrong"):
         with pytest.warns(UserWarning, match=f"XLA multiplies: {reason}"):
             assert not is_right("NVIDIA H20")

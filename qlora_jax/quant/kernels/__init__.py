@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 
 from qlora_jax.quant.kernels import hopper, tpu, tpu_dequantize, trial
 from qlora_jax.quant.stacked import StackedTensor
-from qlora_jax.quant.targets import by_platform, is_for_hopper
+from qlora_jax.quant.targets import by_platform, has_hopper, is_for_hopper
 from qlora_jax.quant.tensor import QuantizedTensor
 
 # The most rows for which the fused product is used. It saves writing and reading the dense matrix, 4 bytes a value, which
@@ -128,7 +128,8 @@ def fused(x: Array, w: Packed, *, transposed: bool = False) -> Callable[[Array, 
         return None
     if hopper.unsupported_reason(matrix, x.dtype) is not None:
         return None
-    if wanted != "1" and _platform() == "cuda" and not trial.is_right(jax.devices()[0].device_kind):
+    # A plan may be for a Hopper GPU where another GPU is attached, on which there is nothing to try.
+    if wanted != "1" and has_hopper() and not trial.is_right(jax.devices()[0].device_kind):
         return None
     kernel = hopper.matmul_transposed if transposed else hopper.matmul
     return lambda x, w: kernel(x, *_parts(w))

@@ -5,9 +5,13 @@ The kernel was written and tested without a GPU: in interpret mode, and through 
 number of rows of a tile, both directions, and every data type. A kernel that crashed or waited for ever would end that
 process and not the run, which then lets XLA multiply and warns.
 
-A result is kept, unless the process ended with an error in Python, in the folder of downloaded files ($QLORA_JAX_CACHE,
-else $XDG_CACHE_HOME/qlora_jax, else ~/.cache/qlora_jax) as `fused-<key>.json`. The key is a hash of the device's kind, the
-versions of JAX and the CUDA plugin, and the kernel's source, so that a change of any of them is tried again.
+A result is kept, unless the process ended with an error in Python, in `cache_folder` as `fused-<key>.json`. The key is a
+hash of the device's kind, the versions of JAX and the CUDA plugin, and the kernel's source, so that a change of any of them
+is tried again.
+
+The process that waits has already reserved most of the device's memory, by default three quarters. The trial takes what it
+needs of the rest: a CUDA context and a few megabytes. A GPU in exclusive-process mode takes one process only: there the
+trial ends with JAX's error, and XLA multiplies, unless `QLORA_JAX_FUSED=1` uses the kernel without a trial.
 """
 
 import functools
@@ -26,21 +30,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qlora_jax.cache_folder import cache_folder
 from qlora_jax.quant.codebooks import DATA_TYPES, DataType, codebook
 from qlora_jax.quant.kernels import hopper, hopper_lookup, lookup_ptx
 from qlora_jax.quant.tensor import QuantizedTensor
 
 LARGEST_ERROR = 4e-3  # relative, of a product in bfloat16
-_SECONDS = 300  # a trial takes less than a minute
+_SECONDS = 300  # the compilation of seven small kernels is most of a trial: an estimated minute, never measured on a GPU
 _MODULE = "qlora_jax.quant.kernels.trial"
 
 
 @functools.cache
 def is_right(device_kind: str) -> bool:
     """Return whether the fused product is right on the attached GPU, by the kept result or a trial; warn if it is not."""
-    path = _folder() / f"fused-{_key(device_kind)}.json"
+    path = cache_folder() / f"fused-{_key(device_kind)}.json"
     reason = _kept(path)
     if reason is None:
+        print(
+            f"Trying the fused product with 4-bit matrices on this {device_kind}, for at most {_SECONDS} s. "
+            f"The result is kept in {path}",
+            file=sys.stderr,
+            flush=True,
+        )
         reason, final = attempt([sys.executable, "-m", _MODULE])
         try:
             if final:
@@ -62,16 +73,25 @@ def attempt(command: Sequence[str], seconds: float = _SECONDS) -> tuple[str, boo
 
     An error in Python may have other reasons than the kernel, such as a device without free memory.
     """
-    # The process that waits for this one has most of the device's memory.
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_TRACEBACK_FILTERING": "off"}
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cuda",  # else JAX may go on with the CPU where it cannot use the GPU
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "JAX_TRACEBACK_FILTERING": "off",
+    }
     try:
         run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
         return f"the trial did not end within {seconds:g} s", True
+    except OSError as error:
+        return f"the trial could not be started: {error}", False
     if run.returncode:
         last = (run.stderr.strip().splitlines() or ["no message"])[-1]
         return f"the trial ended with code {run.returncode}: {last}", run.returncode < 0
-    error = float(run.stdout.strip().splitlines()[-1])
+    try:
+        error = float(run.stdout.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        return f"the trial printed {run.stdout[-80:]!r}: expected its error", False
     return "" if error <= LARGEST_ERROR else f"its relative error is {error:.1e}, more than {LARGEST_ERROR:.1e}", True
 
 
@@ -122,13 +142,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _folder() -> Path:
-    if named := os.environ.get("QLORA_JAX_CACHE"):
-        return Path(named).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "qlora_jax"
 
 
 if __name__ == "__main__":
