@@ -19,6 +19,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -145,4 +146,5 @@ def _version(name: str) -> str | None:
 
 
 if __name__ == "__main__":
+    signal.alarm(_SECONDS + 10)  # ends a kernel that waits for ever also where the process that started it has gone
     print(largest_error())
