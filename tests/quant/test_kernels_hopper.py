@@ -84,6 +84,13 @@ def test_a_trial_compares_with_numpy(monkeypatch: pytest.MonkeyPatch, factor: fl
     assert (error <= trial.LARGEST_ERROR) == (not reason)
 
 
+def test_a_trial_does_not_overlook_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "error_of", lambda data_type, rows, transposed: np.nan if transposed else 1e-3)
+    error = trial.largest_error()
+    assert np.isnan(error)
+    assert trial.attempt([sys.executable, "-c", f"print('{error}')"])[0].startswith("its relative error is nan")
+
+
 def test_a_trial_that_fails_or_does_not_end_is_a_reason() -> None:
     code = "import sys; sys.exit('no such instruction')"
     assert trial.attempt([sys.executable, "-c", code]) == ("the trial ended with code 1: no such instruction", False)
