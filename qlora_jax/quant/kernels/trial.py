@@ -1,9 +1,9 @@
 """Whether the fused product is right on the attached GPU: small products, tried in a process of its own, once per machine.
 
 The kernel was written and tested without a GPU: in interpret mode, and through NVIDIA's compiler. Before a program uses it,
-`python -m qlora_jax.quant.kernels.trial` multiplies with it on the device and compares with NumPy in float64, for each
-number of rows of a tile, both directions, and every data type. A kernel that crashed or waited for ever would end that
-process and not the run, which then lets XLA multiply and warns.
+a new process (`run`) multiplies with it on the device and compares with NumPy in float64, for each number of rows of a tile,
+both directions, and every data type. A kernel that crashed or waited for ever would end that process and not the run, which
+then lets XLA multiply and warns.
 
 A result is kept, unless the process ended with an error in Python, in `cache_folder` as `fused-<key>.json`. The key is a
 hash of the device's kind, the versions of JAX and the CUDA plugin, and the kernel's source, so that a change of any of them
@@ -38,7 +38,7 @@ from qlora_jax.quant.tensor import QuantizedTensor
 
 LARGEST_ERROR = 4e-3  # relative, of a product in bfloat16
 _SECONDS = 300  # the compilation of seven small kernels is most of a trial: an estimated minute, never measured on a GPU
-_MODULE = "qlora_jax.quant.kernels.trial"
+_CODE = "from qlora_jax.quant.kernels import trial; trial.run()"  # python -m would warn of a module that is imported already
 
 
 @functools.cache
@@ -53,7 +53,7 @@ def is_right(device_kind: str) -> bool:
             file=sys.stderr,
             flush=True,
         )
-        reason, final = attempt([sys.executable, "-m", _MODULE])
+        reason, final = attempt([sys.executable, "-c", _CODE])
         try:
             if final:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,8 @@ def is_right(device_kind: str) -> bool:
     if reason:
         warnings.warn(
             f"the fused product with 4-bit matrices is not used on this GPU, XLA multiplies: {reason} "
-            f"(QLORA_JAX_FUSED=0 does without it and without this trial; remove {path} to try again)",
+            f"(QLORA_JAX_FUSED=0 does without it and without this trial; remove {path} to try again; "
+            f"python -c '{_CODE}' shows the whole error)",
             stacklevel=2,
         )
     return not reason
@@ -94,6 +95,12 @@ def attempt(command: Sequence[str], seconds: float = _SECONDS) -> tuple[str, boo
     except (ValueError, IndexError):
         return f"the trial printed {run.stdout[-80:]!r}: expected its error", False
     return "" if error <= LARGEST_ERROR else f"its relative error is {error:.1e}, more than {LARGEST_ERROR:.1e}", True
+
+
+def run() -> None:
+    """Print the largest error, as the process of a trial; a kernel that waits for ever ends it without a parent too."""
+    signal.alarm(_SECONDS + 10)
+    print(largest_error())
 
 
 def largest_error() -> float:
@@ -141,8 +148,3 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-if __name__ == "__main__":
-    signal.alarm(_SECONDS + 10)  # ends a kernel that waits for ever also where the process that started it has gone
-    print(largest_error())
