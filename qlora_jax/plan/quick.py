@@ -283,14 +283,16 @@ def features(spec: StepSpec[ModelSpec], platform: str | AttentionTarget, devices
 
 def _workspace(spec: StepSpec[ModelSpec], target: AttentionTarget) -> int:
     """Return the bytes of cuDNN's workspace for a micro-batch on each GPU."""
-    config = spec.model.config
-    keys = -(-_keys(spec) // spec.objective.attention_groups)
-    if target.platform != "gpu" or not isinstance(config, DecoderConfig) or not _has_kernel(spec, config, target, keys):
+    config, groups = spec.model.config, spec.objective.attention_groups
+    if target.platform != "gpu" or not isinstance(config, DecoderConfig):
         return 0
-    tokens, heads = spec.sequences * spec.objective.attention_groups * keys, config.num_attention_heads
+    kernel, rows = _kernel(spec, config, target, -(-_keys(spec) // groups)), spec.sequences * groups
+    if kernel.name == "blocks":
+        return 0
     if not spec.objective.packed:
-        return attention_workspace(1, heads, tokens, config.head_dim)
-    return attention_workspace(1, _heads_at_once(spec, config), -(-tokens // 2), config.head_dim)  # the right halves
+        return attention_workspace(rows, config.num_attention_heads, kernel.length, kernel.head_dim)
+    tokens = -(-rows * kernel.length // 2)  # those of the right halves
+    return attention_workspace(1, _heads_at_once(spec, config), tokens, kernel.head_dim)
 
 
 def _parts(spec: StepSpec[ModelSpec], target: AttentionTarget) -> int:

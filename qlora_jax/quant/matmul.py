@@ -14,7 +14,8 @@ There are two implementations of a product with a 4-bit matrix:
 "auto" uses the kernel if x has at most 64 rows (in decoding, reading the weights takes most of the time) and there is a
 kernel for the platform and the matrix. For more rows, for other matrices, and for gradients XLA multiplies; on TPUs a second
 kernel dequantises the matrix (`kernels.dequantizer`), because XLA takes several times as long, and on Hopper GPUs a kernel
-multiplies without a dense matrix in memory (`kernels.fused`), up to 2048 rows. On several devices XLA multiplies.
+multiplies without a dense matrix in memory (`kernels.fused`), up to 2048 rows. On several devices XLA multiplies; each TPU
+dequantises the matrix that it has gathered by the kernel.
 
 "pallas" always uses the kernel, except for the gradient on GPUs. On platforms without a kernel it runs the TPU kernel in
 interpret mode, and it raises an error for matrices that the kernel does not support. The implementation is a property of the
@@ -117,7 +118,7 @@ def _xla_transposed(dy: Array, w: Packed, *, by_kernel: bool = False) -> Array:
 def _dense_product(equation: str, x: Array, w: Packed, by_kernel: bool, few: bool) -> Array:
     """Return the einsum of x and the dense matrix.
 
-    If `by_kernel`, TPUs make the dense matrix by a kernel, and Hopper GPUs multiply without one in memory. On CPUs the
+    If `by_kernel`, TPUs make the dense matrix by a kernel, and one Hopper GPU multiplies without one in memory. On CPUs the
     product of few rows is computed in tiles.
     """
 

@@ -22,7 +22,7 @@ from jax.extend.backend import backends
 
 Target = Literal["cpu", "tpu", "cuda", "rocm", "every"]
 
-_HOPPER = re.compile(r"\bGH?200\b|\bH(100|200|20|800)\b")  # in the names of NVIDIA's GPUs of compute capability 9.0
+_HOPPER = re.compile(r"\b(GH200|H(100|200|20|800))\b")  # in the names of NVIDIA's GPUs of compute capability 9.0
 
 _target: Any = jax.make_user_context(default_value=None)  # part of what jitted functions are cached by
 
@@ -60,6 +60,11 @@ def is_for_hopper() -> bool:
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None:
         return bool(_HOPPER.search(described.device_kind))
+    return has_hopper()
+
+
+def has_hopper() -> bool:
+    """Return whether the first attached device is one of NVIDIA's Hopper GPUs."""
     return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
 
 

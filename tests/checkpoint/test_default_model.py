@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qlora_jax.checkpoint import default_model
-from qlora_jax.checkpoint.default_model import default_cache, fetch_default_model
+from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.whole_folder import temporary_folder
 from qlora_jax.errors import CheckpointError
 
@@ -80,16 +80,6 @@ def test_an_incomplete_file_is_fetched_again(cache: Path, monkeypatch: pytest.Mo
     cache.mkdir()
     (cache / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(CONTENT[:-1])
     assert fetch_default_model(cache).read_bytes() == CONTENT
-
-
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("QLORA_JAX_CACHE", "/one")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/two")
-    assert default_cache() == Path("/one")
-    monkeypatch.delenv("QLORA_JAX_CACHE")
-    assert default_cache() == Path("/two/qlora_jax")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_cache() == Path.home() / ".cache" / "qlora_jax"
 
 
 @pytest.mark.parametrize(

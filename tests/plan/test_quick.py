@@ -51,9 +51,10 @@ def test_residuals_by_remat() -> None:
 @pytest.mark.parametrize(
     ("target", "length", "attended", "sums"),
     [
-        (HOPPER, 64, 64 * 80, 0),
+        (HOPPER, 128, 128 * 80, 0),
         (TPU, 128, 128 * 128, 0),  # splash attention takes heads of 64, 128 …
-        (HOPPER, 50, 64 * 80, 0),  # cuDNN takes multiples of 64 tokens
+        (HOPPER, 50, 128 * 80, 0),  # cuDNN gets multiples of 128 tokens on Hopper, and of 64 elsewhere
+        (AttentionTarget("gpu", (8, 0)), 50, 64 * 80, 0),
         (AttentionTarget(), 64, 64 * 80, 4),  # XLA's attention saves a float32 sum for each head of a token
     ],
 )
@@ -67,6 +68,12 @@ def test_saved_results_of_attention_are_padded_as_the_kernel_wants(
     spec = StepSpec(ModelSpec(config, method=LoRA(rank), remat="dots"), PLAIN, BatchSpec(length=length))
     products = length * (hidden + 80 * heads + 2 * 80 * kv + hidden + 2 * inner + 7 * rank) + heads * attended
     assert residual_bytes(spec, target) == (layers * (2 * products + sums * heads * length), 0)
+
+
+@pytest.mark.parametrize(("target", "padded"), [(HOPPER, 1152), (AttentionTarget("gpu", (8, 0)), 1088)])
+def test_the_workspace_of_attention_is_that_of_padded_rows(target: AttentionTarget, padded: int) -> None:
+    plan = quick_plan(changed(SPEC, batch={"length": 1080}), target)
+    assert plan.workspace == 4 * 32 * padded * (128 + 1) * 4
 
 
 def test_options_move_memory_the_right_way() -> None:

@@ -25,10 +25,10 @@ from qlora_jax.quant.targets import tracing_for
 HOPPER, AMPERE = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
 
 
-def on(kind: str) -> Any:
-    """The context of a program for a GPU that need not be there."""
+def on(kind: str, count: int = 1) -> Any:
+    """The context of a program for GPUs that need not be there."""
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device))
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((count,), ("x",), abstract_device=device))
 
 
 def matrix(*shape: int, block_size: int = 64) -> QuantizedTensor:
@@ -61,6 +61,8 @@ def test_the_fused_product_is_for_hopper_gpus_and_few_rows(monkeypatch: pytest.M
     assert kernels.fused(x, w) is None  # type: ignore[arg-type]
     with on(AMPERE):
         assert kernels.fused(x, w) is None  # type: ignore[arg-type]
+    with on(HOPPER, 4):  # XLA cannot partition the kernel
+        assert kernels.fused(x, w) is None  # type: ignore[arg-type]
     with on(HOPPER):
         assert kernels.fused(x, w) is not None  # type: ignore[arg-type]
         assert kernels.fused(more, w) is None  # type: ignore[arg-type]
@@ -82,19 +84,42 @@ def test_a_trial_compares_with_numpy(monkeypatch: pytest.MonkeyPatch, factor: fl
     assert (error <= trial.LARGEST_ERROR) == (not reason)
 
 
+def test_a_trial_does_not_overlook_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "error_of", lambda data_type, rows, transposed: np.nan if transposed else 1e-3)
+    error = trial.largest_error()
+    assert np.isnan(error)
+    assert trial.attempt([sys.executable, "-c", f"print('{error}')"])[0].startswith("its relative error is nan")
+
+
 def test_a_trial_that_fails_or_does_not_end_is_a_reason() -> None:
     code = "import sys; sys.exit('no such instruction')"
     assert trial.attempt([sys.executable, "-c", code]) == ("the trial ended with code 1: no such instruction", False)
     assert trial.attempt([sys.executable, "-c", "while True: pass"], 0.1) == ("the trial did not end within 0.1 s", True)
+    assert trial.attempt([sys.executable, "-c", "import os; os.abort()"]) == (
+        "the trial ended with code -6: no message",
+        True,
+    )
+    assert trial.attempt([sys.executable, "-c", "print('hello')"])[0].startswith("the trial printed 'hello")
+    reason, final = trial.attempt(["/no/such/python"])
+    assert reason.startswith("the trial could not be started: ")
+    assert not final
 
 
-def test_the_result_of_a_trial_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_trial_leaves_the_memory_of_the_waiting_process_alone_and_never_takes_the_cpu() -> None:
+    code = "import os; assert os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] == 'false'; print(os.environ['JAX_PLATFORMS'])"
+    assert trial.attempt([sys.executable, "-c", code])[0] == "the trial printed 'cuda\\n': expected its error"
+
+
+def test_the_result_of_a_trial_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("QLORA_JAX_CACHE", str(tmp_path))
     results = iter([("", True), ("no memory", False), ("it is wrong", True)])
     monkeypatch.setattr(trial, "attempt", lambda _: next(results))
     is_right = trial.is_right.__wrapped__  # without the cache of this process
     assert is_right("NVIDIA H200")
     assert is_right("NVIDIA H200")  # from the file
+    assert capsys.readouterr().err.count("Trying the fused product") == 1
     for reason in ("no memory", "it is wrong", "it is wrong"):
         with pytest.warns(UserWarning, match=f"XLA multiplies: {reason}"):
             assert not is_right("NVIDIA H20")

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 
 from qlora_jax.quant.kernels import hopper, tpu, tpu_dequantize, trial
 from qlora_jax.quant.stacked import StackedTensor
-from qlora_jax.quant.targets import by_platform, is_for_hopper
+from qlora_jax.quant.targets import by_platform, has_hopper, is_for_hopper
 from qlora_jax.quant.tensor import QuantizedTensor
 
 # The most rows for which the fused product is used. It saves writing and reading the dense matrix, 4 bytes a value, which
@@ -118,17 +118,18 @@ def dequantizer(w: Packed, dtype: DTypeLike) -> Callable[[Packed], Array] | None
 def fused(x: Array, w: Packed, *, transposed: bool = False) -> Callable[[Array, Packed], Array] | None:
     """Return the function by which Hopper GPUs multiply x with W, or with the transposed W, without a dense matrix.
 
-    None if the program is for another device, if the kernel does not support the operands, if x has too many rows, or if
-    the kernel failed on the attached device (`trial`). The environment variable `QLORA_JAX_FUSED` switches the kernel off if
-    it is 0, and makes its trial needless if it is 1.
+    None if the program is for another device or for several, if the kernel does not support the operands, if x has too many
+    rows, or if the kernel failed on the attached device (`trial`). The environment variable `QLORA_JAX_FUSED` switches the
+    kernel off if it is 0, and makes its trial needless if it is 1.
     """
     matrix, _ = _parts(w)
     wanted = os.environ.get(FUSED)
-    if wanted == "0" or x.shape[0] > MOST_FUSED_ROWS or not is_for_hopper():
+    if wanted == "0" or x.shape[0] > MOST_FUSED_ROWS or not on_one_device() or not is_for_hopper():
         return None
     if hopper.unsupported_reason(matrix, x.dtype) is not None:
         return None
-    if wanted != "1" and _platform() == "cuda" and not trial.is_right(jax.devices()[0].device_kind):
+    # A plan may be for a Hopper GPU where another GPU is attached, on which there is nothing to try.
+    if wanted != "1" and has_hopper() and not trial.is_right(jax.devices()[0].device_kind):
         return None
     kernel = hopper.matmul_transposed if transposed else hopper.matmul
     return lambda x, w: kernel(x, *_parts(w))
