@@ -12,7 +12,8 @@ outgrows the length for which its keys are right (`LengthDependent.cache_lasts`)
 again from the first one on, like a prompt.
 
 An answer is that of the request alone. Rows do not see each other, a row's keys and values are in slots of its own that are
-read up to its length, and its draws depend on its own seed and tokens (`row_sampling`).
+read up to its length (`programs.begin_row` removes a NaN that an earlier text left behind it), and its draws depend on its
+own seed and tokens (`row_sampling`).
 
 All shapes are fixed (`Limits`), so that nothing is compiled after `warm_up`. The engine is not thread-safe: `serve.worker`
 runs it in a thread of its own.

@@ -137,6 +137,17 @@ def test_beginnings_are_shared_by_running_and_finished_rows() -> None:
     assert tried.counts.prompt_tokens - now <= 2
 
 
+def test_what_an_earlier_text_left_in_a_row_does_not_reach_the_next_one() -> None:
+    """Not even NaN, which one tenant's adapter may leave in a row: 0 times NaN is NaN."""
+    prompts, tried = random_prompts((20, 3, 9)), make(tiny())
+    ask(tried, *map(request, prompts))
+    state = tried._device._state
+    left = jax.tree.map(lambda leaf: jax.numpy.full_like(leaf, np.nan), state.cache)
+    tried._device._state = dataclasses.replace(state, cache=left)
+    others = random_prompts((7, 33, 18))
+    assert ask(tried, *map(request, others)) == generate(*nnx.split(tiny()), others, max_new_tokens=12)
+
+
 def test_logprobs_are_those_of_the_model() -> None:
     (prompt,) = random_prompts((7,))
     (events,) = run(engine(), [(0, request(prompt, 3, top_logprobs=4, logit_bias={5: 100.0}))])
