@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from qlora_jax.errors import OptionError, QLoRAError
+from qlora_jax.errors import OptionError
 from qlora_jax.serve.answer import Answer, AnswerText, Event, Finish, TokenLogprobs
 from qlora_jax.serve.device import Device
 from qlora_jax.serve.generate import LengthDependent
@@ -198,7 +198,7 @@ class Engine:
             return False
         try:
             acquired = self._adapters.acquire(answer.request.adapter)
-        except (QLoRAError, OSError):
+        except Exception:  # reading the files of one adapter may fail in any way, which must not end the answers of others
             _logger.exception("an adapter cannot be loaded")
             self._without_adapter.append(answer)
             return False

@@ -27,7 +27,7 @@ class Adapters(Protocol):
         The version changes when another adapter gets the name.
 
         Raises:
-            QLoRAError: the adapter is gone, or cannot be loaded.
+            Exception: the adapter is gone, or cannot be loaded; only the answer that asks for it ends.
         """
         ...
 

@@ -20,6 +20,7 @@ from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.serve import generate, programs
 from qlora_jax.serve.engine import Engine, PromptError
+from qlora_jax.serve.interfaces import NoAdapters
 from qlora_jax.serve.request import Choices, Request
 from qlora_jax.serve.scheduler import BusyError, Limits
 
@@ -258,6 +259,26 @@ def test_wrong_requests_are_refused(wrong: dict[str, Any], message: str) -> None
         tried.submit(request(**wrong))
     assert not tried.busy
     assert issubclass(PromptError, ValueError)
+
+
+class Broken(NoAdapters):
+    """An adapter whose files cannot be read, for a reason that nobody thought of."""
+
+    def check(self, name: str) -> None:
+        pass
+
+    def acquire(self, name: str) -> tuple[int, object] | None:
+        if name:
+            raise ZeroDivisionError
+        return super().acquire(name)
+
+
+def test_an_adapter_that_cannot_be_read_ends_its_own_answers_only() -> None:
+    tried = make(Successors(), Limits(rows=2, capacity=32, chunk=8), 32, adapters=Broken())
+    broken, other = run(tried, [(0, request([1], 3, adapter="a", tenant="a")), (0, request([1], 3, tenant="b"))])
+    assert [(event.tokens, event.finish) for event in broken] == [((), "error")]
+    assert tokens(other) == [2, 3, 4]
+    assert not tried.busy
 
 
 def test_rows_are_counted_equal_after_many_cancellations() -> None:
