@@ -69,6 +69,12 @@ class ServerOptions:
     most_body_bytes: int = 2**20
     """Largest body of a request."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.drain_seconds <= 86400:
+            raise OptionError(f"drain_seconds: expected 0 to 86400, found {self.drain_seconds}")
+        if self.most_body_bytes < 1:
+            raise OptionError(f"most_body_bytes: expected at least 1, found {self.most_body_bytes}")
+
 
 @dataclasses.dataclass(frozen=True)
 class AdapterOptions:
@@ -88,9 +94,10 @@ class AdapterOptions:
     """Adapters whose values stay in main memory; others are read again when they are asked for."""
 
     def __post_init__(self) -> None:
-        for name in ("slots", "held"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        for name in ("slots", "held", "rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name}: expected at least 1, found {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,6 +318,8 @@ def path_within(root: Path, path: str) -> Path:
     Raises:
         OptionError: it is not, or it has no weights in safetensors, whose files cannot contain programs.
     """
+    if "\0" in path:  # which no path has, and `realpath` raises a plain ValueError for
+        raise OptionError("lora_path: expected a folder within the folder of adapters")
     folder = Path(os.path.realpath(root / path))
     files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
     if not all(Path(os.path.realpath(file)).is_relative_to(root) for file in (folder, *files)):

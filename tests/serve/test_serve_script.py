@@ -34,6 +34,17 @@ def test_an_address_of_this_machine_needs_no_keys(host: str) -> None:
     assert check_access(ServerOptions(host=host)) is None
 
 
+def test_numbers_outside_their_range_are_refused() -> None:
+    wrong: Any = (
+        (AdapterOptions, "rank", 0),
+        (ServerOptions, "drain_seconds", float("inf")),
+        (ServerOptions, "most_body_bytes", 0),
+    )
+    for options, name, value in wrong:
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            options(**{name: value})
+
+
 def test_a_second_server_on_the_port_says_so() -> None:
     with listen(ServerOptions(port=0)) as first:
         port = first.getsockname()[1]
@@ -75,7 +86,7 @@ def test_an_adapter_s_files_are_within_the_root_wherever_links_lead(tmp_path: Pa
     (root / "link").symlink_to(outside)
     (root / "linked" / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
     assert path_within(root, "good") == root / "good"
-    for path in ("../outside", str(outside), "link", "linked", "good/../../outside"):
+    for path in ("../outside", str(outside), "link", "linked", "good/../../outside", "good\0"):
         with pytest.raises(ValueError, match="expected a folder within the folder of adapters"):
             path_within(root, path)
     for path in ("pickled", "nothing"):
