@@ -160,6 +160,7 @@ class AdapterSlots:
                 return self._held[key]
         future = self._loading.get(key)
         if future is None:
+            self._hold_finished()
             self._loading[key] = self._threads.submit(self._load, source)
             return None
         if not future.done():
@@ -168,6 +169,14 @@ class AdapterSlots:
         values = future.result()
         self._hold(key, values)
         return values
+
+    def _hold_finished(self) -> None:
+        """Hold adapters that were read for answers that have gone, so that `held` limits them too."""
+        for key, future in list(self._loading.items()):
+            if future.done():
+                del self._loading[key]
+                if future.exception() is None:
+                    self._hold(key, future.result())
 
     def _hold(self, key: _Key, values: Any) -> None:
         with self._lock:
