@@ -3,8 +3,8 @@
 import contextlib
 import http.client
 import json
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -102,15 +102,13 @@ def test_a_server_with_an_adapter_answers_and_drains(
     """SIGTERM comes in the middle of a stream, whose end arrives all the same."""
     pytest.importorskip(installed, reason=f"{installed}, for the server, is not installed")
     adapter = make_adapter(tmp_path / "mine")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     command = [sys.executable, "scripts/serve.py", "--model", str(tiny_llama), "--adapters", f"mine={adapter}"]
-    command += ["--port", str(port), "--rows", "2", "--capacity", "256", "--chunk", "16"]
+    command += ["--port", "0", "--rows", "2", "--capacity", "256", "--chunk", "16", "--drain-seconds", "200"]
     log = tmp_path / "log"
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(subprocess.Popen(command, cwd=ROOT, stderr=stack.enter_context(log.open("w"))))
         try:
-            connection = wait_until_ready(server, port, log)
+            connection = wait_until_ready(server, log)
             stack.callback(connection.close)
             texts = {model: ask(connection, model) for model in ("mine", tiny_llama.name)}
             assert texts["mine"] != texts[tiny_llama.name]
@@ -120,16 +118,21 @@ def test_a_server_with_an_adapter_answers_and_drains(
             first = response.read(20)
             server.send_signal(signal.SIGTERM)
             assert (first + response.read()).endswith(b"data: [DONE]\n\n")
-            assert server.wait(60) == 0
+            assert server.wait(200) == 0
         finally:
             server.kill()
     assert "no more requests are taken" in log.read_text()
 
 
-def wait_until_ready(server: "subprocess.Popen[bytes]", port: int, log: Path) -> http.client.HTTPConnection:
+def wait_until_ready(server: "subprocess.Popen[bytes]", log: Path) -> http.client.HTTPConnection:
+    """Return a connection to the port that the server says it has."""
     end = time.monotonic() + 300
     while time.monotonic() < end:
         assert server.poll() is None, log.read_text()
+        if (found := re.search(r"at http://127\.0\.0\.1:(\d+)/v1", log.read_text())) is None:
+            time.sleep(0.2)
+            continue
+        port = int(found[1])
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
         with contextlib.suppress(OSError):
             connection.request("GET", "/ready")
