@@ -77,16 +77,17 @@ def test_names_of_adapters(tmp_path: Path) -> None:
 
 def test_an_adapter_s_files_are_within_the_root_wherever_links_lead(tmp_path: Path) -> None:
     root, outside = tmp_path / "root", tmp_path / "outside"
-    for folder in (root / "good", root / "pickled", root / "linked", outside):
+    for folder in (root / "good", root / "pickled", root / "linked", root / "described", outside):
         folder.mkdir(parents=True)
         (folder / "adapter_config.json").write_text("{}")
-    for folder in (root / "good", outside):
+    for folder in (root / "good", root / "described", outside):
         (folder / "adapter_model.safetensors").write_bytes(b"")
     (root / "pickled" / "adapter_model.bin").write_bytes(b"")
     (root / "link").symlink_to(outside)
     (root / "linked" / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
+    (root / "described" / "qlora_jax.json").symlink_to(outside / "adapter_config.json")
     assert path_within(root, "good") == root / "good"
-    for path in ("../outside", str(outside), "link", "linked", "good/../../outside", "good\0"):
+    for path in ("../outside", str(outside), "link", "linked", "described", "good/../../outside", "good\0"):
         with pytest.raises(ValueError, match="expected a folder within the folder of adapters"):
             path_within(root, path)
     for path in ("pickled", "nothing"):
