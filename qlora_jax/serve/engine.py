@@ -170,7 +170,7 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Do one step; return what happened."""
-        if (answer := self.scheduler.preempt()) is not None:
+        if (answer := self.scheduler.preempt(lambda waiting: self._adapters.ready(waiting.request.adapter))) is not None:
             self._adapters.release(answer.slot)
         for placement in self.scheduler.place(self._acquire):
             self._start(placement)

@@ -35,10 +35,13 @@ def test_an_adapter_that_cannot_be_read_again_is_asked_for_again_later() -> None
     for name in ("a", "b"):
         slots.register(name, name)
     broken.add("a")
-    for _ in range(2):
-        assert slots.acquire("a") is None
+    assert slots.ready("b")
+    assert slots.ready("nobody")  # `acquire` raises at once
+    for ask in (slots.ready, slots.acquire):
+        ask("a")  # starts to read it
         with pytest.raises(CheckpointError):
             slots._loading["a", 1].result(60)
+        assert slots.ready("a")
         with pytest.raises(CheckpointError, match="a is damaged"):
             slots.acquire("a")
     assert slots.users == 0

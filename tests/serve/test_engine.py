@@ -281,6 +281,34 @@ def test_an_adapter_that_cannot_be_read_ends_its_own_answers_only() -> None:
     assert not tried.busy
 
 
+class Slow(Broken):
+    """An adapter that is being read for some steps."""
+
+    steps = 10
+
+    def ready(self, name: str) -> bool:
+        self.steps -= bool(name)
+        return self.steps <= 0
+
+    def acquire(self, name: str) -> tuple[int, object] | None:
+        return (0, 0) if not name or self.steps <= 0 else None
+
+
+def test_nobody_gives_up_a_row_for_an_adapter_that_is_being_read() -> None:
+    tried = make(Successors(), Limits(rows=2, capacity=64, chunk=8), 32, adapters=Slow())
+    for _ in range(2):
+        tried.submit(request([1], 40, tenant="many"))
+    tried.step()
+    ticket, running = tried.submit(request([1], 3, adapter="a", tenant="few")), tried.scheduler.running()
+    for _ in range(9):
+        tried.step()
+        assert tried.scheduler.running() == running
+    tried.step()
+    assert [answer.ticket for answer in tried.scheduler.running() if answer not in running] == [ticket]
+    while tried.busy:
+        tried.step()
+
+
 def test_rows_are_counted_equal_after_many_cancellations() -> None:
     tried = successor(Limits(rows=3, capacity=32, chunk=8))
     draws = np.random.default_rng(0)
