@@ -26,9 +26,10 @@ from flax import nnx
 
 from qlora_jax import cli
 from qlora_jax.adapters.bank import slot_values
-from qlora_jax.adapters.files import Adapter, read_adapter
+from qlora_jax.adapters.files import ADAPTER_FILES, Adapter, read_adapter
+from qlora_jax.adapters.held import WEIGHTS
 from qlora_jax.adapters.metadata import AdapterMetadata, QuantizationChoice, read_adapter_metadata
-from qlora_jax.adapters.peft_config import resolve_adapter
+from qlora_jax.adapters.peft_config import CONFIG, resolve_adapter
 from qlora_jax.adapters.pretrained import Pretrained, PretrainedOptions, open_pretrained
 from qlora_jax.checkpoint.load import default_dtype
 from qlora_jax.data import Template, encode_prompt
@@ -69,6 +70,12 @@ class ServerOptions:
     most_body_bytes: int = 2**20
     """Largest body of a request."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.drain_seconds <= 86400:
+            raise OptionError(f"drain_seconds: expected 0 to 86400, found {self.drain_seconds}")
+        if self.most_body_bytes < 1:
+            raise OptionError(f"most_body_bytes: expected at least 1, found {self.most_body_bytes}")
+
 
 @dataclasses.dataclass(frozen=True)
 class AdapterOptions:
@@ -88,9 +95,10 @@ class AdapterOptions:
     """Adapters whose values stay in main memory; others are read again when they are asked for."""
 
     def __post_init__(self) -> None:
-        for name in ("slots", "held"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        for name in ("slots", "held", "rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name}: expected at least 1, found {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +270,7 @@ def adapter_sources(options: AdapterOptions) -> dict[str, Path]:
 
 
 def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file()
+    return (folder / CONFIG).is_file()
 
 
 def _open(options: Options, adapters: Sequence[Adapter]) -> Pretrained:
@@ -311,11 +319,13 @@ def path_within(root: Path, path: str) -> Path:
     Raises:
         OptionError: it is not, or it has no weights in safetensors, whose files cannot contain programs.
     """
+    if "\0" in path:  # which no path has, and `realpath` raises a plain ValueError for
+        raise OptionError("lora_path: expected a folder within the folder of adapters")
     folder = Path(os.path.realpath(root / path))
-    files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    files = [folder / name for name in ADAPTER_FILES]
     if not all(Path(os.path.realpath(file)).is_relative_to(root) for file in (folder, *files)):
         raise OptionError("lora_path: expected a folder within the folder of adapters")
-    if not all(file.is_file() for file in files):
+    if not all((folder / name).is_file() for name in (CONFIG, WEIGHTS)):
         raise OptionError("lora_path: expected a folder with adapter_config.json and adapter_model.safetensors")
     return folder
 

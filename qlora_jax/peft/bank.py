@@ -25,7 +25,7 @@ what the compilers say for it: A lies transposed, since TPUs pad a last axis of 
 decoding (`quant.SlotMatrices`); and the bank has the dtype of the activations, since XLA for TPUs otherwise converts all
 slots before it gathers some. The result is the same, because float32 matrices are rounded to that dtype anyway. Training
 needs float32, and takes few slots at a time. `jax.lax.ragged_dot` over rows in the order of their slots is not used: for
-H100 it reads the whole bank (16 rows of one token: 87 MB at K = 16, 1,366 MB at K = 256, where the loop reads 35 MB).
+H100 it reads the whole bank (scripts/benchmarks/measure_bank.py; docs/tenants.md has the figures).
 
 The gradient of a whole bank is as large as the bank. Training therefore takes the slots of a step's tenants out of the bank
 (`take_slots`), and differentiates those (`train.tenants`).

@@ -97,6 +97,17 @@ class AdapterSlots:
             if name and name not in self._registered:
                 raise OptionError(f"adapter: expected the name of one that is registered, found {name}")
 
+    def ready(self, name: str) -> bool:
+        """Return whether `acquire` has a result or an error; start to read the adapter otherwise."""
+        with self._lock:
+            number, source = self._registered.get(name, (0, None))
+            key = name, number
+            if not number or key in self._held or any(slot.key == key for slot in self._slots):
+                return True
+        if key not in self._loading:
+            self._start_loading(key, source)
+        return self._loading[key].done()
+
     def acquire(self, name: str) -> tuple[int, object] | None:
         """Return (the slot of an adapter, its version), or None while it is read or all slots are in use."""
         if not name:
@@ -160,7 +171,7 @@ class AdapterSlots:
                 return self._held[key]
         future = self._loading.get(key)
         if future is None:
-            self._loading[key] = self._threads.submit(self._load, source)
+            self._start_loading(key, source)
             return None
         if not future.done():
             return None
@@ -168,6 +179,15 @@ class AdapterSlots:
         values = future.result()
         self._hold(key, values)
         return values
+
+    def _start_loading(self, key: _Key, source: Any) -> None:
+        """Start to read an adapter; hold those that were read for answers that have gone, so that `held` limits them too."""
+        for other, future in list(self._loading.items()):
+            if future.done():
+                del self._loading[other]
+                if future.exception() is None:
+                    self._hold(other, future.result())
+        self._loading[key] = self._threads.submit(self._load, source)
 
     def _hold(self, key: _Key, values: Any) -> None:
         with self._lock:

@@ -12,6 +12,7 @@ with all hashes, each in constant time.
 import dataclasses
 import hashlib
 import hmac
+import json
 import secrets
 import tomllib
 from pathlib import Path
@@ -53,11 +54,18 @@ def find_key(keys: tuple[ApiKey, ...], sent: str) -> ApiKey | None:
 
 
 def new_key(name: str, models: tuple[str, ...] = ("*",)) -> tuple[str, str]:
-    """Return (a new key, the lines for the file)."""
+    """Return (a new key, the lines for the file).
+
+    Raises:
+        OptionError: the name is empty or has characters that cannot be printed.
+    """
+    if not name or not name.isprintable():
+        raise OptionError(f"name of a key: expected a text that can be printed, found {name!r}")
     key = f"sk-{secrets.token_urlsafe(32)}"
-    names = ", ".join(f'"{model}"' for model in models)
+    # A text in JSON is one in TOML, if it can be printed.
+    tenant, names = json.dumps(name, ensure_ascii=False), json.dumps(list(models), ensure_ascii=False)
     digest = hashlib.sha256(key.encode()).hexdigest()
-    return key, f'[[key]]\nname = "{name}"\nsha256 = "{digest}"\nmodels = [{names}]\n'
+    return key, f'[[key]]\nname = {tenant}\nsha256 = "{digest}"\nmodels = {names}\n'
 
 
 def read_api_keys(path: str | Path) -> tuple[ApiKey, ...]:

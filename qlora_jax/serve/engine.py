@@ -12,7 +12,8 @@ outgrows the length for which its keys are right (`LengthDependent.cache_lasts`)
 again from the first one on, like a prompt.
 
 An answer is that of the request alone. Rows do not see each other, a row's keys and values are in slots of its own that are
-read up to its length, and its draws depend on its own seed and tokens (`row_sampling`).
+read up to its length (`programs.begin_row` removes a NaN that an earlier text left behind it), and its draws depend on its
+own seed and tokens (`row_sampling`).
 
 All shapes are fixed (`Limits`), so that nothing is compiled after `warm_up`. The engine is not thread-safe: `serve.worker`
 runs it in a thread of its own.
@@ -28,7 +29,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from qlora_jax.errors import OptionError, QLoRAError
+from qlora_jax.errors import OptionError
 from qlora_jax.serve.answer import Answer, AnswerText, Event, Finish, TokenLogprobs
 from qlora_jax.serve.device import Device
 from qlora_jax.serve.generate import LengthDependent
@@ -169,7 +170,7 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Do one step; return what happened."""
-        if (answer := self.scheduler.preempt()) is not None:
+        if (answer := self.scheduler.preempt(lambda waiting: self._adapters.ready(waiting.request.adapter))) is not None:
             self._adapters.release(answer.slot)
         for placement in self.scheduler.place(self._acquire):
             self._start(placement)
@@ -197,7 +198,7 @@ class Engine:
             return False
         try:
             acquired = self._adapters.acquire(answer.request.adapter)
-        except (QLoRAError, OSError):
+        except Exception:  # reading the files of one adapter may fail in any way, which must not end the answers of others
             _logger.exception("an adapter cannot be loaded")
             self._without_adapter.append(answer)
             return False

@@ -152,7 +152,7 @@ def _common(fields: Fields) -> dict[str, Any]:
     stream, options, usage = fields.flag("stream"), fields.fields("stream_options"), False
     if options is not None:
         if not stream:
-            fields.wrong("stream_options", "stream: true beside it", options)
+            fields.wrong("stream_options", "stream: true beside it", {})
         usage = options.flag("include_usage")
         options.ignore("include_obfuscation")
         options.none_left()
@@ -160,9 +160,9 @@ def _common(fields: Fields) -> dict[str, Any]:
     choices = Choices(
         temperature=1.0 if temperature is None else temperature,
         top_k=fields.whole("top_k", 1, 2**31 - 1),
-        top_p=_above_0(fields, "top_p"),
+        top_p=_top_p(fields),
         min_p=fields.number("min_p", 0, 1) or 0.0,
-        repetition_penalty=_above_0(fields, "repetition_penalty", 100) or 1.0,
+        repetition_penalty=fields.number("repetition_penalty", 0.01, 100) or 1.0,
         presence_penalty=fields.number("presence_penalty", -2, 2) or 0.0,
         frequency_penalty=fields.number("frequency_penalty", -2, 2) or 0.0,
         logit_bias=_bias(fields),
@@ -181,10 +181,10 @@ def _common(fields: Fields) -> dict[str, Any]:
     return common
 
 
-def _above_0(fields: Fields, name: str, high: float = 1) -> float | None:
-    value = fields.number(name, 0, high)
-    if value is not None and value < 0.01 and (name != "top_p" or value == 0):
-        fields.wrong(name, "a number above 0", value)
+def _top_p(fields: Fields) -> float | None:
+    value = fields.number("top_p", 0, 1)
+    if value == 0:
+        fields.wrong("top_p", "a number above 0", value)
     return value
 
 

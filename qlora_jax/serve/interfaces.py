@@ -21,13 +21,17 @@ class Adapters(Protocol):
         """Raise OptionError if there is no adapter of that name."""
         ...
 
+    def ready(self, name: str) -> bool:
+        """Return whether `acquire` need not wait for the values of an adapter, which are being read otherwise."""
+        ...
+
     def acquire(self, name: str) -> tuple[int, object] | None:
         """Return (the slot of an adapter, which it has until `release`, its version), or None: it is not ready yet.
 
         The version changes when another adapter gets the name.
 
         Raises:
-            QLoRAError: the adapter is gone, or cannot be loaded.
+            Exception: the adapter is gone, or cannot be loaded; only the answer that asks for it ends.
         """
         ...
 
@@ -53,6 +57,10 @@ class NoAdapters:
         """Raise OptionError for any name but ""."""
         if name:
             raise OptionError(f"adapter: expected none, found {name}")
+
+    def ready(self, name: str) -> bool:
+        """Return True."""
+        return True
 
     def acquire(self, name: str) -> tuple[int, object] | None:
         """Return slot 0."""

@@ -44,7 +44,7 @@ class RowDecoder(Protocol):
         Args:
             tokens: int32 `[b, t]`, padded on the right.
             positions: int32 `[b, t]`, increasing by one in each row, negative for padding.
-            cache: the cache of the tokens so far; its slots after a row's first new token may contain anything.
+            cache: the cache of the tokens so far; its slots after a row's first new token may contain any finite values.
             lengths: int32 `[b]`, the lengths of the whole texts, if `tokens` are only a part of them.
             adapters: `adapter_ids`, int32 `[b]`, for a model with a bank of adapters; nothing for others.
         """
@@ -129,9 +129,21 @@ def sample_rows(
 
 @partial(jax.jit, donate_argnames="device")
 def begin_row(device: DeviceState, row: Array, counts: Array, in_prompt: Array, bias: Array) -> DeviceState:
-    """Set what sampling remembers of the text of one row; see `row_sampling.begin_row`."""
+    """Set what sampling remembers of the text of one row (`row_sampling.begin_row`), and clean the row's cache.
+
+    Attention reads the slots after a text with the weight 0. A NaN that another tenant's adapter left there would still
+    reach the result, so values that are not finite become 0.
+    """
+
+    def clean(x: Array) -> Array:
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        own = jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1)
+        own = jnp.where(jnp.isfinite(own), own, jnp.zeros_like(own))
+        return jax.lax.dynamic_update_slice_in_dim(x, own, row, axis=1)
+
     memory = row_sampling.begin_row(device.memory, row, counts, in_prompt, bias)
-    return DeviceState(device.cache, device.logits, memory)
+    return DeviceState(jax.tree.map(clean, device.cache), device.logits, memory)
 
 
 @partial(jax.jit, donate_argnames="device")

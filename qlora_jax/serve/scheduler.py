@@ -132,11 +132,19 @@ class Scheduler:
             self.served[tenant] = max(self.served.get(tenant, 0.0), min((self.served[x] for x in present), default=0.0))
         self.waiting.setdefault(tenant, deque()).extend(answers)
 
-    def preempt(self) -> Answer | None:
-        """Take back a row for a tenant that waits and has none; return the answer that lost it, which waits again."""
+    def preempt(self, ready: Callable[[Answer], bool]) -> Answer | None:
+        """Take back a row for a tenant that waits and has none; return the answer that lost it, which waits again.
+
+        Args:
+            ready: whether an answer could use a row now; nobody gives up a row for an adapter that is being read.
+        """
         running = self.running()
+        if len(running) < len(self.rows):
+            return None
         rows = Counter(answer.request.tenant for answer in running)
-        if len(running) < len(self.rows) or all(tenant in rows for tenant in self.waiting):
+        # Each is asked for, so that all their adapters are read.
+        ready_ones = [ready(queue[0]) for tenant, queue in self.waiting.items() if tenant not in rows]
+        if not any(ready_ones):
             return None
         tenant, count = max(rows.items(), key=lambda item: (item[1], self.served[item[0]]))
         if count < 2:

@@ -93,10 +93,14 @@ class Worker:
         in_time = not self._thread.is_alive() and time.monotonic() <= deadline
         if self._thread.is_alive():
             with self._wake:
-                self._commands.extend(lambda ticket=ticket: self.engine.cancel(ticket) for ticket in list(self._listeners))
+                self._commands.append(self._cancel_all)  # after the requests that wait to be given to the engine
                 self._wake.notify()
             self._thread.join()
         return in_time
+
+    def _cancel_all(self) -> None:
+        for ticket in list(self._listeners):
+            self.engine.cancel(ticket)
 
     def _command(self, command: Callable[[], None]) -> bool:
         with self._wake:
@@ -127,7 +131,7 @@ class Worker:
             with self._wake:
                 self.failure = error
                 commands = list(self._commands)
-            for command in commands:  # the engine refuses them, or they find no answer to cancel
+            for command in commands:  # so that every request gets a ticket or an error; none is answered
                 try:
                     command()
                 except Exception:

@@ -151,7 +151,7 @@ def test_a_killed_process_resumes_every_tenant(write_file: Callable[..., Path], 
     while process.poll() is None and not list((tmp_path / "many" / "small" / "checkpoints").glob("2")):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL  # it had not ended by itself
     train_many(ManyOptions(path), progress=False)
     train_many(ManyOptions(write_file(output="whole")), progress=False)
     for name in ("plain", "small", "polite", "packed"):

@@ -20,6 +20,7 @@ from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.serve import generate, programs
 from qlora_jax.serve.engine import Engine, PromptError
+from qlora_jax.serve.interfaces import NoAdapters
 from qlora_jax.serve.request import Choices, Request
 from qlora_jax.serve.scheduler import BusyError, Limits
 
@@ -137,6 +138,17 @@ def test_beginnings_are_shared_by_running_and_finished_rows() -> None:
     assert tried.counts.prompt_tokens - now <= 2
 
 
+def test_what_an_earlier_text_left_in_a_row_does_not_reach_the_next_one() -> None:
+    """Not even NaN, which one tenant's adapter may leave in a row: 0 times NaN is NaN."""
+    prompts, tried = random_prompts((20, 3, 9)), make(tiny())
+    ask(tried, *map(request, prompts))
+    state = tried._device._state
+    left = jax.tree.map(lambda leaf: jax.numpy.full_like(leaf, np.nan), state.cache)
+    tried._device._state = dataclasses.replace(state, cache=left)
+    others = random_prompts((7, 33, 18))
+    assert ask(tried, *map(request, others)) == generate(*nnx.split(tiny()), others, max_new_tokens=12)
+
+
 def test_logprobs_are_those_of_the_model() -> None:
     (prompt,) = random_prompts((7,))
     (events,) = run(engine(), [(0, request(prompt, 3, top_logprobs=4, logit_bias={5: 100.0}))])
@@ -247,6 +259,54 @@ def test_wrong_requests_are_refused(wrong: dict[str, Any], message: str) -> None
         tried.submit(request(**wrong))
     assert not tried.busy
     assert issubclass(PromptError, ValueError)
+
+
+class Broken(NoAdapters):
+    """An adapter whose files cannot be read, for a reason that nobody thought of."""
+
+    def check(self, name: str) -> None:
+        pass
+
+    def acquire(self, name: str) -> tuple[int, object] | None:
+        if name:
+            raise ZeroDivisionError
+        return super().acquire(name)
+
+
+def test_an_adapter_that_cannot_be_read_ends_its_own_answers_only() -> None:
+    tried = make(Successors(), Limits(rows=2, capacity=32, chunk=8), 32, adapters=Broken())
+    broken, other = run(tried, [(0, request([1], 3, adapter="a", tenant="a")), (0, request([1], 3, tenant="b"))])
+    assert [(event.tokens, event.finish) for event in broken] == [((), "error")]
+    assert tokens(other) == [2, 3, 4]
+    assert not tried.busy
+
+
+class Slow(Broken):
+    """An adapter that is being read for some steps."""
+
+    steps = 10
+
+    def ready(self, name: str) -> bool:
+        self.steps -= bool(name)
+        return self.steps <= 0
+
+    def acquire(self, name: str) -> tuple[int, object] | None:
+        return (0, 0) if not name or self.steps <= 0 else None
+
+
+def test_nobody_gives_up_a_row_for_an_adapter_that_is_being_read() -> None:
+    tried = make(Successors(), Limits(rows=2, capacity=64, chunk=8), 32, adapters=Slow())
+    for _ in range(2):
+        tried.submit(request([1], 40, tenant="many"))
+    tried.step()
+    ticket, running = tried.submit(request([1], 3, adapter="a", tenant="few")), tried.scheduler.running()
+    for _ in range(9):
+        tried.step()
+        assert tried.scheduler.running() == running
+    tried.step()
+    assert [answer.ticket for answer in tried.scheduler.running() if answer not in running] == [ticket]
+    while tried.busy:
+        tried.step()
 
 
 def test_rows_are_counted_equal_after_many_cancellations() -> None:

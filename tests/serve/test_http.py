@@ -165,6 +165,7 @@ WRONG = [
     (COMPLETION, completion(best_of=4), 400, "best_of", "unsupported_parameter"),
     (COMPLETION, completion(temprature=1), 400, "'temprature'", "unknown_parameter"),
     (COMPLETION, completion(stream_options={}), 400, "stream_options", "invalid_value"),
+    (COMPLETION, completion(repetition_penalty=0), 400, "repetition_penalty", "invalid_value"),
     (CHAT, chat(messages=[]), 400, "messages", "invalid_value"),
     (CHAT, chat(messages=["hi"]), 400, "messages[0]", "invalid_value"),
     (CHAT, chat(messages=[{"role": "king", "content": "a"}]), 400, "messages[0].role", "invalid_value"),
@@ -250,27 +251,38 @@ def test_bodies_of_any_kind_crash_nothing(served: tuple[Client, Service]) -> Non
     assert client.call("GET", "/health")[0] == 200
 
 
-def test_a_client_that_leaves_frees_its_row(served: tuple[Client, Service]) -> None:
-    """In the middle of a stream, and while it waits for the whole."""
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_row(
+    served: tuple[Client, Service], monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """In the middle of a stream, and while it waits for the whole. The engine stands still then: the answer cannot end."""
     client, made = served
-    for number in range(20):
-        body = json.dumps(completion(max_tokens=120, stream=number % 2 == 0)).encode()
-        head = f"POST {COMPLETION} HTTP/1.1\r\nHost: here\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-        connection = socket.create_connection(("127.0.0.1", client.port))
-        connection.sendall(head + body)
-        if number % 2 == 0:
-            connection.recv(10)
-        else:
-            time.sleep(0.01)
-        connection.close()
-    until(lambda: not made.worker.engine.busy)
-    assert made.worker.engine.scheduler.running() == []
-    assert not made.worker._listeners
+    engine, step, allowed = made.worker.engine, made.worker.engine.step, 0
+
+    def limited() -> list[Any]:
+        if engine.counts.answer_tokens < allowed:
+            return step()
+        time.sleep(0.001)
+        return []
+
+    monkeypatch.setattr(engine, "step", limited)
+    body = json.dumps(completion(max_tokens=120, stream=stream)).encode()
+    head = f"POST {COMPLETION} HTTP/1.1\r\nHost: here\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    for _ in range(3):
+        allowed = engine.counts.answer_tokens + 3
+        with socket.create_connection(("127.0.0.1", client.port), timeout=60) as connection:
+            connection.sendall(head + body)
+            until(lambda least=allowed: engine.counts.answer_tokens >= least and engine.scheduler.running())
+            assert not stream or connection.recv(10) == b"HTTP/1.1 2"
+        until(lambda: not engine.scheduler.running())
+    monkeypatch.undo()
+    until(lambda: not engine.busy and not made.worker._listeners)
 
 
 def test_a_full_queue_answers_later(served: tuple[Client, Service]) -> None:
     client, made = served
-    status, headers, body = client.call("POST", COMPLETION, completion(prompt=["a", "b", "c", "d", "e"], n=2))
+    # Each prompt fills the queue for hundreds of steps, so that one of the next finds it full, however slow the server is.
+    status, headers, body = client.call("POST", COMPLETION, completion(prompt=["a"] * 8, n=6, max_tokens=100))
     assert status == 429
     assert headers["Retry-After"] == "1"
     check_error(body)
@@ -333,9 +345,12 @@ def test_a_failure_of_the_engine_ends_what_runs_and_refuses_the_rest(tiny_llama:
 def test_the_file_of_keys(tmp_path: Path) -> None:
     key, lines = new_key("alice", ("a", "b"))
     path = tmp_path / "keys.toml"
-    path.write_text(lines + new_key("bob")[1])
+    odd = 'bob "\\" é'
+    path.write_text(lines + new_key(odd)[1], encoding="utf-8")
     keys = read_api_keys(path)
-    assert [(one.name, sorted(one.models)) for one in keys] == [("alice", ["a", "b"]), ("bob", ["*"])]
+    assert [(one.name, sorted(one.models)) for one in keys] == [("alice", ["a", "b"]), (odd, ["*"])]
+    with pytest.raises(ValueError, match="expected a text that can be printed"):
+        new_key("a\nb")
     found = find_key(keys, key)
     assert found is not None
     assert found.name == "alice"

@@ -3,8 +3,8 @@
 import contextlib
 import http.client
 import json
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,6 +32,17 @@ def test_an_address_that_others_reach_needs_keys_or_is_said_twice(host: str) -> 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
 def test_an_address_of_this_machine_needs_no_keys(host: str) -> None:
     assert check_access(ServerOptions(host=host)) is None
+
+
+def test_numbers_outside_their_range_are_refused() -> None:
+    wrong: Any = (
+        (AdapterOptions, "rank", 0),
+        (ServerOptions, "drain_seconds", float("inf")),
+        (ServerOptions, "most_body_bytes", 0),
+    )
+    for options, name, value in wrong:
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            options(**{name: value})
 
 
 def test_a_second_server_on_the_port_says_so() -> None:
@@ -66,16 +77,17 @@ def test_names_of_adapters(tmp_path: Path) -> None:
 
 def test_an_adapter_s_files_are_within_the_root_wherever_links_lead(tmp_path: Path) -> None:
     root, outside = tmp_path / "root", tmp_path / "outside"
-    for folder in (root / "good", root / "pickled", root / "linked", outside):
+    for folder in (root / "good", root / "pickled", root / "linked", root / "described", outside):
         folder.mkdir(parents=True)
         (folder / "adapter_config.json").write_text("{}")
-    for folder in (root / "good", outside):
+    for folder in (root / "good", root / "described", outside):
         (folder / "adapter_model.safetensors").write_bytes(b"")
     (root / "pickled" / "adapter_model.bin").write_bytes(b"")
     (root / "link").symlink_to(outside)
     (root / "linked" / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
+    (root / "described" / "qlora_jax.json").symlink_to(outside / "adapter_config.json")
     assert path_within(root, "good") == root / "good"
-    for path in ("../outside", str(outside), "link", "linked", "good/../../outside"):
+    for path in ("../outside", str(outside), "link", "linked", "described", "good/../../outside", "good\0"):
         with pytest.raises(ValueError, match="expected a folder within the folder of adapters"):
             path_within(root, path)
     for path in ("pickled", "nothing"):
@@ -91,15 +103,13 @@ def test_a_server_with_an_adapter_answers_and_drains(
     """SIGTERM comes in the middle of a stream, whose end arrives all the same."""
     pytest.importorskip(installed, reason=f"{installed}, for the server, is not installed")
     adapter = make_adapter(tmp_path / "mine")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     command = [sys.executable, "scripts/serve.py", "--model", str(tiny_llama), "--adapters", f"mine={adapter}"]
-    command += ["--port", str(port), "--rows", "2", "--capacity", "256", "--chunk", "16"]
+    command += ["--port", "0", "--rows", "2", "--capacity", "256", "--chunk", "16", "--drain-seconds", "200"]
     log = tmp_path / "log"
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(subprocess.Popen(command, cwd=ROOT, stderr=stack.enter_context(log.open("w"))))
         try:
-            connection = wait_until_ready(server, port, log)
+            connection = wait_until_ready(server, log)
             stack.callback(connection.close)
             texts = {model: ask(connection, model) for model in ("mine", tiny_llama.name)}
             assert texts["mine"] != texts[tiny_llama.name]
@@ -109,16 +119,21 @@ def test_a_server_with_an_adapter_answers_and_drains(
             first = response.read(20)
             server.send_signal(signal.SIGTERM)
             assert (first + response.read()).endswith(b"data: [DONE]\n\n")
-            assert server.wait(60) == 0
+            assert server.wait(200) == 0
         finally:
             server.kill()
     assert "no more requests are taken" in log.read_text()
 
 
-def wait_until_ready(server: "subprocess.Popen[bytes]", port: int, log: Path) -> http.client.HTTPConnection:
+def wait_until_ready(server: "subprocess.Popen[bytes]", log: Path) -> http.client.HTTPConnection:
+    """Return a connection to the port that the server says it has."""
     end = time.monotonic() + 300
     while time.monotonic() < end:
         assert server.poll() is None, log.read_text()
+        if (found := re.search(r"at http://127\.0\.0\.1:(\d+)/v1", log.read_text())) is None:
+            time.sleep(0.2)
+            continue
+        port = int(found[1])
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
         with contextlib.suppress(OSError):
             connection.request("GET", "/ready")
