@@ -82,7 +82,7 @@ class AdapterSlots:
             self._registered[name] = number, source
 
     def remove(self, name: str) -> None:
-        """Remove an adapter; answers that run are finished with it.
+        """Remove an adapter; answers in a row are finished with it, and those that wait for a row end with an error.
 
         Raises:
             OptionError: there is none of that name.

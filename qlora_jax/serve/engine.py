@@ -204,7 +204,13 @@ class Engine:
             return False
         if acquired is None:
             return False
-        answer.slot, answer.version = acquired
+        slot, version = acquired
+        if answer.drawn and version != answer.version:  # one answer never comes from two adapters
+            _logger.error("an adapter was replaced while an answer of it waited for a row again")
+            self._adapters.release(slot)
+            self._without_adapter.append(answer)
+            return False
+        answer.slot, answer.version = slot, version
         self._begin(answer)
         return True
 

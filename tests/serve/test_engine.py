@@ -309,6 +309,34 @@ def test_nobody_gives_up_a_row_for_an_adapter_that_is_being_read() -> None:
         tried.step()
 
 
+class Replaced(NoAdapters):
+    """Adapters of which another one may get the same name."""
+
+    version = 1
+
+    def check(self, name: str) -> None:
+        pass
+
+    def acquire(self, name: str) -> tuple[int, object] | None:
+        return 0, self.version
+
+
+def test_an_answer_does_not_go_on_with_another_adapter_of_the_same_name() -> None:
+    """Two answers share all rows; one loses its row to another tenant, and its adapter is replaced meanwhile."""
+    adapters = Replaced()
+    tried = make(Successors(), Limits(rows=2, capacity=64, chunk=8), 32, adapters=adapters)
+    kept, lost = (tried.submit(request([1], 20, adapter="a", tenant="many")) for _ in range(2))
+    events = [event for _ in range(4) for event in tried.step()]
+    other = tried.submit(request([1], 3, tenant="few"))
+    events += tried.step()
+    assert {answer.ticket for answer in tried.scheduler.running()} == {kept, other}
+    adapters.version = 2
+    while tried.busy:
+        events += tried.step()
+    ends = {event.ticket: event.finish for event in events if event.finish is not None}
+    assert ends == {kept: "length", other: "length", lost: "error"}
+
+
 def test_rows_are_counted_equal_after_many_cancellations() -> None:
     tried = successor(Limits(rows=3, capacity=32, chunk=8))
     draws = np.random.default_rng(0)
