@@ -29,7 +29,8 @@ from qlora_jax.models import ModelConfig, ModelSpec
 from qlora_jax.peft import LoRA
 from qlora_jax.plan import SIZES, Machine, check_compiler, compile_train_step, machine_named, quick_plan
 from qlora_jax.plan.factors import ERROR, FACTORS
-from qlora_jax.plan.quick import features, kind_of, worst_moment
+from qlora_jax.plan.features import features
+from qlora_jax.plan.quick import kind_of, worst_moment
 from qlora_jax.platforms import use_compilers_only
 from qlora_jax.train import BatchSpec, OptimizerSpec, StepSpec, language_model_objective
 from scripts.benchmarks.model_sizes import USUAL, check_names, config_of

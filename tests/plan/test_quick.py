@@ -11,7 +11,8 @@ from qlora_jax.nn import AttentionTarget
 from qlora_jax.peft import LoRA
 from qlora_jax.plan import SIZES, quick_plan
 from qlora_jax.plan.factors import FACTORS
-from qlora_jax.plan.quick import features, residual_bytes
+from qlora_jax.plan.features import features
+from qlora_jax.plan.residuals import residual_bytes
 from qlora_jax.train import BatchSpec, StepSpec, language_model_objective
 
 HOPPER, TPU = AttentionTarget("gpu", (9, 0)), AttentionTarget("tpu")
