@@ -17,6 +17,9 @@ from qlora_jax.train.spec import StepSpec
 
 # The size of the feature "program", the same for all steps: a TPU's program itself and its data in the chip's own memory.
 _PROGRAM = 2**26
+# The bytes of a TPU core's own memory (VMEM) that libtpu gives to arrays of the program.
+_VMEM = 112 * 2**20
+_LANES = 128  # a TPU pads the last axis of an array to a multiple of this
 # Where the feed-forward takes chunks on a GPU, the peak of a layer is in attention's backward pass: the share of what is as
 # large as the residual stream (by llama-2-7b and llama-3-8b at 1 x 32768).
 _ATTENTION = 0.45
@@ -58,7 +61,7 @@ def features(spec: StepSpec[ModelSpec], platform: str | AttentionTarget, devices
     at_once = -(-tokens // chunk_count(tokens, spec.model.remat)) if decoder else tokens  # in the feed-forward
     in_chunks = platform == "cuda" and devices == 1 and at_once < tokens
     stream = round(_ATTENTION * tokens + (1 - _ATTENTION) * at_once) if in_chunks else tokens
-    return {
+    sizes = {
         "inner": at_once * inner * size,
         "hidden": tokens * hidden * size,
         "stream": stream * hidden * size,
@@ -76,6 +79,24 @@ def features(spec: StepSpec[ModelSpec], platform: str | AttentionTarget, devices
         "parts": _parts(spec, target),
         "scores": spec.sequences * 2 * attention * queries * seen * 2,
     }
+    on_tpu = platform == "tpu"
+    return sizes | {
+        "outside": logits if on_tpu and logits > _VMEM else 0,  # the second array of logits, if it is not in VMEM
+        "wide": max(0, 6 * sizes["inner"] + sizes["matrix"] - _VMEM) if on_tpu else 0,
+        "sums": tokens * attention * _LANES * 4 if on_tpu and fused else 0,
+        "padded": _padded(spec) if on_tpu else 0,
+    }
+
+
+def _padded(spec: StepSpec[ModelSpec]) -> int:
+    """Return the bytes of the copies that a TPU makes of an embedding and of packed codes whose rows it pads."""
+    config = spec.model.config
+    layers, hidden, inner, *_ = widths_of(spec)
+    if hidden % _LANES == 0:
+        return 0
+    tied = isinstance(config, DecoderConfig) and config.tie_word_embeddings and spec.model.embedding_storage == "none"
+    table = config.vocab_size * jnp.dtype(spec.model.dtype).itemsize if tied else 0
+    return -(-hidden // _LANES) * _LANES * (table + layers * inner // 2)
 
 
 def name_of(target: AttentionTarget) -> str:
