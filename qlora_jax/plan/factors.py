@@ -3,6 +3,14 @@
 Working memory is a sum of sizes that shapes give, each multiplied by a factor. scripts/benchmarks/measure_plan.py fits the
 factors to compiled plans and prints this table. They belong to the training step as it is: they are measured again when it
 changes.
+
+The factors of TPUs are counts instead, of the arrays that libtpu has in memory at the peak of four programs for v5e
+(`XLA_FLAGS=--xla_dump_to=DIR`, `DIR/*live-range.txt`): Llama-3.1-8B, Gemma-7B and SmolLM2-135M at 1 x 1024 tokens, and
+Llama-3-8B at 4 x 2048.
+
+    loss     the logits of a chunk, twice unless they fit VMEM; the adapter in bfloat16; three arrays like the hidden states
+    layer    six arrays of the feed-forward and one dequantised matrix, less what VMEM takes; the adapter in bfloat16; the
+             sums of the softmax, which splash attention saves padded to 128 lanes; six arrays like the residual stream
 """
 
 ERROR = 0.05  # the largest relative error of the peak that the fit allows

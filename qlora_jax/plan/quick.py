@@ -8,8 +8,8 @@
 The peak is at one of three moments. One is the loss, with a chunk of logits and before the gradients exist (several GPUs
 allocate these while the head is gathered). One is a layer's backward pass, with its recomputed activations and with the
 gradients. On one GPU, attention's backward pass within it is a moment of its own, which decides for long sequences, whose
-feed-forward takes chunks. The working memory of each is a sum of sizes that shapes give (`features`), each multiplied by a
-factor (`FACTORS`).
+feed-forward takes chunks. The working memory of each is a sum of sizes that shapes give (`plan.features`), each multiplied
+by a factor (`FACTORS`).
 
     quick peak = arguments + residuals + max(loss, gradients + layer, gradients + attention)
 """

@@ -49,6 +49,14 @@ def _short(config: ModelConfig) -> Spec:
     return StepSpec(ModelSpec(config, method=LoRA(16)), _PLAIN, BatchSpec(length=1024))
 
 
+def _row(config: ModelConfig) -> Spec:
+    return StepSpec(ModelSpec(config, method=LoRA(16)), _PLAIN, BatchSpec(length=2048))
+
+
+def _resident(config: ModelConfig) -> Spec:
+    return StepSpec(ModelSpec(config, method=LoRA(64)), _PLAIN, BatchSpec(length=512))
+
+
 def _plain(config: ModelConfig) -> Spec:
     return StepSpec(ModelSpec(config, method=LoRA(16)), _PLAIN, BatchSpec(batch_size=4, length=2048))
 
@@ -67,11 +75,13 @@ def _dots(config: ModelConfig) -> Spec:
     return StepSpec(ModelSpec(config, method=LoRA(32), remat="dots"), _PLAIN, BatchSpec(length=1024), OptimizerSpec("lion"))
 
 
-# The steps of the grid: the paper's, that of usual_models.py, one of more rows, the same packed, one that offloads, and one
-# that saves the results of matrix products.
+# The steps of the grid: the paper's, the same with the optimizer's state on the device, that of usual_models.py, one of more
+# tokens, one of more rows, the same packed, one that offloads, and one that saves the results of matrix products.
 RECIPES: dict[str, Callable[[ModelConfig], Spec]] = {
     "paper": _paper,
+    "resident": _resident,
     "short": _short,
+    "row": _row,
     "plain": _plain,
     "packed": _packed,
     "offload": _offload,
@@ -120,7 +130,7 @@ def run(arguments: Arguments) -> None:
                     _add(arguments.record, key, recorded[key])
                     print(*key, f"{(recorded[key] or 0) / 2**30:.3f} GiB", file=sys.stderr, flush=True)
                 if recorded.get(key) is not None:
-                    rows.append(_row(key, spec, machine, recorded[key]))
+                    rows.append(_compared(key, spec, machine, recorded[key]))
     if not rows:
         raise OptionError("models, devices, recipes: expected at least one program that was compiled, found none")
     kinds = sorted({row["kind"] for row in rows})
@@ -176,7 +186,7 @@ def _compile(spec: Spec, machine: Machine) -> int | None:
     return peak
 
 
-def _row(key: tuple[str, str, str], spec: Spec, machine: Machine, compiled: int | None) -> dict[str, Any]:
+def _compared(key: tuple[str, str, str], spec: Spec, machine: Machine, compiled: int | None) -> dict[str, Any]:
     platform = machine.device.platform
     target = machine.device.target
     quick = quick_plan(spec, target, machine.count)
