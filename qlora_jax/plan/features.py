@@ -84,6 +84,7 @@ def features(spec: StepSpec[ModelSpec], platform: str | AttentionTarget, devices
         "outside": logits if on_tpu and logits > _VMEM else 0,  # the second array of logits, if it is not in VMEM
         "wide": max(0, 6 * sizes["inner"] + sizes["matrix"] - _VMEM) if on_tpu else 0,
         "sums": tokens * attention * _LANES * 4 if on_tpu and fused else 0,
+        "offloaded": sizes["hidden"] if on_tpu and spec.model.remat == "offload" else 0,
         "padded": _padded(spec) if on_tpu else 0,
     }
 
