@@ -188,9 +188,10 @@ def _temporaries(memory: Any, platform: str) -> int:
     """Return the bytes of device memory that a program needs beside its arguments and outputs.
 
     The size of the temporaries that libtpu reports is too high by one array or more, such as the stack of the saved
-    residuals: libtpu accepts programs that would not fit by it. What it compares with the memory of the chip is the sum of
-    all allocations, which it reports as the peak, together with those in host memory. That sum has only the larger of the
-    temporaries in device and in host memory, so that it says nothing where there are some in host memory.
+    residuals: libtpu accepts programs that would not fit by it. What it reports as the peak are the bytes of all arrays at
+    the moment that has most of them, together with those in host memory. The gaps between arrays are not in it: they were
+    0.1 to 1.5 % of the programs of 8B models. It has only the larger of the temporaries in device and in host memory, so
+    that it says nothing where there are some in host memory.
     """
     whole = getattr(memory, "peak_memory_in_bytes", 0)
     if platform != "tpu" or memory.host_temp_size_in_bytes or not whole:

@@ -29,7 +29,8 @@ from qlora_jax.models import ModelConfig, ModelSpec
 from qlora_jax.peft import LoRA
 from qlora_jax.plan import SIZES, Machine, check_compiler, compile_train_step, machine_named, quick_plan
 from qlora_jax.plan.factors import ERROR, FACTORS
-from qlora_jax.plan.quick import features, kind_of, worst_moment
+from qlora_jax.plan.features import features
+from qlora_jax.plan.quick import kind_of, worst_moment
 from qlora_jax.platforms import use_compilers_only
 from qlora_jax.train import BatchSpec, OptimizerSpec, StepSpec, language_model_objective
 from scripts.benchmarks.model_sizes import USUAL, check_names, config_of
@@ -46,6 +47,14 @@ def _paper(config: ModelConfig) -> Spec:
 
 def _short(config: ModelConfig) -> Spec:
     return StepSpec(ModelSpec(config, method=LoRA(16)), _PLAIN, BatchSpec(length=1024))
+
+
+def _row(config: ModelConfig) -> Spec:
+    return StepSpec(ModelSpec(config, method=LoRA(16)), _PLAIN, BatchSpec(length=2048))
+
+
+def _resident(config: ModelConfig) -> Spec:
+    return StepSpec(ModelSpec(config, method=LoRA(64)), _PLAIN, BatchSpec(length=512))
 
 
 def _plain(config: ModelConfig) -> Spec:
@@ -66,11 +75,13 @@ def _dots(config: ModelConfig) -> Spec:
     return StepSpec(ModelSpec(config, method=LoRA(32), remat="dots"), _PLAIN, BatchSpec(length=1024), OptimizerSpec("lion"))
 
 
-# The steps of the grid: the paper's, that of usual_models.py, one of more rows, the same packed, one that offloads, and one
-# that saves the results of matrix products.
+# The steps of the grid: the paper's, the same with the optimizer's state on the device, that of usual_models.py, one of more
+# tokens, one of more rows, the same packed, one that offloads, and one that saves the results of matrix products.
 RECIPES: dict[str, Callable[[ModelConfig], Spec]] = {
     "paper": _paper,
+    "resident": _resident,
     "short": _short,
+    "row": _row,
     "plain": _plain,
     "packed": _packed,
     "offload": _offload,
@@ -119,7 +130,7 @@ def run(arguments: Arguments) -> None:
                     _add(arguments.record, key, recorded[key])
                     print(*key, f"{(recorded[key] or 0) / 2**30:.3f} GiB", file=sys.stderr, flush=True)
                 if recorded.get(key) is not None:
-                    rows.append(_row(key, spec, machine, recorded[key]))
+                    rows.append(_compared(key, spec, machine, recorded[key]))
     if not rows:
         raise OptionError("models, devices, recipes: expected at least one program that was compiled, found none")
     kinds = sorted({row["kind"] for row in rows})
@@ -175,7 +186,7 @@ def _compile(spec: Spec, machine: Machine) -> int | None:
     return peak
 
 
-def _row(key: tuple[str, str, str], spec: Spec, machine: Machine, compiled: int | None) -> dict[str, Any]:
+def _compared(key: tuple[str, str, str], spec: Spec, machine: Machine, compiled: int | None) -> dict[str, Any]:
     platform = machine.device.platform
     target = machine.device.target
     quick = quick_plan(spec, target, machine.count)

@@ -40,6 +40,8 @@ class Arguments:
     """Families, by their model_type."""
     packing: bool = False
     """Compile for packed rows."""
+    compile: bool = True
+    """Whether to compile cells that the record does not have; otherwise the table has a dash for them."""
     record: Path | None = None
     """File of JSON lines with the results, which is read and extended: cells that it has are not compiled again."""
     page: Path | None = None
@@ -59,7 +61,7 @@ def run(arguments: Arguments) -> int:
     recorded = _read(arguments.record)
     for family in arguments.families:
         for machine in machines:
-            if (family, machine.name, arguments.packing) not in recorded:
+            if arguments.compile and (family, machine.name, arguments.packing) not in recorded:
                 cell = _compile(family, machine, arguments.packing)
                 print(json.dumps(cell), file=sys.stderr, flush=True)
                 if arguments.record is not None:
@@ -70,7 +72,8 @@ def run(arguments: Arguments) -> int:
     print(text(section))
     if arguments.page is not None:
         write(arguments.page, [section], command_line("benchmarks/usual_models.py"), "Each family on each device")
-    found = [recorded[family, name, arguments.packing] for family in arguments.families for name in arguments.devices]
+    keys = [(family, name, arguments.packing) for family in arguments.families for name in arguments.devices]
+    found = [recorded[key] for key in keys if key in recorded]
     bad = [cell for cell in found if cell["problem"] is not None]
     print(json.dumps({"cells": len(found), "bad": len(bad), "seconds": round(sum(cell["seconds"] for cell in found))}))
     return 1 if bad else 0
@@ -98,7 +101,9 @@ def _compile(family: str, machine: Machine, packing: bool) -> dict[str, Any]:
 def _section(arguments: Arguments, cells: dict[tuple[str, str, bool], dict[str, Any]]) -> Section:
     """Return the table: a row for each family, a column for each device."""
 
-    def shown(cell: dict[str, Any], memory: int) -> str:
+    def shown(cell: dict[str, Any] | None, memory: int) -> str:
+        if cell is None:
+            return "–"
         if cell["problem"] is not None:
             return f"FAILS: {cell['problem']}"
         if cell["peak"] is None or cell["peak"] > memory:
@@ -107,16 +112,21 @@ def _section(arguments: Arguments, cells: dict[tuple[str, str, bool], dict[str, 
 
     memories = {name: machine_named(name).device.memory_bytes for name in arguments.devices}
     rows = [
-        (USUAL[family][0], *(shown(cells[family, name, arguments.packing], memories[name]) for name in arguments.devices))
+        (
+            USUAL[family][0],
+            *(shown(cells.get((family, name, arguments.packing)), memories[name]) for name in arguments.devices),
+        )
         for family in arguments.families
     ]
+    dashes = any("–" in row for row in rows)
     versions = {name: value for cell in cells.values() for name, value in cell["versions"].items()}
     return Section(
         "Training one row of 1024 tokens",
         (
             "Peak of device memory in GiB of the compiled step: NF4 with double quantisation, LoRA of rank 16 on all linear "
             f"layers, bfloat16, AdamW, {'packed rows' if arguments.packing else 'rows of one example'}.",
-            f"Compiled with {', '.join(f'{name} {value}' for name, value in sorted(versions.items()))}.",
+            f"Compiled with {', '.join(f'{name} {value}' for name, value in sorted(versions.items()))}."
+            + (" A dash: not compiled." if dashes else ""),
         ),
         ("model", *(f"{name} ({memories[name] / GIB:.0f})" for name in arguments.devices)),
         tuple(rows),

@@ -11,7 +11,8 @@ from qlora_jax.nn import AttentionTarget
 from qlora_jax.peft import LoRA
 from qlora_jax.plan import SIZES, quick_plan
 from qlora_jax.plan.factors import FACTORS
-from qlora_jax.plan.quick import features, residual_bytes
+from qlora_jax.plan.features import features
+from qlora_jax.plan.residuals import residual_bytes
 from qlora_jax.train import BatchSpec, StepSpec, language_model_objective
 
 HOPPER, TPU = AttentionTarget("gpu", (9, 0)), AttentionTarget("tpu")
@@ -99,6 +100,26 @@ def test_of_a_long_sequence_one_chunk_of_inner_activations_counts() -> None:
     )
     assert dense["scores"] == 2 * 32 * 256 * 256 * 2  # a tile
     assert groups["scores"] == 2 * 32 * 4 * 128 * 1024 * 2  # a block of each group
+
+
+def test_sizes_that_only_a_tpu_has_are_those_of_its_arrays() -> None:
+    """By hand: 512 × 128256 logits in float32 are not in VMEM, six arrays and a matrix less VMEM, sums of 128 lanes."""
+    sizes, elsewhere = features(SPEC, "tpu", 1, 1), features(SPEC, "cuda", 1, 1)
+    assert sizes["outside"] == sizes["logits"] == 512 * 128256 * 4
+    assert sizes["wide"] == 6 * 8192 * 14336 * 2 + 4096 * 14336 * 2 - 112 * 2**20
+    assert sizes["sums"] == 4 * 2048 * 32 * 128 * 4
+    assert sizes["padded"] == 0
+    small = features(changed(SPEC, model={"config": llama_config(SIZES["smollm2-135m"])}), "tpu", 1, 1)
+    assert small["outside"] == 0  # 96 MiB
+    assert small["padded"] == 640 * (49152 * 2 + 30 * 768)  # 576 features become 640
+    assert {elsewhere[name] for name in ("outside", "wide", "sums", "padded")} == {0}
+
+
+@pytest.mark.parametrize(("batch", "compiled"), [((1, 1024), 7108506112), ((4, 2048), 10596071936)])
+def test_the_peak_on_a_tpu_is_that_of_libtpu(batch: tuple[int, int], compiled: int) -> None:
+    """Peaks of the same steps that libtpu 0.0.42.1 compiled for a v5e."""
+    spec = changed(SPEC, batch={"batch_size": batch[0], "length": batch[1]})
+    assert quick_plan(spec, "tpu").peak == pytest.approx(compiled, rel=0.02)
 
 
 def test_packed_tables_are_exact() -> None:
