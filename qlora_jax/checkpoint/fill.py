@@ -20,7 +20,7 @@ from tqdm import tqdm
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.initialize import Rewrite, Rewritten
 from qlora_jax.models import ParameterMapping
-from qlora_jax.nn import frozen_sharding
+from qlora_jax.nn import frozen_sharding, frozen_shardings, laid_out
 from qlora_jax.quant import (
     MixedStack,
     PackedEmbedding,
@@ -28,6 +28,7 @@ from qlora_jax.quant import (
     empty_embedding,
     quantize,
     with_double_quantization,
+    with_parts,
     write_embedding_rows,
 )
 
@@ -100,7 +101,7 @@ def fill_dense(checkpoint: Checkpoint, mapping: ParameterMapping, abstract: Any,
     """Return the dense value of a mapping that is not stacked; `abstract` gives its dtype and shape."""
     tensor, dtype = _to_device(checkpoint.read(mapping.name))
     value, finite = _convert(tensor, dtype, abstract.dtype)
-    value = jax.device_put(value, frozen_sharding(mesh, abstract.shape))
+    value = jax.device_put(value, frozen_shardings(mesh, mapping.path, abstract))
     bar.update()
     return Filled(value, [] if bool(finite) else [mapping.name], {})
 
@@ -120,10 +121,14 @@ def fill_embedding(checkpoint: Checkpoint, name: str, abstract: PackedEmbedding,
     return Filled(value, [] if finite else [name], {})
 
 
-def zeros(mesh: Mesh | None, tree: Any) -> Any:
-    """Return arrays of zeros for a tree of shapes. One program makes them all, so that only one is compiled."""
-    shardings = jax.tree.map(lambda leaf: frozen_sharding(mesh, leaf.shape), tree)
-    make = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree), out_shardings=shardings)
+def zeros(mesh: Mesh | None, values: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
+    """Return arrays of zeros for values of shapes by their paths, with the layouts that they have on the mesh.
+
+    One program makes them all, so that only one is compiled.
+    """
+    values = {path: laid_out(mesh, path, value) for path, value in values.items()}
+    shardings = {path: frozen_shardings(mesh, path, value) for path, value in values.items()}
+    make = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), values), out_shardings=shardings)
     return make()
 
 
@@ -169,7 +174,7 @@ def _insert_quantized(
     # Transposed first: then the bits that `quantize` loops over are seen to be the argument itself, not a copy.
     matrix = _from_bits(tensor.T if transposed else tensor, dtype)
     quantized = quantize(matrix, stacked.data_type, stacked.block_size, stacked.double_quantized, stacked.dtype)
-    return _write(stacked, quantized, layer), _all_finite(tensor, dtype)
+    return _write(stacked, with_parts(quantized, stacked.parts), layer), _all_finite(tensor, dtype)
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -180,7 +185,7 @@ def _matrix(tensor: Array, dtype: Any) -> Array:
 
 @partial(jax.jit, donate_argnums=0)
 def _write_quantized(stacked: QuantizedTensor, one: QuantizedTensor, layer: int) -> QuantizedTensor:
-    return _write(stacked, one, layer)
+    return _write(stacked, with_parts(one, stacked.parts), layer)
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames=("dtype", "transposed"))

@@ -29,6 +29,7 @@ from qlora_jax.nn import (
     ReadsWeight,
     WeightConstant,
     abstract_module,
+    put_adapter,
     put_on_mesh,
 )
 from qlora_jax.peft import Method, Subtracted
@@ -70,7 +71,8 @@ def load_model(
         dtype: dtype of activations and dense weights; that of the platform if None.
         attention: the device whose kernel computes causal attention; the default one if None.
         remat: what the backward pass recomputes.
-        mesh: devices over which the frozen weights are sharded while they are filled; None for the default device.
+        mesh: devices over which the frozen weights are sharded while they are filled, as `nn.data_mesh` returns them; None
+            for the default device.
         seed: seed of the adapter's random initial values.
         progress: whether to show a progress bar.
         subtracted: what a saved adapter subtracted from the weights; None: nothing, or what the method decides.
@@ -148,7 +150,8 @@ def load(
             lambda: nnx.state(spec.build(nnx.Rngs(seed), attention), nnx.LoRAParam, AdapterConstant),
             compiler_options=_compile_fast(),
         )
-        adapter, constants = put_on_mesh(mesh, draw(), PartitionSpec())
+        adapter, constants = draw()
+        adapter, constants = put_adapter(mesh, adapter), put_on_mesh(mesh, constants, PartitionSpec())
     model = nnx.merge(graph, adapter, constants, following, frozen)
     _read_weights(model, mesh)
     if subtracted is None:

@@ -36,7 +36,7 @@ _OWN = ("adapter", "model", "best", CHECKPOINTS, *_LOGS, "tensorboard", "wandb",
 _FREE = {
     "run": (
         *("output", "overwrite", "samples", "keep", "save_every", "memory_check"),
-        *("epochs", "max_steps", "batch_size", "accumulation_steps"),
+        *("epochs", "max_steps", "batch_size", "accumulation_steps", "mesh"),
     ),
     "data": ("show_examples",),
     "tuning": ("save_dtype",),

@@ -130,10 +130,10 @@ class VocabularyMatrix:
             raise OptionError(f"embedding: expected a dense one if all its rows train, found {found}")
         return VocabularyMatrix(add_delta(self.weight, self.delta), low_rank=self.low_rank)
 
-    def split_rows(self, axis: str) -> tuple["VocabularyMatrix", P]:
-        """Return the matrix in a form whose rows can be split over a mesh axis, and the partition spec of its leaves."""
+    def split_rows(self, axes: tuple[str, ...]) -> tuple["VocabularyMatrix", P]:
+        """Return the matrix in a form whose rows can be split over mesh axes, and the partition spec of its leaves."""
         weight = with_single_scales(self.weight)
-        return dataclasses.replace(self, weight=weight), P(None, axis) if isinstance(weight, QuantizedTensor) else P(axis)
+        return dataclasses.replace(self, weight=weight), P(None, axes) if isinstance(weight, QuantizedTensor) else P(axes)
 
 
 class LowRank(Protocol):
