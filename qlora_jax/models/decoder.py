@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from qlora_jax.models.chunks import over_chunks
 from qlora_jax.models.config import DecoderConfig, Fused
-from qlora_jax.nn import Activation, LayerContext, LayerNorm, Linear, RMSNorm, activate, glu, rotate
+from qlora_jax.nn import Activation, LayerContext, LayerNorm, Linear, RMSNorm, activate, glu, rotate, with_whole_features
 from qlora_jax.nn.context import Contexts
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -141,13 +141,13 @@ class DecoderLayer(nnx.Module):
             context: the random key of the adapters' dropout and the adapter ids of the rows.
             chunks: number of chunks of tokens in which the feed-forward runs.
         """
-        contexts = context.split(_MOST_LINEAR)
+        x, contexts = with_whole_features(x), context.split(_MOST_LINEAR)
         attended, cache = self.self_attn(self.input_layernorm(x), cosine, sine, attend, contexts[:4])
         if self.parallel:
-            return attended + over_chunks(self._add_feed_forward, x, contexts[4:], chunks), cache
+            return with_whole_features(attended + over_chunks(self._add_feed_forward, x, contexts[4:], chunks)), cache
         if self.post_feedforward_layernorm is not None:
             attended = self.post_attention_layernorm(attended)
-        return over_chunks(self._add_feed_forward, x + attended, contexts[4:], chunks), cache
+        return with_whole_features(over_chunks(self._add_feed_forward, x + attended, contexts[4:], chunks)), cache
 
     def _add_feed_forward(self, x: Array, contexts: Contexts) -> Array:
         """Return x plus the feed-forward of x, which acts on each token independently."""

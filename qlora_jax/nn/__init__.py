@@ -27,6 +27,7 @@ from qlora_jax.nn.parallel import (
     put_on_mesh,
     put_rows,
     spread_rows,
+    with_whole_features,
 )
 from qlora_jax.nn.relative import relative_position_bias
 from qlora_jax.nn.residuals import checkpoint_name
@@ -87,4 +88,5 @@ __all__ = [
     "split_axis",
     "spread_rows",
     "with_prefix",
+    "with_whole_features",
 ]

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 
 from qlora_jax.errors import OptionError
 from qlora_jax.nn.delta import Delta, add_delta
+from qlora_jax.nn.parallel import with_whole_features
 from qlora_jax.quant import (
     EmbeddingStorage,
     PackedEmbedding,
@@ -202,7 +203,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "*tokens"]) -> Float[Array, "*tokens d"]:
         """Look token ids up: int32 `[...]` to `[..., features]` in the dtype of the weight."""
-        return self.matrix(tokens)
+        return with_whole_features(self.matrix(tokens))
 
     def logits(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
         """Return the logits `[..., vocabulary]` of hidden `[..., features]`, with the embedding as output head."""

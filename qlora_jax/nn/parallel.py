@@ -142,6 +142,17 @@ def spread_rows(x: Array, axis: int = 0) -> Array:
     return x if devices_of_context() == 1 else jax.lax.with_sharding_constraint(x, rows_spec(axis))
 
 
+def with_whole_features(x: Array) -> Array:
+    """Return x `[b, ..., features]`, of which each device of a tensor axis has all features: the input of a layer.
+
+    Otherwise XLA may split the features of the residual stream, because a stored embedding is split along them, and would
+    then split the matrices along other axes than their roles say.
+    """
+    if devices_of_context() == 1 or tensor_shards() == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(P.UNCONSTRAINED, *[None] * (x.ndim - 1)))
+
+
 def over_rows(function: Callable[..., Array], frozen: Any, *rows: Array, spread: P | None = None) -> Array:
     """Return function(frozen, *rows), computed by each device for its own rows.
 
