@@ -69,12 +69,14 @@ def _fill(
     checkpoint: Checkpoint, names: Sequence[str], value: Any, mapping: ParameterMapping, bar: tqdm, rewrite: Rewrite | None
 ) -> Filled:
     """Return the filled value of a stack of these tensors."""
-    insert = _insert_quantized if isinstance(value, QuantizedTensor) else _insert_dense
+    insert = _insert_dense
+    if isinstance(value, QuantizedTensor):
+        insert = _insert_quantized if value.parts == 1 else _insert_in_parts
     not_finite: list[str] = []
     records: dict[str, Rewritten] = {}
     for layer, name in enumerate(names):
         if name in checkpoint.quantized and isinstance(value, QuantizedTensor) and checkpoint.read_quantized is not None:
-            one = dataclasses.replace(checkpoint.read_quantized(name), dtype=value.dtype)
+            one = _in_parts(dataclasses.replace(checkpoint.read_quantized(name), dtype=value.dtype), value.parts)
             value = jax.block_until_ready(_write_quantized(value, one, layer))
             bar.update()
             continue
@@ -174,7 +176,14 @@ def _insert_quantized(
     # Transposed first: then the bits that `quantize` loops over are seen to be the argument itself, not a copy.
     matrix = _from_bits(tensor.T if transposed else tensor, dtype)
     quantized = quantize(matrix, stacked.data_type, stacked.block_size, stacked.double_quantized, stacked.dtype)
-    return _write(stacked, with_parts(quantized, stacked.parts), layer), _all_finite(tensor, dtype)
+    return _write(stacked, quantized, layer), _all_finite(tensor, dtype)
+
+
+def _insert_in_parts(stacked: QuantizedTensor, tensor: Array, layer: int, dtype: Any, transposed: bool) -> tuple[Any, Array]:
+    # Two programs: in the one that writes, which is for all devices, XLA would reshard the matrix several times to pack it.
+    matrix, finite = _convert(tensor.T if transposed else tensor, dtype, None)
+    one = quantize(matrix, stacked.data_type, stacked.block_size, stacked.double_quantized, stacked.dtype)
+    return _write_quantized(stacked, _in_parts(one, stacked.parts), layer), finite
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -185,7 +194,7 @@ def _matrix(tensor: Array, dtype: Any) -> Array:
 
 @partial(jax.jit, donate_argnums=0)
 def _write_quantized(stacked: QuantizedTensor, one: QuantizedTensor, layer: int) -> QuantizedTensor:
-    return _write(stacked, with_parts(one, stacked.parts), layer)
+    return _write(stacked, one, layer)
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames=("dtype", "transposed"))
@@ -196,7 +205,11 @@ def _insert_dense(stacked: Array, tensor: Array, layer: int, dtype: Any, transpo
 
 @partial(jax.jit, static_argnames=("dtype", "result_dtype"))
 def _convert(tensor: Array, dtype: Any, result_dtype: Any) -> tuple[Array, Array]:
-    return _from_bits(tensor, dtype).astype(result_dtype), _all_finite(tensor, dtype)
+    values = _from_bits(tensor, dtype)
+    return values if result_dtype is None else values.astype(result_dtype), _all_finite(tensor, dtype)
+
+
+_in_parts = jax.jit(with_parts, static_argnames="parts")
 
 
 def _write(stacked: Any, one: Any, layer: int) -> Any:

@@ -12,7 +12,16 @@ from jaxtyping import Shaped
 from qlora_jax.models.decoder import Attend, MakeLinear
 from qlora_jax.models.stack import stack
 from qlora_jax.models.t5_config import T5Config
-from qlora_jax.nn import Activation, Embedding, LayerContext, RMSNorm, activate, glu, relative_position_bias, with_whole_features
+from qlora_jax.nn import (
+    Activation,
+    Embedding,
+    LayerContext,
+    RMSNorm,
+    activate,
+    glu,
+    relative_position_bias,
+    with_whole_features,
+)
 from qlora_jax.nn.context import Contexts
 
 SourceMask = Shaped[Array, "b s"] | None  # 0 for padding; None: no padding
