@@ -157,7 +157,7 @@ def _with_fsdp(shape: tuple[int, ...], spec: P, fsdp: int, tensor: int) -> P:
         axis = split_axis(tuple(own), fsdp)
         if fsdp == 1 or axis is None:
             return spec
-        axes: list[Any] = [*spec, *[None] * (len(shape) - len(spec))]
+        axes: list[Any] = [*spec, *[None] * (axis + 1 - len(spec))]
         axes[axis] = (TENSOR, FSDP) if axis == place else FSDP
         return P(*axes)
     both = (fsdp * tensor, (FSDP, TENSOR) if tensor > 1 else FSDP)

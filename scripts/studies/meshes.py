@@ -50,7 +50,7 @@ from qlora_jax.train import adamw, create_state, jit_train_step, language_model_
 Family = Literal["llama", "gpt_neox", "gemma2", "phi3", "t5"]
 DEVICES, ROWS, LENGTH, VOCABULARY = 8, 8, 32, 260
 MESHES = ("data=8", "fsdp=8", "data=2,tensor=4", "data=2,fsdp=2,tensor=2")
-_SIZES = {
+SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -124,7 +124,7 @@ class Trained:
 
 def write_checkpoint(folder: Path, family: Family) -> Path:
     """Write a checkpoint with random weights and return its folder."""
-    config = _SIZES | CONFIGS[family]
+    config = SIZES | CONFIGS[family]
     config["architectures"] = [FAMILIES[config["model_type"]].architecture]
     spec = ModelSpec(family_of(config).config(config), None, "none", None, "float32")
     state, draws, tensors = nnx.state(spec.abstract("cpu")), np.random.default_rng(0), {}
