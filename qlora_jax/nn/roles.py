@@ -102,7 +102,11 @@ def layer_specs(names: tuple[str, ...], value: Any, tensor: int) -> Any:
 def frozen_specs(names: tuple[str, ...], value: Any, fsdp: int, tensor: int) -> Any:
     """Return the partition specs with which a frozen value is stored, a tree like `value`; see `layer_specs`."""
 
+    by_vocabulary = role_of(names) == "vocabulary"
+
     def stored(leaf: Any, spec: P) -> P:
+        if TENSOR in spec and by_vocabulary and leaf.shape[0] % (fsdp * tensor) == 0:
+            return P((FSDP, TENSOR))  # as the loss needs the rows of the head
         return _with_fsdp(leaf.shape, spec, fsdp, tensor)
 
     return jax.tree.map(stored, value, layer_specs(names, value, tensor))

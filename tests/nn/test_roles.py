@@ -101,7 +101,8 @@ def test_dense_values() -> None:
     assert spec(names("q_proj", "bias"), 2, 256) == (P(None, "tensor"), P(None, ("tensor", "fsdp")))
     assert spec(names("o_proj", "bias"), 2, 256) == (P(), P(None, ("fsdp", "tensor")))
     assert spec(names("o_proj"), 2, 256, 64) == (P(None, "tensor"), P(None, ("tensor", "fsdp")))
-    assert spec(("embed_tokens", "weight"), 1000, 64) == (P("tensor"), P("tensor", "fsdp"))
+    assert spec(("embed_tokens", "weight"), 1000, 64) == (P("tensor"), P(("fsdp", "tensor")))
+    assert spec(("embed_tokens", "weight"), 1004, 64) == (P("tensor"), P("tensor", "fsdp"))
     assert spec(("embed_tokens", "weight"), 1001, 64) == (P(), P(None, ("fsdp", "tensor")))
     assert spec(("encoder", "relative_attention_bias", "weight"), 8, 4)[0] == P()
 
