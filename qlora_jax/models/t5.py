@@ -38,10 +38,10 @@ from qlora_jax.nn import (
     checkpoint_name,
     gather,
     relative_attention,
+    split_heads,
     with_prefix,
 )
 from qlora_jax.nn.context import AdapterIds
-from qlora_jax.nn.parallel import split_heads
 from qlora_jax.peft import Method
 from qlora_jax.peft.prompt import cross_order
 from qlora_jax.quant import EmbeddingStorage, Quantization
@@ -269,7 +269,7 @@ class T5(nnx.Module):
         _, (source_keys, source_values) = jax.lax.scan(run_layer, None, layers)
         n = 0 if prefix is None else prefix[0].shape[1]
         shape = (config.num_decoder_layers, batch, n + capacity, config.num_heads, config.head_dim)
-        # Two different buffers, because a buffer can be donated only once.
+        # Two buffers, because one can be donated only once.
         keys, values = (split_heads(jnp.zeros(shape, encoded.dtype), 3) for _ in range(2))
         if prefix is not None:
             keys, values = (

@@ -26,6 +26,7 @@ from qlora_jax.nn.parallel import (
     put_adapter,
     put_on_mesh,
     put_rows,
+    split_heads,
     spread_rows,
     with_whole_features,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "shape_on",
     "shifted_group_attention",
     "split_axis",
+    "split_heads",
     "spread_rows",
     "with_prefix",
     "with_whole_features",

@@ -4,8 +4,8 @@
     fsdp      the rows of the batch are split, and the stored weights too: a layer gathers its own while it runs
     tensor    the matrices are split inside a layer, by their roles (`nn.roles`): heads, features of the feed-forward
 
-The rows of a batch are therefore split over `data` and `fsdp`, the stored weights over `fsdp` and `tensor`. A mesh always has
-all three axes, in this order, so that the devices of a tensor axis are neighbours; an axis of size 1 changes nothing.
+The rows of a batch are therefore split over `data` and `fsdp`, the stored weights over `fsdp` and `tensor`. A mesh always
+has all three axes, in this order, so that the devices of a tensor axis are neighbours; an axis of size 1 changes nothing.
 """
 
 import dataclasses

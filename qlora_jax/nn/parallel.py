@@ -4,9 +4,9 @@
     frozen weights                                split over `fsdp`, and over `tensor` by their roles (`nn.roles`)
     adapter, optimizer state                      split over `tensor` by their roles; else replicated, because they are small
 
-A stack is split over `fsdp` along in and not along out because gathered parts of rows are contiguous in memory. Columns would
-have to be interleaved: XLA for GPUs gathers only along the outermost axis of memory and would store a transposed copy of all
-packed weights.
+A stack is split over `fsdp` along in and not along out because gathered parts of rows are contiguous in memory. Columns
+would have to be interleaved: XLA for GPUs gathers only along the outermost axis of memory and would store a transposed copy
+of all packed weights.
 
 Each layer gathers its own weights inside the scan, as packed bytes. `gather` requests this explicitly, because XLA would
 otherwise gather activations or dequantised floats. The mesh is the one of JAX's context (`jax.set_mesh`); without a mesh,
@@ -44,7 +44,7 @@ class ReplicatedVariable(nnx.Variable):
 
 
 def frozen_shardings(mesh: Mesh | None, names: tuple[str, ...], value: Any) -> Any:
-    """Return the shardings of a frozen value, a tree like `value`, whose leaves are None (the default device) without a mesh.
+    """Return the shardings of a frozen value, a tree like `value`; None (the default device) for each leaf without a mesh.
 
     Args:
         mesh: the devices.

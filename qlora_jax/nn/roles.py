@@ -1,20 +1,21 @@
 """The roles of matrices on a mesh, and the partition specs that follow from them.
 
     role         matrices                               split over `tensor`
-    output       q, k, v, gate, up                      along out: complete heads, complete blocks; also the bias and LoRA's B
+    output       q, k, v, gate, up                      along out: complete heads and blocks; also the bias and LoRA's B
     input        o, down                                along in: complete blocks, packed in parts; also LoRA's A
     vocabulary   dense embeddings and output heads      along the vocabulary
     whole        everything else                        not at all; only stored in parts, as over `fsdp`
 
 A layer computes with the specs of `layer_specs`. It is stored with those of `frozen_specs`, which split what remains over
 `fsdp` as well: along in if the devices divide it, else along out. What a layer does not have of its own matrices is gathered
-while it runs, always as packed bytes. Matrices of the role "whole" are stored in parts over both axes and gathered over both.
+while it runs, always as packed bytes. Matrices of the role "whole" are stored in parts over both axes and gathered over
+both.
 
 Of the scales with double quantisation, each 256 share a float32 number, in the order of the columns. A part of columns that
 consists of complete groups has its own numbers; otherwise, and for parts of rows, every device has the numbers of the whole
 matrix, which are 1/2048 of its bytes. So the values are those of one device, bit for bit.
 
-The two matrices of a fused projection (gate and up, or q, k and v one after the other) do not lie in one contiguous range of a
+The matrices of a fused projection (gate and up, or q, k and v one after the other) do not lie in one contiguous range of a
 device's columns, so that they are whole. GPT-NeoX's fused projection has q, k and v of each head together, and is split.
 """
 
@@ -64,7 +65,7 @@ _Packed = QuantizedTensor | Int8Embedding | MixedStack | MixedTensor
 
 
 def role_of(names: tuple[str, ...]) -> Role:
-    """Return the role of the module that has a parameter, by the names on the parameter's path; "whole" for other modules."""
+    """Return the role of the module that has a parameter, by the names on the path; "whole" for modules without a role."""
     return next((ROLES[name] for name in reversed(names) if name in ROLES), "whole")
 
 
@@ -154,7 +155,7 @@ def _dense_spec(role: Role, attribute: str, shape: tuple[int, ...], tensor: int)
 
 
 def _with_fsdp(shape: tuple[int, ...], spec: P, fsdp: int, tensor: int) -> P:
-    """Return the spec of a stored leaf: that of the layer, with the rest split over `fsdp`, for whole leaves over both axes."""
+    """Return the spec of a stored leaf: that of the layer, with the rest split over `fsdp`; whole leaves over both axes."""
     if TENSOR in spec:
         place = spec.index(TENSOR)
         own = [size // tensor if axis == place else size for axis, size in enumerate(shape)]

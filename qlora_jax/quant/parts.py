@@ -1,7 +1,7 @@
 """Matrices that are packed in parts, so that several devices can each hold some of the rows.
 
-In the column layout, rows j and j + in/2 share a byte. A contiguous range of the bytes therefore holds two ranges of rows that
-are far apart. A matrix in n parts is packed part by part instead:
+In the column layout, rows j and j + in/2 share a byte. A contiguous range of the bytes therefore holds two ranges of rows
+that are far apart. A matrix in n parts is packed part by part instead:
 
     part p      rows p in/n … (p + 1) in/n of the matrix
     its bytes   codes[p in/2n … (p + 1) in/2n]: row j of the part in the high nibble, row j + in/2n in the low one

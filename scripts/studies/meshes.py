@@ -5,8 +5,8 @@
     python -m scripts.studies.meshes --decode                          also the tokens of greedy answers
 
 Method. A checkpoint with random weights is written to a temporary folder and loaded as a run loads it: NF4 with double
-quantisation, LoRA on all linear layers, float32. The same batches of 8 rows are learned with AdamW on one device and on every
-mesh of 8 devices. Reported are, for each mesh:
+quantisation, LoRA on all linear layers, float32. The same batches of 8 rows are learned with AdamW on one device and on
+every mesh of 8 devices. Reported are, for each mesh:
 
     start       whether the initial adapter and the 4-bit codes equal those of one device, bit for bit
     loss        the largest relative difference of a loss from that of one device, over all steps
@@ -14,9 +14,9 @@ mesh of 8 devices. Reported are, for each mesh:
     bytes       the bytes of the frozen weights on each device, and the share of those of one device
     gathered    the dtypes of the weights that the layers gather, from the compiled program
 
-Adam divides each gradient by its own size. A tiny gradient, of which rounding is a large part, therefore moves a parameter as
-far as a large one does, and another order of a sum shows there first. `--eps` sets the number that Adam adds to the divisor.
-The last line is JSON. The exit code is 1 if a value, a loss (1e-5) or a norm (--tolerance) differs.
+Adam divides each gradient by its own size. A tiny gradient, of which rounding is a large part, therefore moves a parameter
+as far as a large one does, and another order of a sum shows there first. `--eps` sets the number that Adam adds to the
+divisor. The last line is JSON. The exit code is 1 if a value, a loss (1e-5) or a norm (--tolerance) differs.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.models import FAMILIES, ModelSpec, family_of
 from qlora_jax.nn import MeshShape, data_mesh, mesh_context, put_rows
 from qlora_jax.peft import LoRA
-from qlora_jax.quant import PackedEmbedding, Quantization, QuantizedTensor, with_parts
+from qlora_jax.quant import PackedEmbedding, QuantizedTensor, with_parts
 from qlora_jax.serve import generate
 from qlora_jax.train import adamw, create_state, jit_train_step, language_model_objective, seq2seq_objective, split
 

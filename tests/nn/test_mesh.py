@@ -33,5 +33,5 @@ def test_what_is_not_a_mesh(text: str, message: str) -> None:
 def test_the_product_is_the_number_of_devices() -> None:
     assert shape_on(None, 8) == MeshShape(fsdp=8)
     assert shape_on(MeshShape(2, 2, 2), 8) == MeshShape(2, 2, 2)
-    with pytest.raises(OptionError, match=r"data=2,fsdp=1,tensor=2: expected as many devices as there are, 8, found 2 x 1 x 2 = 4"):
+    with pytest.raises(OptionError, match="tensor=2: expected as many devices as there are, 8, found 2 x 1 x 2 = 4"):
         shape_on(MeshShape(data=2, tensor=2), 8)

@@ -21,7 +21,7 @@ def matrices(stack: tuple[int, ...] = ()) -> QuantizedTensor:
 def test_the_values_are_those_of_one_part(stack: tuple[int, ...]) -> None:
     whole = matrices(stack)
     parts = with_parts(whole, PARTS)
-    assert parts.parts == PARTS and parts.shape == whole.shape
+    assert (parts.parts, parts.shape) == (PARTS, whole.shape)
     np.testing.assert_array_equal(dequantize(parts), dequantize(whole))
     np.testing.assert_array_equal(with_parts(parts, 1).codes, whole.codes)
     np.testing.assert_array_equal(with_parts(parts, 2).codes, with_parts(whole, 2).codes)
@@ -51,7 +51,8 @@ def test_products_and_gradients(rows: int) -> None:
 
 
 def test_what_cannot_be_split() -> None:
-    assert can_split_rows(matrices(), 4) and not can_split_rows(matrices(), 8)  # 32 rows would split a block of 64
+    assert can_split_rows(matrices(), 4)
+    assert not can_split_rows(matrices(), 8)  # 32 rows would split a block of 64
     with pytest.raises(ValueError, match="multiples of 8 x 64, found 256"):
         with_parts(matrices(), 8)
     flat = quantize(jnp.ones((100, 8)))
