@@ -21,7 +21,7 @@ from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.fill import fill_dense, fill_embedding, fill_stack, zeros
 from qlora_jax.checkpoint.initialize import Rewrite, Rewritten, rewrite_for, subtracted_from, with_initial_adapter
 from qlora_jax.errors import CheckpointError, list_names
-from qlora_jax.models import Model, ModelConfig, ModelSpec, Origin, Remat, tied_head
+from qlora_jax.models import Model, ModelConfig, ModelSpec, Origin, Remat, check_heads, tied_head
 from qlora_jax.nn import (
     AdapterConstant,
     AttentionTarget,
@@ -32,6 +32,7 @@ from qlora_jax.nn import (
     put_adapter,
     put_on_mesh,
 )
+from qlora_jax.nn.mesh import TENSOR, check_axes
 from qlora_jax.peft import Method, Subtracted
 from qlora_jax.quant import EmbeddingStorage, PackedEmbedding, Quantization, embedding_shape
 
@@ -135,6 +136,9 @@ def load(
     Raises:
         QLoRAError: see `load_model`.
     """
+    if mesh is not None:
+        check_axes(mesh)
+        check_heads(spec.config, mesh.shape[TENSOR])
     checkpoint = with_tied(checkpoint)
     rewrite = checked_rewrite(checkpoint, spec, subtracted)
     _check_storage(checkpoint, spec.quantization)

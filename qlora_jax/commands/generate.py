@@ -26,7 +26,7 @@ from qlora_jax.adapters.pretrained import PretrainedOptions
 from qlora_jax.data import NAME_EOS, DataError, Template, chat_prompt, check_ids, encode_prompt, read_chat_template
 from qlora_jax.errors import OptionError
 from qlora_jax.interrupts import plain_interrupt
-from qlora_jax.models import T5, Model, check_heads
+from qlora_jax.models import T5, Model
 from qlora_jax.nn import MeshShape, context_mesh, data_mesh, mesh_context
 from qlora_jax.serve import Sampling, generate, generate_seq2seq, stream_text
 
@@ -157,10 +157,7 @@ def load(options: Options, prompts: Sequence[str] = ()) -> Loaded:
         check_ids(ids, tokenizer, vocabulary, "prompt: ")
     for note in chat_prompt([*opening(options), user("?")], tokenizer)[1] if template == "chat" else ():
         print(f"[{note}]", file=sys.stderr)
-    mesh = context_mesh()
-    if mesh is not None:
-        check_heads(pretrained.checkpoint.model_config, mesh.shape["tensor"])
-    model = pretrained.load(mesh=mesh, progress=sys.stderr.isatty())
+    model = pretrained.load(mesh=context_mesh(), progress=sys.stderr.isatty())
     graphdef, state = nnx.split(model)
     eos_ids = pretrained.stop_ids
     if isinstance(model, T5):  # its length has no limit

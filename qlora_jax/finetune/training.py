@@ -136,6 +136,7 @@ def _describe(run: PreparedRun, adapter: Any, frozen: Any) -> str:
     return (
         f"{trainable:,} trainable parameters; frozen weights {weights / 2**20:,.0f} MiB; {run.steps} steps of "
         f"{run.options.run.rows_of_step(len(devices))} × {run.objective.row} on {len(devices)} {devices[0].device_kind}"
+        + (f" ({run.spec.mesh})" if run.spec.mesh is not None else "")
     )
 
 

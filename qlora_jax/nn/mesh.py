@@ -25,6 +25,7 @@ __all__ = [
     "ROWS",
     "TENSOR",
     "MeshShape",
+    "check_axes",
     "context_mesh",
     "data_mesh",
     "devices_of_context",
@@ -122,6 +123,17 @@ def data_mesh(shape: MeshShape | None = None) -> Mesh | None:
 def mesh_context(mesh: Mesh | None) -> AbstractContextManager[Any]:
     """Return a context in which the mesh is JAX's current one; without a mesh nothing changes."""
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def check_axes(mesh: Mesh) -> None:
+    """Check that a mesh has the axes that weights are split over.
+
+    Raises:
+        OptionError: it has others.
+    """
+    if mesh.axis_names != AXES:
+        found = ", ".join(map(str, mesh.axis_names))
+        raise OptionError(f"mesh: expected the axes {', '.join(AXES)} (as nn.data_mesh has), found {found}")
 
 
 def context_mesh() -> Mesh | None:

@@ -1,9 +1,11 @@
 """The text of a mesh, and its errors."""
 
+import jax
 import pytest
 
 from qlora_jax.errors import OptionError
 from qlora_jax.nn import MeshShape, shape_on
+from qlora_jax.nn.mesh import check_axes
 
 
 def test_a_text_names_sizes() -> None:
@@ -35,3 +37,9 @@ def test_the_product_is_the_number_of_devices() -> None:
     assert shape_on(MeshShape(2, 2, 2), 8) == MeshShape(2, 2, 2)
     with pytest.raises(OptionError, match="tensor=2: expected as many devices as there are, 8, found 2 x 1 x 2 = 4"):
         shape_on(MeshShape(data=2, tensor=2), 8)
+
+
+def test_other_axes_are_an_error() -> None:
+    mesh = jax.make_mesh((1,), ("batch",))
+    with pytest.raises(OptionError, match="expected the axes data, fsdp, tensor .as nn.data_mesh has., found batch"):
+        check_axes(mesh)
