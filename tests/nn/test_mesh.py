@@ -41,5 +41,5 @@ def test_the_product_is_the_number_of_devices() -> None:
 
 def test_other_axes_are_an_error() -> None:
     mesh = jax.make_mesh((1,), ("batch",))
-    with pytest.raises(OptionError, match="expected the axes data, fsdp, tensor .as nn.data_mesh has., found batch"):
+    with pytest.raises(OptionError, match=r"expected the axes data, fsdp, tensor \(as nn.data_mesh has\), found batch"):
         check_axes(mesh)
