@@ -56,7 +56,7 @@ def from_pretrained(
         method: the method of a new adapter, e.g. `LoRA(rank=16)`; an adapter that is loaded has its own.
         dtype: dtype of activations and dense weights; bfloat16 on GPU and TPU, float32 on CPU, if None.
         remat: what the backward pass recomputes.
-        mesh: devices over which the frozen weights are sharded; None for the default device.
+        mesh: devices over which the frozen weights are sharded, as `nn.data_mesh` returns them; None for the default device.
         seed: seed of a new adapter's random initial values.
         progress: whether to show a progress bar.
 

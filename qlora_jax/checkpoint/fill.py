@@ -20,7 +20,7 @@ from tqdm import tqdm
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.initialize import Rewrite, Rewritten
 from qlora_jax.models import ParameterMapping
-from qlora_jax.nn import frozen_sharding
+from qlora_jax.nn import frozen_sharding, frozen_shardings, laid_out
 from qlora_jax.quant import (
     MixedStack,
     PackedEmbedding,
@@ -28,6 +28,7 @@ from qlora_jax.quant import (
     empty_embedding,
     quantize,
     with_double_quantization,
+    with_parts,
     write_embedding_rows,
 )
 
@@ -68,12 +69,14 @@ def _fill(
     checkpoint: Checkpoint, names: Sequence[str], value: Any, mapping: ParameterMapping, bar: tqdm, rewrite: Rewrite | None
 ) -> Filled:
     """Return the filled value of a stack of these tensors."""
-    insert = _insert_quantized if isinstance(value, QuantizedTensor) else _insert_dense
+    insert = _insert_dense
+    if isinstance(value, QuantizedTensor):
+        insert = _insert_quantized if value.parts == 1 else _insert_in_parts
     not_finite: list[str] = []
     records: dict[str, Rewritten] = {}
     for layer, name in enumerate(names):
         if name in checkpoint.quantized and isinstance(value, QuantizedTensor) and checkpoint.read_quantized is not None:
-            one = dataclasses.replace(checkpoint.read_quantized(name), dtype=value.dtype)
+            one = _in_parts(dataclasses.replace(checkpoint.read_quantized(name), dtype=value.dtype), value.parts)
             value = jax.block_until_ready(_write_quantized(value, one, layer))
             bar.update()
             continue
@@ -100,7 +103,7 @@ def fill_dense(checkpoint: Checkpoint, mapping: ParameterMapping, abstract: Any,
     """Return the dense value of a mapping that is not stacked; `abstract` gives its dtype and shape."""
     tensor, dtype = _to_device(checkpoint.read(mapping.name))
     value, finite = _convert(tensor, dtype, abstract.dtype)
-    value = jax.device_put(value, frozen_sharding(mesh, abstract.shape))
+    value = jax.device_put(value, frozen_shardings(mesh, mapping.path, abstract))
     bar.update()
     return Filled(value, [] if bool(finite) else [mapping.name], {})
 
@@ -120,10 +123,14 @@ def fill_embedding(checkpoint: Checkpoint, name: str, abstract: PackedEmbedding,
     return Filled(value, [] if finite else [name], {})
 
 
-def zeros(mesh: Mesh | None, tree: Any) -> Any:
-    """Return arrays of zeros for a tree of shapes. One program makes them all, so that only one is compiled."""
-    shardings = jax.tree.map(lambda leaf: frozen_sharding(mesh, leaf.shape), tree)
-    make = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree), out_shardings=shardings)
+def zeros(mesh: Mesh | None, values: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
+    """Return arrays of zeros for values of shapes by their paths, with the layouts that they have on the mesh.
+
+    One program makes them all, so that only one is compiled.
+    """
+    values = {path: laid_out(mesh, path, value) for path, value in values.items()}
+    shardings = {path: frozen_shardings(mesh, path, value) for path, value in values.items()}
+    make = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), values), out_shardings=shardings)
     return make()
 
 
@@ -172,6 +179,13 @@ def _insert_quantized(
     return _write(stacked, quantized, layer), _all_finite(tensor, dtype)
 
 
+def _insert_in_parts(stacked: QuantizedTensor, tensor: Array, layer: int, dtype: Any, transposed: bool) -> tuple[Any, Array]:
+    # Two programs: in the one that writes, which is for all devices, XLA would reshard the matrix several times to pack it.
+    matrix, finite = _convert(tensor.T if transposed else tensor, dtype, None)
+    one = quantize(matrix, stacked.data_type, stacked.block_size, stacked.double_quantized, stacked.dtype)
+    return _write_quantized(stacked, _in_parts(one, stacked.parts), layer), finite
+
+
 @partial(jax.jit, static_argnames="dtype")
 def _matrix(tensor: Array, dtype: Any) -> Array:
     """Return a linear layer's tensor as float32 `[in, out]`."""
@@ -191,7 +205,11 @@ def _insert_dense(stacked: Array, tensor: Array, layer: int, dtype: Any, transpo
 
 @partial(jax.jit, static_argnames=("dtype", "result_dtype"))
 def _convert(tensor: Array, dtype: Any, result_dtype: Any) -> tuple[Array, Array]:
-    return _from_bits(tensor, dtype).astype(result_dtype), _all_finite(tensor, dtype)
+    values = _from_bits(tensor, dtype)
+    return values if result_dtype is None else values.astype(result_dtype), _all_finite(tensor, dtype)
+
+
+_in_parts = jax.jit(with_parts, static_argnames="parts")
 
 
 def _write(stacked: Any, one: Any, layer: int) -> Any:

@@ -21,7 +21,7 @@ from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.fill import fill_dense, fill_embedding, fill_stack, zeros
 from qlora_jax.checkpoint.initialize import Rewrite, Rewritten, rewrite_for, subtracted_from, with_initial_adapter
 from qlora_jax.errors import CheckpointError, list_names
-from qlora_jax.models import Model, ModelConfig, ModelSpec, Origin, Remat, tied_head
+from qlora_jax.models import Model, ModelConfig, ModelSpec, Origin, Remat, check_heads, tied_head
 from qlora_jax.nn import (
     AdapterConstant,
     AttentionTarget,
@@ -29,8 +29,10 @@ from qlora_jax.nn import (
     ReadsWeight,
     WeightConstant,
     abstract_module,
+    put_adapter,
     put_on_mesh,
 )
+from qlora_jax.nn.mesh import TENSOR, check_axes
 from qlora_jax.peft import Method, Subtracted
 from qlora_jax.quant import EmbeddingStorage, PackedEmbedding, Quantization, embedding_shape
 
@@ -70,7 +72,8 @@ def load_model(
         dtype: dtype of activations and dense weights; that of the platform if None.
         attention: the device whose kernel computes causal attention; the default one if None.
         remat: what the backward pass recomputes.
-        mesh: devices over which the frozen weights are sharded while they are filled; None for the default device.
+        mesh: devices over which the frozen weights are sharded while they are filled, as `nn.data_mesh` returns them; None
+            for the default device.
         seed: seed of the adapter's random initial values.
         progress: whether to show a progress bar.
         subtracted: what a saved adapter subtracted from the weights; None: nothing, or what the method decides.
@@ -133,6 +136,9 @@ def load(
     Raises:
         QLoRAError: see `load_model`.
     """
+    if mesh is not None:
+        check_axes(mesh)
+        check_heads(spec.config, mesh.shape[TENSOR])
     checkpoint = with_tied(checkpoint)
     rewrite = checked_rewrite(checkpoint, spec, subtracted)
     _check_storage(checkpoint, spec.quantization)
@@ -148,7 +154,8 @@ def load(
             lambda: nnx.state(spec.build(nnx.Rngs(seed), attention), nnx.LoRAParam, AdapterConstant),
             compiler_options=_compile_fast(),
         )
-        adapter, constants = put_on_mesh(mesh, draw(), PartitionSpec())
+        adapter, constants = draw()
+        adapter, constants = put_adapter(mesh, adapter), put_on_mesh(mesh, constants, PartitionSpec())
     model = nnx.merge(graph, adapter, constants, following, frozen)
     _read_weights(model, mesh)
     if subtracted is None:

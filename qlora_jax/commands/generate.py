@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, cast
 
 from flax import nnx
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax import cli
@@ -26,6 +27,7 @@ from qlora_jax.data import NAME_EOS, DataError, Template, chat_prompt, check_ids
 from qlora_jax.errors import OptionError
 from qlora_jax.interrupts import plain_interrupt
 from qlora_jax.models import T5, Model
+from qlora_jax.nn import MeshShape, context_mesh, data_mesh, mesh_context
 from qlora_jax.serve import Sampling, generate, generate_seq2seq, stream_text
 
 Message = dict[str, str]
@@ -57,6 +59,8 @@ class AnswerOptions:
     """Maximum number of tokens of an answer."""
     seed: int = 0
     """Seed of the sampling; the same seed gives the same answers."""
+    mesh: str | None = None
+    """Devices along each axis over which the model is spread, such as tensor=4; one device if not given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +95,17 @@ def main(arguments: Sequence[str] | None = None, *, program: str | None = None) 
 def generate_answers(options: Options) -> None:
     """Answer the prompts of the command line or of stdin, or chat in the terminal."""
     prompts = read_prompts(options.prompt)
-    loaded = load(options, prompts)
-    if options.prompt.interactive:
-        chat(loaded, options)
-    else:
-        answer_prompts(loaded, options, prompts)
+    with mesh_context(mesh_of(options.answer)):
+        loaded = load(options, prompts)
+        if options.prompt.interactive:
+            chat(loaded, options)
+        else:
+            answer_prompts(loaded, options, prompts)
+
+
+def mesh_of(options: AnswerOptions) -> Mesh | None:
+    """Return the mesh over which the model is spread; None: it is on one device."""
+    return None if options.mesh is None else data_mesh(MeshShape.parse(options.mesh))
 
 
 def read_prompts(options: PromptOptions) -> tuple[str, ...]:
@@ -147,7 +157,7 @@ def load(options: Options, prompts: Sequence[str] = ()) -> Loaded:
         check_ids(ids, tokenizer, vocabulary, "prompt: ")
     for note in chat_prompt([*opening(options), user("?")], tokenizer)[1] if template == "chat" else ():
         print(f"[{note}]", file=sys.stderr)
-    model = pretrained.load(progress=sys.stderr.isatty())
+    model = pretrained.load(mesh=context_mesh(), progress=sys.stderr.isatty())
     graphdef, state = nnx.split(model)
     eos_ids = pretrained.stop_ids
     if isinstance(model, T5):  # its length has no limit

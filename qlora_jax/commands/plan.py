@@ -3,6 +3,7 @@
     python scripts/plan.py --model llama-3-8b --batch-size 4 --max-length 2048 --device h100
     python scripts/plan.py --config recipes/guanaco-65b.toml --device a100-80 --plot memory.png
     python scripts/plan.py --model llama-3-8b --max-length 2048 --device v5e:2x2
+    python scripts/plan.py --model llama-3-8b --max-length 2048 --device h100x8 --mesh data=2,fsdp=2,tensor=2
     python scripts/plan.py --model llama-65b --rank 64 --device h100 --fit batch
     python scripts/plan.py --model llama-3-8b --step decode --capacity 4096 --device l4
     python scripts/plan.py --model llama-3-8b --device rtx4090 --quick
@@ -29,11 +30,13 @@ from qlora_jax.errors import CheckpointError, DoesNotFitError, OptionError
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.step import step_spec
 from qlora_jax.models import ModelSpec, family_of, scaled
+from qlora_jax.nn import MeshShape, shape_on
 from qlora_jax.plan import (
     HUB_IDS,
     SIZES,
     Choice,
     Machine,
+    QuickPlan,
     Report,
     as_json,
     cheaper_first,
@@ -95,7 +98,7 @@ def plan(options: PlanCommandOptions) -> None:
     """Print what the step needs as a table and, on the last line, as JSON."""
     chosen = options.plan
     machine = machine_named(chosen.device)
-    _check(chosen, machine)
+    _check(chosen, machine, options.run.mesh_shape)
     model = options.model.model or _DEFAULT
     spec = read_spec(options, model, machine)
     found: dict[str, Any] = {}
@@ -120,11 +123,14 @@ def plan(options: PlanCommandOptions) -> None:
     print(json.dumps({**as_json(report), "model": model, "recipe": spec_values(spec), "found": found}))
 
 
-def _check(chosen: PlanOptions, machine: Machine) -> None:
+def _check(chosen: PlanOptions, machine: Machine, mesh: MeshShape | None) -> None:
     """Raise an error for options that contradict each other, before anything is downloaded or traced."""
     if chosen.step == "decode" and (chosen.quick or chosen.fit != "none"):
         other = "quick" if chosen.quick else f"fit {chosen.fit}"
         raise OptionError(f"step decode: is always compiled: expected no quick and no fit beside it, found {other}")
+    if chosen.fit == "options" and mesh is not None:
+        raise OptionError(f"fit options: chooses the number of devices: expected no mesh beside it, found {mesh}")
+    shape_on(mesh, machine.count)
     if chosen.capacity < 1:
         raise OptionError(f"capacity: expected at least 1, found {chosen.capacity}")
     if chosen.plot is not None:
@@ -149,7 +155,7 @@ def train_report(spec: Spec, machine: Machine, title: str, quick: bool) -> Repor
     """Return the report of a training step, calculated or compiled."""
     if quick:
         start = time.perf_counter()
-        estimate = quick_plan(spec, machine.device.target, machine.count)
+        estimate = _quick_plan(spec, machine)
         return report_of(estimate, spec, machine, title, time.perf_counter() - start)
     return report_of(compile_train_step(spec, machine), spec, machine, title)
 
@@ -160,11 +166,17 @@ def peak_of(spec: Spec, machine: Machine, quick: bool) -> int:
     For a program that the compiler refuses because it does not fit, this is a number above the memory of the device.
     """
     if quick:
-        return quick_plan(spec, machine.device.target, machine.count).peak
+        return _quick_plan(spec, machine).peak
     try:
         return compile_train_step(spec, machine).peak
     except DoesNotFitError as error:
         return max(error.needed or 0, machine.device.memory_bytes + 1)
+
+
+def _quick_plan(spec: Spec, machine: Machine) -> QuickPlan:
+    """Return the quick plan. It counts the activations of a tensor axis as whole on each device, which is too much."""
+    along_fsdp, devices = spec.along_fsdp(machine.count)
+    return quick_plan(along_fsdp, machine.device.target, devices)
 
 
 def fit_number(spec: Spec, machine: Machine, kind: Literal["batch", "length"], quick: bool) -> tuple[Spec, dict[str, Any]]:

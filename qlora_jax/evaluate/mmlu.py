@@ -28,13 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from qlora_jax.errors import DataError
 from qlora_jax.evaluate.lengths import padded_batches
 from qlora_jax.evaluate.questions import LETTERS, Question
-from qlora_jax.nn import data_mesh, put_on_mesh
+from qlora_jax.nn import context_mesh, put_rows, row_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -168,13 +167,12 @@ def letter_logits(
     graphdef: nnx.GraphDef[Any], state: Any, prompts: Prompts, *, batch_size: int = 8, progress: bool = False
 ) -> np.ndarray:
     """Return the logits of A, B, C and D after each prompt, float32 `[n, 4]`; see `evaluate_mmlu` for the arguments."""
-    mesh = None if jax.sharding.get_abstract_mesh().empty else data_mesh()
-    devices = 1 if mesh is None else mesh.size
+    mesh, devices = context_mesh(), row_shards()
     batches = padded_batches(prompts.tokens, -(-batch_size // devices) * devices)
     result = np.zeros((len(prompts.tokens), len(LETTERS)), np.float32)
     letters = np.asarray(prompts.letters, np.int32)
     for indices, tokens, lengths in tqdm(batches, desc="MMLU", unit="batch", leave=False, disable=not progress):
-        placed = put_on_mesh(mesh, (tokens, lengths), P("data"))
+        placed = put_rows(mesh, (tokens, lengths))
         result[indices] = np.asarray(_last_logits(graphdef, state, *placed, letters))[: len(indices)]
     return result
 

@@ -36,7 +36,7 @@ def finish(trained: TrainedRun) -> Path:
         ConnectionError: the adapter was saved, and not uploaded.
     """
     options = trained.prepared.options
-    with mesh_context(data_mesh()):
+    with mesh_context(data_mesh(trained.prepared.spec.mesh)):
         rows = _measure(trained)
         folder = _save(trained, rows)
         _log_mmlu(trained, rows)

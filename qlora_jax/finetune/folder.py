@@ -22,6 +22,7 @@ from qlora_jax.errors import OptionError, shortened
 from qlora_jax.finetune.lock import remove_abandoned_lock
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.options.run import RunOptions
+from qlora_jax.nn import shape_on
 from qlora_jax.renamed_options import replace_old_names
 from qlora_jax.train.state_store import latest_step
 
@@ -36,7 +37,7 @@ _OWN = ("adapter", "model", "best", CHECKPOINTS, *_LOGS, "tensorboard", "wandb",
 _FREE = {
     "run": (
         *("output", "overwrite", "samples", "keep", "save_every", "memory_check"),
-        *("epochs", "max_steps", "batch_size", "accumulation_steps"),
+        *("epochs", "max_steps", "batch_size", "accumulation_steps", "mesh"),
     ),
     "data": ("show_examples",),
     "tuning": ("save_dtype",),
@@ -186,7 +187,8 @@ def _other_rows(before: dict[str, dict[str, Any]], options: Options) -> list[str
         there = dataclasses.replace(options.run, **split).rows_of_step(devices)
     if there == rows:
         return []
-    return [f"rows of a step (batch_size x accumulation_steps x {devices} devices): {there} there, {rows} here"]
+    shards = shape_on(options.run.mesh_shape, devices).row_shards  # the devices of a tensor axis share their rows
+    return [f"rows of a step (batch_size x accumulation_steps x {shards} devices): {there} there, {rows} here"]
 
 
 def _has_other_length(before: dict[str, dict[str, Any]], options: Options) -> bool:

@@ -4,7 +4,6 @@ from typing import Any, NamedTuple, cast
 
 import jax
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from qlora_jax.adapters.bind import adapter_tensors, load_adapter
 from qlora_jax.adapters.files import Adapter
@@ -12,7 +11,7 @@ from qlora_jax.finetune.eva import MOST_BATCHES, start_from_inputs
 from qlora_jax.finetune.prepare import PreparedRun
 from qlora_jax.finetune.virtual_tokens import start_from
 from qlora_jax.models import Model
-from qlora_jax.nn import data_mesh, mesh_context, put_on_mesh
+from qlora_jax.nn import data_mesh, mesh_context, put_rows
 from qlora_jax.peft import LoRA, Subtracted
 
 __all__ = ["InitialModel", "load_initial_model"]
@@ -41,7 +40,7 @@ def load_initial_model(run: PreparedRun) -> InitialModel:
         DataError: too little data to initialize the adapter from.
     """
     pretrained, method = run.pretrained, run.method
-    model, subtracted = pretrained.load_base(mesh=data_mesh(), seed=run.options.run.seed, progress=run.progress)
+    model, subtracted = pretrained.load_base(mesh=data_mesh(run.spec.mesh), seed=run.options.run.seed, progress=run.progress)
     if pretrained.adapter is not None:
         return InitialModel(load_adapter(model, pretrained.adapter), pretrained.adapter, subtracted)
     if method.reads_original_weights:
@@ -53,13 +52,13 @@ def load_initial_model(run: PreparedRun) -> InitialModel:
 
 def _start_from_training_data(run: PreparedRun, model: Model) -> Model:
     """Initialize A from the inputs of the layers on the first batches of the run (EVA)."""
-    mesh, spec, lora = data_mesh(), run.spec, cast(LoRA, run.method)
+    mesh, spec, lora = data_mesh(run.spec.mesh), run.spec, cast(LoRA, run.method)
 
     def build(method: Any) -> Model:
         return run.pretrained.with_method(method).spec.build(nnx.Rngs(0), model.attention)
 
-    rows = run.objective.training(run.options.run.batch_size * jax.device_count())
+    rows = run.objective.training(run.options.run.micro_batch_rows(jax.device_count()))
     read = (next(rows) for _ in range(MOST_BATCHES))
-    batches = (put_on_mesh(mesh, spec.select(batch), P("data")) for batch in read)
+    batches = (put_rows(mesh, spec.select(batch)) for batch in read)
     with mesh_context(mesh):
         return start_from_inputs(model, build, lora, spec.objective.held_out_loss, batches, progress=run.progress)

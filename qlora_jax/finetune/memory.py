@@ -60,6 +60,7 @@ def check_against(
             On a CPU host memory is the device's own.
     """
     target = attention_target(device)
+    spec, devices = spec.along_fsdp(devices)
     on_cpu = target.platform == "cpu"
 
     def plan_of(spec: StepSpec[ModelSpec]) -> QuickPlan:

@@ -37,6 +37,7 @@ from qlora_jax.finetune.sources import check_sources
 from qlora_jax.finetune.step import batch_spec, step_spec
 from qlora_jax.finetune.virtual_tokens import first_tokens
 from qlora_jax.models import ModelConfig, ModelSpec, method_for, positions_left
+from qlora_jax.nn import shape_on
 from qlora_jax.peft import Method
 from qlora_jax.train import StepSpec, learning_rate_schedule
 
@@ -93,6 +94,7 @@ def prepare(options: Options, *, progress: bool = True) -> PreparedRun:
         OSError: files that cannot be read or written.
     """
     options.check()
+    shape_on(options.run.mesh_shape, jax.device_count())
     check_unlocked(options.run.output)
     claim(options)
     check_sources(options.data)

@@ -11,7 +11,7 @@ from qlora_jax.errors import OptionError
 from qlora_jax.finetune.objectives import objective_kind
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.virtual_tokens import check_rows
-from qlora_jax.models import ModelConfig, ModelSpec
+from qlora_jax.models import ModelConfig, ModelSpec, check_heads
 from qlora_jax.peft import LoRA, Method
 from qlora_jax.quant import Quantization
 from qlora_jax.train import BatchSpec, OptimizerSpec, StepObjective, StepSpec
@@ -39,6 +39,9 @@ def step_spec(
         OptionError: the options contradict each other or the model.
     """
     options.check()
+    mesh = options.run.mesh_shape
+    if mesh is not None:
+        check_heads(config, mesh.tensor)
     options.context.check(config, options.objective.objective)
     if method is None:
         method, config = _method(options, config)
@@ -62,6 +65,7 @@ def step_spec(
         objective,
         batch_spec(options, length=length),
         optimizer_spec(options),
+        mesh,
     )
 
 

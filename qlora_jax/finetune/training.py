@@ -10,7 +10,6 @@ from typing import Any, cast
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from qlora_jax.adapters.files import Adapter
 from qlora_jax.finetune.folder import CHECKPOINTS, start
@@ -19,7 +18,7 @@ from qlora_jax.finetune.prepare import PreparedRun
 from qlora_jax.finetune.reporting.callbacks import reporting_callbacks
 from qlora_jax.finetune.reporting.picture import LossPicture
 from qlora_jax.models import Model
-from qlora_jax.nn import AttentionTarget, copy_to_device, data_mesh, mesh_context, put_on_mesh
+from qlora_jax.nn import AttentionTarget, copy_to_device, data_mesh, mesh_context, put_rows
 from qlora_jax.peft import Subtracted
 from qlora_jax.train import (
     Cadence,
@@ -99,7 +98,7 @@ def train(run: PreparedRun) -> TrainedRun:
         graphdef, adapter, frozen = split(run.spec.objective.prepare(model))
         del model
         _logger.info("%s", _describe(run, adapter, frozen))
-        with mesh_context(data_mesh()):
+        with mesh_context(data_mesh(run.spec.mesh)):
             picture = LossPicture(run.options.run.output / "loss.png", run.spec.objective.unit)
             adapter, rows, last = _train_adapter(run, (graphdef, adapter, frozen), precompiled, picture)
     return TrainedRun(run, graphdef, adapter, frozen, rows, last, picture, initial_adapter, subtracted)
@@ -126,7 +125,7 @@ def _precompile(run: PreparedRun) -> Precompiled:
         evaluate=run.objective.held_out is not None,
         # A run that resumes trains first.
         evaluate_first=latest_step(run.options.run.output / CHECKPOINTS) is None,
-        mesh=data_mesh(),
+        mesh=data_mesh(run.spec.mesh),
     )
 
 
@@ -137,6 +136,7 @@ def _describe(run: PreparedRun, adapter: Any, frozen: Any) -> str:
     return (
         f"{trainable:,} trainable parameters; frozen weights {weights / 2**20:,.0f} MiB; {run.steps} steps of "
         f"{run.options.run.rows_of_step(len(devices))} × {run.objective.row} on {len(devices)} {devices[0].device_kind}"
+        + (f" ({run.spec.mesh})" if run.spec.mesh is not None else "")
     )
 
 
@@ -237,10 +237,10 @@ def _model(step: Step, state: TrainState) -> Any:
 
 def _training_data(run: PreparedRun, step: Step) -> TrainingData:
     """Return the batches of the run, and how they become the input of a step."""
-    mesh, make = data_mesh(), run.objective.make_batch
+    mesh, make = data_mesh(run.spec.mesh), run.objective.make_batch
 
     def put(batch: Batch) -> dict[str, jax.Array]:
-        return put_on_mesh(mesh, run.spec.micro_batches(batch), P(None, "data"))
+        return put_rows(mesh, run.spec.micro_batches(batch), 1)
 
     if make is None:
         return TrainingData(run.batches, put, run.objective.count_tokens)
@@ -253,16 +253,16 @@ def _training_data(run: PreparedRun, step: Step) -> TrainingData:
 
 def _evaluation(run: PreparedRun, step: Step, eval_step: Callable[..., Any]) -> Sequence[Callback]:
     """Return the callback that evaluates the held-out data; none if nothing is held out."""
-    objective, options, mesh = run.objective, run.options.run, data_mesh()
+    objective, options, mesh = run.objective, run.options.run, data_mesh(run.spec.mesh)
     held_out = objective.held_out
     if held_out is None:
         return ()
 
     def put(batch: Batch) -> dict[str, jax.Array]:
-        return put_on_mesh(mesh, run.spec.select(batch), P("data"))
+        return put_rows(mesh, run.spec.select(batch))
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        batches = held_out(options.batch_size * jax.device_count())
+        batches = held_out(options.micro_batch_rows(jax.device_count()))
         metrics = mean_metrics(eval_step, state, step.frozen, batches, put=put, progress=run.progress)
         if options.predict_with_generate and objective.score is not None:
             metrics |= objective.score(_model(step, state))

@@ -16,7 +16,7 @@ from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.origin import Origin, ResizedEmbeddings
 from qlora_jax.models.parameter_mapping import ParameterMapping, linear_mappings, linear_modules
 from qlora_jax.models.scaling import RopeKind, RopeScaling, factor_for, scaled, unscaled_context
-from qlora_jax.models.shape import method_for, positions_left, shape_of
+from qlora_jax.models.shape import check_heads, method_for, positions_left, shape_of
 from qlora_jax.models.spec import ModelSpec
 from qlora_jax.models.stack import Remat
 from qlora_jax.models.t5 import T5, Seq2SeqCache
@@ -44,6 +44,7 @@ __all__ = [
     "T5Config",
     "TrainableBase",
     "causal_family_of",
+    "check_heads",
     "factor_for",
     "families_with",
     "family_of",

@@ -46,7 +46,7 @@ from qlora_jax.nn import (
     with_prefix,
 )
 from qlora_jax.nn.context import AdapterIds
-from qlora_jax.nn.parallel import devices_of_context
+from qlora_jax.nn.mesh import row_shards
 from qlora_jax.peft import Method
 from qlora_jax.quant import EmbeddingStorage, Quantization
 
@@ -198,7 +198,7 @@ class CausalLM(nnx.Module):
         rows = (prompt.segment_ids, prompt.virtual_tokens)
         graph, layers = nnx.split(self.layers)
         layers, layer_of = scanned_layers(layers)
-        chunks = chunk_count(prompt.x.shape[0] * prompt.x.shape[1] // devices_of_context(), self.remat)
+        chunks = chunk_count(prompt.x.shape[0] * prompt.x.shape[1] // row_shards(), self.remat)
 
         def run_layer(x: Array, inputs: tuple[Any, Array | None, Array | None, Any]) -> tuple[Array, None]:
             state, layer_key, kind, prefix = inputs

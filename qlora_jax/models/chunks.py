@@ -20,11 +20,11 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
 from qlora_jax.models.stack import Remat
 from qlora_jax.nn.context import Contexts
-from qlora_jax.nn.parallel import AXIS, devices_of_context
+from qlora_jax.nn.mesh import row_shards
+from qlora_jax.nn.parallel import spread_rows
 
 CHUNK = 8192  # the most tokens of a device in one chunk
 _TILE = 128  # the number of tokens in a padded chunk is a multiple of this
@@ -61,24 +61,17 @@ def over_chunks(function: Callable[[Array, Contexts], Array], x: Array, contexts
     if count == 1:
         return function(x, contexts)
     by_device = all(context.adapter_ids is None for context in contexts)
-    groups, features = devices_of_context() if by_device else x.shape[0], x.shape[-1]
+    groups, features = row_shards() if by_device else x.shape[0], x.shape[-1]
     tokens = x.reshape(groups, -1, features)  # by device, so that splitting into chunks needs no communication
     own = tokens.shape[1]
     length = own // count if own % (count * _LEAST_TILE) == 0 else -(-own // (count * _TILE)) * _TILE
     padded = jnp.pad(tokens, ((0, 0), (0, count * length - own), (0, 0)))
-    chunks = _spread(padded.reshape(groups, count, length, features), 0).swapaxes(0, 1)
+    chunks = spread_rows(padded.reshape(groups, count, length, features), 0).swapaxes(0, 1)
 
     def run(part: tuple[Array, Sequence[Array | None]]) -> Array:
         own_contexts = [replace(context, key=key) for context, key in zip(contexts, part[1], strict=True)]
-        return function(_spread(part[0], 0), own_contexts)
+        return function(spread_rows(part[0], 0), own_contexts)
 
     keys = [None if context.key is None else jax.random.split(context.key, count) for context in contexts]
     done = jax.lax.map(jax.checkpoint(run, prevent_cse=False), (chunks, keys))
-    return _spread(done, 1).swapaxes(0, 1).reshape(groups, -1, features)[:, :own].reshape(x.shape)
-
-
-def _spread(x: Array, axis: int) -> Array:
-    """Constrain an axis of x to be split over the devices of the context."""
-    if devices_of_context() == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, P(*[None] * axis, AXIS))
+    return spread_rows(done, 1).swapaxes(0, 1).reshape(groups, -1, features)[:, :own].reshape(x.shape)

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from qlora_jax.models.chunks import over_chunks
 from qlora_jax.models.config import DecoderConfig, Fused
-from qlora_jax.nn import Activation, LayerContext, LayerNorm, Linear, RMSNorm, activate, glu, rotate
+from qlora_jax.nn import Activation, LayerContext, LayerNorm, Linear, RMSNorm, activate, glu, rotate, with_whole_features
 from qlora_jax.nn.context import Contexts
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -54,6 +54,8 @@ class Attention(nnx.Module):
             self.q_proj = linear("self_attn.q_proj", hidden, inner, use_bias=config.qkv_bias)
             self.k_proj = linear("self_attn.k_proj", hidden, kv, use_bias=config.qkv_bias)
             self.v_proj = linear("self_attn.v_proj", hidden, kv, use_bias=config.qkv_bias)
+        elif config.fused == "heads":
+            self.query_key_value = linear("self_attn.query_key_value", hidden, inner + 2 * kv, use_bias=config.qkv_bias)
         else:
             self.qkv_proj = linear("self_attn.qkv_proj", hidden, inner + 2 * kv, use_bias=config.qkv_bias)
         self.o_proj = linear("self_attn.o_proj", inner, hidden, use_bias=config.o_bias)
@@ -77,10 +79,11 @@ class Attention(nnx.Module):
                 heads(self.k_proj(x, contexts[1]), self.kv_heads),
                 heads(self.v_proj(x, contexts[2]), self.kv_heads),
             )
-        y = heads(self.qkv_proj(x, contexts[0]), self.heads + 2 * self.kv_heads)
         if self.fused == "heads":
+            y = heads(self.query_key_value(x, contexts[0]), 3 * self.heads)
             y = y.reshape(*y.shape[:2], self.heads, 3, self.head_dim)
             return y[..., 0, :], y[..., 1, :], y[..., 2, :]
+        y = heads(self.qkv_proj(x, contexts[0]), self.heads + 2 * self.kv_heads)
         q, k, v = jnp.split(y, (self.heads, self.heads + self.kv_heads), axis=2)
         return q, k, v
 
@@ -138,13 +141,13 @@ class DecoderLayer(nnx.Module):
             context: the random key of the adapters' dropout and the adapter ids of the rows.
             chunks: number of chunks of tokens in which the feed-forward runs.
         """
-        contexts = context.split(_MOST_LINEAR)
+        x, contexts = with_whole_features(x), context.split(_MOST_LINEAR)
         attended, cache = self.self_attn(self.input_layernorm(x), cosine, sine, attend, contexts[:4])
         if self.parallel:
-            return attended + over_chunks(self._add_feed_forward, x, contexts[4:], chunks), cache
+            return with_whole_features(attended + over_chunks(self._add_feed_forward, x, contexts[4:], chunks)), cache
         if self.post_feedforward_layernorm is not None:
             attended = self.post_attention_layernorm(attended)
-        return over_chunks(self._add_feed_forward, x + attended, contexts[4:], chunks), cache
+        return with_whole_features(over_chunks(self._add_feed_forward, x + attended, contexts[4:], chunks)), cache
 
     def _add_feed_forward(self, x: Array, contexts: Contexts) -> Array:
         """Return x plus the feed-forward of x, which acts on each token independently."""

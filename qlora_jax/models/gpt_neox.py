@@ -10,7 +10,7 @@ from qlora_jax.models.config import AttentionKind, DecoderConfig, Fields, kinds_
 from qlora_jax.models.parameter_mapping import ParameterMapping, layer_mappings
 
 _LINEAR = (
-    ("attention.query_key_value", "self_attn.qkv_proj"),
+    ("attention.query_key_value", "self_attn.query_key_value"),
     ("attention.dense", "self_attn.o_proj"),
     ("mlp.dense_h_to_4h", "mlp.up_proj"),
     ("mlp.dense_4h_to_h", "mlp.down_proj"),
@@ -34,7 +34,7 @@ def gpt_neox_config(config: Mapping[str, Any]) -> DecoderConfig:
     fields = Fields("GPT-NeoX", config, defaults)
     sizes = fields.sizes() | {"num_key_value_heads": fields["num_attention_heads"]}
     layers, tied, bias = sizes["num_hidden_layers"], sizes["tie_word_embeddings"], fields["attention_bias"]
-    biased = ("mlp.up_proj", "mlp.down_proj", *(("self_attn.qkv_proj", "self_attn.o_proj") if bias else ()))
+    biased = ("mlp.up_proj", "mlp.down_proj", *(("self_attn.query_key_value", "self_attn.o_proj") if bias else ()))
     result = DecoderConfig(
         family=fields.family,
         **sizes,

@@ -19,6 +19,7 @@ from jaxtyping import Int
 
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.nn.attention import QUERIES_AT_ONCE
+from qlora_jax.nn.parallel import split_heads
 from qlora_jax.quant import by_platform
 
 MaskOf = Callable[[Array | None, Array], Array]
@@ -42,7 +43,7 @@ def empty_cache(config: DecoderConfig, dtype: DTypeLike, batch_size: int, capaci
     """Return an empty cache for `capacity` tokens per row."""
     shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
     # Two different buffers, because a buffer can be donated only once.
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return KVCache(split_heads(jnp.zeros(shape, dtype), 2), split_heads(jnp.zeros(shape, dtype), 2))
 
 
 def cache_masks(config: DecoderConfig, capacity: int, slots: Int[Array, "b t"]) -> MaskOf:

@@ -1,5 +1,6 @@
 """The sizes of a model that methods of fine-tuning need."""
 
+from qlora_jax.errors import OptionError
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.t5_config import T5Config
 from qlora_jax.peft import Method, ModelShape
@@ -17,6 +18,18 @@ def shape_of(config: DecoderConfig | T5Config) -> ModelShape:
         head_dim=config.head_dim,
         encoder_decoder=not decoder,
     )
+
+
+def check_heads(config: DecoderConfig | T5Config, tensor: int) -> None:
+    """Check that a tensor axis of this size splits no attention head.
+
+    Raises:
+        OptionError: a number of heads is not a multiple of the size.
+    """
+    names = ("num_attention_heads", "num_key_value_heads") if isinstance(config, DecoderConfig) else ("num_heads",)
+    for name in names:
+        if getattr(config, name) % tensor:
+            raise OptionError(f"mesh tensor={tensor}: expected a divisor of the model's {name}, {getattr(config, name)}")
 
 
 def method_for(method: Method | None, config: DecoderConfig | T5Config) -> Method | None:

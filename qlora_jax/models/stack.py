@@ -14,7 +14,7 @@ from jax import Array
 
 from qlora_jax.models.parameter_mapping import ParameterMapping, linear_mappings, linear_modules
 from qlora_jax.nn import gather
-from qlora_jax.nn.parallel import devices_of_context
+from qlora_jax.nn.mesh import devices_of_context
 from qlora_jax.quant import MixedStack, MixedTensor, Quantization, QuantizedTensor, index_in_stack, mixed_stack
 
 Remat = Literal["none", "dots", "full", "offload"]

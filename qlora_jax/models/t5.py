@@ -38,6 +38,7 @@ from qlora_jax.nn import (
     checkpoint_name,
     gather,
     relative_attention,
+    split_heads,
     with_prefix,
 )
 from qlora_jax.nn.context import AdapterIds
@@ -268,8 +269,7 @@ class T5(nnx.Module):
         _, (source_keys, source_values) = jax.lax.scan(run_layer, None, layers)
         n = 0 if prefix is None else prefix[0].shape[1]
         shape = (config.num_decoder_layers, batch, n + capacity, config.num_heads, config.head_dim)
-        # Two different buffers, because a buffer can be donated only once.
-        keys, values = jnp.zeros(shape, encoded.dtype), jnp.zeros(shape, encoded.dtype)
+        keys, values = (split_heads(jnp.zeros(shape, encoded.dtype), 3) for _ in range(2))  # two, because each is donated
         if prefix is not None:
             keys, values = (
                 x.at[:, :, :n].set(before[:, None].astype(x.dtype)) for x, before in zip((keys, values), prefix, strict=True)

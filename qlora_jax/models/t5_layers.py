@@ -12,7 +12,16 @@ from jaxtyping import Shaped
 from qlora_jax.models.decoder import Attend, MakeLinear
 from qlora_jax.models.stack import stack
 from qlora_jax.models.t5_config import T5Config
-from qlora_jax.nn import Activation, Embedding, LayerContext, RMSNorm, activate, glu, relative_position_bias
+from qlora_jax.nn import (
+    Activation,
+    Embedding,
+    LayerContext,
+    RMSNorm,
+    activate,
+    glu,
+    relative_position_bias,
+    with_whole_features,
+)
 from qlora_jax.nn.context import Contexts
 
 SourceMask = Shaped[Array, "b s"] | None  # 0 for padding; None: no padding
@@ -87,6 +96,7 @@ class T5Layer(nnx.Module):
             attend_sources: maps queries to the result of cross-attention to the sources; None in the encoder.
             contexts: those of the linear layers, as `layer_contexts` makes them.
         """
+        x = with_whole_features(x)
         attention, normed = self.self_attention, self.self_attention_norm(x)
         attended, cache = attend(attention.queries(normed, contexts), *attention.keys_and_values(normed, contexts))
         x = x + attention.output(attended, contexts)
@@ -94,7 +104,7 @@ class T5Layer(nnx.Module):
             attention, cross_contexts = self.cross_attention, contexts[_CROSS]
             attended = attend_sources(attention.queries(self.cross_attention_norm(x), cross_contexts))
             x = x + attention.output(attended, cross_contexts)
-        return x + self.feed_forward(self.feed_forward_norm(x), contexts[_CROSS.stop :]), cache
+        return with_whole_features(x + self.feed_forward(self.feed_forward_norm(x), contexts[_CROSS.stop :])), cache
 
     def keys_and_values_of(self, encoded: Array, contexts: Contexts) -> tuple[Array, Array]:
         """Return the keys and values of cross-attention, `[b, s, heads, head_dim]`, for encoded sources."""

@@ -14,15 +14,31 @@ from qlora_jax.nn.delta import Delta, add_delta
 from qlora_jax.nn.embedding import Embedding, VocabularyMatrix
 from qlora_jax.nn.host import HostArray, copy_to_device, fetch_to_device
 from qlora_jax.nn.linear import AdapterConstant, Linear, LinearAdapter, MakesAdapter, ReadsWeight, WeightConstant
+from qlora_jax.nn.mesh import MeshShape, context_mesh, data_mesh, mesh_context, row_shards, shape_on
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
-from qlora_jax.nn.parallel import abstract_module, data_mesh, frozen_sharding, gather, mesh_context, put_on_mesh, split_axis
+from qlora_jax.nn.parallel import (
+    abstract_module,
+    frozen_sharding,
+    frozen_shardings,
+    gather,
+    laid_out,
+    over_heads,
+    put_adapter,
+    put_on_mesh,
+    put_rows,
+    split_heads,
+    spread_rows,
+    with_whole_features,
+)
 from qlora_jax.nn.relative import relative_position_bias
 from qlora_jax.nn.residuals import checkpoint_name
+from qlora_jax.nn.roles import ROLES, Role, role_of, split_axis
 from qlora_jax.nn.rope import RotaryEmbedding, rotate
 from qlora_jax.nn.shifted import shifted_group_attention
 
 __all__ = [
     "CPU",
+    "ROLES",
     "Activation",
     "AdapterConstant",
     "AttentionTarget",
@@ -34,8 +50,10 @@ __all__ = [
     "Linear",
     "LinearAdapter",
     "MakesAdapter",
+    "MeshShape",
     "RMSNorm",
     "ReadsWeight",
+    "Role",
     "RotaryEmbedding",
     "VocabularyMatrix",
     "WeightConstant",
@@ -47,18 +65,30 @@ __all__ = [
     "cached_attention",
     "causal_attention",
     "checkpoint_name",
+    "context_mesh",
     "copy_to_device",
     "data_mesh",
     "fetch_to_device",
     "frozen_sharding",
+    "frozen_shardings",
     "gather",
     "glu",
+    "laid_out",
     "mesh_context",
+    "over_heads",
+    "put_adapter",
     "put_on_mesh",
+    "put_rows",
     "relative_attention",
     "relative_position_bias",
+    "role_of",
     "rotate",
+    "row_shards",
+    "shape_on",
     "shifted_group_attention",
     "split_axis",
+    "split_heads",
+    "spread_rows",
     "with_prefix",
+    "with_whole_features",
 ]

@@ -19,6 +19,7 @@ from qlora_jax.nn.attention_packed import packed_attention
 from qlora_jax.nn.attention_splash import splash_attention
 from qlora_jax.nn.attention_target import CPU, AttentionTarget, choose_kernel
 from qlora_jax.nn.attention_tiles import diagonals, largest_tile, tile_of, tiled_attention
+from qlora_jax.nn.parallel import over_heads
 from qlora_jax.nn.residuals import checkpoint_name
 from qlora_jax.quant.dense_matmul import einsum
 
@@ -65,26 +66,30 @@ def causal_attention(
     kernel = choose_kernel(
         target, head_dim=head_dim, length=length, dtype=q.dtype, cap=cap, segmented=segmented, window=window, shared=shared
     )
-    if kernel.name == "blocks":
-        if length <= _LONGEST:
-            return _in_blocks(q, k, v, segment_ids, window, scale, cap, shared)
-        mask = Mask(CausalRows(window, shared), segment_ids)
-        return tiled_attention(q, k, v, mask, scale=scale, cap=cap, largest_tile=largest_tile(target))
-    # No token attends to the tokens that are added at the end, and zero features change nothing.
-    more = ((0, 0), (0, kernel.length - length), (0, 0), (0, kernel.head_dim - head_dim))
-    if more[1][1] or more[3][1]:
-        q, k, v = (jnp.pad(x, more) for x in (q, k, v))
-        segment_ids = None if segment_ids is None else jnp.pad(segment_ids, more[:2])
-    if segment_ids is not None and kernel.name == "cudnn":
-        return packed_attention(q, k, v, segment_ids, window=window, scale=scale, shared=shared)[..., :head_dim]
-    if kernel.name == "splash":
-        attended = splash_attention(q, k, v, segment_ids, window, scale, cap)
-    else:
-        local = None if window is None else (window - 1, 0)
-        attended = jax.nn.dot_product_attention(
-            q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
-        )
-    return checkpoint_name(attended, "attention")[:, :length, :, :head_dim]
+
+    def attend(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+        if kernel.name == "blocks":
+            if length <= _LONGEST:
+                return _in_blocks(q, k, v, segment_ids, window, scale, cap, shared)
+            mask = Mask(CausalRows(window, shared), segment_ids)
+            return tiled_attention(q, k, v, mask, scale=scale, cap=cap, largest_tile=largest_tile(target))
+        # No token attends to the tokens that are added at the end, and zero features change nothing.
+        more = ((0, 0), (0, kernel.length - length), (0, 0), (0, kernel.head_dim - head_dim))
+        if more[1][1] or more[3][1]:
+            q, k, v = (jnp.pad(x, more) for x in (q, k, v))
+            segment_ids = None if segment_ids is None else jnp.pad(segment_ids, more[:2])
+        if segment_ids is not None and kernel.name == "cudnn":
+            return packed_attention(q, k, v, segment_ids, window=window, scale=scale, shared=shared)[..., :head_dim]
+        if kernel.name == "splash":
+            attended = splash_attention(q, k, v, segment_ids, window, scale, cap)
+        else:
+            local = None if window is None else (window - 1, 0)
+            attended = jax.nn.dot_product_attention(
+                q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
+            )
+        return checkpoint_name(attended, "attention")[:, :length, :, :head_dim]
+
+    return over_heads(attend, (q, 2), (k, 2), (v, 2), rows=segment_ids)
 
 
 def scores_at_once(length: int, target: AttentionTarget, *, causal: bool = True) -> tuple[int, int]:
@@ -174,7 +179,11 @@ def biased_attention(
         bias: float32 `[heads, t, s]`, added to the scaled scores; it gets no gradient. None: no bias.
         scale: factor on the scores q·k.
     """
-    return _grouped(q, _heads_first(k, v), mask, bias, scale, None)
+
+    def attend(q: Array, k: Array, v: Array, bias: Array | None, mask: Array) -> Array:
+        return _grouped(q, _heads_first(k, v), mask, bias, scale, None)
+
+    return over_heads(attend, (q, 2), (k, 2), (v, 2), (bias, 0), rows=mask)
 
 
 def relative_attention(
@@ -205,11 +214,15 @@ def relative_attention(
         `[b, t, heads, d]` in the dtype of q.
     """
     (t, s), visible = (q.shape[1], k.shape[1]), KeyRows(before)
-    if max(t, s) > _LONGEST:
-        mask, tile = Mask(visible, keys), largest_tile(target)
-        return tiled_attention(q, k, v, mask, scale=scale, largest_tile=tile, distance_bias=distance_bias)
-    bias = None if distance_bias is None else diagonals(distance_bias, t, s)
-    return _grouped(q, _heads_first(k, v), visible.mask(keys, jnp.arange(t), jnp.arange(s)), bias, scale, None)
+
+    def attend(q: Array, k: Array, v: Array, distance_bias: Array | None, keys: Array) -> Array:
+        if max(t, s) > _LONGEST:
+            mask, tile = Mask(visible, keys), largest_tile(target)
+            return tiled_attention(q, k, v, mask, scale=scale, largest_tile=tile, distance_bias=distance_bias)
+        bias = None if distance_bias is None else diagonals(distance_bias, t, s)
+        return _grouped(q, _heads_first(k, v), visible.mask(keys, jnp.arange(t), jnp.arange(s)), bias, scale, None)
+
+    return over_heads(attend, (q, 2), (k, 2), (v, 2), (distance_bias, 0), rows=keys)
 
 
 def cached_attention(
@@ -235,18 +248,21 @@ def cached_attention(
         cap: scores become cap * tanh(score / cap); None: no cap.
     """
     (b, t), scale = q.shape[:2], float(q.shape[-1] ** -0.5 if scale is None else scale)
+
+    def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+        return _grouped(q, (k, v), mask, None, scale, cap)
+
+    def attend_block(block: tuple[Array, Array]) -> Array:
+        return over_heads(attend, (block[0], 2), (k, 1), (v, 1), rows=mask_of(block[1]))
+
     if t <= QUERIES_AT_ONCE:
-        return _grouped(q, (k, v), mask_of(jnp.arange(t)), None, scale, cap)
-
-    def attend(block: tuple[Array, Array]) -> Array:
-        return _grouped(block[0], (k, v), mask_of(block[1]), None, scale, cap)
-
+        return attend_block((q, jnp.arange(t)))
     count = -(-t // QUERIES_AT_ONCE)
     padded = jnp.pad(q, ((0, 0), (0, count * QUERIES_AT_ONCE - t), (0, 0), (0, 0)))
     blocks = padded.reshape(b, count, QUERIES_AT_ONCE, *q.shape[2:]).swapaxes(0, 1)
     # The numbers of padded queries are that of the last query, so that they are in the mask.
     numbers = jnp.minimum(jnp.arange(count * QUERIES_AT_ONCE), t - 1).reshape(count, -1)
-    return jax.lax.map(attend, (blocks, numbers)).swapaxes(0, 1).reshape(padded.shape)[:, :t]
+    return jax.lax.map(attend_block, (blocks, numbers)).swapaxes(0, 1).reshape(padded.shape)[:, :t]
 
 
 def _heads_first(k: Array, v: Array) -> tuple[Array, Array]:

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 
 from qlora_jax.errors import OptionError
 from qlora_jax.nn.delta import Delta, add_delta
+from qlora_jax.nn.parallel import with_whole_features
 from qlora_jax.quant import (
     EmbeddingStorage,
     PackedEmbedding,
@@ -130,10 +131,10 @@ class VocabularyMatrix:
             raise OptionError(f"embedding: expected a dense one if all its rows train, found {found}")
         return VocabularyMatrix(add_delta(self.weight, self.delta), low_rank=self.low_rank)
 
-    def split_rows(self, axis: str) -> tuple["VocabularyMatrix", P]:
-        """Return the matrix in a form whose rows can be split over a mesh axis, and the partition spec of its leaves."""
+    def split_rows(self, axes: tuple[str, ...]) -> tuple["VocabularyMatrix", P]:
+        """Return the matrix in a form whose rows can be split over mesh axes, and the partition spec of its leaves."""
         weight = with_single_scales(self.weight)
-        return dataclasses.replace(self, weight=weight), P(None, axis) if isinstance(weight, QuantizedTensor) else P(axis)
+        return dataclasses.replace(self, weight=weight), P(None, axes) if isinstance(weight, QuantizedTensor) else P(axes)
 
 
 class LowRank(Protocol):
@@ -202,7 +203,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "*tokens"]) -> Float[Array, "*tokens d"]:
         """Look token ids up: int32 `[...]` to `[..., features]` in the dtype of the weight."""
-        return self.matrix(tokens)
+        return with_whole_features(self.matrix(tokens))
 
     def logits(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
         """Return the logits `[..., vocabulary]` of hidden `[..., features]`, with the embedding as output head."""

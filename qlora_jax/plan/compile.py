@@ -2,8 +2,7 @@
 
     1. `train.build_step` builds the model, the adapter and the optimizer's state as shapes, without memory
     2. `train.place_step` gives each of them the sharding and the kind of memory that it has in training, over the mesh of a
-       described machine (`plan.topology`): frozen weights and the rows of the batch are spread over the devices, adapter and
-       state are whole on each device
+       described machine (`plan.topology`), as `nn.parallel` describes
     3. the jitted step, which is the function that training runs, is lowered and compiled for that machine
     4. XLA's buffer assignment gives the memory of the compiled program on each device:
 
@@ -36,7 +35,8 @@ from qlora_jax.plan.hlo import parse_program
 from qlora_jax.plan.topology import CompilerRefuses, context, machine_mesh
 from qlora_jax.plan.tree_bytes import tree_bytes, weight_bytes
 from qlora_jax.plan.workspace import add_workspaces, missing_workspace
-from qlora_jax.train.spec import StepSpec, build_step, place_step
+from qlora_jax.train.placement import place_step
+from qlora_jax.train.spec import StepSpec, build_step
 
 # Autotuning would run kernels on the device, which is not attached.
 COMPILER_OPTIONS = {"cuda": {"xla_gpu_autotune_level": "0"}, "tpu": {}}
@@ -125,7 +125,7 @@ def compile_train_step(spec: StepSpec[ModelSpec], machine: Machine) -> Plan:
         DoesNotFitError: the compiler refuses, since the memory is too small. libtpu does so; for a GPU the plan says it.
         QLoRAError: the adapter does not fit the model.
     """
-    mesh = machine_mesh(machine)
+    mesh = machine_mesh(machine, spec.mesh)
     step = place_step(build_step(spec, platform=machine.device.target, devices=machine.count), mesh)
     with context(mesh):
         program = compile_program(step.jit_train(), (step.state, step.frozen, step.batch), machine)
@@ -145,10 +145,10 @@ def compile_train_step(spec: StepSpec[ModelSpec], machine: Machine) -> Plan:
     )
 
 
-def place(tree: Any, mesh: Mesh, spec: P) -> Any:
-    """Return a tree of shapes with a sharding over the mesh."""
-    sharding = NamedSharding(mesh, spec)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+def place(tree: Any, mesh: Mesh, spec: Any) -> Any:
+    """Return a tree of shapes with shardings: one partition spec for all leaves, or a tree of shardings."""
+    shardings = jax.tree.map(lambda _: NamedSharding(mesh, spec), tree) if isinstance(spec, P) else spec
+    return jax.tree.map(lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own), tree, shardings)
 
 
 def compile_program(function: Any, arguments: tuple[Any, ...], machine: Machine) -> Program:

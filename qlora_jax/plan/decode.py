@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from qlora_jax.errors import UnsupportedError
 from qlora_jax.models import DecoderConfig, ModelSpec
-from qlora_jax.nn.parallel import frozen_shapes
+from qlora_jax.nn.mesh import TENSOR, shape_on
+from qlora_jax.nn.parallel import adapter_shardings, frozen_shapes
 from qlora_jax.plan.compile import Program, compile_program, place, versions
 from qlora_jax.plan.devices import Machine
 from qlora_jax.plan.topology import context, machine_mesh
@@ -51,12 +52,12 @@ def compile_decode_step(spec: StepSpec[ModelSpec], machine: Machine, *, capacity
     """
     if not isinstance(spec.model.config, DecoderConfig):
         raise UnsupportedError(f"decode: expected a decoder-only model, found {type(spec.model.config).__name__}")
-    mesh = machine_mesh(machine)
+    mesh = machine_mesh(machine, spec.mesh)
     model: Any = spec.model.abstract(machine.device.target)
     graphdef, adapter, frozen = split(model)
-    adapter, frozen = place(adapter, mesh, P()), frozen_shapes(mesh, frozen)
-    rows = spec.batch.batch_size * machine.count
-    cache = place(jax.eval_shape(lambda: model.init_cache(rows, capacity)), mesh, P())
+    adapter, frozen = place(adapter, mesh, adapter_shardings(mesh, adapter)), frozen_shapes(mesh, frozen)
+    rows = spec.batch.batch_size * shape_on(spec.mesh, machine.count).row_shards
+    cache = place(jax.eval_shape(lambda: model.init_cache(rows, capacity)), mesh, P(None, None, TENSOR))
     token = place(jax.ShapeDtypeStruct((rows,), jnp.int32), mesh, P())
     positions = place(jax.ShapeDtypeStruct((rows, 1), jnp.int32), mesh, P())
     state = nnx.merge_state(adapter, frozen)

@@ -16,7 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from qlora_jax.errors import UnsupportedError
-from qlora_jax.nn.parallel import AXIS
+from qlora_jax.nn.mesh import AXES, MeshShape, shape_on
 from qlora_jax.plan.devices import Machine, Platform
 from qlora_jax.quant import tracing_for
 
@@ -45,18 +45,23 @@ def check_compiler(machine: Machine) -> None:
         )
 
 
-def machine_mesh(machine: Machine) -> Mesh:
+def machine_mesh(machine: Machine, shape: MeshShape | None = None) -> Mesh:
     """Return a mesh of the machine's devices, which need not be attached.
 
     If no device of that kind is attached, the process must run with `JAX_PLATFORMS=cpu`. Otherwise JAX looks for a driver
     when it loads the compiler's plugin, finds none, and does not register the plugin.
 
+    Args:
+        machine: the devices.
+        shape: the number of devices along each axis of the mesh; None: all of them along `fsdp`.
+
     Raises:
+        OptionError: the shape has another number of devices.
         CompilerMissing: the device's compiler is not installed, or JAX did not register it.
         CompilerRefuses: the compiler does not know the device or the topology.
     """
     check_compiler(machine)
-    device = machine.device
+    device, sizes = machine.device, shape_on(shape, machine.count).sizes
     options: dict[str, Any] = {}
     if device.target_config is not None:
         options = {"target_config": device.target_config, "topology": f"1x1x{machine.count}"}
@@ -76,7 +81,8 @@ def machine_mesh(machine: Machine) -> Mesh:
         ) from error
     except jax.errors.JaxRuntimeError as error:
         raise CompilerRefuses(f"{machine.name}: the compiler does not know this topology: {_first_line(error)}") from error
-    return Mesh(np.asarray(topology.devices[: machine.count]), (AXIS,), axis_types=(AxisType.Auto,))
+    devices = np.asarray(topology.devices[: machine.count]).reshape(sizes)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from qlora_jax.quant.embedding import (
 )
 from qlora_jax.quant.matmul import matmul, with_implementation
 from qlora_jax.quant.mixed import MixedStack, MixedTensor, mixed_stack
+from qlora_jax.quant.parts import can_split_rows, with_parts
 from qlora_jax.quant.slots import IndexedSlots, SlotMatrices
 from qlora_jax.quant.spec import Quantization
 from qlora_jax.quant.stacked import StackedTensor, index_in_stack
@@ -45,6 +46,7 @@ __all__ = [
     "SlotMatrices",
     "StackedTensor",
     "by_platform",
+    "can_split_rows",
     "code_bits",
     "codebook",
     "dequantize",
@@ -66,6 +68,7 @@ __all__ = [
     "tracing_for",
     "with_double_quantization",
     "with_implementation",
+    "with_parts",
     "with_single_scales",
     "write_embedding_rows",
 ]

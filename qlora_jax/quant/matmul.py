@@ -15,7 +15,7 @@ There are two implementations of a product with a 4-bit matrix:
 kernel for the platform and the matrix. For more rows, for other matrices, and for gradients XLA multiplies; on TPUs a second
 kernel dequantises the matrix (`kernels.dequantizer`), because XLA takes several times as long, and on Hopper GPUs a kernel
 multiplies without a dense matrix in memory (`kernels.fused`), up to 2048 rows. On several devices XLA multiplies; each TPU
-dequantises the matrix that it has gathered by the kernel.
+dequantises the matrix that it has gathered by the kernel. On a mesh with a tensor axis XLA does all of it.
 
 "pallas" always uses the kernel, except for the gradient on GPUs. On platforms without a kernel it runs the TPU kernel in
 interpret mode, and it raises an error for matrices that the kernel does not support. The implementation is a property of the
@@ -37,7 +37,7 @@ from qlora_jax.quant import kernels, tiles
 from qlora_jax.quant.dense_matmul import dense_matmul, einsum
 from qlora_jax.quant.mixed import MixedTensor
 from qlora_jax.quant.stacked import StackedTensor
-from qlora_jax.quant.targets import by_platform
+from qlora_jax.quant.targets import by_platform, tensor_shards
 from qlora_jax.quant.tensor import Implementation, QuantizedTensor, dequantize
 
 FEW_ROWS = 64  # the most rows of x for which "auto" prefers the kernel
@@ -88,6 +88,10 @@ def matmul(
 
 def _chosen(x: Array, w: QuantizedTensor, wanted: Implementation) -> _Way:
     """Return how to multiply; "auto" is returned only if the kernel of the platform may be used."""
+    if _is_split(w):
+        if wanted == "pallas":
+            raise UnsupportedError("implementation 'pallas': no kernel takes matrices that are split over a tensor axis")
+        return "xla"
     if wanted == "pallas" and (reason := kernels.unsupported_reason(w, x.dtype)) is not None:
         raise UnsupportedError(f"implementation 'pallas': no kernel takes {reason}; 'auto' falls back to XLA")
     if wanted != "auto":
@@ -95,6 +99,11 @@ def _chosen(x: Array, w: QuantizedTensor, wanted: Implementation) -> _Way:
     if not kernels.on_one_device():
         return "dequantize" if kernels.on_several_devices() else "xla"
     return "dequantize" if x.shape[0] > FEW_ROWS or not kernels.exists(w, x.dtype) else "auto"
+
+
+def _is_split(w: QuantizedTensor) -> bool:
+    """Return whether the devices have parts of the matrix, by rows or by columns."""
+    return w.parts > 1 or tensor_shards() > 1
 
 
 def with_implementation(tree: Any, implementation: Implementation) -> Any:
@@ -107,7 +116,8 @@ def with_implementation(tree: Any, implementation: Implementation) -> Any:
 
 
 def _xla(x: Array, w: Packed, *, by_kernel: bool = False) -> Array:
-    few = x.shape[0] <= FEW_ROWS and (w.stack if isinstance(w, StackedTensor) else w).flat_shape is None
+    matrix = w.stack if isinstance(w, StackedTensor) else w
+    few = x.shape[0] <= FEW_ROWS and matrix.flat_shape is None and not _is_split(matrix)
     return _dense_product(_PRODUCT, x, w, by_kernel, few)
 
 

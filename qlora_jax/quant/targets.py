@@ -63,6 +63,11 @@ def is_for_hopper() -> bool:
     return has_hopper()
 
 
+def tensor_shards() -> int:
+    """Return the number of devices along the axis `tensor` of the context's mesh, each of which has a part of a matrix."""
+    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+
+
 def has_hopper() -> bool:
     """Return whether the first attached device is one of NVIDIA's Hopper GPUs."""
     return getattr(jax.devices()[0], "compute_capability", None) == "9.0"

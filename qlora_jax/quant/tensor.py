@@ -47,7 +47,7 @@ _CHUNK = 2**20  # number of values quantised at a time, which limits the float32
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("codes", "scales", "scale_absmax", "scale_offset"),
-    meta_fields=("data_type", "block_size", "dtype", "flat_shape", "implementation"),
+    meta_fields=("data_type", "block_size", "dtype", "flat_shape", "implementation", "parts"),
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedTensor:
@@ -63,6 +63,7 @@ class QuantizedTensor:
         dtype: dtype that `dequantize` returns by default.
         flat_shape: (in, out) in the flat layout; None in the column layout, where the shape follows from `codes`.
         implementation: the default implementation of `matmul` with this matrix: "xla", "pallas" or "auto".
+        parts: number of ranges of rows that are packed separately (`quant.parts`); 1 except on a mesh with a tensor axis.
     """
 
     codes: Array
@@ -74,6 +75,7 @@ class QuantizedTensor:
     dtype: Any
     flat_shape: tuple[int, int] | None
     implementation: Implementation = "auto"
+    parts: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -201,6 +203,9 @@ def pack(codes: Array, block_size: int) -> Array:
 def unpack(q: QuantizedTensor) -> Array:
     """Return the codes of one matrix, one in each byte: `[in, out]`, or `[blocks, block_size]` in the flat layout."""
     high, low = q.codes >> 4, q.codes & 15
+    if q.parts > 1:
+        high, low = (half.reshape(q.parts, -1, half.shape[-1]) for half in (high, low))
+        return jnp.concatenate([high, low], axis=1).reshape(-1, q.codes.shape[-1])
     return jnp.concatenate([high, low], axis=0 if q.flat_shape is None else 1)
 
 
@@ -292,7 +297,12 @@ def _dequantize_matrix(q: QuantizedTensor, dtype: Any) -> Array:
 
         def in_vectors(q: QuantizedTensor) -> Array:
             # The barrier makes XLA compute a scale once for each block and not once for each value.
-            return dequantize_in_vectors(q.codes, jax.lax.optimization_barrier(block_scales(q)), q.data_type)
+            scales = jax.lax.optimization_barrier(block_scales(q))
+            if q.parts == 1:
+                return dequantize_in_vectors(q.codes, scales, q.data_type)
+            codes, scales = (x.reshape(q.parts, -1, x.shape[-1]) for x in (q.codes, scales))
+            values = jax.vmap(partial(dequantize_in_vectors, data_type=q.data_type))(codes, scales)
+            return values.reshape(-1, values.shape[-1])
 
         return by_platform(q, cpu=in_vectors, default=halves).astype(dtype)
     values = _lookup(unpack(q), q.data_type)

@@ -34,6 +34,7 @@ from qlora_jax.train.optim import (
     learning_rate_schedule,
     optimizer,
 )
+from qlora_jax.train.placement import place_step
 from qlora_jax.train.precompile import Precompiled, compile_before_run, precompile
 from qlora_jax.train.spec import (
     BatchArray,
@@ -43,7 +44,6 @@ from qlora_jax.train.spec import (
     StepObjective,
     StepSpec,
     build_step,
-    place_step,
 )
 from qlora_jax.train.step import (
     TOKENS,

@@ -14,8 +14,8 @@ Each chunk reads the whole head twice. The size of a chunk is therefore the numb
 of memory, and never small (`chunk_tokens`). On a CPU it is smaller, so that the logits stay in the cache; multiplying takes
 many times longer there than reading the head.
 
-On several devices each device holds its rows of the head, and computes the logits of these rows alone for a chunk of the
-tokens of all devices:
+On several devices each device holds its rows of the head (over the axes `fsdp` and `tensor`), and computes the logits of
+these rows alone for a chunk of the tokens of all devices that share the head:
 
     h of all devices  →  own logits  →  maximum, sum of exponentials, own target's logit: reduced over devices
     dh = Σ over devices of (share of own rows) (own rows)
@@ -35,10 +35,12 @@ from jaxtyping import Array, Float, Int
 
 from qlora_jax.errors import UnsupportedError
 from qlora_jax.nn import VocabularyMatrix
+from qlora_jax.nn.mesh import ROWS
 from qlora_jax.quant import by_platform
 
 LOGITS = 2**27  # bytes that the float32 logits of a chunk take, about
 LEAST = 512  # tokens of a chunk: with fewer, reading the head takes longer than multiplying with it
+Axes = tuple[str, ...] | None
 CPU_SHARE = 4  # on a CPU both are divided by this
 
 
@@ -67,7 +69,7 @@ def token_losses(
     weights: Float[Array, " n"],
     chunk: int | None = None,
     cap: float | None = None,
-    axis: str | None = None,
+    axes: Axes = None,
 ) -> Float[Array, " n"]:
     """Return the weighted cross-entropy of each token, float32.
 
@@ -79,17 +81,17 @@ def token_losses(
         chunk: how many of this device's tokens have their logits in memory at a time; None: by the rows of the head and the
             platform.
         cap: logits are cap * tanh(products / cap); None: the products themselves.
-        axis: the mesh axis over whose devices the rows of the head and the tokens are spread, for calls inside
-            `jax.shard_map`; None: the head is whole.
+        axes: the mesh axes over which the rows of the head are spread, for calls inside `jax.shard_map`; the tokens are
+            spread over those of them that are in `ROWS`, too. None: the head is whole.
 
     Raises:
         UnsupportedError: the rows of a head with a trainable change are spread.
     """
     table = head if isinstance(head, VocabularyMatrix) else VocabularyMatrix(head)
     changes = (table.delta, table.low_rank)
-    if axis is not None and jax.tree.leaves(changes):
+    if axes is not None and jax.tree.leaves(changes):
         raise UnsupportedError("token_losses: expected a head without a delta where its rows are spread, found one")
-    settings = _Settings(table.rows, chunk, cap, axis)
+    settings = _Settings(table.rows, chunk, cap, axes)
     losses: Any = _token_losses(hidden, table.weight, changes, targets, weights, settings)
     return losses
 
@@ -100,7 +102,7 @@ def token_losses_and_hits(
     targets: Int[Array, " n"],
     weights: Float[Array, " n"],
     cap: float | None = None,
-    axis: str | None = None,
+    axes: Axes = None,
 ) -> Float[Array, "n 2"]:
     """Return for each token its weighted loss, and its weight where its target has the highest of all logits, else 0.
 
@@ -109,20 +111,20 @@ def token_losses_and_hits(
 
     def of_chunks(chunk: int, head: VocabularyMatrix, hidden: Array, targets: Array, weights: Array) -> Array:
         def run(part: tuple[Array, Array, Array]) -> Array:
-            h, target, weight = _gathered(axis, *part)
-            losses, logits, _ = _chunk_loss(head, h, target, weight, cap, axis)
-            own, here = _own_rows(head, target, axis)
+            h, target, weight = _gathered(axes, *part)
+            losses, logits, _ = _chunk_loss(head, h, target, weight, cap, axes)
+            own, here = _own_rows(head, target, axes)
             label = jnp.take_along_axis(logits, jnp.minimum(own, logits.shape[1] - 1)[:, None], axis=1)[:, 0]
-            highest = logits.max(-1) if axis is None else jax.lax.pmax(logits.max(-1), axis)
+            highest = logits.max(-1) if axes is None else jax.lax.pmax(logits.max(-1), axes)
             hits = here & (label >= highest)
-            if axis is not None:
-                hits = jax.lax.psum(hits.astype(jnp.float32), axis) > 0
-            return jnp.stack([_own(axis, losses), _own(axis, jnp.where(hits, weight, 0))])
+            if axes is not None:
+                hits = jax.lax.psum(hits.astype(jnp.float32), axes) > 0
+            return jnp.stack([_own(axes, losses), _own(axes, jnp.where(hits, weight, 0))])
 
         found = jax.lax.map(run, _chunks(chunk, hidden, targets, weights))
         return found.transpose(0, 2, 1).reshape(-1, 2)[: hidden.shape[0]]
 
-    return _with_chunk(of_chunks, None, axis, head.with_delta(), hidden, targets, weights)
+    return _with_chunk(of_chunks, None, axes, head.with_delta(), hidden, targets, weights)
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class _Settings:
     rows: tuple[int, ...] | None
     chunk: int | None
     cap: float | None
-    axis: str | None
+    axes: Axes
 
 
 Changes = tuple[Array | None, tuple[Array, Array] | None]  # the delta and the change of low rank of a head
@@ -146,17 +148,17 @@ def _head(weight: Any, changes: Changes, settings: _Settings) -> VocabularyMatri
 def _token_losses(
     hidden: Array, weight: Any, changes: Changes, targets: Array, weights: Array, settings: _Settings
 ) -> Array:
-    cap, axis = settings.cap, settings.axis
+    cap, axes = settings.cap, settings.axes
 
     def losses(chunk: int, head: VocabularyMatrix, hidden: Array, targets: Array, weights: Array) -> Array:
         def run(part: tuple[Array, Array, Array]) -> Array:
-            h, target, weight = _gathered(axis, *part)
-            return _own(axis, _chunk_loss(head, h, target, weight, cap, axis)[0])
+            h, target, weight = _gathered(axes, *part)
+            return _own(axes, _chunk_loss(head, h, target, weight, cap, axes)[0])
 
         return jax.lax.map(run, _chunks(chunk, hidden, targets, weights)).reshape(-1)[: hidden.shape[0]]
 
     head = _head(weight, changes, settings).with_delta()
-    return _with_chunk(losses, settings.chunk, axis, head, hidden, targets, weights)
+    return _with_chunk(losses, settings.chunk, axes, head, hidden, targets, weights)
 
 
 def _forward(
@@ -186,24 +188,24 @@ def _losses_and_gradients(
     table: VocabularyMatrix, hidden: Array, targets: Array, weights: Array, settings: _Settings
 ) -> tuple[Array, Array, Changes]:
     """Return the losses `[n]`, and the gradients of their sum with respect to the hidden states and the head's changes."""
-    cap, axis = settings.cap, settings.axis
+    cap, axes = settings.cap, settings.axes
 
     def of_chunks(chunk: int, table: VocabularyMatrix, hidden: Array, targets: Array, weights: Array) -> tuple[Any, ...]:
         head = table.with_delta()
 
         def run(sums: Any, part: tuple[Array, Array, Array]) -> tuple[Any, tuple[Array, Array]]:
-            h, target, weight = _gathered(axis, *part)
-            losses, logits, log_normalizer = _chunk_loss(head, h, target, weight, cap, axis)
+            h, target, weight = _gathered(axes, *part)
+            losses, logits, log_normalizer = _chunk_loss(head, h, target, weight, cap, axes)
             # The 1 of the target is subtracted in float32: for a confident token nothing of the difference would survive
             # bfloat16.
-            own, _ = _own_rows(head, target, axis)
+            own, _ = _own_rows(head, target, axes)
             share = jnp.exp(logits - log_normalizer[:, None]).at[jnp.arange(target.size), own].add(-1.0, mode="drop")
             if cap is not None:  # tanh' = 1 - tanh²
                 share = share * (1 - (logits / cap) ** 2)
             share = (share * weight[:, None]).astype(h.dtype)
-            of_hidden = _summed(axis, share, head)
+            of_hidden = _summed(axes, share, head)
             sums = jax.tree.map(jnp.add, sums, _of_changes(table, share, h))
-            return sums, (_own(axis, losses), of_hidden)
+            return sums, (_own(axes, losses), of_hidden)
 
         start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (table.delta, table.low_rank))
         chunks: Any = _chunks(chunk, hidden, targets, weights)
@@ -211,7 +213,7 @@ def _losses_and_gradients(
         count, features = hidden.shape
         return losses.reshape(-1)[:count], gradients.reshape(-1, features)[:count], of_changes
 
-    losses, of_hidden, of_changes = _with_chunk(of_chunks, settings.chunk, axis, table, hidden, targets, weights)
+    losses, of_hidden, of_changes = _with_chunk(of_chunks, settings.chunk, axes, table, hidden, targets, weights)
     return losses, of_hidden, of_changes
 
 
@@ -234,7 +236,7 @@ def _of_changes(table: VocabularyMatrix, share: Array, h: Array) -> Changes:
     return of_delta, of_low_rank
 
 
-def _with_chunk(run: Callable[..., Any], chunk: int | None, axis: str | None, head: VocabularyMatrix, *arrays: Array) -> Any:
+def _with_chunk(run: Callable[..., Any], chunk: int | None, axes: Axes, head: VocabularyMatrix, *arrays: Array) -> Any:
     """Return `run(chunk, head, *arrays)`, with the chunk of the platform if `chunk` is None.
 
     A head whose rows are spread over devices always takes the larger chunk, which the devices share.
@@ -242,61 +244,71 @@ def _with_chunk(run: Callable[..., Any], chunk: int | None, axis: str | None, he
     if chunk is not None:
         return run(chunk, head, *arrays)
     rows = head.shape[0]
-    if axis is not None:
-        return run(chunk_tokens(rows) // jax.lax.axis_size(axis), head, *arrays)
+    if axes is not None:
+        return run(chunk_tokens(rows) // jax.lax.axis_size(_of_tokens(axes)), head, *arrays)
     on_cpu, elsewhere = partial(run, chunk_tokens(rows, cpu=True)), partial(run, chunk_tokens(rows))
     return by_platform(head, *arrays, cpu=on_cpu, default=elsewhere)
 
 
 def _chunk_loss(
-    head: VocabularyMatrix, hidden: Array, targets: Array, weights: Array, cap: float | None, axis: str | None
+    head: VocabularyMatrix, hidden: Array, targets: Array, weights: Array, cap: float | None, axes: Axes
 ) -> tuple[Array, Array, Array]:
     """Return (weighted losses, float32 logits of this device's rows, logsumexp of all logits) of one chunk."""
     logits = _capped(head.logits(hidden, jnp.float32), cap)
-    log_normalizer = _logsumexp(logits, axis)
-    rows, here = _own_rows(head, targets, axis)
+    log_normalizer = _logsumexp(logits, axes)
+    rows, here = _own_rows(head, targets, axes)
     label_logit = jnp.einsum("nd,nd->n", hidden, head(rows).astype(hidden.dtype), preferred_element_type=jnp.float32)
-    if axis is not None:
-        label_logit = jax.lax.psum(jnp.where(here, label_logit, 0), axis)
+    if axes is not None:
+        label_logit = jax.lax.psum(jnp.where(here, label_logit, 0), axes)
     return weights * (log_normalizer - _capped(label_logit, cap)), logits, log_normalizer
 
 
-def _own_rows(head: VocabularyMatrix, tokens: Array, axis: str | None) -> tuple[Array, Array]:
+def _own_rows(head: VocabularyMatrix, tokens: Array, axes: Axes) -> tuple[Array, Array]:
     """Return (the tokens' rows in this device's part of the head, which tokens have a row there).
 
     The row of a token that belongs to another device is the number of rows, which is beyond the end.
     """
     count = head.shape[0]
-    first = 0 if axis is None else jax.lax.axis_index(axis) * count
+    first = 0 if axes is None else jax.lax.axis_index(axes) * count
     here = (tokens >= first) & (tokens < first + count)
     return jnp.where(here, tokens - first, count), here
 
 
-def _logsumexp(logits: Array, axis: str | None) -> Array:
-    if axis is None:
+def _logsumexp(logits: Array, axes: Axes) -> Array:
+    if axes is None:
         return jax.nn.logsumexp(logits, axis=-1)
-    highest = jax.lax.pmax(logits.max(-1), axis)
-    return highest + jnp.log(jax.lax.psum(jnp.exp(logits - highest[:, None]).sum(-1), axis))
+    highest = jax.lax.pmax(logits.max(-1), axes)
+    return highest + jnp.log(jax.lax.psum(jnp.exp(logits - highest[:, None]).sum(-1), axes))
 
 
-def _summed(axis: str | None, share: Array, head: VocabularyMatrix) -> Array:
+def _summed(axes: Axes, share: Array, head: VocabularyMatrix) -> Array:
     """Return share @ head; on several devices the sum of all devices' products, for this device's own tokens."""
-    if axis is None:
+    if axes is None:
         return head.weighted_sums(share)
-    return jax.lax.psum_scatter(head.weighted_sums(share, jnp.float32), axis, tiled=True).astype(share.dtype)
+    own = jax.lax.psum_scatter(head.weighted_sums(share, jnp.float32), _of_tokens(axes), tiled=True)
+    others = tuple(axis for axis in axes if axis not in ROWS)
+    return jax.lax.psum(own, others).astype(share.dtype)
 
 
-def _gathered(axis: str | None, *arrays: Array) -> tuple[Array, ...]:
+def _gathered(axes: Axes, *arrays: Array) -> tuple[Array, ...]:
     """Return the arrays with the rows of all devices."""
-    return arrays if axis is None else tuple(jax.lax.all_gather(array, axis, tiled=True) for array in arrays)
+    if axes is None:
+        return arrays
+    return tuple(jax.lax.all_gather(array, _of_tokens(axes), tiled=True) for array in arrays)
 
 
-def _own(axis: str | None, array: Array) -> Array:
+def _own(axes: Axes, array: Array) -> Array:
     """Return this device's rows of an array that holds the rows of all devices."""
-    if axis is None:
+    if axes is None:
         return array
-    count = array.shape[0] // jax.lax.axis_size(axis)
-    return jax.lax.dynamic_slice_in_dim(array, jax.lax.axis_index(axis) * count, count)
+    shared = _of_tokens(axes)
+    count = array.shape[0] // jax.lax.axis_size(shared)
+    return jax.lax.dynamic_slice_in_dim(array, jax.lax.axis_index(shared) * count, count)
+
+
+def _of_tokens(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the axes over which not only the rows of the head are spread but the tokens too."""
+    return tuple(axis for axis in axes if axis in ROWS)
 
 
 def _capped(logits: Array, cap: float | None) -> Array:

@@ -15,8 +15,9 @@ import jax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from qlora_jax.nn import VocabularyMatrix
-from qlora_jax.nn.parallel import AXIS, devices_of_context, over_rows
-from qlora_jax.train.cross_entropy import token_losses, token_losses_and_hits
+from qlora_jax.nn.mesh import weight_shards
+from qlora_jax.nn.parallel import HEAD_AXES, over_rows
+from qlora_jax.train.cross_entropy import Axes, token_losses, token_losses_and_hits
 
 Batch = Mapping[str, Array]
 
@@ -112,9 +113,9 @@ def _seq2seq_hidden(model: Any, batch: Batch, key: Array | None) -> Array:
 def _losses_of_tokens(model: Any, hidden: Array, targets: Array, weights: Array) -> Array:
     """Return the weighted cross-entropy of each token, float32 `[b, t]`."""
 
-    def losses(head: VocabularyMatrix, hidden: Array, targets: Array, weights: Array, axis: str | None) -> Array:
+    def losses(head: VocabularyMatrix, hidden: Array, targets: Array, weights: Array, axes: Axes) -> Array:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        each = token_losses(flat, head, targets.reshape(-1), weights.reshape(-1), None, model.logit_cap, axis)
+        each = token_losses(flat, head, targets.reshape(-1), weights.reshape(-1), None, model.logit_cap, axes)
         return each.reshape(targets.shape)
 
     return _over_rows_with_head(model.head, losses, hidden, targets, weights)
@@ -123,22 +124,22 @@ def _losses_of_tokens(model: Any, hidden: Array, targets: Array, weights: Array)
 def _loss_and_accuracy(model: Any, hidden: Array, batch: Batch) -> tuple[Array, dict[str, Array]]:
     """Return (summed loss, other sums); neither is to be differentiated."""
 
-    def sums_of_rows(head: VocabularyMatrix, hidden: Array, targets: Array, weights: Array, axis: str | None) -> Array:
+    def sums_of_rows(head: VocabularyMatrix, hidden: Array, targets: Array, weights: Array, axes: Axes) -> Array:
         flat = (hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1), weights.reshape(-1))
-        return token_losses_and_hits(*flat, model.logit_cap, axis).reshape(*targets.shape, 2).sum(1)
+        return token_losses_and_hits(*flat, model.logit_cap, axes).reshape(*targets.shape, 2).sum(1)
 
     sums = _over_rows_with_head(model.head, sums_of_rows, hidden, batch["targets"], batch["loss_mask"]).sum(0)
     return sums[0], {"mean_token_accuracy": sums[1]}
 
 
 def _over_rows_with_head(head: Any, function: Callable[..., Array], *arrays: Array) -> Array:
-    """Return `function(head, *arrays, axis)`, with the rows of the arrays spread over the devices.
+    """Return `function(head, *arrays, axes)`, with the rows of the arrays spread over the devices.
 
     The rows of the head are spread too where their number allows it and no change of the head trains.
     """
-    devices = devices_of_context()
+    shards = weight_shards()
     head = head if isinstance(head, VocabularyMatrix) else VocabularyMatrix(head)
     trains = head.delta is not None or head.low_rank is not None
-    axis = AXIS if devices > 1 and not trains and head.shape[0] % devices == 0 else None
-    head, spread = head.split_rows(AXIS) if axis is not None else (head, None)
-    return over_rows(partial(function, axis=axis), head, *arrays, spread=spread)
+    axes = HEAD_AXES if shards > 1 and not trains and head.shape[0] % shards == 0 else None
+    head, spread = head.split_rows(axes) if axes is not None else (head, None)
+    return over_rows(partial(function, axes=axes), head, *arrays, spread=spread)

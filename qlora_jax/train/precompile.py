@@ -17,10 +17,10 @@ import jax
 import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from qlora_jax.nn.parallel import AXIS
-from qlora_jax.train.spec import Step, StepSpec, build_step, place_step
+from qlora_jax.nn.parallel import rows_spec
+from qlora_jax.train.placement import place_step
+from qlora_jax.train.spec import Step, StepSpec, build_step
 
 _Program = Future[jax.stages.Compiled]
 _SWITCH_INTERVAL = sys.getswitchinterval()
@@ -91,7 +91,7 @@ def precompile(
 
     def compile_evaluation() -> jax.stages.Compiled:
         step = future.result()
-        sharding = None if mesh is None else NamedSharding(mesh, P(AXIS))
+        sharding = None if mesh is None else NamedSharding(mesh, rows_spec())
         micro_batch = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in step.micro_batch.items()
         }

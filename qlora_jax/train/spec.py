@@ -17,13 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
-from jax.sharding import PartitionSpec as P
 
 from qlora_jax.errors import OptionError
 from qlora_jax.nn.attention_target import AttentionTarget
-from qlora_jax.nn.parallel import AXIS, abstract_module, frozen_shapes
-from qlora_jax.train.offload import HOST, HostOffload, host_offload, memory_kinds
+from qlora_jax.nn.mesh import MeshShape, shape_on
+from qlora_jax.nn.parallel import abstract_module
+from qlora_jax.train.offload import HostOffload, host_offload
 from qlora_jax.train.optim import Optimizer, OptimizerName, learning_rate_schedule, optimizer
 from qlora_jax.train.step import (
     LossFunction,
@@ -116,7 +115,7 @@ class BatchSpec:
     """The size of a step's batch.
 
     Attributes:
-        batch_size: the rows of a micro-batch on each device.
+        batch_size: the rows of a micro-batch on each device; those of a tensor axis share them.
         micro_batches: the number of micro-batches whose gradients a step adds up.
         length: the tokens of a row; of an encoder-decoder, of its targets.
         source_length: the tokens of an encoder's source; None: as many as `length`.
@@ -189,12 +188,14 @@ class StepSpec(Generic[Model]):
         objective: what the step learns.
         batch: the size of its batch.
         optimizer: what updates the adapter.
+        mesh: the number of devices along each axis of the mesh; None: all devices along `fsdp`.
     """
 
     model: Model
     objective: StepObjective
     batch: BatchSpec = BatchSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
+    mesh: MeshShape | None = None
 
     @property
     def sequences(self) -> int:
@@ -215,13 +216,17 @@ class StepSpec(Generic[Model]):
     def batch_shapes(self, devices: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the shapes of a step's batch on all devices together, `[micro-batches, rows, tokens]`."""
         size, source = self.batch, self.batch.source_length or self.batch.length
-        rows = size.batch_size * devices
+        rows = size.batch_size * shape_on(self.mesh, devices).row_shards
         return {
             array.name: jax.ShapeDtypeStruct(
                 (size.micro_batches, rows, source if array.of_source else size.length), jnp.dtype(array.dtype)
             )
             for array in self.objective.arrays
         }
+
+    def along_fsdp(self, devices: int) -> tuple["StepSpec[Model]", int]:
+        """Return (this step with all devices along `fsdp`, the number of devices that store as much as these each)."""
+        return dataclasses.replace(self, mesh=None), shape_on(self.mesh, devices).weight_shards
 
     def select(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return the arrays of a batch `[rows, tokens]` that the losses read."""
@@ -313,34 +318,3 @@ def _prepared(spec: StepSpec[Any], platform: str | AttentionTarget | None) -> An
         return model
     graphdef, state = nnx.split(model)
     return abstract_module(lambda state: spec.objective.prepare(nnx.merge(graphdef, state)), state)
-
-
-def place_step(step: Step, mesh: Mesh | None) -> Step:
-    """Return a step of shapes with the sharding that training gives each of them.
-
-    Frozen weights and the rows of the batch are spread over the devices, the state is whole on each device, and what the
-    optimizer moves to the host is in pinned host memory.
-
-    Args:
-        step: the step, with shapes as its arguments.
-        mesh: the devices, which need not be attached; None: the default device.
-    """
-
-    def place(tree: Any, spec: P, memory_kind: str | None = None) -> Any:
-        # NamedSharding keeps the kind of memory when a program is compiled for other devices; SingleDeviceSharding drops it.
-        whole: Sharding = (
-            SingleDeviceSharding(jax.devices()[0], memory_kind=memory_kind)
-            if mesh is None
-            else NamedSharding(mesh, spec, memory_kind=memory_kind)
-        )
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), tree)
-
-    state = place(step.state, P())
-    if isinstance(step.tx, HostOffload):
-        kinds = memory_kinds(step.state.opt_state)
-        opt_state = jax.tree.map(lambda leaf, kind: place(leaf, P(), kind), step.state.opt_state, kinds)
-        state = dataclasses.replace(state, opt_state=opt_state)
-        if step.tx.adapter:
-            state = dataclasses.replace(state, adapter=place(step.state.adapter, P(), HOST))
-    batch = step.batch if mesh is None else place(step.batch, P(None, AXIS))
-    return dataclasses.replace(step, state=state, frozen=frozen_shapes(mesh, step.frozen), batch=batch)

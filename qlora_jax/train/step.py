@@ -21,6 +21,8 @@ from jax import Array
 
 from qlora_jax.errors import OptionError
 from qlora_jax.nn.host import to_device, to_host
+from qlora_jax.nn.mesh import tensor_shards
+from qlora_jax.nn.parallel import adapter_shardings
 from qlora_jax.train.offload import HostOffload, host_add, host_gradient, host_zeros
 from qlora_jax.train.optim import Optimizer
 
@@ -92,7 +94,10 @@ def create_state(tx: Transformation, adapter: Any, seed: int = 0) -> TrainState:
     that a step returns are; otherwise the second step would compile the program once more.
     """
     donated = () if in_host_memory(tx) else (0,)  # a buffer of the device cannot become one of the host
-    state = jax.jit(lambda adapter: init_state(tx, adapter, seed), donate_argnums=donated)(adapter)
+    init, shardings = partial(init_state, tx, seed=seed), None
+    if tensor_shards() > 1 and not isinstance(tx, HostOffload):
+        shardings = adapter_shardings(jax.sharding.get_mesh(), adapter, jax.eval_shape(init, adapter))
+    state = jax.jit(init, donate_argnums=donated, out_shardings=shardings)(adapter)
     return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
 
 

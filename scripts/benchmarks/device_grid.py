@@ -27,8 +27,7 @@ from qlora_jax.models import FAMILIES, ModelSpec, family_of
 from qlora_jax.plan import Machine, compile_decode_step, compile_train_step, machine_mesh, machine_named, quick_plan
 from qlora_jax.plan.topology import context
 from qlora_jax.platforms import use_compilers_only
-from qlora_jax.train import StepSpec
-from qlora_jax.train.spec import build_step, place_step
+from qlora_jax.train import StepSpec, build_step, place_step
 from scripts.benchmarks.model_sizes import check_names
 
 _SMALL: dict[str, Any] = {

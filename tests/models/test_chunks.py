@@ -18,7 +18,7 @@ from tiers import tiered
 
 from qlora_jax.models import CausalLM, ModelSpec, chunks, family_of
 from qlora_jax.models.chunks import chunk_count, over_chunks
-from qlora_jax.nn import LayerContext, data_mesh, put_on_mesh
+from qlora_jax.nn import LayerContext, data_mesh, put_on_mesh, put_rows
 from qlora_jax.peft import LoRA
 from qlora_jax.plan.flops import count_flops
 from qlora_jax.quant import Quantization
@@ -214,7 +214,7 @@ def learned() -> dict[str, float]:
     chunks.CHUNK = 128 * 4 // jax.device_count()
     graph, adapter, frozen = build("llama")
     mesh = data_mesh()
-    batch = put_on_mesh(mesh, {name: leaf[None] for name, leaf in batch_of(4, 192).items()}, P(None, "data"))
+    batch = put_rows(mesh, {name: leaf[None] for name, leaf in batch_of(4, 192).items()}, 1)
     tx = adamw(1e-2)
     state = create_state(tx, put_on_mesh(mesh, adapter, P()))
     with nullcontext() if mesh is None else jax.set_mesh(mesh):

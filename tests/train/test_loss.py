@@ -244,10 +244,9 @@ def test_the_loss_of_a_language_model() -> None:
 _DEVICES = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec as P
 sys.path.insert(0, sys.argv[1])
 from test_loss import problem, reference
-from qlora_jax.nn import VocabularyMatrix, data_mesh, frozen_sharding
+from qlora_jax.nn import VocabularyMatrix, data_mesh, frozen_sharding, put_rows
 from qlora_jax.quant import quantize_embedding, embedding_lookup
 from qlora_jax.train.loss import row_losses
 
@@ -260,7 +259,6 @@ def plain(h, head, targets, weights, cap):
     return -(weights * jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]).sum()
 
 mesh, found = data_mesh(), []
-by_rows = NamedSharding(mesh, P("data"))
 cases = (
     (20, None, None, "none"), (20, None, 2.5, "none"), (20, None, None, "int8"), (20, None, None, "nf4"),
     (21, None, None, "none"), (20, (3, 17), None, "none"),
@@ -274,7 +272,7 @@ for vocabulary, rows, cap, storage in cases:
     def loss(hidden, delta, head, targets, weights):
         return row_losses(Model(VocabularyMatrix(head, delta, rows), cap), hidden, targets, weights).sum()
 
-    placed = [jax.device_put(x, by_rows) for x in (hidden, targets, weights)]
+    placed = put_rows(mesh, [hidden, targets, weights])
     packed = quantize_embedding(jnp.asarray(head), storage)
     spread = jax.tree.map(lambda leaf: jax.device_put(leaf, frozen_sharding(mesh, leaf.shape)), packed)
     head = np.asarray(embedding_lookup(packed, jnp.arange(vocabulary)))

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.export.merge import merge
-from qlora_jax.nn import data_mesh, mesh_context, put_on_mesh
+from qlora_jax.nn import data_mesh, mesh_context, put_on_mesh, put_rows
 from qlora_jax.peft import LoRA
 from qlora_jax.quant import MixedStack, Quantization, QuantizedTensor
 from qlora_jax.serve import generate
@@ -56,7 +56,7 @@ def results(folder: Path) -> dict[str, Any]:
         state, rows = create_state(tx, put_on_mesh(mesh, adapter, P())), []
         step = jit_train_step(graph, tx, language_model_loss, state)
         for _ in range(2):
-            state, metrics = step(state, frozen, put_on_mesh(mesh, jax.tree.map(jnp.asarray, batch), P(None, "data")))
+            state, metrics = step(state, frozen, put_rows(mesh, jax.tree.map(jnp.asarray, batch), 1))
             rows.append([float(metrics["loss"]), float(metrics["grad_norm"])])
         weights = nnx.state(nnx.merge(graph, state.adapter, frozen))
         answers = generate(graph, weights, [[5, 17, 200], [33]], max_new_tokens=8)

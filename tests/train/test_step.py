@@ -321,7 +321,7 @@ import jax, numpy as np
 from jax.sharding import PartitionSpec as P
 sys.path[:0] = sys.argv[1:]
 import test_step as T
-from qlora_jax.nn import data_mesh, frozen_sharding, put_on_mesh
+from qlora_jax.nn import data_mesh, frozen_sharding, put_on_mesh, put_rows
 from qlora_jax.train import adamw, create_state, host_offload, jit_train_step, language_model_loss
 
 mesh = data_mesh()
@@ -335,7 +335,7 @@ with nullcontext() if mesh is None else jax.set_mesh(mesh):
     state = create_state(tx, adapter)
     step = jit_train_step(graph, tx, language_model_loss, state)
     for number in range(4):
-        state, metrics = step(state, frozen, put_on_mesh(mesh, T.random_batch(2, 4, seed=number), P(None, "data")))
+        state, metrics = step(state, frozen, put_rows(mesh, T.random_batch(2, 4, seed=number), 1))
         rows.append({name: float(value) for name, value in metrics.items()})
 print(json.dumps({
     "devices": jax.device_count(),

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from qlora_jax.errors import OptionError
+from qlora_jax.nn import MeshShape, shape_on
 
 MOST_EPOCHS = 100_000  # each is shuffled, and packed, to count the steps of a run
 
@@ -21,7 +22,7 @@ class RunOptions:
     max_steps: int | None = None
     """Number of steps of the run, instead of epochs, in as many passes as they take. More of them extend a finished run."""
     batch_size: int = 2
-    """Rows of one micro-batch on each device."""
+    """Rows of one micro-batch on each device; the devices of a tensor axis share them."""
     accumulation_steps: int = 1
     """Number of micro-batches whose gradients are averaged in one step."""
     seed: int = 0
@@ -32,6 +33,8 @@ class RunOptions:
     """Measure RougeL of an encoder-decoder at every evaluation, not only after training."""
     early_stopping_patience: int = 0
     """Stop after so many evaluations without a lower held-out loss, and save the adapter of the lowest; 0: never stop."""
+    mesh: str | None = None
+    """Number of devices along each axis, such as data=2,fsdp=2,tensor=2; all devices along fsdp if not given."""
     save_every: int = 20
     """Steps between checkpoints; 0: only after the last step."""
     keep: int = 3
@@ -57,7 +60,17 @@ class RunOptions:
             low.append("early_stopping_patience: expected eval_every of at least 1, found 0")
         if low:
             raise OptionError("; ".join(low))
+        _ = self.mesh_shape
+
+    @property
+    def mesh_shape(self) -> MeshShape | None:
+        """The shape of the mesh; None if all devices are along `fsdp`."""
+        return None if self.mesh is None else MeshShape.parse(self.mesh)
+
+    def micro_batch_rows(self, devices: int) -> int:
+        """Return the rows of one micro-batch on so many devices."""
+        return self.batch_size * shape_on(self.mesh_shape, devices).row_shards
 
     def rows_of_step(self, devices: int) -> int:
         """Return the rows of one step on so many devices."""
-        return self.batch_size * self.accumulation_steps * devices
+        return self.accumulation_steps * self.micro_batch_rows(devices)

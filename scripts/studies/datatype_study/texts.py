@@ -14,14 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.data import DataError, encode_all, open_source
 from qlora_jax.evaluate import padded_batches
 from qlora_jax.finetune.objectives.corpus import named_errors
-from qlora_jax.nn import data_mesh, put_on_mesh
+from qlora_jax.nn import context_mesh, put_rows, row_shards
 from qlora_jax.train.loss import row_losses
 
 LEAST = 16  # least number of tokens in a text: the mean over fewer tokens is mostly noise
@@ -76,12 +75,11 @@ def text_losses(
     graphdef: nnx.GraphDef[Any], state: Any, texts: Texts, *, batch_size: int, progress: bool = False
 ) -> np.ndarray:
     """Return the loss of each text, float64 `[n]`; in the context of a mesh, rows are distributed over its devices."""
-    mesh = None if jax.sharding.get_abstract_mesh().empty else data_mesh()
-    devices = 1 if mesh is None else mesh.size
+    mesh, devices = context_mesh(), row_shards()
     result = np.zeros(len(texts.tokens))
     batches = padded_batches(texts.tokens, -(-batch_size // devices) * devices)
     for indices, tokens, lengths in tqdm(batches, desc="texts", unit="batch", leave=False, disable=not progress):
-        placed = put_on_mesh(mesh, (tokens, lengths), P("data"))
+        placed = put_rows(mesh, (tokens, lengths))
         result[indices] = np.asarray(_losses(graphdef, state, *placed))[: len(indices)]
     return result
 
