@@ -42,7 +42,7 @@ from qlora_jax.nn.attention_cudnn import flash_attention, flash_gradients
 from qlora_jax.nn.attention_target import LEAF
 from qlora_jax.nn.attention_tiles import tile_attention, tile_gradients
 from qlora_jax.nn.parallel import shard_rows
-from qlora_jax.nn.residuals import checkpoint_name
+from qlora_jax.nn.residuals import name_in_rule
 
 # Bytes of queries: of those whose heads are computed at once, and else of the heads that are computed at a time.
 _SMALL, _AT_ONCE = 2**26, 2**25
@@ -230,7 +230,7 @@ def _packed(q: Array, k: Array, v: Array, ids: Array, settings: _Settings) -> Ar
 def _forward(q: Array, k: Array, v: Array, ids: Array, settings: _Settings) -> tuple[Array, tuple[Array, ...]]:
     compute = partial(_forward_heads, ids=ids, settings=settings)
     out, logs = _by_heads(compute, (q, k, v), k.shape[2] // settings.heads)
-    out, logs = checkpoint_name(out, "attention"), checkpoint_name(logs, "attention")
+    out, logs = name_in_rule(out, "attention"), name_in_rule(logs, "attention")
     return out, (q, k, v, ids, out, logs)
 
 
