@@ -22,11 +22,13 @@ import jax.numpy as jnp
 
 from qlora_jax.models import DecoderConfig, ModelSpec
 from qlora_jax.models.chunks import chunk_count
+from qlora_jax.models.t5_config import T5Config
 from qlora_jax.nn import split_axis
 from qlora_jax.nn.attention import scores_at_once
 from qlora_jax.nn.attention_packed import heads_at_once
 from qlora_jax.nn.attention_target import AttentionTarget, Kernel, attention_target, choose_kernel
 from qlora_jax.plan.factors import FACTORS
+from qlora_jax.plan.seq2seq import seq2seq_residuals
 from qlora_jax.plan.tree_bytes import tree_bytes
 from qlora_jax.plan.workspace import attention_workspace
 from qlora_jax.quant import PackedEmbedding
@@ -186,6 +188,9 @@ def residual_bytes(spec: StepSpec[ModelSpec], target: AttentionTarget) -> tuple[
     dots      also the results of all matrix products, those inside adapters included, and of the attention
     none      also the values between these: norms, rotated queries and keys, the input of the down projection
     """
+    if isinstance(config := spec.model.config, T5Config):
+        saved = seq2seq_residuals(spec, config)
+        return (0, saved) if spec.model.remat == "offload" else (saved, 0)
     size, tokens = jnp.dtype(spec.model.dtype).itemsize, _positions(spec)
     layers, hidden, inner, heads, kv = _sizes(spec)
     stream = layers * tokens * hidden * size
@@ -194,7 +199,7 @@ def residual_bytes(spec: StepSpec[ModelSpec], target: AttentionTarget) -> tuple[
     if spec.model.remat == "offload":
         return 0, stream
     # q, k, v, the attention's output twice (attended and o), gate and up; down ends the layer and is not needed again
-    padding, sums = _attended(spec, target)
+    padding, sums = _attended(spec, config, target)
     products = tokens * (heads + 2 * kv + hidden + 2 * inner) * size + int(padding * tokens * heads) * size + sums
     method = spec.model.method
     lora = 0 if method is None else tokens * 7 * method.rank * size
@@ -208,17 +213,14 @@ def residual_bytes(spec: StepSpec[ModelSpec], target: AttentionTarget) -> tuple[
     return saved + layers * between, 0
 
 
-def _attended(spec: StepSpec[ModelSpec], target: AttentionTarget) -> tuple[float, int]:
+def _attended(spec: StepSpec[ModelSpec], config: DecoderConfig, target: AttentionTarget) -> tuple[float, int]:
     """Return (how many times as large the padded heads of a kernel are, bytes of the sums that XLA's attention saves).
 
     A kernel is given padded rows and heads, and its padded result is saved. XLA's attention saves a float32 sum for each
     head of each token as well.
     """
-    config, groups = spec.model.config, spec.objective.attention_groups
-    keys = -(-_keys(spec) // groups)
-    sums = _positions(spec) * (config.num_attention_heads if isinstance(config, DecoderConfig) else config.num_heads) * 4
-    if not isinstance(config, DecoderConfig):
-        return 1.0, sums
+    keys = -(-_keys(spec) // spec.objective.attention_groups)
+    sums = _positions(spec) * config.num_attention_heads * 4
     kernel = _kernel(spec, config, target, keys)
     if kernel.name == "blocks":
         return 1.0, sums
