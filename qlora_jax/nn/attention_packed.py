@@ -68,9 +68,8 @@ def packed_attention(
     if shared:
         segment_ids = jnp.where(jnp.arange(length) < shared, _SHARED, segment_ids)
     real = length if window is None else window
-    pieces, halvings = -(-length // real), _halvings(real)
-    leaf = -(-real // (8 * 2**halvings)) * 8
-    size = leaf * 2**halvings
+    pieces, halvings, size = -(-length // real), _halvings(real), padded_length(real)
+    leaf = size >> halvings
 
     def split(x: Array) -> Array:
         """Return the row in pieces, zeros before each of them and after the last token."""
@@ -91,6 +90,11 @@ def packed_attention(
 
     out = shard_rows(attend)(q, k, v, segment_ids)
     return out.reshape(-1, pieces, size, heads, d)[:, :, size - real :].reshape(-1, pieces * real, heads, d)[:, :length]
+
+
+def padded_length(length: int) -> int:
+    """Return the tokens of a row without a window as they are computed, with zeros before the first one."""
+    return -(-length // (8 << _halvings(length))) * (8 << _halvings(length))
 
 
 def _halvings(length: int) -> int:

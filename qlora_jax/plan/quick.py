@@ -20,12 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.models import DecoderConfig, ModelSpec
+from qlora_jax.models import DecoderConfig, ModelSpec, T5Config
 from qlora_jax.models.chunks import chunk_count
-from qlora_jax.models.t5_config import T5Config
 from qlora_jax.nn import split_axis
 from qlora_jax.nn.attention import scores_at_once
-from qlora_jax.nn.attention_packed import heads_at_once
+from qlora_jax.nn.attention_packed import heads_at_once, padded_length
 from qlora_jax.nn.attention_target import AttentionTarget, Kernel, attention_target, choose_kernel
 from qlora_jax.plan.factors import FACTORS
 from qlora_jax.plan.seq2seq import seq2seq_residuals
@@ -189,8 +188,7 @@ def residual_bytes(spec: StepSpec[ModelSpec], target: AttentionTarget) -> tuple[
     none      also the values between these: norms, rotated queries and keys, the input of the down projection
     """
     if isinstance(config := spec.model.config, T5Config):
-        saved = seq2seq_residuals(spec, config)
-        return (0, saved) if spec.model.remat == "offload" else (saved, 0)
+        return seq2seq_residuals(spec, config, target)
     size, tokens = jnp.dtype(spec.model.dtype).itemsize, _positions(spec)
     layers, hidden, inner, heads, kv = _sizes(spec)
     stream = layers * tokens * hidden * size
@@ -216,14 +214,16 @@ def residual_bytes(spec: StepSpec[ModelSpec], target: AttentionTarget) -> tuple[
 def _attended(spec: StepSpec[ModelSpec], config: DecoderConfig, target: AttentionTarget) -> tuple[float, int]:
     """Return (how many times as large the padded heads of a kernel are, bytes of the sums that XLA's attention saves).
 
-    A kernel is given padded rows and heads, and its padded result is saved. XLA's attention saves a float32 sum for each
-    head of each token as well.
+    A kernel is given padded rows and heads, and its padded result is saved. XLA's attention and that of packed rows on GPUs
+    save a float32 sum for each head of each token as well.
     """
     keys = -(-_keys(spec) // spec.objective.attention_groups)
     sums = _positions(spec) * config.num_attention_heads * 4
     kernel = _kernel(spec, config, target, keys)
     if kernel.name == "blocks":
         return 1.0, sums
+    if kernel.name == "cudnn" and spec.objective.packed:
+        return (padding := padded_length(keys) / keys) * kernel.head_dim / config.head_dim, int(padding * sums)
     return kernel.length * kernel.head_dim / (keys * config.head_dim), 0
 
 

@@ -7,13 +7,14 @@ targets, h for the features of all heads, d for hidden_size and f for the feed-f
     remat             a layer of the encoder                      a layer of the decoder
     full, offload     E d                                         D d
     dots              E (2d + 4h + gf)                            D (3d + 6h + gf) + 2 E h
-    none              E ((3 + g) d + 5h + (1 + g) f)              D ((4 + g) d + 8h + (1 + g) f) + 2 E h
+    none              E (2d + 5h + (1 + g) f)                     D (3d + 8h + (1 + g) f) + 2 E h
 
 g is 2 with a gated feed-forward and 1 without. "dots" saves the input of the layer, the results of all linear layers but the
-last, and those of attention. "none" saves the input of each linear layer, for its LoRA, the queries, keys, values and
-results of attention, and the values that the activation needs (for a ReLU without a gate, 1 byte of each). Each attention
-adds a float32 number for each head of a token, each norm in "none" its input and two numbers for each token in float32, and
-each LoRA its inner values. DoRA also saves the result of each linear layer before its columns are scaled.
+last, and those of attention. "none" saves the inputs of the linear layers, for their LoRA, the queries, keys, values and
+results of attention, and the values that the activation needs (for a ReLU without a gate, 1 byte of each). XLA for CPUs
+keeps an input of several linear layers once for each of them. Each attention adds a float32 number for each head of a token,
+each norm in "none" its input and two numbers for each token in float32, and each LoRA its inner values. DoRA also saves the
+result of each linear layer before its columns are scaled.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 
 from qlora_jax.models import ModelSpec
 from qlora_jax.models.t5_config import T5Config
+from qlora_jax.nn.attention_target import AttentionTarget
 from qlora_jax.train.spec import StepSpec
 
 __all__ = ["seq2seq_residuals"]
@@ -36,17 +38,19 @@ class _Layer:
     keys: int = 0
 
 
-def seq2seq_residuals(spec: StepSpec[ModelSpec], config: T5Config) -> int:
-    """Return the bytes that the layers save for the backward pass of one micro-batch, on each device."""
+def seq2seq_residuals(spec: StepSpec[ModelSpec], config: T5Config, target: AttentionTarget) -> tuple[int, int]:
+    """Return (device, host) bytes that the layers save for the backward pass of one micro-batch, on each device."""
     method, rows = spec.model.method, spec.sequences
     embedded = 0 if method is None or method.is_prefix else method.virtual_tokens  # before the sources
     source = rows * (embedded + (spec.batch.source_length or spec.batch.length))
     encoder, decoder = _Layer(source, 1), _Layer(rows * spec.batch.length, 2, source)
-    return config.num_layers * _saved(spec, config, encoder) + config.num_decoder_layers * _saved(spec, config, decoder)
+    of_encoder, of_decoder = (_saved(spec, config, layer, target.platform == "cpu") for layer in (encoder, decoder))
+    saved = config.num_layers * of_encoder + config.num_decoder_layers * of_decoder
+    return (0, saved) if spec.model.remat == "offload" else (saved, 0)
 
 
-def _saved(spec: StepSpec[ModelSpec], config: T5Config, layer: _Layer) -> int:
-    """Return the bytes that one layer saves."""
+def _saved(spec: StepSpec[ModelSpec], config: T5Config, layer: _Layer, separate: bool) -> int:
+    """Return the bytes that one layer saves; `separate`: an input of several linear layers is kept for each of them."""
     method, size = spec.model.method, jnp.dtype(spec.model.dtype).itemsize
     hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
     tokens, attentions = layer.tokens, layer.attentions
@@ -65,6 +69,7 @@ def _saved(spec: StepSpec[ModelSpec], config: T5Config, layer: _Layer) -> int:
     if spec.model.remat == "dots":
         return stream + attended + sums + lora + tokens * size * (attentions * hidden + ups * inner)
     norms = 4 * tokens * (attentions + 1) * (hidden + 2)
-    inputs = tokens * size * (hidden * (2 + attentions + ups) + attentions * heads + inner)
+    normed = 2 + attentions + ups if separate else attentions + 1
+    inputs = tokens * size * (hidden * normed + attentions * heads + inner)
     activated = tokens * inner * (2 * size if config.glu else 1)
     return attended + sums + lora + norms + inputs + activated
