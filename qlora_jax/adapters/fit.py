@@ -1,6 +1,7 @@
 """Checks that a checkpoint, an adapter and a model belong together. Only names and shapes are compared."""
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -142,7 +143,7 @@ def _family_of_base(adapter: Adapter) -> str | None:
     if not adapter.base:
         return None
     try:
-        kind = (read_object(Path(adapter.base).expanduser() / "config.json") or {}).get("model_type")
-    except (OSError, ValueError, RuntimeError):  # a name that is no path, or a file that is damaged
+        kind = (read_object(Path(os.path.expanduser(adapter.base)) / "config.json") or {}).get("model_type")
+    except (OSError, ValueError):  # a name that is no path, or a file that is damaged
         return None
     return kind if isinstance(kind, str) and kind in FAMILIES else None

@@ -47,7 +47,10 @@ def fetch_default_model(cache: Path | None = None) -> Path:
     Raises:
         CheckpointError: it could not be fetched, checked or written; the message says what to do.
     """
-    folder = Path(cache) if cache is not None else cache_folder()
+    try:
+        folder = Path(cache) if cache is not None else cache_folder()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"default model: {error}; or name another model") from error
     target = folder / Path(MEMBER).name
     damaged = target.is_file()
     if damaged and target.stat().st_size == GGUF_BYTES and _hash(target) == GGUF_SHA256:

@@ -17,6 +17,7 @@ A split file counts as one, and all its parts are fetched.
 """
 
 import glob
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def resolve(name: str | Path | Snapshot, revision: str | None = None, *, accepte
         return name
     if not str(name).strip():
         raise CheckpointError(f"expected a name, found {str(name)!r}: no such file or folder. {accepted}")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     check_regular(path)
     if _exists(path):
         if revision is not None:

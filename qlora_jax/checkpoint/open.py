@@ -32,10 +32,10 @@ def open_checkpoint(name: str | Path | Snapshot, revision: str | None = None) ->
         return dataclasses.replace(open_gguf(snapshot.path, name=snapshot.name), snapshot=snapshot)
     from qlora_jax.checkpoint.bitsandbytes import is_quantized, open_quantized
     from qlora_jax.checkpoint.safetensors import open_safetensors_folder
-    from qlora_jax.checkpoint.text_part import text_part
+    from qlora_jax.checkpoint.text_part import needed_tensors, text_part
     from qlora_jax.checkpoint.tied import with_own_head
 
-    checkpoint = open_safetensors_folder(snapshot.path, name=snapshot.name)
+    checkpoint = open_safetensors_folder(snapshot.path, name=snapshot.name, needs=needed_tensors)
     checkpoint = dataclasses.replace(checkpoint, config=with_model_type(checkpoint.config, checkpoint.name))
     checkpoint = (
         open_quantized(checkpoint) if is_quantized(checkpoint.config, f"{checkpoint.name}: config.json") else checkpoint

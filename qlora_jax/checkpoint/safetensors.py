@@ -11,7 +11,8 @@ Byte layout of a .safetensors file, little endian:
 A folder holds `model.safetensors`, or shards with `model.safetensors.index.json`:
 {"weight_map": {name: shard}}. The index says which files belong to the model. Which tensors they hold, their headers say:
 an index may list a tensor that its shard lacks, or leave one out, as indexes do that were made for another version of the
-model. Whether every tensor of the model is there is checked against the model (checkpoint/load.py).
+model. A shard may be missing if no tensor that the index places in it is needed, such as that of a vision tower; a warning
+says so. Whether every tensor of the model is there is checked against the model (checkpoint/load.py).
 
 `open_safetensors_folder` reads the headers (kilobytes a shard), checks them against the sizes of the files, and reports all
 problems in one error. `read` opens the shard and reads one tensor into a new array. It uses no memory map, because the pages
@@ -21,6 +22,8 @@ same for one file, such as that of an adapter.
 
 import math
 import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +33,7 @@ import numpy as np
 from qlora_jax.checkpoint.checkpoint import Checkpoint, unknown_tensor
 from qlora_jax.checkpoint.files import parse_object, read_object
 from qlora_jax.checkpoint.index import INDEX, SINGLE, shards_of_index
-from qlora_jax.errors import CheckpointError, failed_download
+from qlora_jax.errors import CheckpointError, failed_download, list_names
 
 __all__ = ["Tensor", "open_safetensors_folder", "read_safetensors", "read_tensor"]
 
@@ -69,15 +72,37 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
 
 
-def open_safetensors_folder(folder: Path, name: str | None = None) -> Checkpoint:
-    """Return an opened folder, after checking everything that headers show; `name` is used in messages."""
+def open_safetensors_folder(
+    folder: Path, name: str | None = None, needs: Callable[[dict], Callable[[str], bool]] | None = None
+) -> Checkpoint:
+    """Return an opened folder, after checking everything that headers show.
+
+    Args:
+        folder: the folder.
+        name: its name in messages.
+        needs: returns, for a config.json, a function that says whether the model needs the tensor of a name; it is called
+            if a shard is missing. None: all tensors are needed.
+
+    Raises:
+        CheckpointError: files are missing or damaged; all problems in one message.
+    """
     place = name or str(folder)
     problems: list[str] = []
     config = _read_json(folder / "config.json", problems)
-    tensors = _read_folder(folder, problems)
+    tensors, lost = _read_folder(folder, problems)
+    needed = needs(config) if lost and needs is not None and config is not None else None
+    for shard, absent in lost.items():
+        if wanted := [name for name in absent if needed is None or needed(name)]:
+            problems.append(f"{shard}: is missing ({len(wanted)} of the tensors in {INDEX} are in it).")
     if problems:
         raise CheckpointError.of(place, problems)
     assert config is not None
+    for shard, absent in lost.items():
+        warnings.warn(
+            f"{place}: {shard} is missing; the model does not need the {len(absent)} tensors that {INDEX} places in it: "
+            f"{list_names(sorted(absent))}",
+            stacklevel=3,
+        )
 
     def read(tensor_name: str) -> np.ndarray:
         if tensor_name not in tensors:
@@ -110,21 +135,24 @@ def read_tensor(name: str, tensor: Tensor) -> np.ndarray:
     return array
 
 
-def _read_folder(folder: Path, problems: list[str]) -> dict[str, Tensor]:
-    """Return the tensors of a folder by name, after adding what is wrong with its files to `problems`."""
+def _read_folder(folder: Path, problems: list[str]) -> tuple[dict[str, Tensor], dict[str, set[str]]]:
+    """Return (the tensors of a folder by name, the names of the tensors of each missing shard).
+
+    What is wrong with its files is added to `problems`.
+    """
     if (folder / SINGLE).is_file():
-        return read_safetensors(folder / SINGLE, problems) or {}
+        return read_safetensors(folder / SINGLE, problems) or {}, {}
     if (folder / INDEX).is_file():
         try:
             names_of = shards_of_index(folder / INDEX)
         except CheckpointError as error:
             problems.append(str(error))
-            return {}
+            return {}, {}
     elif complete := _complete_shards(folder):
         names_of = {name: set[str]() for name in complete}
     else:
         problems.append(_no_weights(folder))
-        return {}
+        return {}, {}
     tensors: dict[str, Tensor] = {}
     lost: dict[str, set[str]] = {}
     for shard, promised in names_of.items():
@@ -136,10 +164,7 @@ def _read_folder(folder: Path, problems: list[str]) -> dict[str, Tensor]:
                 tensors[name] = tensor
             elif name not in names_of[tensors[name].file.name]:
                 problems.append(f"{shard}: holds {name!r}, which {tensors[name].file.name} holds too.")
-    for shard, promised in lost.items():
-        if absent := promised - tensors.keys():
-            problems.append(f"{shard}: is missing ({len(absent)} of the tensors in {INDEX} are in it).")
-    return tensors
+    return tensors, {shard: absent for shard, promised in lost.items() if (absent := promised - tensors.keys())}
 
 
 def _complete_shards(folder: Path) -> list[str]:

@@ -16,14 +16,14 @@ other parts (towers of vision and sound, and what joins them to the text) are le
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from qlora_jax.checkpoint.checkpoint import Checkpoint
-from qlora_jax.errors import UnsupportedError, shortened
-from qlora_jax.models import FAMILIES
+from qlora_jax.errors import QLoRAError, UnsupportedError, shortened
+from qlora_jax.models import FAMILIES, family_of, with_model_type
 
-__all__ = ["TOWERS", "text_name", "text_part"]
+__all__ = ["TOWERS", "needed_tensors", "text_name", "text_part"]
 
 # Language models that compute the same as one of another name does, as long as there is only text: their rotary positions
 # have a section for each axis of a picture, and all axes of a text are alike.
@@ -58,6 +58,27 @@ def text_name(name: str) -> str | None:
         return rest if rest.startswith(("lm_head", "gpt_neox.")) else f"model.{rest}"
     first, _, second = name.partition(".")
     return None if first in TOWERS or (first == "model" and second.partition(".")[0] in TOWERS) else name
+
+
+def needed_tensors(config: dict) -> Callable[[str], bool]:
+    """Return a function that says whether the language model of a config.json needs the tensor of a name.
+
+    The parts of a tensor that is quantised already (`NAME.absmax` …) are needed with it. If the config is not supported, all
+    tensors are needed.
+    """
+    try:
+        config = with_model_type(config, "config.json")
+        text = _text_config(config)
+        own = text or config
+        names = {name for mapping in family_of(own).config(own).parameter_mappings for name in mapping.names()}
+    except QLoRAError:
+        return lambda name: True
+
+    def needs(name: str) -> bool:
+        ours = name if text is None else text_name(name)
+        return ours is not None and (ours in names or f"{ours.partition('.weight.')[0]}.weight" in names)
+
+    return needs
 
 
 def text_part(checkpoint: Checkpoint) -> Checkpoint:

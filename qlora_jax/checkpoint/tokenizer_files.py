@@ -241,12 +241,7 @@ def _named_tokens(
     name = config.get("tokenizer_class")
     if isinstance(name, str):
         name = name.removesuffix("Fast").removesuffix("Tokenizer")
-    kind = model.get("model_type")
-    name = name if isinstance(name, str | None) else ""  # damaged: of no known class
-    name = name if name in _NAMED_BY_CLASS else _CLASS_BY_TYPE.get(kind) if isinstance(kind, str) and name is None else None
-    defaults: dict[str, str | None] = dict(
-        zip(("bos_token", "eos_token", "unk_token", "pad_token"), _NAMED_BY_CLASS.get(name or "", ()), strict=False)
-    )
+    defaults = _defaults(backend, name if isinstance(name, str | None) else "", model.get("model_type"))
     generation = read_object(folder / "generation_config.json") or {}
     ids = {
         f"{key}_token": _first(model.get(f"{key}_token_id", generation.get(f"{key}_token_id")))
@@ -265,6 +260,20 @@ def _named_tokens(
             instead = f"{found!r} is used" if found else "none is used"
             _logger.warning("%s: %s %s is no token of the vocabulary: %s", folder, key, shortened(stated), instead)
     return named
+
+
+def _defaults(backend: Tokenizer, name: str | None, kind: object) -> dict[str, str | None]:
+    """Return the tokens that a class of transformers names, by its name, or by the model's type if the files name no class.
+
+    A named token is found within texts too. transformers 5 takes no class by the type alone, so the tokens of such a class
+    are named only if tokenizer.json itself finds them within texts: `<s>` in a text has the ids that transformers gives it.
+    """
+    by_type = _CLASS_BY_TYPE.get(kind) if isinstance(kind, str) and name is None else None
+    tokens = _NAMED_BY_CLASS.get(name or by_type or "", ())
+    if by_type is not None:
+        found = {token.content for token in backend.get_added_tokens_decoder().values()}
+        tokens = [token if token in found else None for token in tokens]
+    return dict(zip(("bos_token", "eos_token", "unk_token", "pad_token"), tokens, strict=False))
 
 
 def _wrapped(

@@ -28,6 +28,7 @@ from qlora_jax.errors import OptionError
 from qlora_jax.interrupts import plain_interrupt
 from qlora_jax.models import T5, Model
 from qlora_jax.nn import MeshShape, context_mesh, data_mesh, mesh_context
+from qlora_jax.quant.kernels import try_fused
 from qlora_jax.serve import Sampling, generate, generate_seq2seq, stream_text
 
 Message = dict[str, str]
@@ -159,6 +160,7 @@ def load(options: Options, prompts: Sequence[str] = ()) -> Loaded:
         print(f"[{note}]", file=sys.stderr)
     model = pretrained.load(mesh=context_mesh(), progress=sys.stderr.isatty())
     graphdef, state = nnx.split(model)
+    try_fused(state)
     eos_ids = pretrained.stop_ids
     if isinstance(model, T5):  # its length has no limit
         longest, start = None, model.config.decoder_start_token_id

@@ -262,7 +262,7 @@ def read_config(model: str, revision: str | None = None) -> dict[str, Any]:
     """
     if model in SIZES:
         return SIZES[model]
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if not path.exists() and model in HUB_IDS:
         return SIZES[HUB_IDS[model]]
     if path.suffix.lower() == ".gguf":

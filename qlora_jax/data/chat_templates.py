@@ -13,6 +13,7 @@ not at all.
 
 import difflib
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ def read_chat_template(name: str | Path, tokenizer: "PreTrainedTokenizerBase") -
         OptionError: there is no such file or name, or it holds no chat template.
         OSError: the file cannot be read.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     known = re.sub(r"[-_. ]", "", str(name)).lower()  # Llama-3 is llama3
     known = _ALIASES.get(known, known)
     if known in CHAT_TEMPLATES and not path.is_file():

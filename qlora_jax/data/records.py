@@ -95,7 +95,7 @@ def load_records(source: str, split: str | None = None) -> Rows:
 
 def open_rows(source: str, split: str | None = None) -> Rows:
     """Return the rows as `load_records` does, with a `DamagedRow` in the place of each row that is damaged."""
-    path, split = Path(source).expanduser(), split or "train"
+    path, split = Path(os.path.expanduser(source)), split or "train"
     if path.is_file():
         rows = _rows_of_files({"train": [path]}, split, str(path))
     elif path.is_dir() and not is_described(path):
@@ -117,7 +117,7 @@ def stream_records(source: str, split: str | None = None) -> RowStream:
     A file is not checked first, because it would have to be read twice: a damaged row is a `DamagedRow` in the stream. The
     rows of a JSON file that are not one a line are in memory together. See `load_records` for arguments and errors.
     """
-    path, split = Path(source).expanduser(), split or "train"
+    path, split = Path(os.path.expanduser(source)), split or "train"
     if path.is_file() or (path.is_dir() and not is_described(path)):
         splits = {"train": [path]} if path.is_file() else splits_of_folder(path)[0]
         files = _files_of_split(splits, split, str(path))
@@ -226,7 +226,7 @@ def check_local(source: str) -> None:
     Raises:
         DataError: it is a pipe or a device.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise DataError(
             f"{source}: expected a regular file or a folder, found a pipe or a device; copy its contents into a file"

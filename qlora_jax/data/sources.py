@@ -9,6 +9,7 @@
 Several sources form one corpus. With weights, each source gets its share of the corpus (mixture.py).
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ def open_source(source: str, split: str | None = None, columns: ColumnNames = NO
 
     See `load_records` for the errors. A damaged row of a file is none of them: it is in the place of the row.
     """
-    if not Path(source).expanduser().exists():
+    if not Path(os.path.expanduser(source)).exists():
         if source in NAMED:
             named = NAMED[source]
             records = load_hub_records(named.hub, split or named.split, named.options)

@@ -20,6 +20,7 @@
                                               be four columns A, B, C and D.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -116,7 +117,7 @@ def read_questions(
         raise DataError(f"limit: expected at least 1, found {limit}")
     if shots is not None and shots < 0:
         raise DataError(f"shots: expected at least 0, found {shots}")
-    local = Path(source).expanduser().exists()
+    local = Path(os.path.expanduser(source)).exists()
     rows = _load(source, split or (None if local else "validation"))
     _check_columns(rows.column_names, source)
     total = len(rows)

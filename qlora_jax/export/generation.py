@@ -1,7 +1,8 @@
 """generation_config.json of a merged folder: when and how programs that serve it generate, as the base said.
 
     eos_token_id        all tokens at which generation with the adapter on its base stops: those of the base's
-                        generation_config.json and config.json, the end of a turn of a GGUF file, and EOS of the tokenizer
+                        generation_config.json and config.json, the end of a turn of a GGUF file, and EOS of the tokenizer;
+                        an id that is no token of the model is left out
     everything else     as in the base's generation_config.json; where it has none, the fields of generation that config.json
                         holds (transformers then reads them from there, and no longer once there is a file)
 
@@ -9,12 +10,14 @@ transformers, vLLM and others read this file rather than config.json. Without it
 their own would not stop.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.files import read_object
 from qlora_jax.checkpoint.gguf.header import read_header
 from qlora_jax.checkpoint.tokenizer import stop_ids
+from qlora_jax.errors import list_names
 from qlora_jax.models.bounds import check_generation
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["GENERATION", "generation_config"]
 
 GENERATION = "generation_config.json"
+_logger = logging.getLogger(__name__)
 # The fields of generation that a config.json may hold; transformers reads them where there is no file of their own.
 _IN_CONFIG = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id"),
@@ -59,10 +63,27 @@ def generation_config(checkpoint: Checkpoint, tokenizer: "PreTrainedTokenizerFas
         ids.append(tokenizer.eos_token_id)
         if result.get("bos_token_id") is None and tokenizer.bos_token_id is not None:
             result["bos_token_id"] = tokenizer.bos_token_id
-    ids = [index for index in dict.fromkeys(ids) if index is not None]
+    ids = _known([index for index in dict.fromkeys(ids) if index is not None], checkpoint, tokenizer)
+    result.pop("eos_token_id", None)
     if ids:
         result["eos_token_id"] = ids if len(ids) > 1 or isinstance(stated, list) else ids[0]
     return result or None
+
+
+def _known(ids: list[int], checkpoint: Checkpoint, tokenizer: "PreTrainedTokenizerFast | None") -> list[int]:
+    """Return the ids that are tokens or rows of the embedding; warn of others, which no model can generate."""
+    rows = checkpoint.config.get("vocab_size")
+    size = max(rows if type(rows) is int else 0, 0 if tokenizer is None else len(tokenizer))
+    beyond = [index for index in ids if index >= size] if size else []
+    if beyond:
+        _logger.warning(
+            "%s: names as the end of a text %s, which is no token of this model (ids are below %d): left out of %s",
+            checkpoint.name,
+            list_names([str(index) for index in beyond]),
+            size,
+            GENERATION,
+        )
+    return [index for index in ids if index not in beyond]
 
 
 def _sampling_of_gguf(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ The length of a run and the split of a step's rows over devices and micro-batche
 
 import dataclasses
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -199,8 +200,9 @@ def _has_other_length(before: dict[str, dict[str, Any]], options: Options) -> bo
 def _same_path(one: object, other: object) -> bool:
     """Return whether two values name the same file or folder in different ways."""
     try:
-        return isinstance(one, str) and isinstance(other, str) and Path(one).expanduser().samefile(Path(other).expanduser())
-    except (OSError, ValueError, RuntimeError):
+        paths = [os.path.expanduser(value) for value in (one, other) if isinstance(value, str)]
+        return len(paths) == 2 and os.path.samefile(*paths)
+    except (OSError, ValueError):
         return False
 
 

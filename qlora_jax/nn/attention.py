@@ -20,7 +20,7 @@ from qlora_jax.nn.attention_splash import splash_attention
 from qlora_jax.nn.attention_target import CPU, AttentionTarget, choose_kernel
 from qlora_jax.nn.attention_tiles import diagonals, largest_tile, tile_of, tiled_attention
 from qlora_jax.nn.parallel import over_heads
-from qlora_jax.nn.residuals import checkpoint_name
+from qlora_jax.nn.residuals import checkpoint_name, name_in_rule
 from qlora_jax.quant.dense_matmul import einsum
 
 # XLA's causal attention: a block has 128 queries, whose scores fit into a CPU's caches; there are at most 8 blocks, because
@@ -326,8 +326,8 @@ def _attend_forward(
     weights = jnp.exp(scores - highest)
     normalizer = jnp.sum(weights, axis=-1, keepdims=True)
     out = einsum("nts,nsd->ntd", weights.astype(v.dtype), v) / normalizer.astype(v.dtype)
-    out = checkpoint_name(out, "attention")
-    return out, (q, k, v, like_k, mask, bias, out, checkpoint_name(highest + jnp.log(normalizer), "attention"))
+    out = name_in_rule(out, "attention")
+    return out, (q, k, v, like_k, mask, bias, out, name_in_rule(highest + jnp.log(normalizer), "attention"))
 
 
 def _attend_backward(

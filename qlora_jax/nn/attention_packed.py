@@ -42,7 +42,7 @@ from qlora_jax.nn.attention_cudnn import flash_attention, flash_gradients
 from qlora_jax.nn.attention_target import LEAF
 from qlora_jax.nn.attention_tiles import tile_attention, tile_gradients
 from qlora_jax.nn.parallel import shard_rows
-from qlora_jax.nn.residuals import checkpoint_name
+from qlora_jax.nn.residuals import name_in_rule
 
 # Bytes of queries: of those whose heads are computed at once, and else of the heads that are computed at a time.
 _SMALL, _AT_ONCE = 2**26, 2**25
@@ -68,9 +68,8 @@ def packed_attention(
     if shared:
         segment_ids = jnp.where(jnp.arange(length) < shared, _SHARED, segment_ids)
     real = length if window is None else window
-    pieces, halvings = -(-length // real), _halvings(real)
-    leaf = -(-real // (8 * 2**halvings)) * 8
-    size = leaf * 2**halvings
+    pieces, halvings, size = -(-length // real), _halvings(real), padded_length(real)
+    leaf = size >> halvings
 
     def split(x: Array) -> Array:
         """Return the row in pieces, zeros before each of them and after the last token."""
@@ -91,6 +90,11 @@ def packed_attention(
 
     out = shard_rows(attend)(q, k, v, segment_ids)
     return out.reshape(-1, pieces, size, heads, d)[:, :, size - real :].reshape(-1, pieces * real, heads, d)[:, :length]
+
+
+def padded_length(length: int) -> int:
+    """Return the tokens of a row without a window as they are computed, with zeros before the first one."""
+    return -(-length // (8 << _halvings(length))) * (8 << _halvings(length))
 
 
 def _halvings(length: int) -> int:
@@ -230,7 +234,7 @@ def _packed(q: Array, k: Array, v: Array, ids: Array, settings: _Settings) -> Ar
 def _forward(q: Array, k: Array, v: Array, ids: Array, settings: _Settings) -> tuple[Array, tuple[Array, ...]]:
     compute = partial(_forward_heads, ids=ids, settings=settings)
     out, logs = _by_heads(compute, (q, k, v), k.shape[2] // settings.heads)
-    out, logs = checkpoint_name(out, "attention"), checkpoint_name(logs, "attention")
+    out, logs = name_in_rule(out, "attention"), name_in_rule(logs, "attention")
     return out, (q, k, v, ids, out, logs)
 
 

@@ -25,7 +25,7 @@ from jaxtyping import Float, Float32, Int
 
 from qlora_jax.nn.attention_masks import CausalRows, Mask, Visible
 from qlora_jax.nn.attention_target import AttentionTarget
-from qlora_jax.nn.residuals import checkpoint_name
+from qlora_jax.nn.residuals import name_in_rule
 from qlora_jax.quant.dense_matmul import einsum
 
 
@@ -252,7 +252,7 @@ def _forward(
         jnp.zeros((n, group * rows, d), jnp.float32),
     )
     (out, logs, *_), _ = jax.lax.scan(step, start, _tiles(q, k, settings))
-    out, logs = checkpoint_name(out, "attention"), checkpoint_name(logs, "attention")
+    out, logs = name_in_rule(out, "attention"), name_in_rule(logs, "attention")
     return out, (q, k, v, arrays, bias, out, logs)
 
 

@@ -2,6 +2,8 @@
 
 A bfloat16 value is bitcast to integers before it is named (`quant.bitcast`), because XLA's CPU backend would stack the saved
 residuals of all layers in float32. Integers have no gradient, so a custom differentiation rule passes the gradient through.
+A policy does not look into a custom rule that is called by the forward rule of another one. Values there, which JAX does not
+differentiate, are named by `name_in_rule`.
 """
 
 from functools import partial
@@ -20,13 +22,18 @@ def checkpoint_name(x: Shaped[Array, "*shape"], name: str) -> Shaped[Array, "*sh
     return named
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _named(x: Array, name: str) -> Array:
+def name_in_rule(x: Shaped[Array, "*shape"], name: str) -> Shaped[Array, "*shape"]:
+    """Return x as `checkpoint_name` does, in the forward rule of a `jax.custom_vjp`; in bfloat16, it has no gradient."""
     return via_bitcast(partial(ad_checkpoint.checkpoint_name, name=name), x)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _named(x: Array, name: str) -> Array:
+    return name_in_rule(x, name)
+
+
 def _forward(x: Array, name: str) -> tuple[Array, None]:
-    return via_bitcast(partial(ad_checkpoint.checkpoint_name, name=name), x), None
+    return name_in_rule(x, name), None
 
 
 def _backward(_name: str, _residual: None, gradient: Array) -> tuple[Array]:

@@ -14,8 +14,9 @@ from qlora_jax.models import ModelSpec
 from qlora_jax.plan.compile import Plan
 from qlora_jax.plan.decode import DecodePlan
 from qlora_jax.plan.devices import Machine
-from qlora_jax.plan.quick import QuickPlan, residual_bytes
+from qlora_jax.plan.quick import QuickPlan
 from qlora_jax.plan.report import Report
+from qlora_jax.plan.residuals import residual_bytes
 from qlora_jax.train.dpo import with_reference
 from qlora_jax.train.spec import StepSpec
 

@@ -2,8 +2,10 @@
 
 import jax.numpy as jnp
 
-from qlora_jax.models import DecoderConfig, ModelSpec
+from qlora_jax.models import DecoderConfig, ModelSpec, T5Config
+from qlora_jax.nn.attention_packed import padded_length
 from qlora_jax.nn.attention_target import AttentionTarget, Kernel, choose_kernel
+from qlora_jax.plan.seq2seq import seq2seq_residuals
 from qlora_jax.train.spec import StepSpec
 
 
@@ -17,6 +19,8 @@ def residual_bytes(spec: StepSpec[ModelSpec], target: AttentionTarget) -> tuple[
     dots      also the results of all matrix products, those inside adapters included, and of the attention
     none      also the values between these: norms, rotated queries and keys, the input of the down projection
     """
+    if isinstance(config := spec.model.config, T5Config):
+        return seq2seq_residuals(spec, config, target)
     size, tokens = jnp.dtype(spec.model.dtype).itemsize, positions_of(spec)
     layers, hidden, inner, heads, kv = widths_of(spec)
     stream = layers * tokens * hidden * size
@@ -25,7 +29,7 @@ def residual_bytes(spec: StepSpec[ModelSpec], target: AttentionTarget) -> tuple[
     if spec.model.remat == "offload":
         return 0, stream
     # q, k, v, the attention's output twice (attended and o), gate and up; down ends the layer and is not needed again
-    padding, sums = _attended(spec, target)
+    padding, sums = _attended(spec, config, target)
     products = tokens * (heads + 2 * kv + hidden + 2 * inner) * size + int(padding * tokens * heads) * size + sums
     method = spec.model.method
     lora = 0 if method is None else tokens * 7 * method.rank * size
@@ -39,20 +43,20 @@ def residual_bytes(spec: StepSpec[ModelSpec], target: AttentionTarget) -> tuple[
     return saved + layers * between, 0
 
 
-def _attended(spec: StepSpec[ModelSpec], target: AttentionTarget) -> tuple[float, int]:
+def _attended(spec: StepSpec[ModelSpec], config: DecoderConfig, target: AttentionTarget) -> tuple[float, int]:
     """Return (how many times as large the padded heads of a kernel are, bytes of the sums that XLA's attention saves).
 
-    A kernel is given padded rows and heads, and its padded result is saved. XLA's attention saves a float32 sum for each
-    head of each token as well.
+    A kernel is given padded rows and heads, and its padded result is saved. XLA's attention and that of packed rows on GPUs
+    save a float32 sum for each head of each token as well.
     """
-    config, groups = spec.model.config, spec.objective.attention_groups
-    keys = -(-keys_of(spec) // groups)
-    sums = positions_of(spec) * (config.num_attention_heads if isinstance(config, DecoderConfig) else config.num_heads) * 4
-    if not isinstance(config, DecoderConfig):
-        return 1.0, sums
+    keys = -(-keys_of(spec) // spec.objective.attention_groups)
+    sums = positions_of(spec) * config.num_attention_heads * 4
     kernel = attention_kernel(spec, config, target, keys)
     if kernel.name == "blocks":
         return 1.0, sums
+    if kernel.name == "cudnn" and spec.objective.packed:
+        padding = padded_length(keys) / keys
+        return padding * kernel.head_dim / config.head_dim, int(padding * sums)
     return kernel.length * kernel.head_dim / (keys * config.head_dim), 0
 
 

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import hmac
 import json
+import os
 import secrets
 import tomllib
 from pathlib import Path
@@ -76,7 +77,7 @@ def read_api_keys(path: str | Path) -> tuple[ApiKey, ...]:
         OSError: the file cannot be read.
     """
     try:
-        content = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        content = tomllib.loads(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
     except ValueError as error:
         raise OptionError(f"{path}: expected TOML, found an error: {error}") from error
     entries = content.get("key")

@@ -32,6 +32,7 @@ and the reason is printed. The last line is the result as JSON.
 
 import dataclasses
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -279,8 +280,8 @@ def values_of(found: Found, method: dict[str, Any], **more: Any) -> dict[str, An
 
 def checkpoint_folder(model: str | None, temporary: Path) -> Path:
     """Return the folder that all programs read: `model` itself, or an export of it in bfloat16."""
-    if model is not None and Path(model).expanduser().is_dir():
-        return Path(model).expanduser()
+    if model is not None and Path(os.path.expanduser(model)).is_dir():
+        return Path(os.path.expanduser(model))
     checkpoint = open_checkpoint(model or str(fetch_default_model()))
     return merge(checkpoint, None, temporary / "checkpoint", dtype="bfloat16", progress=False)
 

@@ -5,7 +5,8 @@
                b b b _
                c c c _
 
-Both are computed by the device, and differ by rounding alone. In bfloat16 every layer rounds, so the limit is wider than
+All documents of a row see the virtual tokens of a prompt method, which come once before each row. Both are computed by the
+device, and differ by rounding alone. In bfloat16 every layer rounds, so the limit is wider than
 that of a single kernel. The time of attention alone is measured for a row of one document with and without segments, and
 for a row of eight documents.
 """
@@ -21,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qlora_jax.train import language_model_loss
+from qlora_jax.peft import Method, PrefixTuning, PromptTuning
+from qlora_jax.train import language_model_loss, split
 from scripts.verification.attention import own_attention
 from scripts.verification.checks import Check, Row, checked, measured
 from scripts.verification.kernels import DTYPES
@@ -30,6 +32,7 @@ from scripts.verification.workloads import WORKLOADS, random_weights, step_spec
 
 _LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}
 _VOCABULARY = 512
+_VIRTUAL = 20  # tokens
 _TIME = "time of attention and its gradients"
 _RUNS = 10  # of the attention whose time is measured
 
@@ -49,18 +52,25 @@ _SMALL, _FULL = Size((100, 90, 60), 256, 128, 64), Size((600, 250, 150), 1024, 6
 
 def checks(small: bool) -> list[Check]:
     """Return the checks of this section."""
-    size = _SMALL if small else _FULL
-    found = [Check((_name(dtype),), partial(_compare, dtype, size)) for dtype in DTYPES[: 1 if small else 2]]
+    size, dtypes = (_SMALL, DTYPES[:1]) if small else (_FULL, DTYPES)
+    cases: list[tuple[str, Method | None]] = [(dtype, None) for dtype in dtypes]
+    cases += [(dtype, PromptTuning(_VIRTUAL)) for dtype in dtypes] + [(dtypes[-1], PrefixTuning(_VIRTUAL))]
+    found = [Check((_name(*case),), partial(_compare, *case, size)) for case in cases]
     return [*found, Check((_TIME,), partial(_time, size.timed))]
 
 
-def _name(dtype: str) -> str:
-    return f"loss and gradient of a packed row, {dtype}"
+def _name(dtype: str, method: Method | None) -> str:
+    return f"loss and gradient of a packed row, {dtype}{'' if method is None else f', {method.name}'}"
 
 
-def _compare(dtype: str, size: Size) -> Iterator[Row]:
+def _compare(dtype: str, method: Method | None, size: Size) -> Iterator[Row]:
     model = dataclasses.replace(step_spec(WORKLOADS["8b"], small=True).model, dtype=dtype)
-    graphdef, adapter, frozen = random_weights(model)
+    if method is None:
+        graphdef, adapter, frozen = random_weights(model)
+    else:  # a prefix holds the keys and values of all layers side by side, which cannot be copies of one layer's
+        model = dataclasses.replace(model, method=method)
+        graphdef, *_ = split(model.abstract())
+        adapter, frozen = jax.jit(lambda: split(model.build(nnx.Rngs(0)))[1:])()
     adapter = _filled(adapter)  # B is zero in a new adapter, and so is the gradient of A
 
     @jax.jit
@@ -74,7 +84,7 @@ def _compare(dtype: str, size: Size) -> Iterator[Row]:
         "loss": abs(float(loss) / float(expected_loss) - 1),
         "gradient": relative_error(_flat(packed), _flat(unpacked)),
     }
-    yield checked(_name(dtype), errors, _LIMITS[dtype])
+    yield checked(_name(dtype, method), errors, _LIMITS[dtype])
 
 
 def _time(length: int) -> Iterator[Row]:

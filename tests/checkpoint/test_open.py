@@ -1,7 +1,9 @@
 """Dispatch by the kind of source, and what is said where a source is none of them."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -114,3 +116,31 @@ def test_hub_without_network(monkeypatch: pytest.MonkeyPatch):
 def test_problems_are_listed():
     assert str(CheckpointError.of("x", ["one."])) == "x: one."
     assert str(CheckpointError.of("x", ["one.", "two."])) == "x: 2 problems:\n  - one.\n  - two."
+
+
+def test_a_missing_shard_matters_if_a_tensor_in_it_is_needed(tiny_llama: Path, tmp_path: Path) -> None:
+    """The names that an index places in a file that is not there: of a tower, of an old buffer, and of the model."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_llama / name, folder / name.replace("model.s", "a.s"))
+    names = list(open_checkpoint(str(tiny_llama)).shapes)
+
+    def write(*lost: str, config: dict[str, Any] | None = None) -> None:
+        weight_map = dict.fromkeys(names, "a.safetensors") | dict.fromkeys(lost, "gone.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (folder / "config.json").write_text(json.dumps(config or json.loads((tiny_llama / "config.json").read_text())))
+
+    write("visual.patch.weight", "model.layers.0.self_attn.rotary_emb.inv_freq")
+    with pytest.warns(UserWarning, match=r"gone.safetensors is missing; the model does not need the 2 tensors .*inv_freq"):
+        assert set(open_checkpoint(str(folder)).shapes) == set(names)
+    for needed in ("model.layers.1.mlp.up_proj.weight.absmax", "model.layers.1.self_attn.q_proj.weight.quant_map"):
+        write("visual.patch.weight", needed)
+        with pytest.raises(CheckpointError, match=r"gone.safetensors: is missing \(1 of the tensors in "):
+            open_checkpoint(str(folder))
+    write("lm_head.weight", config=json.loads((tiny_llama / "config.json").read_text()) | {"tie_word_embeddings": False})
+    with pytest.raises(CheckpointError, match=r"gone.safetensors: is missing \(1 "):
+        open_checkpoint(str(folder))
+    write("visual.patch.weight", config={"model_type": "llama"})  # of which nothing is known
+    with pytest.raises(CheckpointError, match=r"gone.safetensors: is missing \(1 "):
+        open_checkpoint(str(folder))

@@ -144,6 +144,26 @@ def test_eos_is_named_by_the_first_place_that_knows_it(
     assert len(tokenizer) == byte_level().get_vocab_size()  # nothing is added to the vocabulary
 
 
+@pytest.mark.parametrize("added", [[], ["<unk>", "<s>", "</s>"]])
+@pytest.mark.parametrize(
+    "config", [{}, {"tokenizer_class": "LlamaTokenizer"}, {"tokenizer_class": "PreTrainedTokenizerFast"}]
+)
+def test_a_special_token_in_a_text_is_what_transformers_makes_of_it(
+    tmp_path: Path, config: dict[str, Any], added: list[str]
+) -> None:
+    """A Llama's pieces, whose tokenizer.json lists `<s>` as an added token or not; the model's type alone names no class."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abs<>/", "▁a", "▁b", "as"]
+    merges = [("▁", "a"), ("▁", "b"), ("a", "s")]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)  # pyright: ignore
+    backend.add_special_tokens([AddedToken(text, normalized=False) for text in added])
+    folder = write(tmp_path, backend, config, config={"model_type": "llama"})
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for text in ("a <s> b", "<s>a</s>", "a<s>", "b</s> a", "<unk>a"):
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+
+
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Qwen2", "Gemma", "T5"])
 def test_tokens_that_classes_name_are_those_of_transformers(name: str) -> None:
     import inspect

@@ -57,6 +57,20 @@ def test_the_fields_of_a_config_without_a_file_of_its_own(tmp_path: Path) -> Non
     assert generation_config(Checkpoint("x", {}, {}, lambda name: np.zeros(0)), None) is None
 
 
+@pytest.mark.parametrize(("stated", "kept"), [([1, 77, 8, 10], [1, 8, 5]), (77, 5), ([77], [5])])
+def test_an_end_that_is_no_token_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, stated: Any, kept: Any
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stated, "top_k": 20}))
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 9}))
+    checkpoint = Checkpoint("x", {"vocab_size": 9}, {}, lambda name: np.zeros(0), snapshot=Snapshot("x", tmp_path))
+    assert generation_config(checkpoint, tokenizer()) == {"eos_token_id": kept, "top_k": 20}
+    ids = "77, 10" if kept == [1, 8, 5] else "77"
+    assert f"x: names as the end of a text {ids}, which is no token of this model (ids are below 10)" in caplog.text
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 77}))
+    assert generation_config(checkpoint, tokenizer(None)) is None
+
+
 def test_a_gguf_file_ends_turns_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "x.gguf"
     file.touch()

@@ -3,8 +3,12 @@
 The integration tests take about 20 CPU seconds, the others one.
 """
 
+import dataclasses
 import importlib.util
+import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +22,9 @@ from kernel_checks import LIMITS, dense_matrix, random, relative_error
 from qlora_jax.plan import machine_mesh, machine_named
 from qlora_jax.plan.compile import compile_program, place
 from qlora_jax.plan.topology import context
-from qlora_jax.quant import QuantizedTensor, StackedTensor, dequantize, kernels, matmul, quantize
+from qlora_jax.quant import QuantizedTensor, StackedTensor, dequantize, kernels, matmul, quantize, targets
 from qlora_jax.quant.kernels import hopper, trial
+from qlora_jax.quant.kernels.trial import Verdict
 from qlora_jax.quant.targets import tracing_for
 
 HOPPER, AMPERE = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
@@ -71,58 +76,131 @@ def test_the_fused_product_is_for_hopper_gpus_and_few_rows(monkeypatch: pytest.M
         assert kernels.fused(x, w) is None  # type: ignore[arg-type]
 
 
+def printing(verdict: Verdict, after: str = "") -> list[str]:
+    """Return the command of a process that prints a verdict as that of a trial does."""
+    text = json.dumps(dataclasses.asdict(verdict))
+    return [sys.executable, "-c", f"import os; print({text!r}, flush=True); {after}"]
+
+
 @pytest.mark.parametrize(("factor", "reason"), [(1.0, ""), (1.1, "its relative error is 1.0e-01")])
 def test_a_trial_compares_with_numpy(monkeypatch: pytest.MonkeyPatch, factor: float, reason: str) -> None:
     def product(x: jax.Array, w: QuantizedTensor, layer: jax.Array, rows: int) -> jax.Array:
         return (x @ dequantize(StackedTensor(w, layer).matrix(), x.dtype) * factor).astype(x.dtype)
 
     monkeypatch.setattr(hopper, "matmul", product)
-    error = trial.error_of("fp4", 128, False)
-    found, final = trial.attempt([sys.executable, "-c", f"print({error})"])
-    assert found.startswith(reason)
-    assert final
-    assert (error <= trial.LARGEST_ERROR) == (not reason)
+    monkeypatch.setattr(trial, "largest_error", lambda: trial.error_of("fp4", 128, False))
+    verdict = trial.verdict()
+    assert verdict.reason.startswith(reason)
+    assert bool(verdict.reason) == bool(reason)
+    assert verdict.final
+    assert trial.attempt(printing(verdict)) == verdict
 
 
 def test_a_trial_does_not_overlook_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "error_of", lambda data_type, rows, transposed: np.nan if transposed else 1e-3)
-    error = trial.largest_error()
-    assert np.isnan(error)
-    assert trial.attempt([sys.executable, "-c", f"print('{error}')"])[0].startswith("its relative error is nan")
+    assert trial.verdict().reason.startswith("its relative error is nan")
+
+
+def test_an_error_of_cuda_is_final_and_want_of_memory_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(message: str) -> Any:
+        return lambda: (_ for _ in ()).throw(jax.errors.JaxRuntimeError(message))
+
+    address = "INTERNAL: CUDA error: Failed to end graph capture: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access"
+    monkeypatch.setattr(trial, "largest_error", fails(f"{address}\nmore"))
+    verdict = trial.verdict()
+    assert verdict == Verdict(f"it ends with an error of CUDA: {address}", True)
+    # What CUDA makes of the end of such a process does not change its verdict; a right product does not excuse a crash.
+    assert trial.attempt(printing(verdict, "os.abort()")) == verdict
+    right = Verdict("", True)
+    assert trial.attempt(printing(right)) == right
+    assert trial.attempt(printing(right, "os.abort()")) == Verdict("the trial ended with code -6: no message", True)
+    for message in ("RESOURCE_EXHAUSTED: CUDA", "INTERNAL: CUDA_ERROR_OUT_OF_MEMORY", "INVALID_ARGUMENT: a bug"):
+        monkeypatch.setattr(trial, "largest_error", fails(message))
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            trial.verdict()
 
 
 def test_a_trial_that_fails_or_does_not_end_is_a_reason() -> None:
     code = "import sys; sys.exit('no such instruction')"
-    assert trial.attempt([sys.executable, "-c", code]) == ("the trial ended with code 1: no such instruction", False)
-    assert trial.attempt([sys.executable, "-c", "while True: pass"], 0.1) == ("the trial did not end within 0.1 s", True)
-    assert trial.attempt([sys.executable, "-c", "import os; os.abort()"]) == (
-        "the trial ended with code -6: no message",
-        True,
+    assert trial.attempt([sys.executable, "-c", code]) == Verdict("the trial ended with code 1: no such instruction", False)
+    assert trial.attempt([sys.executable, "-c", "while True: pass"], 0.1) == Verdict(
+        "the trial did not end within 0.1 s", True
     )
-    assert trial.attempt([sys.executable, "-c", "print('hello')"])[0].startswith("the trial printed 'hello")
-    reason, final = trial.attempt(["/no/such/python"])
-    assert reason.startswith("the trial could not be started: ")
-    assert not final
+    for printed in ("hello", "0.1", "{}", "[1]"):
+        assert trial.attempt([sys.executable, "-c", f"print('{printed}')"]) == Verdict(
+            f"the trial printed '{printed}\\n': expected its verdict", False
+        )
+    verdict = trial.attempt(["/no/such/python"])
+    assert verdict.reason.startswith("the trial could not be started: ")
+    assert not verdict.final
 
 
 def test_a_trial_leaves_the_memory_of_the_waiting_process_alone_and_never_takes_the_cpu() -> None:
     code = "import os; assert os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] == 'false'; print(os.environ['JAX_PLATFORMS'])"
-    assert trial.attempt([sys.executable, "-c", code])[0] == "the trial printed 'cuda\\n': expected its error"
+    assert trial.attempt([sys.executable, "-c", code]).reason == "the trial printed 'cuda\\n': expected its verdict"
 
 
 def test_the_result_of_a_trial_is_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("QLORA_JAX_CACHE", str(tmp_path))
-    results = iter([("", True), ("no memory", False), ("it is wrong", True)])
+    results = iter([Verdict("", True), Verdict("no memory", False), Verdict("it is wrong", True)])
     monkeypatch.setattr(trial, "attempt", lambda _: next(results))
-    is_right = trial.is_right.__wrapped__  # without the cache of this process
+    is_right = trial._is_right.__wrapped__  # without the cache of this process
     assert is_right("NVIDIA H200")
     assert is_right("NVIDIA H200")  # from the file
     assert capsys.readouterr().err.count("Trying the fused product") == 1
     for reason in ("no memory", "it is wrong", "it is wrong"):
         with pytest.warns(UserWarning, match=f"XLA multiplies: {reason}"):
             assert not is_right("NVIDIA H20")
+
+
+def test_a_process_has_one_verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("QLORA_JAX_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", dict[int, Any]().__getitem__)  # a user without a home folder
+    trials: list[Any] = []
+
+    def attempt(command: Any) -> Verdict:
+        time.sleep(0.05)
+        trials.append(command)
+        return Verdict("", not trials)  # of which nothing could be kept
+
+    monkeypatch.setattr(trial, "attempt", attempt)
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(lambda _: trial.is_right("a device of this test"), range(4)))
+    assert len(trials) == 1
+    assert "QLORA_JAX_CACHE would name a folder to keep the result in" in capsys.readouterr().err
+
+
+def test_what_the_compiler_rejects_is_left_to_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rejected(x: jax.Array, w: QuantizedTensor, layer: jax.Array | None = None) -> jax.Array:
+        raise RuntimeError("ptxas: no such instruction\nand more")
+
+    for module in (kernels, targets):
+        monkeypatch.setattr(module, "has_hopper", lambda: True)
+    monkeypatch.setattr(hopper, "matmul", rejected)
+    monkeypatch.setattr(kernels, "on_one_device", lambda: True)
+    w, x = matrix(256, 128), jax.ShapeDtypeStruct((100, 256), jnp.bfloat16)
+    monkeypatch.setattr(trial, "is_right", lambda kind: True)
+    message = r"fused product with .* ptxas: no such instruction \(QLORA_JAX_FUSED=0 does without it\)"
+    with pytest.warns(UserWarning, match=message):
+        assert kernels.fused(x, w) is None  # type: ignore[arg-type]
+    assert kernels.fused(x, w) is None  # type: ignore[arg-type]  # without another warning
+
+
+def test_the_trial_can_be_made_before_a_program_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    for module in (kernels, targets):
+        monkeypatch.setattr(module, "has_hopper", lambda: True)
+    monkeypatch.setattr(kernels, "on_one_device", lambda: True)
+    monkeypatch.setattr(trial, "is_right", lambda kind: tried.append(kind) or True)
+    dtype = jnp.dtype(jnp.bfloat16)
+    for w in (matrix(256, 128), dataclasses.replace(matrix(576, 128), dtype=dtype)):  # float32, and a width it does not take
+        kernels.try_fused({"dense": jnp.ones(3), "packed": w})
+    assert not tried
+    kernels.try_fused({"dense": jnp.ones(3), "packed": dataclasses.replace(matrix(256, 128), dtype=dtype)})
+    assert tried == [jax.devices()[0].device_kind]
 
 
 # 384 rows are three packed tiles, as many as are loaded ahead; 100 and 500 rows of x are padded to 128 and to two tiles.

@@ -15,6 +15,7 @@ from qlora_jax.adapters import pretrained
 from qlora_jax.adapters.files import write_adapter
 from qlora_jax.adapters.metadata import AdapterMetadata
 from qlora_jax.adapters.names import tensor_name
+from qlora_jax.adapters.pretrained import PretrainedOptions
 from qlora_jax.checkpoint.default_model import fetch_default_model
 from qlora_jax.checkpoint.load import load
 from qlora_jax.commands import generate as script
@@ -116,6 +117,13 @@ def test_several_prompts_are_one_batch_with_headings(
     # From a pipe, the same.
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))
     assert run(capsys, *options)[:2] == (0, hello)
+
+
+def test_the_trial_of_a_kernel_is_made_before_the_first_question(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+    monkeypatch.setattr(script, "try_fused", tried.append)
+    loaded = script.load(script.Options(PretrainedOptions(model=str(folder))))
+    assert tried == [loaded.state]
 
 
 def test_the_adapter_counts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,20 +119,36 @@ def fused(x: Array, w: Packed, *, transposed: bool = False) -> Callable[[Array, 
     """Return the function by which Hopper GPUs multiply x with W, or with the transposed W, without a dense matrix.
 
     None if the program is for another device or for several, if the kernel does not support the operands, if x has too many
-    rows, or if the kernel failed on the attached device (`trial`). The environment variable `QLORA_JAX_FUSED` switches the
-    kernel off if it is 0, and makes its trial needless if it is 1.
+    rows, if the kernel failed on the attached device (`trial`), or if the device's compiler rejects it for these shapes.
+    The environment variable `QLORA_JAX_FUSED` switches the kernel off if it is 0, and makes its trial needless if it is 1.
     """
     matrix, _ = _parts(w)
-    wanted = os.environ.get(FUSED)
-    if wanted == "0" or x.shape[0] > MOST_FUSED_ROWS or not on_one_device() or not is_for_hopper():
-        return None
-    if hopper.unsupported_reason(matrix, x.dtype) is not None:
-        return None
-    # A plan may be for a Hopper GPU where another GPU is attached, on which there is nothing to try.
-    if wanted != "1" and has_hopper() and not trial.is_right(jax.devices()[0].device_kind):
+    if x.shape[0] > MOST_FUSED_ROWS or hopper.unsupported_reason(matrix, x.dtype) is not None or not _fused_allowed():
         return None
     kernel = hopper.matmul_transposed if transposed else hopper.matmul
+    if has_hopper() and not _compiles(kernel, *_shapes(x, *_parts(w))):
+        return None
     return lambda x, w: kernel(x, *_parts(w))
+
+
+def try_fused(tree: Any) -> None:
+    """Make the trial of the fused product now, if programs with these 4-bit matrices, leaves of a pytree, may use it.
+
+    Otherwise it is made when the first program that multiplies many rows is traced.
+    """
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
+    packed = [leaf for leaf in leaves if isinstance(leaf, QuantizedTensor)]
+    if any(hopper.unsupported_reason(w, w.dtype) is None for w in packed):
+        _fused_allowed()
+
+
+def _fused_allowed() -> bool:
+    """Return whether the program may use the fused product, after its trial on an attached Hopper GPU."""
+    wanted = os.environ.get(FUSED)
+    if wanted == "0" or not on_one_device() or not is_for_hopper():
+        return False
+    # A plan may be for a Hopper GPU where another GPU is attached, on which there is nothing to try.
+    return wanted == "1" or not has_hopper() or trial.is_right(jax.devices()[0].device_kind)
 
 
 @functools.cache
@@ -179,6 +195,9 @@ def _compiles(kernel: Callable[..., Array], leaves: tuple[jax.ShapeDtypeStruct, 
         jax.jit(kernel).lower(*jax.tree.unflatten(tree, leaves)).compile()
     except Exception as error:  # compilers raise various kinds of errors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"the kernel for 4-bit matrices does not compile here, XLA does its work: {reason}", stacklevel=2)
+        name, without = "kernel for", ""
+        if kernel in (hopper.matmul, hopper.matmul_transposed):
+            name, without = "fused product with", f" ({FUSED}=0 does without it)"
+        warnings.warn(f"the {name} 4-bit matrices does not compile here, XLA does its work: {reason}{without}", stacklevel=2)
         return False
     return True
