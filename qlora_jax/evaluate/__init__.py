@@ -1,5 +1,6 @@
 """Evaluation of models: perplexity, MMLU, RougeL, judgements of their answers, and confidence intervals of the results.
 
+prompt_file.py and answer_file.py read questions and hold the answers of models to them.
 documents.py reads the texts of which perplexity.py measures the perplexity; likelihood.py scores their tokens.
 judgements.py reads scores and verdicts of judges; relative_scores.py, elo.py, bradley_terry.py, rankings.py and
 agreement.py calculate the figures, and bootstrap.py their intervals.
@@ -14,6 +15,7 @@ from qlora_jax.evaluate.agreement import (
     self_agreement,
     split_by_judge,
 )
+from qlora_jax.evaluate.answer_file import AnswerFile
 from qlora_jax.evaluate.bradley_terry import BradleyTerry, bradley_terry, fit_bradley_terry
 from qlora_jax.evaluate.documents import Document, documents_of, read_documents
 from qlora_jax.evaluate.elo import Elo, check_elo, elo_ratings
@@ -23,6 +25,7 @@ from qlora_jax.evaluate.lengths import padded_batches
 from qlora_jax.evaluate.likelihood import TokenScores, token_scores
 from qlora_jax.evaluate.mmlu import Prompts, Scores, encode_questions, evaluate_mmlu, letter_logits
 from qlora_jax.evaluate.perplexity import Perplexity, compare_perplexities, evaluate_perplexity, sliding_windows
+from qlora_jax.evaluate.prompt_file import Prompt, read_prompts
 from qlora_jax.evaluate.questions import LETTERS, Question, QuestionSet, read_questions
 from qlora_jax.evaluate.rankings import kendall_tau
 from qlora_jax.evaluate.relative_scores import RelativeScore, models_without_scores, reference_of, relative_scores
@@ -30,6 +33,7 @@ from qlora_jax.evaluate.rouge import rouge_l
 
 __all__ = [
     "LETTERS",
+    "AnswerFile",
     "BradleyTerry",
     "Document",
     "Elo",
@@ -37,6 +41,7 @@ __all__ = [
     "Judgements",
     "PairAgreement",
     "Perplexity",
+    "Prompt",
     "Prompts",
     "Question",
     "QuestionSet",
@@ -65,6 +70,7 @@ __all__ = [
     "paired_difference",
     "read_documents",
     "read_judgements",
+    "read_prompts",
     "read_questions",
     "reference_of",
     "relative_scores",
