@@ -17,6 +17,7 @@ from qlora_jax.evaluate.agreement import (
 )
 from qlora_jax.evaluate.answer_file import AnswerFile
 from qlora_jax.evaluate.bradley_terry import BradleyTerry, bradley_terry, fit_bradley_terry
+from qlora_jax.evaluate.comparison import Change, Measured, Share, change_of, judged_points, value_of, verdict_of
 from qlora_jax.evaluate.documents import Document, documents_of, read_documents
 from qlora_jax.evaluate.elo import Elo, check_elo, elo_ratings
 from qlora_jax.evaluate.intervals import Interval, mean_interval, paired_difference, share_interval
@@ -35,10 +36,12 @@ __all__ = [
     "LETTERS",
     "AnswerFile",
     "BradleyTerry",
+    "Change",
     "Document",
     "Elo",
     "Interval",
     "Judgements",
+    "Measured",
     "PairAgreement",
     "Perplexity",
     "Prompt",
@@ -48,8 +51,10 @@ __all__ = [
     "RelativeScore",
     "Scores",
     "SelfAgreement",
+    "Share",
     "TokenScores",
     "bradley_terry",
+    "change_of",
     "check_elo",
     "compare_perplexities",
     "documents_of",
@@ -59,6 +64,7 @@ __all__ = [
     "evaluate_perplexity",
     "fit_bradley_terry",
     "fleiss_kappa",
+    "judged_points",
     "kappa_of_judges",
     "kendall_tau",
     "letter_logits",
@@ -80,4 +86,6 @@ __all__ = [
     "sliding_windows",
     "split_by_judge",
     "token_scores",
+    "value_of",
+    "verdict_of",
 ]

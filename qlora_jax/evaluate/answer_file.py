@@ -91,7 +91,9 @@ class AnswerFile:
             except ValueError as error:
                 raise DataError(f"{place}: expected a line of JSON, found {line[:60]!r}") from error
             if not _is_answer(row):
-                raise DataError(f"{place}: expected an answer ({', '.join(_KEYS)}), found {line[:60]!r}; choose another --output")
+                raise DataError(
+                    f"{place}: expected an answer ({', '.join(_KEYS)}), found {line[:60]!r}; choose another --output"
+                )
             self._check(row, place)
             self._lines[row["question_id"]] = line.decode("utf-8") + "\n"
 

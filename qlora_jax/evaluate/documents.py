@@ -1,9 +1,9 @@
 """Texts whose tokens are scored, from files and data sets.
 
-    a .txt file        one text, tokenized as it is
-    other rows         each row is a text, made as train.py makes it: a conversation by its template, of which the answers are
-                       scored (or everything), a plain text with its end of sequence
-    joined rows        the plain texts of all rows as one text, with an empty line between two of them, tokenized as it is
+a .txt file        one text, tokenized as it is
+other rows         each row is a text, made as train.py makes it: a conversation by its template, of which the answers are
+                   scored (or everything), a plain text with its end of sequence
+joined rows        the plain texts of all rows as one text, with an empty line between two of them, tokenized as it is
 """
 
 from collections.abc import Sequence

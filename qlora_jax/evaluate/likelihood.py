@@ -3,8 +3,8 @@
     hidden = model.hidden(tokens)                                          [b, t, d]
     log_probability[i] = logits(hidden[i - 1])[tokens[i]] - logsumexp(logits(hidden[i - 1]))        for i = 1 … t - 1
 
-Rows are padded on the right to few lengths (`lengths`). The logits exist for a chunk of positions at a time, because those of
-a whole batch would be larger than the model where the vocabulary is large.
+Rows are padded on the right to few lengths (`lengths`). The logits exist for a chunk of positions at a time, because those
+of a whole batch would be larger than the model where the vocabulary is large.
 """
 
 from collections.abc import Sequence

@@ -11,8 +11,8 @@
 With a stride below the window, every token but the first is scored once, most of them after at least (window - stride)
 tokens. With a stride as large as the window, the first token of each window is not scored, because nothing is before it.
 
-The intervals resample the texts, or the windows of a single text (`bootstrap`). Two models are compared by the same resamples
-of the same texts, so that the difficulty of a text cancels (`difference`).
+The intervals resample the texts, or the windows of a single text (`bootstrap`). Two models are compared by the same
+resamples of the same texts, so that the difficulty of a text cancels (`compare_perplexities`).
 """
 
 from collections.abc import Sequence

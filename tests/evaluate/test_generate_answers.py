@@ -22,7 +22,10 @@ def written(path: Path, rows: list[dict[str, Any]]) -> Path:
 def test_forms_of_questions(tmp_path: Path) -> None:
     assert [prompt.question_id for prompt in read_prompts(str(written(tmp_path / "a.jsonl", QUESTIONS)))] == [7, 3, 5]
     (tmp_path / "b.txt").write_text("one?\ntwo?\n")
-    assert [(prompt.question_id, prompt.text) for prompt in read_prompts(str(tmp_path / "b.txt"))] == [(1, "one?"), (2, "two?")]
+    assert [(prompt.question_id, prompt.text) for prompt in read_prompts(str(tmp_path / "b.txt"))] == [
+        (1, "one?"),
+        (2, "two?"),
+    ]
     turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
     (talk,) = read_prompts(str(written(tmp_path / "c.jsonl", [{"question_id": "x", "messages": turns}])))
     assert talk == Prompt("x", tuple(turns))
@@ -42,7 +45,7 @@ def test_forms_of_questions(tmp_path: Path) -> None:
 def test_rows_that_are_no_questions(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=rf"q.jsonl, row 1 \(counted from 1\): {message}"):
         read_prompts(str(written(tmp_path / "q.jsonl", [row])))
-    with pytest.raises(DataError, match="row 2 .*expected each question_id once, found 1 twice"):
+    with pytest.raises(DataError, match=r"row 2 .*expected each question_id once, found 1 twice"):
         read_prompts(str(written(tmp_path / "q.jsonl", [{"prompt": "a", "question_id": 1}] * 2)))
 
 
@@ -75,7 +78,7 @@ def test_a_file_of_answers_grows_and_is_continued(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="question 3, which is another question here"):
         AnswerFile(path, "m", other, settings)
     path.write_text("no JSON\n")
-    with pytest.raises(DataError, match="answers.jsonl:1: expected a line of JSON"):
+    with pytest.raises(DataError, match=r"answers.jsonl:1: expected a line of JSON"):
         AnswerFile(path, "m", prompts, settings)
     path.write_text('{"question_id": 1}\n')
     with pytest.raises(DataError, match=r"expected an answer \(question_id, model, prompt, answer, settings\)"):

@@ -89,7 +89,9 @@ def test_scores_are_those_of_single_rows(tiny: tuple[Any, Any, Any]) -> None:
         np.testing.assert_array_equal(scores.greedy, logits.argmax(-1) == row[1:])
 
 
-@pytest.mark.parametrize(("length", "window", "stride"), [(1, 4, 2), (10, 4, 1), (10, 4, 3), (10, 4, 4), (10, 30, 7), (8, 4, 2)])
+@pytest.mark.parametrize(
+    ("length", "window", "stride"), [(1, 4, 2), (10, 4, 1), (10, 4, 3), (10, 4, 4), (10, 30, 7), (8, 4, 2)]
+)
 def test_windows_score_each_token_once(length: int, window: int, stride: int) -> None:
     found = sliding_windows(length, window, stride)
     scored = [token for one in found for token in range(one.scored, one.stop)]

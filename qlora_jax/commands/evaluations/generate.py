@@ -4,8 +4,8 @@
     python scripts/evaluate.py generate --questions vicuna_questions.jsonl --output mine.jsonl --adapter runs/mine/adapter
 
 The questions have one of the columns prompt, question, text, instruction and messages; a .txt file has one a line. Several
-questions are answered at a time. Each answer is one line {"question_id", "model", "prompt", "answer", …} of the output, and is
-written at once: the same command continues a file that was interrupted. Sampling is that of the QLoRA paper unless the
+questions are answered at a time. Each answer is one line {"question_id", "model", "prompt", "answer", …} of the output, and
+is written at once: the same command continues a file that was interrupted. Sampling is that of the QLoRA paper unless the
 options say otherwise: temperature 0.7, nucleus 0.9. The last line on stdout is JSON.
 """
 
@@ -157,19 +157,21 @@ def prompt_tokens(prompt: Prompt, pretrained: Pretrained, template: Template, op
     room = positions_left(config, pretrained.method)
     if room is not None and len(ids) + options.max_new_tokens > room:
         raise DataError(
-            f"{place}expected at most {room:,} tokens with the answer, found {len(ids):,} and {options.max_new_tokens:,} for "
-            "the answer (max_new_tokens)"
+            f"{place}expected at most {room:,} tokens with the answer, found {len(ids):,} and {options.max_new_tokens:,} "
+            "for the answer (max_new_tokens)"
         )
     return ids.tolist()
 
 
 def name_of(pretrained: Pretrained, name: str | None) -> str:
-    """Return the name of a model in a file: the given one, else that of the run or folder of the adapter, else the base's."""
+    """Return the name of a model in a file: the given one, else that of the adapter's run or folder, else the base's."""
     if name is not None:
         return name
     if pretrained.adapter is None:
         return Path(pretrained.base.name).name
-    path = Path(pretrained.adapter.name).resolve() if Path(pretrained.adapter.name).exists() else Path(pretrained.adapter.name)
+    path = (
+        Path(pretrained.adapter.name).resolve() if Path(pretrained.adapter.name).exists() else Path(pretrained.adapter.name)
+    )
     return path.parent.name if path.name == "adapter" else path.name
 
 
