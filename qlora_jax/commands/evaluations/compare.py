@@ -5,8 +5,8 @@
     python scripts/evaluate.py compare runs/mine --mmlu cais/mmlu --judgements verdicts.jsonl
 
 The first name is the base, unless it is an adapter of a run, whose base is then taken. The data are --data, else the rows
-that the run held out. Four kinds of models are loaded, one after the other: the base in its own precision, the base as it was
-stored in training, each adapter on that, and each adapter merged into the original weights. A drift is what storage or
+that the run held out. Four kinds of models are loaded, one after the other: the base in its own precision, the base as it
+was stored in training, each adapter on that, and each adapter merged into the original weights. A drift is what storage or
 merging changes; a gain is what an adapter changes. All intervals resample the texts or questions, those of changes in pairs.
 The last line is JSON.
 """

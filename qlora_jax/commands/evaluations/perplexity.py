@@ -5,8 +5,8 @@
     python scripts/evaluate.py perplexity --data conversations.jsonl --adapter runs/mine/adapter
 
 A .txt file is one text. Each row of other files and of data sets is a text, made as train.py makes it: of a conversation,
-the answers are scored. With --join the texts of all rows are one text, as in transformers' guide to perplexity. The intervals
-resample the texts, or the windows of a single text. The last line is JSON.
+the answers are scored. With --join the texts of all rows are one text, as in transformers' guide to perplexity. The
+intervals resample the texts, or the windows of a single text. The last line is JSON.
 """
 
 import dataclasses
