@@ -1,4 +1,4 @@
-"""The comparison of a base with its quantised form, adapters and merged models. (About 12 CPU-s, most of it a tiny run.)"""
+"""The comparison of a base with its quantised form, adapters and merged models. (A second; 12 CPU-s of integration.)"""
 
 import json
 import shutil
@@ -33,6 +33,7 @@ def run(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "colours"
 
 
+@pytest.mark.integration
 def test_what_an_adapter_gains(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The rows that the run held out, by the run's own loss, and judged answers beside."""
     base = json.loads((run / "options.json").read_text())["model"]["model"]
@@ -69,6 +70,7 @@ def test_what_an_adapter_gains(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert (judged["value"], judged["change"]["value"]) == (100.0, 100.0)
 
 
+@pytest.mark.integration
 def test_data_that_changed_are_found(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other"
     shutil.copytree(run, other)
@@ -83,6 +85,7 @@ def test_data_that_changed_are_found(run: Path, tmp_path: Path, capsys: pytest.C
     assert "held out different rows: one may have been trained on those of the other" in capsys.readouterr().err
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
