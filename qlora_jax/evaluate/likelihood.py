@@ -72,11 +72,16 @@ def token_scores(
     """
     mesh = None if jax.sharding.get_abstract_mesh().empty else data_mesh()
     devices = 1 if mesh is None else mesh.size
-    batches = padded_batches(rows, -(-batch_size // devices) * devices)
+    # The last token of a row is a target alone: a row of one token more than a power of two is not padded to the next one.
+    batches = padded_batches([row[:-1] for row in rows], -(-batch_size // devices) * devices)
     found: dict[int, TokenScores] = {}
     with tqdm(total=len(rows), desc=label, unit=" rows", leave=False, disable=not progress) as bar:
         for indices, tokens, lengths in reversed(batches):  # the slowest first, so that the estimate of the time is no less
-            scores, greedy = map(np.asarray, _scores(graphdef, state, *put_on_mesh(mesh, (tokens, lengths), P("data"))))
+            targets = np.zeros_like(tokens)
+            for row, index in enumerate(indices):
+                targets[row, : len(rows[index]) - 1] = rows[index][1:]
+            placed = put_on_mesh(mesh, (tokens, lengths, targets), P("data"))
+            scores, greedy = map(np.asarray, _scores(graphdef, state, *placed))
             for row, index in enumerate(indices):
                 length = len(rows[index]) - 1
                 found[index] = TokenScores(scores[row, :length].astype(np.float64), greedy[row, :length])
@@ -85,14 +90,13 @@ def token_scores(
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def _scores(graphdef: Any, state: Any, tokens: Array, lengths: Array) -> tuple[Array, Array]:
-    """Return (the log-probabilities of the next tokens, float32, whether they are the most likely ones), `[b, t]`."""
+def _scores(graphdef: Any, state: Any, tokens: Array, lengths: Array, targets: Array) -> tuple[Array, Array]:
+    """Return (the log-probabilities of the targets, float32, whether they are the most likely ones), `[b, t]`."""
     model: ScoredModel = nnx.merge(graphdef, state)
     rows, length = tokens.shape
     index = jnp.arange(length, dtype=jnp.int32)[None]
     # The positions end where a text ends: with some scalings the rotations depend on the largest one.
     hidden = model.hidden(tokens, positions=jnp.where(index < lengths[:, None], index, 0))
-    targets = jnp.roll(tokens, -1, axis=1)
     size = max(1, _POSITIONS // rows)
     while length % size:
         size -= 1
