@@ -135,7 +135,7 @@ def compare(options: Options) -> None:
         found[name]["judged, % of points"] = share
     rows = rows_of(models, found, options)
     draws = {"resamples": options.resamples, "seed": options.seed}
-    header = ["metric", "model", "value", "95 % interval", "against", "", "change", "95 % interval", ""]
+    header = ["metric", "model", "value", "95 % interval", "against", "kind", "change", "95 % interval", "verdict"]
     print_table(header, [cells_of(row, draws) for row in rows])
     print()
     print_json({"compare": [plain(row, draws) for row in rows], "data": description, **draws})
