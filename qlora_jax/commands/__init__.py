@@ -23,7 +23,7 @@ COMMANDS = {
     "generate": "ask a model, with or without an adapter",
     "serve": "serve a model and many adapters over OpenAI's API",
     "merge": "merge an adapter into its base model and write a Hugging Face folder",
-    "evaluate": "measure models: MMLU, and the judgements of their answers",
+    "evaluate": "measure models: perplexity, MMLU, and the judgements of their answers",
     "plan": "compile a step for devices that need not be attached, and show what it needs",
 }
 

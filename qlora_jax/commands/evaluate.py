@@ -16,6 +16,10 @@ __all__ = ["EVALUATIONS", "main"]
 
 EVALUATIONS = {
     "mmlu": "accuracy of a model on the questions of MMLU; the default if an option comes first",
+    "perplexity": "perplexity of a model on texts, over a sliding window",
+    "generate": "answers of a model to the questions of a file, for a judge",
+    "compare": "a base, its quantised form, adapters and merged models, by the same data",
+    "task": "tasks of EleutherAI's lm-evaluation-harness (the extra `eval`)",
     "score": "scores of a judge, relative to a reference model",
     "elo": "Elo and Bradley-Terry ratings from the verdicts of a judge",
     "agreement": "agreement of judges with each other, and of a judge with itself in the other order",

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax import cli
-from qlora_jax.adapters.pretrained import PretrainedOptions
+from qlora_jax.adapters.pretrained import Pretrained, PretrainedOptions
 from qlora_jax.data import NAME_EOS, DataError, Template, chat_prompt, check_ids, encode_prompt, read_chat_template
 from qlora_jax.errors import OptionError
 from qlora_jax.interrupts import plain_interrupt
@@ -142,15 +142,7 @@ def read_stdin() -> str:
 def load(options: Options, prompts: Sequence[str] = ()) -> Loaded:
     """Load the model with its adapter, its tokenizer and the tokens that end an answer; check the prompts before."""
     pretrained = options.model.open()
-    tokenizer, metadata = pretrained.tokenizer, pretrained.adapter_metadata
-    template = cast(Template | None, options.prompt.template or (metadata and metadata.template))
-    if options.prompt.chat_template is not None:
-        tokenizer.chat_template = read_chat_template(options.prompt.chat_template, tokenizer)
-        template = options.prompt.template or "chat"
-        if template not in ("auto", "chat"):
-            raise OptionError(f"chat_template: expected template chat beside it, found {template}")
-    if template in (None, "auto"):
-        template = "plain" if tokenizer.chat_template is None else "chat"
+    tokenizer, template = pretrained.tokenizer, choose_template(options.prompt, pretrained)
     # Raises an error if the template cannot express such a conversation.
     vocabulary = pretrained.checkpoint.model_config.vocab_size
     for prompt in ("?", *prompts):
@@ -167,6 +159,20 @@ def load(options: Options, prompts: Sequence[str] = ()) -> Loaded:
     else:
         longest, start = model.max_positions, None
     return Loaded(graphdef, state, tokenizer, template, eos_ids, vocabulary, longest, start)
+
+
+def choose_template(options: PromptOptions, pretrained: Pretrained) -> Template:
+    """Return the template of the prompts, never "auto"; the tokenizer gets the chat template that the options name."""
+    tokenizer, metadata = pretrained.tokenizer, pretrained.adapter_metadata
+    template = cast(Template | None, options.template or (metadata and metadata.template))
+    if options.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(options.chat_template, tokenizer)
+        template = options.template or "chat"
+        if template not in ("auto", "chat"):
+            raise OptionError(f"chat_template: expected template chat beside it, found {template}")
+    if template in (None, "auto"):
+        return "plain" if tokenizer.chat_template is None else "chat"
+    return template
 
 
 def answer_prompts(loaded: Loaded, options: Options, prompts: Sequence[str]) -> None:

@@ -70,7 +70,7 @@ def claim(options: Options) -> None:
         return
     if options.run.overwrite:
         return
-    before = _read(record)
+    before = read_record(record)
     if different := [*_differences(before, options), *_other_rows(before, options)]:
         raise OptionError(
             f"--output {folder}: holds another run ({'; '.join(different)}); "
@@ -125,7 +125,7 @@ def start(options: Options, held_out_checksum: int) -> None:
 def recorded_held_out(folder: Path) -> int | None:
     """Return the checksum of the held-out examples of the run in a folder; None if an earlier version recorded it."""
     group, key = _HELD_OUT
-    return _read(folder / RECORD).get(group, {}).get(key)
+    return read_record(folder / RECORD).get(group, {}).get(key)
 
 
 def complete(options: Options) -> None:
@@ -145,7 +145,7 @@ def saved_work(options: Options) -> str:
     folder = options.run.output
     again = "the same command without --overwrite" if options.run.overwrite else "the same command"
     try:
-        ours = not _differences(_read(folder / RECORD), options)
+        ours = not _differences(read_record(folder / RECORD), options)
     except (OSError, ValueError):
         ours = False
     if ours and is_finished(folder):
@@ -206,7 +206,12 @@ def _same_path(one: object, other: object) -> bool:
         return False
 
 
-def _read(record: Path) -> dict[str, dict[str, Any]]:
+def read_record(record: Path) -> dict[str, dict[str, Any]]:
+    """Return the record of a run: its options by group, under their present names.
+
+    Raises:
+        OptionError: the record is damaged.
+    """
     try:
         values = json.loads(record.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -13,6 +13,7 @@ from qlora_jax.finetune import Options
 from scripts.studies import compare as script
 from scripts.studies.comparison import cell, grid, page
 from scripts.studies.comparison.intervals import difference, interval, verdict
+from scripts.studies.comparison.power import detectable, finding, power_of, seeds_needed
 
 
 @pytest.mark.parametrize("name", [*script.STUDY, *script.QUICK, "dora/fp4/r4", "lora/r8/int4+dq/q_proj"])
@@ -64,6 +65,44 @@ def test_intervals_agree_with_the_paired_test() -> None:
         assert said == ("equal within the interval" if test.pvalue > 0.05 else "better" if shift < 0 else "worse")
     assert verdict(interval([1.0]), lower_is_better=True) == "one seed: no verdict"
     assert verdict(difference({0: 1.0}, {1: 1.0}), lower_is_better=True) == "no seed in common"
+
+
+def test_the_power_is_that_of_a_simulation() -> None:
+    """Of many simulated studies with the smallest detectable difference, four of five find it."""
+    draws = np.random.default_rng(0)
+    for seeds in (2, 3, 5, 10):
+        size = detectable(0.7, seeds)
+        assert power_of(size, 0.7, seeds) == pytest.approx(0.8, abs=1e-6)
+        samples = draws.normal(size, 0.7, (20_000, seeds))
+        found = np.asarray(stats.ttest_1samp(samples, 0.0, axis=1).pvalue) < 0.05
+        assert found.mean() == pytest.approx(0.8, abs=0.01)
+        assert seeds_needed(0.7, size * 1.0001) == seeds
+    assert detectable(1.0, 1) == float("inf")
+    assert detectable(0.0, 3) == 0.0
+    assert seeds_needed(1.0, 1e-3) is None
+    # For many seeds, the normal approximation of textbooks.
+    assert detectable(1.0, 400) == pytest.approx((1.96 + 0.8416) / 20, rel=0.01)
+
+
+def test_equal_is_said_only_where_the_interval_is_within_the_margin() -> None:
+    baseline = {0: 1.0, 1: 1.1, 2: 1.2}
+    cases = {
+        "equal": {0: 1.001, 1: 1.099, 2: 1.2005},
+        "not settled": {0: 1.2, 1: 1.0, 2: 1.2},
+        "worse": {0: 1.3, 1: 1.4, 2: 1.51},
+        "better": {0: 0.8, 1: 0.9, 2: 1.01},
+    }
+    for said, found in cases.items():
+        one = finding(found, baseline, margin=0.01, lower_is_better=True)
+        assert one is not None
+        assert one.said == said
+        assert one.margin == pytest.approx(0.011)
+        spread = np.std([found[seed] - baseline[seed] for seed in range(3)], ddof=1)
+        assert one.detectable == pytest.approx(detectable(float(spread), 3), rel=1e-6)
+    alone = finding({0: 1.0}, {0: 1.0}, margin=0.01, lower_is_better=True)
+    assert alone is not None
+    assert (alone.said, alone.text()) == ("not settled", "not settled")
+    assert finding({0: 1.0}, {1: 1.0}, margin=0.01, lower_is_better=True) is None
 
 
 def test_answers_are_compared_by_their_ends() -> None:
@@ -124,6 +163,8 @@ def test_the_report_of_several_seeds(tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text()
     assert "Every pair of variants" not in text
     assert "| b | 1.002 ± 0.0052 | worse |" in text
+    assert "By held-out loss: b: worse than a. What this run could have seen: it would have seen a difference of" in text
+    assert "## What the seeds could have shown" in text
 
 
 def test_each_against_each(tmp_path: Path) -> None:

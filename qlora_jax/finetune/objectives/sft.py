@@ -9,9 +9,9 @@ import numpy as np
 
 from qlora_jax.data import Batch, BatchIterator, Example, batches, bucket_length, checksum, encode_all
 from qlora_jax.finetune.objectives.answers import greedy
-from qlora_jax.finetune.objectives.corpus import read_corpus
+from qlora_jax.finetune.objectives.corpus import Corpus, read_corpus
 from qlora_jax.finetune.objectives.objective import Batches, Objective, ObjectiveKind, Setting
-from qlora_jax.finetune.objectives.streaming import open_stream
+from qlora_jax.finetune.objectives.streaming import Stream, open_stream
 from qlora_jax.models import DecoderConfig, ModelConfig
 from qlora_jax.train import BatchArray, StepObjective, language_model_objective
 
@@ -39,8 +39,8 @@ def with_positions(step: StepObjective, config: ModelConfig) -> StepObjective:
     return dataclasses.replace(step, arrays=(*step.arrays, BatchArray("positions")))
 
 
-def read_sft(setting: Setting) -> Objective:
-    """Read the data and return the objective; see `ObjectiveKind.read`."""
+def read_sft_corpus(setting: Setting) -> tuple[Stream | None, Corpus[Example]]:
+    """Return (the stream to train on, if there is one, the held-out examples and those to train on otherwise)."""
     options, data, tokenizer = setting.options, setting.options.data, setting.tokenizer
     encode = partial(
         encode_all,
@@ -56,11 +56,16 @@ def read_sft(setting: Setting) -> Objective:
         progress=setting.progress,
     )
     if data.streaming:
-        stream, corpus = open_stream(data, encode)
-    else:
-        stream = None
-        corpus = read_corpus(options, tokenizer, encode, lambda example: (example,), lambda example: example.conversation)
-    packed, pad_id = data.packs, cast(int, tokenizer.pad_token_id)
+        return open_stream(data, encode)
+    shown, conversation = lambda example: (example,), lambda example: example.conversation
+    return None, read_corpus(options, tokenizer, encode, shown, conversation)
+
+
+def read_sft(setting: Setting) -> Objective:
+    """Read the data and return the objective; see `ObjectiveKind.read`."""
+    options, data = setting.options, setting.options.data
+    stream, corpus = read_sft_corpus(setting)
+    packed, pad_id = data.packs, cast(int, setting.tokenizer.pad_token_id)
     whole = packed or stream is not None
     length = data.max_length if whole else bucket_length([*corpus.training, *corpus.held_out], data.max_length)
     rows = partial(batches, length=length, pad_id=pad_id, packing=packed)

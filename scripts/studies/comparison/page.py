@@ -2,6 +2,7 @@
 
 import base64
 import html
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from scripts.studies.comparison.intervals import Interval, difference, interval, verdict
+from scripts.studies.comparison.power import Finding, finding
 
 # Metrics of a held-out evaluation: their title, and whether lower is better. Pairs of variants are compared by the first.
 METRICS = {
@@ -94,6 +96,56 @@ def verdict_table(results: Results, baseline: str) -> tuple[list[str], list[list
     return header, rows
 
 
+def findings(results: Results, baseline: str, margin: float) -> dict[tuple[str, str], Finding]:
+    """Return what was found of each other variant, by variant and metric."""
+    found = {}
+    for variant, seeds in results.items():
+        for name in shown_metrics(results) if variant != baseline else ():
+            ours, theirs = of_seeds(seeds, name), of_seeds(results[baseline], name)
+            one = finding(ours, theirs, margin=margin, lower_is_better=METRICS[name][1])
+            if one is not None:
+                found[variant, name] = one
+    return found
+
+
+def power_table(found: Mapping[tuple[str, str], Finding], baseline: str) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of a table of the differences that the seeds could have shown."""
+    header = ["against " + baseline, "metric", "difference", "found with 80 % power", "of the baseline", "seeds"]
+    rows = []
+    for (variant, name), one in found.items():
+        blind = math.isinf(one.detectable)
+        share = "–" if blind or not one.baseline else f"{100 * one.detectable / abs(one.baseline):.2g} %"
+        needed = "–" if blind else "over 1000" if one.needed is None else str(one.needed)
+        row = [variant, METRICS[name][0], str(one.change), "–" if blind else f"{one.detectable:.2g}", share]
+        rows.append([*row, str(one.change.count), needed, one.text()])
+    return [*header, "seeds for the margin", "finding"], rows
+
+
+def summary(found: Mapping[tuple[str, str], Finding], baseline: str, margin: float) -> str:
+    """Return in words whether the variants equal the baseline by the first metric, and what the run could have seen."""
+    if not found:
+        return ""
+    name = next(iter(found))[1]
+    said: dict[str, list[str]] = {}
+    for (variant, metric), one in found.items():
+        if metric == name:
+            said.setdefault(one.said, []).append(variant)
+    parts = {
+        "equal": f"equal to {baseline} within {100 * margin:g} %",
+        "not settled": f"not told apart from {baseline}, but not shown to be equal within {100 * margin:g} % either",
+        "better": f"better than {baseline}",
+        "worse": f"worse than {baseline}",
+    }
+    sentences = [f"{', '.join(said[kind])}: {text}" for kind, text in parts.items() if kind in said]
+    sizes = [one.detectable / abs(one.baseline) for (_, metric), one in found.items() if metric == name and one.baseline]
+    seen = [100 * size for size in sizes if math.isfinite(size)]
+    power = "one seed has no power to see any difference"
+    if seen:
+        low, high = f"{min(seen):.2g}", f"{max(seen):.2g}"
+        power = f"it would have seen a difference of {low if low == high else f'{low} to {high}'} % in four cases of five"
+    return f"By {METRICS[name][0]}: {'; '.join(sentences)}. What this run could have seen: {power}."
+
+
 def pair_table(results: Results) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows of a table that compares each variant with those before it, by the first metric.
 
@@ -128,11 +180,15 @@ def plot(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def write(results: Results, baseline: str, folder: Path, title: str, intro: str, data: str) -> None:
-    """Write report.md, report.png and report.html to the folder."""
+def write(results: Results, baseline: str, folder: Path, title: str, intro: str, data: str, *, margin: float = 0.01) -> None:
+    """Write report.md, report.png and report.html to the folder; `margin` is the share that counts as no difference."""
     tables = [("Runs", *main_table(results))]
     if baseline in results and len(results) > 1:
         tables.append(("Verdicts", *verdict_table(results, baseline)))
+        found = findings(results, baseline, margin)
+        if found:
+            intro = f"{intro} {summary(found, baseline, margin)}"
+            tables.append(("What the seeds could have shown", *power_table(found, baseline)))
     if len(results) > 2 and shown_metrics(results):
         tables.append((f"Every pair of variants: {METRICS[shown_metrics(results)[0]][0]}", *pair_table(results)))
     plot(results, folder / "report.png")
