@@ -16,6 +16,7 @@ __all__ = ["EVALUATIONS", "main"]
 
 EVALUATIONS = {
     "mmlu": "accuracy of a model on the questions of MMLU; the default if an option comes first",
+    "judge": "judgements of pairs of answers, by a model at an endpoint or one that is loaded here",
     "score": "scores of a judge, relative to a reference model",
     "elo": "Elo and Bradley-Terry ratings from the verdicts of a judge",
     "agreement": "agreement of judges with each other, and of a judge with itself in the other order",

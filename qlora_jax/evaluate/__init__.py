@@ -16,7 +16,7 @@ from qlora_jax.evaluate.agreement import (
 from qlora_jax.evaluate.bradley_terry import BradleyTerry, bradley_terry, fit_bradley_terry
 from qlora_jax.evaluate.elo import Elo, check_elo, elo_ratings
 from qlora_jax.evaluate.intervals import Interval, mean_interval, paired_difference, share_interval
-from qlora_jax.evaluate.judgements import Judgements, notes_on_pairs, read_judgements
+from qlora_jax.evaluate.judgements import Judgements, Kind, notes_on_pairs, read_judgements
 from qlora_jax.evaluate.lengths import padded_batches
 from qlora_jax.evaluate.mmlu import Prompts, Scores, encode_questions, evaluate_mmlu, letter_logits
 from qlora_jax.evaluate.questions import LETTERS, Question, QuestionSet, read_questions
@@ -30,6 +30,7 @@ __all__ = [
     "Elo",
     "Interval",
     "Judgements",
+    "Kind",
     "PairAgreement",
     "Prompts",
     "Question",
