@@ -20,6 +20,7 @@ EVALUATIONS = {
     "score": "scores of a judge, relative to a reference model",
     "elo": "Elo and Bradley-Terry ratings from the verdicts of a judge",
     "agreement": "agreement of judges with each other, and of a judge with itself in the other order",
+    "report": "one HTML page of judgements, answers and the results of the other sub-commands",
 }
 
 

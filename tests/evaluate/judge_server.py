@@ -1,4 +1,4 @@
-"""An endpoint like OpenAI's for tests of `judge`, which fails in all the ways that endpoints fail, by the draws of one seed."""
+"""An endpoint like OpenAI's for tests of `judge`, which fails in all the ways that endpoints fail."""
 
 import contextlib
 import json

@@ -6,9 +6,9 @@ way leave no room for its own, and the limit is reached when it has no room alth
 reservation is replaced by the tokens that the endpoint counted. Requests whose reply was lost stay counted with what they
 had reserved.
 
-An endpoint that limits the rate (status 429) doubles the time between the starts of two requests, once for all requests that
-were under way together; each reply shortens it by 30 %. Threads that wait for the same pause to end would otherwise be refused
-together, again and again.
+An endpoint that limits the rate (status 429) doubles the time between the starts of two requests, once for all requests
+that were under way together; each reply shortens it by 30 %. Threads that wait for the same pause to end would otherwise be
+refused together, again and again.
 """
 
 import math
