@@ -37,14 +37,16 @@ class JudgeServer(ThreadingHTTPServer):
     Attributes:
         replies: how many requests ended in which way; "judged" is a proper reply.
         asked: the requests with a proper reply, by the text of the question and the answers.
+        pause: the seconds that each request takes.
         keys: the headers of authorization that arrived.
         starts: the times at which requests arrived.
     """
 
     daemon_threads = True
 
-    def __init__(self, chaos: Mapping[str, float], seed: int, port: int = 0) -> None:
-        super().__init__(("127.0.0.1", port), _Handler)
+    def __init__(self, chaos: Mapping[str, float], seed: int, pause: float = 0.0) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.pause = pause
         self.chaos, self.draws, self.lock = dict(chaos), random.Random(seed), threading.Lock()
         self.replies: Counter[str] = Counter()
         self.asked: Counter[str] = Counter()
@@ -82,6 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.keys.add(key)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         prompt = body["messages"][0]["content"]
+        time.sleep(self.server.pause)
         match self.server.draw():
             case "status 500":
                 self.send(500, {"error": {"message": "an internal error"}})
@@ -151,9 +154,9 @@ def reply(text: str) -> dict[str, Any]:
 
 
 @contextmanager
-def judge_server(chaos: Mapping[str, float] | None = None, seed: int = 0) -> Iterator[JudgeServer]:
-    """Yield a running server; without `chaos`, every request has a proper reply."""
-    with JudgeServer(chaos or {}, seed) as server:
+def judge_server(chaos: Mapping[str, float] | None = None, seed: int = 0, pause: float = 0.0) -> Iterator[JudgeServer]:
+    """Yield a running server; without `chaos`, every request has a proper reply. It takes `pause` seconds for each."""
+    with JudgeServer(chaos or {}, seed, pause) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()
         try:

@@ -38,7 +38,7 @@ th:first-child, td:first-child { position: sticky; left: 0; background: var(--gr
 td.words { white-space: normal; max-width: 30rem; min-width: 8rem; overflow-wrap: anywhere; }
 table.matrix td, table.matrix th { text-align: center; } table.matrix th:first-child { text-align: left; }
 .rows { margin: 0.6rem 0; max-width: 52rem; }
-.row { display: grid; grid-template-columns: 14rem 1fr 11.5rem; gap: 0.2rem 0.8rem; align-items: center; }
+.row { display: grid; grid-template-columns: 14rem 1fr 12.5rem; gap: 0.2rem 0.8rem; align-items: center; }
 .row svg { width: 100%; height: 1.7rem; display: block; overflow: visible; }
 .row .value { font-variant-numeric: tabular-nums; font-size: 0.9rem; }
 .key { display: inline-block; width: 0.8em; height: 0.8em; vertical-align: middle; margin: 0 0.3em 0.1em 0.9em; }
@@ -52,7 +52,8 @@ table.matrix td, table.matrix th { text-align: center; } table.matrix th:first-c
 @media print { :root { color-scheme: light; --ground: #ffffff; --panel: #ffffff; --ink: #000000; --faint: #444444;
   --line: #aaaaaa; --one: #0b4f94; --other: #8f4700; --neutral: #9a9a9a; --good: 11, 99, 181; --bad: 179, 89, 0; }
   body { max-width: none; padding: 0; font-size: 10pt; } .scroll { overflow: visible; } table { font-size: 8.5pt; }
-  th, td { padding: 0.15rem 0.4rem; white-space: normal; position: static; } nav { display: none; } thead { display: table-header-group; }
+  th, td { padding: 0.15rem 0.4rem; white-space: normal; position: static; }
+  td.words { min-width: 0; } nav { display: none; } thead { display: table-header-group; }
   tr, .row, .rows, .note { break-inside: avoid; } h2, h3, h4, .faint { break-after: avoid; }
   .answers { grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }

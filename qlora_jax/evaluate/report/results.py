@@ -5,7 +5,6 @@ an object or a list of objects           a table with a row for each, and a colu
 rows with a value and its bounds         a picture of the intervals, too: value, rating or relative; low; high
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,8 +28,6 @@ def of_result(values: Mapping[str, Any]) -> list[str]:
 def _parts(title: str, values: Mapping[str, Any], depth: int) -> list[str]:
     plain = {name: value for name, value in values.items() if _is_plain(value)}
     parts = []
-    if _interval(values) is not None and depth:
-        parts.append(intervals({title or "value": _interval(values) or Interval(math.nan, math.nan, math.nan)}, title, 3))
     if plain:
         parts.append(table(["", "value"], list(plain.items()), title, words=[1] if _has_words(plain) else []))
     for name, value in values.items():
@@ -50,7 +47,7 @@ def _parts(title: str, values: Mapping[str, Any], depth: int) -> list[str]:
 def _table_of(title: str, rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     flat = {name: _flat(row) for name, row in list(rows.items())[:_MOST_ROWS]}
     columns = list(dict.fromkeys(column for row in flat.values() for column in row))
-    texts = {column for row in flat.values() for column, value in row.items() if isinstance(value, str)}
+    texts = {column for row in flat.values() for column, value in row.items() if isinstance(value, (str, list))}
     words = [place for place, column in enumerate(columns, start=1) if column in texts]
     cells = [[name, *(row.get(column) for column in columns)] for name, row in flat.items()]
     more = f" (the first {_MOST_ROWS} of {len(rows):,} rows)" if len(rows) > _MOST_ROWS else ""

@@ -158,19 +158,23 @@ def _answers(answers: Answers, files: Mapping[str, Judgements], samples: int, lo
             if question in answers.by_model[model]
         ]
         parts.append(f'<div class="answers">{"".join(cards)}</div>')
-        if rows := list(itertools.chain.from_iterable(_of_question(name, one, question) for name, one in files.items())):
+        if rows := list(
+            itertools.chain.from_iterable(_of_question(name, one, question, models) for name, one in files.items())
+        ):
             parts.append(table(["judge", "shown first", "shown second", "judgement"], rows, words=[1, 2, 3]))
     return parts
 
 
-def _of_question(name: str, judgements: Judgements, question: str) -> list[list[object]]:
-    """Return the judgements of a question as rows of a table."""
+def _of_question(name: str, judgements: Judgements, question: str, models: Sequence[str]) -> list[list[object]]:
+    """Return the judgements of a question between some models as rows of a table."""
     if question not in judgements.questions:
         return []
     rows = judgements.rows(np.flatnonzero(judgements.question == judgements.questions.index(question)))
     found = []
     for row, (first, second) in enumerate(zip(rows.first.tolist(), rows.second.tolist(), strict=True)):
         names = [judgements.models[first], judgements.models[second]]
+        if not set(names) <= set(models):
+            continue
         one, other = rows.values[row].tolist()
         if np.isnan(one):
             words = "none"
