@@ -1,6 +1,7 @@
 """The local judge against whole forward passes of its own, and through the command. (Two seconds, most of it compiling.)"""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +65,14 @@ def test_long_answers_are_shortened(tiny: tuple[Any, Any, Any]) -> None:
         encode_comparisons(asked, tokenizer, 300)
 
 
-def test_the_command(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "judgements.jsonl"
+def test_the_command(make_tiny_llama: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, model = tmp_path / "judgements.jsonl", make_tiny_llama(max_position_embeddings=LONGEST)
     command = [
         "judge",
         *map(str, write_answers(tmp_path, 2)),
         "--local",
         "--model",
-        str(tiny_llama),
+        str(model),
         "--output",
         str(output),
     ]
