@@ -215,7 +215,8 @@ class _Work:
         options = self.options
         pretrained = options.model.open()
         causal_family_of(pretrained.checkpoint.config)  # raises for an encoder-decoder
-        name = options.asking.judge_model or pretrained.base.name
+        path = Path(pretrained.base.name)
+        name = options.asking.judge_model or (path.name if path.exists() else pretrained.base.name)
         room = positions_left(pretrained.checkpoint.model_config, pretrained.method)
         longest = options.max_length if room is None else min(options.max_length, room)
         storage = dataclasses.asdict(options.model) | {"base": pretrained.base.name, "max_length": longest}
