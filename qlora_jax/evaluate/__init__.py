@@ -1,7 +1,8 @@
 """Evaluation of models: MMLU, RougeL, judgements of their answers, and confidence intervals of the results.
 
 judgements.py reads scores and verdicts of judges; relative_scores.py, elo.py, bradley_terry.py, rankings.py and
-agreement.py calculate the figures, and bootstrap.py their intervals.
+agreement.py calculate the figures, and bootstrap.py their intervals. The packages judge and report make judgements, and one
+page of everything.
 """
 
 from qlora_jax.evaluate.agreement import (

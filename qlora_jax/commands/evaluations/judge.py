@@ -180,10 +180,8 @@ class _Work:
         """Ask the endpoint and return what is to be printed as JSON."""
         limits, asking = self.options.limits, self.options.asking
         prices = (limits.prompt_price or 0.0, limits.reply_price or 0.0)
-        before = [row["tokens"] for row in self.journal.rows.values() if isinstance(row.get("tokens"), list)]
         meter = Meter(
-            Limits(limits.requests_per_minute, limits.token_limit, limits.cost_limit, prices),
-            *(sum(tokens[place] for tokens in before) for place in (0, 1)),
+            Limits(limits.requests_per_minute, limits.token_limit, limits.cost_limit, prices), *self.journal.tokens()
         )
         patience = Patience(attempts=asking.attempts, concurrency=asking.concurrency)
         judging = Judging(endpoint, self.options.ask, patience, meter)

@@ -70,6 +70,15 @@ class Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
 
+    def tokens(self) -> tuple[int, int]:
+        """Return the tokens of prompts and of replies that all judgements of the file took."""
+        read = written = 0
+        for row in self.rows.values():
+            match row.get("tokens"):
+                case [int(one), int(other)]:
+                    read, written = read + one, written + other
+        return read, written
+
     def has(self, comparison: Comparison, request: str) -> bool:
         """Return whether the file has the judgement of a comparison.
 
