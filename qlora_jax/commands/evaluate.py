@@ -20,9 +20,11 @@ EVALUATIONS = {
     "generate": "answers of a model to the questions of a file, for a judge",
     "compare": "a base, its quantised form, adapters and merged models, by the same data",
     "task": "tasks of EleutherAI's lm-evaluation-harness (the extra `eval`)",
+    "judge": "judgements of pairs of answers, by a model at an endpoint or one that is loaded here",
     "score": "scores of a judge, relative to a reference model",
     "elo": "Elo and Bradley-Terry ratings from the verdicts of a judge",
     "agreement": "agreement of judges with each other, and of a judge with itself in the other order",
+    "report": "one HTML page of judgements, answers and the results of the other sub-commands",
 }
 
 

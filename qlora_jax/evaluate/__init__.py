@@ -3,7 +3,8 @@
 prompt_file.py and answer_file.py read questions and hold the answers of models to them.
 documents.py reads the texts of which perplexity.py measures the perplexity; likelihood.py scores their tokens.
 judgements.py reads scores and verdicts of judges; relative_scores.py, elo.py, bradley_terry.py, rankings.py and
-agreement.py calculate the figures, and bootstrap.py their intervals.
+agreement.py calculate the figures, and bootstrap.py their intervals. The packages judge and report make judgements, and one
+page of everything.
 """
 
 from qlora_jax.evaluate.agreement import (
@@ -21,7 +22,7 @@ from qlora_jax.evaluate.comparison import Change, Measured, Share, change_of, ju
 from qlora_jax.evaluate.documents import Document, documents_of, read_documents
 from qlora_jax.evaluate.elo import Elo, check_elo, elo_ratings
 from qlora_jax.evaluate.intervals import Interval, mean_interval, paired_difference, share_interval
-from qlora_jax.evaluate.judgements import Judgements, notes_on_pairs, read_judgements
+from qlora_jax.evaluate.judgements import Judgements, Kind, notes_on_pairs, read_judgements
 from qlora_jax.evaluate.lengths import padded_batches
 from qlora_jax.evaluate.likelihood import TokenScores, token_scores
 from qlora_jax.evaluate.mmlu import Prompts, Scores, encode_questions, evaluate_mmlu, letter_logits
@@ -42,6 +43,7 @@ __all__ = [
     "Interval",
     "Judgements",
     "Measured",
+    "Kind",
     "PairAgreement",
     "Perplexity",
     "Prompt",

@@ -22,7 +22,7 @@ import numpy as np
 from qlora_jax.data.file_input import kind_of, not_utf8, shortened
 from qlora_jax.errors import DataError, OptionError, list_names
 
-__all__ = ["Judgements", "Kind", "check_known", "notes_on_pairs", "read_judgements"]
+__all__ = ["Judgements", "Kind", "check_known", "json_rows", "notes_on_pairs", "question_name", "read_judgements"]
 
 Kind = Literal["scores", "verdicts"]
 
@@ -153,7 +153,7 @@ def read_judgements(path: Path, kind: Kind | None = None) -> Judgements:
     rows: list[tuple[str, str, str, str, tuple[float, float]]] = []
     found: Kind | None = None
     problems: list[str] = []
-    for number, row in _lines(path):
+    for number, row in json_rows(path):
         if isinstance(row, str):
             problems.append(row)
             continue
@@ -194,7 +194,7 @@ def _collected(source: str, kind: Kind, rows: list[tuple[str, str, str, str, tup
     )
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Yield (number from 1, object or what is wrong) for each line that is not blank."""
     with path.open("rb") as file:
         if file.peek(4).startswith(_COMPRESSED):
@@ -238,10 +238,9 @@ def _read_row(row: dict[str, Any], kind: Kind) -> tuple[str, str, str, str, tupl
         if name not in row:
             return f"{name}: expected a value, found none; the columns are {list_names(list(row))}"
     question, first, second, judge = (row.get(name) for name in ("question_id", "model_a", "model_b", "judge"))
-    if isinstance(question, float) and question.is_integer():  # as pandas writes a column of numbers with gaps
-        question = int(question)
-    if isinstance(question, bool) or not isinstance(question, (int, str)) or question == "":
-        return f"question_id: expected a whole number or a text, found {kind_of(question)}"
+    question = question_name(question)
+    if question is None:
+        return f"question_id: expected a whole number or a text, found {kind_of(row['question_id'])}"
     for name in ("model_a", "model_b"):
         if not isinstance(row[name], str) or not row[name].strip():
             return f"{name}: expected the name of a model, found {kind_of(row[name])}"
@@ -250,7 +249,14 @@ def _read_row(row: dict[str, Any], kind: Kind) -> tuple[str, str, str, str, tupl
     if first == second:
         return f"expected two models, found {first} judged against itself"
     values = _values(row, kind)
-    return values if isinstance(values, str) else (str(question), str(first), str(second), judge or "", values)
+    return values if isinstance(values, str) else (question, str(first), str(second), judge or "", values)
+
+
+def question_name(value: object) -> str | None:
+    """Return the name of a question by its question_id, and None if that is neither a whole number nor a text."""
+    if isinstance(value, float) and value.is_integer():  # as pandas writes a column of numbers with gaps
+        value = int(value)
+    return None if isinstance(value, bool) or not isinstance(value, (int, str)) or value == "" else str(value)
 
 
 def _values(row: dict[str, Any], kind: Kind) -> tuple[float, float] | str:

@@ -16,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from qlora_jax.evaluate.lengths import padded_batches
-from qlora_jax.nn import data_mesh, put_on_mesh
+from qlora_jax.nn import context_mesh, put_rows, row_shards
 
 __all__ = ["ScoredModel", "TokenScores", "token_scores"]
 
@@ -70,8 +69,7 @@ def token_scores(
         progress: whether to show a progress bar.
         label: the text before the progress bar.
     """
-    mesh = None if jax.sharding.get_abstract_mesh().empty else data_mesh()
-    devices = 1 if mesh is None else mesh.size
+    mesh, devices = context_mesh(), row_shards()
     # The last token of a row is a target alone: a row of one token more than a power of two is not padded to the next one.
     batches = padded_batches([row[:-1] for row in rows], -(-batch_size // devices) * devices)
     found: dict[int, TokenScores] = {}
@@ -80,7 +78,7 @@ def token_scores(
             targets = np.zeros_like(tokens)
             for row, index in enumerate(indices):
                 targets[row, : len(rows[index]) - 1] = rows[index][1:]
-            placed = put_on_mesh(mesh, (tokens, lengths, targets), P("data"))
+            placed = put_rows(mesh, (tokens, lengths, targets))
             scores, greedy = map(np.asarray, _scores(graphdef, state, *placed))
             for row, index in enumerate(indices):
                 length = len(rows[index]) - 1

@@ -20,35 +20,17 @@ Shapes. Prompts are padded to few lengths (lengths.py): at most five programs ar
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
-from tqdm import tqdm
 
 from qlora_jax.errors import DataError
-from qlora_jax.evaluate.lengths import padded_batches
+from qlora_jax.evaluate.choices import choice_logits
 from qlora_jax.evaluate.questions import LETTERS, Question
-from qlora_jax.nn import context_mesh, put_rows, row_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class LanguageModel(Protocol):
-    """A decoder-only model that MMLU can evaluate."""
-
-    def hidden(self, tokens: Array) -> Array:
-        """Return the normalized last hidden states `[b, t, features]` of int32 tokens `[b, t]`, with causal attention."""
-        ...
-
-    def logits(self, hidden: Array) -> Array:
-        """Return the logits `[b, vocabulary]` of hidden states `[b, features]`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -167,22 +149,9 @@ def letter_logits(
     graphdef: nnx.GraphDef[Any], state: Any, prompts: Prompts, *, batch_size: int = 8, progress: bool = False
 ) -> np.ndarray:
     """Return the logits of A, B, C and D after each prompt, float32 `[n, 4]`; see `evaluate_mmlu` for the arguments."""
-    mesh, devices = context_mesh(), row_shards()
-    batches = padded_batches(prompts.tokens, -(-batch_size // devices) * devices)
-    result = np.zeros((len(prompts.tokens), len(LETTERS)), np.float32)
-    letters = np.asarray(prompts.letters, np.int32)
-    for indices, tokens, lengths in tqdm(batches, desc="MMLU", unit="batch", leave=False, disable=not progress):
-        placed = put_rows(mesh, (tokens, lengths))
-        result[indices] = np.asarray(_last_logits(graphdef, state, *placed, letters))[: len(indices)]
-    return result
-
-
-@partial(jax.jit, static_argnames="graphdef")
-def _last_logits(graphdef: Any, state: Any, tokens: Array, lengths: Array, letters: Array) -> Array:
-    model: LanguageModel = nnx.merge(graphdef, state)
-    hidden = model.hidden(tokens)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return model.logits(last)[:, letters].astype(jnp.float32)
+    return choice_logits(
+        graphdef, state, prompts.tokens, prompts.letters, batch_size=batch_size, progress="MMLU" if progress else None
+    )
 
 
 def _letters(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:

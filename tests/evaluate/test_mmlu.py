@@ -18,7 +18,7 @@ from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.data import DataError
 from qlora_jax.errors import CheckpointError
 from qlora_jax.evaluate import LETTERS, Question, Scores, encode_questions, evaluate_mmlu, letter_logits, read_questions
-from qlora_jax.evaluate import mmlu as mmlu_module
+from qlora_jax.evaluate import choices as choices_module
 from qlora_jax.evaluate.lengths import padded_length
 
 
@@ -121,9 +121,9 @@ def test_few_programs_are_compiled(tiny: tuple[Any, Any, Any]) -> None:
     questions = [question(number, words=1 + 3 * number) for number in range(20)]
     prompts = encode_questions(questions, tokenizer, 512)
     assert len({len(tokens) for tokens in prompts.tokens}) > 10
-    mmlu_module._last_logits.clear_cache()  # other tests have compiled it for equal models
+    choices_module._last_logits.clear_cache()  # other tests have compiled it for equal models
     letter_logits(graphdef, state, prompts, batch_size=5)
-    assert mmlu_module._last_logits._cache_size() == 3  # 128, 256 and 512 tokens
+    assert choices_module._last_logits._cache_size() == 3  # 128, 256 and 512 tokens
 
 
 @pytest.mark.integration
