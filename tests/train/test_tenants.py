@@ -33,7 +33,7 @@ from qlora_jax.train import (
     split,
 )
 from qlora_jax.train.optim import Schedule
-from qlora_jax.train.tenants import (
+from qlora_jax.train.tenant_slots import (
     TenantsState,
     get_slot,
     init_tenants,
@@ -41,8 +41,8 @@ from qlora_jax.train.tenants import (
     put_slot,
     slot_settings,
     split_tenants,
-    tenant_programs,
 )
+from qlora_jax.train.tenants import tenant_programs
 
 RANK, SLOTS, ROWS, LENGTH = 4, 9, 6, 16
 
@@ -164,9 +164,9 @@ def step(
         if tenant is poison:
             batch["loss_mask"] = batch["loss_mask"] * np.float32("nan")
         rows.append((place, batch))
-    adapter, scale, sums = programs().begin(state, slots)
+    sums = programs().begin(state, slots)
     for batch in micro_batches(rows):
-        sums = programs().accumulate["sft"](adapter, scale, sums, frozen, batch)
+        sums = programs().accumulate["sft"](slots, state, sums, frozen, batch)
     return programs().update(state, slots, sums)
 
 
