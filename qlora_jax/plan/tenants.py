@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qlora_jax.errors import UnsupportedError
@@ -23,11 +24,12 @@ from qlora_jax.plan.compile import Program, compile_program, place, versions
 from qlora_jax.plan.devices import Machine
 from qlora_jax.plan.topology import context, machine_mesh
 from qlora_jax.plan.tree_bytes import tree_bytes, weight_bytes
+from qlora_jax.train.offload import HOST
 from qlora_jax.train.spec import StepSpec
-from qlora_jax.train.tenant_slots import get_slot, init_tenants, split_tenants
+from qlora_jax.train.tenant_slots import get_slot, init_tenants, put_slot, split_tenants
 from qlora_jax.train.tenants import tenant_programs
 
-__all__ = ["TenantsPlan", "compile_tenants_step"]
+__all__ = ["TenantsPlan", "compile_tenants_step", "compile_turn"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +118,8 @@ def compile_tenants_step(
         found = f"{machine.count} devices" if machine.count > 1 else type(spec.model.config).__name__
         raise UnsupportedError(f"tenants: expected a decoder-only model on one device, found {found}")
     held, mesh = min(slots or tenants, tenants), machine_mesh(machine)
-    targets = getattr(spec.model.method, "target_modules", None)
-    bank = Bank(held + 1, rank) if targets is None else Bank(held + 1, rank, target_modules=targets)
-    model = dataclasses.replace(spec.model, method=bank)
-    graphdef, adapter, scale, frozen = split_tenants(model.abstract(machine.device.target))
-    state = place(jax.eval_shape(init_tenants, adapter, scale), mesh, P())
-    frozen, ids = frozen_shapes(mesh, frozen), place(jax.ShapeDtypeStruct((held,), jnp.int32), mesh, P())
+    graphdef, state, frozen = _abstract(spec, machine, mesh, held, rank)
+    ids = place(jax.ShapeDtypeStruct((held,), jnp.int32), mesh, P())
     programs = tenant_programs(graphdef, spec.model.dtype)
     sums = place(jax.eval_shape(programs.begin, state, ids), mesh, P())
     rows = min(spec.batch.batch_size, held)
@@ -147,6 +145,38 @@ def compile_tenants_step(
         update=update,
         versions=versions(machine),
     )
+
+
+def compile_turn(spec: StepSpec[ModelSpec], machine: Machine, *, slots: int, rank: int) -> tuple[Program, Program]:
+    """Return (the update of all slots, the program that puts a tenant from host memory into a slot), compiled.
+
+    The first has the bytes that the slots take on the device, and the second those of a tenant in host memory. See
+    `compile_tenants_step` for the arguments.
+    """
+    mesh = machine_mesh(machine)
+    graphdef, state, _ = _abstract(spec, machine, mesh, slots, rank)
+    ids, programs = place(jax.ShapeDtypeStruct((slots,), jnp.int32), mesh, P()), tenant_programs(graphdef)
+    sums = place(jax.eval_shape(programs.begin, state, ids), mesh, P())
+    own = place(jax.eval_shape(get_slot, state, 0), mesh, P())
+    host = NamedSharding(mesh, P(), memory_kind=HOST)
+    adapter, mu, nu = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host), (own.adapter, own.mu, own.nu)
+    )
+    slot = place(jax.ShapeDtypeStruct((), jnp.int32), mesh, P())
+    with context(mesh):
+        update = compile_program(programs.update, (state, ids, sums), machine)
+        away = dataclasses.replace(own, adapter=adapter, mu=mu, nu=nu)
+        return update, compile_program(put_slot, (state, slot, away), machine)
+
+
+def _abstract(spec: StepSpec[ModelSpec], machine: Machine, mesh: Mesh, slots: int, rank: int) -> tuple[Any, Any, Any]:
+    """Return (graphdef, state, frozen) of a bank with so many slots beside slot 0, as shapes on the device."""
+    targets = getattr(spec.model.method, "target_modules", None)
+    bank = Bank(slots + 1, rank) if targets is None else Bank(slots + 1, rank, target_modules=targets)
+    model = dataclasses.replace(spec.model, method=bank)
+    graphdef, adapter, scale, frozen = split_tenants(model.abstract(machine.device.target))
+    state = place(jax.eval_shape(init_tenants, adapter, scale), mesh, P())
+    return graphdef, state, frozen_shapes(mesh, frozen)
 
 
 def _rows(spec: StepSpec[ModelSpec], rows: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -66,5 +66,5 @@ class RowMatrices:
     values: Array
 
     def of_rows(self, ids: Array) -> Array:
-        """Return the matrices, whatever the ids are."""
-        return self.values
+        """Return the matrices; the ids are 0, 1, 2, …, or these twice where a row is a pair of sequences."""
+        return self.values if ids.shape[0] == self.values.shape[0] else self.values.at[ids].get(mode="clip")

@@ -2,9 +2,9 @@
 
     python tests/finetune/tenant_kills.py --kills 50
 
-Three tenants with two slots, so that one of them waits; with `--turns` they take turns. Whatever is killed, and however often,
-the same command afterwards gives each tenant the adapter of an uninterrupted run, bit for bit. See kills.py, whose processes
-these are.
+Three tenants with two slots, so that one of them waits; with `--turns` they take turns. Whatever is killed, and however
+often, the same command afterwards gives each tenant the adapter of an uninterrupted run, bit for bit. See kills.py, whose
+processes these are.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from kills import FOLDER, Process  # noqa: E402, I001
-from tiny_models import write_tiny_llama  # noqa: E402
+from kills import FOLDER, Process
+from tiny_models import write_tiny_llama
 
-from qlora_jax.commands import train_many  # noqa: E402
+from qlora_jax.commands import train_many
 
 TENANTS = ("first", "second", "third")
 SHARE_OF_RERUNS = 0.25
