@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(arguments: Arguments) -> None:
     """Print the figures, and as the last line all of them as JSON."""
     import jax
-    import jaxlib
 
     found: dict[str, Any] = {
         "machine": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "device": str(jax.devices()[0]),
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": jaxlib.__version__},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("jax", "jaxlib")}},
         "tenants": arguments.tenants,
         "length": arguments.length,
     }
