@@ -7,6 +7,7 @@
     python scripts/plan.py --model llama-65b --rank 64 --device h100 --fit batch
     python scripts/plan.py --model llama-3-8b --step decode --capacity 4096 --device l4
     python scripts/plan.py --model llama-3-8b --device rtx4090 --quick
+    python scripts/plan.py --model llama-3-8b --device h100 --tenants 64 --tenant-rank 16 --batch-size 8
 
 The command takes all options of scripts/train.py with the same meaning, so that a config file for training can be planned
 unchanged. The numbers are those of XLA's buffer assignment, on each device; with --quick they are calculated without a
@@ -38,12 +39,14 @@ from qlora_jax.plan import (
     Machine,
     QuickPlan,
     Report,
+    TenantsPlan,
     as_json,
     cheaper_first,
     cheapest_that_fits,
     check_compiler,
     check_drawing,
     compile_decode_step,
+    compile_tenants_step,
     compile_train_step,
     draw,
     largest_that_fits,
@@ -59,6 +62,7 @@ from qlora_jax.train import StepSpec
 Spec = StepSpec[ModelSpec]
 
 _DEFAULT = "smollm2-135m"
+_OF_ONE = ("batch", "length", "options")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +78,15 @@ class PlanOptions:
     """Number of tokens per row in the cache of the decode step."""
     quick: bool = False
     """Calculate instead of compiling: it takes seconds, and the memory of temporaries is an estimate."""
-    fit: Literal["none", "batch", "length", "options"] = "none"
-    """Search for what fits: the largest batch-size, the largest max-length (a multiple of 128), or the cheapest options."""
+    fit: Literal["none", "batch", "length", "options", "tenants"] = "none"
+    """Search for what fits: the largest batch-size, the largest max-length (a multiple of 128), the cheapest options, or the
+    most tenants."""
+    tenants: int = 0
+    """Number of tenants that train at once, each with a row of a step; 0: one run."""
+    tenant_rank: int = 16
+    """The largest rank of the tenants' adapters."""
+    tenant_slots: int = 0
+    """Tenants on the device at the same time, while the states of the others are in pinned host memory; 0: all of them."""
     plot: Path | None = None
     """Picture to write: a bar of the memory by use, with the limit of the device."""
 
@@ -104,12 +115,15 @@ def plan(options: PlanCommandOptions) -> None:
     found: dict[str, Any] = {}
     if chosen.fit == "options":
         spec, machine, found = fit_options(spec, machine, chosen.quick)
-    elif chosen.fit != "none":
+    elif chosen.fit in ("batch", "length"):
         spec, found = fit_number(spec, machine, chosen.fit, chosen.quick)
     if chosen.step == "decode":
         decode_step = compile_decode_step(spec, machine, capacity=chosen.capacity)
         title = f"{model}: decoding {spec.batch.batch_size} x {chosen.capacity}"
         report = report_of(decode_step, spec, machine, title)
+    elif chosen.tenants or chosen.fit == "tenants":
+        tenants, report = tenants_report(spec, machine, model, chosen)
+        found = {"tenants": tenants} if chosen.fit == "tenants" else {}
     else:
         report = train_report(
             spec, machine, f"{model}: training {spec.batch.batch_size} x {spec.batch.length}", chosen.quick
@@ -131,6 +145,13 @@ def _check(chosen: PlanOptions, machine: Machine, mesh: MeshShape | None) -> Non
     if chosen.fit == "options" and mesh is not None:
         raise OptionError(f"fit options: chooses the number of devices: expected no mesh beside it, found {mesh}")
     shape_on(mesh, machine.count)
+    if (chosen.tenants or chosen.fit == "tenants") and (chosen.quick or chosen.step != "train" or chosen.fit in _OF_ONE):
+        raise OptionError("tenants: is a compiled training step: expected no quick, decode or other fit beside it")
+    for name, least in (("tenants", 0), ("tenant_rank", 1), ("tenant_slots", 0)):
+        if getattr(chosen, name) < least:
+            raise OptionError(f"{name}: expected at least {least}, found {getattr(chosen, name)}")
+    if chosen.fit == "tenants" and chosen.tenant_slots:
+        raise OptionError("fit tenants: expected no tenant_slots, which bound the memory of the device, found some")
     if chosen.capacity < 1:
         raise OptionError(f"capacity: expected at least 1, found {chosen.capacity}")
     if chosen.plot is not None:
@@ -158,6 +179,39 @@ def train_report(spec: Spec, machine: Machine, title: str, quick: bool) -> Repor
         estimate = _quick_plan(spec, machine)
         return report_of(estimate, spec, machine, title, time.perf_counter() - start)
     return report_of(compile_train_step(spec, machine), spec, machine, title)
+
+
+def tenants_report(spec: Spec, machine: Machine, model: str, chosen: PlanOptions) -> tuple[int, Report]:
+    """Return (the number of tenants, the report of their step); with `fit` the most that fit.
+
+    Raises:
+        DoesNotFitError: not even one tenant fits.
+    """
+    plans: dict[int, TenantsPlan] = {}
+
+    def peak(tenants: int) -> int:
+        try:
+            plan = compile_tenants_step(
+                spec, machine, tenants=tenants, rank=chosen.tenant_rank, slots=chosen.tenant_slots or None
+            )
+        except DoesNotFitError as error:
+            if chosen.fit != "tenants":
+                raise
+            return max(error.needed or 0, machine.device.memory_bytes + 1)
+        plans[tenants] = plan
+        print(f"tenants {tenants}: {plan.peak / 2**30:.2f} GiB", file=sys.stderr, flush=True)
+        return plan.peak
+
+    number = chosen.tenants or 8
+    if chosen.fit == "tenants":
+        best = largest_that_fits(peak, machine.device.memory_bytes, start=number)
+        if best is None:
+            raise DoesNotFitError(f"tenants 1 does not fit {machine.name}, which has {machine.device.memory_bytes:,} bytes")
+        number = best[0]
+    else:
+        peak(number)
+    title = f"{model}: training {number} tenants of rank {chosen.tenant_rank}, {spec.batch.batch_size} x {spec.batch.length}"
+    return number, report_of(plans[number], spec, machine, title)
 
 
 def peak_of(spec: Spec, machine: Machine, quick: bool) -> int:

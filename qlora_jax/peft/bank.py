@@ -27,8 +27,8 @@ slots before it gathers some. The result is the same, because float32 matrices a
 needs float32, and takes few slots at a time. `jax.lax.ragged_dot` over rows in the order of their slots is not used: for
 H100 it reads the whole bank (scripts/benchmarks/measure_bank.py; docs/tenants.md has the figures).
 
-The gradient of a whole bank is as large as the bank. Training therefore takes the slots of a step's tenants out of the bank
-(`take_slots`), and differentiates those (`train.tenants`).
+The gradient of a whole bank is as large as the bank. Training therefore takes the adapters of a micro-batch's rows out of
+the bank (`take_rows`), and differentiates those (`train.tenants`).
 """
 
 import dataclasses
@@ -49,9 +49,9 @@ from qlora_jax.nn import AdapterConstant, LayerContext, Linear, checkpoint_name
 from qlora_jax.peft.lora import LoRA
 from qlora_jax.peft.method import EMBEDDING_KEYS, Method
 from qlora_jax.peft.targets import ALL_LINEAR, choose
-from qlora_jax.quant import IndexedSlots, SlotMatrices
+from qlora_jax.quant import IndexedSlots, RowMatrices, SlotMatrices, einsum
 
-Slots = SlotMatrices | IndexedSlots
+Slots = SlotMatrices | IndexedSlots | RowMatrices
 
 __all__ = [
     "Bank",
@@ -62,7 +62,7 @@ __all__ = [
     "clear_slot",
     "fill_slot",
     "split_bank",
-    "take_slots",
+    "take_rows",
     "write_slot",
 ]
 
@@ -164,7 +164,7 @@ def bank_update(x: Array, a: Slots, b: Slots, scale: Array, ids: Array) -> Array
 
     Args:
         x: `[rows, …, in]`.
-        a, b: `[K, r, in]` and `[K, r, out]`.
+        a, b: `[K, r, in]` and `[K, r, out]`, or those of the rows.
         scale: float32 `[K]`.
         ids: int32 `[rows]`.
     """
@@ -174,9 +174,8 @@ def bank_update(x: Array, a: Slots, b: Slots, scale: Array, ids: Array) -> Array
         inner = (rows.astype(jnp.float32) * own_a).sum(2) * own_scale[:, None]
         y = (inner[..., None] * own_b).sum(1).astype(x.dtype)
     else:
-        inner = jnp.einsum("nti,nri->ntr", rows, own_a.astype(x.dtype), preferred_element_type=x.dtype)
-        inner = checkpoint_name(inner, "lora") * own_scale[:, None, None].astype(x.dtype)
-        y = jnp.einsum("ntr,nro->nto", inner, own_b.astype(x.dtype), preferred_element_type=x.dtype)
+        inner = checkpoint_name(einsum("nti,nri->ntr", rows, own_a.astype(x.dtype)), "lora")
+        y = einsum("ntr,nro->nto", inner * own_scale[:, None, None].astype(x.dtype), own_b.astype(x.dtype))
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -189,9 +188,26 @@ def split_bank(model: Any) -> tuple[Any, Any, Any]:
     return graphdef, bank, frozen
 
 
-def take_slots(bank: Any, slots: Array) -> Any:
-    """Return a bank of some slots only, `[layers, S, …]`; entries of int32 `slots` `[S]` beyond the bank give any values."""
-    return jax.tree.map(lambda leaf: leaf.at[:, slots].get(mode="clip"), bank)
+def take_rows(adapter: Any, scale: Any, ids: Array, dtype: DTypeLike) -> tuple[Any, Any]:
+    """Return (adapter, scale) of the rows alone, in place of those of all slots: `[layers, rows, …]`.
+
+    The model then takes the ids 0, 1, 2, … and computes what it would with all slots and these ids.
+
+    Args:
+        adapter, scale: A and B, and the scalings, of all slots, as `train.tenants.split_tenants` splits them.
+        ids: int32 `[rows]`, the slot of each row.
+        dtype: of the matrices; that of the activations, to which they are rounded anyway.
+    """
+
+    def of_rows(leaf: Array) -> Array:
+        return leaf.at[:, ids].get(mode="clip")
+
+    def rounded(slots: SlotMatrices) -> RowMatrices:
+        # XLA would convert all slots before it takes some.
+        return RowMatrices(jax.lax.optimization_barrier(of_rows(slots.values)).astype(dtype))
+
+    matrices = jax.tree.map(rounded, adapter, is_leaf=lambda leaf: isinstance(leaf, SlotMatrices))
+    return matrices, jax.tree.map(of_rows, scale)
 
 
 @partial(jax.jit, donate_argnums=0)

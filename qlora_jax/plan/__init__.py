@@ -11,6 +11,7 @@ from qlora_jax.plan.quick import QuickPlan, quick_plan
 from qlora_jax.plan.report import Report, as_json, check_drawing, draw, table
 from qlora_jax.plan.reports import report_of, spec_values
 from qlora_jax.plan.sizes import HUB_IDS, SIZES
+from qlora_jax.plan.tenants import TenantsPlan, compile_tenants_step
 from qlora_jax.plan.topology import CompilerMissing, CompilerRefuses, check_compiler, machine_mesh
 
 __all__ = [
@@ -27,12 +28,14 @@ __all__ = [
     "Program",
     "QuickPlan",
     "Report",
+    "TenantsPlan",
     "as_json",
     "cheaper_first",
     "cheapest_that_fits",
     "check_compiler",
     "check_drawing",
     "compile_decode_step",
+    "compile_tenants_step",
     "compile_train_step",
     "draw",
     "largest_that_fits",

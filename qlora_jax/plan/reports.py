@@ -17,6 +17,7 @@ from qlora_jax.plan.devices import Machine
 from qlora_jax.plan.quick import QuickPlan
 from qlora_jax.plan.report import Report
 from qlora_jax.plan.residuals import residual_bytes
+from qlora_jax.plan.tenants import TenantsPlan
 from qlora_jax.train.dpo import with_reference
 from qlora_jax.train.spec import StepSpec
 
@@ -108,6 +109,36 @@ def _(plan: DecodePlan, spec: StepSpec[ModelSpec], machine: Machine, title: str,
         cycles=program.cycles,
         unknown_kernels=program.unknown_kernels,
         values={"versions": plan.versions, "rows": plan.rows, "bytes_a_token": program.traffic / spec.batch.batch_size},
+    )
+
+
+@report_of.register
+def _(plan: TenantsPlan, spec: StepSpec[ModelSpec], machine: Machine, title: str, seconds: float = 0.0) -> Report:
+    known = plan.packed_weights + plan.dense_weights + plan.adapter + plan.optimizer
+    sums = plan.begin.outputs
+    return Report(
+        title=title,
+        machine=machine,
+        device=(
+            ("packed weights", plan.packed_weights),
+            ("other frozen weights", plan.dense_weights),
+            ("adapters of all slots", plan.adapter),
+            ("optimizer of all slots", plan.optimizer),
+            ("gradients of all slots", sums),
+            ("batch and temporaries", plan.peak - known - sums),
+        ),
+        host=(("states of tenants", plan.host),),
+        total=plan.peak,
+        flops=plan.flops,
+        traffic=int(plan.traffic),
+        seconds=plan.compile_seconds,
+        method=COMPILED,
+        values={
+            "versions": plan.versions,
+            "tenants": plan.tenants,
+            "slots": plan.slots,
+            "bytes_a_slot": (plan.adapter + plan.optimizer) // (plan.slots + 1),
+        },
     )
 
 

@@ -3,6 +3,7 @@ arrays."""
 
 from qlora_jax.quant.blocks import from_blocks, to_blocks
 from qlora_jax.quant.codebooks import BLOCK_SIZES, DATA_TYPES, SCALE_BLOCK_SIZE, DataType, code_bits, codebook, dynamic_map
+from qlora_jax.quant.dense_matmul import einsum
 from qlora_jax.quant.dynamic import BlockwiseArray, dequantize_blockwise, quantize_blockwise
 from qlora_jax.quant.embedding import (
     EMBEDDING_STORAGES,
@@ -21,7 +22,7 @@ from qlora_jax.quant.embedding import (
 from qlora_jax.quant.matmul import matmul, with_implementation
 from qlora_jax.quant.mixed import MixedStack, MixedTensor, mixed_stack
 from qlora_jax.quant.parts import can_split_rows, with_parts
-from qlora_jax.quant.slots import IndexedSlots, SlotMatrices
+from qlora_jax.quant.slots import IndexedSlots, RowMatrices, SlotMatrices
 from qlora_jax.quant.spec import Quantization
 from qlora_jax.quant.stacked import StackedTensor, index_in_stack
 from qlora_jax.quant.targets import by_platform, tracing_for
@@ -43,6 +44,7 @@ __all__ = [
     "PackedEmbedding",
     "Quantization",
     "QuantizedTensor",
+    "RowMatrices",
     "SlotMatrices",
     "StackedTensor",
     "by_platform",
@@ -52,6 +54,7 @@ __all__ = [
     "dequantize",
     "dequantize_blockwise",
     "dynamic_map",
+    "einsum",
     "embedding_lookup",
     "embedding_matmul",
     "embedding_rows_sum",

@@ -3,6 +3,9 @@
 A scan over layers slices each layer's leaves out of their stacks. XLA for TPUs may copy such a slice, all slots of the
 layer, before it gathers from it. A scan that provides the index of the layer instead gathers from the slots of all layers,
 which are (layers K) matrices in one row, and nothing is copied.
+
+Training takes the matrices of a micro-batch's rows out of all layers at once, before the scan (`RowMatrices`): they are read
+in three passes, and their gradient is one of the rows and not of the slots.
 """
 
 import dataclasses
@@ -11,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = ["IndexedSlots", "SlotMatrices"]
+__all__ = ["IndexedSlots", "RowMatrices", "SlotMatrices"]
 
 
 @jax.tree_util.register_dataclass
@@ -49,3 +52,19 @@ class IndexedSlots:
         slots = values.shape[1]
         flat = values.reshape(-1, *values.shape[2:])
         return flat.at[self.index * slots + jnp.clip(ids, 0, slots - 1)].get(mode="clip")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowMatrices:
+    """The matrix of each row, `[rows, in, out]`, taken out of the slots before; of a stack of layers `[layers, rows, …]`.
+
+    Attributes:
+        values: the array.
+    """
+
+    values: Array
+
+    def of_rows(self, ids: Array) -> Array:
+        """Return the matrices; the ids are 0, 1, 2, …, or these twice where a row is a pair of sequences."""
+        return self.values if ids.shape[0] == self.values.shape[0] else self.values.at[ids].get(mode="clip")

@@ -14,7 +14,7 @@ from qlora_jax.commands import plan as script
 from qlora_jax.errors import CheckpointError, DoesNotFitError
 from qlora_jax.finetune.step import step_spec
 from qlora_jax.models import ModelSpec, family_of
-from qlora_jax.plan import SIZES, CompilerMissing, Machine, Plan, Program, machine_named
+from qlora_jax.plan import SIZES, CompilerMissing, Machine, Plan, Program, TenantsPlan, machine_named
 from qlora_jax.train import StepSpec
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +124,35 @@ def test_a_fit_is_searched_with_compilations(monkeypatch: pytest.MonkeyPatch, ca
     assert {17, 18} <= set(asked)
     assert len(asked) < 12
     assert "batch_size 18: 24.00 GiB" in captured.err
+
+
+def test_the_most_tenants_that_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each slot takes one GiB in three parts; the report adds up to the peak, and turns need no more on the device."""
+    asked: list[tuple[int, int | None]] = []
+
+    def compiled(spec: Any, machine: Machine, *, tenants: int, rank: int, slots: int | None) -> TenantsPlan:
+        asked.append((tenants, slots))
+        held, small = min(slots or tenants, tenants), dataclasses.replace(PROGRAM, arguments=0, temporaries=GIB, aliased=0)
+        begin = dataclasses.replace(small, outputs=held * GIB // 4, temporaries=0)
+        update = dataclasses.replace(small, arguments=held * GIB, outputs=0)
+        host = tenants * GIB if held < tenants else 0
+        return TenantsPlan(
+            machine, tenants, held, 3 * GIB, 2 * GIB, held * GIB // 4, held * GIB // 2, host, held, begin, small, update, {}
+        )
+
+    monkeypatch.setattr(script, "check_compiler", lambda machine: None)
+    monkeypatch.setattr(script, "compile_tenants_step", compiled)
+    assert script.main(["--model", "llama-65b", "--fit", "tenants"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    most = int((H100.device.memory_bytes - 6 * GIB) // GIB)
+    assert result["found"] == {"tenants": most}
+    assert {most, most + 1} <= {tenants for tenants, _ in asked}
+    assert sum(result["device_bytes"].values()) == result["peak"] == (6 + most) * GIB
+    assert script.main(["--model", "llama-65b", "--tenants", "2000", "--tenant-slots", "8"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["peak"], result["host_peak"]) == (14 * GIB, 2000 * GIB)
+    assert script.main(["--model", "llama-65b", "--tenants", "4", "--quick"]) == 1
+    assert "tenants: is a compiled training step" in capsys.readouterr().err
 
 
 def test_what_cannot_fit_is_told_with_what_would(

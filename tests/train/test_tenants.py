@@ -33,16 +33,17 @@ from qlora_jax.train import (
     split,
 )
 from qlora_jax.train.optim import Schedule
-from qlora_jax.train.tenants import (
+from qlora_jax.train.tenant_slots import (
     TenantsState,
     get_slot,
     init_tenants,
     new_slot,
     put_slot,
     slot_settings,
+    slot_to_host,
     split_tenants,
-    tenant_programs,
 )
+from qlora_jax.train.tenants import tenant_programs
 
 RANK, SLOTS, ROWS, LENGTH = 4, 9, 6, 16
 
@@ -164,9 +165,9 @@ def step(
         if tenant is poison:
             batch["loss_mask"] = batch["loss_mask"] * np.float32("nan")
         rows.append((place, batch))
-    adapter, scale, sums = programs().begin(state, slots)
+    sums = programs().begin(state, slots)
     for batch in micro_batches(rows):
-        sums = programs().accumulate["sft"](adapter, scale, sums, frozen, batch)
+        sums = programs().accumulate["sft"](slots, state, sums, frozen, batch)
     return programs().update(state, slots, sums)
 
 
@@ -252,6 +253,17 @@ def test_slots_without_rows_keep_their_bits() -> None:
             np.testing.assert_array_equal(found, expected)
     assert int(get_slot(state, 2).count) == 1
     assert bool(metrics["finite"][0])
+
+
+@pytest.mark.integration
+def test_a_state_keeps_its_bits_on_its_way_through_host_memory() -> None:
+    state = put_slot(empty(), 1, first(TENANTS[1]))
+    away = slot_to_host(state, 1)
+    matrices = jax.tree.leaves((away.adapter, away.mu, away.nu))
+    assert {leaf.sharding.memory_kind for leaf in matrices} == {"pinned_host"}
+    state = put_slot(state, 3, away)
+    for found, expected in zip(*map(jax.tree.leaves, (get_slot(state, 3), first(TENANTS[1]))), strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_the_state_grows_linearly_with_the_slots() -> None:

@@ -2,5 +2,6 @@
 
 from qlora_jax.finetune.tenants.options import ManyOptions
 from qlora_jax.finetune.tenants.run import train_many
+from qlora_jax.finetune.tenants.tenant import pause, unpause
 
-__all__ = ["ManyOptions", "train_many"]
+__all__ = ["ManyOptions", "pause", "train_many", "unpause"]

@@ -36,7 +36,7 @@ class ManyOptions:
     """Train the adapters of many tenants at once over one frozen base."""
 
     tenants: tyro.conf.Positional[Path] = Path("TENANTS.toml")
-    """TOML file: output, slots and rows; the options of train.py for all tenants; and a table [tenants.NAME] for each."""
+    """TOML file: output, slots, rows and host_states; options of train.py for all; a table [tenants.NAME] for each."""
     overwrite: bool = False
     """Delete the runs that the tenants' folders hold."""
 
@@ -52,6 +52,7 @@ class _Shared:
     output: Path = Path("runs/tenants")
     slots: int = 0
     rows: int = 8
+    host_states: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +61,17 @@ class TenantsFile:
 
     Attributes:
         output: the folder in which each tenant has one of its name.
-        slots: how many tenants train at the same time; others wait for a slot, in their order.
+        slots: how many tenants are on the device at the same time; others wait for a slot, in their order.
         rows: rows of a micro-batch, which tenants share.
+        host_states: whether the others do not wait: all train at the same time and take turns in the slots, and the states
+            of those that have none are in pinned host memory.
         tenants: the options of each tenant's run, by its name.
     """
 
     output: Path
     slots: int
     rows: int
+    host_states: bool
     tenants: dict[str, Options]
 
 
@@ -111,7 +115,7 @@ def read_tenants(path: Path, *, overwrite: bool = False) -> TenantsFile:
     if problems:
         raise OptionError(f"{place}: " + "; ".join(problems))
     slots = min(shared.slots or len(tenants), len(tenants))
-    return TenantsFile(shared.output, slots, shared.rows, tenants)
+    return TenantsFile(shared.output, slots, shared.rows, shared.host_states, tenants)
 
 
 def _merged(all_tenants: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ contradict each other, or another base, are errors before any weights are read.
 
 import dataclasses
 import logging
+from pathlib import Path
 
 import jax
 
@@ -29,20 +30,22 @@ class PreparedTenants:
     """Everything that training needs, before any weights are read.
 
     Attributes:
+        output: the folder in which each tenant has one of its name.
         pretrained: the base with a bank of `slots` + 1 slots, in which slot 0 is the bare base.
         runs: the run of each tenant, by its name, in the order in which they get a slot.
         failed: why a tenant was set aside, by its name.
         slots: how many tenants train at the same time.
         rows: rows of a micro-batch.
-        lengths: tokens of a row by objective: those of its tenant with the longest ones.
+        host_states: whether all tenants train at the same time and take turns in the slots.
     """
 
+    output: Path
     pretrained: Pretrained
     runs: dict[str, PreparedRun]
     failed: dict[str, str]
     slots: int
     rows: int
-    lengths: dict[str, int]
+    host_states: bool = False
 
 
 def prepare_tenants(file: TenantsFile, *, progress: bool = True) -> PreparedTenants:
@@ -78,11 +81,7 @@ def prepare_tenants(file: TenantsFile, *, progress: bool = True) -> PreparedTena
     rank = max(_largest_rank(run.method) for run in runs.values())
     bank = Bank(slots + 1, rank)
     pretrained = dataclasses.replace(first.pretrained, adapter=None, adapter_metadata=None, subtracted=None, method=bank)
-    lengths: dict[str, int] = {}
-    for run in runs.values():
-        name = run.spec.objective.name
-        lengths[name] = max(lengths.get(name, 0), run.objective.length)
-    return PreparedTenants(pretrained, runs, failed, slots, min(file.rows, sum(rows[:slots])), lengths)
+    return PreparedTenants(file.output, pretrained, runs, failed, slots, min(file.rows, sum(rows[:slots])), file.host_states)
 
 
 def _is_finished(options: Options, error: Exception) -> bool:

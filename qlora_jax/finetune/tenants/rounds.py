@@ -1,9 +1,13 @@
-"""One round: a batch of every tenant that trains, as micro-batches that the tenants of an objective share.
+"""One round: a batch of every tenant that trains, as micro-batches that tenants of one objective and shape share.
 
     rows     tenant 1, tenant 1, tenant 2, tenant 3, …      in the order of the slots; each row is of one tenant
-    padded   to the length of the longest tenant's rows, and to whole micro-batches
+    padded   to a length of 2^n or 3 * 2^n tokens, and to whole micro-batches
 
 A tenant's rows are those that a run of its own would read, packed for itself. A row of preferences is a pair of answers.
+
+Tenants share a micro-batch if their rows are padded to the same length (`shared_length`), so that short rows are not padded
+to the length of long ones. The shape of a micro-batch depends on the tenant's own length and on nothing of the others: XLA
+may add up in another order for another shape, and a tenant's bits would depend on who else trains.
 """
 
 import dataclasses
@@ -11,7 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-__all__ = ["ARRAYS", "Share", "micro_batches", "padded_rows"]
+from qlora_jax.finetune.prepare import PreparedRun
+
+__all__ = ["ARRAYS", "Share", "micro_batches", "padded_rows", "row_settings", "shared_length"]
 
 Batch = Mapping[str, np.ndarray]
 _LEARNED = ("inputs", "targets", "loss_mask")
@@ -36,6 +42,20 @@ class Share:
     batch: Batch
     units: float
     settings: Mapping[str, float]
+
+
+def row_settings(run: PreparedRun) -> dict[str, float]:
+    """Return the settings of a run's objective that its rows carry."""
+    if run.spec.objective.name != "dpo":
+        return {}
+    given = {name.removeprefix("dpo_"): value for name, value in run.options.objective.given().items()}
+    return {"beta": 0.1, "label_smoothing": 0.0} | given
+
+
+def shared_length(length: int) -> int:
+    """Return the tokens that rows of this length are padded to: the next 2^n or 3 * 2^n, at most a third more."""
+    power = 1 << max(length - 1, 0).bit_length()
+    return 3 * power // 4 if length <= 3 * power // 4 and power >= 4 else power
 
 
 def padded_rows(batch: Batch, objective: str, length: int, rows: int = 0) -> dict[str, np.ndarray]:

@@ -45,4 +45,8 @@ def train_many(options: ManyOptions, *, progress: bool = True) -> int:
             f"{len(failed)} of {len(file.tenants)} tenants are set aside",
             [f"{name}: {reason}" for name, reason in failed.items()],
         )
+    if paused := [tenant.name for tenant in tenants if tenant.status == "paused"]:
+        _logger.info(
+            "Paused: %s. The same command goes on without the file pause in the tenant's folder.", ", ".join(paused)
+        )
     return sum(tenant.status == "finished" for tenant in tenants)
