@@ -69,22 +69,48 @@ def cache_masks(config: DecoderConfig, capacity: int, slots: Int[Array, "b t"]) 
     return lambda kind, tokens: (masks_of(tokens) if whole is None else whole)[0 if kind is None else kind]
 
 
-def write_slots(past: Array, new: Array, layer: Array, first: Int[Array, " b"]) -> Array:
-    """Return the keys (or values) of all layers with those of new tokens written into one layer.
+@dataclasses.dataclass(frozen=True)
+class View:
+    """The part of a cache that new tokens are written into and attend to.
 
-    Args:
-        past: `[layers, b, kv_heads, capacity, head_dim]`.
-        new: `[b, t, kv_heads, head_dim]`, of tokens in neighbouring slots.
-        layer: int32 scalar, the layer.
-        first: int32 `[b]`, the slot of each row's first token; the slots of all tokens must be within the capacity.
+    Attributes:
+        rows: int32 `[b]`, the rows of the cache that the tokens belong to; a number beyond the cache stands for its last row.
+            None: all rows, in their order.
+        reach: the number of first slots of each row that the tokens attend to.
     """
 
-    new = new.swapaxes(1, 2).astype(past.dtype)
-    return by_platform(past, new, layer, first, tpu=_write_row_by_row, default=_write_rows)
+    rows: Int[Array, " b"] | None
+    reach: int
+
+    def extended(self, past: Array, new: Array, layer: Array, first: Int[Array, " b"]) -> tuple[Array, Array]:
+        """Write the keys (or values) of new tokens into one layer; return (those of all layers, those to attend to).
+
+        Args:
+            past: `[layers, B, kv_heads, capacity, head_dim]`.
+            new: `[b, t, kv_heads, head_dim]`, of tokens in neighbouring slots.
+            layer: int32 scalar, the layer.
+            first: int32 `[b]`, the slot of each row's first token; the slots of all tokens must be within the capacity.
+
+        Returns:
+            like `past`, and `[b, kv_heads, reach, head_dim]`.
+        """
+        new, count = new.swapaxes(1, 2).astype(past.dtype), past.shape[1]
+        forms = {"tpu": _write_row_by_row, "cpu": _write_row_by_row}
+        if self.rows is None:
+            past = by_platform(past, new, layer, first, jnp.arange(count), **forms, default=_write_rows)
+            start = (layer, *[jnp.zeros_like(layer)] * 4)
+            return past, jax.lax.dynamic_slice(past, start, (1, *past.shape[1:3], self.reach, past.shape[4]))[0]
+        rows = jnp.minimum(self.rows, count - 1)
+        default = _write_tokens if new.shape[2] == 1 else _write_row_by_row
+        past = by_platform(past, new, layer, first, rows, **forms, default=default)
+        # Layers and rows are one axis, so that nothing of the other rows is copied.
+        flat = past.reshape(-1, *past.shape[2:])[:, :, : self.reach]
+        return past, flat.at[layer * count + rows].get(mode="clip")
 
 
-def _write_rows(past: Array, new: Array, layer: Array, first: Array) -> Array:
+def _write_rows(past: Array, new: Array, layer: Array, first: Array, rows: Array) -> Array:
     """Write the tokens of all rows at once: one kernel on a GPU."""
+    del rows
 
     def write(row: Array, tokens: Array, start: Array) -> Array:
         return jax.lax.dynamic_update_slice(row, tokens[None], (layer, 0, start, 0))
@@ -92,14 +118,20 @@ def _write_rows(past: Array, new: Array, layer: Array, first: Array) -> Array:
     return jax.vmap(write, in_axes=(1, 0, 0), out_axes=1)(past, new, first)
 
 
-def _write_row_by_row(past: Array, new: Array, layer: Array, first: Array) -> Array:
-    """Write the tokens of one row after the other, for TPUs, where a scatter copies what it writes into.
+def _write_tokens(past: Array, new: Array, layer: Array, first: Array, rows: Array) -> Array:
+    """Write one token of each row at once: one kernel on a GPU."""
+    return past.at[layer, rows, :, first].set(new[:, :, 0], mode="promise_in_bounds")
+
+
+def _write_row_by_row(past: Array, new: Array, layer: Array, first: Array, rows: Array) -> Array:
+    """Write the tokens of one row after the other, for TPUs and CPUs, where a scatter copies what it writes into.
 
     Without the constraint, the compiler orders the axes of the whole cache like those of the new tokens, and converts it
     before and after the loop over the layers: with 8 rows of 2048 tokens of an 8B model, that is twice the traffic.
     """
-    for row in range(new.shape[0]):
-        past = jax.lax.dynamic_update_slice(past, new[None, row : row + 1], (layer, row, 0, first[row], 0))
+    for index in range(new.shape[0]):
+        start = (layer, rows[index], 0, first[index], 0)
+        past = jax.lax.dynamic_update_slice(past, new[None, index : index + 1], start)
     return with_layout_constraint(past, Layout(major_to_minor=tuple(range(past.ndim))))
 
 

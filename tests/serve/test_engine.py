@@ -173,7 +173,7 @@ class Successors(Successor):
     def init_cache(self, batch_size: int, capacity: int) -> Any:
         return jax.numpy.zeros((1, batch_size, capacity), jax.numpy.int32)
 
-    def decode(self, tokens: jax.Array, positions: jax.Array, cache: Any, *, lengths: Any = None) -> tuple[jax.Array, Any]:
+    def decode(self, tokens: jax.Array, positions: jax.Array, cache: Any, **_: Any) -> tuple[jax.Array, Any]:
         return super().decode(tokens, positions, cache)
 
 
