@@ -22,7 +22,7 @@ runs it in a thread of its own.
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -124,8 +124,8 @@ class Engine:
 
         Raises:
             PromptError: the prompt and the answer together are too long.
-            OptionError: tokens outside the vocabulary, an unknown adapter, a grammar that cannot be obeyed, or more answers
-                than fit into the queue.
+            OptionError: tokens outside the vocabulary, an unknown adapter, a grammar for an engine that has none, or more
+                answers than fit into the queue.
         """
         total, capacity = len(request.prompt) + request.max_new_tokens, self.limits.capacity
         if total > capacity:
@@ -142,8 +142,23 @@ class Engine:
             raise OptionError("grammar: this engine cannot restrict answers")
         self._adapters.check(request.adapter)
 
-    def submit(self, request: Request) -> int:
+    def grammars(self, request: Request) -> list[Grammar]:
+        """Return the grammar of each answer to a request, none if it has no grammar; may be called in any thread.
+
+        Raises:
+            OptionError: a grammar that cannot be obeyed.
+        """
+        if request.grammar is None or self._constrain is None:
+            return []
+        first = self._constrain(request.grammar)
+        return [first, *(first.copy() for _ in range(request.count - 1))]
+
+    def submit(self, request: Request, grammars: Sequence[Grammar] | None = None) -> int:
         """Add a request; return its ticket, which its events bear.
+
+        Args:
+            request: the request.
+            grammars: of `grammars`, if they were made before; None: they are made here.
 
         Raises:
             BusyError: the queue is full.
@@ -156,9 +171,7 @@ class Engine:
             Answer(ticket, number, request, list(request.prompt), AnswerText(self._tokenizer, request.stop, context))
             for number in range(request.count)
         ]
-        grammars = (
-            [self._constrain(request.grammar) for _ in answers] if request.grammar is not None and self._constrain else []
-        )
+        grammars = self.grammars(request) if grammars is None else grammars
         self.scheduler.enqueue(answers)
         self._grammars.update(zip(answers, grammars, strict=False))
         self._answers[ticket] = answers
