@@ -246,8 +246,7 @@ class CausalLM(nnx.Module):
             cache: the keys and values of the tokens so far.
             lengths: int32 `[b]`, those of the whole prompts if `tokens` are only a part of them (`cache_lasts`); or None.
             adapter_ids: as in `hidden`.
-            rows: int32 `[b]`, the rows of the cache that the tokens belong to (`View`); None: all of them.
-            reach: the number of first tokens of each row that the new ones attend to; None: the capacity.
+            rows, reach: the rows of the cache, and the number of their first tokens that the new ones attend to; see `View`.
         """
         slots = jnp.where(positions < 0, positions, positions + self._virtual_tokens)
         totals = None if lengths is None else lengths[:, None] + self._virtual_tokens
@@ -267,22 +266,18 @@ class CausalLM(nnx.Module):
         scanned, layer_of = by_layer(layers)
         context = LayerContext(adapter_ids=ids)
 
-        def run_layer(carry: tuple[Array, Array, Array], inputs: tuple[Any, Array, Array | None]) -> tuple[Any, None]:
-            x, past_keys, past_values = carry
-            state, layer, kind = inputs
+        def run_layer(carry: tuple[Array, KVCache], inputs: tuple[Any, Array, Array | None]) -> tuple[Any, None]:
+            (x, past), (state, layer, kind) = carry, inputs
 
-            def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
-                keys, own_keys = view.extended(past_keys, k, layer, first)
-                values, own_values = view.extended(past_values, v, layer, first)
+            def attend(q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
+                extended, own = view.extended(past, k, v, layer, first)
                 scaled = partial(cached_attention, scale=config.score_scale, cap=config.score_cap)
-                return scaled(q, own_keys, own_values, partial(mask_of, kind)), (keys, values)
+                return scaled(q, own.keys, own.values, partial(mask_of, kind)), extended
 
-            x, (keys, values) = nnx.merge(graph, layer_of(state, layer))(x, *of_kind(rotations, kind), attend, context)
-            return (x, keys, values), None
+            return nnx.merge(graph, layer_of(state, layer))(x, *of_kind(rotations, kind), attend, context), None
 
         inputs = (scanned, jnp.arange(config.num_hidden_layers), layer_kinds(self.config))
-        (x, keys, values), _ = jax.lax.scan(run_layer, (x, cache.keys, cache.values), inputs)
-        return x, KVCache(keys, values)
+        return jax.lax.scan(run_layer, (x, cache), inputs)[0]
 
     def cache_lasts(self, length: int) -> int | None:
         """Return the length up to which the cache of a row of `length` tokens is right; None: always. See `nn.rope`."""

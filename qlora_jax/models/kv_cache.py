@@ -74,38 +74,43 @@ class View:
     """The part of a cache that new tokens are written into and attend to.
 
     Attributes:
-        rows: int32 `[b]`, the rows of the cache that the tokens belong to; a number beyond the cache stands for its last row.
-            None: all rows, in their order.
+        rows: int32 `[b]`, the rows of the cache that the tokens belong to; a number beyond the cache stands for its last
+            row. None: all rows, in their order.
         reach: the number of first slots of each row that the tokens attend to.
     """
 
     rows: Int[Array, " b"] | None
     reach: int
 
-    def extended(self, past: Array, new: Array, layer: Array, first: Int[Array, " b"]) -> tuple[Array, Array]:
-        """Write the keys (or values) of new tokens into one layer; return (those of all layers, those to attend to).
+    def extended(self, past: KVCache, k: Array, v: Array, layer: Array, first: Int[Array, " b"]) -> tuple[KVCache, KVCache]:
+        """Write the keys and values of new tokens into one layer; return (the cache of all layers, what to attend to).
 
         Args:
-            past: `[layers, B, kv_heads, capacity, head_dim]`.
-            new: `[b, t, kv_heads, head_dim]`, of tokens in neighbouring slots.
+            past: the cache of all layers.
+            k, v: `[b, t, kv_heads, head_dim]`, of tokens in neighbouring slots.
             layer: int32 scalar, the layer.
             first: int32 `[b]`, the slot of each row's first token; the slots of all tokens must be within the capacity.
 
         Returns:
-            like `past`, and `[b, kv_heads, reach, head_dim]`.
+            The second cache has one layer and no axis for it: `[b, kv_heads, reach, head_dim]`.
         """
-        new, count = new.swapaxes(1, 2).astype(past.dtype), past.shape[1]
-        forms = {"tpu": _write_row_by_row, "cpu": _write_row_by_row}
+        keys, values = self._write(past.keys, k, layer, first), self._write(past.values, v, layer, first)
+        return KVCache(keys, values), KVCache(self._read(keys, layer), self._read(values, layer))
+
+    def _write(self, past: Array, new: Array, layer: Array, first: Array) -> Array:
+        new, forms = new.swapaxes(1, 2).astype(past.dtype), {"tpu": _write_row_by_row, "cpu": _write_row_by_row}
         if self.rows is None:
-            past = by_platform(past, new, layer, first, jnp.arange(count), **forms, default=_write_rows)
-            start = (layer, *[jnp.zeros_like(layer)] * 4)
-            return past, jax.lax.dynamic_slice(past, start, (1, *past.shape[1:3], self.reach, past.shape[4]))[0]
-        rows = jnp.minimum(self.rows, count - 1)
-        default = _write_tokens if new.shape[2] == 1 else _write_row_by_row
-        past = by_platform(past, new, layer, first, rows, **forms, default=default)
+            return by_platform(past, new, layer, first, jnp.arange(past.shape[1]), **forms, default=_write_rows)
+        rows, default = jnp.minimum(self.rows, past.shape[1] - 1), _write_tokens if new.shape[2] == 1 else _write_row_by_row
+        return by_platform(past, new, layer, first, rows, **forms, default=default)
+
+    def _read(self, past: Array, layer: Array) -> Array:
+        count = past.shape[1]
+        if self.rows is None:
+            return jax.lax.dynamic_index_in_dim(past, layer, keepdims=False)[:, :, : self.reach]
         # Layers and rows are one axis, so that nothing of the other rows is copied.
         flat = past.reshape(-1, *past.shape[2:])[:, :, : self.reach]
-        return past, flat.at[layer * count + rows].get(mode="clip")
+        return flat.at[layer * count + jnp.minimum(self.rows, count - 1)].get(mode="clip")
 
 
 def _write_rows(past: Array, new: Array, layer: Array, first: Array, rows: Array) -> Array:

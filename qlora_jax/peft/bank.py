@@ -20,12 +20,13 @@ How to use it (a server or a trainer does all of this; none of it compiles anyth
 
 The product. A and B of each row are gathered, and multiplied as a batch of small matrices; for one token a row, where
 reading A and B is all the work, they are multiplied and summed by one fused loop that reads them out of the bank without a
-copy between (on CPUs, whose compiler sums over A again and again in that loop, by products). Operations and bytes grow with the tokens and with the rows' adapters, not with K (docs/tenants.md). This is
-what the compilers say for it: A lies transposed, since TPUs pad a last axis of r to 128; layers stay in their stack while
-decoding (`quant.SlotMatrices`); and the bank has the dtype of the activations, since XLA for TPUs otherwise converts all
-slots before it gathers some. The result is the same, because float32 matrices are rounded to that dtype anyway. Training
-needs float32, and takes few slots at a time. `jax.lax.ragged_dot` over rows in the order of their slots is not used: for
-H100 it reads the whole bank (scripts/benchmarks/measure_bank.py; docs/tenants.md has the figures).
+copy between, except on CPUs, whose compiler would repeat the sums over A in that loop. Operations and bytes grow with the
+tokens and with the rows' adapters, not with K (docs/tenants.md). This is what the compilers say for it: A lies transposed,
+since TPUs pad a last axis of r to 128; layers stay in their stack while decoding (`quant.SlotMatrices`); and the bank has
+the dtype of the activations, since XLA for TPUs otherwise converts all slots before it gathers some. The result is the
+same, because float32 matrices are rounded to that dtype anyway. Training needs float32, and takes few slots at a time.
+`jax.lax.ragged_dot` over rows in the order of their slots is not used: for H100 it reads the whole bank
+(scripts/benchmarks/measure_bank.py; docs/tenants.md has the figures).
 
 The gradient of a whole bank is as large as the bank. Training therefore takes the slots of a step's tenants out of the bank
 (`take_slots`), and differentiates those (`train.tenants`).

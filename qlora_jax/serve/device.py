@@ -55,7 +55,7 @@ class Device:
         self._prefill(tokens, start, row=row, length=length, slot=slot, reach=reach)
 
     def decode(self, rows: Sequence[tuple[int, int, int]]) -> None:
-        """Process the token that each of some rows drew last; each is (the row, the token's position, its adapter's slot)."""
+        """Process the token that each of some rows drew last; each is (row, position of the token, slot of its adapter)."""
         self._decode(rows, _fitting(self._rows, len(rows)), _fitting(self._reaches, max(row[1] for row in rows) + 1))
 
     def draw(self, rows: Sequence[tuple[int, int]], allowed: Mapping[int, np.ndarray]) -> tuple[list[int], Drawn]:

@@ -75,8 +75,8 @@ class RowDecoder(Protocol):
             positions: int32 `[b, t]`, increasing by one in each row, negative for padding.
             cache: the cache of the tokens so far; its slots after a row's first new token may contain any finite values.
             lengths: int32 `[b]`, the lengths of the whole texts, if `tokens` are only a part of them.
-            rows: int32 `[b]`, the rows of the cache that the tokens belong to; numbers beyond it stand for its last row. None:
-                all of them, in their order.
+            rows: int32 `[b]`, the rows of the cache that the tokens belong to; numbers beyond it stand for its last row.
+                None: all of them, in their order.
             reach: the number of first tokens of each row that the new ones attend to; None: the capacity.
             adapters: `adapter_ids`, int32 `[b]`, for a model with a bank of adapters; nothing for others.
         """
@@ -151,9 +151,7 @@ def prefill_chunk(
 
 
 @partial(jax.jit, static_argnames=("graphdef", "reach", "banked"), donate_argnames="device")
-def decode_rows(
-    graphdef: Any, state: Any, device: DeviceState, tokens: Tokens, *, reach: int, banked: bool
-) -> DeviceState:
+def decode_rows(graphdef: Any, state: Any, device: DeviceState, tokens: Tokens, *, reach: int, banked: bool) -> DeviceState:
     """Process the token that each row drew last.
 
     Args:

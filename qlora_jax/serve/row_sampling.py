@@ -142,9 +142,7 @@ def begin_row(memory: RowMemory, row: Array, counts: Array, in_prompt: Array, bi
     )
 
 
-def sample_rows(
-    logits: Array, memory: RowMemory, settings: RowSettings, draws: Draws
-) -> tuple[Drawn, RowMemory]:
+def sample_rows(logits: Array, memory: RowMemory, settings: RowSettings, draws: Draws) -> tuple[Drawn, RowMemory]:
     """Draw one token for each of R rows.
 
     Args:
