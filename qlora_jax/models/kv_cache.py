@@ -108,9 +108,10 @@ class View:
         count = past.shape[1]
         if self.rows is None:
             return jax.lax.dynamic_index_in_dim(past, layer, keepdims=False)[:, :, : self.reach]
-        # Layers and rows are one axis, so that nothing of the other rows is copied.
-        flat = past.reshape(-1, *past.shape[2:])[:, :, : self.reach]
-        return flat.at[layer * count + jnp.minimum(self.rows, count - 1)].get(mode="clip")
+        # Layers and rows are one axis, and a slice of each row is one slice of a gather: nothing else is copied.
+        flat, size = past.reshape(-1, *past.shape[2:]), (1, past.shape[2], self.reach, past.shape[4])
+        start = layer * count + jnp.minimum(self.rows, count - 1)
+        return jax.vmap(lambda row: jax.lax.dynamic_slice(flat, (row, 0, 0, 0), size)[0])(start)
 
 
 def _write_rows(past: Array, new: Array, layer: Array, first: Array, rows: Array) -> Array:

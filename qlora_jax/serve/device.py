@@ -17,7 +17,7 @@ from qlora_jax.serve.scheduler import Limits
 __all__ = ["Device"]
 
 
-_LEAST_REACH = 256  # tokens; reading fewer keys and values saves nothing
+_LEAST_REACH = 128  # tokens; reading fewer keys and values saves little
 
 
 class Device:

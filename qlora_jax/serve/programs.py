@@ -43,10 +43,10 @@ __all__ = [
 
 
 def buckets(least: int, most: int) -> tuple[int, ...]:
-    """Return the sizes that programs are compiled for: `least`, four times that, …, and `most`."""
+    """Return the sizes that programs are compiled for: `least`, four times that, …, and `most` instead of one near it."""
     sizes = [min(least, most)]
     while sizes[-1] < most:
-        sizes.append(min(4 * sizes[-1], most))
+        sizes.append(4 * sizes[-1] if 16 * sizes[-1] < 3 * most else most)
     return tuple(sizes)
 
 

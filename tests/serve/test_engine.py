@@ -150,7 +150,7 @@ def test_what_an_earlier_text_left_in_a_row_does_not_reach_the_next_one() -> Non
 
 
 def test_few_and_many_rows_short_and_long_texts_give_the_same_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs for 1, 4 and 5 rows and for 12 and 48 tokens; answers grow from one into the other, and draws stay."""
+    """Programs for 1 and 5 rows and for 12 and 48 tokens; answers grow from one into the other, and draws stay."""
     monkeypatch.setattr("qlora_jax.serve.device._LEAST_REACH", 12)
     prompts, tried = random_prompts((3, 20, 9, 1, 30)), make(tiny(), Limits(rows=5, capacity=40, chunk=8))
     tried.warm_up()
