@@ -29,13 +29,14 @@ from qlora_jax.adapters.bank import slot_values
 from qlora_jax.adapters.files import ADAPTER_FILES, Adapter, read_adapter
 from qlora_jax.adapters.held import WEIGHTS
 from qlora_jax.adapters.metadata import AdapterMetadata, QuantizationChoice, read_adapter_metadata
-from qlora_jax.adapters.peft_config import CONFIG, resolve_adapter
+from qlora_jax.adapters.peft_config import CONFIG, read_adapter_method, resolve_adapter
 from qlora_jax.adapters.pretrained import Pretrained, PretrainedOptions, open_pretrained
 from qlora_jax.checkpoint.load import default_dtype
 from qlora_jax.data import Template, encode_prompt
 from qlora_jax.errors import OptionError, UnsupportedError
 from qlora_jax.interrupts import deferred
 from qlora_jax.models import CausalLM
+from qlora_jax.peft import Method
 from qlora_jax.peft.bank import Bank
 from qlora_jax.serve.adapter_slots import AdapterSlots
 from qlora_jax.serve.api_keys import ApiKey, new_key, read_api_keys
@@ -201,8 +202,7 @@ def load_service(options: Options, keys: tuple[ApiKey, ...] | None) -> "Service"
     from qlora_jax.serve.http_calls import Prepared
 
     sources = adapter_sources(options.adapter)
-    read = {name: _read(path) for name, path in sources.items()}
-    pretrained = _open(options, [adapter for adapter, _ in read.values()])
+    pretrained = _open(options, [read_adapter_method(path) for path in sources.values()])
     base = options.name or Path(pretrained.base.name).name
     if base in sources:
         raise OptionError(f"--adapters: expected names other than that of the base, found {base}")
@@ -273,15 +273,15 @@ def _is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def _open(options: Options, adapters: Sequence[Adapter]) -> Pretrained:
-    """Open the base, with a bank if there are adapters."""
+def _open(options: Options, methods: Sequence[Method]) -> Pretrained:
+    """Open the base, with a bank if there are adapters, whose methods tell the largest rank."""
     chosen = options.model
     if chosen.adapter is not None:
         raise OptionError(f"--adapter: expected --adapters NAME={chosen.adapter}, by which requests name it")
-    if not adapters and not options.adapter.runtime_adapters:
+    if not methods and not options.adapter.runtime_adapters:
         return chosen.open()
     dtype = default_dtype() if chosen.dtype == "auto" else chosen.dtype
-    ranks = [max([one.method.rank or 1, *(rank for _, rank in getattr(one.method, "rank_pattern", ()))]) for one in adapters]
+    ranks = [max([one.rank or 1, *(rank for _, rank in getattr(one, "rank_pattern", ()))]) for one in methods]
     slots, rank = max(options.adapter.slots, options.engine.rows) + 1, options.adapter.rank or max(ranks, default=16)
     return open_pretrained(
         chosen.model,

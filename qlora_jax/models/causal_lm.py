@@ -24,7 +24,7 @@ from qlora_jax.models.attention_kinds import attend_of_kind, cache_lasts, layer_
 from qlora_jax.models.chunks import chunk_count
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import DecoderLayer, make_norm
-from qlora_jax.models.kv_cache import KVCache, cache_masks, empty_cache, with_first_tokens, write_slots
+from qlora_jax.models.kv_cache import KVCache, View, cache_masks, empty_cache, with_first_tokens
 from qlora_jax.models.neftune import neftune_noise
 from qlora_jax.models.origin import Origin
 from qlora_jax.models.prompts import with_prompt
@@ -234,6 +234,8 @@ class CausalLM(nnx.Module):
         *,
         lengths: Int[Array, " b"] | None = None,
         adapter_ids: AdapterIds = None,
+        rows: Int[Array, " b"] | None = None,
+        reach: int | None = None,
     ) -> tuple[Float[Array, "b v"], KVCache]:
         """Return (logits of each row's last token `[b, vocabulary]`, the cache including new tokens of each row).
 
@@ -244,39 +246,38 @@ class CausalLM(nnx.Module):
             cache: the keys and values of the tokens so far.
             lengths: int32 `[b]`, those of the whole prompts if `tokens` are only a part of them (`cache_lasts`); or None.
             adapter_ids: as in `hidden`.
+            rows, reach: the rows of the cache, and the number of their first tokens that the new ones attend to; see `View`.
         """
         slots = jnp.where(positions < 0, positions, positions + self._virtual_tokens)
         totals = None if lengths is None else lengths[:, None] + self._virtual_tokens
-        x, cache = self._extended(self._embed(tokens), slots, cache, totals, adapter_ids)
+        view = View(rows, cache.keys.shape[3] if reach is None else reach + self._virtual_tokens)
+        x, cache = self._extended(self._embed(tokens), slots, cache, view, totals, adapter_ids)
         last = jnp.maximum(jnp.sum(positions >= 0, axis=1) - 1, 0)
         return self.logits(self.norm(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])), cache
 
     def _extended(
-        self, x: Array, slots: Array, cache: KVCache, lengths: Array | None = None, adapter_ids: AdapterIds = None
+        self, x: Array, slots: Array, cache: KVCache, view: View, lengths: Array | None = None, ids: AdapterIds = None
     ) -> tuple[Array, KVCache]:
         """Return the last layer's output `[b, t, hidden_size]` for embedded tokens x, and the cache including them."""
         config, first = self.config, slots[:, 0]
         rotations = rotations_of(self.config, jnp.maximum(slots, 0), lengths)
-        mask_of = cache_masks(config, cache.keys.shape[3], slots)
+        mask_of = cache_masks(config, view.reach, slots)
         graph, layers = nnx.split(self.layers)
         scanned, layer_of = by_layer(layers)
-        context = LayerContext(adapter_ids=adapter_ids)
+        context = LayerContext(adapter_ids=ids)
 
-        def run_layer(carry: tuple[Array, Array, Array], inputs: tuple[Any, Array, Array | None]) -> tuple[Any, None]:
-            x, past_keys, past_values = carry
-            state, layer, kind = inputs
+        def run_layer(carry: tuple[Array, KVCache], inputs: tuple[Any, Array, Array | None]) -> tuple[Any, None]:
+            (x, past), (state, layer, kind) = carry, inputs
 
-            def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
-                keys, values = write_slots(past_keys, k, layer, first), write_slots(past_values, v, layer, first)
-                own = keys[layer], values[layer], partial(mask_of, kind)
-                return cached_attention(q, *own, scale=config.score_scale, cap=config.score_cap), (keys, values)
+            def attend(q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
+                extended, own = view.extended(past, k, v, layer, first)
+                scaled = partial(cached_attention, scale=config.score_scale, cap=config.score_cap)
+                return scaled(q, own.keys, own.values, partial(mask_of, kind)), extended
 
-            x, (keys, values) = nnx.merge(graph, layer_of(state, layer))(x, *of_kind(rotations, kind), attend, context)
-            return (x, keys, values), None
+            return nnx.merge(graph, layer_of(state, layer))(x, *of_kind(rotations, kind), attend, context), None
 
         inputs = (scanned, jnp.arange(config.num_hidden_layers), layer_kinds(self.config))
-        (x, keys, values), _ = jax.lax.scan(run_layer, (x, cache.keys, cache.values), inputs)
-        return x, KVCache(keys, values)
+        return jax.lax.scan(run_layer, (x, cache), inputs)[0]
 
     def cache_lasts(self, length: int) -> int | None:
         """Return the length up to which the cache of a row of `length` tokens is right; None: always. See `nn.rope`."""
@@ -305,7 +306,7 @@ class CausalLM(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (rows, n))
             totals = None if rows == 1 or lengths is None else lengths[:, None] + n
             embedded = self.prompt.embeddings(rows, dtype)
-            _, one = self._extended(embedded, positions, empty_cache(config, dtype, rows, n), totals)
+            _, one = self._extended(embedded, positions, empty_cache(config, dtype, rows, n), View(None, n), totals)
             keys, values = one.keys, one.values
         return with_first_tokens(cache, keys, values)
 

@@ -70,22 +70,54 @@ def cache_masks(config: DecoderConfig, capacity: int, slots: Int[Array, "b t"]) 
     return lambda kind, tokens: (masks_of(tokens) if whole is None else whole)[0 if kind is None else kind]
 
 
-def write_slots(past: Array, new: Array, layer: Array, first: Int[Array, " b"]) -> Array:
-    """Return the keys (or values) of all layers with those of new tokens written into one layer.
+@dataclasses.dataclass(frozen=True)
+class View:
+    """The part of a cache that new tokens are written into and attend to.
 
-    Args:
-        past: `[layers, b, kv_heads, capacity, head_dim]`.
-        new: `[b, t, kv_heads, head_dim]`, of tokens in neighbouring slots.
-        layer: int32 scalar, the layer.
-        first: int32 `[b]`, the slot of each row's first token; the slots of all tokens must be within the capacity.
+    Attributes:
+        rows: int32 `[b]`, the rows of the cache that the tokens belong to; a number beyond the cache stands for its last
+            row. None: all rows, in their order.
+        reach: the number of first slots of each row that the tokens attend to.
     """
 
-    new = new.swapaxes(1, 2).astype(past.dtype)
-    return by_platform(past, new, layer, first, tpu=_write_row_by_row, default=_write_rows)
+    rows: Int[Array, " b"] | None
+    reach: int
+
+    def extended(self, past: KVCache, k: Array, v: Array, layer: Array, first: Int[Array, " b"]) -> tuple[KVCache, KVCache]:
+        """Write the keys and values of new tokens into one layer; return (the cache of all layers, what to attend to).
+
+        Args:
+            past: the cache of all layers.
+            k, v: `[b, t, kv_heads, head_dim]`, of tokens in neighbouring slots.
+            layer: int32 scalar, the layer.
+            first: int32 `[b]`, the slot of each row's first token; the slots of all tokens must be within the capacity.
+
+        Returns:
+            The second cache has one layer and no axis for it: `[b, kv_heads, reach, head_dim]`.
+        """
+        keys, values = self._write(past.keys, k, layer, first), self._write(past.values, v, layer, first)
+        return KVCache(keys, values), KVCache(self._read(keys, layer), self._read(values, layer))
+
+    def _write(self, past: Array, new: Array, layer: Array, first: Array) -> Array:
+        new, forms = new.swapaxes(1, 2).astype(past.dtype), {"tpu": _write_row_by_row, "cpu": _write_row_by_row}
+        if self.rows is None:
+            return by_platform(past, new, layer, first, jnp.arange(past.shape[1]), **forms, default=_write_rows)
+        rows, default = jnp.minimum(self.rows, past.shape[1] - 1), _write_tokens if new.shape[2] == 1 else _write_row_by_row
+        return by_platform(past, new, layer, first, rows, **forms, default=default)
+
+    def _read(self, past: Array, layer: Array) -> Array:
+        count = past.shape[1]
+        if self.rows is None:
+            return jax.lax.dynamic_index_in_dim(past, layer, keepdims=False)[:, :, : self.reach]
+        # Layers and rows are one axis, and a slice of each row is one slice of a gather: nothing else is copied.
+        flat, size = past.reshape(-1, *past.shape[2:]), (1, past.shape[2], self.reach, past.shape[4])
+        start = layer * count + jnp.minimum(self.rows, count - 1)
+        return jax.vmap(lambda row: jax.lax.dynamic_slice(flat, (row, 0, 0, 0), size)[0])(start)
 
 
-def _write_rows(past: Array, new: Array, layer: Array, first: Array) -> Array:
+def _write_rows(past: Array, new: Array, layer: Array, first: Array, rows: Array) -> Array:
     """Write the tokens of all rows at once: one kernel on a GPU."""
+    del rows
 
     def write(row: Array, tokens: Array, start: Array) -> Array:
         return jax.lax.dynamic_update_slice(row, tokens[None], (layer, 0, start, 0))
@@ -93,14 +125,20 @@ def _write_rows(past: Array, new: Array, layer: Array, first: Array) -> Array:
     return jax.vmap(write, in_axes=(1, 0, 0), out_axes=1)(past, new, first)
 
 
-def _write_row_by_row(past: Array, new: Array, layer: Array, first: Array) -> Array:
-    """Write the tokens of one row after the other, for TPUs, where a scatter copies what it writes into.
+def _write_tokens(past: Array, new: Array, layer: Array, first: Array, rows: Array) -> Array:
+    """Write one token of each row at once: one kernel on a GPU."""
+    return past.at[layer, rows, :, first].set(new[:, :, 0], mode="promise_in_bounds")
+
+
+def _write_row_by_row(past: Array, new: Array, layer: Array, first: Array, rows: Array) -> Array:
+    """Write the tokens of one row after the other, for TPUs and CPUs, where a scatter copies what it writes into.
 
     Without the constraint, the compiler orders the axes of the whole cache like those of the new tokens, and converts it
     before and after the loop over the layers: with 8 rows of 2048 tokens of an 8B model, that is twice the traffic.
     """
-    for row in range(new.shape[0]):
-        past = jax.lax.dynamic_update_slice(past, new[None, row : row + 1], (layer, row, 0, first[row], 0))
+    for index in range(new.shape[0]):
+        start = (layer, rows[index], 0, first[index], 0)
+        past = jax.lax.dynamic_update_slice(past, new[None, index : index + 1], start)
     return with_layout_constraint(past, Layout(major_to_minor=tuple(range(past.ndim))))
 
 

@@ -26,7 +26,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from qlora_jax.errors import OptionError
@@ -35,7 +34,7 @@ from qlora_jax.serve.device import Device
 from qlora_jax.serve.generate import LengthDependent
 from qlora_jax.serve.interfaces import Adapters, Grammar, NoAdapters
 from qlora_jax.serve.request import Request
-from qlora_jax.serve.row_sampling import Drawn, RowSettings, all_allowed
+from qlora_jax.serve.row_sampling import Drawn, RowSettings
 from qlora_jax.serve.scheduler import Limits, Placement, Scheduler
 
 if TYPE_CHECKING:
@@ -62,8 +61,10 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True)
 class _Launch:
+    """Tokens that were drawn, and the answers that they belong to, each with its place among them."""
+
     drawn: Drawn
-    rows: tuple[tuple[int, Answer], ...]
+    answers: tuple[tuple[int, Answer], ...]
 
 
 class Engine:
@@ -123,8 +124,8 @@ class Engine:
 
         Raises:
             PromptError: the prompt and the answer together are too long.
-            OptionError: tokens outside the vocabulary, an unknown adapter, a grammar that cannot be obeyed, or more answers
-                than fit into the queue.
+            OptionError: tokens outside the vocabulary, an unknown adapter, a grammar for an engine that has none, or more
+                answers than fit into the queue.
         """
         total, capacity = len(request.prompt) + request.max_new_tokens, self.limits.capacity
         if total > capacity:
@@ -141,8 +142,23 @@ class Engine:
             raise OptionError("grammar: this engine cannot restrict answers")
         self._adapters.check(request.adapter)
 
-    def submit(self, request: Request) -> int:
+    def grammars(self, request: Request) -> list[Grammar]:
+        """Return the grammar of each answer to a request, none if it has no grammar; may be called in any thread.
+
+        Raises:
+            OptionError: a grammar that cannot be obeyed.
+        """
+        if request.grammar is None or self._constrain is None:
+            return []
+        first = self._constrain(request.grammar)
+        return [first, *(first.copy() for _ in range(request.count - 1))]
+
+    def submit(self, request: Request, grammars: Sequence[Grammar] | None = None) -> int:
         """Add a request; return its ticket, which its events bear.
+
+        Args:
+            request: the request.
+            grammars: of `grammars`, if they were made before; None: they are made here.
 
         Raises:
             BusyError: the queue is full.
@@ -155,9 +171,7 @@ class Engine:
             Answer(ticket, number, request, list(request.prompt), AnswerText(self._tokenizer, request.stop, context))
             for number in range(request.count)
         ]
-        grammars = (
-            [self._constrain(request.grammar) for _ in answers] if request.grammar is not None and self._constrain else []
-        )
+        grammars = self.grammars(request) if grammars is None else grammars
         self.scheduler.enqueue(answers)
         self._grammars.update(zip(answers, grammars, strict=False))
         self._answers[ticket] = answers
@@ -235,23 +249,19 @@ class Engine:
             draws += [] if answer.prefills else [answer]
         decodes = [other for other in self.scheduler.running() if other is not answer and self._can_decode(other)]
         if decodes:
-            positions = np.full(self.limits.rows, self._device.unused, np.int32)
-            adapter_ids = np.zeros(self.limits.rows, np.int32)
+            self._device.decode([(other.row, other.written, other.slot) for other in decodes if other.row is not None])
             for other in decodes:
-                positions[other.row], adapter_ids[other.row] = other.written, other.slot
                 other.written += 1
-            self._device.decode(positions, _mask(decodes, self.limits.rows), adapter_ids)
         draws += decodes
         if not draws:
             return None
-        steps = np.zeros(self.limits.rows, np.int32)
+        allowed = {other.row: self._grammars[other].allowed() for other in draws if other in self._grammars}
+        places, drawn = self._device.draw([(other.row, other.drawn) for other in draws], allowed)
         for other in draws:
-            steps[other.row] = other.drawn
             other.drawn += 1
             self.scheduler.drew(other)
-        drawn = self._device.draw(steps, _mask(draws, self.limits.rows), self._allowed(draws))
         self.counts.steps += 1
-        return _Launch(drawn, tuple((other.row, other) for other in draws if other.row is not None))
+        return _Launch(drawn, tuple(zip(places, draws, strict=True)))
 
     def _next_chunk(self, answer: Answer) -> None:
         """Process the next tokens of an answer's prompt."""
@@ -273,10 +283,10 @@ class Engine:
 
     def _collect(self, launch: _Launch) -> None:
         drawn = jax.device_get(launch.drawn)
-        for row, answer in launch.rows:
+        for place, answer in launch.answers:
             if answer.finished:
                 continue
-            token, request = int(drawn.token[row]), answer.request
+            token, request = int(drawn.token[place]), answer.request
             if token in request.eos_ids:
                 self._end(answer, "stop")
                 continue
@@ -284,8 +294,8 @@ class Engine:
             self.counts.answer_tokens += 1
             text = answer.text.push(token)
             top = request.top_logprobs
-            pairs = zip(drawn.top_tokens[row, :top].tolist(), drawn.top_logprobs[row, :top].tolist(), strict=True)
-            logprobs = () if top is None else (TokenLogprobs(token, float(drawn.logprob[row]), tuple(pairs)),)
+            pairs = zip(drawn.top_tokens[place, :top].tolist(), drawn.top_logprobs[place, :top].tolist(), strict=True)
+            logprobs = () if top is None else (TokenLogprobs(token, float(drawn.logprob[place]), tuple(pairs)),)
             self._events.append(Event(answer.ticket, answer.number, (token,), text, logprobs))
             complete = answer in self._grammars and self._grammars[answer].accept(token)
             if answer.text.stopped or complete:
@@ -305,18 +315,3 @@ class Engine:
         self._grammars.pop(answer, None)
         if all(other.finished for other in self._answers[answer.ticket]):
             del self._answers[answer.ticket]
-
-    def _allowed(self, draws: Sequence[Answer]) -> Any:
-        restricted = [answer for answer in draws if answer in self._grammars]
-        if not restricted:
-            return self._device.all_allowed
-        allowed = all_allowed(self.limits.rows, self._vocabulary)
-        for answer in restricted:
-            allowed[answer.row] = self._grammars[answer].allowed()
-        return allowed
-
-
-def _mask(answers: Sequence[Answer], rows: int) -> np.ndarray:
-    mask = np.zeros(rows, bool)
-    mask[[answer.row for answer in answers if answer.row is not None]] = True
-    return mask

@@ -5,6 +5,8 @@
     ("lark", grammar)      in llguidance's dialect of Lark
 
 Before each token, the tokens with which the answer can still be completed are allowed, and no others.
+
+Compiling a grammar may take seconds, in which llguidance lets other threads run. Its size is limited, and with it the time.
 """
 
 import json
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["constrain_by"]
 
+_MOST_CHARACTERS = 2**16
 # A model that may write any white space often writes nothing else.
 _SPACES: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -46,19 +49,28 @@ def constrain_by(
 
     def constrain(given: Any) -> Grammar:
         kind, value = given
+        text, matcher = json.dumps(value) if kind == "json" else value, None
+        if len(text) > _MOST_CHARACTERS:
+            raise OptionError(
+                f"response_format or tools: expected a {kind} grammar of at most {_MOST_CHARACTERS} characters, "
+                f"found {len(text)}"
+            )
         try:
             if kind == "json":
-                grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(value), defaults=_SPACES)
+                grammar = llguidance.LLMatcher.grammar_from_json_schema(text, defaults=_SPACES)
             elif kind == "regex":
-                grammar = llguidance.LLMatcher.grammar_from_regex(value)
+                grammar = llguidance.LLMatcher.grammar_from_regex(text)
             else:
-                grammar = llguidance.LLMatcher.grammar_from_lark(value)
-            problem = llguidance.LLMatcher.validate_grammar(grammar, tokens)
+                grammar = llguidance.LLMatcher.grammar_from_lark(text)
+            matcher = llguidance.LLMatcher(tokens, grammar, log_level=0)
+            problem = matcher.get_error()
         except (ValueError, TypeError) as error:
             problem = str(error)
-        if problem:
-            raise OptionError(f"response_format: expected a {kind} grammar that can be obeyed: {shortened(problem, 300)}")
-        return _Matcher(llguidance.LLMatcher(tokens, grammar), vocabulary)
+        if matcher is None or problem:
+            raise OptionError(
+                f"response_format or tools: expected a {kind} grammar that can be obeyed: {shortened(problem, 300)}"
+            )
+        return _Matcher(matcher, vocabulary)
 
     return constrain
 
@@ -67,8 +79,12 @@ class _Matcher:
     """One answer's place in its grammar."""
 
     def __init__(self, matcher: Any, vocabulary: int) -> None:
-        self._matcher, self._size = matcher, -(-vocabulary // 32)
+        self._matcher, self._vocabulary = matcher, vocabulary
         self._mask = self._next()
+
+    def copy(self) -> "_Matcher":
+        """See `Grammar`."""
+        return _Matcher(self._matcher.deep_copy(), self._vocabulary)
 
     def allowed(self) -> np.ndarray:
         """See `Grammar`."""
@@ -84,4 +100,5 @@ class _Matcher:
 
     def _next(self) -> np.ndarray:
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
-        return np.pad(mask, (0, max(0, self._size - mask.size)))[: self._size]
+        size = -(-self._vocabulary // 32)
+        return np.pad(mask, (0, max(0, size - mask.size)))[:size]

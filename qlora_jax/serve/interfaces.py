@@ -81,6 +81,10 @@ class NoAdapters:
 class Grammar(Protocol):
     """What one answer must obey."""
 
+    def copy(self) -> "Grammar":
+        """Return the same place in the same grammar, for another answer."""
+        ...
+
     def allowed(self) -> np.ndarray:
         """Return the tokens that may be next, int32 `[ceil(v / 32)]` (`row_sampling.all_allowed`)."""
         ...

@@ -1,15 +1,17 @@
 """The device programs of the engine, all of fixed shapes.
 
     prefill_chunk   the next `chunk` tokens of one row's prompt      -> the cache; after the last chunk, the row's logits
-    decode_rows     one token for each of B rows                     -> the cache, the rows' logits
-    sample_rows     the rows' logits                                 -> one token for each row, kept on the device
+    decode_rows     one token for each of R rows of B                -> the cache, the rows' logits
+    sample_rows     the logits of R rows of B                        -> one token for each row, kept on the device
 
 and two small ones that copy: `copy_row` gives a row the keys and values of another one, whose text begins in the same way,
-and `begin_row` sets what sampling remembers of a row's text. Each is compiled once, because all that changes from request to
-request are values of arrays. The cache, the logits and the memory are donated, so that no step copies them.
+and `begin_row` sets what sampling remembers of a row's text. All that changes from request to request are values of arrays,
+except two sizes, for each of which there are a few values (`buckets`) and as many programs: the number R of rows, so that
+few answers do not cost what many do, and the reach, the number of first slots of a row that attention reads. The cache, the
+logits and the memory are donated, so that no step copies them.
 
-A row that takes no part in a step still computes: its token goes to the cache's last slot, which no text uses, and its
-logits and its memory stay as they are.
+An entry of the R that has no row has the number B: its token goes to the last slot of the last row, which no text uses, and
+its logits and its memory go nowhere. If R is B, entry i is row i or none, so that nothing is gathered.
 """
 
 import dataclasses
@@ -24,9 +26,28 @@ from jax import Array
 
 from qlora_jax.serve import row_sampling
 from qlora_jax.serve.generate import LengthDependent
-from qlora_jax.serve.row_sampling import Drawn, RowMemory, RowSettings
+from qlora_jax.serve.row_sampling import Drawn, Draws, RowMemory, RowSettings
 
-__all__ = ["Chunk", "DeviceState", "RowDecoder", "begin_row", "copy_row", "decode_rows", "prefill_chunk", "sample_rows"]
+__all__ = [
+    "Chunk",
+    "DeviceState",
+    "RowDecoder",
+    "Tokens",
+    "begin_row",
+    "buckets",
+    "copy_row",
+    "decode_rows",
+    "prefill_chunk",
+    "sample_rows",
+]
+
+
+def buckets(least: int, most: int) -> tuple[int, ...]:
+    """Return the sizes that programs are compiled for: `least`, four times that, …, and `most` instead of one near it."""
+    sizes = [min(least, most)]
+    while sizes[-1] < most:
+        sizes.append(4 * sizes[-1] if 16 * sizes[-1] < 3 * most else most)
+    return tuple(sizes)
 
 
 class RowDecoder(Protocol):
@@ -37,7 +58,15 @@ class RowDecoder(Protocol):
         ...
 
     def decode(
-        self, tokens: Array, positions: Array, cache: Any, *, lengths: Array | None = None, **adapters: Array
+        self,
+        tokens: Array,
+        positions: Array,
+        cache: Any,
+        *,
+        lengths: Array | None = None,
+        rows: Array | None = None,
+        reach: int | None = None,
+        **adapters: Array,
     ) -> tuple[Array, Any]:
         """Process new tokens; return (logits of each row's last token `[b, v]`, the cache including the new tokens).
 
@@ -46,6 +75,9 @@ class RowDecoder(Protocol):
             positions: int32 `[b, t]`, increasing by one in each row, negative for padding.
             cache: the cache of the tokens so far; its slots after a row's first new token may contain any finite values.
             lengths: int32 `[b]`, the lengths of the whole texts, if `tokens` are only a part of them.
+            rows: int32 `[b]`, the rows of the cache that the tokens belong to; numbers beyond it stand for its last row.
+                None: all of them, in their order.
+            reach: the number of first tokens of each row that the new ones attend to; None: the capacity.
             adapters: `adapter_ids`, int32 `[b]`, for a model with a bank of adapters; nothing for others.
         """
         ...
@@ -81,49 +113,73 @@ class Chunk:
     adapter_ids: Array | np.ndarray
 
 
-@partial(jax.jit, static_argnames=("graphdef", "capacity", "banked"), donate_argnames="device")
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """The rows that take part in a step of decoding.
+
+    Attributes:
+        rows: int32 `[R]`, R <= B; B for an entry without a row. If R is B, entry i is i or B.
+        positions: int32 `[R]`, of the tokens that the rows drew last; the cache's last slot for an entry without a row.
+        adapter_ids: int32 `[R]`.
+    """
+
+    rows: Array | np.ndarray
+    positions: Array | np.ndarray
+    adapter_ids: Array | np.ndarray
+
+
+@partial(jax.jit, static_argnames=("graphdef", "capacity", "reach", "banked"), donate_argnames="device")
 def prefill_chunk(
-    graphdef: Any, state: Any, device: DeviceState, chunk: Chunk, *, capacity: int, banked: bool
+    graphdef: Any, state: Any, device: DeviceState, chunk: Chunk, *, capacity: int, reach: int, banked: bool
 ) -> DeviceState:
     """Process a chunk of one row's prompt; its last token's logits become those of the row."""
     model: Any = nnx.merge(graphdef, state)
-    own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, chunk.row, 1, axis=1), device.cache)
+    cache, row = device.cache, jnp.asarray(chunk.row)
     if isinstance(model, LengthDependent) and model.cache_lasts(1) is not None:
         # The first slots may hold virtual tokens, whose keys then depend on the length of the text as well.
+        own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1), cache)
         begins, fresh = chunk.positions[0, 0] == 0, model.init_cache(1, capacity, jnp.asarray(chunk.length))
         own = jax.tree.map(partial(jnp.where, begins), fresh, own)
+        cache = jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, row, axis=1), cache, own)
     adapters = {"adapter_ids": jnp.asarray(chunk.adapter_ids)} if banked else {}
     decoder = cast(RowDecoder, model)
     tokens, positions, length = (jnp.asarray(x) for x in (chunk.tokens, chunk.positions, chunk.length))
-    logits, own = decoder.decode(tokens, positions, own, lengths=length, **adapters)
-    cache = jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, chunk.row, axis=1), device.cache, own)
-    return DeviceState(cache, device.logits.at[chunk.row].set(logits[0].astype(jnp.float32)), device.memory)
+    fixed = {"lengths": length, "rows": row[None], "reach": reach}
+    logits, cache = decoder.decode(tokens, positions, cache, **fixed, **adapters)
+    return DeviceState(cache, device.logits.at[row].set(logits[0].astype(jnp.float32)), device.memory)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "banked"), donate_argnames="device")
-def decode_rows(
-    graphdef: Any, state: Any, device: DeviceState, positions: Array, active: Array, adapter_ids: Array, *, banked: bool
-) -> DeviceState:
+@partial(jax.jit, static_argnames=("graphdef", "reach", "banked"), donate_argnames="device")
+def decode_rows(graphdef: Any, state: Any, device: DeviceState, tokens: Tokens, *, reach: int, banked: bool) -> DeviceState:
     """Process the token that each row drew last.
 
     Args:
-        positions: int32 `[B]`, of these tokens; the cache's last slot for rows that take no part.
-        active: bool `[B]`, the rows that take part.
-        adapter_ids: int32 `[B]`.
+        graphdef, state: `nnx.split` of the model.
+        device: what stays on the device.
+        tokens: the rows that take part.
+        reach: at least one more than the largest position of a row.
+        banked: whether the model takes `adapter_ids`.
     """
     model: RowDecoder = nnx.merge(graphdef, state)
-    adapters = {"adapter_ids": adapter_ids} if banked else {}
-    logits, cache = model.decode(device.memory.token[:, None], positions[:, None], device.cache, **adapters)
-    logits = jnp.where(active[:, None], logits.astype(jnp.float32), device.logits)
+    rows, positions = jnp.asarray(tokens.rows), jnp.asarray(tokens.positions)
+    adapters = {"adapter_ids": jnp.asarray(tokens.adapter_ids)} if banked else {}
+    whole = rows.size == device.logits.shape[0]
+    last = device.memory.token if whole else device.memory.token.at[rows].get(mode="clip")
+    chosen = {"rows": None if whole else rows, "reach": reach}
+    logits, cache = model.decode(last[:, None], positions[:, None], device.cache, **chosen, **adapters)
+    logits = logits.astype(jnp.float32)
+    if whole:
+        logits = jnp.where((rows < rows.size)[:, None], logits, device.logits)
+    else:
+        logits = device.logits.at[rows].set(logits, mode="drop")
     return DeviceState(cache, logits, device.memory)
 
 
 @partial(jax.jit, donate_argnames="device")
-def sample_rows(
-    device: DeviceState, settings: RowSettings, steps: Array, active: Array, allowed: Array
-) -> tuple[Drawn, DeviceState]:
-    """Draw one token for each active row; see `row_sampling.sample_rows`."""
-    drawn, memory = row_sampling.sample_rows(device.logits, device.memory, settings, steps, active, allowed)
+def sample_rows(device: DeviceState, settings: RowSettings, draws: Draws) -> tuple[Drawn, DeviceState]:
+    """Draw one token for each of some rows; see `row_sampling.sample_rows`."""
+    drawn, memory = row_sampling.sample_rows(device.logits, device.memory, settings, draws)
     return drawn, DeviceState(device.cache, device.logits, memory)
 
 

@@ -3,8 +3,10 @@
     logits [B, v]  ->  bias, penalties, allowed tokens  ->  temperature, top-k, top-p, min-p  ->  one draw per row
 
 `serve.request.Choices` defines the steps. A row's random key is made from its seed, the number of its answer and the number
-of the token, so a draw depends neither on the other rows nor on the row in which the answer happens to be. Sorting, which
-top-k and top-p need, and the search for the most likely tokens are skipped in steps in which no row asks for them.
+of the token, so a draw depends neither on the other rows nor on the row in which the answer happens to be. The searches for
+the limits of top-k and top-p and for the most likely tokens are skipped in steps in which no row asks for them.
+
+A step need not draw for all B rows: it draws for R of them, and its cost grows with R.
 """
 
 import dataclasses
@@ -16,9 +18,9 @@ import numpy as np
 from jax import Array
 
 from qlora_jax.serve.request import MOST_TOP_LOGPROBS, Choices
-from qlora_jax.serve.sampling import outside_top_p
+from qlora_jax.serve.sampling import kth_highest, outside_top_p
 
-__all__ = ["Drawn", "RowMemory", "RowSettings", "all_allowed", "begin_row", "empty_memory", "sample_rows"]
+__all__ = ["Drawn", "Draws", "RowMemory", "RowSettings", "all_allowed", "begin_row", "empty_memory", "sample_rows"]
 
 
 @jax.tree_util.register_dataclass
@@ -85,14 +87,30 @@ class RowMemory:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Draws:
+    """The rows that a step draws a token for.
+
+    Attributes:
+        rows: int32 `[R]`, R <= B; B for an entry without a row. If R is B, entry i is i or B.
+        steps: int32 `[R]`, the number of each row's token in its answer.
+        allowed: int32 `[R, ceil(v / 32)]`, the tokens that may be drawn (`all_allowed`).
+    """
+
+    rows: Array | np.ndarray
+    steps: Array | np.ndarray
+    allowed: Array | np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Drawn:
     """What was drawn; log probabilities are those of the model, before any setting.
 
     Attributes:
-        token: int32 `[B]`.
-        logprob: float32 `[B]`, of the token.
-        top_tokens: int32 `[B, 20]`, the most likely tokens; zeros if no row asks for them.
-        top_logprobs: float32 `[B, 20]`.
+        token: int32 `[R]`.
+        logprob: float32 `[R]`, of the token.
+        top_tokens: int32 `[R, 20]`, the most likely tokens; zeros if no row asks for them.
+        top_logprobs: float32 `[R, 20]`.
     """
 
     token: Array
@@ -124,34 +142,39 @@ def begin_row(memory: RowMemory, row: Array, counts: Array, in_prompt: Array, bi
     )
 
 
-def sample_rows(
-    logits: Array, memory: RowMemory, settings: RowSettings, steps: Array, active: Array, allowed: Array
-) -> tuple[Drawn, RowMemory]:
-    """Draw one token for each active row.
+def sample_rows(logits: Array, memory: RowMemory, settings: RowSettings, draws: Draws) -> tuple[Drawn, RowMemory]:
+    """Draw one token for each of R rows.
 
     Args:
         logits: float32 `[B, v]`.
-        memory: the rows' texts.
-        settings: the rows' settings.
-        steps: int32 `[B]`, the number of each row's token in its answer.
-        active: bool `[B]`; the memory of the other rows does not change.
-        allowed: int32 `[B, ceil(v / 32)]`, the tokens that may be drawn (`all_allowed`).
+        memory: the texts of all rows; that of the other rows does not change.
+        settings: those of all rows.
+        draws: which rows.
     """
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    scores = _allowed_only(_penalised(logits, memory, settings), allowed)
-    greedy = jnp.argmax(scores, axis=-1)
-    draws = active & (settings.temperature > 0)
-    drawn = jax.lax.cond(draws.any(), lambda: _draw(scores, settings, steps, draws), lambda: greedy)
-    token = jnp.where(draws, drawn, greedy).astype(jnp.int32)
-    token = jnp.where(active, token, memory.token)
+    rows, count = jnp.asarray(draws.rows), logits.shape[0]
+    active = rows < count
+    whole = rows.size == count
 
-    count = min(MOST_TOP_LOGPROBS, logits.shape[-1])
-    none = jnp.zeros((logits.shape[0], count), jnp.float32), jnp.zeros((logits.shape[0], count), jnp.int32)
+    def own(x: Array | np.ndarray) -> Array:
+        return jnp.asarray(x) if whole else jnp.asarray(x).at[rows].get(mode="clip")
+
+    logits, settings = own(logits), jax.tree.map(own, settings)
+    past = jax.tree.map(own, memory)
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    scores = _allowed_only(_penalised(logits, past, settings), jnp.asarray(draws.allowed))
+    greedy = jnp.argmax(scores, axis=-1)
+    random = active & (settings.temperature > 0)
+    drawn = jax.lax.cond(random.any(), lambda: _draw(scores, settings, draws.steps, random), lambda: greedy)
+    token = jnp.where(random, drawn, greedy).astype(jnp.int32)
+
+    most = min(MOST_TOP_LOGPROBS, logits.shape[-1])
+    none = jnp.zeros((rows.size, most), jnp.float32), jnp.zeros((rows.size, most), jnp.int32)
     wanted = (active & settings.wants_top).any()
-    top, ids = jax.lax.cond(wanted, lambda: tuple(jax.lax.top_k(logprobs, count)), lambda: none)
+    top, ids = jax.lax.cond(wanted, lambda: tuple(jax.lax.top_k(logprobs, most)), lambda: none)
     logprob = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
-    counts = memory.counts.at[jnp.arange(token.size), token].add(active.astype(jnp.int32))
-    return Drawn(token, logprob, ids, top), RowMemory(token, counts, memory.in_prompt, memory.bias)
+    counts = memory.counts.at[rows, token].add(1, mode="drop")
+    tokens = memory.token.at[rows].set(token, mode="drop")
+    return Drawn(token, logprob, ids, top), RowMemory(tokens, counts, memory.in_prompt, memory.bias)
 
 
 def _penalised(logits: Array, memory: RowMemory, settings: RowSettings) -> Array:
@@ -170,8 +193,8 @@ def _allowed_only(scores: Array, allowed: Array) -> Array:
     return jnp.where(mask == 1, scores, -jnp.inf)
 
 
-def _draw(scores: Array, settings: RowSettings, steps: Array, draws: Array) -> Array:
-    """Return one draw for each row, int `[B]`; meaningless where `draws` is false."""
+def _draw(scores: Array, settings: RowSettings, steps: Array | np.ndarray, draws: Array) -> Array:
+    """Return one draw for each row, int `[R]`; meaningless where `draws` is false."""
     scores = scores / jnp.where(draws, settings.temperature, 1.0)[:, None]
     few, likely = draws & (settings.top_k < scores.shape[-1]), draws & (settings.top_p < 1)
     scores = jax.lax.cond(few.any(), _top_k_only, lambda scores, _: scores, scores, settings)
@@ -186,12 +209,11 @@ def _draw(scores: Array, settings: RowSettings, steps: Array, draws: Array) -> A
             key = jax.random.fold_in(key, part)
         return jax.random.categorical(key, row)
 
-    return jax.vmap(draw)(scores, jnp.asarray(settings.seed), steps)
+    return jax.vmap(draw)(scores, jnp.asarray(settings.seed), jnp.asarray(steps))
 
 
 def _top_k_only(scores: Array, settings: RowSettings) -> Array:
-    descending = -jnp.sort(-scores, axis=-1)
-    lowest = jnp.take_along_axis(descending, settings.top_k[:, None] - 1, axis=-1)
+    lowest = kth_highest(scores, jnp.asarray(settings.top_k)[:, None])
     return jnp.where(scores < lowest, -jnp.inf, scores)
 
 

@@ -1,5 +1,8 @@
 """The engine in a thread of its own: requests come from any thread, events go to the listener of each request.
 
+Another thread compiles the grammars of requests, one after another, before the engine gets them. So a grammar that takes
+long delays other requests with grammars, and no others.
+
 An error of the device ends all requests and refuses new ones: what the device holds is then unknown.
 """
 
@@ -7,18 +10,21 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from qlora_jax.errors import QLoRAError
 from qlora_jax.serve.answer import Event
 from qlora_jax.serve.engine import Engine
+from qlora_jax.serve.interfaces import Grammar
 from qlora_jax.serve.request import Request
+from qlora_jax.serve.scheduler import BusyError
 
 __all__ = ["StoppedError", "Worker"]
 
 _logger = logging.getLogger(__name__)
 _LOADING_SECONDS = 0.005  # between two looks for an adapter that is being loaded, if there is nothing else to do
+_GRAMMAR_SECONDS = 30.0  # that a request may wait for the grammars of others
 Listener = Callable[[Event], None]
 
 
@@ -40,6 +46,7 @@ class Worker:
         self._listeners: dict[int, Listener] = {}
         self._wake = threading.Condition()
         self._stopping = False
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -59,21 +66,45 @@ class Worker:
             listener: called in the engine's thread with each event of the request; it must not wait.
         """
         future: Future[int] = Future()
+        if request.grammar is None:
+            self._submit(request, None, listener, future)
+            return future
+        latest = time.monotonic() + _GRAMMAR_SECONDS
 
+        def compile_grammars() -> None:
+            try:
+                if future.cancelled() or not self.alive:
+                    grammars = None
+                elif time.monotonic() > latest:
+                    raise BusyError("the grammars of other requests take too long: try again later")
+                else:
+                    self.engine.check(request)
+                    grammars = self.engine.grammars(request)
+            except Exception as error:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
+            else:
+                self._submit(request, grammars, listener, future)
+
+        self._compiler.submit(compile_grammars)
+        return future
+
+    def _submit(
+        self, request: Request, grammars: Sequence[Grammar] | None, listener: Listener, future: "Future[int]"
+    ) -> None:
         def command() -> None:
             if not future.set_running_or_notify_cancel():
                 return
             try:
-                ticket = self.engine.submit(request)
+                ticket = self.engine.submit(request, grammars)
             except Exception as error:
                 future.set_exception(error)
             else:
                 self._listeners[ticket] = listener
                 future.set_result(ticket)
 
-        if not self._command(command):
+        if not self._command(command) and future.set_running_or_notify_cancel():
             future.set_exception(StoppedError("the server is stopping"))
-        return future
 
     def cancel(self, ticket: int) -> None:
         """End the answers to a request; its listener gets their last events."""

@@ -149,6 +149,22 @@ def test_what_an_earlier_text_left_in_a_row_does_not_reach_the_next_one() -> Non
     assert ask(tried, *map(request, others)) == generate(*nnx.split(tiny()), others, max_new_tokens=12)
 
 
+def test_few_and_many_rows_short_and_long_texts_give_the_same_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs for 1 and 5 rows and for 12 and 48 tokens; answers grow from one into the other, and draws stay."""
+    monkeypatch.setattr("qlora_jax.serve.device._LEAST_REACH", 12)
+    prompts, tried = random_prompts((3, 20, 9, 1, 30)), make(tiny(), Limits(rows=5, capacity=40, chunk=8))
+    tried.warm_up()
+    before = programs_compiled()
+    expected = generate(*nnx.split(tiny()), prompts, max_new_tokens=10)
+    drawn = request(prompts[2], 10, temperature=1.2, top_p=0.9, seed=3)
+    (alone,) = ask(tried, drawn)
+    arrivals = [(5 * index, request(prompt, 10, tenant=str(index))) for index, prompt in enumerate(prompts)]
+    events = run(tried, [*arrivals, (22, drawn)])
+    assert [tokens(own) for own in events] == [*expected, alone]
+    assert ask(tried, *(one for _, one in arrivals)) == expected
+    assert programs_compiled() == before
+
+
 def test_logprobs_are_those_of_the_model() -> None:
     (prompt,) = random_prompts((7,))
     (events,) = run(engine(), [(0, request(prompt, 3, top_logprobs=4, logit_bias={5: 100.0}))])
@@ -173,7 +189,7 @@ class Successors(Successor):
     def init_cache(self, batch_size: int, capacity: int) -> Any:
         return jax.numpy.zeros((1, batch_size, capacity), jax.numpy.int32)
 
-    def decode(self, tokens: jax.Array, positions: jax.Array, cache: Any, *, lengths: Any = None) -> tuple[jax.Array, Any]:
+    def decode(self, tokens: jax.Array, positions: jax.Array, cache: Any, **_: Any) -> tuple[jax.Array, Any]:
         return super().decode(tokens, positions, cache)
 
 

@@ -1,5 +1,6 @@
 """Answers that obey a grammar, from a model that would write something else; about 4 seconds."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -72,6 +73,22 @@ def test_the_row_beside_a_restricted_one_is_not_restricted(constrained: Any) -> 
 @pytest.mark.parametrize("wrong", [("json", {"type": "king"}), ("regex", "("), ("lark", "start"), ("json", {"type": 3})])
 def test_a_grammar_that_is_wrong_is_refused(constrained: Any, wrong: Any) -> None:
     engine, tokenizer = constrained
-    with pytest.raises(ValueError, match=r"response_format: expected a .* grammar that can be obeyed"):
+    with pytest.raises(ValueError, match=r"response_format or tools: expected a .* grammar that can be obeyed"):
         engine.submit(request(tokenizer("a")["input_ids"], 5, grammar=wrong))
     assert not engine.busy
+
+
+def test_a_grammar_that_is_too_long_is_refused(constrained: Any) -> None:
+    engine, tokenizer = constrained
+    with pytest.raises(ValueError, match=r"grammar of at most 65536 characters, found 70000"):
+        engine.submit(request(tokenizer("a")["input_ids"], 5, grammar=("regex", 70_000 * "a")))
+
+
+def test_the_answers_to_one_request_do_not_share_a_place_in_the_grammar(constrained: Any) -> None:
+    engine, tokenizer = constrained
+    asked = request(tokenizer("a")["input_ids"], 20, grammar=("regex", "[a-z]{3,9}!"), temperature=2.0)
+    asked = dataclasses.replace(asked, count=3)
+    (events,) = run(engine, [(0, asked)])
+    texts = [tokenizer.decode(tokens(events, number)) for number in range(3)]
+    assert all(re.fullmatch("[a-z]{3,9}!", text) for text in texts)
+    assert len(set(texts)) == 3

@@ -8,7 +8,7 @@ import numpy as np
 
 from qlora_jax.serve import Sampling, warp
 from qlora_jax.serve.request import Choices
-from qlora_jax.serve.row_sampling import RowSettings, all_allowed, empty_memory, sample_rows
+from qlora_jax.serve.row_sampling import Draws, RowSettings, all_allowed, empty_memory, sample_rows
 
 VOCABULARY, DRAWS = 40, 400
 SETTINGS: tuple[dict[str, Any], ...] = (
@@ -25,12 +25,12 @@ def test_each_row_draws_from_the_distribution_of_its_own_settings() -> None:
     rows = len(SETTINGS)
     logits = jnp.asarray(np.random.default_rng(0).normal(0, 2, (rows, VOCABULARY)), jnp.float32)
     settings = RowSettings.of([(Choices(**fields, seed=7), row, False) for row, fields in enumerate(SETTINGS)], VOCABULARY)
-    memory, active, allowed = empty_memory(rows, VOCABULARY), np.ones(rows, bool), all_allowed(rows, VOCABULARY)
+    memory, every, allowed = empty_memory(rows, VOCABULARY), np.arange(rows), all_allowed(rows, VOCABULARY)
 
     @jax.jit
     def draw(steps: jax.Array) -> jax.Array:
         return jax.lax.map(
-            lambda step: sample_rows(logits, memory, settings, jnp.full(rows, step), active, allowed)[0].token, steps
+            lambda step: sample_rows(logits, memory, settings, Draws(every, jnp.full(rows, step), allowed))[0].token, steps
         )
 
     drawn = np.asarray(draw(jnp.arange(DRAWS)))
