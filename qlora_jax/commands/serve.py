@@ -32,7 +32,7 @@ from qlora_jax.adapters.metadata import AdapterMetadata, QuantizationChoice, rea
 from qlora_jax.adapters.peft_config import CONFIG, resolve_adapter
 from qlora_jax.adapters.pretrained import Pretrained, PretrainedOptions, open_pretrained
 from qlora_jax.checkpoint.load import default_dtype
-from qlora_jax.data import Template, encode_prompt
+from qlora_jax.data import Template, encode_prompt, read_chat_template
 from qlora_jax.errors import OptionError, UnsupportedError
 from qlora_jax.interrupts import deferred
 from qlora_jax.models import CausalLM
@@ -43,6 +43,7 @@ from qlora_jax.serve.engine import Engine
 from qlora_jax.serve.grammars import constrain_by
 from qlora_jax.serve.scheduler import Limits
 from qlora_jax.serve.token_text import token_text
+from qlora_jax.serve.tool_format import special_markers, tool_format
 from qlora_jax.serve.worker import Worker
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ class Options:
     """Name of the base model in requests; the last part of its path or id if left out."""
     template: Template = "auto"
     """Template of conversations; auto: the chat template if the tokenizer has one, else guanaco."""
+    chat_template: str | None = None
+    """Chat template instead of the tokenizer's: a file, or a name such as chatml, which has tools."""
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str | None = None) -> int:
@@ -217,6 +220,8 @@ def load_service(options: Options, keys: tuple[ApiKey, ...] | None) -> "Service"
     if model.max_positions is not None:
         limits = dataclasses.replace(limits, capacity=min(limits.capacity, model.max_positions))
     tokenizer: Any = pretrained.tokenizer
+    if options.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(options.chat_template, tokenizer)
     vocabulary = pretrained.checkpoint.model_config.vocab_size
     own = copy.deepcopy(tokenizer)  # the engine's thread decodes while another one encodes
     constrain = constrain_by(own, vocabulary, pretrained.stop_ids)
@@ -232,10 +237,14 @@ def load_service(options: Options, keys: tuple[ApiKey, ...] | None) -> "Service"
     engine.warm_up()
     _logger.info("programs compiled in %.1f s", time.perf_counter() - start)
     prepared = Prepared(
-        chat=lambda messages: encode_prompt(list(messages), tokenizer, template=options.template).tolist(),
+        chat=lambda messages, tools: encode_prompt(
+            list(messages), tokenizer, template=options.template, tools=tools
+        ).tolist(),
         text=lambda text: encode_prompt(text, tokenizer, template="plain").tolist(),
         eos_ids=pretrained.stop_ids,
         capacity=limits.capacity,
+        calls=tool_format(tokenizer) if options.template in ("auto", "chat") else None,
+        markers=special_markers(tokenizer),
     )
     return Service(
         worker=Worker(engine),

@@ -57,7 +57,9 @@ def constrain_by(
         except (ValueError, TypeError) as error:
             problem = str(error)
         if problem:
-            raise OptionError(f"response_format: expected a {kind} grammar that can be obeyed: {shortened(problem, 300)}")
+            raise OptionError(
+                f"response_format or tools: expected a {kind} grammar that can be obeyed: {shortened(problem, 300)}"
+            )
         return _Matcher(llguidance.LLMatcher(tokens, grammar), vocabulary)
 
     return constrain

@@ -233,7 +233,7 @@ class _Calls:
             if known.status >= 500 and known.code != "stopping":
                 _logger.exception("a request could not be given to the engine")
             raise known from error
-        return Asked(call, tickets, sum(len(one.prompt) for one in requests), events, service.token_text)
+        return Asked(call, tickets, sum(len(one.prompt) for one in requests), events, service.prepared, service.token_text)
 
     def _cancel(self, future: "Future[int]") -> None:
         if not future.cancelled() and future.exception() is None:

@@ -72,6 +72,6 @@ def test_the_row_beside_a_restricted_one_is_not_restricted(constrained: Any) -> 
 @pytest.mark.parametrize("wrong", [("json", {"type": "king"}), ("regex", "("), ("lark", "start"), ("json", {"type": 3})])
 def test_a_grammar_that_is_wrong_is_refused(constrained: Any, wrong: Any) -> None:
     engine, tokenizer = constrained
-    with pytest.raises(ValueError, match=r"response_format: expected a .* grammar that can be obeyed"):
+    with pytest.raises(ValueError, match=r"response_format or tools: expected a .* grammar that can be obeyed"):
         engine.submit(request(tokenizer("a")["input_ids"], 5, grammar=wrong))
     assert not engine.busy

@@ -51,7 +51,7 @@ def service(folder: Path, keys: tuple[ApiKey, ...] | None = None, adapters: tupl
     engine = make(Successors(size), LIMITS, size, tokenizer=tokenizer, constrain=constrain)
     engine.warm_up()
     prepared = Prepared(
-        chat=lambda messages: encode_prompt(list(messages), tokenizer, template="chat").tolist(),
+        chat=lambda messages, tools: encode_prompt(list(messages), tokenizer, template="chat", tools=tools).tolist(),
         text=lambda text: encode_prompt(text, tokenizer, template="plain").tolist(),
         eos_ids=frozenset([1]),
         capacity=LIMITS.capacity,
