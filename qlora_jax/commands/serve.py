@@ -134,6 +134,7 @@ def serve(options: Options) -> int:
         import uvicorn
 
         from qlora_jax.serve.http import make_app
+        from qlora_jax.serve.http_connections import Connection
     except ModuleNotFoundError as error:
         raise OptionError(f'serve: {error.name} is not installed: pip install "qlora-jax[serve]"') from error
     keys = check_access(options.server)
@@ -144,7 +145,7 @@ def serve(options: Options) -> int:
     drain = options.server.drain_seconds
     config = uvicorn.Config(
         make_app(service),
-        http="h11",  # which refuses what two servers could understand in two ways
+        http=Connection,
         ws="none",
         lifespan="on",
         log_config=None,

@@ -41,6 +41,7 @@ class Asked:
         prepared: how prompts became tokens, and how calls of tools are written.
         token_text: returns (the text, the bytes) of a token.
         identity, created: the id and the time in the response.
+        on_first: called with the first token of the answers.
     """
 
     call: Call
@@ -51,6 +52,7 @@ class Asked:
     token_text: Callable[[int], tuple[str, bytes]]
     identity: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    on_first: Callable[[], None] = lambda: None
     answer_tokens: int = 0
     running: int = 0
 
@@ -70,6 +72,8 @@ class Asked:
             return None
         if event.finish in ("error", "cancelled"):
             raise ApiError(503 if event.finish == "cancelled" else 500, _INTERRUPTED, code="interrupted")
+        if event.tokens and not self.answer_tokens:
+            self.on_first()
         self.answer_tokens += len(event.tokens)
         self.running -= event.finish is not None
         return self.tickets[event.ticket] * self.call.count + event.number, event
