@@ -16,7 +16,6 @@ import logging
 import os
 import socket
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +47,7 @@ from qlora_jax.serve.worker import Worker
 
 if TYPE_CHECKING:
     from qlora_jax.serve.http import Service
+    from qlora_jax.serve.http_server import HttpServer
 
 _logger = logging.getLogger(__name__)
 
@@ -130,43 +130,33 @@ def serve(options: Options) -> int:
         print(f"the key, which is not saved anywhere: {key}", file=sys.stderr)
         print(lines)
         return 0
-    try:
-        import uvicorn
-
-        from qlora_jax.serve.http import make_app
-        from qlora_jax.serve.http_connections import Connection
-    except ModuleNotFoundError as error:
-        raise OptionError(f'serve: {error.name} is not installed: pip install "qlora-jax[serve]"') from error
     keys = check_access(options.server)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    listening = listen(options.server)
-    service = load_service(options, keys)
-    service.worker.start()
-    drain = options.server.drain_seconds
-    config = uvicorn.Config(
-        make_app(service),
-        http=Connection,
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=int(drain) + 1,
-        limit_concurrency=2 * (options.engine.waiting + options.engine.rows),
+    listening, drain = listen(options.server), options.server.drain_seconds
+    server, service = start(options, keys, listening)
+    print(
+        f"serving {service.base} and {len(service.adapters())} adapters at {server.address}/v1, and a page to chat at "
+        f"{server.address}/",
+        file=sys.stderr,
+        flush=True,
     )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="http", daemon=True)
-    thread.start()
-    address = "http://{}:{}".format(*listening.getsockname()[:2])
-    print(f"serving {service.base} and {len(service.adapters())} adapters at {address}/v1", file=sys.stderr, flush=True)
     with deferred(f"no more requests are taken; answers that run may take {drain:g} seconds more") as deferral:
-        while deferral.number is None and thread.is_alive() and service.worker.failure is None:
+        while deferral.number is None and server.works:
             time.sleep(0.1)
         complete = service.worker.failure is None and deferral.number is not None
-        server.should_exit = True
-        complete = service.worker.stop(drain) and complete
-        thread.join(5.0)
+        complete = server.stop(drain) and complete
     return 0 if complete else 1
+
+
+def start(options: Options, keys: tuple[ApiKey, ...] | None, listening: socket.socket) -> "tuple[HttpServer, Service]":
+    """Load the model and start to serve it."""
+    try:
+        from qlora_jax.serve.http_server import HttpServer
+    except ModuleNotFoundError as error:
+        raise OptionError(f'serve: {error.name} is not installed: pip install "qlora-jax[serve]"') from error
+    service, engine = load_service(options, keys), options.engine
+    most = 2 * (engine.waiting + engine.rows)
+    return HttpServer(service, listening, connections=most, drain_seconds=options.server.drain_seconds), service
 
 
 def check_access(options: ServerOptions) -> tuple[ApiKey, ...] | None:
