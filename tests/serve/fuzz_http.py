@@ -134,7 +134,7 @@ def send(port: int, data: bytes, *, whole: bool) -> tuple[int, bytes]:
         data: what is sent.
         whole: whether the server can tell where the request ends; otherwise the connection is closed after it.
     """
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection, contextlib.suppress(OSError):
+    with socket.create_connection(("127.0.0.1", port), timeout=300) as connection, contextlib.suppress(OSError):
         connection.sendall(data)
         if not whole:
             connection.shutdown(socket.SHUT_WR)

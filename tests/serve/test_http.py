@@ -125,6 +125,26 @@ def test_a_chat_and_its_stream_are_the_same(client: Client) -> None:
     assert all(event["id"] == first["id"] for event in rest)
 
 
+def test_answers_that_end_in_the_same_step_all_arrive(
+    served: tuple[Client, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The events of all steps come at once, after the last one."""
+    client, made = served
+    engine = made.worker.engine
+    step, held = engine.step, []
+
+    def at_once() -> list[Any]:
+        held.extend(step())
+        if engine.busy:
+            return []
+        events, held[:] = list(held), []
+        return events
+
+    monkeypatch.setattr(engine, "step", at_once)
+    _, _, body = client.call("POST", COMPLETION, completion(n=4))
+    assert [choice["text"] for choice in body["choices"]] == ["bcde"] * 4
+
+
 def test_stop_texts_and_a_bias(client: Client) -> None:
     _, _, body = client.call("POST", COMPLETION, completion(max_tokens=20, stop=["gh", "xyz"]))
     assert [(choice["text"], choice["finish_reason"]) for choice in body["choices"]] == [("bcdef", "stop")]
