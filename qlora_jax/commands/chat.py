@@ -1,7 +1,7 @@
 """Chat with a model and its adapters in the terminal, with a server or without one.
 
     python scripts/chat.py
-    python scripts/chat.py --adapters alice=runs/alice --tenant alice --compare
+    python scripts/chat.py --adapters alice=runs/alice/adapter --tenant alice --compare
     QLORA_JAX_KEY=sk-… python scripts/chat.py --url http://127.0.0.1:8000/v1
 
 Without --url, the model is loaded and served on this machine for the time of the chat, with a key that nobody else has; the

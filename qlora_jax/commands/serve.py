@@ -1,7 +1,7 @@
 """Serve a model and many adapters over OpenAI's API.
 
     python scripts/serve.py
-    python scripts/serve.py --adapters alice=runs/alice bob=runs/bob --rows 16
+    python scripts/serve.py --adapters alice=runs/alice/adapter bob=runs/bob/adapter --rows 16
     python scripts/serve.py --new-key alice >> keys.toml
     python scripts/serve.py --host 0.0.0.0 --keys keys.toml --adapter-folder adapters
 
