@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "fine-tune a language model with QLoRA",
     "train_many": "train the adapters of many tenants at once over one frozen base",
     "generate": "ask a model, with or without an adapter",
+    "chat": "chat with a model and its adapters in the terminal",
     "serve": "serve a model and many adapters over OpenAI's API",
     "merge": "merge an adapter into its base model and write a Hugging Face folder",
     "evaluate": "measure models: perplexity, MMLU, and the judgements of their answers",

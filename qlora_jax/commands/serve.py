@@ -1,7 +1,7 @@
 """Serve a model and many adapters over OpenAI's API.
 
     python scripts/serve.py
-    python scripts/serve.py --adapters alice=runs/alice bob=runs/bob --rows 16
+    python scripts/serve.py --adapters alice=runs/alice/adapter bob=runs/bob/adapter --rows 16
     python scripts/serve.py --new-key alice >> keys.toml
     python scripts/serve.py --host 0.0.0.0 --keys keys.toml --adapter-folder adapters
 
@@ -16,7 +16,6 @@ import logging
 import os
 import socket
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from qlora_jax.adapters.metadata import AdapterMetadata, QuantizationChoice, rea
 from qlora_jax.adapters.peft_config import CONFIG, read_adapter_method, resolve_adapter
 from qlora_jax.adapters.pretrained import Pretrained, PretrainedOptions, open_pretrained
 from qlora_jax.checkpoint.load import default_dtype
-from qlora_jax.data import Template, encode_prompt
+from qlora_jax.data import Template, encode_prompt, read_chat_template
 from qlora_jax.errors import OptionError, UnsupportedError
 from qlora_jax.interrupts import deferred
 from qlora_jax.models import CausalLM
@@ -44,10 +43,12 @@ from qlora_jax.serve.engine import Engine
 from qlora_jax.serve.grammars import constrain_by
 from qlora_jax.serve.scheduler import Limits
 from qlora_jax.serve.token_text import token_text
+from qlora_jax.serve.tool_format import special_markers, tool_format
 from qlora_jax.serve.worker import Worker
 
 if TYPE_CHECKING:
     from qlora_jax.serve.http import Service
+    from qlora_jax.serve.http_server import HttpServer
 
 _logger = logging.getLogger(__name__)
 
@@ -114,6 +115,8 @@ class Options:
     """Name of the base model in requests; the last part of its path or id if left out."""
     template: Template = "auto"
     """Template of conversations; auto: the chat template if the tokenizer has one, else guanaco."""
+    chat_template: str | None = None
+    """Chat template instead of the tokenizer's: a file, or a name such as chatml, which has tools."""
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str | None = None) -> int:
@@ -128,42 +131,33 @@ def serve(options: Options) -> int:
         print(f"the key, which is not saved anywhere: {key}", file=sys.stderr)
         print(lines)
         return 0
-    try:
-        import uvicorn
-
-        from qlora_jax.serve.http import make_app
-    except ModuleNotFoundError as error:
-        raise OptionError(f'serve: {error.name} is not installed: pip install "qlora-jax[serve]"') from error
     keys = check_access(options.server)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    listening = listen(options.server)
-    service = load_service(options, keys)
-    service.worker.start()
-    drain = options.server.drain_seconds
-    config = uvicorn.Config(
-        make_app(service),
-        http="h11",  # which refuses what two servers could understand in two ways
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=int(drain) + 1,
-        limit_concurrency=2 * (options.engine.waiting + options.engine.rows),
+    listening, drain = listen(options.server), options.server.drain_seconds
+    server, service = start(options, keys, listening)
+    print(
+        f"serving {service.base} and {len(service.adapters())} adapters at {server.address}/v1, and a page to chat at "
+        f"{server.address}/",
+        file=sys.stderr,
+        flush=True,
     )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="http", daemon=True)
-    thread.start()
-    address = "http://{}:{}".format(*listening.getsockname()[:2])
-    print(f"serving {service.base} and {len(service.adapters())} adapters at {address}/v1", file=sys.stderr, flush=True)
     with deferred(f"no more requests are taken; answers that run may take {drain:g} seconds more") as deferral:
-        while deferral.number is None and thread.is_alive() and service.worker.failure is None:
+        while deferral.number is None and server.works:
             time.sleep(0.1)
         complete = service.worker.failure is None and deferral.number is not None
-        server.should_exit = True
-        complete = service.worker.stop(drain) and complete
-        thread.join(5.0)
+        complete = server.stop(drain) and complete
     return 0 if complete else 1
+
+
+def start(options: Options, keys: tuple[ApiKey, ...] | None, listening: socket.socket) -> "tuple[HttpServer, Service]":
+    """Load the model and start to serve it."""
+    try:
+        from qlora_jax.serve.http_server import HttpServer
+    except ModuleNotFoundError as error:
+        raise OptionError(f'serve: {error.name} is not installed: pip install "qlora-jax[serve]"') from error
+    service, engine = load_service(options, keys), options.engine
+    most = 2 * (engine.waiting + engine.rows)
+    return HttpServer(service, listening, connections=most, drain_seconds=options.server.drain_seconds), service
 
 
 def check_access(options: ServerOptions) -> tuple[ApiKey, ...] | None:
@@ -217,6 +211,8 @@ def load_service(options: Options, keys: tuple[ApiKey, ...] | None) -> "Service"
     if model.max_positions is not None:
         limits = dataclasses.replace(limits, capacity=min(limits.capacity, model.max_positions))
     tokenizer: Any = pretrained.tokenizer
+    if options.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(options.chat_template, tokenizer)
     vocabulary = pretrained.checkpoint.model_config.vocab_size
     own = copy.deepcopy(tokenizer)  # the engine's thread decodes while another one encodes
     constrain = constrain_by(own, vocabulary, pretrained.stop_ids)
@@ -232,10 +228,14 @@ def load_service(options: Options, keys: tuple[ApiKey, ...] | None) -> "Service"
     engine.warm_up()
     _logger.info("programs compiled in %.1f s", time.perf_counter() - start)
     prepared = Prepared(
-        chat=lambda messages: encode_prompt(list(messages), tokenizer, template=options.template).tolist(),
+        chat=lambda messages, tools: encode_prompt(
+            list(messages), tokenizer, template=options.template, tools=tools
+        ).tolist(),
         text=lambda text: encode_prompt(text, tokenizer, template="plain").tolist(),
         eos_ids=pretrained.stop_ids,
         capacity=limits.capacity,
+        calls=tool_format(tokenizer) if options.template in ("auto", "chat") else None,
+        markers=special_markers(tokenizer),
     )
     return Service(
         worker=Worker(engine),

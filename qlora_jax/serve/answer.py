@@ -14,7 +14,7 @@ from qlora_jax.serve.request import Request
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Answer", "AnswerText", "Event", "Finish", "TokenLogprobs"]
+__all__ = ["Answer", "AnswerText", "Event", "Finish", "TokenLogprobs", "overlap"]
 
 Finish = Literal["stop", "length", "cancelled", "error"]
 
@@ -78,12 +78,12 @@ class AnswerText:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        held = 0 if last else max((_overlap(text, stop) for stop in self._stop), default=0)
+        held = 0 if last else max((overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Return the length of the longest end of the text that is a beginning of the stop text."""
     longest = min(len(text), len(stop) - 1)
     return next((count for count in range(longest, 0, -1) if text.endswith(stop[:count])), 0)

@@ -40,6 +40,11 @@ class ApiKey:
     sha256: str
     models: frozenset[str]
 
+    @classmethod
+    def of(cls, name: str, key: str, models: tuple[str, ...] = ("*",)) -> "ApiKey":
+        """Return what is kept of a key."""
+        return cls(name, hashlib.sha256(key.encode()).hexdigest(), frozenset(models))
+
     def allows(self, model: str) -> bool:
         """Return whether the key may use a model."""
         return model in self.models or "*" in self.models

@@ -3,6 +3,7 @@
     POST /v1/chat/completions, /v1/completions     answers (`http_calls`, `http_answers`)
     GET  /v1/models, /v1/models/NAME               the base and the adapters that the key may use
     POST /v1/load_lora_adapter, …/unload_…         names of adapters that come and go, off unless the service has a `Manage`
+    GET  /                                         a page to chat (`http_page`)
     GET  /health, /ready, /metrics                 whether the engine works, whether it takes requests, and what it does
 
 The adapter is the `model` field. A model that a key may not use is answered like one that does not exist. A client that
@@ -14,16 +15,17 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qlora_jax.errors import QLoRAError
 from qlora_jax.serve.answer import Event
@@ -31,7 +33,8 @@ from qlora_jax.serve.api_keys import ApiKey, find_key
 from qlora_jax.serve.http_answers import Asked, stream_answers, whole_answers
 from qlora_jax.serve.http_body import Fields, read_object
 from qlora_jax.serve.http_calls import Call, Prepared, chat_call, completion_call
-from qlora_jax.serve.http_errors import ApiError, handlers, of_engine
+from qlora_jax.serve.http_errors import ApiError, error_response, handlers, of_engine
+from qlora_jax.serve.http_page import check_origin, page
 from qlora_jax.serve.metrics import Metrics
 from qlora_jax.serve.worker import Worker
 
@@ -93,11 +96,13 @@ def make_app(service: Service) -> Starlette:
             Route("/v1/completions", calls.completion, methods=["POST"]),
             Route("/v1/models", calls.models, methods=["GET"]),
             Route("/v1/models/{name:path}", calls.model, methods=["GET"]),
+            Route("/", calls.page, methods=["GET"]),
             Route("/health", calls.health, methods=["GET"]),
             Route("/ready", calls.ready, methods=["GET"]),
             Route("/metrics", calls.metrics_page, methods=["GET"]),
         ],
         exception_handlers=handlers,  # pyright: ignore[reportArgumentType]
+        middleware=[Middleware(calls.watched)],  # pyright: ignore[reportArgumentType]
         lifespan=calls.lifespan,
     )
 
@@ -105,7 +110,7 @@ def make_app(service: Service) -> Starlette:
 class _Calls:
     def __init__(self, service: Service) -> None:
         self._service, self._started = service, int(time.time())
-        self._metrics = Metrics(service.worker.engine)
+        self._metrics, self._page = Metrics(service.worker.engine), page()
         # One thread, because texts of many requests at a time would only take the engine's processor.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizing")
 
@@ -114,6 +119,27 @@ class _Calls:
         """End the thread of the tokenizer with the application."""
         yield
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
+
+    def watched(self, app: ASGIApp) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
+        """Return the application, which counts its errors and refuses a body that two servers could end in two places."""
+
+        async def call(scope: Scope, receive: Receive, send: Send) -> None:
+            async def counted(message: Message) -> None:
+                if message["type"] == "http.response.start" and message["status"] >= 400:
+                    self._metrics.refused(message["status"])
+                await send(message)
+
+            names = {name for name, _ in scope["headers"]} if scope["type"] == "http" else set()
+            if {b"content-length", b"transfer-encoding"} <= names:
+                response = error_response(
+                    ApiError(400, "Content-Length and Transfer-Encoding: expected one of them, found both.")
+                )
+                response.headers["Connection"] = "close"
+                await response(scope, receive, counted)
+            else:
+                await app(scope, receive, counted)
+
+        return call
 
     async def chat(self, request: HttpRequest) -> Response:
         """Answer a conversation."""
@@ -164,6 +190,10 @@ class _Calls:
             raise ApiError(400, str(error)) from error
         return PlainTextResponse(done)
 
+    async def page(self, _: HttpRequest) -> Response:
+        """Return the page to chat."""
+        return self._page
+
     async def health(self, _: HttpRequest) -> Response:
         """Tell whether the engine works."""
         works = self._service.worker.failure is None
@@ -185,6 +215,8 @@ class _Calls:
         self._check_model(call.model, key)
         asked = await self._ask(call, key)
         self._metrics.asked(call.kind)
+
+        asked.on_first = lambda: self._metrics.first(call.kind, time.monotonic() - started)
 
         def ended() -> None:
             for ticket in asked.tickets:
@@ -233,7 +265,7 @@ class _Calls:
             if known.status >= 500 and known.code != "stopping":
                 _logger.exception("a request could not be given to the engine")
             raise known from error
-        return Asked(call, tickets, sum(len(one.prompt) for one in requests), events, service.token_text)
+        return Asked(call, tickets, sum(len(one.prompt) for one in requests), events, service.prepared, service.token_text)
 
     def _cancel(self, future: "Future[int]") -> None:
         if not future.cancelled() and future.exception() is None:
@@ -242,6 +274,7 @@ class _Calls:
     def _key(self, request: HttpRequest) -> ApiKey | None:
         """Return the key of a request; None if requests need none."""
         keys = self._service.keys
+        check_origin(request, keys=keys is not None)
         if keys is None:
             return None
         scheme, _, sent = request.headers.get("authorization", "").partition(" ")

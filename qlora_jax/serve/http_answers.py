@@ -18,8 +18,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from qlora_jax.serve.answer import Event, TokenLogprobs
-from qlora_jax.serve.http_calls import Call
+from qlora_jax.serve.http_calls import Call, Prepared
 from qlora_jax.serve.http_errors import ApiError
+from qlora_jax.serve.tool_calls import Part
 
 __all__ = ["Asked", "stream_answers", "whole_answers"]
 
@@ -37,22 +38,27 @@ class Asked:
         tickets: the number of each prompt, by the ticket of its request.
         prompt_tokens: the tokens of all prompts.
         events: the events of all its requests, as they come.
+        prepared: how prompts became tokens, and how calls of tools are written.
         token_text: returns (the text, the bytes) of a token.
         identity, created: the id and the time in the response.
+        on_first: called with the first token of the answers.
     """
 
     call: Call
     tickets: dict[int, int]
     prompt_tokens: int
     events: "asyncio.Queue[Event]"
+    prepared: Prepared
     token_text: Callable[[int], tuple[str, bytes]]
     identity: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    on_first: Callable[[], None] = lambda: None
     answer_tokens: int = 0
     running: int = 0
 
     def __post_init__(self) -> None:
         self.running = len(self.tickets) * self.call.count
+        self._readers = self.call.readers(self.prepared, self.running)
 
     async def next(self, seconds: float | None) -> tuple[int, Event] | None:
         """Return (the index of the answer in the response, its next event), or None after so many seconds of silence.
@@ -66,9 +72,25 @@ class Asked:
             return None
         if event.finish in ("error", "cancelled"):
             raise ApiError(503 if event.finish == "cancelled" else 500, _INTERRUPTED, code="interrupted")
+        if event.tokens and not self.answer_tokens:
+            self.on_first()
         self.answer_tokens += len(event.tokens)
         self.running -= event.finish is not None
         return self.tickets[event.ticket] * self.call.count + event.number, event
+
+    def parts(self, index: int, event: Event) -> list[Part]:
+        """Return what the event adds to an answer: text, and calls of tools."""
+        if self._readers is None:
+            return [Part(event.text)] if event.text else []
+        reader, markers = self._readers[index], self.prepared.markers
+        # The text has no special tokens, but may have held text back that comes before them.
+        found = reader.push(event.text + "".join(markers.get(token, "") for token in event.tokens))
+        return found if event.finish is None else found + reader.finish()
+
+    def finish(self, index: int, event: Event) -> str | None:
+        """Return why an answer has ended, as clients read it; None: it goes on."""
+        calls = self._readers is not None and self._readers[index].calls > 0
+        return "tool_calls" if calls and event.finish == "stop" else event.finish
 
     def head(self, kind: str) -> dict[str, Any]:
         """Return the fields of a response, or of a chunk of it, beside its choices."""
@@ -84,8 +106,22 @@ class Asked:
 @dataclasses.dataclass
 class _Whole:
     texts: list[str] = dataclasses.field(default_factory=list)
+    calls: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     finish: str | None = None
+
+    def add(self, part: Part) -> None:
+        if part.call is None:
+            self.texts.append(part.text)
+        elif part.name is not None:
+            self.calls.append(_new_call(part.name, part.text))
+        else:
+            self.calls[part.call]["function"]["arguments"] += part.text
+
+    def message(self) -> dict[str, Any]:
+        text = "".join(self.texts)
+        message = {"role": "assistant", "content": text or (None if self.calls else ""), "refusal": None}
+        return message | ({"tool_calls": self.calls} if self.calls else {})
 
 
 async def whole_answers(asked: Asked) -> dict[str, Any]:
@@ -100,18 +136,15 @@ async def whole_answers(asked: Asked) -> dict[str, Any]:
         found = await asked.next(None)
         if found is not None:
             index, event = found
-            answers[index].texts.append(event.text)
+            for part in asked.parts(index, event):
+                answers[index].add(part)
             answers[index].logprobs += event.logprobs
-            answers[index].finish = event.finish
+            answers[index].finish = asked.finish(index, event)
     choices = []
     for index, answer in enumerate(answers):
-        text = "".join(answer.texts)
         logprobs = None if call.top_logprobs is None else _logprobs(asked, answer.logprobs, 0)
         choice: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": answer.finish}
-        if call.kind == "chat":
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-        else:
-            choice["text"] = text
+        choice |= {"message": answer.message()} if call.kind == "chat" else {"text": "".join(answer.texts)}
         choices.append(choice)
     kind = "chat.completion" if call.kind == "chat" else "text_completion"
     return asked.head(kind) | {"choices": choices, "usage": asked.usage()}
@@ -124,36 +157,52 @@ async def stream_answers(asked: Asked) -> AsyncIterator[str]:
     usage: dict[str, Any] = {"usage": None} if call.usage else {}
     offsets = [0] * asked.running
 
-    def chunk(index: int, text: str | None, logprobs: Any = None, finish: str | None = None, **delta: Any) -> str:
+    def chunk(index: int, added: dict[str, Any], logprobs: Any = None, finish: str | None = None) -> str:
         choice: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": finish}
-        if chat:
-            choice["delta"] = delta if text is None else delta | {"content": text}
-        else:
-            choice["text"] = text or ""
+        choice |= {"delta": added} if chat else {"text": added.get("content", "")}
         return _event(head | {"choices": [choice]} | usage)
 
     try:
         if chat:
             for index in range(asked.running):
-                yield chunk(index, "", role="assistant")
+                yield chunk(index, {"role": "assistant", "content": ""})
         while asked.running:
             found = await asked.next(_SILENCE_SECONDS)
             if found is None:
                 yield ": working\n\n"
                 continue
             index, event = found
-            if event.text or event.logprobs:
-                logprobs = None if call.top_logprobs is None else _logprobs(asked, event.logprobs, offsets[index])
-                yield chunk(index, event.text, logprobs)
-                offsets[index] += len(event.text)
+            deltas = [_delta(part) for part in asked.parts(index, event)]
+            logprobs = None
+            if event.logprobs and call.top_logprobs is not None:
+                logprobs = _logprobs(asked, event.logprobs, offsets[index])
+                deltas = deltas or [{"content": ""}]
+            for delta in deltas:  # the log probabilities come once
+                yield chunk(index, delta, logprobs)
+                logprobs = None
+            offsets[index] += len(event.text)
             if event.finish is not None:
-                yield chunk(index, None, None, event.finish)
+                yield chunk(index, {}, None, asked.finish(index, event))
         if call.usage:
             yield _event(head | {"choices": [], "usage": asked.usage()})
     except ApiError as error:  # the status of the response was sent long ago
         yield _event(error.body())
         return
     yield "data: [DONE]\n\n"
+
+
+def _new_call(name: str, arguments: str) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+
+
+def _delta(part: Part) -> dict[str, Any]:
+    """Return what a chunk of a stream has of a part."""
+    if part.call is None:
+        return {"content": part.text}
+    if part.name is not None:
+        return {"tool_calls": [{"index": part.call} | _new_call(part.name, part.text)]}
+    return {"tool_calls": [{"index": part.call, "function": {"arguments": part.text}}]}
 
 
 def _event(value: dict[str, Any]) -> str:

@@ -8,17 +8,19 @@ by name, as are fields that nobody knows. Beside OpenAI's fields, `top_k`, `min_
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from qlora_jax.serve.http_body import Fields
 from qlora_jax.serve.http_errors import ApiError
+from qlora_jax.serve.http_messages import Tools, read_messages, read_tools
 from qlora_jax.serve.request import MOST_TOP_LOGPROBS, Choices, Request
+from qlora_jax.serve.tool_calls import CallReader
+from qlora_jax.serve.tool_format import ToolFormat, calls_grammar
 
 __all__ = ["Call", "Prepared", "chat_call", "completion_call"]
 
-_MOST_ANSWERS, _MOST_PROMPTS, _MOST_STOPS, _MOST_BIASES, _MOST_MESSAGES = 128, 128, 16, 1024, 10_000
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+_MOST_ANSWERS, _MOST_PROMPTS, _MOST_STOPS, _MOST_BIASES = 128, 128, 16, 1024
 # What a client may say about itself or about OpenAI's own machines; it changes no answer.
 _WITHOUT_EFFECT = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier")
 
@@ -39,6 +41,7 @@ class Call:
         stream: whether the answers are sent as they are made.
         usage: whether a stream ends with the number of tokens.
         grammar: what the answers must obey, or None.
+        tools: what the answers may or must call; None: nothing.
     """
 
     kind: Literal["chat", "completion"]
@@ -52,13 +55,14 @@ class Call:
     stream: bool
     usage: bool
     grammar: Any = None
+    tools: Tools | None = None
 
     def requests(self, prepared: "Prepared", *, adapter: str, tenant: str) -> list[Request]:
         """Return the requests of the engine, one for each prompt."""
-        chat = self.kind == "chat"
-        found = []
+        chat, found = self.kind == "chat", []
+        grammar, tools = self._grammar(prepared), [tool.given for tool in self.tools.tools] if self.tools else []
         for prompt in self.prompts:
-            tokens = prepared.chat(prompt) if chat else prepared.text(prompt) if isinstance(prompt, str) else prompt
+            tokens = prepared.chat(prompt, tools) if chat else prepared.text(prompt) if isinstance(prompt, str) else prompt
             if not tokens:
                 raise ApiError(400, "prompt: expected at least one token, found none.", param="prompt", code="invalid_value")
             room = max(1, prepared.capacity - len(tokens))
@@ -75,10 +79,42 @@ class Call:
                     adapter,
                     tenant,
                     continues=not chat,
-                    grammar=self.grammar,
+                    grammar=grammar,
                 )
             )
         return found
+
+    def readers(self, prepared: "Prepared", count: int) -> "list[CallReader] | None":
+        """Return the readers of the calls in so many answers; None: they call nothing."""
+        if self.tools is None or prepared.calls is None:
+            return None
+        names = [tool.name for tool in self.tools.tools]
+        return [CallReader(prepared.calls, names, many=self.tools.many) for _ in range(count)]
+
+    def _grammar(self, prepared: "Prepared") -> Any:
+        """Return what the answers must obey, tools included."""
+        called = self.kind == "chat" and any("tool_calls" in message for message in self.prompts[0])
+        if (self.tools is not None or called) and prepared.calls is None:
+            raise ApiError(
+                400,
+                "tools: the chat template of this model has no tools; another template can be chosen where the server is "
+                "started (--chat-template).",
+                param="tools" if self.tools is not None else "messages",
+                code="unsupported_parameter",
+            )
+        if self.tools is None or prepared.calls is None:
+            return self.grammar
+        if not self.tools.required:
+            if self.grammar is not None:
+                raise ApiError(
+                    400,
+                    "response_format is not supported beside tools that the answer may call; choose tool_choice none or "
+                    "required.",
+                    param="response_format",
+                    code="unsupported_parameter",
+                )
+            return None
+        return "lark", calls_grammar(self.tools.tools, prepared.calls, prepared.markers, many=self.tools.many)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +122,20 @@ class Prepared:
     """How prompts become tokens.
 
     Attributes:
-        chat: maps messages to the tokens up to the start of the answer; raises QLoRAError where it cannot.
+        chat: maps messages and tools to the tokens up to the start of the answer; raises QLoRAError where it cannot.
         text: maps a text to its tokens.
         eos_ids: the tokens that end an answer.
         capacity: the most tokens of a prompt with its answer.
+        calls: how the model writes calls of tools; None: it has none.
+        markers: the parts of calls that are special tokens, by their ids (`tool_format.special_markers`).
     """
 
-    chat: Callable[[Sequence[dict[str, Any]]], Sequence[int]]
+    chat: Callable[[Sequence[dict[str, Any]], Sequence[Any]], Sequence[int]]
     text: Callable[[str], Sequence[int]]
     eos_ids: frozenset[int]
     capacity: int
+    calls: ToolFormat | None = None
+    markers: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
 
 def chat_call(body: dict[str, Any]) -> Call:
@@ -105,16 +145,11 @@ def chat_call(body: dict[str, Any]) -> Call:
         ApiError: a field that is missing, wrong, unknown or not supported.
     """
     fields = Fields(body)
-    messages = fields.must("messages", fields.items("messages", _MOST_MESSAGES))
-    if not messages:
-        fields.wrong("messages", "at least one message", "none")
-    prompt = tuple(_message(message, f"messages[{number}]") for number, message in enumerate(messages))
-    fields.unsupported("tools", "functions", "audio", "prediction", "web_search_options", "function_call")
-    fields.unsupported("tool_choice", but=("none", "auto"))
+    prompt, tools = read_messages(fields), read_tools(fields)
+    fields.unsupported("audio", "prediction", "web_search_options")
     fields.unsupported("modalities", but=(["text"],))
     fields.unsupported("store", but=(False,))
     fields.unsupported("reasoning_effort", "verbosity")
-    fields.ignore("parallel_tool_calls")
     logprobs, top = fields.flag("logprobs"), fields.whole("top_logprobs", 0, MOST_TOP_LOGPROBS)
     if top is not None and not logprobs:
         fields.wrong("top_logprobs", "logprobs: true beside it", top)
@@ -126,6 +161,7 @@ def chat_call(body: dict[str, Any]) -> Call:
         max_new_tokens=longest[0] or longest[1],
         top_logprobs=(top or 0) if logprobs else None,
         grammar=_response_format(fields.fields("response_format")),
+        tools=tools,
         **_common(fields),
     )
 
@@ -186,33 +222,6 @@ def _top_p(fields: Fields) -> float | None:
     if value == 0:
         fields.wrong("top_p", "a number above 0", value)
     return value
-
-
-def _message(message: Any, place: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise ApiError(400, f"{place}: expected an object.", param=place, code="invalid_value")
-    fields = Fields(message, f"{place}.")
-    role = fields.must("role", fields.text("role", choices=_ROLES))
-    content = fields.any("content")
-    if isinstance(content, list):
-        content = "".join(_part(part, f"{place}.content[{number}]") for number, part in enumerate(content))
-    if not isinstance(content, str):
-        fields.wrong("content", "a text or a list of parts of text", content)
-    fields.unsupported("tool_calls", but=([],))
-    fields.unsupported("function_call", "audio", "refusal")
-    fields.ignore("name", "tool_call_id")
-    fields.none_left()
-    return {"role": "system" if role == "developer" else role, "content": content}
-
-
-def _part(part: Any, place: str) -> str:
-    if not isinstance(part, dict):
-        raise ApiError(400, f"{place}: expected an object.", param=place, code="invalid_value")
-    fields = Fields(part, f"{place}.")
-    fields.must("type", fields.text("type", choices=("text",)))
-    text = fields.must("text", fields.text("text"))
-    fields.none_left()
-    return text
 
 
 def _prompts(fields: Fields) -> tuple[Any, ...]:

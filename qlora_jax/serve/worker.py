@@ -153,8 +153,7 @@ class Worker:
                         return
                 for command in commands:
                     command()
-                for event in self.engine.step():
-                    self._tell(event)
+                self._tell(self.engine.step())
                 if self.engine.busy and self.engine.waits:
                     time.sleep(_LOADING_SECONDS)
         except BaseException as error:
@@ -167,13 +166,13 @@ class Worker:
                     command()
                 except Exception:
                     _logger.debug("a command after the failure", exc_info=True)
-            for ticket in list(self._listeners):
-                self._tell(Event(ticket, 0, finish="error"))
+            self._tell([Event(ticket, 0, finish="error") for ticket in self._listeners])
 
-    def _tell(self, event: Event) -> None:
-        listener = self._listeners.get(event.ticket)
-        if listener is None:
-            return
-        if event.finish is not None and not self.engine.running(event.ticket):
-            del self._listeners[event.ticket]
-        listener(event)
+    def _tell(self, events: Sequence[Event]) -> None:
+        """Give the events of a step, in which several answers to a request may have ended, to their listeners."""
+        for event in events:
+            if (listener := self._listeners.get(event.ticket)) is not None:
+                listener(event)
+        for event in events:
+            if event.finish is not None and not self.engine.running(event.ticket):
+                self._listeners.pop(event.ticket, None)

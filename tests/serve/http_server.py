@@ -12,13 +12,14 @@ from typing import Any
 import uvicorn
 
 from qlora_jax.serve.http import Service, make_app
+from qlora_jax.serve.http_connections import Connection
 
 
 class Client:
     """What a client sees of a server, without a library."""
 
-    def __init__(self, port: int) -> None:
-        self.port = port
+    def __init__(self, port: int, connections: "set[Any]") -> None:
+        self.port, self.connections = port, connections  # those that the server has
 
     def call(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, Any]:
         """Return (status, headers, body); a body of bytes is sent as it is, and JSON is read where it is the answer."""
@@ -49,13 +50,14 @@ class Client:
 
 
 @contextlib.contextmanager
-def running(service: Service) -> Iterator[Client]:
+def running(service: Service, most: int = 100) -> Iterator[Client]:
     """Serve until the block ends."""
     service.worker.start()
     listening = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
         make_app(service),
-        http="h11",
+        http=Connection,
+        limit_concurrency=most,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -66,7 +68,7 @@ def running(service: Service) -> Iterator[Client]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
-        yield Client(listening.getsockname()[1])
+        yield Client(listening.getsockname()[1], server.server_state.connections)
     finally:
         server.should_exit = True
         thread.join(20)

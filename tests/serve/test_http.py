@@ -51,7 +51,7 @@ def service(folder: Path, keys: tuple[ApiKey, ...] | None = None, adapters: tupl
     engine = make(Successors(size), LIMITS, size, tokenizer=tokenizer, constrain=constrain)
     engine.warm_up()
     prepared = Prepared(
-        chat=lambda messages: encode_prompt(list(messages), tokenizer, template="chat").tolist(),
+        chat=lambda messages, tools: encode_prompt(list(messages), tokenizer, template="chat", tools=tools).tolist(),
         text=lambda text: encode_prompt(text, tokenizer, template="plain").tolist(),
         eos_ids=frozenset([1]),
         capacity=LIMITS.capacity,
@@ -123,6 +123,26 @@ def test_a_chat_and_its_stream_are_the_same(client: Client) -> None:
     assert "".join(event["choices"][0]["delta"].get("content", "") for event in rest) == choice["message"]["content"]
     assert [event["choices"][0]["finish_reason"] for event in rest][-1] == "length"
     assert all(event["id"] == first["id"] for event in rest)
+
+
+def test_answers_that_end_in_the_same_step_all_arrive(
+    served: tuple[Client, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The events of all steps come at once, after the last one."""
+    client, made = served
+    engine = made.worker.engine
+    step, held = engine.step, []
+
+    def at_once() -> list[Any]:
+        held.extend(step())
+        if engine.busy:
+            return []
+        events, held[:] = list(held), []
+        return events
+
+    monkeypatch.setattr(engine, "step", at_once)
+    _, _, body = client.call("POST", COMPLETION, completion(n=4))
+    assert [choice["text"] for choice in body["choices"]] == ["bcde"] * 4
 
 
 def test_stop_texts_and_a_bias(client: Client) -> None:

@@ -1,13 +1,13 @@
-"""OpenAI's own client against the server: chat, streams, log probabilities, JSON schemas, models and errors.
+"""OpenAI's own client against the server: chat, streams, log probabilities, JSON schemas, tools, models and errors.
 
-About 5 CPU-seconds.
+About 7 CPU-seconds.
 """
 # ruff: noqa: E402 - the server's own dependencies may be missing
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -16,7 +16,9 @@ for name in ("starlette", "uvicorn", "prometheus_client"):
 openai = pytest.importorskip("openai", reason="openai, a client of the server, is not installed")
 
 from http_server import running
+from scripted import scripted
 from test_http import KEYS, service
+from test_http_tools import ANSWERED, TOOLS, TWO, joined
 
 pytestmark = pytest.mark.integration
 HI: Any = [{"role": "user", "content": "hi"}]
@@ -69,6 +71,48 @@ def test_a_json_schema(client: Any) -> None:
         response_format={"type": "json_schema", "json_schema": {"name": "reply", "schema": schema, "strict": True}},
     )
     assert set(json.loads(answer.choices[0].message.content)) == {"ok"}
+
+
+def test_a_json_schema_and_log_probabilities_in_a_stream(client: Any) -> None:
+    """The helper reads the JSON that it has asked for, and keeps the log probability of every token."""
+    pytest.importorskip("llguidance", reason="llguidance, for grammars, is not installed")
+    pydantic = pytest.importorskip("pydantic", reason="pydantic, which comes with openai, is not installed")
+    reply = pydantic.create_model("Reply", ok=(bool, ...), size=(Literal["small", "large"], ...))
+    asked: dict[str, Any] = {"model": "counter", "messages": HI, "max_tokens": 80, "temperature": 0}
+    with client.chat.completions.stream(**asked, response_format=reply, logprobs=True, top_logprobs=1) as stream:
+        (choice,) = stream.get_final_completion().choices
+    assert isinstance(choice.message.parsed, reply)
+    assert choice.finish_reason == "stop"
+    written = b"".join(bytes(token.bytes) for token in choice.logprobs.content if not token.token.startswith("<|"))
+    assert written.decode() == choice.message.content
+    whole = client.chat.completions.parse(**asked, response_format=reply, logprobs=True, top_logprobs=1)
+    assert whole.choices[0].message.content == choice.message.content
+    assert [token.logprob for token in whole.choices[0].logprobs.content] == [one.logprob for one in choice.logprobs.content]
+
+
+def test_tools(tiny_llama: Path) -> None:
+    """A conversation as programs have it: a question, calls, their results, an answer."""
+    made = scripted(tiny_llama, TWO, "It is 7 degrees.")
+    with (
+        running(made.service) as server,
+        openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none") as client,
+    ):
+        asked: dict[str, Any] = {"model": "scripted", "tools": TOOLS, "temperature": 0, "max_tokens": 200}
+        (choice,) = client.chat.completions.create(messages=made.messages(0, TOOLS), **asked).choices
+        calls = [(call.function.name, json.loads(call.function.arguments)) for call in choice.message.tool_calls]
+        assert (choice.finish_reason, calls) == ("tool_calls", [("weather", {"city": "Rome"}), ("now", {})])
+        with client.chat.completions.stream(messages=made.messages(0, TOOLS), **asked) as stream:
+            (streamed,) = stream.get_final_completion().choices
+        found = [(call.function.name, json.loads(call.function.arguments)) for call in streamed.message.tool_calls]
+        assert (streamed.finish_reason, streamed.message.content, found) == ("tool_calls", "I look.", calls)
+        chunks = list(client.chat.completions.create(messages=made.messages(0, TOOLS), stream=True, **asked))
+        assert joined([chunk.model_dump(exclude_none=True) for chunk in chunks])["content"] == "I look."
+        results = [{"role": "tool", "tool_call_id": call.id, "content": "7"} for call in choice.message.tool_calls]
+        before = [ANSWERED[0], choice.message.model_dump(exclude_none=True), *results]
+        (last,) = client.chat.completions.create(messages=made.messages(1, TOOLS, before), **asked).choices
+        assert (last.finish_reason, last.message.content) == ("stop", "It is 7 degrees.")
+        with pytest.raises(openai.BadRequestError, match="tool_choice"):
+            client.chat.completions.create(messages=HI, **asked | {"tools": openai.omit}, tool_choice="required")
 
 
 def test_models_and_errors(client: Any, port: int) -> None:
