@@ -155,8 +155,9 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the continuations of all contexts; those with the same options are answered together."""
         groups: dict[Generation, list[int]] = {}
-        for number, request in enumerate(requests):
-            groups.setdefault(self._generation(request.args[1]), []).append(number)
+        given: list[Any] = [request.args for request in requests]  # (context, options), which their type does not say
+        for number, (_, options) in enumerate(given):
+            groups.setdefault(self._generation(options), []).append(number)
         answers: dict[int, str] = {}
         for generation, numbers in tqdm(groups.items(), desc="generating", disable=disable_tqdm or len(groups) < 2):
             room = self._max_length - generation.max_new_tokens
@@ -165,10 +166,10 @@ class HarnessModel(TemplateLM):
                     f"max_gen_toks: expected less than the {self._max_length} tokens of the model, "
                     f"found {generation.max_new_tokens}"
                 )
-            prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
+            prompts = [self.tok_encode(given[number][0])[-room:] for number in numbers]
             for number, text in zip(numbers, self._answer(prompts, generation), strict=True):
                 answers[number] = text
-                self.cache_hook.add_partial("generate_until", requests[number].args, text)
+                self.cache_hook.add_partial("generate_until", given[number], text)
         return [answers[number] for number in range(len(requests))]
 
     def _generation(self, options: dict[str, Any]) -> Generation:

@@ -39,7 +39,7 @@ def answer_all(engine: Engine, requests: Mapping[K, Request]) -> Iterator[tuple[
     """
     for request in requests.values():
         engine.check(request)
-    waiting = list(reversed(requests.items()))
+    waiting = list(requests.items())[::-1]
     running: dict[int, tuple[K, list[str], list[int]]] = {}
     while waiting or running:
         while waiting and len(running) < 2 * engine.limits.rows:

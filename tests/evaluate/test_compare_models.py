@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.commands.evaluate import main
+from qlora_jax.commands.evaluations.compare import task_shares
 from qlora_jax.commands.train import main as train
 from qlora_jax.data import DataError
 from qlora_jax.evaluate import Perplexity, Share, change_of, judged_points, read_judgements, value_of, verdict_of
@@ -134,6 +135,13 @@ def test_changes_and_verdicts() -> None:
     texts = Perplexity(np.ones(3), np.ones(3, int), np.ones(3, int), np.ones(3, int), "documents")
     with pytest.raises(DataError, match="expected two models that were measured on the same questions"):
         change_of(texts, right, "drift")
+
+
+def test_metrics_of_tasks_by_document() -> None:
+    samples = [{"metrics": ["acc", "ppl"], "acc": value, "ppl": (1.0, 2)} for value in (1.0, 0.0, True)]
+    found = task_shares({"samples": {"one": samples, "none": []}})
+    assert list(found) == ["one, acc in %"]
+    assert value_of(found["one, acc in %"], resamples=10, seed=0).value == pytest.approx(200 / 3)
 
 
 def test_points_of_judged_answers(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from qlora_jax import cli
 from qlora_jax.adapters.pretrained import Pretrained
 from qlora_jax.commands.evaluations.output import bounds, check_least, number, print_json, print_table
 from qlora_jax.commands.evaluations.perplexity import PerplexityOptions, windows_of
+from qlora_jax.commands.evaluations.task import TaskOptions, harness_model, open_tasks, run_tasks
 from qlora_jax.data import Template, check_ids
 from qlora_jax.errors import DataError, OptionError
 from qlora_jax.evaluate import (
@@ -75,6 +76,12 @@ class Options:
     """A file of MMLU questions with whole prompts, or a file of questions to ask without examples."""
     mmlu_limit: int | None = None
     """Number of these questions, drawn at random; all of them if left out."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm_eval (the extra eval), as for evaluate.py task."""
+    tasks_folder: Path | None = None
+    """Folder of YAML files of tasks."""
+    task_limit: int | None = None
+    """Number of documents of each task, the first ones; all of them if left out."""
     judgements: Path | None = None
     """File of scores or verdicts (JSONL) of answers that evaluate.py generate wrote with the same model and adapters."""
     merged: bool = True
@@ -89,7 +96,7 @@ class Options:
     """Seed of the resamples."""
 
     def __post_init__(self) -> None:
-        check_least(self, limit=1, max_length=2, mmlu_limit=1, batch_size=1, resamples=1, seed=0)
+        check_least(self, limit=1, max_length=2, mmlu_limit=1, task_limit=1, batch_size=1, resamples=1, seed=0)
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise OptionError(f"dtype: expected auto, float32 or bfloat16, found {self.dtype!r}")
 
@@ -125,12 +132,19 @@ def compare(options: Options) -> None:
         for document in documents:
             check_ids(document.tokens, first.tokenizer, one.pretrained.checkpoint.model_config.vocab_size, f"{one.name}: ")
     questions = () if options.mmlu is None else mmlu_questions(options)
+    tasks = TaskOptions(
+        options.tasks, tasks_folder=options.tasks_folder, limit=options.task_limit, batch_size=options.batch_size
+    )
+    manager = open_tasks(tasks) if options.tasks else None
     judged = (
         {}
         if options.judgements is None
         else judged_points(read_judgements(options.judgements), {one.name: one.judged_as for one in models})
     )
     found = {one.name: measure(one, options, documents, first, questions) for one in models}
+    if manager is not None:
+        for one in models:
+            found[one.name] |= measure_tasks(one, tasks, manager)
     for name, share in judged.items():
         found[name]["judged, % of points"] = share
     rows = rows_of(models, found, options)
@@ -201,6 +215,24 @@ def measure(
             prompts = encode_questions(questions, one.pretrained.tokenizer, 2048 if room is None else min(2048, room))
             logits = letter_logits(graphdef, state, prompts, batch_size=options.batch_size, progress=progress)
             found["MMLU, % right"] = Share((logits.argmax(1) == np.asarray(prompts.answers)).astype(np.float64))
+    return found
+
+
+def measure_tasks(one: Contestant, tasks: TaskOptions, manager: Any) -> dict[str, Measured]:
+    """Load a model once more, and return its results in tasks of lm_eval."""
+    with mesh_context(data_mesh()), one.loaded(progress=sys.stderr.isatty()) as model:
+        assert isinstance(model, CausalLM)
+        return task_shares(run_tasks(harness_model(one.pretrained, model, tasks), tasks, manager))
+
+
+def task_shares(results: dict[str, Any]) -> dict[str, Measured]:
+    """Return the metrics of tasks that are means over documents, with the value of each document."""
+    found: dict[str, Measured] = {}
+    for name, samples in results["samples"].items():
+        for metric in samples[0]["metrics"] if samples else ():
+            values = [sample.get(metric) for sample in samples]
+            if all(isinstance(value, int | float) for value in values):
+                found[f"{name}, {metric} in %"] = Share(np.asarray(values, np.float64))
     return found
 
 

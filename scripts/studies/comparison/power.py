@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy import optimize, stats
@@ -61,7 +61,8 @@ def detectable(spread: float, seeds: int, power: float = POWER) -> float:
     if spread == 0:
         return 0.0
     unit = spread / math.sqrt(seeds)  # beyond 100 of which the power is 1, also with 2 seeds
-    return float(optimize.brentq(lambda size: power_of(size, spread, seeds) - power, 1e-6 * unit, 100 * unit))
+    root: Any = optimize.brentq(lambda size: power_of(size, spread, seeds) - power, 1e-6 * unit, 100 * unit)
+    return float(root)
 
 
 def seeds_needed(spread: float, size: float, power: float = POWER) -> int | None:
