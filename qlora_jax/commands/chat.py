@@ -34,7 +34,7 @@ from qlora_jax import cli
 from qlora_jax.adapters.pretrained import PretrainedOptions
 from qlora_jax.commands import serve
 from qlora_jax.errors import OptionError
-from qlora_jax.interrupts import plain_interrupt
+from qlora_jax.interrupts import Interrupted, plain_interrupt
 from qlora_jax.serve.api_keys import ApiKey, new_key
 from qlora_jax.serve.client import AnswerStream, Client, ServerError
 from qlora_jax.serve.scheduler import Limits
@@ -143,6 +143,8 @@ class Chat:
             except EOFError:
                 print()
                 return
+            except Interrupted:
+                raise
             except KeyboardInterrupt:
                 print()
                 self._note("Ctrl-D ends the chat")
@@ -203,6 +205,8 @@ class Chat:
                     fields = {"max_completion_tokens": self._options.max_tokens, "temperature": self._options.temperature}
                     answers.add(self._client.ask(model, self._with_system(messages), **fields))
                 self._show(answers, [model for model, _ in asked])
+        except Interrupted:  # SIGTERM ends the chat
+            raise
         except KeyboardInterrupt:
             self._note("stopped")
         finally:
