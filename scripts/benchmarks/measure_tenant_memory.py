@@ -5,8 +5,8 @@
 
 State: tenants of rank 4 on SmolLM2-135M. `device` is what the compiled update takes on the device, with every tenant in a
 slot and, with `turns`, with 8 slots in which they take turns; `host` is what the states of all tenants then take in pinned
-host memory; the program that puts one into a slot is compiled too. Step: the bytes of device memory that a step reads and writes at
-least, and its operations, of 8 tenants with one row against one tenant with 8 rows. The last line is JSON.
+host memory; the program that puts one into a slot is compiled too. Step: the bytes of device memory that a step reads and
+writes at least, and its operations, of 8 tenants with one row against one tenant with 8 rows. The last line is JSON.
 """
 
 import dataclasses
