@@ -147,11 +147,11 @@ def compile_tenants_step(
     )
 
 
-def compile_turn(spec: StepSpec[ModelSpec], machine: Machine, *, slots: int, rank: int) -> tuple[Program, Program]:
-    """Return (the update of all slots, the program that puts a tenant from host memory into a slot), compiled.
+def compile_turn(spec: StepSpec[ModelSpec], machine: Machine, *, slots: int, rank: int) -> tuple[Program, Program, int]:
+    """Return (the update of all slots, the program that puts a tenant from host memory into a slot, a tenant's bytes there).
 
-    The first has the bytes that the slots take on the device, and the second those of a tenant in host memory. See
-    `compile_tenants_step` for the arguments.
+    Both programs are compiled. XLA for GPUs reports no bytes of arguments in host memory; those returned are of the shapes.
+    See `compile_tenants_step` for the arguments.
     """
     mesh = machine_mesh(machine)
     graphdef, state, _ = _abstract(spec, machine, mesh, slots, rank)
@@ -166,7 +166,7 @@ def compile_turn(spec: StepSpec[ModelSpec], machine: Machine, *, slots: int, ran
     with context(mesh):
         update = compile_program(programs.update, (state, ids, sums), machine)
         away = dataclasses.replace(own, adapter=adapter, mu=mu, nu=nu)
-        return update, compile_program(put_slot, (state, slot, away), machine)
+        return update, compile_program(put_slot, (state, slot, away), machine), tree_bytes((adapter, mu, nu))
 
 
 def _abstract(spec: StepSpec[ModelSpec], machine: Machine, mesh: Mesh, slots: int, rank: int) -> tuple[Any, Any, Any]:
