@@ -4,13 +4,14 @@ Working memory is a sum of sizes that shapes give, each multiplied by a factor. 
 factors to compiled plans and prints this table. They belong to the training step as it is: they are measured again when it
 changes.
 
-The factors of TPUs are counts instead, of the arrays that libtpu has in memory at the peak of four programs for v5e
-(`XLA_FLAGS=--xla_dump_to=DIR`, `DIR/*live-range.txt`): Llama-3.1-8B, Gemma-7B and SmolLM2-135M at 1 x 1024 tokens, and
-Llama-3-8B at 4 x 2048.
+The factors of TPUs are counts instead, of the arrays that libtpu has in memory at the peak of six programs
+(`XLA_FLAGS=--xla_dump_to=DIR`, `DIR/*live-range.txt`): for v5e Llama-3.1-8B, Mistral-7B, Gemma-7B and SmolLM2-135M at
+1 x 1024 tokens and Llama-3-8B at 4 x 2048, and for v5p LLaMA-65B with rank 64 at 1 x 512.
 
     loss     the logits of a chunk, twice unless they fit VMEM; the adapter in bfloat16; three arrays like the hidden states
-    layer    six arrays of the feed-forward and one dequantised matrix, less what VMEM takes; the adapter in bfloat16; the
-             sums of the softmax, which splash attention saves padded to 128 lanes; six arrays like the residual stream
+    layer    six activations of the feed-forward and one dequantised matrix, or four and two, less what VMEM takes; the
+             adapter in bfloat16; the sums of the softmax, which splash attention saves padded to 128 lanes; six arrays like
+             the residual stream, and half of one like queries, keys and values
 
 With residuals in host memory libtpu reports no peak, but the larger size of all temporaries. The factor of "offloaded" makes
 the plan of Llama-3.1-8B at 1 x 53248 what is compiled by that size.

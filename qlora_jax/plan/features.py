@@ -82,11 +82,16 @@ def features(spec: StepSpec[ModelSpec], platform: str | AttentionTarget, devices
     on_tpu = platform == "tpu"
     return sizes | {
         "outside": logits if on_tpu and logits > _VMEM else 0,  # the second array of logits, if it is not in VMEM
-        "wide": max(0, 6 * sizes["inner"] + sizes["matrix"] - _VMEM) if on_tpu else 0,
+        "wide": max(0, _wide(sizes["inner"], sizes["matrix"]) - _VMEM) if on_tpu else 0,
         "sums": tokens * attention * _LANES * 4 if on_tpu and fused else 0,
         "offloaded": sizes["hidden"] if on_tpu and spec.model.remat == "offload" else 0,
         "padded": _padded(spec) if on_tpu else 0,
     }
+
+
+def _wide(inner: int, matrix: int) -> int:
+    """Return the bytes of the feed-forward's backward pass: six activations and a matrix, or later four and two matrices."""
+    return max(6 * inner + matrix, 4 * inner + 2 * matrix)
 
 
 def _padded(spec: StepSpec[ModelSpec]) -> int:
