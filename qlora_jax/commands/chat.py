@@ -39,7 +39,7 @@ from qlora_jax.serve.api_keys import ApiKey, new_key
 from qlora_jax.serve.client import AnswerStream, Client, ServerError
 from qlora_jax.serve.scheduler import Limits
 
-_HELP = __doc__[__doc__.index("    /tenant") :].rstrip()
+_HELP = "    /tenant" + (__doc__ or "").partition("    /tenant")[2].rstrip()
 _KEY = "QLORA_JAX_KEY"
 
 

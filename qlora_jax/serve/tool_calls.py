@@ -189,7 +189,8 @@ class CallReader:
 
     def _after_call(self, last: bool) -> list[Part]:
         form, text = self._form, self._held.lstrip()
-        for mark, state in ((form.between, "head"), (form.close, "text")):
+        marks: tuple[tuple[str, Literal["head", "text"]], ...] = ((form.between, "head"), (form.close, "text"))
+        for mark, state in marks:
             if mark and text.startswith(mark):
                 rest = text.removeprefix(mark)
                 if state == "text" or rest.strip() or last:
