@@ -255,8 +255,9 @@ class Engine:
         draws += decodes
         if not draws:
             return None
-        allowed = {other.row: self._grammars[other].allowed() for other in draws if other in self._grammars}
-        places, drawn = self._device.draw([(other.row, other.drawn) for other in draws], allowed)
+        rows = [(other.row, other) for other in draws if other.row is not None]
+        allowed = {row: self._grammars[other].allowed() for row, other in rows if other in self._grammars}
+        places, drawn = self._device.draw([(row, other.drawn) for row, other in rows], allowed)
         for other in draws:
             other.drawn += 1
             self.scheduler.drew(other)

@@ -142,10 +142,10 @@ def prefill_chunk(
         begins, fresh = chunk.positions[0, 0] == 0, model.init_cache(1, capacity, jnp.asarray(chunk.length))
         own = jax.tree.map(partial(jnp.where, begins), fresh, own)
         cache = jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, row, axis=1), cache, own)
-    adapters = {"adapter_ids": jnp.asarray(chunk.adapter_ids)} if banked else {}
+    adapters: dict[str, Any] = {"adapter_ids": jnp.asarray(chunk.adapter_ids)} if banked else {}
     decoder = cast(RowDecoder, model)
     tokens, positions, length = (jnp.asarray(x) for x in (chunk.tokens, chunk.positions, chunk.length))
-    fixed = {"lengths": length, "rows": row[None], "reach": reach}
+    fixed: dict[str, Any] = {"lengths": length, "rows": row[None], "reach": reach}
     logits, cache = decoder.decode(tokens, positions, cache, **fixed, **adapters)
     return DeviceState(cache, device.logits.at[row].set(logits[0].astype(jnp.float32)), device.memory)
 
@@ -163,10 +163,10 @@ def decode_rows(graphdef: Any, state: Any, device: DeviceState, tokens: Tokens, 
     """
     model: RowDecoder = nnx.merge(graphdef, state)
     rows, positions = jnp.asarray(tokens.rows), jnp.asarray(tokens.positions)
-    adapters = {"adapter_ids": jnp.asarray(tokens.adapter_ids)} if banked else {}
+    adapters: dict[str, Any] = {"adapter_ids": jnp.asarray(tokens.adapter_ids)} if banked else {}
     whole = rows.size == device.logits.shape[0]
     last = device.memory.token if whole else device.memory.token.at[rows].get(mode="clip")
-    chosen = {"rows": None if whole else rows, "reach": reach}
+    chosen: dict[str, Any] = {"rows": None if whole else rows, "reach": reach}
     logits, cache = model.decode(last[:, None], positions[:, None], device.cache, **chosen, **adapters)
     logits = logits.astype(jnp.float32)
     if whole:
