@@ -47,7 +47,10 @@ def test_probabilities_are_those_of_whole_passes(tiny: tuple[Any, Any, Any]) -> 
         text = tokenizer.decode(row)
         assert text.endswith("Verdict: ")  # the tokens of this tokenizer are bytes
         assert all(part.strip() in text for part in comparison.answers)
-        chosen = np.asarray(logits(row[None]), np.float64)[-1, [tokenizer.convert_tokens_to_ids(one) for one in "123"]]
+        padded = np.pad(row, (0, LONGEST - len(row)))[None]  # one program for all
+        chosen = np.asarray(logits(padded), np.float64)[
+            len(row) - 1, [tokenizer.convert_tokens_to_ids(one) for one in "123"]
+        ]
         expected = chosen - np.log(np.exp(chosen - chosen.max()).sum()) - chosen.max()
         np.testing.assert_allclose(found[index], expected, atol=1e-4)
 
@@ -59,7 +62,7 @@ def test_long_answers_are_shortened(tiny: tuple[Any, Any, Any]) -> None:
     assert (prompts.shortened, len(prompts.tokens)) == (1, 2)
     assert all(len(row) <= LONGEST for row in prompts.tokens)
     text = tokenizer.decode(prompts.tokens[0])
-    assert "long …" in text.encode("utf-8", "replace").decode() or "long" in text
+    assert 0 < text.count("long ") < 500
     assert "No." in text
     with pytest.raises(DataError, match="expected at most 300 tokens without the answers"):
         encode_comparisons(asked, tokenizer, 300)

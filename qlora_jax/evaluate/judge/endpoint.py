@@ -178,12 +178,10 @@ def endpoint_url(url: str, key: str | None) -> str:
 
 
 def _tokens(usage: object) -> tuple[int, int] | None:
-    if not isinstance(usage, dict):
-        return None
-    counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
-    if any(isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < 2**31 for count in counts):
-        return None
-    return counts[0], counts[1]
+    match usage:
+        case {"prompt_tokens": int(read), "completion_tokens": int(written)} if min(read, written) >= 0:
+            return read, written
+    return None
 
 
 def _read(response: http.client.HTTPResponse) -> bytes:
