@@ -66,7 +66,10 @@ _Packed = QuantizedTensor | Int8Embedding | MixedStack | MixedTensor
 
 def role_of(names: tuple[str, ...]) -> Role:
     """Return the role of the module that has a parameter, by the names on the path; "whole" for modules without a role."""
-    return next((ROLES[name] for name in reversed(names) if name in ROLES), "whole")
+    for name in reversed(names):
+        if name in ROLES:
+            return ROLES[name]
+    return "whole"
 
 
 def with_layout(names: tuple[str, ...], value: Any, tensor: int) -> Any:

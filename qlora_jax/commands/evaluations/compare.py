@@ -49,8 +49,7 @@ from qlora_jax.evaluate import (
 from qlora_jax.finetune.contestants import Contestant, contestants
 from qlora_jax.finetune.held_out import read_held_out, recorded_options, run_of
 from qlora_jax.models import CausalLM, positions_left
-from qlora_jax.nn import data_mesh
-from qlora_jax.nn.parallel import mesh_context
+from qlora_jax.nn import data_mesh, mesh_context
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,7 @@ from qlora_jax.data import Template
 from qlora_jax.errors import OptionError
 from qlora_jax.evaluate import Document, Interval, Perplexity, evaluate_perplexity, read_documents, sliding_windows
 from qlora_jax.models import CausalLM, causal_family_of, positions_left
-from qlora_jax.nn import data_mesh
-from qlora_jax.nn.parallel import mesh_context
+from qlora_jax.nn import data_mesh, mesh_context
 
 _WINDOW = 1024  # tokens of a window, if the positions of the model allow as many
 

@@ -26,8 +26,7 @@ from qlora_jax.commands.evaluations.output import bounds, check_least, number, p
 from qlora_jax.errors import DataError, OptionError, list_names
 from qlora_jax.evaluate import Interval, TokenScores, token_scores
 from qlora_jax.models import CausalLM, causal_family_of, positions_left
-from qlora_jax.nn import data_mesh
-from qlora_jax.nn.parallel import mesh_context
+from qlora_jax.nn import data_mesh, mesh_context
 from qlora_jax.serve.engine import Engine
 from qlora_jax.serve.offline import answer_all
 from qlora_jax.serve.request import Choices, Request
