@@ -88,6 +88,7 @@ def kill_all(kills: int, seed: int, root: Path, *, turns: bool) -> list[str]:
             process, how = run(root, place, at, turns=turns), f"at operation {at} of {operations}"
         code, log = process.wait()
         killed += code == -signal.SIGKILL
+        ended = "killed" if code == -signal.SIGKILL else f"ended with {code}"
         problem = None if code in (0, -signal.SIGKILL) or "all tenants are finished" in log else log[-2000:]
         if any(found != expected[name] for name, found in adapters(place).items()):
             problem = f"{place}: another adapter right after the kill"
@@ -101,7 +102,6 @@ def kill_all(kills: int, seed: int, root: Path, *, turns: bool) -> list[str]:
         if last or problem:
             shutil.rmtree(place)
             place = root / f"place-{number + 1}"
-        ended = "killed" if code == -signal.SIGKILL else f"ended with {code}"
         print(f"{number + 1}: {how}: {ended}{', run again' if last else ''}, {problem or 'well'}", flush=True)
         wrong += [problem] if problem else []
     print(f"{killed} of {kills} were killed in time; {len(wrong)} were wrong")
