@@ -25,7 +25,7 @@ from qlora_jax.finetune.options.reporting import WatchOptions
 from qlora_jax.finetune.tenants.rounds import ARRAYS
 from qlora_jax.peft.bank import check_held
 
-__all__ = ["ManyOptions", "TenantsFile", "read_tenants"]
+__all__ = ["ManyOptions", "TenantsFile", "read_tenants", "tenant_problems"]
 
 _ANY_RANK = 1 << 30  # the bank takes the largest rank of its tenants
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -106,7 +106,7 @@ def read_tenants(path: Path, *, overwrite: bool = False) -> TenantsFile:
             tenants[name] = from_values(Options, merged, f"tenants.{name}")
         except OptionError as error:
             problems.append(str(error))
-    problems += [f"tenants.{name}: {problem}" for name, options in tenants.items() for problem in _problems(options)]
+    problems += [f"tenants.{name}: {problem}" for name, options in tenants.items() for problem in tenant_problems(options)]
     if not problems:
         first, base = next(iter(tenants.items()))
         for name, options in tenants.items():
@@ -133,7 +133,7 @@ def _base(options: Options) -> Any:
     return dataclasses.replace(options.model, adapter=None), options.context
 
 
-def _problems(options: Options) -> Iterator[str]:
+def tenant_problems(options: Options) -> Iterator[str]:
     """Yield what a tenant of many cannot have, though a run of its own could."""
     try:
         options.check()

@@ -76,12 +76,23 @@ def prepare_tenants(file: TenantsFile, *, progress: bool = True) -> PreparedTena
         raise OptionError(f"nothing to train: {reasons}")
     first = next(iter(runs.values()))
     _check_base(runs, first)
-    slots = min(file.slots, len(runs))
-    rows = sorted((run.options.run.rows_of_step(1) for run in runs.values()), reverse=True)
-    rank = max(_largest_rank(run.method) for run in runs.values())
+    slots, rows, rank = _sizes(file, runs)
     bank = Bank(slots + 1, rank)
     pretrained = dataclasses.replace(first.pretrained, adapter=None, adapter_metadata=None, subtracted=None, method=bank)
-    return PreparedTenants(file.output, pretrained, runs, failed, slots, min(file.rows, sum(rows[:slots])), file.host_states)
+    return PreparedTenants(file.output, pretrained, runs, failed, slots, rows, file.host_states)
+
+
+def _sizes(file: TenantsFile, runs: dict[str, PreparedRun]) -> tuple[int, int, int]:
+    """Return the slots, the rows of a micro-batch and the rank of the bank.
+
+    They are those of all tenants of the file, whether or not a tenant is finished or failed: XLA may add up in another order
+    for other shapes, and a tenant that is resumed beside fewer others is to keep its bits.
+    """
+    of_all = file.tenants.values()
+    rows = sorted((options.run.batch_size * options.run.accumulation_steps for options in of_all), reverse=True)
+    methods = [options.method() for options in of_all if options.model.adapter is None]
+    rank = max(_largest_rank(method) for method in (*methods, *(run.method for run in runs.values())))
+    return file.slots, min(file.rows, sum(rows[: file.slots])), rank
 
 
 def _is_finished(options: Options, error: Exception) -> bool:

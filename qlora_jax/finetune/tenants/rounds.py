@@ -6,8 +6,8 @@
 A tenant's rows are those that a run of its own would read, packed for itself. A row of preferences is a pair of answers.
 
 Tenants share a micro-batch if their rows are padded to the same length (`shared_length`), so that short rows are not padded
-to the length of long ones. The shape of a micro-batch depends on the tenant's own length and on nothing of the others: XLA
-may add up in another order for another shape, and a tenant's bits would depend on who else trains.
+to the length of long ones. The shape of a micro-batch depends on the tenant's own length and on the file, and not on which
+others still train: XLA may add up in another order for another shape, and a tenant's bits would depend on it.
 """
 
 import dataclasses
