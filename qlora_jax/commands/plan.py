@@ -107,6 +107,8 @@ def plan(options: PlanCommandOptions) -> None:
     chosen = options.plan
     machine = machine_named(chosen.device)
     _check(chosen, machine, options.run.mesh_shape)
+    if chosen.tenants or chosen.fit == "tenants":
+        _check_tenants(options)
     model = options.model.model or _DEFAULT
     spec = read_spec(options, model, machine)
     found: dict[str, Any] = {}
@@ -149,12 +151,28 @@ def _check(chosen: PlanOptions, machine: Machine, mesh: MeshShape | None) -> Non
             raise OptionError(f"{name}: expected at least {least}, found {getattr(chosen, name)}")
     if chosen.fit == "tenants" and chosen.tenant_slots:
         raise OptionError("fit tenants: expected no tenant_slots, which bound the memory of the device, found some")
+    if chosen.tenant_slots and not chosen.tenants:
+        raise OptionError("tenant_slots: expected tenants beside it, found none")
     if chosen.capacity < 1:
         raise OptionError(f"capacity: expected at least 1, found {chosen.capacity}")
     if chosen.plot is not None:
         check_drawing(chosen.plot)
     if not chosen.quick:
         check_compiler(machine)
+
+
+def _check_tenants(options: PlanCommandOptions) -> None:
+    """Raise OptionError for options that tenants cannot have, or that the plan of their step does not know."""
+    from qlora_jax.finetune.tenants.options import tenant_problems  # its package imports all of training
+
+    problems = list(tenant_problems(options))
+    if options.objective.objective == "dpo":
+        problems.append("objective: expected sft, whose step is planned, found dpo")
+    if options.run.accumulation_steps > 1:
+        found = options.run.accumulation_steps
+        problems.append(f"accumulation_steps: expected 1, a row of each tenant, found {found}")
+    if problems:
+        raise OptionError(f"tenants: {'; '.join(problems)}")
 
 
 def read_spec(options: PlanCommandOptions, model: str, machine: Machine) -> Spec:

@@ -46,8 +46,8 @@ alpha = 8.0
 [optimizer]
 learning_rate = 1e-2
 """
-TENANTS = """
-[tenants.plain]
+PLAIN = "[tenants.plain]\n"
+SMALL = """
 [tenants.small.lora]
 rank = 2
 target_modules = ["q_proj", "down_proj"]
@@ -58,6 +58,8 @@ schedule = "linear"
 batch_size = 3
 max_steps = 5
 seed = 3
+"""
+POLITE = """
 [tenants.polite.objective]
 objective = "dpo"
 dpo_beta = 0.3
@@ -67,6 +69,8 @@ learning_rate = 1e-3
 batch_size = 2
 [tenants.polite.data]
 data = "{pairs}"
+"""
+PACKED = """
 [tenants.packed.data]
 packing = true
 max_length = 48
@@ -75,6 +79,7 @@ schedule = "cosine"
 max_grad_norm = 0.5
 warmup_steps = 2
 """
+TENANTS = PLAIN + SMALL + POLITE + PACKED
 
 
 @pytest.fixture
@@ -138,7 +143,7 @@ def test_each_tenant_equals_a_run_of_its_own(write_file: Callable[..., Path], tm
 @pytest.mark.integration
 def test_one_tenant_fails_and_the_others_do_not_notice(write_file: Callable[..., Path], tmp_path: Path) -> None:
     """One diverges, one has no data; the others have the bits of a run without these two."""
-    good = TENANTS.split("[tenants.polite.objective]")[0]
+    good = PLAIN + SMALL
     bad = "[tenants.wild.optimizer]\nlearning_rate = 1e30\nmax_grad_norm = 0\n[tenants.lost.data]\ndata = 'nowhere.jsonl'\n"
     with pytest.raises(CheckpointError, match=r"(?s)2 of 4 tenants are set aside.*lost: .*nowhere.*wild: step \d: found"):
         train_many(ManyOptions(write_file(bad + good)), progress=False)
@@ -153,7 +158,8 @@ def test_one_tenant_fails_and_the_others_do_not_notice(write_file: Callable[...,
 @pytest.mark.integration
 def test_a_killed_process_resumes_every_tenant(write_file: Callable[..., Path], tmp_path: Path) -> None:
     """By SIGKILL once one tenant has a checkpoint; the adapters have the bits of a process that was not killed."""
-    path = write_file()
+    tenants = SMALL + PACKED
+    path = write_file(tenants)
     script = [sys.executable, "scripts/train_many.py", str(path)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(script, env=environment, stderr=subprocess.DEVNULL)
@@ -162,8 +168,8 @@ def test_a_killed_process_resumes_every_tenant(write_file: Callable[..., Path], 
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL  # it had not ended by itself
     train_many(ManyOptions(path), progress=False)
-    train_many(ManyOptions(write_file(output="whole")), progress=False)
-    for name in ("plain", "small", "polite", "packed"):
+    train_many(ManyOptions(write_file(tenants, output="whole")), progress=False)
+    for name in ("small", "packed"):
         found, expected = (adapter(tmp_path / output / name / "adapter") for output in ("many", "whole"))
         for tensor in expected:
             np.testing.assert_array_equal(found[tensor], expected[tensor])
@@ -172,7 +178,7 @@ def test_a_killed_process_resumes_every_tenant(write_file: Callable[..., Path], 
 @pytest.mark.integration
 def test_tenants_that_take_turns_and_rest_have_the_same_bits(write_file: Callable[..., Path], tmp_path: Path) -> None:
     """Three tenants take turns in two slots, and one of them rests until the others have finished."""
-    good = TENANTS.split("[tenants.polite.objective]")[0] + "[tenants.other.run]\nseed = 5\n"
+    good = PLAIN + SMALL + "[tenants.other.run]\nseed = 5\n"
     shared = "slots = 2\n"
     train_many(ManyOptions(write_file(good, shared, output="without")), progress=False)
     path = write_file(good, shared + "host_states = true\n")

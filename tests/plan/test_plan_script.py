@@ -151,8 +151,16 @@ def test_the_most_tenants_that_fit(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert script.main(["--model", "llama-65b", "--tenants", "2000", "--tenant-slots", "8"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["peak"], result["host_peak"]) == (14 * GIB, 2000 * GIB)
-    assert script.main(["--model", "llama-65b", "--tenants", "4", "--quick"]) == 1
-    assert "tenants: is a compiled training step" in capsys.readouterr().err
+    for flags, message in (
+        ("--tenants 4 --quick", "tenants: is a compiled training step"),
+        ("--tenants 4 --optimizer lion", "tenants: optimizer.optimizer: expected 'adamw' among many tenants, found 'lion'"),
+        ("--tenants 4 --objective dpo", "objective: expected sft, whose step is planned, found dpo"),
+        ("--tenants 4 --accumulation-steps 2", "accumulation_steps: expected 1, a row of each tenant, found 2"),
+        ("--fit tenants --use-dora", "cannot hold DoRA"),
+        ("--tenant-slots 4", "tenant_slots: expected tenants beside it, found none"),
+    ):
+        assert script.main(["--model", "llama-65b", *flags.split()]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_what_cannot_fit_is_told_with_what_would(
