@@ -146,6 +146,8 @@ def _check(chosen: PlanOptions, machine: Machine, mesh: MeshShape | None) -> Non
     shape_on(mesh, machine.count)
     if (chosen.tenants or chosen.fit == "tenants") and (chosen.quick or chosen.step != "train" or chosen.fit in _OF_ONE):
         raise OptionError("tenants: is a compiled training step: expected no quick, decode or other fit beside it")
+    if (chosen.tenants or chosen.fit == "tenants") and mesh is not None:
+        raise OptionError(f"tenants: train with all devices along fsdp: expected no mesh beside them, found {mesh}")
     for name, least in (("tenants", 0), ("tenant_rank", 1), ("tenant_slots", 0)):
         if getattr(chosen, name) < least:
             raise OptionError(f"{name}: expected at least {least}, found {getattr(chosen, name)}")

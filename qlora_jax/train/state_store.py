@@ -8,7 +8,8 @@ A checkpoint appears under its step's name only when it is complete, so that a r
 the one before. Restored leaves get the shardings of the running program, host memory included.
 
 The files themselves would restore a flipped byte of a value as another value. Therefore each value is compared with its
-checksum. Checkpoints of earlier versions have no checksums and are restored without that comparison.
+checksum. Checkpoints of earlier versions have no checksums and are restored without that comparison, and leaves are found
+under the names that earlier versions gave to their modules.
 """
 
 import json
@@ -34,6 +35,7 @@ T = TypeVar("T")
 _CHECKSUMS = "checksums"
 _UNFINISHED = "*.orbax-checkpoint-tmp*"  # the names that Orbax gives to what it has not completed
 _POSITION = "the position in the data"
+_EARLIER = {"query_key_value": "qkv_proj"}  # the names of modules in checkpoints of earlier versions
 
 
 def latest_step(folder: Path) -> int | None:
@@ -123,6 +125,7 @@ class StateStore:
         step, restored, checksums = self._read(state=ocp.args.StandardRestore(), data=ocp.args.JsonRestore())
         named, found = _named_leaves(like), restored["state"]
         self._compare(step, _checksums(found, restored["data"]), checksums)
+        found = _with_present_names(found, named)
         problems = [
             f"{name}: expected {_describe(named.get(name))}, found {_describe(found.get(name))}"
             for name in sorted(named.keys() | found.keys())
@@ -179,6 +182,12 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     }
+
+
+def _with_present_names(found: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the leaves that were found, by the names of the leaves that are expected where they have an earlier name."""
+    present = {".".join(_EARLIER.get(part, part) for part in name.split(".")): name for name in named}
+    return {name if name in named else present.get(name, name): leaf for name, leaf in found.items()}
 
 
 def _describe(leaf: Any) -> str:

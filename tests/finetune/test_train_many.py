@@ -226,6 +226,7 @@ def test_only_tenants_in_a_slot_have_open_files(
         ("[tenants.a.lora]\nrnak = 3\n", "tenants.a: unknown key lora.rnak; did you mean lora.rank"),
         ("[tenants.a.lora]\nuse_dora = true\n", "tenants.a: .*cannot hold DoRA"),
         ("[tenants.a.lora]\ndropout = 0.1\n", "tenants.a: lora.dropout: expected 0.0 among many tenants, found 0.1"),
+        ("[tenants.a.run]\nmesh = 'data=8'\n", "tenants.a: run.mesh: expected None among many tenants, found 'data=8'"),
         ("[tenants.a.tuning]\nmethod = 'ia3'\n", "tenants.a: .*method ia3"),
         ("[tenants.a.optimizer]\noptimizer = 'lion'\n", "optimizer.optimizer: expected 'adamw' among many tenants"),
         (

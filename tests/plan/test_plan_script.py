@@ -181,6 +181,13 @@ def test_what_cannot_fit_is_told_with_what_would(
         (["--model", "llama-9b"], "no size by that name; did you mean llama-7b"),
         (["--capacity", "0"], "capacity: expected at least 1, found 0"),
         (["--rank", "0"], "LoRA rank"),
+        (["--device", "h100x4", "--mesh", "tensor=2"], "expected as many devices as there are, 4, found 1 x 1 x 2 = 2"),
+        (
+            ["--device", "h100x4", "--mesh", "tensor=4"],
+            "mesh tensor=4: expected a divisor of the model's num_attention_heads, 9",
+        ),
+        (["--device", "h100x4", "--mesh", "data=4", "--tenants", "2"], "tenants: train with all devices along fsdp"),
+        (["--device", "h100x4", "--mesh", "data=4", "--fit", "options"], "fit options: chooses the number of devices"),
     ],
 )
 def test_what_is_wrong_is_one_line(

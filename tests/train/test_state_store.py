@@ -211,6 +211,21 @@ def test_a_checkpoint_of_an_earlier_version_has_no_checksums(open_store: Callabl
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_checkpoint_with_the_earlier_name_of_a_module_comes_back(open_store: Callable[..., StateStore]) -> None:
+    """GPT-NeoX's fused projection had the name that Phi-3's has; a checkpoint of Phi-3 still has it."""
+    values = {"o_proj": jnp.arange(3.0), "query_key_value": jnp.arange(4.0), "z": jnp.arange(5.0)}
+    before = {{"query_key_value": "qkv_proj"}.get(name, name): value for name, value in values.items()}
+    store = open_store()
+    store.save(1, {"adapter": before}, POSITION)
+    for expected in ({"adapter": values}, {"adapter": before}):
+        found, _ = store.restore(expected)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(leaf, wanted)
+    with pytest.raises(CheckpointError, match="adapter.qkv_proj: expected none"):
+        store.restore({"adapter": {name: value for name, value in values.items() if name != "query_key_value"}})
+
+
 def test_a_flipped_byte_is_found(open_store: Callable[..., StateStore], tmp_path: Path) -> None:
     """Each file of the checkpoint, in turn: an error that names it, or the values that were saved. (About 4 s of CPU.)"""
     state = make_state(5)

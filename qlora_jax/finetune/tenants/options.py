@@ -150,6 +150,7 @@ def tenant_problems(options: Options) -> Iterator[str]:
         "lora.special_tokens": (options.lora.special_tokens, ()),
         "context.attention_groups": (options.context.groups, 1),
         "run.early_stopping_patience": (options.run.early_stopping_patience, 0),
+        "run.mesh": (options.run.mesh, None),
         "data.chat_template": (options.data.chat_template, None),
         **{f"watch.{field.name}": (getattr(options.watch, field.name), getattr(plain, field.name)) for field in _WATCHED},
     }
