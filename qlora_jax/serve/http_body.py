@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from qlora_jax.errors import list_names, shortened
 from qlora_jax.serve.http_errors import ApiError
 
-__all__ = ["Fields", "read_object"]
+__all__ = ["Fields", "read_json", "read_object"]
 
 _DEEPEST = 64
 _BODY_SECONDS = 30.0
@@ -43,16 +43,30 @@ async def read_object(request: Request, most_bytes: int) -> dict[str, Any]:
     except ClientDisconnect as error:
         raise ApiError(400, "The body is incomplete.") from error
     try:
-        value = json.loads(bytes(data), parse_constant=_no_constant)
-        deep = _deeper(value, _DEEPEST)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, as is a number of many digits
-        raise ApiError(400, f"The body is no JSON: {shortened(str(error), 120)}") from error
-    if deep:
-        raise ApiError(400, f"The JSON of the body is nested more than {_DEEPEST} levels deep.")
+        value = read_json(bytes(data))
+    except ValueError as error:
+        raise ApiError(400, f"The body: {error}.") from error
     if not isinstance(value, dict):
         raise ApiError(400, f"The body: expected a JSON object, found {_kind(value)}.")
+    return value
+
+
+def read_json(written: str | bytes) -> Any:
+    """Return the value of JSON.
+
+    Raises:
+        ValueError: it is no JSON, has NaN, an infinite number or half of a surrogate pair, or is nested too deep. Its text is
+            part of a sentence.
+    """
+    try:
+        value = json.loads(written, parse_constant=_no_constant)
+        deep = _deeper(value, _DEEPEST)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, as is a number of many digits
+        raise ValueError(f"expected JSON, found an error: {shortened(str(error), 120)}") from error
+    if deep:
+        raise ValueError(f"expected JSON that is nested at most {_DEEPEST} levels deep, found more")
     if not _is_unicode(value):
-        raise ApiError(400, "The body: expected texts of valid Unicode, found half of a surrogate pair.")
+        raise ValueError("expected texts of valid Unicode, found half of a surrogate pair")
     return value
 
 

@@ -10,11 +10,10 @@ An assistant's message may have calls of tools, whose arguments are JSON text in
 """
 
 import dataclasses
-import json
 import re
 from typing import Any
 
-from qlora_jax.serve.http_body import Fields
+from qlora_jax.serve.http_body import Fields, read_json
 from qlora_jax.serve.http_errors import ApiError
 from qlora_jax.serve.tool_format import Tool
 
@@ -96,8 +95,8 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     written = function.text("arguments") or "{}"
     function.none_left()
     try:
-        arguments = json.loads(written)
-    except (ValueError, RecursionError):
+        arguments = read_json(written)
+    except ValueError:
         arguments = None
     if not isinstance(arguments, dict):
         function.wrong("arguments", "the text of a JSON object", written)

@@ -21,8 +21,10 @@ _HEAD = re.compile(
     r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
 _FIRST_KEY = re.compile(r'\{\s*"(?!(?:name|type|id|function|arguments|parameters)")[^"]*"')
-_NAMED = re.compile(r"([\w.-]+)\s*(?:\[CALL_ID\]\s*\w*\s*)?\[ARGS\]\s*(?=\{)")
-_NAMED_START = re.compile(r"[\w.-]*\s*(?:\[[A-Z_]*\]?\s*\w*\s*){0,2}")
+# Nothing that is tried in vain is tried again in another way: a model may write any number of spaces.
+_NAMED = re.compile(r"([\w.-]++)\s*+(?:\[CALL_ID\]\s*+\w*+\s*+)?+\[ARGS\]\s*+(?=\{)")
+_NAMED_START = re.compile(r"[\w.-]*+\s*+(?:\[[A-Z_]*+\]?+\s*+\w*+\s*+){0,2}+")
+_LONGEST_HEAD = 1024  # characters before the arguments of a call, which are read again with each piece
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,15 +139,16 @@ class CallReader:
         text = self._held.lstrip()
         self._opening += self._held[: len(self._held) - len(text)]
         self._held = text
-        found = (_HEAD if self._form.arguments else _NAMED).match(text)
+        start = text[:_LONGEST_HEAD]
+        found = (_HEAD if self._form.arguments else _NAMED).match(start)
         if found is not None and found[1] in self._names:
             self._state, self._held = "call", text[found.end() :]
             self._nesting, self._inside = _Nesting(1 if self._form.arguments else 0), True
             return self._begin(found[1])
         if not self._form.arguments:
-            undecided = found is None and _NAMED_START.fullmatch(text) is not None
+            undecided = found is None and start == text and _NAMED_START.fullmatch(text) is not None
             return [] if undecided and not last else self._no_call(text)
-        if found is not None or (text and not text.startswith("{")) or _FIRST_KEY.match(text):
+        if found is not None or (text and not text.startswith("{")) or _FIRST_KEY.match(start):
             return self._no_call(text)
         end = self._nesting.end(text[self._scanned :], 0)
         if end is None:
@@ -234,10 +237,22 @@ def _call_of(text: str) -> tuple[str, str]:
         value = value["function"] if isinstance(value.get("function"), dict) else value
         name, arguments = value.get("name"), value.get("arguments", value.get("parameters", {}))
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        if not (isinstance(name, str) and isinstance(arguments, dict)):
+            return "", ""
+        written = json.dumps(arguments, ensure_ascii=False)
     except (ValueError, RecursionError):
         return "", ""
-    right = isinstance(name, str) and isinstance(arguments, dict)
-    return (name, json.dumps(arguments, ensure_ascii=False)) if right else ("", "")
+    # Half of a surrogate pair, which a model may have written as an escape, cannot be sent as a character.
+    return name, written if _is_unicode(written) else json.dumps(arguments)
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text is without halves of surrogate pairs, so that it has an encoding in UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _joined(parts: list[Part]) -> list[Part]:

@@ -35,7 +35,7 @@ class Scripted(nnx.Module):
     def init_cache(self, batch_size: int, capacity: int) -> Any:
         return jnp.zeros((1, batch_size, capacity), jnp.int32)
 
-    def decode(self, tokens: jax.Array, positions: jax.Array, cache: Any, *, lengths: Any = None) -> tuple[jax.Array, Any]:
+    def decode(self, tokens: jax.Array, positions: jax.Array, cache: Any, **_: Any) -> tuple[jax.Array, Any]:
         return self.table[...][self.script[...][positions.max(axis=1)]], cache + 1
 
 

@@ -147,9 +147,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"functions": []}, "functions"),
     ({"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].id"),
-    (
-        {"messages": [{"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": "[1]"}}]}]},
-        "messages[0].tool_calls[0].function.arguments",
+    *(
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": written}}]}]},
+            "messages[0].tool_calls[0].function.arguments",
+        )
+        for written in ("[1]", '{"a": "\\ud800"}', '{"a": NaN}', '{"a": 1e999}', '{"a": ' * 80 + "1" + "}" * 80)
     ),
 ]
 

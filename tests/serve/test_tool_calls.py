@@ -183,3 +183,17 @@ def test_a_template_without_tools_has_no_format() -> None:
     for template in (None, "{{ messages }}", {"default": "{{ messages }}"}):
         assert tool_format(Template(template)) is None  # pyright: ignore[reportArgumentType]
     assert form({"default": "{{ messages }}", "tool_use": "{{ tools }} <tool_call>"}) == HERMES
+
+
+def test_half_of_a_surrogate_pair_can_be_sent() -> None:
+    _, ((name, arguments),) = read(HERMES, ['<tool_call>{"arguments": {"a": "\\ud800"}, "name": "f"}</tool_call>'])
+    assert name == "f"
+    assert arguments.encode() == b'{"a": "\\ud800"}'
+
+
+@pytest.mark.parametrize("start", ["f", "f[CALL_ID]", "f[CALL_ID]a [B]c", '{"name": "f"', '{"arguments": {"a": 1}'])
+def test_any_number_of_spaces_is_read_once(start: str) -> None:
+    """Which takes minutes if all ways to divide them are tried, with each piece."""
+    form, marker = (HERMES, "<tool_call>") if start.startswith("{") else (NAMED, "[TOOL_CALLS]")
+    pieces = [marker, start, *[" "] * 3000, "!"]
+    assert read(form, pieces) == read(form, ["".join(pieces)]) == ("".join(pieces), [])
