@@ -77,11 +77,11 @@ def _known(ids: list[int], checkpoint: Checkpoint, tokenizer: "PreTrainedTokeniz
     beyond = [index for index in ids if index >= size] if size else []
     if beyond:
         _logger.warning(
-            "%s: names as the end of a text %s, which is no token of this model (ids are below %d): left out of %s",
-            checkpoint.name,
-            list_names([str(index) for index in beyond]),
-            size,
+            "%s is written without the stop id %s of %s, which is no token of this model (ids are below %d)",
             GENERATION,
+            list_names([str(index) for index in beyond]),
+            checkpoint.name,
+            size,
         )
     return [index for index in ids if index not in beyond]
 

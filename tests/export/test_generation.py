@@ -66,7 +66,7 @@ def test_an_end_that_is_no_token_is_left_out(
     checkpoint = Checkpoint("x", {"vocab_size": 9}, {}, lambda name: np.zeros(0), snapshot=Snapshot("x", tmp_path))
     assert generation_config(checkpoint, tokenizer()) == {"eos_token_id": kept, "top_k": 20}
     ids = "77, 10" if kept == [1, 8, 5] else "77"
-    assert f"x: names as the end of a text {ids}, which is no token of this model (ids are below 10)" in caplog.text
+    assert f"written without the stop id {ids} of x, which is no token of this model (ids are below 10)" in caplog.text
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 77}))
     assert generation_config(checkpoint, tokenizer(None)) is None
 
