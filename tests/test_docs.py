@@ -98,8 +98,8 @@ def test_flags_exist() -> None:
 def flags_in(page: Path) -> set[str]:
     """Return the flags that a page names, without those of other programs and of options that the page itself declares."""
     commands_of_others = (
-        r"python qlora\.py .*?```|trl sft .*?```|`--lora_modules[^`]*`|`tensorboard [^`]*`|XLA_FLAGS=\S+|"
-        r"LIBTPU_INIT_ARGS=\"[^\"]*\""
+        r"python qlora\.py .*?```|trl sft .*?```|`python tests/[^`]*`|`--lora_modules[^`]*`|`tensorboard [^`]*`|"
+        r"XLA_FLAGS=\S+|LIBTPU_INIT_ARGS=\"[^\"]*\""
     )
     text = re.sub(commands_of_others, "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     declared = {name.replace("_", "-") for name in re.findall(r"Option\(\s*\"(\w+)\"", text)}
