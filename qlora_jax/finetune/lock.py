@@ -62,7 +62,8 @@ def locked(folder: Path) -> Iterator[None]:
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that can no longer be written; the file alone locks nothing
+            path.unlink(missing_ok=True)
         os.close(handle)
         if new:
             with contextlib.suppress(OSError):

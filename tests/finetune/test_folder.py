@@ -143,6 +143,17 @@ def test_one_run_at_a_time(options: Options) -> None:
     assert [path.name for path in output.iterdir()] == ["notes.txt"]
 
 
+def test_a_lock_that_cannot_be_removed_is_no_error(options: Options) -> None:
+    """Of many tenants, one whose folder can no longer be written would otherwise end all."""
+    output = options.run.output
+    with locked(output):
+        (output / ".lock").unlink()
+        (output / ".lock").mkdir()
+    (output / ".lock").rmdir()
+    with locked(output):
+        pass
+
+
 # How long a run is
 
 

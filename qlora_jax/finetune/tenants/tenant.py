@@ -7,7 +7,7 @@ folder lets it rest: it is saved and gives its slot away at the next round, and 
 import dataclasses
 import logging
 import math
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,8 +128,10 @@ class Tenant:
         self.last_held_out = row.get("eval_loss", self.last_held_out)
 
     def wants_pause(self) -> bool:
-        """Return whether its folder holds a file named `pause`."""
-        return (self.run.options.run.output / PAUSE).exists()
+        """Return whether its folder holds a file named `pause`; a folder that cannot be read holds none."""
+        with suppress(OSError):
+            return (self.run.options.run.output / PAUSE).exists()
+        return False
 
     def set_aside(self, error: Exception) -> None:
         """Let the tenant no longer train; the others go on."""
