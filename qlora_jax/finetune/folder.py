@@ -183,8 +183,8 @@ def _other_rows(before: dict[str, dict[str, Any]], options: Options) -> list[str
     """Return the number of rows of a step, if it is another than recorded."""
     run, rows, devices = before.get("run", {}), options.run.rows_of_step(jax.device_count()), jax.device_count()
     there = run.get(_ROWS)
-    if there is None:  # recorded by an earlier version, then on as many devices as now
-        split = {name: run.get(name, getattr(RunOptions, name)) for name in ("batch_size", "accumulation_steps")}
+    if there is None:  # recorded by an earlier version, then on as many devices as now, all of them along fsdp
+        split = {name: run.get(name, getattr(RunOptions, name)) for name in ("batch_size", "accumulation_steps", "mesh")}
         there = dataclasses.replace(options.run, **split).rows_of_step(devices)
     if there == rows:
         return []

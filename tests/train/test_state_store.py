@@ -222,7 +222,7 @@ def test_a_checkpoint_with_the_earlier_name_of_a_module_comes_back(open_store: C
         assert jax.tree.structure(found) == jax.tree.structure(expected)
         for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_array_equal(leaf, wanted)
-    with pytest.raises(CheckpointError, match="adapter.qkv_proj: expected none"):
+    with pytest.raises(CheckpointError, match=r"adapter\.qkv_proj: expected none"):
         store.restore({"adapter": {name: value for name, value in values.items() if name != "query_key_value"}})
 
 
