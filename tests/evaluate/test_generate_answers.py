@@ -79,7 +79,7 @@ def test_a_file_of_answers_grows_and_is_continued(tmp_path: Path) -> None:
         AnswerFile(path, "m", other, settings)
     for text in ("notes", '{"a": 1}', "[1,\n2]"):
         path.write_text(text)
-        with pytest.raises(DataError, match="answers.jsonl.*: expected a"):
+        with pytest.raises(DataError, match=r"answers.jsonl.*: expected a"):
             AnswerFile(path, "m", prompts, settings)
     path.write_text("no JSON\n")
     with pytest.raises(DataError, match=r"answers.jsonl:1: expected a line of JSON"):
