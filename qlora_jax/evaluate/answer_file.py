@@ -19,6 +19,7 @@ from qlora_jax.evaluate.prompt_file import Prompt
 __all__ = ["AnswerFile"]
 
 _KEYS = ("question_id", "model", "prompt", "answer", "settings")
+_START = b'{"question_id": '
 
 
 class AnswerFile:
@@ -84,11 +85,13 @@ class AnswerFile:
     def _read(self) -> None:
         data = self._path.read_bytes()
         self._whole = data.rfind(b"\n") + 1
+        if not self._whole and not _may_be_answer(data):
+            raise DataError(f"{self._path}: expected a file of answers, found {data[:60]!r}; choose another --output")
         for number, line in enumerate(data[: self._whole].splitlines(), 1):
             place = f"{self._path}:{number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{place}: expected a line of JSON, found {line[:60]!r}") from error
             if not _is_answer(row):
                 raise DataError(
@@ -109,6 +112,14 @@ class AnswerFile:
             raise OptionError(f"{place}: holds an answer to question {row['question_id']!r}, which is {other} here")
         if row["question_id"] in self._lines:
             raise DataError(f"{place}: expected one answer to question {row['question_id']!r}, found two")
+
+
+def _may_be_answer(line: bytes) -> bool:
+    """Return whether a line without an end is an answer, or the start of one."""
+    try:
+        return _is_answer(json.loads(line))
+    except (ValueError, RecursionError):
+        return line.startswith(_START) or _START.startswith(line)
 
 
 def _is_answer(row: Any) -> bool:

@@ -55,8 +55,7 @@ def read_json(written: str | bytes) -> Any:
     """Return the value of JSON.
 
     Raises:
-        ValueError: it is no JSON, has NaN, an infinite number or half of a surrogate pair, or is nested too deep. Its text is
-            part of a sentence.
+        ValueError: it is no JSON, has NaN, an infinite number or half of a surrogate pair, or is nested too deep.
     """
     try:
         value = json.loads(written, parse_constant=_no_constant)

@@ -179,6 +179,7 @@ def server(root: Path, arguments: Arguments) -> Iterator[tuple[int, "subprocess.
     environment = os.environ | {"JAX_LOG_COMPILES": "1"}
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment)
     lines: list[str] = []
+    thread = threading.Thread(target=lambda: lines.extend(process.stderr or ()), daemon=True)
     assert process.stderr is not None
     try:
         for text in process.stderr:
@@ -188,12 +189,14 @@ def server(root: Path, arguments: Arguments) -> Iterator[tuple[int, "subprocess.
         else:
             raise OptionError("the server did not start:\n" + "".join(lines[-20:]))
         lines.clear()
-        thread = threading.Thread(target=lambda: lines.extend(process.stderr or ()), daemon=True)
         thread.start()
         yield int(found[1]), process, lines
     finally:
         process.terminate()
         process.wait(60)
+        if thread.is_alive():
+            thread.join(60)
+        process.stderr.close()
 
 
 async def ask_all(port: int, pid: int, secrets: dict[str, str], arguments: Arguments) -> Tally:

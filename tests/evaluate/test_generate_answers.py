@@ -77,6 +77,10 @@ def test_a_file_of_answers_grows_and_is_continued(tmp_path: Path) -> None:
     other = [*prompts[:2], Prompt(3, ({"role": "user", "content": "four?"},))]
     with pytest.raises(OptionError, match="question 3, which is another question here"):
         AnswerFile(path, "m", other, settings)
+    for text in ("notes", '{"a": 1}', "[1,\n2]"):
+        path.write_text(text)
+        with pytest.raises(DataError, match=r"answers.jsonl.*: expected a"):
+            AnswerFile(path, "m", prompts, settings)
     path.write_text("no JSON\n")
     with pytest.raises(DataError, match=r"answers.jsonl:1: expected a line of JSON"):
         AnswerFile(path, "m", prompts, settings)

@@ -1,8 +1,10 @@
-"""A judge at an endpoint that fails in every way, its limits, and the file that a stopped run goes on with. "
-"(Five seconds.)"""
+"""A judge at an endpoint that fails in every way, its limits, and the file that a stopped run goes on with (5 seconds)."""
 
+import email.message
+import io
 import json
 import time
+import urllib.error
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -171,6 +173,31 @@ def test_secrets_stay_out_of_addresses() -> None:
         endpoint_url("https://host/v1", "secret\n")
     assert "secret" not in str(error.value)
     assert KEY not in repr(Endpoint("http://localhost", "m", KEY))
+
+
+@pytest.mark.parametrize("before", [0, 30, 60, 70, 285, 299])
+def test_no_part_of_a_key_is_shown(before: int) -> None:
+    """Not where a message is cut in the middle of it."""
+    endpoint, repeated = Endpoint("http://localhost/v1", "m", KEY), "x" * before + KEY + "y" * 300
+    answers = (repeated, json.dumps(repeated), json.dumps({"choices": [{"message": {"content": [repeated]}}]}))
+    for answer in answers:
+        with pytest.raises(EndpointFailure) as caught:
+            endpoint._reply(answer.encode())
+        assert KEY[:4] not in str(caught.value)
+    body = io.BytesIO(json.dumps({"error": {"message": repeated}}).encode())
+    error = urllib.error.HTTPError("http://localhost/v1", 401, "", email.message.Message(), body)
+    assert KEY[:4] not in str(endpoint._failure_of_status(error))
+
+
+@pytest.mark.parametrize(
+    "text", ["notes", "notes\nmore", '{"question_id": 1, "model": "m", "prompt": "q", "answer": "a"}', "[1,\n2]", "{}"]
+)
+def test_a_file_of_something_else_stays_as_it_is(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "file"
+    path.write_text(text)
+    with pytest.raises(DataError, match="file"), open_journal(path, "verdicts"):
+        pass
+    assert path.read_text() == text
 
 
 @pytest.mark.integration

@@ -106,8 +106,8 @@ def generate(options: Options) -> None:
         answer(pretrained, requests, file, asked.rows)
     file.finish()
     rows = file.rows()
-    lengths = [row["tokens"] for row in rows]
-    cut, empty = sum(row["finish"] == "length" for row in rows), sum(not row["answer"] for row in rows)
+    lengths = [row.get("tokens", 0) for row in rows]
+    cut, empty = sum(row.get("finish") == "length" for row in rows), sum(not row["answer"] for row in rows)
     print(f"{asked.output}: {len(rows):,} answers, {np.mean(lengths):.0f} tokens on average, {cut:,} cut at the limit")
     summary = {"answers": len(rows), "tokens": sum(lengths), "cut": cut, "empty": empty}
     print_json({"generate": {"model": name_of(pretrained, asked.name), "output": str(asked.output), **summary}})

@@ -148,8 +148,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str | None = None) 
 
 
 def judge(options: Options) -> int:
-    """Ask for the judgements that are missing and print how they ended; return 1 if a limit stopped the run "
-    "before the end."""
+    """Ask for the missing judgements and print how they ended; return 1 if a limit stopped the run before the end."""
     if not options.files:
         raise OptionError("judge: expected files of answers, found none")
     _check(options)

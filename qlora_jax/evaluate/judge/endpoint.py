@@ -111,6 +111,10 @@ class Endpoint:
         """Return a text of the endpoint without the key."""
         return text.replace(self.key, _HIDDEN) if self.key else text
 
+    def _shown(self, value: object) -> str:
+        """Return a value of the endpoint as a message shows it; the key is replaced before it could be divided by a cut."""
+        return _short(self.hidden(shortened(value, _MOST_BYTES)), 80)
+
     def _post(self, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "qlora_jax"}
         request = urllib.request.Request(f"{self.url}/chat/completions", data=body, headers=headers, method="POST")
@@ -123,7 +127,7 @@ class Endpoint:
                 return _read(response)
         except urllib.error.HTTPError as error:
             with error:
-                raise _failure_of_status(error) from None
+                raise self._failure_of_status(error) from None
         except TimeoutError:
             raise EndpointFailure(f"no reply within {self.timeout:g} s", perhaps_charged=True) from None
         except urllib.error.URLError as error:
@@ -135,20 +139,34 @@ class Endpoint:
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise EndpointFailure(f"a broken reply: {_short(error) or type(error).__name__}", perhaps_charged=True) from None
 
+    def _failure_of_status(self, error: urllib.error.HTTPError) -> EndpointFailure:
+        status = error.code
+        try:
+            text = error.read(4096).decode("utf-8", "replace")
+        except (OSError, http.client.HTTPException, ValueError):
+            text = ""
+        again = status in (408, 409, 425, 429) or status >= 500
+        if 300 <= status < 400:
+            text = "a redirect, which is not followed, because the key would go with it"
+        wait = _wait(error.headers.get("Retry-After")) if again else None
+        return EndpointFailure(
+            f"HTTP {status}: {_short(self.hidden(_message(text)))}", again=again, wait=wait, status=status
+        )
+
     def _reply(self, data: bytes) -> Reply:
         lost = partial(EndpointFailure, perhaps_charged=True)
         try:
             values = json.loads(data)
         except (ValueError, RecursionError):
-            raise lost(f"expected a reply in JSON, found {shortened(data[:80])}") from None
+            raise lost(f"expected a reply in JSON, found {self._shown(data)}") from None
         choices = values.get("choices") if isinstance(values, dict) else None
         first = choices[0] if isinstance(choices, list) and choices else None
         message = first.get("message") if isinstance(first, dict) else None
         if not isinstance(message, dict):
-            raise lost(f"expected a reply with choices and a message, found {shortened(values)}")
+            raise lost(f"expected a reply with choices and a message, found {self._shown(values)}")
         content = message.get("content")
         if content is not None and not isinstance(content, str):
-            raise lost(f"expected a text as content of the message, found {shortened(content)}")
+            raise lost(f"expected a text as content of the message, found {self._shown(content)}")
         # A model that refuses, or that only thought, has replied, though not with a judgement.
         return Reply(self.hidden(content or ""), _tokens(values.get("usage")))
 
@@ -193,19 +211,6 @@ def _read(response: http.client.HTTPResponse) -> bytes:
     return data
 
 
-def _failure_of_status(error: urllib.error.HTTPError) -> EndpointFailure:
-    status = error.code
-    try:
-        text = error.read(4096).decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException, ValueError):
-        text = ""
-    again = status in (408, 409, 425, 429) or status >= 500
-    if 300 <= status < 400:
-        text = "a redirect, which is not followed, because the key would go with it"
-    wait = _wait(error.headers.get("Retry-After")) if again else None
-    return EndpointFailure(f"HTTP {status}: {_short(_message(text))}", again=again, wait=wait, status=status)
-
-
 def _message(text: str) -> str:
     """Return the message of an error in OpenAI's form, or the text as it is."""
     try:
@@ -217,9 +222,9 @@ def _message(text: str) -> str:
     return message if isinstance(message, str) else text
 
 
-def _short(value: object) -> str:
+def _short(value: object, most: int = _LONGEST_MESSAGE) -> str:
     text = " ".join(str(value).split())
-    return text if len(text) <= _LONGEST_MESSAGE else text[:_LONGEST_MESSAGE] + "…"
+    return text if len(text) <= most else text[:most] + "…"
 
 
 def _wait(value: str | None) -> float | None:

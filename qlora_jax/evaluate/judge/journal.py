@@ -28,6 +28,7 @@ __all__ = ["FAILED", "UNREAD", "Journal", "Key", "key_of", "no_judgement", "open
 
 Key = tuple[str, str, str]  # question, first model, second model
 UNREAD, FAILED = "unread", "endpoint"  # the kinds of failures
+_START = b'{"question_id": '
 
 
 def key_of(comparison: Comparison) -> Key:
@@ -132,8 +133,19 @@ def _remove_torn_line(file: BinaryIO) -> None:
     """Cut the file after its last line end: a line that is not ended was being written when the process was killed."""
     size = file.seek(0, os.SEEK_END)
     end = _line_start(file, size)
-    if end < size:
+    file.seek(0)
+    # Nothing is cut from a file that is none of judgements; reading it then tells what is wrong with it.
+    if end < size and _is_judgement(file.readline()):
         file.truncate(end)
+
+
+def _is_judgement(line: bytes) -> bool:
+    """Return whether a line is one of a file of judgements, or the start of one."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return not line.endswith(b"\n") and (line.startswith(_START) or _START.startswith(line))
+    return isinstance(row, dict) and "model_a" in row
 
 
 def _remove_last_line(file: BinaryIO) -> None:

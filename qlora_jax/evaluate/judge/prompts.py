@@ -1,7 +1,7 @@
 """What a judge is asked, and how its reply is read.
 
-    verdicts    which of two answers is better; the reply ends with the line "Verdict: 1", "Verdict: 2" or "Verdict: 3" (a
-    tie) scores      how good each of two answers is; the reply ends with the line "Scores: 8 6.5", each from 1 to 10
+    verdicts    which of two answers is better; the last line is "Verdict: 1", "Verdict: 2" or "Verdict: 3" (a tie)
+    scores      how good each of two answers is; the last line is "Scores: 8 6.5", each from 1 to 10
 
 The judge may explain itself before that line. Each answer stands between two marks that are made from its own text, so that
 no answer can contain its end mark and go on as if it were the instruction. A reply counts if exactly one verdict can be

@@ -78,8 +78,7 @@ def shares(rows: Mapping[str, Sequence[float]], names: Sequence[str]) -> str:
 
 
 def matrix(names: Sequence[str], cells: Sequence[Sequence[float | None]], caption: str) -> str:
-    """Return a table of shares from 0 to 1, the more than half the bluer and the less the more orange; None: "
-    "no comparison."""
+    """Return a table of shares from 0 to 1, coloured from orange (0) to blue (1); None stands for no comparison."""
     head = "".join(f'<th scope="col">{text(name)}</th>' for name in names)
     body = ""
     for name, row in zip(names, cells, strict=True):

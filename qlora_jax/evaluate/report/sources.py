@@ -1,8 +1,8 @@
 """What a report is made from, told apart by its first row.
 
 judgements    JSONL with model_a, model_b, and scores or verdicts: what `judge` writes and `score` and `elo` read
-answers       JSONL with model and answer: what `generate` writes and `judge` reads results       the last line that a
-sub-command prints, alone or with the table before it; or a JSON object over several lines
+answers       JSONL with model and answer: what `generate` writes and `judge` reads
+results       the last line that a sub-command prints, alone or with the table before it; or a JSON object over several lines
 """
 
 import json
