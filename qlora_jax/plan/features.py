@@ -77,7 +77,10 @@ def features(spec: StepSpec[ModelSpec], platform: str | AttentionTarget, devices
         "hoisted": tables * table if spec.batch.micro_batches > 1 else 0,  # moved out of the loop over micro-batches
         "adapter": adapter,
         "parts": _parts(spec, target),
-        "scores": spec.sequences * 2 * attention * queries * seen * 2,
+        "scores": spec.sequences * 2 * attention * queries * seen * 2 if decoder else 0,
+        # With a bias on the scores, as XLA's report of flan-t5-xl at 1 x 1024 on an H100 has it: scores, their gradient and
+        # the bias in float32, and probabilities.
+        "biased": 0 if decoder else spec.sequences * attention * queries * seen * (3 * 4 + size),
     }
     on_tpu = platform == "tpu"
     return sizes | {
