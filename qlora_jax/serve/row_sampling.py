@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from qlora_jax.serve.request import MOST_TOP_LOGPROBS, Choices
-from qlora_jax.serve.sampling import kth_highest, outside_top_p
+from qlora_jax.serve.sampling import LEAST_TEMPERATURE, kth_highest, outside_top_p
 
 __all__ = ["Drawn", "Draws", "RowMemory", "RowSettings", "all_allowed", "begin_row", "empty_memory", "sample_rows"]
 
@@ -195,7 +195,7 @@ def _allowed_only(scores: Array, allowed: Array) -> Array:
 
 def _draw(scores: Array, settings: RowSettings, steps: Array | np.ndarray, draws: Array) -> Array:
     """Return one draw for each row, int `[R]`; meaningless where `draws` is false."""
-    scores = scores / jnp.where(draws, settings.temperature, 1.0)[:, None]
+    scores = scores / jnp.where(draws, jnp.maximum(settings.temperature, LEAST_TEMPERATURE), 1.0)[:, None]
     few, likely = draws & (settings.top_k < scores.shape[-1]), draws & (settings.top_p < 1)
     scores = jax.lax.cond(few.any(), _top_k_only, lambda scores, _: scores, scores, settings)
     scores = jax.lax.cond(likely.any(), _top_p_only, lambda scores, _: scores, scores, settings)

@@ -19,6 +19,7 @@ from jax import Array
 
 from qlora_jax.errors import OptionError
 
+LEAST_TEMPERATURE = 1e-30  # a smaller one gives the same tokens, and would make several logits infinite
 _LEAST = 0x007FFFFF  # -inf in the order of floating-point numbers as unsigned integers
 
 
@@ -60,7 +61,7 @@ def sample(logits: Array, key: Array, sampling: Sampling) -> Array:
 
 def warp(logits: Array, sampling: Sampling) -> Array:
     """Return the float32 logits `[b, v]` to draw from, -inf for excluded tokens; the temperature must be above 0."""
-    scores = logits.astype(jnp.float32) / sampling.temperature
+    scores = logits.astype(jnp.float32) / max(sampling.temperature, LEAST_TEMPERATURE)
     if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:
         scores = jnp.where(scores < kth_highest(scores, sampling.top_k), -jnp.inf, scores)
     if sampling.top_p is not None and sampling.top_p < 1:

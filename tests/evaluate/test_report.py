@@ -15,6 +15,7 @@ from qlora_jax.errors import DataError
 from qlora_jax.evaluate import Interval
 from qlora_jax.evaluate.report import read_sources
 from qlora_jax.evaluate.report.pictures import intervals, shares
+from qlora_jax.evaluate.report.results import of_result
 
 HOSTILE = '</td><script>alert("1")</script><img src=x onerror=alert(1)> & \x00\x1b \ud800 ünïcode'
 
@@ -136,3 +137,18 @@ def test_points_and_bounds_are_where_they_belong() -> None:
         float(x) for x in re.findall(r'width="([\d.]+)%" height="70%"', shares({"j": (0.5, 0.2, 0.3)}, ("1", "=", "2")))
     ]
     assert widths == [50, 20, 30]
+
+
+def test_numbers_that_cannot_be_drawn_are_numbers_of_a_table() -> None:
+    for value, low, high in (
+        (10**400, 0, 1),
+        (1e308, -1e308, 1e308),
+        (5e-324, 0.0, 5e-324),
+        (math.nan, math.inf, 1),
+        (1e16, 1e16, 1e16 + 2),
+    ):
+        rows = {"a": {"value": value, "low": low, "high": high}, "b": {"value": 1, "low": 0, "high": 1}}
+        assert "<table" in "".join(of_result({"x": rows}))
+        assert "<table" in "".join(of_result({"x": {"a": rows["a"], "c": rows["a"]}}))
+    one: dict[str, object] = {"value": 1, "low": 0, "high": 2}
+    assert "<table" in "".join(of_result({"x": [one | {"metric": ["m"]}, one | {"metric": {"m": 1}}]}))

@@ -42,3 +42,27 @@ def test_each_row_draws_from_the_distribution_of_its_own_settings() -> None:
         expected = np.asarray(jax.nn.softmax(warp(logits[row : row + 1], Sampling(**fields)))[0])
         assert not found[expected == 0].any()
         np.testing.assert_allclose(found, expected, atol=4 * 0.5 / DRAWS**0.5)
+
+
+def test_tiny_temperatures_and_limits_choose_the_likeliest_token_that_is_allowed() -> None:
+    """Where logits over the temperature would be infinite; beside a row of NaN, and where a grammar allows little."""
+    settings: list[dict[str, Any]] = [
+        {"temperature": 1e-9},
+        {"temperature": 1e-38},
+        {"temperature": 1e-42},
+        {"temperature": 2.0, "top_k": 1},
+        {"temperature": 2.0, "top_p": 1e-12},
+        {"temperature": 2.0, "min_p": 1.0},
+        {"temperature": 1e-38, "top_k": 3, "top_p": 0.9},
+        {"temperature": 1.0, "top_p": 0.9},
+    ]
+    rows = len(settings)
+    logits = np.random.default_rng(1).normal(0, 9, (rows, VOCABULARY)).astype(np.float32) + 20
+    logits[-1] = np.nan
+    masks = np.random.default_rng(2).random((rows, VOCABULARY)) < 0.3
+    bits = np.packbits(np.pad(masks, ((0, 0), (0, -VOCABULARY % 32))), axis=1, bitorder="little").view(np.int32)
+    of_rows = RowSettings.of([(Choices(**fields, seed=3), row, False) for row, fields in enumerate(settings)], VOCABULARY)
+    for allowed, own in ((all_allowed(rows, VOCABULARY), logits), (bits, np.where(masks, logits, -np.inf))):
+        draws = Draws(np.arange(rows), np.zeros(rows, np.int32), allowed)
+        drawn, _ = jax.jit(sample_rows)(jnp.asarray(logits), empty_memory(rows, VOCABULARY), of_rows, draws)
+        np.testing.assert_array_equal(np.asarray(drawn.token)[:-1], own[:-1].argmax(-1))

@@ -81,6 +81,11 @@ def test_greedy_takes_the_highest_logit_whatever_the_key() -> None:
         np.testing.assert_array_equal(tokens, [1, 0])
 
 
+def test_the_smallest_temperature_takes_the_highest_logit() -> None:
+    """Both logits over it are infinite."""
+    assert sample(jnp.array([[10.0, 30.0]]), jax.random.key(0), Sampling(temperature=1e-38)).tolist() == [1]
+
+
 def test_draws_follow_the_distribution_of_what_stays() -> None:
     logits = jnp.broadcast_to(jnp.log(jnp.asarray([0.5, 0.3, 0.15, 0.05])), (20_000, 4))
     tokens = np.asarray(sample(logits, jax.random.key(0), Sampling(1.0, top_k=3, top_p=0.8)))

@@ -111,7 +111,8 @@ def _number(value: float, digits: int) -> str:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Return round numbers from at most the lowest to at least the highest value."""
-    width = (high - low) or abs(high) or 1.0
+    width = max(high - low, 1e-12 * abs(high))
+    width = width if width > 1e-100 else 1.0
     power = 10.0 ** math.floor(math.log10(width))
     for step in (power * factor for factor in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)):
         first, last = math.floor(low / step), math.ceil(high / step)

@@ -5,6 +5,7 @@ an object or a list of objects           a table with a row for each, and a colu
 rows with a value and its bounds         a picture of the intervals, too: value, rating or relative; low; high
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ _VALUES = ("value", "rating", "relative")
 _LABELS = ("model", "judges", "name", "metric", "task")
 _DEEPEST = 4
 _MOST_ROWS = 300
+_LARGEST = 1e100  # number that is drawn
 
 
 def of_result(values: Mapping[str, Any]) -> list[str]:
@@ -53,7 +55,7 @@ def _table_of(title: str, rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     more = f" (the first {_MOST_ROWS} of {len(rows):,} rows)" if len(rows) > _MOST_ROWS else ""
     parts = [table(["", *columns], cells, title + more, words)]
     drawn = {name: one for name, row in rows.items() if (one := _interval(row)) is not None}
-    kinds = {row.get("metric") for name, row in rows.items() if name in drawn}
+    kinds = {str(row.get("metric")) for name, row in rows.items() if name in drawn}
     if len(drawn) > 1 and len(kinds) == 1:  # figures of different kinds have no common axis
         largest = max(abs(one.value) for one in drawn.values())
         parts.insert(0, intervals(drawn, title, 1 if largest >= 20 else 3))
@@ -61,10 +63,12 @@ def _table_of(title: str, rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _interval(row: Mapping[str, Any]) -> Interval | None:
-    """Return the figure of a row with its bounds, if it has them."""
+    """Return the figure of a row with its bounds, if it has them and they can be drawn."""
     value = next((row[name] for name in _VALUES if name in row), None)
     numbers = [value, row.get("low"), row.get("high")]
     if any(isinstance(one, bool) or not isinstance(one, (int, float)) for one in numbers):
+        return None
+    if any(_LARGEST < abs(one) < math.inf for one in numbers):  # type: ignore[arg-type]
         return None
     value, low, high = map(float, numbers)  # type: ignore[arg-type]
     return Interval(value, low, high)
