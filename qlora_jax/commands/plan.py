@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from qlora_jax import cli
 from qlora_jax.checkpoint.bitsandbytes import is_quantized
-from qlora_jax.commands.plan_config import read_config
+from qlora_jax.commands.planning.config import read_config
 from qlora_jax.errors import DoesNotFitError, OptionError
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.step import step_spec

@@ -1,0 +1,1 @@
+"""What the command `plan` is made of."""
