@@ -45,7 +45,7 @@ def update(state: TenantsState, slots: Array, sums: Sums) -> tuple[TenantsState,
     held = state.count.shape[0]
     count = state.count.at[slots].get(mode="clip")
     own = {name: leaf.at[slots].get(mode="clip") for name, leaf in state.settings.items()}
-    norm = jnp.sqrt(sum(_of_slots(leaf * leaf) for leaf in jax.tree.leaves(sums.gradient)))
+    norm = _norms(jax.tree.leaves(sums.gradient), slots.shape[0])
     finite = jnp.isfinite(norm) & jnp.isfinite(sums.means["loss"])
     rate, done = _learning_rate(count, own), count + 1
     own |= {
@@ -122,9 +122,18 @@ def _adamw(
     return value - rate * (step + own["weight_decay"] * value), first, second
 
 
-def _of_slots(leaf: Array) -> Array:
-    """Return the sums of a leaf `[layers, S, …]` of each slot, `[S]`."""
-    return leaf.sum(tuple(axis for axis in range(leaf.ndim) if axis != 1))
+def _norms(gradients: list[Array], slots: int) -> Array:
+    """Return the norm of each slot's gradient, `[S]`.
+
+    The slots go through one loop: a sum over all of them at once may add up in an order that depends on their number, and
+    the norm of a tenant, by which its gradient is clipped, would depend on who else trains.
+    """
+
+    def norm(place: Array) -> Array:
+        own = [jax.lax.dynamic_index_in_dim(leaf, place, 1, keepdims=False) for leaf in gradients]
+        return jnp.sqrt(sum(jnp.sum(leaf * leaf) for leaf in own))
+
+    return jax.lax.map(norm, jnp.arange(slots))
 
 
 def _learning_rate(count: Array, own: Mapping[str, Array]) -> Array:
