@@ -8,7 +8,6 @@ processes these are.
 """
 
 import argparse
-import os
 import random
 import shutil
 import signal
@@ -118,4 +117,4 @@ if __name__ == "__main__":
         problems = kill_all(chosen.kills, chosen.seed, FOLDER, turns=chosen.turns)
     finally:
         shutil.rmtree(FOLDER)
-    os._exit(bool(problems))
+    sys.exit(bool(problems))

@@ -35,7 +35,7 @@ def draw_codebook(w: np.ndarray, path: Path) -> None:
 def draw_double_quantisation(w: np.ndarray, path: Path) -> None:
     """Draw the block maxima of a matrix `[out, in]` before and after double quantisation, and the bits of a parameter."""
     absmax = np.abs(w.reshape(-1, BLOCK)).max(1)
-    stored = np.asarray(_scales(w))
+    stored = _scales(w)
     fig, (left, right) = figure(1, 2, height=3.0)
     left.plot([0, absmax.max()], [0, absmax.max()], color="grey", linewidth=0.8)
     left.plot(absmax, stored, ".", markersize=1.5, color=COLORS[0], rasterized=True)
