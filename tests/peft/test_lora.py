@@ -1,17 +1,26 @@
 """Which layers an adapter's targets select, and which descriptions of an adapter are refused. (PEFT's own
-matching is compared with ours in tests/adapters/test_bind.py.)"""
+matching is compared with ours in tests/adapters/test_bind.py.) The integration test takes 3 CPU seconds."""
 
+import importlib.util
 import math
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from qlora_jax.nn import Linear
 from qlora_jax.peft import LoRA, LoRALinear, LoRASpec, lora_update, module_matches
 from qlora_jax.peft.lora_linear import init_lora_a
+from qlora_jax.plan import machine_mesh, machine_named
+from qlora_jax.plan.compile import COMPILER_OPTIONS, place
+from qlora_jax.plan.topology import context
+from qlora_jax.quant import Quantization
+from qlora_jax.quant.targets import tracing_for
 
 LAYERS = {
     f"layers.{name}": [f"model.layers.{layer}.{name}" for layer in range(12)]
@@ -137,3 +146,25 @@ def test_initial_a_is_kaiming_uniform() -> None:
     assert np.abs(ours).max() == pytest.approx(float(theirs.abs().max()), rel=1e-3)
     assert ours.std() == pytest.approx(float(theirs.std()), rel=0.02)
     assert abs(ours.mean()) < 1e-3
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(
+    not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
+    reason="JAX's CUDA plugin is not installed",
+)
+def test_cublas_adds_the_update_inside_the_products_epilogue() -> None:
+    """On GPUs: y = x W + (h B) in place of h B, so that the sum takes no pass over memory of its own."""
+    machine = machine_named("h100")
+    mesh = machine_mesh(machine)
+    layer = nnx.eval_shape(
+        lambda: Linear(256, 512, quantization=Quantization(), adapter=LoRA(16), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    )
+    graph, state = nnx.split(layer)
+    x = jax.ShapeDtypeStruct((4096, 256), jnp.bfloat16)
+    with context(mesh), tracing_for("cuda"):
+        program = jax.jit(lambda state, x: nnx.merge(graph, state)(x)).trace(*place((state, x), mesh, P()))
+        options: Any = COMPILER_OPTIONS["cuda"] | {"xla_gpu_enable_triton_gemm": False}
+        text = program.lower(lowering_platforms=("cuda",)).compile(options).as_text()
+    betas = re.findall(r'"beta":(\d)', text)
+    assert sorted(betas) == ["0", "0", "1"]  # x A, h B, and x W with the sum
