@@ -5,7 +5,8 @@
 
 One row of 1024 tokens, not packed (`--packing` for packed rows), NF4 with double quantisation, LoRA of rank 16 on all linear
 layers, bfloat16, AdamW. A cell compiles, with the peak of memory and the least time of a step, or it is refused for memory
-alone; the exit code is 1 if one is refused for another reason. A cell takes 10 to 60 CPU seconds on a GPU's compiler, and up
+alone; the exit code is 1 if one is refused for another reason. A second table has the error of the quick plan of each cell,
+which no compiler is needed for. A cell takes 10 to 60 CPU seconds on a GPU's compiler, and up
 to 150 on a TPU's.
 """
 
@@ -21,9 +22,9 @@ from qlora_jax import cli
 from qlora_jax.errors import DoesNotFitError
 from qlora_jax.models import FAMILIES, ModelSpec
 from qlora_jax.peft import LoRA
-from qlora_jax.plan import Machine, compile_train_step, machine_named, report_of
+from qlora_jax.plan import Machine, compile_train_step, machine_named, quick_plan, report_of
 from qlora_jax.platforms import use_compilers_only
-from qlora_jax.train import BatchSpec, StepSpec, language_model_objective, seq2seq_objective
+from qlora_jax.train import BatchSpec, StepSpec, build_step, language_model_objective, seq2seq_objective
 from scripts.benchmarks.model_sizes import USUAL, check_names, config_of
 from scripts.benchmarks.page import Section, command_line, text, write
 
@@ -68,10 +69,10 @@ def run(arguments: Arguments) -> int:
                     with arguments.record.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(cell) + "\n")
                 recorded[family, machine.name, arguments.packing] = cell
-    section = _section(arguments, recorded)
-    print(text(section))
+    sections = [_section(arguments, recorded), _quick_section(arguments, recorded)]
+    print("\n".join(map(text, sections)))
     if arguments.page is not None:
-        write(arguments.page, [section], command_line("benchmarks/usual_models.py"), "Each family on each device")
+        write(arguments.page, sections, command_line("benchmarks/usual_models.py"), "Each family on each device")
     keys = [(family, name, arguments.packing) for family in arguments.families for name in arguments.devices]
     found = [recorded[key] for key in keys if key in recorded]
     bad = [cell for cell in found if cell["problem"] is not None]
@@ -79,11 +80,14 @@ def run(arguments: Arguments) -> int:
     return 1 if bad else 0
 
 
+def _spec(family: str, packing: bool) -> StepSpec[ModelSpec]:
+    objective = seq2seq_objective() if family == "t5" else language_model_objective(packed=packing)
+    return StepSpec(ModelSpec(config_of(family), method=LoRA(16)), objective, BatchSpec(length=1024))
+
+
 def _compile(family: str, machine: Machine, packing: bool) -> dict[str, Any]:
     """Return what the compiler says of a cell, as plain values."""
-    config = config_of(family)
-    objective = seq2seq_objective() if family == "t5" else language_model_objective(packed=packing)
-    spec = StepSpec(ModelSpec(config, method=LoRA(16)), objective, BatchSpec(length=1024))
+    spec = _spec(family, packing)
     start = time.process_time()
     cell: dict[str, Any] = {"family": family, "device": machine.name, "packed": packing}
     cell |= {"peak": None, "needed": None, "floor": None, "problem": None, "versions": {}}
@@ -130,6 +134,31 @@ def _section(arguments: Arguments, cells: dict[tuple[str, str, bool], dict[str, 
         ),
         ("model", *(f"{name} ({memories[name] / GIB:.0f})" for name in arguments.devices)),
         tuple(rows),
+    )
+
+
+def _quick_section(arguments: Arguments, cells: dict[tuple[str, str, bool], dict[str, Any]]) -> Section:
+    """Return the table of the errors of the quick plan, with the largest of each device."""
+    errors: dict[str, dict[str, float]] = {name: {} for name in arguments.devices}
+    for family in arguments.families:
+        spec, steps = _spec(family, arguments.packing), {}
+        for name in arguments.devices:
+            cell, device = cells.get((family, name, arguments.packing)), machine_named(name).device
+            if cell is not None and cell["peak"] is not None:
+                if device.platform not in steps:
+                    steps[device.platform] = build_step(spec, platform=device.target)
+                quick = quick_plan(spec, device.target, step=steps[device.platform]).peak
+                errors[name][family] = 100 * (quick / cell["peak"] - 1)
+    rows = [
+        (USUAL[family][0], *(f"{own[family]:+.1f} %" if family in own else "–" for own in errors.values()))
+        for family in arguments.families
+    ]
+    largest = (f"{max(map(abs, own.values())):.1f} %" if own else "–" for own in errors.values())
+    return Section(
+        "The quick plan of the same steps",
+        ("Error of the peak of `plan.py --quick` against the compiled one.",),
+        ("model", *arguments.devices),
+        (*rows, ("largest", *largest)),
     )
 
 
