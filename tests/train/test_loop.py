@@ -47,6 +47,7 @@ class Run:
     def __init__(self, folder: Path, metrics: Callable[[int], dict[str, float]] | None = None) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.held_out: dict[int, float] = {}
+        self.complete = True  # whether all checkpoints are
         self.log = MetricsLog(folder / "metrics.jsonl", resume_at=0)
         self.metrics = metrics or (lambda step: {"loss": 1 / step, "grad_norm": 2.0, "tokens": 3.0})
 
@@ -64,6 +65,10 @@ class Run:
     def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
         assert step == int(state.step)
         self.calls.append(("save", step, position))
+        self.complete = False
+
+    def wait(self) -> None:
+        self.complete = True
 
     def callback(self, every: int) -> Callback:
         def on_step(step: int, state: TrainState) -> dict[str, float]:
@@ -89,16 +94,18 @@ class Run:
             count_tokens=lambda batch: int(batch["segment_ids"].sum()),
         )
         try:
-            return train(
+            state = train(
                 self.step,
                 at(first),
                 "frozen",
                 data,
                 cadence=cadence,
                 records=Records(self.log, lambda count: 10 + count, unit, progress=False),
-                save=self.save,
+                checkpoints=self,
                 callbacks=[*([evaluation(evaluate_every, self.evaluate)] if held_out else []), *callbacks],
             )
+            assert self.complete
+            return state
         finally:
             self.log.close()
 
