@@ -199,7 +199,7 @@ def _train_adapter(
 
 @dataclass(frozen=True)
 class _Checkpoints:
-    """The checkpoints of a run, and with early stopping the best adapter so far beside them; the losses are drawn with them."""
+    """The checkpoints of a run, with early stopping the best adapter so far beside them, and the picture of the losses."""
 
     store: StateStore
     best: StateStore | None

@@ -13,9 +13,9 @@ shardings of the running program, host memory included: a run may go on with ano
 next steps change the arrays on the devices.
 
 The files themselves would restore a flipped byte of a value as another value. Therefore each value is compared with its
-checksum. A damaged checkpoint is put aside, and the one before is restored in its place. Checkpoints of earlier versions have
-no checksums and are restored without that comparison, and leaves are found under the names that earlier versions gave to
-their modules.
+checksum. A damaged checkpoint is put aside, and the one before is restored in its place. Checkpoints of earlier versions
+have no checksums and are restored without that comparison, and leaves are found under the names that earlier versions gave
+to their modules.
 """
 
 import json
@@ -182,7 +182,7 @@ class StateStore:
         self._manager.close()
 
     def _newest_whole(self, read: Callable[[int], T]) -> tuple[T, int, dict[int, _DamagedError]]:
-        """Return (result, step, errors of newer checkpoints by step) of the newest checkpoint for which `read` does not fail.
+        """Return (result, step, errors of newer checkpoints by step) of the newest checkpoint that `read` can read.
 
         Raises:
             CheckpointError: there is no checkpoint, or all are damaged.

@@ -223,14 +223,14 @@ def test_the_schedule_of_an_extended_run(options: Options) -> None:
 
 @pytest.mark.integration
 def test_a_run_goes_on_with_another_split_on_another_number_of_devices(options: Options, tmp_path: Path) -> None:
-    """Eight rows a step: 4 x 2 on one device, then 2 x 1 on four; to rounding, the losses of a run in one piece."""
+    """Eight rows a step: 4 x 2 on one device, then 4 x 1 on four, of which two share rows; to rounding, the same losses."""
     mine = but(but(options, "data", held_out=0.0), "run", eval_every=0, save_every=0)
     whole = but(mine, "run", batch_size=4, accumulation_steps=2, max_steps=4, output=tmp_path / "whole")
     finetune(whole, progress=False)
     finetune(but(whole, "run", max_steps=2, output=mine.run.output), progress=False)
     flags = ["--model", str(mine.model.model), "--data", str(mine.data.data), "--rank", "4", "--alpha", "8"]
     flags += ["--max-length", "64", "--held-out", "0", "--learning-rate", "1e-2", "--eval-every", "0", "--save-every", "0"]
-    flags += ["--samples", "0", "--max-steps", "4", "--batch-size", "2"]
+    flags += ["--samples", "0", "--max-steps", "4", "--batch-size", "4", "--mesh", "data=2,tensor=2"]
     with start(flags, mine.run.output, XLA_FLAGS="--xla_force_host_platform_device_count=4") as process:
         _, errors = process.communicate(timeout=500)
     assert process.returncode == 0, errors
