@@ -275,10 +275,17 @@ def _describe(leaf: Any) -> str:
     return "none" if leaf is None else f"{np.dtype(leaf.dtype).name} {list(leaf.shape)}"
 
 
+class _OwnArray(np.ndarray):
+    """An array that nothing changes, so that Orbax, which copies arrays by `copy.deepcopy`, need not copy it once more."""
+
+    def __deepcopy__(self, memo: Any) -> "_OwnArray":
+        return self
+
+
 def _copied_to_host(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Return copies of leaves that nothing changes. What `device_get` returns of host memory may be the memory itself."""
     found = jax.device_get(dict(leaves))
-    return {name: np.array(found[name], copy=_is_on_host(leaf)) for name, leaf in leaves.items()}
+    return {name: np.array(found[name], copy=_is_on_host(leaf)).view(_OwnArray) for name, leaf in leaves.items()}
 
 
 def _is_on_host(leaf: Any) -> bool:
