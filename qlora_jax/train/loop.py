@@ -195,13 +195,13 @@ def train(
             state, values, speed = _run_step(step_fn, state, frozen, data)
             _check_finite(step, values, saved)
             row = records.row(step, values, tokens_per_second=speed)
-            last, interrupt = step == cadence.steps, signals.number is not None
+            last = step == cadence.steps
             for callback in callbacks:
                 stopping = cadence.patience > 0 and cadence.exhausted([*log.rows, row])
                 if last or stopping or _due(step, callback.every):
                     row |= callback.on_step(step, state)
             log.add(row)
-            exhausted = cadence.exhausted(log.rows)
+            exhausted, interrupt = cadence.exhausted(log.rows), signals.number is not None
             improved = cadence.patience > 0 and best_evaluation(log.rows)[0] == step
             if last or interrupt or exhausted or improved or _due(step, cadence.save_every):
                 checkpoints.save(step, state, data.batches.get_state())
