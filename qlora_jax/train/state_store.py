@@ -80,7 +80,7 @@ class StateStore:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        with _without_tracebacks():
+        with _without_messages():
             return ocp.CheckpointManager(self._folder.absolute(), options=self._options)
 
     def latest_step(self) -> int | None:
@@ -104,7 +104,7 @@ class StateStore:
         )
         size = sum(leaf.nbytes for leaf in leaves.values())
         self._saving = step
-        self._quiet.enter_context(_without_tracebacks())
+        self._quiet.enter_context(_without_messages())
         try:
             if (free := shutil.disk_usage(self._folder).free) < size:
                 raise OSError(f"it needs {size:,} bytes, and {free:,} are free")
@@ -223,7 +223,7 @@ class StateStore:
         if has_checksums:
             items[_CHECKSUMS] = Checksums()
         try:
-            with _without_tracebacks():
+            with _without_messages():
                 restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # damaged files make Orbax and its readers raise errors of many kinds
             raise self._damaged(step, shortened(_reason(error), 300)) from error
@@ -302,8 +302,8 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _without_tracebacks() -> Iterator[None]:
-    """Drop the tracebacks of Orbax's threads in the block, which log them; the error that they report is raised in it.
+def _without_messages() -> Iterator[None]:
+    """Drop what Orbax logs in the block: tracebacks of its threads, whose error is raised in it, and advice on saving less.
 
     After an error, threads of its library in C++ find the event loop of the block closed, and print that. They may do so at
     any later time, so that this message is dropped until the process ends.
@@ -311,7 +311,8 @@ def _without_tracebacks() -> Iterator[None]:
     logger = logging.getLogger("absl")
 
     def drop(record: logging.LogRecord) -> bool:
-        return record.exc_info is None and record.levelno < logging.ERROR
+        advice = record.getMessage().startswith("Waiting for previous save")
+        return record.exc_info is None and record.levelno < logging.ERROR and not advice
 
     before = sys.unraisablehook
     logger.addFilter(drop)
