@@ -75,6 +75,7 @@ class StateStore:
         self._folder, self._may_change = folder, create
         self._saving: int | None = None  # the step of the checkpoint that is being written
         self._quiet = ExitStack()
+        self._copies: dict[str, np.ndarray] = {}
         if create:
             self._remove_unfinished()
         self._manager = self._open()
@@ -95,7 +96,7 @@ class StateStore:
                 checkpoints are untouched.
         """
         self.wait()
-        leaves = _copied_to_host(_named_leaves(state))
+        leaves = self._copies = _copied_to_host(_named_leaves(state), self._copies)
         position = json.loads(json.dumps(data_position))  # the batches may change theirs
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves),
@@ -282,10 +283,23 @@ class _OwnArray(np.ndarray):
         return self
 
 
-def _copied_to_host(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return copies of leaves that nothing changes. What `device_get` returns of host memory may be the memory itself."""
-    found = jax.device_get(dict(leaves))
-    return {name: np.array(found[name], copy=_is_on_host(leaf)).view(_OwnArray) for name, leaf in leaves.items()}
+def _copied_to_host(leaves: Mapping[str, Any], copies: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return copies of leaves that nothing changes. What `device_get` returns of host memory may be the memory itself.
+
+    Args:
+        leaves: arrays by name.
+        copies: those of the last checkpoint, whose memory is used again: new memory takes several times as long to fill.
+    """
+    found, copied = jax.device_get(dict(leaves)), {}
+    for name, leaf in leaves.items():
+        value, before = found[name], copies.get(name)
+        if _is_on_host(leaf):
+            fits = before is not None and (before.shape, before.dtype) == (value.shape, value.dtype)
+            copy = before if before is not None and fits else np.empty_like(value)
+            np.copyto(copy, value)
+            value = copy
+        copied[name] = value.view(_OwnArray)
+    return copied
 
 
 def _is_on_host(leaf: Any) -> bool:
