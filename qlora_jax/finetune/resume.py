@@ -26,7 +26,7 @@ def find_position(options: Options, batches: Batches, steps: int, held_out_check
     Raises:
         OptionError: other data than those that the run began with, to train on or held out; no steps left of a finished run;
             more steps done than the run is to have.
-        CheckpointError: the checkpoint is damaged.
+        CheckpointError: all checkpoints are damaged.
     """
     folder = options.run.output
     if options.run.overwrite or not folder.exists():

@@ -173,13 +173,8 @@ def _train_adapter(
                 run.batches.set_state(position)
             _logger.info("Resuming %s after step %d of %d.", output, int(state.step), run.steps)
         log = open_files.enter_context(closing(MetricsLog(output / "metrics.jsonl", resume_at=int(state.step))))
-        checkpoints = _Checkpoints(store, best, log)
+        checkpoints = _Checkpoints(store, best, log, picture)
         checkpoints.save_best(int(state.step), state)
-
-        def save(step: int, state: TrainState, position: dict[str, Any]) -> None:
-            checkpoints.save(step, state, position)
-            picture.draw(log.rows)
-
         cadence = Cadence(run.steps, options.save_every, options.early_stopping_patience)
         state = train_loop(
             compile_before_run(step.jit_train(), train_program),
@@ -188,7 +183,7 @@ def _train_adapter(
             _training_data(run, step),
             cadence=cadence,
             records=Records(log, run.learning_rate, spec.objective.unit, run.progress),
-            save=save,
+            checkpoints=checkpoints,
             callbacks=[
                 *_evaluation(run, step, compile_before_run(step.jit_eval(), eval_program)),
                 *reporting_callbacks(
@@ -204,25 +199,32 @@ def _train_adapter(
 
 @dataclass(frozen=True)
 class _Checkpoints:
-    """The checkpoints of a run, and with early stopping the best adapter so far beside them."""
+    """The checkpoints of a run, with early stopping the best adapter so far beside them, and the picture of the losses."""
 
     store: StateStore
     best: StateStore | None
     log: MetricsLog
+    picture: LossPicture
 
     def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
         self.store.save(step, state, position)
         self.save_best(step, state)
+        self.picture.draw_now_and_then(self.log.rows)
+
+    def wait(self) -> None:
+        self.store.wait()
 
     def save_best(self, step: int, state: TrainState) -> None:
         """Save the adapter if this step is the best and is not saved yet.
 
-        This happens after the checkpoint, so that a run resumes at its best step or later. If the run is killed in between,
-        it saves the adapter when it resumes.
+        This happens after the checkpoint is complete, so that a run resumes at its best step or later. If the run is killed
+        in between, it saves the adapter when it resumes.
         """
         best = self.best
         if best is not None and best_evaluation(self.log.rows)[0] == step and best.latest_step() != step:
+            self.store.wait()
             best.save(step, state.adapter, {})
+            best.wait()
 
 
 def _shapes(state: TrainState) -> TrainState:

@@ -5,11 +5,11 @@
         state, metrics = step(state, frozen, batch)
         stop if the loss or the gradient is not finite                       the last checkpoint is from before
         run the callbacks that are due, evaluation first, and add the record of the step
-        save the state together with the position in the data, if that is due
+        start to save the state together with the position in the data, if that is due
         stop if the held-out loss has not fallen for some evaluations        counted in the records
 
-A checkpoint is saved between steps. Its position in the data is after the batches used so far and before those to come, so
-that a run that is killed at any moment can resume as if it had not been.
+A checkpoint is of the state between two steps. Its position in the data is after the batches used so far and before those to
+come, so that a run that is killed at any moment can resume as if it had not been. It may be written during the next steps.
 """
 
 import math
@@ -36,6 +36,16 @@ class BatchSource(Protocol):
     def __next__(self) -> Batch: ...
 
     def get_state(self) -> dict[str, Any]: ...
+
+
+class Checkpoints(Protocol):
+    """Where the states of a run are saved."""
+
+    def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
+        """Start to write a checkpoint of a state and the position in the data; the state may change afterwards."""
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is complete."""
 
 
 def unchanged_batch(state: TrainState, batch: Batch) -> Batch:
@@ -149,7 +159,7 @@ def train(
     *,
     cadence: Cadence,
     records: Records,
-    save: Callable[[int, TrainState, dict[str, Any]], None],
+    checkpoints: Checkpoints,
     callbacks: Sequence[Callback] = (),
 ) -> TrainState:
     """Run from the step of `state` to the last one, or until patience is exhausted; return the last state.
@@ -161,7 +171,7 @@ def train(
         data: the batches.
         cadence: how many steps there are, and when to save and to stop.
         records: where the metrics go.
-        save: writes a checkpoint of (step, state, position in the data).
+        checkpoints: where the state is saved. The last one is complete when the loop ends.
         callbacks: run in this order. `evaluation`, whose held-out loss may stop the run, comes first; where it does, the
             others run once more.
 
@@ -185,21 +195,22 @@ def train(
             state, values, speed = _run_step(step_fn, state, frozen, data)
             _check_finite(step, values, saved)
             row = records.row(step, values, tokens_per_second=speed)
-            last, interrupt = step == cadence.steps, signals.number is not None
+            last = step == cadence.steps
             for callback in callbacks:
                 stopping = cadence.patience > 0 and cadence.exhausted([*log.rows, row])
                 if last or stopping or _due(step, callback.every):
                     row |= callback.on_step(step, state)
             log.add(row)
-            exhausted = cadence.exhausted(log.rows)
+            exhausted, interrupt = cadence.exhausted(log.rows), signals.number is not None
             improved = cadence.patience > 0 and best_evaluation(log.rows)[0] == step
             if last or interrupt or exhausted or improved or _due(step, cadence.save_every):
-                save(step, state, data.batches.get_state())
+                checkpoints.save(step, state, data.batches.get_state())
                 saved = step
             bar.set_postfix_str(_describe(row, values, records.unit, callbacks))
             bar.update()
             if exhausted or interrupt:
                 break
+        checkpoints.wait()  # while a signal is still deferred
     if signals.number is not None:  # also one that arrived while the last step was saved
         raise Interrupted(f"stopped after step {step}, which is saved", signals.number)
     return state

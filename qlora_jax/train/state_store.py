@@ -3,13 +3,19 @@
     <folder>/<step>/state/        step, adapter, optimizer state and seed, each leaf under its path
     <folder>/<step>/data/         position of the data iterator, as JSON
     <folder>/<step>/checksums/    the CRC-32 of the bytes of each leaf and of the position, as JSON
+    <folder>/damaged-<step>/      a checkpoint that could not be restored
 
 A checkpoint appears under its step's name only when it is complete, so that a run that is killed while it saves resumes from
-the one before. Restored leaves get the shardings of the running program, host memory included.
+the one before. The leaves are saved as whole arrays, whatever devices they were spread over, and restored leaves get the
+shardings of the running program, host memory included: a run may go on with another mesh.
+
+`save` copies the leaves to the host and returns. Threads of Orbax then compute the checksums and write the files, while the
+next steps change the arrays on the devices.
 
 The files themselves would restore a flipped byte of a value as another value. Therefore each value is compared with its
-checksum. Checkpoints of earlier versions have no checksums and are restored without that comparison, and leaves are found
-under the names that earlier versions gave to their modules.
+checksum. A damaged checkpoint is put aside, and the one before is restored in its place. Checkpoints of earlier versions
+have no checksums and are restored without that comparison, and leaves are found under the names that earlier versions gave
+to their modules.
 """
 
 import json
@@ -18,9 +24,8 @@ import os
 import re
 import shutil
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,17 +35,27 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from qlora_jax.errors import CheckpointError, list_names, shortened
+from qlora_jax.train.checksums import POSITION, Checksums, checksums
 
 T = TypeVar("T")
 _CHECKSUMS = "checksums"
 _UNFINISHED = "*.orbax-checkpoint-tmp*"  # the names that Orbax gives to what it has not completed
-_POSITION = "the position in the data"
+_DAMAGED = "damaged-"
 _EARLIER = {"query_key_value": "qkv_proj"}  # the names of modules in checkpoints of earlier versions
+_logger = logging.getLogger(__name__)
+
+
+class _DamagedError(CheckpointError):
+    """The files of a checkpoint cannot be read, or hold other values than those that were saved."""
 
 
 def latest_step(folder: Path) -> int | None:
     """Return the step of the newest complete checkpoint in a folder, without opening it; None: there is none."""
-    return max((int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal()), default=None)
+    return max(_steps(folder), default=None)
+
+
+def _steps(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal())
 
 
 class StateStore:
@@ -54,77 +69,99 @@ class StateStore:
             keep: the number of checkpoints to keep.
             create: whether to make the folder, and to remove what a killed run left there half written; otherwise nothing
                 is changed until a checkpoint is saved.
-
-        Raises:
-            CheckpointError: a file in the folder is damaged.
         """
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, enable_async_checkpointing=False)
-        self._folder = folder
+        # Otherwise Orbax would read a file of each checkpoint, whose contents are not used here, and may be damaged.
+        self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, lightweight_initialize=True)
+        self._folder, self._may_change = folder, create
+        self._saving: int | None = None  # the step of the checkpoint that is being written
+        self._quiet = ExitStack()
+        self._copies: dict[str, np.ndarray] = {}
         if create:
             self._remove_unfinished()
-        try:
-            with _without_tracebacks():
-                self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
-        except OSError:
-            raise
-        except Exception as error:  # damaged files make Orbax raise errors of many kinds
-            step = latest_step(folder)
-            raise CheckpointError(
-                f"{folder}: cannot be opened: {shortened(_reason(error), 300)}; delete {folder / str(step)} to go on "
-                "without it"
-            ) from error
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        with _without_messages():
+            return ocp.CheckpointManager(self._folder.absolute(), options=self._options)
 
     def latest_step(self) -> int | None:
-        """Return the step of the newest complete checkpoint, or None."""
-        return self._manager.latest_step()
+        """Return the step of the newest complete checkpoint, or None. One that is being written is not complete."""
+        return latest_step(self._folder)
 
     def save(self, step: int, state: Any, data_position: dict[str, Any]) -> None:
-        """Write a checkpoint.
+        """Copy a state, and start to write it as a checkpoint; `wait` waits for the end.
 
         Raises:
-            CheckpointError: the checkpoint could not be written (full disk, no permission); older checkpoints are untouched.
+            CheckpointError: this checkpoint or the one before could not be written (full disk, no permission); older
+                checkpoints are untouched.
         """
-        leaves = {name: np.asarray(jax.device_get(leaf)) for name, leaf in _named_leaves(state).items()}
+        self.wait()
+        leaves = self._copies = _copied_to_host(_named_leaves(state), self._copies)
+        position = json.loads(json.dumps(data_position))  # the batches may change theirs
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves),
-            data=ocp.args.JsonSave(data_position),
-            **{_CHECKSUMS: ocp.args.JsonSave(_checksums(leaves, data_position))},
+            data=ocp.args.JsonSave(position),
+            **{_CHECKSUMS: Checksums(leaves, position)},
         )
         size = sum(leaf.nbytes for leaf in leaves.values())
+        self._saving = step
+        self._quiet.enter_context(_without_messages())
         try:
             if (free := shutil.disk_usage(self._folder).free) < size:
                 raise OSError(f"it needs {size:,} bytes, and {free:,} are free")
-            with _without_tracebacks():
-                self._manager.save(step, args=items, force=True)
-                self._manager.wait_until_finished()
+            self._manager.save(step, args=items, force=True)
         except (OSError, ValueError) as error:
-            self._remove_unfinished()
-            latest = self.latest_step()
-            others = "no checkpoint was saved before" if latest is None else f"that of step {latest} is intact"
-            raise CheckpointError(
-                f"{self._folder}: cannot save the checkpoint of step {step} ({_reason(error)}); {others}"
-            ) from error
+            raise self._not_saved(error) from error
 
-    def position(self) -> dict[str, Any]:
-        """Return the position in the data of the newest checkpoint.
+    def wait(self) -> None:
+        """Wait until the last checkpoint is complete.
 
         Raises:
-            CheckpointError: there is no checkpoint, or it is damaged.
+            CheckpointError: it could not be written (full disk, no permission); older checkpoints are untouched.
         """
-        step, found, checksums = self._read(data=ocp.args.JsonRestore())
-        self._compare(step, _checksums({}, found["data"]), checksums and {_POSITION: checksums.get(_POSITION)})
-        return found["data"]
+        if self._saving is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._not_saved(error) from error
+        self._saving = None
+        self._quiet.close()
+
+    def position(self) -> dict[str, Any]:
+        """Return the position in the data of the newest checkpoint that is whole. Nothing is changed.
+
+        Raises:
+            CheckpointError: there is no checkpoint, or all are damaged.
+        """
+
+        def read(step: int) -> dict[str, Any]:
+            found, expected = self._read(step, data=ocp.args.JsonRestore())
+            self._compare(step, checksums({}, found["data"]), expected and {POSITION: expected.get(POSITION)})
+            return found["data"]
+
+        return self._newest_whole(read)[0]
 
     def restore(self, like: T) -> tuple[T, dict[str, Any]]:
         """Return (state, position in the data) of the newest checkpoint, with the structure and the shardings of `like`.
 
+        If it is damaged, it is put aside with a warning, and the one before takes its place. Afterwards `latest_step` is the
+        step of the checkpoint that was restored.
+
         Raises:
-            CheckpointError: there is no checkpoint, it is damaged, or it has other leaves, shapes or dtypes.
+            CheckpointError: there is no checkpoint, all are damaged, or the newest that is whole has other leaves, shapes or
+                dtypes.
         """
-        # No template is given: with one, Orbax returns arrays of other shapes as they are, and converts other dtypes.
-        step, restored, checksums = self._read(state=ocp.args.StandardRestore(), data=ocp.args.JsonRestore())
-        named, found = _named_leaves(like), restored["state"]
-        self._compare(step, _checksums(found, restored["data"]), checksums)
+
+        def read(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+            # No template is given: with one, Orbax returns arrays of other shapes as they are, and converts other dtypes.
+            restored, expected = self._read(step, state=ocp.args.StandardRestore(), data=ocp.args.JsonRestore())
+            self._compare(step, checksums(restored["state"], restored["data"]), expected)
+            return restored["state"], restored["data"]
+
+        self.wait()
+        (found, position), step, damaged = self._newest_whole(read)
+        named = _named_leaves(like)
         found = _with_present_names(found, named)
         problems = [
             f"{name}: expected {_describe(named.get(name))}, found {_describe(found.get(name))}"
@@ -133,47 +170,92 @@ class StateStore:
         ]
         if problems:
             raise CheckpointError.of(f"{self._folder}: the checkpoint of step {step} is of another run", problems)
+        self._put_aside(damaged, step)
         leaves = [jax.device_put(found[name], leaf.sharding) for name, leaf in named.items()]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), restored["data"]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), position
 
-    def _read(self, **items: Any) -> tuple[int, Any, dict[str, int] | None]:
-        """Return (step, items, checksums) of the newest checkpoint; checksums are None where it has none."""
-        step = self.latest_step()
-        if step is None:
+    def close(self) -> None:
+        """Close the folder, after the last checkpoint is complete; a warning says if it could not be written."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            _logger.warning("%s", error)
+        self._manager.close()
+
+    def _newest_whole(self, read: Callable[[int], T]) -> tuple[T, int, dict[int, _DamagedError]]:
+        """Return (result, step, errors of newer checkpoints by step) of the newest checkpoint that `read` can read.
+
+        Raises:
+            CheckpointError: there is no checkpoint, or all are damaged.
+        """
+        damaged: dict[int, _DamagedError] = {}
+        for step in reversed(_steps(self._folder)):
+            try:
+                return read(step), step, damaged
+            except _DamagedError as error:
+                damaged[step] = error
+        if not damaged:
             raise CheckpointError(f"{self._folder}: holds no checkpoint")
+        first = next(iter(damaged.values()))
+        others = "no other is there" if len(damaged) == 1 else "all others are damaged, too"
+        raise CheckpointError(f"{first}; {others}; delete {self._folder} to begin anew") from first
+
+    def _put_aside(self, damaged: Mapping[int, _DamagedError], restored: int) -> None:
+        """Rename damaged checkpoints, in whose place others are written, and say which one is restored."""
+        for step, error in damaged.items():
+            if not self._may_change:
+                _logger.warning("%s; the one of step %d is read in its place.", error, restored)
+                continue
+            aside = self._folder / f"{_DAMAGED}{step}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._folder / str(step)).rename(aside)
+            _logger.warning("%s; it is now %s, and the one of step %d is restored.", error, aside, restored)
+        if damaged and self._may_change:  # Orbax remembers the steps that it found
+            self._manager.close()
+            self._manager = self._open()
+
+    def _read(self, step: int, **items: Any) -> tuple[Any, dict[str, int] | None]:
+        """Return (items, checksums) of a checkpoint; checksums are None where it has none.
+
+        Raises:
+            _DamagedError: it cannot be read.
+        """
         has_checksums = (self._folder / str(step) / _CHECKSUMS).exists()
         if has_checksums:
-            items[_CHECKSUMS] = ocp.args.JsonRestore()
+            items[_CHECKSUMS] = Checksums()
         try:
-            with _without_tracebacks():
+            with _without_messages():
                 restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # damaged files make Orbax and its readers raise errors of many kinds
-            raise self._damaged(step, _reason(error)) from error
-        checksums = restored[_CHECKSUMS] if has_checksums else None
-        if has_checksums and not isinstance(checksums, dict):
-            raise self._damaged(step, f"expected the checksums of its values, found {checksums!r}")
-        return step, restored, checksums
+            raise self._damaged(step, shortened(_reason(error), 300)) from error
+        found = restored[_CHECKSUMS] if has_checksums else None
+        if has_checksums and not isinstance(found, dict):
+            raise self._damaged(step, f"expected the checksums of its values, found {found!r}")
+        return restored, found
 
     def _compare(self, step: int, found: dict[str, int], expected: Mapping[str, int | None] | None) -> None:
-        """Raise CheckpointError where values have other checksums than those that they were saved with."""
+        """Raise _DamagedError where values have other checksums than those that they were saved with."""
         if expected is None:
             return
         changed = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         if changed:
             raise self._damaged(step, f"these are not the values that were saved: {list_names(changed)}")
 
-    def _damaged(self, step: int, reason: str) -> CheckpointError:
-        before = [other for other in self._manager.all_steps() if other < step]
-        hint = f" (delete {self._folder / str(step)} to go on from step {max(before)})" if before else ""
-        return CheckpointError(f"{self._folder}: cannot restore the checkpoint of step {step}: {reason}{hint}")
+    def _damaged(self, step: int, reason: str) -> _DamagedError:
+        return _DamagedError(f"{self._folder}: cannot restore the checkpoint of step {step}: {reason}")
+
+    def _not_saved(self, error: Exception) -> CheckpointError:
+        """Return the error for the checkpoint that is being written, and remove what there is of it."""
+        step, self._saving = self._saving, None
+        self._quiet.__exit__(type(error), error, None)
+        self._remove_unfinished()
+        latest = self.latest_step()
+        others = "no checkpoint was saved before" if latest is None else f"that of step {latest} is intact"
+        return CheckpointError(f"{self._folder}: cannot save the checkpoint of step {step} ({_reason(error)}); {others}")
 
     def _remove_unfinished(self) -> None:
         for path in self._folder.glob(_UNFINISHED):
             shutil.rmtree(path, ignore_errors=True)
-
-    def close(self) -> None:
-        """Close the folder."""
-        self._manager.close()
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
@@ -194,10 +276,36 @@ def _describe(leaf: Any) -> str:
     return "none" if leaf is None else f"{np.dtype(leaf.dtype).name} {list(leaf.shape)}"
 
 
-def _checksums(leaves: dict[str, Any], position: dict[str, Any]) -> dict[str, int]:
-    """Return the CRC-32 of each leaf's bytes, and of the position as JSON with sorted keys."""
-    sums = {name: zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data) for name, leaf in leaves.items()}
-    return {**sums, _POSITION: zlib.crc32(json.dumps(position, sort_keys=True).encode())}
+class _OwnArray(np.ndarray):
+    """An array that nothing changes, so that Orbax, which copies arrays by `copy.deepcopy`, need not copy it once more."""
+
+    def __deepcopy__(self, memo: Any) -> "_OwnArray":
+        return self
+
+
+def _copied_to_host(leaves: Mapping[str, Any], copies: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return copies of leaves that nothing changes. What `device_get` returns of host memory may be the memory itself.
+
+    Args:
+        leaves: arrays by name.
+        copies: those of the last checkpoint, whose memory is used again: new memory takes several times as long to fill.
+    """
+    found, copied = jax.device_get(dict(leaves)), {}
+    for name, leaf in leaves.items():
+        value, before = found[name], copies.get(name)
+        if _is_on_host(leaf):
+            fits = before is not None and (before.shape, before.dtype) == (value.shape, value.dtype)
+            copy = before if before is not None and fits else np.empty_like(value)
+            np.copyto(copy, value)
+            value = copy
+        copied[name] = value.view(_OwnArray)
+    return copied
+
+
+def _is_on_host(leaf: Any) -> bool:
+    if not isinstance(leaf, jax.Array):
+        return True
+    return "host" in str(leaf.sharding.memory_kind) or any(device.platform == "cpu" for device in leaf.devices())
 
 
 def _reason(error: Exception) -> str:
@@ -208,8 +316,8 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _without_tracebacks() -> Iterator[None]:
-    """Drop the tracebacks of Orbax's threads in the block, which log them; the error that they report is raised in it.
+def _without_messages() -> Iterator[None]:
+    """Drop what Orbax logs in the block: tracebacks of its threads, whose error is raised in it, and advice on saving less.
 
     After an error, threads of its library in C++ find the event loop of the block closed, and print that. They may do so at
     any later time, so that this message is dropped until the process ends.
@@ -217,7 +325,8 @@ def _without_tracebacks() -> Iterator[None]:
     logger = logging.getLogger("absl")
 
     def drop(record: logging.LogRecord) -> bool:
-        return record.exc_info is None and record.levelno < logging.ERROR
+        advice = record.getMessage().startswith("Waiting for previous save")
+        return record.exc_info is None and record.levelno < logging.ERROR and not advice
 
     before = sys.unraisablehook
     logger.addFilter(drop)

@@ -1,6 +1,8 @@
 """The loop around a step that is made up here: what happens when, and what stops it."""
 
 import math
+import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlora_jax.interrupts import Interrupted
 from qlora_jax.train import (
     PAIRS,
     TOKENS,
@@ -47,6 +50,7 @@ class Run:
     def __init__(self, folder: Path, metrics: Callable[[int], dict[str, float]] | None = None) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.held_out: dict[int, float] = {}
+        self.complete = True  # whether all checkpoints are
         self.log = MetricsLog(folder / "metrics.jsonl", resume_at=0)
         self.metrics = metrics or (lambda step: {"loss": 1 / step, "grad_norm": 2.0, "tokens": 3.0})
 
@@ -64,6 +68,10 @@ class Run:
     def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
         assert step == int(state.step)
         self.calls.append(("save", step, position))
+        self.complete = False
+
+    def wait(self) -> None:
+        self.complete = True
 
     def callback(self, every: int) -> Callback:
         def on_step(step: int, state: TrainState) -> dict[str, float]:
@@ -89,16 +97,18 @@ class Run:
             count_tokens=lambda batch: int(batch["segment_ids"].sum()),
         )
         try:
-            return train(
+            state = train(
                 self.step,
                 at(first),
                 "frozen",
                 data,
                 cadence=cadence,
                 records=Records(self.log, lambda count: 10 + count, unit, progress=False),
-                save=self.save,
+                checkpoints=self,
                 callbacks=[*([evaluation(evaluate_every, self.evaluate)] if held_out else []), *callbacks],
             )
+            assert self.complete
+            return state
         finally:
             self.log.close()
 
@@ -287,3 +297,27 @@ def test_means_weigh_tokens_not_batches() -> None:
     assert found == pytest.approx({"loss": 11 / 10, "accuracy": 22 / 10})
     none = mean_metrics(lambda *arguments: pytest.fail("called"), at(0), None, [], put=lambda batch: {}, progress=False)
     assert none == {"loss": 0}
+
+
+@pytest.mark.parametrize("during", ["step", "evaluation"])
+def test_a_signal_ends_the_loop_after_the_step_that_it_is_in(run: Run, monkeypatch: pytest.MonkeyPatch, during: str) -> None:
+    """Also one that comes while the step is evaluated: no other step is made before the state is saved."""
+    make, evaluate = run.step, run.evaluate
+
+    def step(state: TrainState, *rest: Any) -> Any:
+        if during == "step" and int(state.step) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return make(state, *rest)
+
+    def evaluation_of(state: TrainState) -> dict[str, float]:
+        if during == "evaluation" and int(state.step) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(state)
+
+    monkeypatch.setattr(run, "step", step)
+    monkeypatch.setattr(run, "evaluate", evaluation_of)
+    with pytest.raises(Interrupted, match="stopped after step 2, which is saved") as error:
+        run.go(Cadence(9, save_every=0), evaluate_every=2)
+    assert error.value.number == signal.SIGTERM
+    assert run.calls[-2:] == [("evaluate", 2), ("save", 2, {"used": 2})]
+    assert run.complete

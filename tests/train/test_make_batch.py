@@ -53,6 +53,16 @@ class Prompts:
         return {"used": self.used}
 
 
+class Nowhere:
+    """No checkpoints."""
+
+    def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
+        """Save nothing."""
+
+    def wait(self) -> None:
+        """Wait for nothing."""
+
+
 def test_batches_are_sampled_from_the_current_model(tmp_path: Path) -> None:
     """What the step gets are the model's own answers; an update makes them more likely."""
     graphdef, adapter, frozen = split(MODEL.build(nnx.Rngs(0)))
@@ -91,7 +101,7 @@ def test_batches_are_sampled_from_the_current_model(tmp_path: Path) -> None:
         data,
         cadence=Cadence(steps=6, save_every=0),
         records=Records(log, rate, progress=False),
-        save=lambda *_: None,
+        checkpoints=Nowhere(),
     )
     log.close()
     assert [number for number, _ in asked] == list(range(6))

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
+from tiny_config import CONFIG
 
 from qlora_jax.errors import CheckpointError
-from qlora_jax.train import TrainState, adamw, host_offload, init_state
+from qlora_jax.models import ModelSpec
+from qlora_jax.models.llama import llama_config
+from qlora_jax.nn import MeshShape, data_mesh, mesh_context
+from qlora_jax.nn.parallel import put_adapter
+from qlora_jax.peft import LoRA
+from qlora_jax.train import TrainState, adamw, create_state, host_offload, init_state, optimizer, split
 from qlora_jax.train.state_store import StateStore, latest_step
 
 POSITION = {"epoch": 1, "batch": 2, "data": {"seed": 0, "checksum": 2**32 - 1, "packing": True}}
@@ -53,6 +61,11 @@ def open_store(tmp_path: Path) -> Iterator[Callable[..., StateStore]]:
         store.close()
 
 
+def save(store: StateStore, step: int, state: Any = None, position: dict[str, Any] = POSITION) -> None:
+    store.save(step, make_state(step) if state is None else state, position)
+    store.wait()
+
+
 def assert_same(found: TrainState, expected: TrainState) -> None:
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -65,7 +78,7 @@ def assert_same(found: TrainState, expected: TrainState) -> None:
 def test_what_is_saved_comes_back(open_store: Callable[..., StateStore], offload: bool) -> None:
     """The bits, the types and the memories, in a store opened anew; the template's values do not matter."""
     state = make_state(5, offload=offload)
-    open_store().save(5, state, POSITION)
+    save(open_store(), 5, state)
     store = open_store()
     assert store.latest_step() == 5
     restored, position = store.restore(make_state(9, offload=offload))
@@ -77,7 +90,7 @@ def test_what_is_saved_comes_back(open_store: Callable[..., StateStore], offload
 
 def test_the_state_of_another_choice_of_offload_is_an_error(open_store: Callable[..., StateStore]) -> None:
     """In host memory each layer's state is one by itself; a run goes on with the options that it began with."""
-    open_store().save(5, make_state(5, offload=True), POSITION)
+    save(open_store(), 5, make_state(5, offload=True))
     with pytest.raises(CheckpointError, match="step 5 is of another run"):
         open_store().restore(make_state(0, offload=False))
 
@@ -86,7 +99,7 @@ def test_the_newest_are_kept(open_store: Callable[..., StateStore], tmp_path: Pa
     store = open_store(keep=2)
     assert store.latest_step() is None
     for step in (3, 6, 9, 12):
-        store.save(step, make_state(step), POSITION)
+        save(store, step)
     kept = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()]
     assert sorted(kept, key=int) == ["9", "12"]
     assert int(open_store().restore(make_state())[0].step) == 12
@@ -100,7 +113,7 @@ def test_none_is_an_error(open_store: Callable[..., StateStore]) -> None:
 def test_other_shapes_types_and_leaves_are_an_error(open_store: Callable[..., StateStore]) -> None:
     """All of them in one message."""
     state = make_state(5)
-    open_store().save(5, state, POSITION)
+    save(open_store(), 5, state)
     store = open_store()
     with pytest.raises(CheckpointError, match=r"step 5 is of another run") as error:
         store.restore(make_state(width=2))
@@ -116,13 +129,13 @@ def test_other_shapes_types_and_leaves_are_an_error(open_store: Callable[..., St
 
 def test_a_checkpoint_that_is_half_written_is_none(open_store: Callable[..., StateStore], tmp_path: Path) -> None:
     """A kill while Orbax writes leaves a folder under a temporary name: the one before is the newest."""
-    open_store().save(5, make_state(5), POSITION)
+    save(open_store(), 5)
     folder = tmp_path / "checkpoints"
     shutil.copytree(folder / "5", folder / "10.orbax-checkpoint-tmp")
     store = open_store()
     assert store.latest_step() == 5
     assert int(store.restore(make_state())[0].step) == 5
-    store.save(10, make_state(10), POSITION)
+    save(store, 10)
     assert int(open_store().restore(make_state())[0].step) == 10
 
 
@@ -138,12 +151,12 @@ def test_a_failing_write_leaves_what_was_there(
     with monkeypatch.context() as patch:
         patch.setattr(ocp.CheckpointManager, "save", fail)
         with pytest.raises(CheckpointError, match=rf"step 5 \(.*{failure.strerror}.*\); no checkpoint was saved before"):
-            store.save(5, make_state(5), POSITION)
-    store.save(5, make_state(5), POSITION)
+            save(store, 5)
+    save(store, 5)
     with monkeypatch.context() as patch:
         patch.setattr(ocp.CheckpointManager, "save", fail)
         with pytest.raises(CheckpointError, match=rf"step 10 \(.*{failure.strerror}.*\); that of step 5 is intact"):
-            store.save(10, make_state(10), POSITION)
+            save(store, 10)
     restored, _ = open_store().restore(make_state())
     assert_same(restored, make_state(5))
 
@@ -158,13 +171,59 @@ def test_a_disk_that_is_too_small_is_found_before(
 ) -> None:
     """Nothing of the checkpoint is left; without the check before, Orbax leaves a folder."""
     store = open_store()
-    store.save(5, make_state(5), POSITION)
+    save(store, 5)
     usage = collections.namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage(9, 8, 1))
         with pytest.raises(CheckpointError, match=r"step 10 \(it needs [\d,]+ bytes, and 1 are free\); that of step 5 is"):
-            store.save(10, make_state(10), POSITION)
+            save(store, 10)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["5"]
+
+
+def move_between_meshes(folder: Path) -> None:
+    """Save the state of a tiny Llama on one mesh after the other, and restore it on the next; for 8 devices."""
+    spec = ModelSpec(llama_config(CONFIG | {"model_type": "llama"}), None, "none", LoRA(4), "float32", "none")
+    _, adapter, _ = split(spec.build(nnx.Rngs(0)))
+    adapter = jax.tree.map(np.array, adapter)
+    meshes = ("data=2,tensor=4", "fsdp=8", None, "data=2,fsdp=2,tensor=2", "data=8", "data=2,tensor=4")
+    rules = {
+        "adamw8bit": optimizer("adamw8bit", 1e-3),
+        "adafactor": host_offload(optimizer("adafactor", 1e-3), adapter=True),
+    }
+    split_leaves = 0
+    draws = np.random.default_rng(0)
+    for name, tx in rules.items():
+        expected = None
+        for number, text in enumerate(meshes):
+            mesh = None if text is None else data_mesh(MeshShape.parse(text))
+            with mesh_context(mesh):
+                state = create_state(tx, put_adapter(mesh, jax.tree.map(jnp.array, adapter)))
+            store = StateStore(folder / name, keep=2)
+            if expected is None:  # moments that are not zero
+                expected = jax.tree.map(lambda leaf: draws.integers(0, 200, leaf.shape).astype(leaf.dtype), state)
+                state = jax.tree.map(lambda leaf, old: jax.device_put(leaf, old.sharding), expected, state)
+            else:
+                like, (state, _) = state, store.restore(state)
+                assert_same(state, jax.tree.map(lambda leaf, old: jax.device_put(leaf, old.sharding), expected, like))
+            split_leaves += sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
+            save(store, number + 1, state)
+            store.close()
+    assert split_leaves > 0
+
+
+@pytest.mark.integration
+def test_a_checkpoint_is_restored_on_any_mesh(tmp_path: Path) -> None:
+    """8 devices to 1 and back, tensor to fsdp, data to tensor, bit for bit; 8-bit moments, an adapter in host memory.
+
+    `scripts/studies/checkpoint_meshes.py` does more with models that train. (About 9 s of CPU.)
+    """
+    program = "import sys; from pathlib import Path; import test_state_store as t; t.move_between_meshes(Path(sys.argv[1]))"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.integration
@@ -173,7 +232,7 @@ def test_a_write_that_fails_is_one_line(tmp_path: Path) -> None:
     program = (
         "import resource, sys, numpy as np; from pathlib import Path; from qlora_jax.train.state_store import StateStore\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); store = StateStore(Path(sys.argv[1]), keep=1)\n"
-        "try: store.save(1, {str(n): np.random.default_rng(n).random(9_000) for n in range(20)}, {})\n"
+        "try: store.save(1, {str(n): np.random.default_rng(n).random(9_000) for n in range(20)}, {}); store.wait()\n"
         "except ValueError as error: print(error)\n"
     )
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -186,7 +245,7 @@ def test_a_write_that_fails_is_one_line(tmp_path: Path) -> None:
 
 def test_the_position_alone(open_store: Callable[..., StateStore], tmp_path: Path) -> None:
     """It is read without the state, and without a change of the folder."""
-    open_store().save(5, make_state(5), POSITION)
+    save(open_store(), 5)
     (tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp").mkdir()
     store = StateStore(tmp_path / "checkpoints", keep=3, create=False)
     assert store.position() == POSITION
@@ -203,7 +262,7 @@ def test_no_checkpoint_yet(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_an_earlier_version_has_no_checksums(open_store: Callable[..., StateStore], tmp_path: Path) -> None:
     state = make_state(5)
-    open_store().save(5, state, POSITION)
+    save(open_store(), 5, state)
     shutil.rmtree(tmp_path / "checkpoints" / "5" / "checksums")
     store = open_store()
     assert store.position() == POSITION
@@ -216,7 +275,7 @@ def test_a_checkpoint_with_the_earlier_name_of_a_module_comes_back(open_store: C
     values = {"o_proj": jnp.arange(3.0), "query_key_value": jnp.arange(4.0), "z": jnp.arange(5.0)}
     before = {{"query_key_value": "qkv_proj"}.get(name, name): value for name, value in values.items()}
     store = open_store()
-    store.save(1, {"adapter": before}, POSITION)
+    save(store, 1, {"adapter": before})
     for expected in ({"adapter": values}, {"adapter": before}):
         found, _ = store.restore(expected)
         assert jax.tree.structure(found) == jax.tree.structure(expected)
@@ -229,7 +288,7 @@ def test_a_checkpoint_with_the_earlier_name_of_a_module_comes_back(open_store: C
 def test_a_flipped_byte_is_found(open_store: Callable[..., StateStore], tmp_path: Path) -> None:
     """Each file of the checkpoint, in turn: an error that names it, or the values that were saved. (About 4 s of CPU.)"""
     state = make_state(5)
-    open_store().save(5, state, POSITION)
+    save(open_store(), 5, state)
     folder, draws, found = tmp_path / "checkpoints", np.random.default_rng(0), 0
     for path in sorted(path for path in (folder / "5").rglob("*") if path.is_file()):
         before = path.read_bytes()
@@ -249,18 +308,24 @@ def test_a_flipped_byte_is_found(open_store: Callable[..., StateStore], tmp_path
     assert found >= 6
 
 
-def test_a_value_that_changed_is_found_by_its_checksum(open_store: Callable[..., StateStore], tmp_path: Path) -> None:
+def test_a_value_that_changed_is_found_by_its_checksum(
+    open_store: Callable[..., StateStore], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Values of a whole checkpoint under the checksums of another one, as if the files had no checks of their own."""
     store = open_store()
-    store.save(5, make_state(5), POSITION)
-    store.save(10, make_state(10), POSITION | {"batch": 3})
+    save(store, 5)
+    save(store, 10, make_state(10), POSITION | {"batch": 3})
     for item, names in (("state", "adapter.a, adapter.b, opt_state"), ("data", "the position in the data")):
         folder = tmp_path / item
         shutil.copytree(tmp_path / "checkpoints", folder)
         shutil.rmtree(folder / "10" / item)
         shutil.copytree(folder / "5" / item, folder / "10" / item)
-        with pytest.raises(CheckpointError, match=rf"step 10: these are not the values that were saved: {names}.*delete"):
-            open_store(folder=folder).restore(make_state())
+        assert_same(open_store(folder=folder).restore(make_state())[0], make_state(5))
+        [message] = [record.getMessage() for record in caplog.records]
+        assert re.search(
+            rf"step 10: these are not the values that were saved: {names}.*; it is now {folder}/damaged-10", message
+        )
+        caplog.clear()
 
 
 def truncate(path: Path) -> None:
@@ -276,13 +341,15 @@ def scribble(path: Path) -> None:
 # What Orbax leaves behind when one of its reads fails.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [truncate, scribble, Path.unlink])
-def test_a_damaged_checkpoint_is_an_error_that_names_it(
+def test_the_checkpoint_before_takes_the_place_of_a_damaged_one(
     open_store: Callable[..., StateStore], tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     """Every file of it in turn; what can be told from a good one has to be, and nothing else is restored in silence."""
-    open_store().save(5, make_state(5), POSITION)
+    store = open_store()
+    for step in (5, 10):
+        save(store, step)
     folder = tmp_path / "checkpoints"
-    files = sorted(path.relative_to(folder) for path in (folder / "5").rglob("*") if path.is_file())
+    files = sorted(path.relative_to(folder) for path in (folder / "10").rglob("*") if path.is_file())
     assert len(files) > 3
     found = 0
     for number, file in enumerate(files):
@@ -290,28 +357,68 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(
         shutil.copytree(folder, copy)
         damage(copy / file)
         store = open_store(folder=copy)
-        if store.latest_step() is None:
-            found += 1
-            continue
-        try:
-            restored, position = store.restore(make_state())
-        except CheckpointError as error:
-            found += bool(re.search(rf"{copy.name}: cannot restore the checkpoint of step 5: \S", str(error)))
-        else:
-            assert_same(restored, make_state(5))  # a file that is not needed
-            assert position == POSITION
+        restored, position = store.restore(make_state())
+        assert position == POSITION
+        assert_same(restored, make_state(store.latest_step() or 0))
+        assert (copy / "damaged-10").exists() == (store.latest_step() == 5)
+        found += store.latest_step() == 5
     assert found >= 3, "the position, and the metadata and the values of the state"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_damaged_newest_checkpoint_can_be_put_aside(open_store: Callable[..., StateStore], tmp_path: Path) -> None:
-    """The error says which folder to delete; without it the run goes on from the one before."""
+def test_a_damaged_checkpoint_is_put_aside_and_written_anew(
+    open_store: Callable[..., StateStore], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One warning; folders of which half is missing; a store that may change nothing; an error where none is whole."""
+    store, folder = open_store(), tmp_path / "checkpoints"
+    for step in (5, 10, 15):
+        save(store, step)
+    truncate(folder / "10" / "state" / "manifest.ocdbt")
+    shutil.rmtree(folder / "15" / "state")
+    reader = StateStore(folder, keep=3, create=False)
+    assert_same(reader.restore(make_state())[0], make_state(5))
+    reader.close()
+    assert latest_step(folder) == 15
+    caplog.clear()
     store = open_store()
-    for step in (5, 10):
-        store.save(step, make_state(step), POSITION)
-    folder = tmp_path / "checkpoints" / "10"
-    truncate(folder / "state" / "manifest.ocdbt")
-    with pytest.raises(CheckpointError, match=rf"delete {re.escape(str(folder))} to go on from step 5\)$"):
+    assert_same(store.restore(make_state())[0], make_state(5))
+    assert store.latest_step() == 5
+    assert [re.sub(r": .*; it is now", "; it is now", record.getMessage()) for record in caplog.records] == [
+        f"{folder}; it is now {folder}/damaged-{step}, and the one of step 5 is restored." for step in (15, 10)
+    ]
+    save(store, 10)
+    assert_same(open_store().restore(make_state())[0], make_state(10))
+    for path in (folder / "5", folder / "10"):
+        (path / "data" / "metadata").write_text("")
+    with pytest.raises(CheckpointError, match=rf"step 10: .*; all others are damaged, too; delete {folder} to begin anew$"):
         open_store().restore(make_state())
-    shutil.rmtree(folder)
-    assert_same(open_store().restore(make_state())[0], make_state(5))
+    assert latest_step(folder) == 10
+
+
+def test_what_changes_during_a_save_is_not_saved(open_store: Callable[..., StateStore]) -> None:
+    """The buffers of a state are donated to the next step, and the batches go on."""
+    store, state, position = open_store(), make_state(5), {"batch": [2]}
+    expected = jax.tree.map(np.array, state)
+    store.save(5, state, position)
+    jax.block_until_ready(jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)(state))
+    position["batch"][0] = 3
+    store.wait()
+    restored, found = open_store().restore(make_state())
+    assert found == {"batch": [2]}
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+
+
+def test_a_clock_that_jumps_back(
+    open_store: Callable[..., StateStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps order checkpoints, not times."""
+    store = open_store(keep=2)
+    for step in (3, 6, 9):
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda step=step: 2e9 - 1e6 * step)
+            patch.setattr(time, "time_ns", lambda step=step: int((2e9 - 1e6 * step) * 1e9))
+            save(store, step)
+    store = open_store(keep=2)
+    assert_same(store.restore(make_state())[0], make_state(9))
+    save(store, 12)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["12", "9"]

@@ -155,5 +155,6 @@ class Tenant:
     def save(self, values: Any) -> None:
         """Write a checkpoint with the values of the tenant's slot."""
         self.files.store.save(self.step, values, self.run.batches.get_state())
+        self.files.store.wait()
         self.saved = self.step
         self.files.picture.draw(self.files.log.rows)

@@ -133,6 +133,9 @@ class _Tenants:
         self.slots.put(tenant, new_slot(matrices, scale, settings))
         if tenant.saved is not None:
             saved, position = tenant.files.store.restore(self.slots.values(tenant))
+            if tenant.files.store.latest_step() != tenant.saved:  # a damaged checkpoint was put aside
+                tenant.close()
+                tenant.open()  # with the records up to the step of the one before
             if run.batches.get_state() != position:
                 run.batches.set_state(position)
             # A run that is extended has another schedule than when it was saved.
