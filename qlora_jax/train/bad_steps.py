@@ -7,7 +7,7 @@
 
 A loss is a spike if it is above
 
-    m + k * max(d, m / 100)    m: the median of the last 64 good losses, d: their mean distance from m
+    m + k * max(d, m / 100)    m: the median of the last 64 good losses, d: their median distance from m
 
 and at least 16 losses came before. The losses are those of the records, so that a resumed run decides alike.
 """
@@ -68,7 +68,7 @@ class BadStepPolicy:
         if len(last) < LEAST:
             return math.inf
         median = float(np.median(last))
-        deviation = float(np.mean(np.abs(np.asarray(last) - median)))
+        deviation = float(np.median(np.abs(np.asarray(last) - median)))
         return float(np.float32(median + self.spike * max(deviation, abs(median) / 100)))
 
     def step_arguments(self, limit: float) -> tuple[np.float32, ...]:

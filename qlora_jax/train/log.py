@@ -50,11 +50,13 @@ class MetricsLog:
         temporary.replace(self._path)
         self._file = self._path.open("ab", buffering=0)  # a buffer that cannot be written would fail once more at the exit
 
-    def truncate(self, step: int) -> None:
-        """Remove the rows of the steps after this one, which are done again. Listeners have had them already."""
+    def truncate(self, step: int) -> list[dict[str, Any]]:
+        """Remove and return the rows of the steps after this one, which are done again. Listeners have had them already."""
         self._file.close()
+        removed = [row for row in self.rows if row["step"] > step]
         self.rows[:] = [row for row in self.rows if row["step"] <= step]
         self._write_all()
+        return removed
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row to the file and pass it to the listeners.

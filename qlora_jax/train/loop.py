@@ -93,7 +93,7 @@ class Cadence:
     steps: int
     save_every: int
     patience: int = 0
-    bad_steps: BadStepPolicy = BadStepPolicy()
+    bad_steps: BadStepPolicy = field(default_factory=BadStepPolicy)
 
     def exhausted(self, rows: Sequence[dict[str, Any]]) -> bool:
         """Return whether the records say that training has to stop."""
@@ -289,9 +289,10 @@ class _StepMaker:
             with monitor.goodput.phase("starting"):
                 state = self.checkpoints.restore()
             bad, self.saved, self.rollbacks = step, int(state.step), self.rollbacks + 1
-            log.truncate(self.saved)
+            removed = log.truncate(self.saved)
             self._count_skipped()
-            undone.append(f"step {bad}: {problem}")
+            earlier = [note for row in removed for note in row.get("rolled_back", [])]
+            undone = [*earlier, *undone, f"step {bad}: {problem}"]
             _logger.warning(
                 "Step %d: %s; back to the checkpoint of step %d, without the data since.", bad, problem, self.saved
             )

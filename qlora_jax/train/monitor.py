@@ -69,7 +69,7 @@ class Monitor:
     stall: StallWatch | None = None
     profile: ProfiledSteps | None = None
     health_every: float = 0.0
-    _said: float = field(default_factory=time.monotonic)
+    _said: float = field(default_factory=lambda: time.monotonic())
     _steps: int = 0
 
     @contextmanager

@@ -22,7 +22,7 @@ class HealthOptions:
     bad_steps_in_a_row: int = 3
     """Number of bad steps in a row that are skipped, or of rollbacks to one checkpoint; one more stops the run."""
     loss_spike: float = 0.0
-    """A loss is a spike if it is above the median of the last 64 by so many times their mean deviation; 0: never."""
+    """A loss is a spike if it is above the median of the last 64 by so many times their median deviation; 0: never."""
     stall_timeout: float = 1800.0
     """Seconds that a step may take before the stacks of all threads are written to stderr and stalled.txt; 0: any time."""
     stall_exit: bool = False
