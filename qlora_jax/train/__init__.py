@@ -2,6 +2,7 @@
 
 from qlora_jax.errors import DivergedError
 from qlora_jax.train.bad_steps import BAD_STEP_ACTIONS, BadStepAction, BadStepPolicy
+from qlora_jax.train.compiled_programs import keep_compiled_programs
 from qlora_jax.train.cross_entropy import chunked_cross_entropy, token_losses
 from qlora_jax.train.dpo import PAIRS, dpo_loss, with_reference, without_adapter
 from qlora_jax.train.goodput import Goodput
@@ -113,6 +114,7 @@ __all__ = [
     "init_state",
     "jit_eval_step",
     "jit_train_step",
+    "keep_compiled_programs",
     "language_model_loss",
     "language_model_metrics",
     "language_model_objective",
