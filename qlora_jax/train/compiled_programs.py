@@ -2,9 +2,9 @@
 
     <cache folder>/compiled        at most 2 GiB; the programs that were not used for the longest time are deleted first
 
-JAX reads programs from there and runs them. Therefore the folder is the user's own, and others cannot write to it. A user who
-names a folder with JAX_COMPILATION_CACHE_DIR, or switches the cache off with JAX_ENABLE_COMPILATION_CACHE=false, has the last
-word.
+JAX runs the programs that it reads there. Therefore the folder is made so that only its owner can write to it. A user who
+names another folder with JAX_COMPILATION_CACHE_DIR, or switches the cache off with JAX_ENABLE_COMPILATION_CACHE=false, has
+the last word.
 """
 
 import logging

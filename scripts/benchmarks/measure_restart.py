@@ -5,9 +5,9 @@
 
 Method. A run without held-out data is stopped after three steps, each of which it saves. Then it is started again in a new
 process, which restores a checkpoint and makes the next step: with an empty cache of compiled programs (cold), and with that
-of the start before (warm). The process ends as soon as the record of that step is written. The figures are the seconds on the clock and the seconds of all cores, from
-the start of the process on, and the same of the import of JAX and the package alone, which no cache makes shorter. The last
-line of the output is the report as JSON, with the minima over all repeats.
+of the start before (warm). The process ends as soon as the record of that step is written. The figures are the seconds on
+the clock and the seconds of all cores, from the start of the process on, and the same of the import of JAX and the package
+alone, which no cache makes shorter. The last line of the output is the report as JSON, with the minima over all repeats.
 """
 
 import dataclasses
