@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 from qlora_jax.finetune.options.data import DataOptions
+from qlora_jax.finetune.options.health import HealthOptions
 from qlora_jax.finetune.options.lora import LoRAOptions
 from qlora_jax.finetune.options.model import ModelOptions
 from qlora_jax.finetune.options.objective import ObjectiveOptions
@@ -17,6 +18,7 @@ from qlora_jax.finetune.run import finetune
 
 __all__ = [
     "DataOptions",
+    "HealthOptions",
     "LoRAOptions",
     "MethodName",
     "ModelOptions",

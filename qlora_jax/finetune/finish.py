@@ -36,7 +36,7 @@ def finish(trained: TrainedRun) -> Path:
         ConnectionError: the adapter was saved, and not uploaded.
     """
     options = trained.prepared.options
-    with mesh_context(data_mesh(trained.prepared.spec.mesh)):
+    with trained.prepared.goodput.phase("finishing"), mesh_context(data_mesh(trained.prepared.spec.mesh)):
         rows = _measure(trained)
         folder = _save(trained, rows)
         _log_mmlu(trained, rows)
@@ -44,6 +44,8 @@ def finish(trained: TrainedRun) -> Path:
     if options.watch.push_to_hub:
         _logger.info("Uploaded the adapter: %s", upload(folder, options.watch.push_to_hub))
     complete(options)
+    trained.prepared.goodput.write()
+    _logger.info("%s.", trained.prepared.goodput.describe())
     return folder
 
 

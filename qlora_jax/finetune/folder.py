@@ -21,6 +21,7 @@ from qlora_jax.checkpoint.whole_folder import remove_abandoned, temporary_folder
 from qlora_jax.cli import to_dict
 from qlora_jax.errors import OptionError, shortened
 from qlora_jax.finetune.lock import remove_abandoned_lock
+from qlora_jax.finetune.options.health import PROFILE, STALLED, HealthOptions
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.options.run import RunOptions
 from qlora_jax.nn import shape_on
@@ -31,9 +32,11 @@ RECORD = "options.json"
 COMPLETED = "completed"  # the last file that a run makes
 CHECKPOINTS = "checkpoints"
 _LOGS = ("metrics.jsonl", "samples.jsonl")
-_WRITTEN = (*_LOGS, RECORD, "loss.png", "eval_results.json")
+GOODPUT = "goodput.json"
+_WRITTEN = (*_LOGS, RECORD, "loss.png", "eval_results.json", GOODPUT)
 _TEMPORARY = tuple(f".{name}.writing" for name in _WRITTEN)  # one run at a time writes them (lock.py)
 _OWN = ("adapter", "model", "best", CHECKPOINTS, *_LOGS, "tensorboard", "wandb", "eval_results.json", "loss.png", COMPLETED)
+_OWN += (GOODPUT, STALLED, PROFILE)
 # What may be another in a run that resumes: how it goes on and is saved, its length, and how the rows of a step are split.
 _FREE = {
     "run": (
@@ -43,6 +46,7 @@ _FREE = {
     "data": ("show_examples",),
     "tuning": ("save_dtype",),
     "watch": ("mmlu_every", "mmlu_batch_size", "sample_every", "report_to", "push_to_hub", "hub_private"),
+    "health": tuple(field.name for field in dataclasses.fields(HealthOptions)),
 }
 _ROWS = "rows_of_step"  # recorded in the group "run"
 _HELD_OUT = ("held_out_data", "checksum")  # a group and a key of the record, beside the options

@@ -39,7 +39,7 @@ from qlora_jax.finetune.virtual_tokens import first_tokens
 from qlora_jax.models import ModelConfig, ModelSpec, method_for, positions_left
 from qlora_jax.nn import shape_on
 from qlora_jax.peft import Method
-from qlora_jax.train import StepSpec, learning_rate_schedule
+from qlora_jax.train import Goodput, StepSpec, learning_rate_schedule
 
 __all__ = ["PreparedRun", "prepare"]
 
@@ -62,6 +62,7 @@ class PreparedRun:
         initial_tokens: the tokens whose embeddings the virtual tokens start from; None: no such tokens.
         questions: the questions of MMLU; None for none.
         progress: whether to show progress bars.
+        goodput: the time of the run by its causes, from the start of this stage on.
     """
 
     options: Options
@@ -75,6 +76,7 @@ class PreparedRun:
     initial_tokens: np.ndarray | None
     questions: Prompts | None
     progress: bool
+    goodput: Goodput = dataclasses.field(default_factory=Goodput)
 
     @property
     def method(self) -> Method:
@@ -93,6 +95,7 @@ def prepare(options: Options, *, progress: bool = True) -> PreparedRun:
         QLoRAError: options, data or files that cannot be used.
         OSError: files that cannot be read or written.
     """
+    goodput = Goodput()
     options.check()
     shape_on(options.run.mesh_shape, jax.device_count())
     check_unlocked(options.run.output)
@@ -129,6 +132,7 @@ def prepare(options: Options, *, progress: bool = True) -> PreparedRun:
         initial_tokens=initial_tokens,
         questions=questions,
         progress=progress,
+        goodput=goodput,
     )
 
 

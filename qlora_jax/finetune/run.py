@@ -24,6 +24,7 @@ from qlora_jax.finetune.messages import messages_on_stderr
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.prepare import prepare
 from qlora_jax.finetune.training import train
+from qlora_jax.train import keep_compiled_programs
 
 __all__ = ["finetune"]
 
@@ -45,6 +46,7 @@ def finetune(options: Options, *, progress: bool = True) -> Path:
     if not isinstance(options, Options):
         raise OptionError(f"options: expected Options(…), found {options!r}")
     with messages_on_stderr():
+        keep_compiled_programs()
         run = prepare(options, progress=progress)
         with locked(options.run.output):
             claim(options)  # another run may have ended here in the meantime

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.adapters.files import Adapter
-from qlora_jax.finetune.folder import CHECKPOINTS, start
+from qlora_jax.finetune.folder import CHECKPOINTS, GOODPUT, start
 from qlora_jax.finetune.initial_model import load_initial_model
 from qlora_jax.finetune.prepare import PreparedRun
 from qlora_jax.finetune.reporting.callbacks import reporting_callbacks
@@ -94,7 +94,8 @@ def train(run: PreparedRun) -> TrainedRun:
         Interrupted: after Ctrl-C or SIGTERM, once the step is done and saved.
     """
     with closing(_precompile(run)) as precompiled:
-        model, initial_adapter, subtracted = load_initial_model(run)
+        with run.goodput.phase("loading"):
+            model, initial_adapter, subtracted = load_initial_model(run)
         graphdef, adapter, frozen = split(run.spec.objective.prepare(model))
         del model
         _logger.info("%s", _describe(run, adapter, frozen))
@@ -126,6 +127,7 @@ def _precompile(run: PreparedRun) -> Precompiled:
         # A run that resumes trains first.
         evaluate_first=latest_step(run.options.run.output / CHECKPOINTS) is None,
         mesh=data_mesh(run.spec.mesh),
+        loss_limit=run.options.health.on_bad_step == "skip",
     )
 
 
@@ -173,19 +175,21 @@ def _train_adapter(
                 run.batches.set_state(position)
             _logger.info("Resuming %s after step %d of %d.", output, int(state.step), run.steps)
         log = open_files.enter_context(closing(MetricsLog(output / "metrics.jsonl", resume_at=int(state.step))))
-        checkpoints = _Checkpoints(store, best, log, picture)
+        run.goodput.open(output / GOODPUT, log.reached)
+        monitor = open_files.enter_context(closing(run.options.health.monitor(output, run.goodput)))
+        checkpoints = _Checkpoints(store, best, log, picture, step.state)
         checkpoints.save_best(int(state.step), state)
-        cadence = Cadence(run.steps, options.save_every, options.early_stopping_patience)
+        cadence = Cadence(run.steps, options.save_every, options.early_stopping_patience, run.options.health.policy())
         state = train_loop(
-            compile_before_run(step.jit_train(), train_program),
+            compile_before_run(step.jit_train(), train_program, monitor.compiling),
             state,
             frozen,
             _training_data(run, step),
             cadence=cadence,
-            records=Records(log, run.learning_rate, spec.objective.unit, run.progress),
+            records=Records(log, run.learning_rate, spec.objective.unit, run.progress, monitor),
             checkpoints=checkpoints,
             callbacks=[
-                *_evaluation(run, step, compile_before_run(step.jit_eval(), eval_program)),
+                *_evaluation(run, step, compile_before_run(step.jit_eval(), eval_program, monitor.compiling)),
                 *reporting_callbacks(
                     run, lambda state: _model(step, state), log, resume_at=int(state.step), open_files=open_files
                 ),
@@ -205,6 +209,7 @@ class _Checkpoints:
     best: StateStore | None
     log: MetricsLog
     picture: LossPicture
+    like: TrainState
 
     def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
         self.store.save(step, state, position)
@@ -213,6 +218,9 @@ class _Checkpoints:
 
     def wait(self) -> None:
         self.store.wait()
+
+    def restore(self) -> TrainState:
+        return self.store.restore(self.like)[0]
 
     def save_best(self, step: int, state: TrainState) -> None:
         """Save the adapter if this step is the best and is not saved yet.

@@ -1,8 +1,11 @@
 """Training as pure functions of explicit state: losses, optimizers, the step and its description, and the loop around it."""
 
 from qlora_jax.errors import DivergedError
+from qlora_jax.train.bad_steps import BAD_STEP_ACTIONS, BadStepAction, BadStepPolicy
+from qlora_jax.train.compiled_programs import keep_compiled_programs
 from qlora_jax.train.cross_entropy import chunked_cross_entropy, token_losses
 from qlora_jax.train.dpo import PAIRS, dpo_loss, with_reference, without_adapter
+from qlora_jax.train.goodput import Goodput
 from qlora_jax.train.log import MetricsLog, best_evaluation, peak_memory_bytes, perplexity, plot_losses
 from qlora_jax.train.loop import (
     BatchSource,
@@ -23,6 +26,7 @@ from qlora_jax.train.loss import (
     seq2seq_metrics,
     token_log_probabilities,
 )
+from qlora_jax.train.monitor import Monitor, ProfiledSteps
 from qlora_jax.train.objectives import dpo_objective, language_model_objective, seq2seq_objective
 from qlora_jax.train.offload import HostOffload, host_offload
 from qlora_jax.train.optim import (
@@ -46,6 +50,7 @@ from qlora_jax.train.spec import (
     StepSpec,
     build_step,
 )
+from qlora_jax.train.stall import STALLED_EXIT_CODE, StallWatch
 from qlora_jax.train.step import (
     TOKENS,
     LossFunction,
@@ -61,10 +66,14 @@ from qlora_jax.train.step import (
 )
 
 __all__ = [
+    "BAD_STEP_ACTIONS",
     "OPTIMIZERS",
     "PAIRS",
     "SCHEDULES",
+    "STALLED_EXIT_CODE",
     "TOKENS",
+    "BadStepAction",
+    "BadStepPolicy",
     "BatchArray",
     "BatchSource",
     "BatchSpec",
@@ -72,15 +81,19 @@ __all__ = [
     "Callback",
     "Checkpoints",
     "DivergedError",
+    "Goodput",
     "HostOffload",
     "LossFunction",
     "MetricsLog",
+    "Monitor",
     "Optimizer",
     "OptimizerName",
     "OptimizerSpec",
     "Precompiled",
+    "ProfiledSteps",
     "Records",
     "Schedule",
+    "StallWatch",
     "Step",
     "StepObjective",
     "StepSpec",
@@ -101,6 +114,7 @@ __all__ = [
     "init_state",
     "jit_eval_step",
     "jit_train_step",
+    "keep_compiled_programs",
     "language_model_loss",
     "language_model_metrics",
     "language_model_objective",

@@ -40,12 +40,23 @@ class MetricsLog:
         self.rows: list[dict[str, Any]] = [row for row in before if row["step"] <= resume_at] if resume_at > 0 else []
         self.reached = max((row["step"] for row in before), default=-1)
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
-        # Written beside the old file and then moved to its place: no row is lost if the process is killed in between.
-        temporary = path.with_name(f".{path.name}.writing")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        temporary.replace(path)
         self._path = path
-        self._file = path.open("ab", buffering=0)  # a buffer that cannot be written would fail once more at the exit
+        self._write_all()
+
+    def _write_all(self) -> None:
+        # Written beside the old file and then moved to its place: no row is lost if the process is killed in between.
+        temporary = self._path.with_name(f".{self._path.name}.writing")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        temporary.replace(self._path)
+        self._file = self._path.open("ab", buffering=0)  # a buffer that cannot be written would fail once more at the exit
+
+    def truncate(self, step: int) -> list[dict[str, Any]]:
+        """Remove and return the rows of the steps after this one, which are done again. Listeners have had them already."""
+        self._file.close()
+        removed = [row for row in self.rows if row["step"] > step]
+        self.rows[:] = [row for row in self.rows if row["step"] <= step]
+        self._write_all()
+        return removed
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row to the file and pass it to the listeners.

@@ -55,6 +55,24 @@ def _kind(shape: tuple[int, ...]) -> str:
     return HOST if math.prod(shape) >= _LEAST else "device"
 
 
+def chosen(condition: Array, new: Any, old: Any) -> Any:
+    """Return the new tree where a scalar condition holds, else the old one, bit for bit."""
+    return jax.tree.map(lambda one, other: jnp.where(condition, one, other), new, old)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Factor:
+    """What an update needs to know of the whole gradient.
+
+    Attributes:
+        clip: the factor that clips it.
+        allowed: whether the update is done, a bool scalar; None: it always is.
+    """
+
+    clip: Array
+    allowed: Array | None
+
+
 @dataclasses.dataclass(frozen=True)
 class HostOffload:
     """An optimizer with its state in host memory; `host_offload` makes it.
@@ -74,11 +92,17 @@ class HostOffload:
         state = HostState(states, self.tx.rule.init(rest) if rest else None)
         return jax.tree.map(lambda leaf, kind: to_host(leaf) if kind == HOST else leaf, state, memory_kinds(state))
 
-    def apply(self, gradient: Any, state: HostState, params: Any) -> tuple[Any, HostState, Array]:
-        """Return (new parameters, new state, norm of the gradient) of one update."""
+    def apply(
+        self, gradient: Any, state: HostState, params: Any, allowed: Array | None = None
+    ) -> tuple[Any, HostState, Array]:
+        """Return (new parameters, new state, norm of the gradient) of one update.
+
+        If `allowed`, a bool scalar, is false or the norm is not finite, parameters and state stay as they are; None: every
+        update is done.
+        """
         leaves, tree = jax.tree.flatten(params)
         norm = self._norm(jax.tree.leaves(gradient))
-        factor = clip_factor(norm, self.tx.max_grad_norm)
+        factor = _Factor(clip_factor(norm, self.tx.max_grad_norm), None if allowed is None else allowed & jnp.isfinite(norm))
         gradients, other_gradients = _groups(jax.tree.leaves(gradient))
         stacks, rest = _groups(leaves)
         rates, other_rates = _groups(leaves, self.tx.rates(params))
@@ -93,7 +117,7 @@ class HostOffload:
         return tree.unflatten(new), HostState(tuple(state for _, state in done), new_rest), norm
 
     def _stack(
-        self, gradient: Any, state: Any, params: list[Array], factor: Array, rates: list[float]
+        self, gradient: Any, state: Any, params: list[Array], factor: _Factor, rates: list[float]
     ) -> tuple[list[Array], Any]:
         """Return the parameters of a stack and their state after an update, one layer at a time."""
         if self.adapter:
@@ -115,10 +139,13 @@ class HostOffload:
         layers = jnp.arange(params[0].shape[0])
         return jax.lax.scan(change, params, (layers, gradient, state))
 
-    def _update(self, gradient: Any, state: Any, params: Any, factor: Array, rates: list[float]) -> tuple[Any, Any]:
+    def _update(self, gradient: Any, state: Any, params: Any, factor: _Factor, rates: list[float]) -> tuple[Any, Any]:
         gradient, state, params = to_device((gradient, state, params))
-        updates, state = self.tx.rule.update([leaf * factor for leaf in gradient], state, params)
-        params = optax.apply_updates(params, scaled(updates, rates))
+        updates, new_state = self.tx.rule.update([leaf * factor.clip for leaf in gradient], state, params)
+        new = optax.apply_updates(params, scaled(updates, rates))
+        if factor.allowed is not None:
+            new, new_state = chosen(factor.allowed, (new, new_state), (params, state))
+        params, state = new, new_state
         state = jax.tree.map(lambda leaf: to_host(leaf) if _kind(leaf.shape) == HOST else leaf, state)
         return to_host(params) if self.adapter else params, state
 

@@ -10,10 +10,11 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
@@ -61,6 +62,7 @@ def precompile(
     evaluate: bool = False,
     evaluate_first: bool = True,
     mesh: Mesh | None = None,
+    loss_limit: bool = False,
 ) -> Precompiled:
     """Start to compile a run's steps in a thread, and return the programs to come.
 
@@ -74,6 +76,7 @@ def precompile(
         evaluate: whether to compile the evaluation step too.
         evaluate_first: whether the evaluation step is needed before the training step.
         mesh: the devices over which weights and batches are spread; None: one device.
+        loss_limit: whether the training step is given a limit of the loss.
     """
     if jax.default_backend() == "gpu" or spec.optimizer.host_optimizer:
         return Precompiled()
@@ -99,7 +102,8 @@ def precompile(
 
     def compile_training() -> jax.stages.Compiled:
         step = future.result()
-        return compile_program(step.jit_train(), step.state, step.frozen, step.batch)
+        limit = [jax.ShapeDtypeStruct((), jnp.float32)] if loss_limit else []
+        return compile_program(step.jit_train(), step.state, step.frozen, step.batch, *limit)
 
     threads = ThreadPoolExecutor(1, thread_name_prefix="compile")
     future = threads.submit(build)
@@ -110,8 +114,12 @@ def precompile(
     return Precompiled(future, train, evaluation)
 
 
-def compile_before_run(step: Callable[..., Any], precompiled: _Program | None = None) -> Callable[..., Any]:
-    """Return a function that compiles a jitted step before it runs it on a batch, its last argument, of new shapes.
+def compile_before_run(
+    step: Callable[..., Any],
+    precompiled: _Program | None = None,
+    around: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Callable[..., Any]:
+    """Return a function that compiles a jitted step before it runs it on a batch, its third argument, of new shapes.
 
     So the compiler and the program do not need the machine's memory at the same time. A compiler frees some hundred
     megabytes, which the C library would hold; they are returned to the system in between.
@@ -119,13 +127,15 @@ def compile_before_run(step: Callable[..., Any], precompiled: _Program | None = 
     Args:
         step: the jitted step.
         precompiled: the same step, compiled in advance for arguments of the first shapes; None if it is not.
+        around: is entered while the step is compiled, or while a precompiled one is waited for.
     """
     programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def call(*arguments: Any) -> Any:
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments[-1]))
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments[2]))
         if shapes not in programs:
-            programs[shapes] = _program(step, None if programs else precompiled, arguments)
+            with around():
+                programs[shapes] = _program(step, None if programs else precompiled, arguments)
             if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # only glibc has it
                 trim(0)
         return programs[shapes](*arguments)

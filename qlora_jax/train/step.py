@@ -23,7 +23,7 @@ from qlora_jax.errors import OptionError
 from qlora_jax.nn.host import to_device, to_host
 from qlora_jax.nn.mesh import tensor_shards
 from qlora_jax.nn.parallel import adapter_shardings
-from qlora_jax.train.offload import HostOffload, host_add, host_gradient, host_zeros
+from qlora_jax.train.offload import HostOffload, chosen, host_add, host_gradient, host_zeros
 from qlora_jax.train.optim import Optimizer
 
 Transformation = optax.GradientTransformation | Optimizer | HostOffload
@@ -110,6 +110,7 @@ def train_step(
     batch: Batch,
     *,
     unit: Unit = TOKENS,
+    loss_limit: Array | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Return the state after one update, and the metrics of the step.
 
@@ -124,6 +125,8 @@ def train_step(
         frozen: the values of the model that do not train.
         batch: arrays `[micro-batches, b, t]` that `loss_fn` and `unit` read.
         unit: the loss is divided by their number.
+        loss_limit: a float32 scalar. If the loss is above it, or the loss or the gradient is not finite, the adapter and the
+            state of the optimizer stay as they are, and only the step is counted. None: every update is done.
     """
     units = unit.count(batch)
     total = jnp.maximum(units, 1.0)
@@ -143,11 +146,14 @@ def train_step(
     else:
         means, gradient = _device_gradient(loss_of, state.adapter, batch, keys)
 
+    allowed = None if loss_limit is None else jnp.isfinite(means["loss"]) & (means["loss"] <= loss_limit)
     if isinstance(tx, HostOffload):
-        adapter, opt_state, norm = tx.apply(gradient, state.opt_state, state.adapter)
+        adapter, opt_state, norm = tx.apply(gradient, state.opt_state, state.adapter, allowed)
     else:
         updates, opt_state = tx.update(gradient, state.opt_state, state.adapter)
         adapter, norm = optax.apply_updates(state.adapter, updates), optax.tree.norm(gradient)
+        if allowed is not None:
+            adapter, opt_state = chosen(allowed & jnp.isfinite(norm), (adapter, opt_state), (state.adapter, state.opt_state))
     metrics = {**means, "grad_norm": norm, unit.name: units}
     return TrainState(state.step + 1, adapter, opt_state, state.seed), metrics
 
@@ -200,10 +206,16 @@ def jit_train_step(
     *,
     unit: Unit = TOKENS,
     compiler_options: dict[str, str] | None = None,
-) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Array]]]:
-    """Return the jitted step. It donates the old state, and each leaf of the new state has the sharding of the old one."""
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """Return the jitted step. It donates the old state, and each leaf of the new state has the sharding of the old one.
+
+    It may be given a fourth argument, the `loss_limit` of `train_step`.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = partial(train_step, graphdef, tx, loss_fn, unit=unit)
+
+    def step(state: TrainState, frozen: Any, batch: Batch, loss_limit: Array | None = None) -> Any:
+        return train_step(graphdef, tx, loss_fn, state, frozen, batch, unit=unit, loss_limit=loss_limit)
+
     options: Any = compiler_options or None
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_jax.finetune import Options
 
-TIMING = ("tokens_per_second", "peak_memory_bytes")
+TIMING = ("tokens_per_second", "peak_memory_bytes", "goodput")
 
 
 @dataclasses.dataclass(frozen=True)

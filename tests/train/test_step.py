@@ -373,13 +373,13 @@ def test_four_devices_train_as_one_does() -> None:
 
 
 def test_a_step_is_compiled_once_a_shape_before_it_runs(caplog: pytest.LogCaptureFixture) -> None:
-    def add_sum_of(state: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
+    def add_sum_of(state: jax.Array, frozen: None, batch: dict[str, jax.Array]) -> jax.Array:
         return state + batch["x"].sum()
 
     step, state = compile_before_run(jax.jit(add_sum_of)), jnp.zeros(())
     with jax.log_compiles(True):
         for size in (3, 3, 5, 3, 5):
-            state = step(state, {"x": jnp.ones(size)})
+            state = step(state, None, {"x": jnp.ones(size)})
     assert state == 3 + 3 + 5 + 3 + 5
     said = [record.getMessage() for record in caplog.records]
     assert sum("Finished XLA compilation of jit(add_sum_of)" in line for line in said) == 2

@@ -8,6 +8,7 @@ import dataclasses
 from qlora_jax.errors import OptionError
 from qlora_jax.finetune.options.context import ContextOptions
 from qlora_jax.finetune.options.data import DataOptions
+from qlora_jax.finetune.options.health import HealthOptions
 from qlora_jax.finetune.options.lora import LoRAOptions
 from qlora_jax.finetune.options.model import ModelOptions
 from qlora_jax.finetune.options.objective import ObjectiveOptions
@@ -29,6 +30,7 @@ class Options:
     run: RunOptions = dataclasses.field(default_factory=RunOptions)
     objective: ObjectiveOptions = dataclasses.field(default_factory=ObjectiveOptions)
     watch: WatchOptions = dataclasses.field(default_factory=WatchOptions)
+    health: HealthOptions = dataclasses.field(default_factory=HealthOptions)
     tuning: TuningOptions = dataclasses.field(default_factory=TuningOptions)
     context: ContextOptions = dataclasses.field(default_factory=ContextOptions)
 

@@ -130,7 +130,7 @@ def _values(row: dict[str, Any]) -> dict[str, float]:
     """Return the metrics of a row by the names that they have in a tracker."""
     values = {}
     for name, value in row.items():
-        if name == "step":
+        if name == "step" or not isinstance(value, (int, float)):  # words about a bad step
             continue
         prefix, _, rest = name.partition("_")
         values[f"{prefix}/{rest}" if prefix in _PREFIXES else f"train/{name}"] = value

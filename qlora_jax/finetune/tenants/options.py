@@ -20,6 +20,7 @@ import tyro
 
 from qlora_jax.config_file import from_values, read_toml
 from qlora_jax.errors import OptionError
+from qlora_jax.finetune.options.health import HealthOptions
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.options.reporting import WatchOptions
 from qlora_jax.finetune.tenants.rounds import ARRAYS
@@ -153,6 +154,7 @@ def tenant_problems(options: Options) -> Iterator[str]:
         "run.mesh": (options.run.mesh, None),
         "data.chat_template": (options.data.chat_template, None),
         **{f"watch.{field.name}": (getattr(options.watch, field.name), getattr(plain, field.name)) for field in _WATCHED},
+        **{f"health.{f.name}": (getattr(options.health, f.name), f.default) for f in dataclasses.fields(HealthOptions)},
     }
     for name, (found, expected) in refused.items():
         if found != expected:
