@@ -18,7 +18,7 @@ from qlora_jax.finetune.prepare import PreparedRun
 from qlora_jax.finetune.reporting.callbacks import reporting_callbacks
 from qlora_jax.finetune.reporting.picture import LossPicture
 from qlora_jax.models import Model
-from qlora_jax.nn import AttentionTarget, copy_to_device, data_mesh, mesh_context, put_rows
+from qlora_jax.nn import AttentionTarget, copy_to_device, data_mesh, is_main, mesh_context, of_main, put_rows
 from qlora_jax.peft import Subtracted
 from qlora_jax.train import (
     Cadence,
@@ -38,6 +38,7 @@ from qlora_jax.train import (
     split,
 )
 from qlora_jax.train import train as train_loop
+from qlora_jax.train.shared_store import SharedStore, open_store
 from qlora_jax.train.state_store import StateStore, latest_step
 
 __all__ = ["TrainedRun", "train"]
@@ -136,6 +137,7 @@ def _describe(run: PreparedRun, adapter: Any, frozen: Any) -> str:
     return (
         f"{trainable:,} trainable parameters; frozen weights {weights / 2**20:,.0f} MiB; {run.steps} steps of "
         f"{run.options.run.rows_of_step(len(devices))} × {run.objective.row} on {len(devices)} {devices[0].device_kind}"
+        + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
         + (f" ({run.spec.mesh})" if run.spec.mesh is not None else "")
     )
 
@@ -160,13 +162,13 @@ def _train_adapter(
     state = create_state(tx, adapter, options.seed)
     batch, compiler_options = spec.batch_shapes(jax.device_count()), spec.compiler_options()
     step = Step(spec.objective, tx, graphdef, _shapes(state), frozen, batch, compiler_options)
-    start(run.options, run.objective.held_out_checksum)
+    of_main(lambda: start(run.options, run.objective.held_out_checksum))
     train_program, eval_program = precompiled.programs(graphdef)
     with ExitStack() as open_files:
-        best = StateStore(output / "best", keep=1) if options.early_stopping_patience else None
+        best = open_store(output / "best", keep=1) if options.early_stopping_patience else None
         if best is not None:
             open_files.enter_context(closing(best))
-        store = open_files.enter_context(closing(StateStore(output / CHECKPOINTS, keep=options.keep)))
+        store = open_files.enter_context(closing(open_store(output / CHECKPOINTS, keep=options.keep)))
         if store.latest_step() is not None:
             state, position = store.restore(state)
             if run.batches.get_state() != position:  # `prepare` has moved them there
@@ -178,7 +180,8 @@ def _train_adapter(
 
         def save(step: int, state: TrainState, position: dict[str, Any]) -> None:
             checkpoints.save(step, state, position)
-            picture.draw(log.rows)
+            if is_main():
+                picture.draw(log.rows)
 
         cadence = Cadence(run.steps, options.save_every, options.early_stopping_patience)
         state = train_loop(
@@ -206,8 +209,8 @@ def _train_adapter(
 class _Checkpoints:
     """The checkpoints of a run, and with early stopping the best adapter so far beside them."""
 
-    store: StateStore
-    best: StateStore | None
+    store: StateStore | SharedStore
+    best: StateStore | SharedStore | None
     log: MetricsLog
 
     def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
@@ -271,7 +274,7 @@ def _evaluation(run: PreparedRun, step: Step, eval_step: Callable[..., Any]) -> 
     return (evaluation(options.eval_every, evaluate),)
 
 
-def _best_adapter(run: PreparedRun, best: StateStore, state: TrainState, stopped: bool) -> Any:
+def _best_adapter(run: PreparedRun, best: StateStore | SharedStore, state: TrainState, stopped: bool) -> Any:
     """Return the adapter with the lowest held-out loss, and say which step it is from."""
     adapter, _ = best.restore(state.adapter)
     if stopped:

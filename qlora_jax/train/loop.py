@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from qlora_jax.errors import DivergedError
 from qlora_jax.interrupts import Interrupted, deferred
+from qlora_jax.nn.hosts import any_process
 from qlora_jax.train.log import MetricsLog, best_evaluation, peak_memory_bytes
 from qlora_jax.train.step import TOKENS, TrainState, Unit
 
@@ -185,7 +186,7 @@ def train(
             state, values, speed = _run_step(step_fn, state, frozen, data)
             _check_finite(step, values, saved)
             row = records.row(step, values, tokens_per_second=speed)
-            last, interrupt = step == cadence.steps, signals.number is not None
+            last, interrupt = step == cadence.steps, any_process(signals.number) is not None
             for callback in callbacks:
                 stopping = cadence.patience > 0 and cadence.exhausted([*log.rows, row])
                 if last or stopping or _due(step, callback.every):
@@ -200,8 +201,9 @@ def train(
             bar.update()
             if exhausted or interrupt:
                 break
-    if signals.number is not None:  # also one that arrived while the last step was saved
-        raise Interrupted(f"stopped after step {step}, which is saved", signals.number)
+    number = any_process(signals.number)  # also one that arrived while the last step was saved
+    if number is not None:
+        raise Interrupted(f"stopped after step {step}, which is saved", number)
     return state
 
 

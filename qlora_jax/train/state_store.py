@@ -58,9 +58,20 @@ class StateStore:
         Raises:
             CheckpointError: a file in the folder is damaged.
         """
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, enable_async_checkpointing=False)
+        # Of several processes one alone has the store (`shared_store`), and waits for no others.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix=folder.name
+        )
+        several = jax.process_count() > 1
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=create and not several,  # Orbax would make the folder together with the other processes
+            enable_async_checkpointing=False,
+            **({"multiprocessing_options": alone} if several else {}),
+        )
         self._folder = folder
         if create:
+            folder.mkdir(parents=True, exist_ok=True)
             self._remove_unfinished()
         try:
             with _without_tracebacks():
