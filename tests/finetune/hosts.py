@@ -1,97 +1,197 @@
 """Trains a tiny model in one process and in several processes over loopback, and compares.
 
     python tests/finetune/hosts.py --processes 2 4 --steps 20
+    python tests/finetune/hosts.py --processes 2 --steps 20 --stop 1     stopped at half in 2 processes, ends in 1
+    python tests/finetune/hosts.py --kill                                a process is killed in mid-run, or stops to answer
 
 Every run has 4 virtual devices of a CPU in all, the same options and the same data. One process is the reference. Reported
 are, for each number of processes and each mesh:
 
-    start      whether the first checkpoint's adapter, before any step has changed it much, is that of the reference (step 1)
+    start      whether the part of every device of the loaded weights and of the initial adapter has the same bytes
+    rows       whether the devices of all processes together have the rows of an epoch's batches as one process has them,
+               and each row of the data exactly once
     loss       the largest relative difference of a loss, over all steps and evaluations
     adapter    the norm of the difference of the saved adapters, divided by the norm of the adapter
-    rows       whether each row of an epoch was on the devices of exactly one process for each part of the mesh, and the
-               global batches were those of the reference
-    resumed    the same for a run that is stopped at half by SIGTERM to one process, and goes on in `--then` processes
 
-The last line is JSON; the exit code is 1 if a loss or an adapter differs by more than 1e-5.
+With `--stop N` the run is stopped at half by SIGTERM to one process, and the same command ends it in N processes. The last
+line is JSON; the exit code is 1 if the parts or rows differ, or a loss or an adapter by more than 1e-5. Each process is a
+fork of this one, which has imported everything and has not started JAX yet.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import traceback
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-ROOT = Path(__file__).resolve().parents[2]
-DEVICES = 4
-TIMEOUT = 600
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+FOLDER = Path(tempfile.mkdtemp(prefix="hosts-"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(FOLDER / "compiled"))  # read when JAX is imported
+os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import datasets  # noqa: E402, F401
+import jax  # noqa: E402
+import transformers  # noqa: E402, F401
+from safetensors.numpy import load_file  # noqa: E402
+from tiny_models import write_tiny_llama  # noqa: E402
+
+from qlora_jax.checkpoint.load import load_model  # noqa: E402
+from qlora_jax.checkpoint.open import open_checkpoint  # noqa: E402
+from qlora_jax.cluster import HostOptions, join  # noqa: E402
+from qlora_jax.commands import train  # noqa: E402
+from qlora_jax.data import Example, batches  # noqa: E402
+from qlora_jax.nn import MeshShape, data_mesh, put_rows  # noqa: E402
+from qlora_jax.peft import LoRA  # noqa: E402
+from qlora_jax.train import split  # noqa: E402
+
+DEVICES, EXAMPLES, TIMEOUT = 4, 10, 600.0
+MESHES = ("fsdp=4", "data=2,tensor=2")
 
 
-def environment(devices: int, **more: str) -> dict[str, str]:
-    """Return the environment of a process with so many virtual devices."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | more
+@dataclasses.dataclass
+class Process:
+    """A fork of this program.
+
+    Attributes:
+        pid: its number.
+        log: the file of all that it prints.
+        code: its exit code, negative for a signal; None while it runs.
+    """
+
+    pid: int
+    log: Path
+    code: int | None = None
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
 
 
-def free_port() -> int:
-    """Return a port of this machine that is free."""
+def start(function: Callable[[Sequence[str]], int], processes: int, folder: Path) -> list[Process]:
+    """Call a function with the flags of `train.py` that join the processes, in so many forks, and return these."""
+    folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def launch(arguments: Sequence[str], processes: int, *, devices: int = DEVICES, hosts: Sequence[str] = ()) -> list[Any]:
-    """Start `train.py` in so many processes, which share the devices, and return them."""
-    address, started = f"127.0.0.1:{free_port()}", []
+        address = f"127.0.0.1:{found.getsockname()[1]}"
+    started = []
     for number in range(processes):
-        flags = ["--coordinator-address", address, "--num-processes", str(processes), "--process-id", str(number), *hosts]
-        started.append(
-            subprocess.Popen(
-                [sys.executable, str(ROOT / "scripts/train.py"), *arguments, *(flags if processes > 1 else [])],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=environment(devices // processes),
-            )
-        )
+        flags = ["--coordinator-address", address, "--num-processes", str(processes), "--process-id", str(number)]
+        log = folder / f"log-{processes}-{number}"
+        sys.stdout.flush()
+        if (pid := os.fork()) == 0:
+            _run(function, flags if processes > 1 else [], DEVICES // processes, log)
+        started.append(Process(pid, log))
     return started
 
 
-def ended(started: Sequence[Any], timeout: float = TIMEOUT) -> list[tuple[int, str]]:
-    """Wait for processes and return their exit codes and what they printed; they are killed after the timeout."""
-    end, found = time.monotonic() + timeout, []
+def _run(function: Callable[[Sequence[str]], int], flags: Sequence[str], devices: int, log: Path) -> None:
+    code = 70
+    try:
+        with log.open("wb") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        code = function(flags)
+        if jax.distributed.is_initialized():
+            jax.distributed.shutdown()  # as JAX does at the exit
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(started: Sequence[Process], timeout: float = TIMEOUT) -> list[int]:
+    """Wait for processes and return their exit codes; those that still run after the timeout are killed."""
+    end = time.monotonic() + timeout
+    while any(process.poll() is None for process in started) and time.monotonic() < end:
+        time.sleep(0.05)
     for process in started:
-        try:
-            text, _ = process.communicate(timeout=max(0.1, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            text = f"{process.communicate()[0]}\nkilled after {timeout} s"
-        found.append((process.returncode, text))
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            while process.poll() is None:
+                time.sleep(0.05)
+    return [process.code or 0 for process in started]
+
+
+def finished(started: Sequence[Process]) -> None:
+    """Wait for processes; raise AssertionError with what they printed if one fails."""
+    codes = wait(started)
+    assert not any(codes), "\n".join([str(codes), *(process.log.read_text(errors="replace")[-3000:] for process in started)])
+
+
+def arguments_of(model: Path, data: Path, steps: int, mesh: str) -> list[str]:
+    """Return the options of a run, without its folder."""
+    run = ["--model", str(model), "--data", str(data), "--max-length", "64", "--rank", "4", "--learning-rate", "1e-3"]
+    more = ["--eval-every", "10", "--save-every", "5", "--batch-size", "1", "--samples", "0", "--no-memory-check"]
+    return [*run, *more, "--max-steps", str(steps), "--mesh", mesh]
+
+
+def write_data(path: Path) -> Path:
+    """Write 40 questions with answers of several lengths."""
+    colours = ("red", "green", "blue", "black", "white")
+    rows = [{"question": f"{number}?", "answer": colours[number % 5] * (1 + number % 3)} for number in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_parts(flags: Sequence[str], model: Path, mesh_text: str, folder: Path) -> int:
+    """Write what the devices of this process have of the loaded model, and of the batches of an epoch of 10 rows."""
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    if given:
+        join(HostOptions("auto", *[kind(given[name]) for name, kind in zip(given, (str, int, int), strict=True)]))
+    mesh = data_mesh(MeshShape.parse(mesh_text))
+    assert mesh is not None
+    places = {device: place for place, device in enumerate(mesh.devices.flat)}
+    loaded = load_model(open_checkpoint(str(model)), method=LoRA(rank=4), mesh=mesh, progress=False)
+    _, adapter, frozen = split(loaded)
+    found: dict[str, Any] = {"parts": {}, "rows": {}}
+    for path, leaf in jax.tree_util.tree_leaves_with_path((adapter, frozen)):
+        for shard in leaf.addressable_shards:
+            name = f"{jax.tree_util.keystr(path)} of {places[shard.device]}"
+            found["parts"][name] = zlib.crc32(np.ascontiguousarray(shard.data).tobytes())
+    mask = np.ones(4, np.uint8)
+    examples = [Example(np.array([number, 1, 2, 3], np.int32), mask) for number in range(EXAMPLES)]
+    for step, batch in enumerate(batches(examples, batch_size=4, length=8, pad_id=-1, epochs=1)):
+        inputs = put_rows(mesh, batch["inputs"])
+        for shard in inputs.addressable_shards:
+            found["rows"][f"{step} of {places[shard.device]}"] = np.asarray(shard.data)[:, 0].tolist()
+    (folder / f"parts-{given.get('--process-id', 'one')}.json").write_text(json.dumps(found), encoding="utf-8")
+    return 0
+
+
+def parts_of(model: Path, mesh: str, processes: int, folder: Path) -> dict[str, Any]:
+    """Return the parts of all devices, as so many processes have them together."""
+    finished(start(lambda flags: write_parts(flags, model, mesh, folder), processes, folder))
+    found: dict[str, Any] = {"parts": {}, "rows": {}}
+    for path in sorted(folder.glob("parts-*.json")):
+        for kind, values in json.loads(path.read_text(encoding="utf-8")).items():
+            assert not values.keys() & found[kind].keys(), "two processes have the same device"
+            found[kind] |= values
     return found
 
 
-def write_data(folder: Path) -> str:
-    """Write 40 questions with answers of several lengths."""
-    path, colours = folder / "colours.jsonl", ("red", "green", "blue", "black", "white")
-    rows = [{"question": f"{number}?", "answer": colours[number % 5] * (1 + number % 3)} for number in range(40)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def arguments_of(model: Path, data: str, steps: int, mesh: str) -> list[str]:
-    """Return the options of a run, without its folder."""
-    run = ["--model", str(model), "--data", data, "--max-length", "64", "--rank", "4", "--learning-rate", "1e-3"]
-    return [*run, "--max-steps", str(steps), "--eval-every", "10", "--save-every", "5", "--mesh", mesh, "--batch-size", "1"]
+def each_row_once(rows: dict[str, list[int]], mesh: str) -> bool:
+    """Return whether the devices have each row of the data once, or once for each device of a tensor axis; padding aside."""
+    seen = sorted(row for part in rows.values() for row in part if row >= 0)
+    return seen == sorted([*range(EXAMPLES)] * MeshShape.parse(mesh).tensor)
 
 
 def rows_of(output: Path) -> list[dict[str, Any]]:
@@ -111,18 +211,93 @@ def differences(one: Path, other: Path) -> dict[str, float]:
     return {"loss": float(np.abs(losses[1] / losses[0] - 1).max()), "adapter": float(np.sqrt(distance / norm))}
 
 
-def train(arguments: Sequence[str], output: Path, processes: int) -> None:
-    """Run to the end; raise AssertionError with the output if a process fails."""
-    found = ended(launch([*arguments, "--output", str(output)], processes))
-    assert all(code == 0 for code, _ in found), "\n".join(text for _, text in found)
+def run(arguments: Sequence[str], processes: int, output: Path, more: Sequence[str] = ()) -> list[Process]:
+    """Start `train.py` in so many processes."""
+    whole = [*arguments, "--output", str(output), *more]
+    return start(lambda flags: train.main([*whole, *flags]), processes, output.parent / f"{output.name}-logs")
 
 
-def stop_at_half(arguments: Sequence[str], output: Path, processes: int, steps: int) -> list[int]:
-    """Run until half the steps are done, send SIGTERM to the last process, and return the exit codes of all."""
-    started = launch([*arguments, "--output", str(output)], processes)
+def after_step(step: int, started: Sequence[Process], output: Path, act: Callable[[Process], None]) -> None:
+    """Do something to the last process as soon as a step is in the log."""
     while all(process.poll() is None for process in started):
-        if (output / "metrics.jsonl").exists() and any(row["step"] >= steps // 2 for row in rows_of(output)):
-            started[-1].send_signal(signal.SIGTERM)
-            break
+        if (output / "metrics.jsonl").exists() and any(row["step"] >= step for row in rows_of(output)):
+            act(started[-1])
+            return
         time.sleep(0.02)
-    return [code for code, _ in ended(started)]
+
+
+def stop(process: Process) -> None:
+    """Ask a process to stop."""
+    os.kill(process.pid, signal.SIGTERM)
+
+
+def lines(process: Process) -> list[str]:
+    """Return the lines that a process printed, without bars and what the collectives of CPUs say."""
+    text = process.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+    return [line for line in text.splitlines() if line.strip() and "Gloo] Rank" not in line]
+
+
+def compare(given: argparse.Namespace) -> dict[str, Any]:
+    """Print and return the differences of every mesh and number of processes from one process."""
+    model, data, found = write_tiny_llama(FOLDER / "model"), write_data(FOLDER / "data.jsonl"), {}
+    for mesh in given.meshes:
+        place = FOLDER / mesh
+        arguments = arguments_of(model, data, given.steps, mesh)
+        expected = parts_of(model, mesh, 1, place / "parts-1")
+        finished(run(arguments, 1, place / "one"))
+        for count in given.processes:
+            parts, output = parts_of(model, mesh, count, place / f"parts-{count}"), place / f"run-{count}"
+            row = {"start": parts["parts"] == expected["parts"]}
+            row["rows"] = parts["rows"] == expected["rows"] and each_row_once(parts["rows"], mesh)
+            started = run(arguments, count, output)
+            if given.stop:
+                after_step(given.steps // 2, started, output, stop)
+                row["stopped"] = wait(started)
+                row["saved"] = max(int(path.name) for path in (output / "checkpoints").glob("[0-9]*"))
+                started = run(arguments, given.stop, output)
+            finished(started)
+            found[f"{mesh} in {count}"] = row = row | differences(place / "one", output)
+            print(f"{mesh:18} {count} processes  " + "  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    return found
+
+
+def kill(given: argparse.Namespace) -> dict[str, Any]:
+    """Print and return how the other processes end when the last one is killed, or no longer answers."""
+    model, data, found = write_tiny_llama(FOLDER / "model"), write_data(FOLDER / "data.jsonl"), {}
+    for name, number in (("killed", signal.SIGKILL), ("stopped", signal.SIGSTOP)):
+        output = FOLDER / name
+        flags = ("--heartbeat-timeout", str(given.heartbeat))
+        started = run(arguments_of(model, data, 100_000, "fsdp=4"), given.processes[0], output, flags)
+        after_step(2, started, output, lambda process, number=number: os.kill(process.pid, number))
+        begun = time.monotonic()
+        codes = wait(started[:-1], 60 + 3 * given.heartbeat)
+        seconds = time.monotonic() - begun
+        os.kill(started[-1].pid, signal.SIGKILL)
+        wait(started[-1:])
+        found[name] = {"codes": codes, "seconds": round(seconds, 1), "last line": lines(started[0])[-1][:200]}
+        print(f"{name:8} " + "  ".join(f"{key} {value}" for key, value in found[name].items()), flush=True)
+    return found
+
+
+def main() -> int:
+    """Run the comparison and return its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, nargs="+", default=[2], choices=(2, 4))
+    parser.add_argument("--meshes", nargs="+", default=list(MESHES))
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument(
+        "--stop", type=int, default=0, help="processes that end the run that was stopped; 0: none is stopped"
+    )
+    parser.add_argument("--kill", action="store_true")
+    parser.add_argument("--heartbeat", type=int, default=10)
+    given = parser.parse_args()
+    found = kill(given) if given.kill else compare(given)
+    print(json.dumps(found))
+    if given.kill:
+        return 0 if all(all(code not in (0, -signal.SIGKILL) for code in row["codes"]) for row in found.values()) else 1
+    right = all(row["start"] and row["rows"] and max(row["loss"], row["adapter"]) <= 1e-5 for row in found.values())
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
