@@ -58,7 +58,7 @@ def put(value: Any, sharding: Sharding | None) -> Array:
 
 
 def to_numpy(value: Any) -> np.ndarray:
-    """Return an array of any devices on the host. If it is split over several processes, every one of them must call this."""
+    """Return an array of any devices on the host. If it is split over processes, all of them call this."""
     if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
         assert isinstance(value.sharding, NamedSharding)
         value = put(value, NamedSharding(value.sharding.mesh, PartitionSpec()))

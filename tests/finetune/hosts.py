@@ -4,7 +4,7 @@
     python tests/finetune/hosts.py --processes 2 --steps 20 --stop 1     stopped at half in 2 processes, ends in 1
     python tests/finetune/hosts.py --kill                                a process is killed in mid-run, or stops to answer
 
-Every run has 4 virtual devices of a CPU in all, the same options and the same data. One process is the reference. Reported
+Every run has 4 virtual devices of a CPU in all (`--devices`), the same options and the same data. One process is the reference. Reported
 are, for each number of processes and each mesh:
 
     start      whether the part of every device of the loaded weights and of the initial adapter has the same bytes
@@ -57,7 +57,7 @@ from qlora_jax.nn import MeshShape, data_mesh, put_rows  # noqa: E402
 from qlora_jax.peft import LoRA  # noqa: E402
 from qlora_jax.train import split  # noqa: E402
 
-DEVICES, EXAMPLES, TIMEOUT = 4, 10, 600.0
+EXAMPLES, TIMEOUT = 10, 600.0
 MESHES = ("fsdp=4", "data=2,tensor=2")
 
 
@@ -83,7 +83,7 @@ class Process:
         return self.code
 
 
-def start(function: Callable[[Sequence[str]], int], processes: int, folder: Path) -> list[Process]:
+def start(function: Callable[[Sequence[str]], int], processes: int, folder: Path, devices: int) -> list[Process]:
     """Call a function with the flags of `train.py` that join the processes, in so many forks, and return these."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as found:
@@ -95,7 +95,7 @@ def start(function: Callable[[Sequence[str]], int], processes: int, folder: Path
         log = folder / f"log-{processes}-{number}"
         sys.stdout.flush()
         if (pid := os.fork()) == 0:
-            _run(function, flags if processes > 1 else [], DEVICES // processes, log)
+            _run(function, flags if processes > 1 else [], devices // processes, log)
         started.append(Process(pid, log))
     return started
 
@@ -140,7 +140,19 @@ def finished(started: Sequence[Process]) -> None:
 def arguments_of(model: Path, data: Path, steps: int, mesh: str) -> list[str]:
     """Return the options of a run, without its folder."""
     run = ["--model", str(model), "--data", str(data), "--max-length", "64", "--rank", "4", "--learning-rate", "1e-3"]
-    more = ["--eval-every", "10", "--save-every", "5", "--batch-size", "1", "--samples", "0", "--no-memory-check"]
+    more = [
+        "--eval-every",
+        "10",
+        "--held-out",
+        "0.2" if steps >= 10 else "0",
+        "--save-every",
+        "5",
+        "--batch-size",
+        "1",
+        "--samples",
+        "0",
+        "--no-memory-check",
+    ]
     return [*run, *more, "--max-steps", str(steps), "--mesh", mesh]
 
 
@@ -177,9 +189,9 @@ def write_parts(flags: Sequence[str], model: Path, mesh_text: str, folder: Path)
     return 0
 
 
-def parts_of(model: Path, mesh: str, processes: int, folder: Path) -> dict[str, Any]:
+def parts_of(model: Path, mesh: str, processes: int, folder: Path, devices: int) -> dict[str, Any]:
     """Return the parts of all devices, as so many processes have them together."""
-    finished(start(lambda flags: write_parts(flags, model, mesh, folder), processes, folder))
+    finished(start(lambda flags: write_parts(flags, model, mesh, folder), processes, folder, devices))
     found: dict[str, Any] = {"parts": {}, "rows": {}}
     for path in sorted(folder.glob("parts-*.json")):
         for kind, values in json.loads(path.read_text(encoding="utf-8")).items():
@@ -211,10 +223,10 @@ def differences(one: Path, other: Path) -> dict[str, float]:
     return {"loss": float(np.abs(losses[1] / losses[0] - 1).max()), "adapter": float(np.sqrt(distance / norm))}
 
 
-def run(arguments: Sequence[str], processes: int, output: Path, more: Sequence[str] = ()) -> list[Process]:
+def run(arguments: Sequence[str], processes: int, output: Path, devices: int) -> list[Process]:
     """Start `train.py` in so many processes."""
-    whole = [*arguments, "--output", str(output), *more]
-    return start(lambda flags: train.main([*whole, *flags]), processes, output.parent / f"{output.name}-logs")
+    whole = [*arguments, "--output", str(output)]
+    return start(lambda flags: train.main([*whole, *flags]), processes, output.parent / f"{output.name}-logs", devices)
 
 
 def after_step(step: int, started: Sequence[Process], output: Path, act: Callable[[Process], None]) -> None:
@@ -243,18 +255,18 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     for mesh in given.meshes:
         place = FOLDER / mesh
         arguments = arguments_of(model, data, given.steps, mesh)
-        expected = parts_of(model, mesh, 1, place / "parts-1")
-        finished(run(arguments, 1, place / "one"))
+        expected = parts_of(model, mesh, 1, place / "parts-1", given.devices)
+        finished(run(arguments, 1, place / "one", given.devices))
         for count in given.processes:
-            parts, output = parts_of(model, mesh, count, place / f"parts-{count}"), place / f"run-{count}"
+            parts, output = parts_of(model, mesh, count, place / f"parts-{count}", given.devices), place / f"run-{count}"
             row = {"start": parts["parts"] == expected["parts"]}
             row["rows"] = parts["rows"] == expected["rows"] and each_row_once(parts["rows"], mesh)
-            started = run(arguments, count, output)
+            started = run(arguments, count, output, given.devices)
             if given.stop:
                 after_step(given.steps // 2, started, output, stop)
                 row["stopped"] = wait(started)
                 row["saved"] = max(int(path.name) for path in (output / "checkpoints").glob("[0-9]*"))
-                started = run(arguments, given.stop, output)
+                started = run(arguments, given.stop, output, given.devices)
             finished(started)
             found[f"{mesh} in {count}"] = row = row | differences(place / "one", output)
             print(f"{mesh:18} {count} processes  " + "  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
@@ -267,7 +279,8 @@ def kill(given: argparse.Namespace) -> dict[str, Any]:
     for name, number in (("killed", signal.SIGKILL), ("stopped", signal.SIGSTOP)):
         output = FOLDER / name
         flags = ("--heartbeat-timeout", str(given.heartbeat))
-        started = run(arguments_of(model, data, 100_000, "fsdp=4"), given.processes[0], output, flags)
+        arguments = [*arguments_of(model, data, 100_000, f"fsdp={given.devices}"), *flags]
+        started = run(arguments, given.processes[0], output, given.devices)
         after_step(2, started, output, lambda process, number=number: os.kill(process.pid, number))
         begun = time.monotonic()
         codes = wait(started[:-1], 60 + 3 * given.heartbeat)
@@ -284,6 +297,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[2], choices=(2, 4))
     parser.add_argument("--meshes", nargs="+", default=list(MESHES))
+    parser.add_argument("--devices", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument(
         "--stop", type=int, default=0, help="processes that end the run that was stopped; 0: none is stopped"
