@@ -1,11 +1,11 @@
 """Trains a tiny model in one process and in several processes over loopback, and compares.
 
     python tests/finetune/hosts.py --processes 2 4 --steps 20
-    python tests/finetune/hosts.py --processes 2 --steps 20 --stop 1     stopped at half in 2 processes, ends in 1
-    python tests/finetune/hosts.py --kill                                a process is killed in mid-run, or stops to answer
+    python tests/finetune/hosts.py --processes 2 --steps 20 --stop 1    stopped at half in 2 processes, ends in 1
+    python tests/finetune/hosts.py --kill                               a process is killed in mid-run, or stops to answer
 
-Every run has 4 virtual devices of a CPU in all (`--devices`), the same options and the same data. One process is the reference. Reported
-are, for each number of processes and each mesh:
+Every run has 4 virtual devices of a CPU in all (`--devices`), the same options and the same data. One process is the
+reference. Reported are, for each number of processes and each mesh:
 
     start      whether the part of every device of the loaded weights and of the initial adapter has the same bytes
     rows       whether the devices of all processes together have the rows of an epoch's batches as one process has them,
@@ -138,22 +138,22 @@ def finished(started: Sequence[Process]) -> None:
 
 
 def arguments_of(model: Path, data: Path, steps: int, mesh: str) -> list[str]:
-    """Return the options of a run, without its folder."""
-    run = ["--model", str(model), "--data", str(data), "--max-length", "64", "--rank", "4", "--learning-rate", "1e-3"]
-    more = [
-        "--eval-every",
-        "10",
-        "--held-out",
-        "0.2" if steps >= 10 else "0",
-        "--save-every",
-        "5",
-        "--batch-size",
-        "1",
-        "--samples",
-        "0",
-        "--no-memory-check",
-    ]
-    return [*run, *more, "--max-steps", str(steps), "--mesh", mesh]
+    """Return the options of a run, without its folder. Short ones hold nothing out."""
+    values = {
+        "model": model,
+        "data": data,
+        "max-length": 64,
+        "rank": 4,
+        "learning-rate": 1e-3,
+        "held-out": 0.2 if steps >= 10 else 0,
+        "eval-every": 10,
+        "save-every": 5,
+        "batch-size": 1,
+        "samples": 0,
+        "max-steps": steps,
+        "mesh": mesh,
+    }
+    return ["--no-memory-check", *(text for name, value in values.items() for text in (f"--{name}", str(value)))]
 
 
 def write_data(path: Path) -> Path:
