@@ -125,7 +125,7 @@ def _precompile(run: PreparedRun) -> Precompiled:
         run.learning_rate,
         evaluate=run.objective.held_out is not None,
         # A run that resumes trains first.
-        evaluate_first=latest_step(run.options.run.output / CHECKPOINTS) is None,
+        evaluate_first=of_main(lambda: latest_step(run.options.run.output / CHECKPOINTS) is None),
         mesh=data_mesh(run.spec.mesh),
     )
 
