@@ -7,6 +7,7 @@
       UnsupportedError   a model architecture, a method or a device that is not supported here
       DoesNotFitError    a run that needs more memory than there is
       DivergedError      a loss or a gradient that is NaN or infinite
+      HostError          another process of the same run that has failed or ended
 
 Each message names the place, what was expected there and what was found.
 """
@@ -19,6 +20,7 @@ __all__ = [
     "DataError",
     "DivergedError",
     "DoesNotFitError",
+    "HostError",
     "OptionError",
     "QLoRAError",
     "UnsupportedError",
@@ -78,6 +80,10 @@ class DoesNotFitError(QLoRAError):
 
 class DivergedError(QLoRAError):
     """The loss or the gradient became NaN or infinite."""
+
+
+class HostError(QLoRAError):
+    """Another process of the same run has failed or ended, or was started differently."""
 
 
 def list_names(names: Sequence[str]) -> str:

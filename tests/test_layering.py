@@ -16,6 +16,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "cache_folder": frozenset(),
     "interrupts": frozenset(),
+    "cluster": frozenset(),
     **{name: frozenset(LAYERS[:index]) for index, name in enumerate(LAYERS)},
     "checkpoint": _BELOW_MODELS | {"models", "interrupts"},
     "platforms": frozenset(),
@@ -28,10 +29,10 @@ ALLOWED: dict[str, frozenset[str]] = {
     "serve": _BELOW_MODELS | {"data"},
     "plan": _BELOW_MODELS | {"models", "train", "serve"},
     "finetune": frozenset(LAYERS)
-    | {"cli", "config_file", "interrupts", "renamed_options", "data", "train", "evaluate", "serve", "plan"},
+    | {"cli", "cluster", "config_file", "interrupts", "renamed_options", "data", "train", "evaluate", "serve", "plan"},
     "api": frozenset(LAYERS) | {"data", "train", "serve"},
     "commands": frozenset(LAYERS)
-    | {"cli", "interrupts", "platforms", "data", "train", "evaluate", "serve", "plan", "finetune"},
+    | {"cli", "cluster", "interrupts", "platforms", "data", "train", "evaluate", "serve", "plan", "finetune"},
     "__init__": frozenset(LAYERS) | {"api", "platforms", "data", "train", "evaluate", "serve", "finetune"},
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))

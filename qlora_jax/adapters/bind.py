@@ -18,6 +18,7 @@ from qlora_jax.adapters.virtual_tokens import fill_prompt, prompt_tensors, write
 from qlora_jax.adapters.weight_init import converted_from, to_plain_lora
 from qlora_jax.errors import OptionError
 from qlora_jax.models import T5, Model
+from qlora_jax.nn import put, to_numpy
 from qlora_jax.peft import LoRA, Subtracted
 
 __all__ = ["adapter_tensors", "load_adapter", "metadata_of", "save_adapter"]
@@ -37,7 +38,7 @@ def adapter_tensors(model: Model) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for name, place in places_of(model).items():
         if place.path not in values:
-            values[place.path] = np.asarray(jax.device_get(variable_at(model, place.path).get_value()), np.float32)
+            values[place.path] = to_numpy(variable_at(model, place.path).get_value()).astype(np.float32, copy=False)
         tensors[name] = np.ascontiguousarray(place.read(values[place.path]) + place.of_base(model))
     if not tensors:
         raise OptionError("expected a model with an adapter, found none: was it made with method=None?")
@@ -159,5 +160,5 @@ def load_adapter(model: AnyModel, folder: str | Path | Adapter) -> AnyModel:
         filled[place.path][place.index] = change.T if place.transposed else change
     for path, new in filled.items():
         value = variables[path].get_value()
-        variables[path].set_value(jax.device_put(new, value.sharding) if isinstance(value, jax.Array) else jnp.asarray(new))
+        variables[path].set_value(put(new, value.sharding) if isinstance(value, jax.Array) else jnp.asarray(new))
     return nnx.merge(graph, state, frozen)

@@ -17,7 +17,7 @@ import numpy as np
 from qlora_jax.adapters.names import PREFIX, rows_name, tensor_name
 from qlora_jax.models import CausalLM, Model, ParameterMapping, linear_mappings
 from qlora_jax.models.trainable import EMBEDDING, HEAD, TIED_HEAD, names_module
-from qlora_jax.nn import Linear
+from qlora_jax.nn import Linear, to_numpy
 from qlora_jax.peft import AdapterModule, module_matches
 from qlora_jax.quant import MixedStack, PackedEmbedding, QuantizedTensor, dequantize, embedding_lookup
 
@@ -57,11 +57,11 @@ class Place:
             return np.float32(self.offset)
         value = variable_at(model, self.base).get_value()
         if self.linear:
-            found = np.asarray(jax.device_get(dense_matrix(value, *self.base_index[:1])), np.float32)
+            found = to_numpy(dense_matrix(value, *self.base_index[:1])).astype(np.float32, copy=False)
             return found.T if self.transposed else found
         packed = isinstance(value, PackedEmbedding)  # of a packed embedding only rows can be trained
         found = embedding_lookup(value, jnp.asarray(self.base_index)) if packed else value[self.base_index]
-        found = np.asarray(jax.device_get(found), np.float32)
+        found = to_numpy(found).astype(np.float32, copy=False)
         return found.T if self.transposed else found
 
 

@@ -19,6 +19,7 @@ import safetensors.numpy
 from flax import nnx
 
 from qlora_jax.errors import CheckpointError
+from qlora_jax.nn import put, to_numpy
 from qlora_jax.peft import Method, Prompt, PromptMethod
 from qlora_jax.peft.prompt import EMBEDDING, EMBEDDINGS, attribute_of
 
@@ -39,14 +40,14 @@ TOLERANCE = 1e-3  # between the values that an encoder makes here and those in t
 
 def prompt_tensors(prompt: Prompt) -> dict[str, np.ndarray]:
     """Return the float32 tensors of adapter_model.safetensors."""
-    return {EMBEDDINGS: np.asarray(jax.device_get(prompt()), np.float32)}
+    return {EMBEDDINGS: to_numpy(prompt()).astype(np.float32, copy=False)}
 
 
 def encoder_tensors(prompt: Prompt) -> dict[str, np.ndarray]:
     """Return the float32 parameters of the encoder; empty where the values themselves are trained."""
     if prompt.names == (EMBEDDING,):
         return {}
-    values = {name: jax.device_get(getattr(prompt, attribute_of(name))[...]) for name in prompt.names}
+    values = {name: to_numpy(getattr(prompt, attribute_of(name))[...]) for name in prompt.names}
     return {name: np.ascontiguousarray(value, np.float32) for name, value in values.items()}
 
 
@@ -115,7 +116,7 @@ def fill_prompt(model: Any, tensors: Mapping[str, np.ndarray], encoder: Mapping[
         variable = getattr(filled.prompt, attribute_of(name))
         old = variable.get_value()
         new = tensor.astype(np.float32)
-        value = jax.device_put(new, old.sharding) if isinstance(old, jax.Array) else jnp.asarray(new)
+        value = put(new, old.sharding) if isinstance(old, jax.Array) else jnp.asarray(new)
         setattr(filled.prompt, attribute_of(name), nnx.LoRAParam(value))
     return filled
 

@@ -2,6 +2,9 @@
 
 A tensor is in host memory once, and on the device once beside the result. The buffers of the result are donated from one
 write to the next, so that they are never copied.
+
+On a mesh of several processes each of them reads and quantises every tensor on a device of its own, since the scales of a
+matrix are quantised all together, and writes the parts of its devices into the buffers.
 """
 
 import dataclasses
@@ -13,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from qlora_jax.checkpoint.checkpoint import Checkpoint
 from qlora_jax.checkpoint.initialize import Rewrite, Rewritten
 from qlora_jax.models import ParameterMapping
-from qlora_jax.nn import frozen_sharding, frozen_shardings, laid_out
+from qlora_jax.nn import frozen_sharding, frozen_shardings, laid_out, put
 from qlora_jax.quant import (
     MixedStack,
     PackedEmbedding,
@@ -70,14 +73,16 @@ def _fill(
 ) -> Filled:
     """Return the filled value of a stack of these tensors."""
     insert = _insert_dense
-    if isinstance(value, QuantizedTensor):
+    if not jax.tree.leaves(value)[0].is_fully_addressable:
+        insert = _insert_own_part
+    elif isinstance(value, QuantizedTensor):
         insert = _insert_quantized if value.parts == 1 else _insert_in_parts
     not_finite: list[str] = []
     records: dict[str, Rewritten] = {}
     for layer, name in enumerate(names):
         if name in checkpoint.quantized and isinstance(value, QuantizedTensor) and checkpoint.read_quantized is not None:
             one = _in_parts(dataclasses.replace(checkpoint.read_quantized(name), dtype=value.dtype), value.parts)
-            value = jax.block_until_ready(_write_quantized(value, one, layer))
+            value = jax.block_until_ready(_write_one(value, _of_layer(one, value), layer))
             bar.update()
             continue
         tensor, dtype = _to_device(checkpoint.read(name))
@@ -103,7 +108,7 @@ def fill_dense(checkpoint: Checkpoint, mapping: ParameterMapping, abstract: Any,
     """Return the dense value of a mapping that is not stacked; `abstract` gives its dtype and shape."""
     tensor, dtype = _to_device(checkpoint.read(mapping.name))
     value, finite = _convert(tensor, dtype, abstract.dtype)
-    value = jax.device_put(value, frozen_shardings(mesh, mapping.path, abstract))
+    value = put(value, frozen_shardings(mesh, mapping.path, abstract))
     bar.update()
     return Filled(value, [] if bool(finite) else [mapping.name], {})
 
@@ -111,7 +116,8 @@ def fill_dense(checkpoint: Checkpoint, mapping: ParameterMapping, abstract: Any,
 def fill_embedding(checkpoint: Checkpoint, name: str, abstract: PackedEmbedding, mesh: Mesh | None, bar: tqdm) -> Filled:
     """Return a packed embedding or head. The device never holds more than some of its rows dense."""
     tensor = checkpoint.read(name)
-    value, finite = empty_embedding(abstract, partial(_zeros_of, mesh)), True
+    own = None if mesh is not None and mesh.is_multi_process else mesh  # each process packs all of it, and puts its parts
+    value, finite = empty_embedding(abstract, partial(_zeros_of, own)), True
     for start in range(0, len(tensor), _EMBEDDING_ROWS):
         rows, dtype = _to_device(tensor[start : start + _EMBEDDING_ROWS])
         value, all_finite = jax.block_until_ready(_put_rows(value, rows, start, dtype=dtype))
@@ -119,7 +125,7 @@ def fill_embedding(checkpoint: Checkpoint, name: str, abstract: PackedEmbedding,
     bar.update()
     if isinstance(value, QuantizedTensor):  # scales are quantised all together
         value = jax.jit(with_double_quantization)(value)
-    value = jax.tree.map(lambda leaf: jax.device_put(leaf, frozen_sharding(mesh, leaf.shape)), value)
+    value = jax.tree.map(lambda leaf: put(leaf, frozen_sharding(mesh, leaf.shape)), value)
     return Filled(value, [] if finite else [name], {})
 
 
@@ -183,7 +189,29 @@ def _insert_in_parts(stacked: QuantizedTensor, tensor: Array, layer: int, dtype:
     # Two programs: in the one that writes, which is for all devices, XLA would reshard the matrix several times to pack it.
     matrix, finite = _convert(tensor.T if transposed else tensor, dtype, None)
     one = quantize(matrix, stacked.data_type, stacked.block_size, stacked.double_quantized, stacked.dtype)
-    return _write_quantized(stacked, _in_parts(one, stacked.parts), layer), finite
+    return _write_one(stacked, _in_parts(one, stacked.parts), layer), finite
+
+
+def _insert_own_part(stacked: Any, tensor: Array, layer: int, dtype: Any, transposed: bool) -> tuple[Any, Array]:
+    """Insert the parts of this process's devices. The matrix, and what is made of it, is on one device of the process."""
+    packed = isinstance(stacked, QuantizedTensor)
+    one, finite = _convert(tensor.T if transposed else tensor, dtype, None if packed else stacked.dtype)
+    if packed:
+        one = quantize(one, stacked.data_type, stacked.block_size, stacked.double_quantized, stacked.dtype)
+        one = _in_parts(one, stacked.parts)
+    return _write_one(stacked, _of_layer(one, stacked), layer), finite
+
+
+def _of_layer(one: Any, stacked: Any) -> Any:
+    """Return the values of a layer with the shardings that they have in a stack on the devices of several processes."""
+
+    def place(leaf: Array, all_: Array) -> Array:
+        if all_.is_fully_addressable:
+            return leaf
+        assert isinstance(all_.sharding, NamedSharding)
+        return put(leaf, NamedSharding(all_.sharding.mesh, PartitionSpec(*all_.sharding.spec[1:])))
+
+    return jax.tree.map(place, one, stacked)
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -193,7 +221,7 @@ def _matrix(tensor: Array, dtype: Any) -> Array:
 
 
 @partial(jax.jit, donate_argnums=0)
-def _write_quantized(stacked: QuantizedTensor, one: QuantizedTensor, layer: int) -> QuantizedTensor:
+def _write_one(stacked: Any, one: Any, layer: int) -> Any:
     return _write(stacked, one, layer)
 
 

@@ -17,7 +17,7 @@ from jax import Array
 
 from qlora_jax.errors import OptionError
 from qlora_jax.models import Model, linear_mappings
-from qlora_jax.nn import Linear
+from qlora_jax.nn import Linear, put
 from qlora_jax.peft import LoRA, LowRankAdapter, Method, Subtracted, module_matches
 from qlora_jax.peft.initialization import pissa_iterations, qr_update
 from qlora_jax.peft.loftq import loftq
@@ -100,7 +100,7 @@ def with_initial_adapter(model: AnyModel, records: Mapping[str, Rewritten]) -> A
                 rank = pair[0].shape[1]
                 values[0][layer, :, :rank], values[1][layer, :rank] = pair
         for variable, value in zip((a, b), values, strict=True):
-            variable.set_value(jax.device_put(value, variable.get_value().sharding))
+            variable.set_value(put(value, variable.get_value().sharding))
     return nnx.merge(graph, state, frozen)
 
 

@@ -13,7 +13,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
+from qlora_jax.cluster import detect
 from qlora_jax.interrupts import end_while_importing
+
+_SEVERAL_PROCESSES = ("train", "plan")  # a run over all of them; and the compilers, which start no devices
 
 __all__ = ["COMMANDS", "choose", "main", "run_script"]
 
@@ -36,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the name of the program; `sys.argv` if None.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
+    if given and not _may_start(given[0]):
+        return 1
     return choose(COMMANDS, given, program="qlora-jax", package="qlora_jax.commands")
 
 
@@ -63,7 +68,18 @@ def choose(commands: Mapping[str, str], arguments: Sequence[str], *, program: st
 
 def run_script(name: str) -> int:
     """Run a command with the arguments of this process, as scripts/NAME.py does, and return its exit code."""
-    return _module(f"qlora_jax.commands.{name}").main()
+    return _module(f"qlora_jax.commands.{name}").main() if _may_start(name) else 1
+
+
+def _may_start(name: str) -> bool:
+    """Return whether a command may start; print the reason where a launcher has started several processes of it.
+
+    They would each do the same work and write to the same files, and on a TPU slice wait for each other.
+    """
+    if name not in COMMANDS or name in _SEVERAL_PROCESSES or (cluster := detect()) is None:
+        return True
+    print(f"error: {name}: expected one process, found {cluster}; only train runs over several processes", file=sys.stderr)
+    return False
 
 
 def _module(name: str) -> ModuleType:

@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
 from qlora_jax.errors import DataError
 from qlora_jax.models import Model, linear_mappings
-from qlora_jax.nn import AdapterConstant, Linear, WeightConstant, abstract_module
+from qlora_jax.nn import AdapterConstant, Linear, WeightConstant, abstract_module, put, to_numpy
 from qlora_jax.peft import LoRA, LowRankAdapter
 from qlora_jax.peft.eva import EVA, InputStatistics, converged, tokens_seen, unit_directions
 from qlora_jax.train import LossFunction
@@ -75,10 +74,10 @@ def start_from_inputs(
         layer, watch = _at(model, mapping.path[:-1]), _at(found, mapping.path[:-1]).adapter
         adapter = layer.adapter if isinstance(layer, Linear) else None
         if isinstance(adapter, LowRankAdapter) and isinstance(watch, InputStatistics):
-            a = np.array(jnp.swapaxes(unit_directions(watch.directions[...]), -1, -2))
+            a = to_numpy(jnp.swapaxes(unit_directions(watch.directions[...]), -1, -2)).copy()
             for number, rank in enumerate(adapter.spec.ranks):
                 a[number, :, rank:] = 0
-            adapter.lora_a.set_value(jax.device_put(a, adapter.lora_a.get_value().sharding))
+            adapter.lora_a.set_value(put(a, adapter.lora_a.get_value().sharding))
     return model
 
 

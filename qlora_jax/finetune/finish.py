@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qlora_jax.adapters.bind import load_adapter
+from qlora_jax.adapters.bind import adapter_tensors, load_adapter
 from qlora_jax.finetune.folder import complete, replace_file
 from qlora_jax.finetune.objectives.answers import show_answers
 from qlora_jax.finetune.reporting import mmlu
 from qlora_jax.finetune.reporting.card import Card, write_card
 from qlora_jax.finetune.reporting.hub import upload
-from qlora_jax.finetune.saving import save_trained
+from qlora_jax.finetune.saving import folder_of, save_trained
 from qlora_jax.finetune.training import TrainedRun
 from qlora_jax.models import Model
-from qlora_jax.nn import data_mesh, mesh_context
+from qlora_jax.nn import data_mesh, is_main, mesh_context, of_main, several, together
 from qlora_jax.train import TOKENS, Unit, perplexity, without_adapter
 
 __all__ = ["finish"]
@@ -35,18 +35,39 @@ def finish(trained: TrainedRun) -> Path:
         CheckpointError: files that cannot be written.
         ConnectionError: the adapter was saved, and not uploaded.
     """
-    options = trained.prepared.options
     with trained.prepared.goodput.phase("finishing"), mesh_context(data_mesh(trained.prepared.spec.mesh)):
+        if several():
+            return _finish_several(trained)
         rows = _measure(trained)
         folder = _save(trained, rows)
         _log_mmlu(trained, rows)
         _show_answers(trained)
+    _publish(trained, folder)
+    return folder
+
+
+def _finish_several(trained: TrainedRun) -> Path:
+    """Let process 0 save, while the others give their parts of what is split over processes. Nothing is generated."""
+    folder = folder_of(trained.prepared)
+    with together():
+        if is_main():
+            _save(trained, _measure(trained))
+        else:
+            adapter_tensors(trained.model)  # as process 0 does to save them
+    if trained.prepared.objective.prompts or trained.prepared.objective.score is not None:
+        _logger.info("No answers are generated in a run of several processes; generate.py does so with the adapter.")
+    of_main(lambda: _publish(trained, folder))
+    return folder
+
+
+def _publish(trained: TrainedRun, folder: Path) -> None:
+    """Upload what was saved, if that is asked for, mark the run as finished, and say where its time went."""
+    options, goodput = trained.prepared.options, trained.prepared.goodput
     if options.watch.push_to_hub:
         _logger.info("Uploaded the adapter: %s", upload(folder, options.watch.push_to_hub))
     complete(options)
-    trained.prepared.goodput.write()
-    _logger.info("%s.", trained.prepared.goodput.describe())
-    return folder
+    goodput.write()
+    _logger.info("%s.", goodput.describe())
 
 
 def _save(trained: TrainedRun, rows: list[dict[str, Any]]) -> Path:
@@ -76,7 +97,7 @@ def _measure(trained: TrainedRun) -> list[dict[str, Any]]:
     if objective.held_out is None or not evaluated:  # none where metrics.jsonl was lost
         return rows
     before, after = _held_out_metrics(evaluated, best=options.early_stopping_patience > 0)
-    if objective.score is not None and not options.predict_with_generate:
+    if objective.score is not None and not options.predict_with_generate and not several():
         after |= {f"eval_{name}": value for name, value in objective.score(trained.model).items()}
     replace_file(options.output / "eval_results.json", json.dumps(after, indent=2) + "\n")
     _logger.info("%s", _compare(before, after, run.spec.objective.unit))

@@ -19,6 +19,7 @@ import jax
 
 from qlora_jax.checkpoint.whole_folder import remove_abandoned, temporary_folder
 from qlora_jax.cli import to_dict
+from qlora_jax.cluster import HostOptions
 from qlora_jax.errors import OptionError, shortened
 from qlora_jax.finetune.lock import remove_abandoned_lock
 from qlora_jax.finetune.options.health import PROFILE, STALLED, HealthOptions
@@ -45,6 +46,7 @@ _FREE = {
     ),
     "data": ("show_examples",),
     "tuning": ("save_dtype",),
+    "hosts": tuple(field.name for field in dataclasses.fields(HostOptions)),
     "watch": ("mmlu_every", "mmlu_batch_size", "sample_every", "report_to", "push_to_hub", "hub_private"),
     "health": tuple(field.name for field in dataclasses.fields(HealthOptions)),
 }
@@ -165,6 +167,7 @@ def record_of(options: Options) -> dict[str, Any]:
     record = to_dict(options)
     for name in ("output", "overwrite", "memory_check"):
         del record["run"][name]
+    del record["hosts"]
     record["run"][_ROWS] = options.run.rows_of_step(jax.device_count())
     return record
 

@@ -121,10 +121,10 @@ def _less_on_the_host(spec: StepSpec[ModelSpec]) -> Iterator[Choice]:
 def memory_limit() -> int | None:
     """Return the bytes that each device may use, or None if they are unknown; on a CPU its share of the free memory."""
     if jax.default_backend() != "cpu":
-        stats = jax.devices()[0].memory_stats() or {}
+        stats = jax.local_devices()[0].memory_stats() or {}
         return stats.get("bytes_limit")
     available = available_memory()
-    return None if available is None else available // jax.device_count()
+    return None if available is None else available // jax.local_device_count()
 
 
 def available_memory() -> int | None:

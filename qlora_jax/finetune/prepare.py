@@ -37,7 +37,7 @@ from qlora_jax.finetune.sources import check_sources
 from qlora_jax.finetune.step import batch_spec, step_spec
 from qlora_jax.finetune.virtual_tokens import first_tokens
 from qlora_jax.models import ModelConfig, ModelSpec, method_for, positions_left
-from qlora_jax.nn import shape_on
+from qlora_jax.nn import is_main, several, shape_on
 from qlora_jax.peft import Method
 from qlora_jax.train import Goodput, StepSpec, learning_rate_schedule
 
@@ -97,9 +97,12 @@ def prepare(options: Options, *, progress: bool = True) -> PreparedRun:
     """
     goodput = Goodput()
     options.check()
+    if several():
+        options.check_several_processes()
     shape_on(options.run.mesh_shape, jax.device_count())
-    check_unlocked(options.run.output)
-    claim(options)
+    if is_main():
+        check_unlocked(options.run.output)
+        claim(options)
     check_sources(options.data)
     pretrained, spec = _open(options)
     config, method, tokenizer = pretrained.checkpoint.model_config, method_of(pretrained), pretrained.tokenizer
@@ -116,7 +119,8 @@ def prepare(options: Options, *, progress: bool = True) -> PreparedRun:
     batches = objective.training(options.run.rows_of_step(jax.device_count()))
     steps = count_steps(options, batches)
     learning_rate = _learning_rate(options, pretrained, steps)
-    find_position(options, batches, steps, objective.held_out_checksum)
+    if is_main():  # the others follow it, once all of them are prepared (run.py)
+        find_position(options, batches, steps, objective.held_out_checksum)
     check_prompts(options, objective.prompts)
     if options.run.memory_check:
         check_memory(spec)

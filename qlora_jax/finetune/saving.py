@@ -16,13 +16,19 @@ from qlora_jax.adapters.files import Adapter
 from qlora_jax.checkpoint.tokenizer import save_tokenizer
 from qlora_jax.checkpoint.whole_folder import TOKENIZER_FILES, whole_folder, writing_errors
 from qlora_jax.export.merge import MergedDtype, merge
+from qlora_jax.finetune.prepare import PreparedRun
 from qlora_jax.finetune.training import TrainedRun
 from qlora_jax.peft import FullFineTuning
 
-__all__ = ["save_trained"]
+__all__ = ["folder_of", "save_trained"]
 
 
 _MODEL_FILES = frozenset({"config.json", "README.md", "model.safetensors", *TOKENIZER_FILES})
+
+
+def folder_of(run: PreparedRun) -> Path:
+    """Return the folder of the adapter of a run, or of its model."""
+    return run.options.run.output / ("model" if run.method.is_full else "adapter")
 
 
 def save_trained(trained: TrainedRun, write_card: Callable[[Path], None]) -> Path:
@@ -36,7 +42,7 @@ def save_trained(trained: TrainedRun, write_card: Callable[[Path], None]) -> Pat
         CheckpointError: the files could not be written.
     """
     run = trained.prepared
-    folder = run.options.run.output / ("model" if run.method.is_full else "adapter")
+    folder = folder_of(run)
     with writing_errors(folder):
         if run.method.is_full:
             _save_model(trained, folder, write_card)

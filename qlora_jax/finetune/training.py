@@ -18,7 +18,7 @@ from qlora_jax.finetune.prepare import PreparedRun
 from qlora_jax.finetune.reporting.callbacks import reporting_callbacks
 from qlora_jax.finetune.reporting.picture import LossPicture
 from qlora_jax.models import Model
-from qlora_jax.nn import AttentionTarget, copy_to_device, data_mesh, mesh_context, put_rows
+from qlora_jax.nn import AttentionTarget, copy_to_device, data_mesh, is_main, mesh_context, of_main, put_rows
 from qlora_jax.peft import Subtracted
 from qlora_jax.train import (
     Cadence,
@@ -38,6 +38,7 @@ from qlora_jax.train import (
     split,
 )
 from qlora_jax.train import train as train_loop
+from qlora_jax.train.shared_store import SharedStore, open_store
 from qlora_jax.train.state_store import StateStore, latest_step
 
 __all__ = ["TrainedRun", "train"]
@@ -125,7 +126,7 @@ def _precompile(run: PreparedRun) -> Precompiled:
         run.learning_rate,
         evaluate=run.objective.held_out is not None,
         # A run that resumes trains first.
-        evaluate_first=latest_step(run.options.run.output / CHECKPOINTS) is None,
+        evaluate_first=of_main(lambda: latest_step(run.options.run.output / CHECKPOINTS) is None),
         mesh=data_mesh(run.spec.mesh),
         loss_limit=run.options.health.on_bad_step == "skip",
     )
@@ -138,6 +139,7 @@ def _describe(run: PreparedRun, adapter: Any, frozen: Any) -> str:
     return (
         f"{trainable:,} trainable parameters; frozen weights {weights / 2**20:,.0f} MiB; {run.steps} steps of "
         f"{run.options.run.rows_of_step(len(devices))} × {run.objective.row} on {len(devices)} {devices[0].device_kind}"
+        + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
         + (f" ({run.spec.mesh})" if run.spec.mesh is not None else "")
     )
 
@@ -162,20 +164,21 @@ def _train_adapter(
     state = create_state(tx, adapter, options.seed)
     batch, compiler_options = spec.batch_shapes(jax.device_count()), spec.compiler_options()
     step = Step(spec.objective, tx, graphdef, _shapes(state), frozen, batch, compiler_options)
-    start(run.options, run.objective.held_out_checksum)
+    of_main(lambda: start(run.options, run.objective.held_out_checksum))
     train_program, eval_program = precompiled.programs(graphdef)
     with ExitStack() as open_files:
-        best = StateStore(output / "best", keep=1) if options.early_stopping_patience else None
+        best = open_store(output / "best", keep=1) if options.early_stopping_patience else None
         if best is not None:
             open_files.enter_context(closing(best))
-        store = open_files.enter_context(closing(StateStore(output / CHECKPOINTS, keep=options.keep)))
+        store = open_files.enter_context(closing(open_store(output / CHECKPOINTS, keep=options.keep)))
         if store.latest_step() is not None:
             state, position = store.restore(state)
             if run.batches.get_state() != position:  # `prepare` has moved them there
                 run.batches.set_state(position)
             _logger.info("Resuming %s after step %d of %d.", output, int(state.step), run.steps)
         log = open_files.enter_context(closing(MetricsLog(output / "metrics.jsonl", resume_at=int(state.step))))
-        run.goodput.open(output / GOODPUT, log.reached)
+        if is_main():
+            run.goodput.open(output / GOODPUT, log.reached)
         monitor = open_files.enter_context(closing(run.options.health.monitor(output, run.goodput)))
         checkpoints = _Checkpoints(store, best, log, picture, step.state)
         checkpoints.save_best(int(state.step), state)
@@ -205,8 +208,8 @@ def _train_adapter(
 class _Checkpoints:
     """The checkpoints of a run, with early stopping the best adapter so far beside them, and the picture of the losses."""
 
-    store: StateStore
-    best: StateStore | None
+    store: StateStore | SharedStore
+    best: StateStore | SharedStore | None
     log: MetricsLog
     picture: LossPicture
     like: TrainState
@@ -214,7 +217,8 @@ class _Checkpoints:
     def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
         self.store.save(step, state, position)
         self.save_best(step, state)
-        self.picture.draw_now_and_then(self.log.rows)
+        if is_main():
+            self.picture.draw_now_and_then(self.log.rows)
 
     def wait(self) -> None:
         self.store.wait()
@@ -281,7 +285,7 @@ def _evaluation(run: PreparedRun, step: Step, eval_step: Callable[..., Any]) -> 
     return (evaluation(options.eval_every, evaluate),)
 
 
-def _best_adapter(run: PreparedRun, best: StateStore, state: TrainState, stopped: bool) -> Any:
+def _best_adapter(run: PreparedRun, best: StateStore | SharedStore, state: TrainState, stopped: bool) -> Any:
     """Return the adapter with the lowest held-out loss, and say which step it is from."""
     adapter, _ = best.restore(state.adapter)
     if stopped:

@@ -13,6 +13,7 @@ from qlora_jax.nn.context import LayerContext
 from qlora_jax.nn.delta import Delta, add_delta
 from qlora_jax.nn.embedding import Embedding, VocabularyMatrix
 from qlora_jax.nn.host import HostArray, copy_to_device, fetch_to_device
+from qlora_jax.nn.hosts import any_process, check_same, is_main, main_bytes, of_main, put, several, to_numpy, together
 from qlora_jax.nn.linear import AdapterConstant, Linear, LinearAdapter, MakesAdapter, ReadsWeight, WeightConstant
 from qlora_jax.nn.mesh import MeshShape, context_mesh, data_mesh, mesh_context, row_shards, shape_on
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
@@ -60,10 +61,12 @@ __all__ = [
     "abstract_module",
     "activate",
     "add_delta",
+    "any_process",
     "attention_target",
     "biased_attention",
     "cached_attention",
     "causal_attention",
+    "check_same",
     "checkpoint_name",
     "context_mesh",
     "copy_to_device",
@@ -73,9 +76,13 @@ __all__ = [
     "frozen_shardings",
     "gather",
     "glu",
+    "is_main",
     "laid_out",
+    "main_bytes",
     "mesh_context",
+    "of_main",
     "over_heads",
+    "put",
     "put_adapter",
     "put_on_mesh",
     "put_rows",
@@ -84,11 +91,14 @@ __all__ = [
     "role_of",
     "rotate",
     "row_shards",
+    "several",
     "shape_on",
     "shifted_group_attention",
     "split_axis",
     "split_heads",
     "spread_rows",
+    "to_numpy",
+    "together",
     "with_prefix",
     "with_whole_features",
 ]

@@ -22,6 +22,7 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from qlora_jax.nn.hosts import put
 from qlora_jax.nn.mesh import FSDP, ROWS, TENSOR, devices_of_context, row_shards, tensor_shards
 from qlora_jax.nn.roles import adapter_spec, frozen_specs, layer_specs, map_variables, names_of, with_layout
 
@@ -102,12 +103,12 @@ def adapter_shardings(mesh: Mesh, adapter: Any, state: Any = None) -> Any:
 
 def put_adapter(mesh: Mesh | None, adapter: Any) -> Any:
     """Return the adapter with its leaves on the mesh."""
-    return adapter if mesh is None else jax.device_put(adapter, adapter_shardings(mesh, adapter))
+    return adapter if mesh is None else jax.tree.map(put, adapter, adapter_shardings(mesh, adapter))
 
 
 def put_on_mesh(mesh: Mesh | None, tree: Any, spec: P) -> Any:
     """Return the tree with every leaf put on the mesh with the partition spec `spec`."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, spec))
+    return tree if mesh is None else jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, spec)), tree)
 
 
 def put_rows(mesh: Mesh | None, tree: Any, axis: int = 0) -> Any:

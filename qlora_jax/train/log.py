@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from qlora_jax.nn.hosts import is_main, of_main
 from qlora_jax.train.step import TOKENS, Unit
 
 _logger = logging.getLogger(__name__)
@@ -34,16 +35,19 @@ class MetricsLog:
         """Open the file with its rows up to step `resume_at`; a run that starts anew (0) begins with no rows.
 
         A last line that is incomplete, since the run was killed, is dropped. Other damaged lines are left out with a
-        warning: they are records, which no later step depends on.
+        warning: they are records, which no later step depends on. Of several processes, process 0 alone has the file, and
+        the others get its rows.
         """
-        before = _read_rows(path) if path.exists() else []
+        before = of_main(lambda: _read_rows(path) if path.exists() else [])
         self.rows: list[dict[str, Any]] = [row for row in before if row["step"] <= resume_at] if resume_at > 0 else []
         self.reached = max((row["step"] for row in before), default=-1)
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
-        self._path = path
+        self._path, self._file = path, None
         self._write_all()
 
     def _write_all(self) -> None:
+        if not is_main():
+            return
         # Written beside the old file and then moved to its place: no row is lost if the process is killed in between.
         temporary = self._path.with_name(f".{self._path.name}.writing")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
@@ -52,7 +56,7 @@ class MetricsLog:
 
     def truncate(self, step: int) -> list[dict[str, Any]]:
         """Remove and return the rows of the steps after this one, which are done again. Listeners have had them already."""
-        self._file.close()
+        self.close()
         removed = [row for row in self.rows if row["step"] > step]
         self.rows[:] = [row for row in self.rows if row["step"] <= step]
         self._write_all()
@@ -65,6 +69,8 @@ class MetricsLog:
             OSError: the file cannot be written, e.g. because the disk is full.
         """
         self.rows.append(row)
+        if self._file is None:
+            return
         line = (json.dumps(row) + "\n").encode()
         try:
             while line:
@@ -76,7 +82,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

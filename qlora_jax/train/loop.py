@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from qlora_jax.interrupts import Interrupted, deferred
+from qlora_jax.nn.hosts import any_process
 from qlora_jax.train.bad_steps import SKIPPED, BadStepPolicy, skipped_in_a_row
 from qlora_jax.train.log import MetricsLog, best_evaluation, peak_memory_bytes
 from qlora_jax.train.monitor import Monitor
@@ -220,7 +221,7 @@ def train(
             if last or exhausted:
                 row["goodput"] = monitor.goodput.share
             log.add(row)
-            interrupt = signals.number is not None
+            interrupt = any_process(signals.number) is not None
             improved = cadence.patience > 0 and best_evaluation(log.rows)[0] == step
             if last or interrupt or exhausted or improved or _due(step, cadence.save_every):
                 with monitor.goodput.phase("saving"):
@@ -233,8 +234,9 @@ def train(
                 break
         with monitor.goodput.phase("saving"):
             checkpoints.wait()  # while a signal is still deferred
-    if signals.number is not None:  # also one that arrived while the last step was saved
-        raise Interrupted(f"stopped after step {step}, which is saved", signals.number)
+    number = any_process(signals.number)  # also one that arrived while the last step was saved
+    if number is not None:
+        raise Interrupted(f"stopped after step {step}, which is saved", number)
     return state
 
 

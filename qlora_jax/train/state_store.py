@@ -70,13 +70,20 @@ class StateStore:
             create: whether to make the folder, and to remove what a killed run left there half written; otherwise nothing
                 is changed until a checkpoint is saved.
         """
-        # Otherwise Orbax would read a file of each checkpoint, whose contents are not used here, and may be damaged.
-        self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, lightweight_initialize=True)
+        # lightweight_initialize: else Orbax would read a file of each checkpoint, which is not used here and may be damaged.
+        options: dict[str, Any] = {"max_to_keep": keep, "create": create, "lightweight_initialize": True}
+        if jax.process_count() > 1:  # one of them alone has the store (`shared_store`), and waits for no others
+            alone = ocp.options.MultiprocessingOptions(
+                primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix=folder.name
+            )
+            options |= {"multiprocessing_options": alone, "create": False, "enable_async_checkpointing": False}
+        self._options = ocp.CheckpointManagerOptions(**options)
         self._folder, self._may_change = folder, create
         self._saving: int | None = None  # the step of the checkpoint that is being written
         self._quiet = ExitStack()
         self._copies: dict[str, np.ndarray] = {}
         if create:
+            folder.mkdir(parents=True, exist_ok=True)
             self._remove_unfinished()
         self._manager = self._open()
 

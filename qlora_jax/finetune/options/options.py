@@ -5,6 +5,7 @@ The groups are the one place of all defaults. The docstrings of their fields are
 
 import dataclasses
 
+from qlora_jax.cluster import HostOptions
 from qlora_jax.errors import OptionError
 from qlora_jax.finetune.options.context import ContextOptions
 from qlora_jax.finetune.options.data import DataOptions
@@ -33,6 +34,7 @@ class Options:
     health: HealthOptions = dataclasses.field(default_factory=HealthOptions)
     tuning: TuningOptions = dataclasses.field(default_factory=TuningOptions)
     context: ContextOptions = dataclasses.field(default_factory=ContextOptions)
+    hosts: HostOptions = dataclasses.field(default_factory=HostOptions)
 
     def method(self) -> Method:
         """Return the method of fine-tuning that the options describe.
@@ -71,6 +73,18 @@ class Options:
             raise OptionError("streaming: expected max_steps beside it (the length of a stream is unknown), found none")
         if self.data.streaming and self.run.epochs != RunOptions.epochs:
             raise OptionError(f"epochs: expected max_steps alone with streaming, found {self.run.epochs}")
+
+    def check_several_processes(self) -> None:
+        """Raise OptionError where an option needs a model that generates, which takes one process."""
+        asked = {
+            "predict_with_generate": self.run.predict_with_generate,
+            "sample_every": self.watch.sample_every,
+            "mmlu": self.watch.mmlu,
+        }
+        if given := [name for name, value in asked.items() if value]:
+            raise OptionError(f"{', '.join(given)}: expected none in a run of several processes, found some")
+        if self.health.on_bad_step == "rollback":
+            raise OptionError("on_bad_step: expected stop or skip in a run of several processes, found rollback")
 
     def _check_method(self) -> None:
         name, method = self.tuning.method, METHODS[self.tuning.method]

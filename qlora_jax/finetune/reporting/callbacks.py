@@ -16,6 +16,7 @@ from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.reporting import mmlu, samples
 from qlora_jax.finetune.reporting.hub import check_repository
 from qlora_jax.finetune.reporting.trackers import check_trackers, open_trackers
+from qlora_jax.nn import is_main
 from qlora_jax.train import Callback, MetricsLog, TrainState
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def check_reporting(options: Options) -> None:
         ConnectionError: the hub cannot be reached.
     """
     check_trackers(options.watch.report_to)
-    if options.watch.push_to_hub:
+    if is_main() and options.watch.push_to_hub:
         check_repository(options.watch.push_to_hub, private=options.watch.hub_private)
 
 
@@ -76,6 +77,8 @@ def reporting_callbacks(
             return {}
 
         callbacks.append(Callback(options.watch.sample_every, answer_prompts))
+    if not is_main():
+        return callbacks
     log.listeners += open_trackers(
         options.watch.report_to,
         options.run.output,
