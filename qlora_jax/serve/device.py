@@ -2,18 +2,18 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from qlora_jax.serve import programs
 from qlora_jax.serve.generate import LengthDependent
 from qlora_jax.serve.interfaces import Adapters
-from qlora_jax.serve.programs import Chunk, DeviceState, Tokens
-from qlora_jax.serve.row_sampling import Drawn, Draws, RowSettings, all_allowed, empty_memory
+from qlora_jax.serve.programs import Chunk, Tokens
+from qlora_jax.serve.row_sampling import Drawn, Draws, RowSettings, all_allowed
 from qlora_jax.serve.scheduler import SHORT, Limits
 
 __all__ = ["Device", "Piece"]
@@ -63,13 +63,8 @@ class Device:
         alike = not (isinstance(model, LengthDependent) and model.cache_lasts(1) is not None)
         fitting = [size for size in self._rows if size * SHORT <= limits.chunk] if limits.chunk > SHORT else []
         self.together, self.least_reach = tuple(fitting if alike else ()), self._reaches[0]
-        self._state = jax.jit(
-            lambda state: DeviceState(
-                nnx.merge(graphdef, state).init_cache(rows, capacity),
-                jnp.zeros((rows, vocabulary), jnp.float32),
-                empty_memory(rows, vocabulary),
-            )
-        )(state)
+        empty = partial(programs.empty_state, rows=rows, capacity=capacity, vocabulary=vocabulary)
+        self._state = jax.jit(lambda state: empty(nnx.merge(graphdef, state)))(state)
         self.settings: RowSettings = jax.device_put(RowSettings.of([None] * rows, vocabulary))
         self._all_allowed = {size: jax.device_put(all_allowed(size, vocabulary)) for size in self._rows}
 

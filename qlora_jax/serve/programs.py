@@ -27,7 +27,7 @@ from jax import Array
 
 from qlora_jax.serve import row_sampling
 from qlora_jax.serve.generate import LengthDependent
-from qlora_jax.serve.row_sampling import Drawn, Draws, RowMemory, RowSettings
+from qlora_jax.serve.row_sampling import Drawn, Draws, RowMemory, RowSettings, empty_memory
 
 __all__ = [
     "Chunk",
@@ -38,6 +38,7 @@ __all__ = [
     "buckets",
     "copy_row",
     "decode_rows",
+    "empty_state",
     "prefill_chunk",
     "sample_rows",
 ]
@@ -92,6 +93,12 @@ class DeviceState:
     cache: Any
     logits: Array
     memory: RowMemory
+
+
+def empty_state(model: RowDecoder, rows: int, capacity: int, vocabulary: int) -> DeviceState:
+    """Return the state of rows without texts, with room for `capacity` tokens in each."""
+    logits = jnp.zeros((rows, vocabulary), jnp.float32)
+    return DeviceState(model.init_cache(rows, capacity), logits, empty_memory(rows, vocabulary))
 
 
 @jax.tree_util.register_dataclass
