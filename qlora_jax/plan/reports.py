@@ -146,6 +146,7 @@ def _(plan: TenantsPlan, spec: StepSpec[ModelSpec], machine: Machine, title: str
 @report_of.register
 def _(plan: ServingPlan, spec: StepSpec[ModelSpec], machine: Machine, title: str, seconds: float = 0.0) -> Report:
     known = plan.packed_weights + plan.dense_weights + plan.bank + plan.cache + plan.sampling
+    temporaries = plan.largest.peak - plan.largest.arguments
     of_programs = {
         name: {"peak": program.peak, "flops": program.flops, "traffic_bytes": program.traffic}
         for name, program in plan.programs.items()
@@ -159,7 +160,8 @@ def _(plan: ServingPlan, spec: StepSpec[ModelSpec], machine: Machine, title: str
             ("adapters of all slots", plan.bank),
             ("keys and values of all rows", plan.cache),
             ("logits and memory of sampling", plan.sampling),
-            ("tokens and temporaries", plan.peak - known),
+            ("tokens and alignment", plan.peak - known - temporaries),
+            ("temporaries", temporaries),
         ),
         host=(),
         total=plan.peak,

@@ -83,13 +83,21 @@ class ServingPlan:
     @property
     def peak(self) -> int:
         """The bytes of device memory in the largest program, with what lies beside it."""
-        model = self.packed_weights + self.dense_weights + self.bank
-        return max(self.prefill.peak, self.decode.peak, self.sample.peak + model)
+        return self.largest.peak + self._beside(self.largest)
+
+    @property
+    def largest(self) -> Program:
+        """The program during which the peak is reached."""
+        return max(self.prefill, self.decode, self.sample, key=lambda program: program.peak + self._beside(program))
 
     @property
     def programs(self) -> dict[str, Program]:
         """The programs by name."""
         return {"prefill": self.prefill, "decode": self.decode, "sample": self.sample}
+
+    def _beside(self, program: Program) -> int:
+        """Return the bytes that are in memory beside a program's own: those of the model, if it is none of its arguments."""
+        return self.packed_weights + self.dense_weights + self.bank if program is self.sample else 0
 
 
 def compile_serving(spec: StepSpec[ModelSpec], machine: Machine, sizes: ServeSizes) -> ServingPlan:
