@@ -156,7 +156,7 @@ def _check(chosen: PlanOptions, machine: Machine, mesh: MeshShape | None) -> Non
     if chosen.step == "serve":
         if chosen.quick or chosen.tenant_slots or chosen.fit in ("length", "options") or mesh is not None:
             raise OptionError(
-                "step serve: is compiled for one device: expected no quick, mesh, tenant_slots, and no fit but batch and tenants"
+                "step serve: is compiled for one device: expected no quick, mesh, tenant_slots, or fit but batch and tenants"
             )
     elif (chosen.tenants or chosen.fit == "tenants") and (chosen.quick or chosen.step != "train" or chosen.fit in _OF_ONE):
         raise OptionError("tenants: is a compiled training step: expected no quick, decode or other fit beside it")

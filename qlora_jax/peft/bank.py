@@ -181,7 +181,7 @@ def bank_update(x: Array, a: Slots, b: Slots, scale: Array, ids: Array) -> Array
 
 
 def _by_sums(x: Array, a: Slots, b: Slots, scale: Array, ids: Array) -> Array:
-    """Return scale (x A') B for x `[rows, 1, in]` and the rows' scale `[rows]` as one fused loop over the gathered matrices."""
+    """Return scale (x A') B for x `[rows, 1, in]` and scales `[rows]` as one fused loop over the gathered matrices."""
     inner = (x * a.of_rows(ids)).sum(2) * scale[:, None]
     return (inner[..., None] * b.of_rows(ids)).sum(1)
 

@@ -1,4 +1,4 @@
-"""The memory and time that a training step, a decode step or a serving engine needs on a device, from its compiler or by arithmetic.
+"""The memory and time that a training step, a decode step or a server needs on a device, from its compiler or by arithmetic.
 
 Neither needs the device itself. The step is described by a `train.StepSpec` whose model is a `models.ModelSpec`.
 """

@@ -104,7 +104,7 @@ def compile_serving(spec: StepSpec[ModelSpec], machine: Machine, sizes: ServeSiz
     """Compile the programs of a serving engine for a machine; see `compile_train_step` for further errors.
 
     Args:
-        spec: describes the model; its batch size is the number of rows, and its method says which modules adapters may target.
+        spec: describes the model; its batch size is the number of rows, and its method says which modules adapters target.
         machine: one device, which need not be attached.
         sizes: the sizes of the engine.
 

@@ -15,7 +15,17 @@ from qlora_jax.commands.planning import serving
 from qlora_jax.errors import CheckpointError, DoesNotFitError
 from qlora_jax.finetune.step import step_spec
 from qlora_jax.models import ModelSpec, family_of
-from qlora_jax.plan import SIZES, CompilerMissing, Machine, Plan, Program, ServeSizes, ServingPlan, TenantsPlan, machine_named
+from qlora_jax.plan import (
+    SIZES,
+    CompilerMissing,
+    Machine,
+    Plan,
+    Program,
+    ServeSizes,
+    ServingPlan,
+    TenantsPlan,
+    machine_named,
+)
 from qlora_jax.train import StepSpec
 
 ROOT = Path(__file__).parents[2]
