@@ -1,4 +1,4 @@
-"""Plan a run: compile its training step or its decode step for devices that need not be attached.
+"""Plan a run: compile its training step, its decode step or a server's programs for devices that need not be attached.
 
     python scripts/plan.py --model llama-3-8b --batch-size 4 --max-length 2048 --device h100
     python scripts/plan.py --config recipes/guanaco-65b.toml --device a100-80 --plot memory.png
@@ -8,6 +8,7 @@
     python scripts/plan.py --model llama-3-8b --step decode --capacity 4096 --device l4
     python scripts/plan.py --model llama-3-8b --device rtx4090 --quick
     python scripts/plan.py --model llama-3-8b --device h100 --tenants 64 --tenant-rank 16 --batch-size 8
+    python scripts/plan.py --model llama-3-8b --device v5e --step serve --tenants 64 --batch-size 16 --capacity 4096
 
 The command takes all options of scripts/train.py with the same meaning, so that a config file for training can be planned
 unchanged. The numbers are those of XLA's buffer assignment, on each device; with --quick they are calculated without a
@@ -21,11 +22,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from qlora_jax import cli
 from qlora_jax.checkpoint.bitsandbytes import is_quantized
 from qlora_jax.commands.planning.config import read_config
+from qlora_jax.commands.planning.serving import serving_report
 from qlora_jax.errors import DoesNotFitError, OptionError
 from qlora_jax.finetune.options.options import Options
 from qlora_jax.finetune.step import step_spec
@@ -36,6 +38,7 @@ from qlora_jax.plan import (
     Machine,
     QuickPlan,
     Report,
+    ServeSizes,
     TenantsPlan,
     as_json,
     cheaper_first,
@@ -69,17 +72,20 @@ class PlanOptions:
     device: str = "h100"
     """Device: h100, h200, b200, a100-80, a100-40, l4, rtx4090, rtx3090, v4, v5e, v5p or v6e; several devices: h100x4,
     v5e:2x2."""
-    step: Literal["train", "decode"] = "train"
-    """The training step, or the step that generates one token for each row."""
+    step: Literal["train", "decode", "serve"] = "train"
+    """The training step, the step that generates one token for each row, or the engine of serve.py, whose rows are the
+    batch-size and whose adapters on the device are the tenants (0: the bare base)."""
     capacity: int = 2048
-    """Number of tokens per row in the cache of the decode step."""
+    """Number of tokens per row in the cache of the decode step and of the engine."""
+    chunk: int = 128
+    """Tokens of a prompt that the engine processes at a time."""
     quick: bool = False
     """Calculate instead of compiling: it takes seconds, and the memory of temporaries is an estimate."""
     fit: Literal["none", "batch", "length", "options", "tenants"] = "none"
     """Search for what fits: the largest batch-size, the largest max-length (a multiple of 128), the cheapest options, or the
     most tenants."""
     tenants: int = 0
-    """Number of tenants that train at once, each with a row of a step; 0: one run."""
+    """Number of tenants that train at once, each with a row of a step (0: one run), or whose adapters are served."""
     tenant_rank: int = 16
     """The largest rank of the tenants' adapters."""
     tenant_slots: int = 0
@@ -107,26 +113,29 @@ def plan(options: PlanCommandOptions) -> None:
     chosen = options.plan
     machine = machine_named(chosen.device)
     _check(chosen, machine, options.run.mesh_shape)
-    if chosen.tenants or chosen.fit == "tenants":
+    tenants = chosen.step == "train" and (chosen.tenants > 0 or chosen.fit == "tenants")
+    if tenants:
         _check_tenants(options)
     model = options.model.model or _DEFAULT
     spec = read_spec(options, model, machine)
     found: dict[str, Any] = {}
-    if chosen.fit == "options":
-        spec, machine, found = fit_options(spec, machine, chosen.quick)
-    elif chosen.fit in ("batch", "length"):
-        spec, found = fit_number(spec, machine, chosen.fit, chosen.quick)
-    if chosen.step == "decode":
+    if chosen.step == "serve":
+        sizes = ServeSizes(chosen.tenants, chosen.tenant_rank, chosen.capacity, chosen.chunk)
+        found, report = serving_report(spec, machine, model, sizes, cast(Any, chosen.fit))
+    elif chosen.step == "decode":
         decode_step = compile_decode_step(spec, machine, capacity=chosen.capacity)
         title = f"{model}: decoding {spec.batch.batch_size} x {chosen.capacity}"
         report = report_of(decode_step, spec, machine, title)
-    elif chosen.tenants or chosen.fit == "tenants":
-        tenants, report = tenants_report(spec, machine, model, chosen)
-        found = {"tenants": tenants} if chosen.fit == "tenants" else {}
+    elif tenants:
+        number, report = tenants_report(spec, machine, model, chosen)
+        found = {"tenants": number} if chosen.fit == "tenants" else {}
     else:
-        report = train_report(
-            spec, machine, f"{model}: training {spec.batch.batch_size} x {spec.batch.length}", chosen.quick
-        )
+        if chosen.fit == "options":
+            spec, machine, found = fit_options(spec, machine, chosen.quick)
+        elif chosen.fit in ("batch", "length"):
+            spec, found = fit_number(spec, machine, chosen.fit, chosen.quick)
+        title = f"{model}: training {spec.batch.batch_size} x {spec.batch.length}"
+        report = train_report(spec, machine, title, chosen.quick)
     print(table(report))
     if chosen.fit != "none":
         print(f"  found: {', '.join(f'{name} {value}' for name, value in found.items())}")
@@ -144,19 +153,22 @@ def _check(chosen: PlanOptions, machine: Machine, mesh: MeshShape | None) -> Non
     if chosen.fit == "options" and mesh is not None:
         raise OptionError(f"fit options: chooses the number of devices: expected no mesh beside it, found {mesh}")
     shape_on(mesh, machine.count)
-    if (chosen.tenants or chosen.fit == "tenants") and (chosen.quick or chosen.step != "train" or chosen.fit in _OF_ONE):
+    if chosen.step == "serve":
+        if chosen.quick or chosen.tenant_slots or chosen.fit in ("length", "options") or mesh is not None:
+            raise OptionError(
+                "step serve: is compiled for one device: expected no quick, mesh, tenant_slots, or fit but batch and tenants"
+            )
+    elif (chosen.tenants or chosen.fit == "tenants") and (chosen.quick or chosen.step != "train" or chosen.fit in _OF_ONE):
         raise OptionError("tenants: is a compiled training step: expected no quick, decode or other fit beside it")
-    if (chosen.tenants or chosen.fit == "tenants") and mesh is not None:
+    elif (chosen.tenants or chosen.fit == "tenants") and mesh is not None:
         raise OptionError(f"tenants: train with all devices along fsdp: expected no mesh beside them, found {mesh}")
-    for name, least in (("tenants", 0), ("tenant_rank", 1), ("tenant_slots", 0)):
+    for name, least in (("tenants", 0), ("tenant_rank", 1), ("tenant_slots", 0), ("capacity", 1), ("chunk", 1)):
         if getattr(chosen, name) < least:
             raise OptionError(f"{name}: expected at least {least}, found {getattr(chosen, name)}")
     if chosen.fit == "tenants" and chosen.tenant_slots:
         raise OptionError("fit tenants: expected no tenant_slots, which bound the memory of the device, found some")
     if chosen.tenant_slots and not chosen.tenants:
         raise OptionError("tenant_slots: expected tenants beside it, found none")
-    if chosen.capacity < 1:
-        raise OptionError(f"capacity: expected at least 1, found {chosen.capacity}")
     if chosen.plot is not None:
         check_drawing(chosen.plot)
     if not chosen.quick:

@@ -20,11 +20,11 @@ How to use it (a server or a trainer does all of this; none of it compiles anyth
 
 The product. A and B of each row are gathered, and multiplied as a batch of small matrices; for one token a row, where
 reading A and B is all the work, they are multiplied and summed by one fused loop that reads them out of the bank without a
-copy between, except on CPUs, whose compiler would repeat the sums over A in that loop. Operations and bytes grow with the
-tokens and with the rows' adapters, not with K (docs/tenants.md). This is what the compilers say for it: A lies transposed,
-since TPUs pad a last axis of r to 128; layers stay in their stack while decoding (`quant.SlotMatrices`); and the bank has
-the dtype of the activations, since XLA for TPUs otherwise converts all slots before it gathers some. The result is the
-same, because float32 matrices are rounded to that dtype anyway. Training needs float32, and takes few slots at a time.
+copy between, and on CPUs row by row. Operations and bytes grow with the tokens and with the rows' adapters, not with K
+(docs/tenants.md). This is what the compilers say for it: A lies transposed, since TPUs pad a last axis of r to 128; layers
+stay in their stack while decoding (`quant.SlotMatrices`); and the bank has the dtype of the activations, since XLA for TPUs
+otherwise converts all slots before it gathers some. The result is the same, because float32 matrices are rounded to that
+dtype anyway. Training needs float32, and takes few slots at a time.
 `jax.lax.ragged_dot` over rows in the order of their slots is not used: for H100 it reads the whole bank
 (scripts/benchmarks/measure_bank.py; docs/tenants.md has the figures).
 
@@ -169,27 +169,36 @@ def bank_update(x: Array, a: Slots, b: Slots, scale: Array, ids: Array) -> Array
         scale: float32 `[K]`.
         ids: int32 `[rows]`.
     """
-    rows = x.reshape(x.shape[0], -1, x.shape[-1])
-    own_a, own_b, own_scale = a.of_rows(ids), b.of_rows(ids), scale.at[ids].get(mode="clip")
+    rows, own_scale = x.reshape(x.shape[0], -1, x.shape[-1]), scale.at[ids].get(mode="clip")
     if rows.shape[1] == 1:
         exact = rows.astype(jnp.float32)
-        y = by_platform(exact, own_a, own_b, own_scale, cpu=_by_products, default=_by_sums).astype(x.dtype)
+        y = by_platform(exact, a, b, own_scale, ids, cpu=_row_by_row, default=_by_sums).astype(x.dtype)
     else:
+        own_a, own_b = a.of_rows(ids), b.of_rows(ids)
         inner = checkpoint_name(einsum("nti,nri->ntr", rows, own_a.astype(x.dtype)), "lora")
         y = einsum("ntr,nro->nto", inner * own_scale[:, None, None].astype(x.dtype), own_b.astype(x.dtype))
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _by_sums(x: Array, a: Array, b: Array, scale: Array) -> Array:
-    """Return scale (x A') B for x `[rows, 1, in]` as one fused loop over the gathered matrices."""
-    inner = (x * a).sum(2) * scale[:, None]
-    return (inner[..., None] * b).sum(1)
+def _by_sums(x: Array, a: Slots, b: Slots, scale: Array, ids: Array) -> Array:
+    """Return scale (x A') B for x `[rows, 1, in]` and scales `[rows]` as one fused loop over the gathered matrices."""
+    inner = (x * a.of_rows(ids)).sum(2) * scale[:, None]
+    return (inner[..., None] * b.of_rows(ids)).sum(1)
 
 
-def _by_products(x: Array, a: Array, b: Array, scale: Array) -> Array:
-    """Return the same by products: XLA for CPUs sums over A inside the loop over the features of B, once for each few."""
-    inner = jnp.einsum("nti,nri->nr", x, a.astype(x.dtype)) * scale[:, None]
-    return jnp.einsum("nr,nro->no", inner, b.astype(x.dtype))
+def _row_by_row(x: Array, a: Slots, b: Slots, scale: Array, ids: Array) -> Array:
+    """Return the same by a loop over the rows, each of which takes a slice of the bank into the processor's cache.
+
+    XLA for CPUs would gather the matrices of all rows into memory, and read them there again; and in the fused loop it would
+    sum over A once for each few features of B.
+    """
+
+    def product(row: tuple[Array, Array, Array]) -> Array:
+        x, scale, id = row
+        inner = (x @ a.of_row(id).astype(x.dtype).T) * scale
+        return (inner @ b.of_row(id).astype(x.dtype))[0]
+
+    return jax.lax.map(product, (x, scale, ids))
 
 
 def split_bank(model: Any) -> tuple[Any, Any, Any]:

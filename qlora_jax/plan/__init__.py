@@ -1,4 +1,4 @@
-"""The memory and time that a training step or a decode step needs on a device, from its compiler or by arithmetic.
+"""The memory and time that a training step, a decode step or a server needs on a device, from its compiler or by arithmetic.
 
 Neither needs the device itself. The step is described by a `train.StepSpec` whose model is a `models.ModelSpec`.
 """
@@ -10,6 +10,7 @@ from qlora_jax.plan.fit import Choice, cheaper_first, cheapest_that_fits, larges
 from qlora_jax.plan.quick import QuickPlan, quick_plan
 from qlora_jax.plan.report import Report, as_json, check_drawing, draw, table
 from qlora_jax.plan.reports import report_of, spec_values
+from qlora_jax.plan.serving import ServeSizes, ServingPlan, compile_serving
 from qlora_jax.plan.sizes import HUB_IDS, SIZES
 from qlora_jax.plan.tenants import TenantsPlan, compile_tenants_step
 from qlora_jax.plan.topology import CompilerMissing, CompilerRefuses, check_compiler, machine_mesh
@@ -28,6 +29,8 @@ __all__ = [
     "Program",
     "QuickPlan",
     "Report",
+    "ServeSizes",
+    "ServingPlan",
     "TenantsPlan",
     "as_json",
     "cheaper_first",
@@ -35,6 +38,7 @@ __all__ = [
     "check_compiler",
     "check_drawing",
     "compile_decode_step",
+    "compile_serving",
     "compile_tenants_step",
     "compile_train_step",
     "draw",

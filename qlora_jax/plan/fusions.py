@@ -62,8 +62,8 @@ def written(computations: Computations, body: Computation, root: Instruction, pl
     size = root.all_sizes[place]
     while True:
         called = root.called("calls") or ""
-        if root.opcode == "tuple" and root.operands[place] in body:
-            root, place = body[root.operands[place]], 0
+        if root.opcode == "tuple" and (part := _part(body, root, place)) is not None:
+            root, place = part
         elif root.opcode == "get-tuple-element" and root.operands[0] in body:
             place, root = _place(root), body[root.operands[0]]
         elif root.opcode in SEE_THROUGH and root.operands and root.operands[0] in body:
@@ -74,6 +74,20 @@ def written(computations: Computations, body: Computation, root: Instruction, pl
             return min(size, sum(body[root.operands[update]].all_sizes))
         else:
             return size
+
+
+def _part(body: Computation, tuple_of: Instruction, place: int) -> tuple[Instruction, int] | None:
+    """Return (the instruction whose result holds array `place` of a tuple, the array's place in it); None: it is unknown.
+
+    An operand of a tuple may be a tuple of arrays itself, such as the result of a reduction of several arrays.
+    """
+    for name in tuple_of.operands:
+        if name not in body:
+            return None
+        if place < len(body[name].shapes):
+            return body[name], place
+        place -= len(body[name].shapes)
+    return None
 
 
 def _needs(computations: Computations, body: Computation, wanted: list[int], in_place: bool) -> dict[int, list[int]]:

@@ -17,6 +17,7 @@ from qlora_jax.plan.devices import Machine
 from qlora_jax.plan.quick import QuickPlan
 from qlora_jax.plan.report import Report
 from qlora_jax.plan.residuals import residual_bytes
+from qlora_jax.plan.serving import ServingPlan
 from qlora_jax.plan.tenants import TenantsPlan
 from qlora_jax.train.dpo import with_reference
 from qlora_jax.train.spec import StepSpec
@@ -138,6 +139,45 @@ def _(plan: TenantsPlan, spec: StepSpec[ModelSpec], machine: Machine, title: str
             "tenants": plan.tenants,
             "slots": plan.slots,
             "bytes_a_slot": (plan.adapter + plan.optimizer) // (plan.slots + 1),
+        },
+    )
+
+
+@report_of.register
+def _(plan: ServingPlan, spec: StepSpec[ModelSpec], machine: Machine, title: str, seconds: float = 0.0) -> Report:
+    known = plan.packed_weights + plan.dense_weights + plan.bank + plan.cache + plan.sampling
+    temporaries = plan.largest.peak - plan.largest.arguments
+    of_programs = {
+        name: {"peak": program.peak, "flops": program.flops, "traffic_bytes": program.traffic}
+        for name, program in plan.programs.items()
+    }
+    return Report(
+        title=title,
+        machine=machine,
+        device=(
+            ("packed weights", plan.packed_weights),
+            ("other frozen weights", plan.dense_weights),
+            ("adapters of all slots", plan.bank),
+            ("keys and values of all rows", plan.cache),
+            ("logits and memory of sampling", plan.sampling),
+            ("tokens and alignment", plan.peak - known - temporaries),
+            ("temporaries", temporaries),
+        ),
+        host=(),
+        total=plan.peak,
+        flops=plan.decode.flops,
+        traffic=plan.decode.traffic,
+        seconds=sum(program.compile_seconds for program in plan.programs.values()),
+        method=COMPILED,
+        cycles=plan.decode.cycles,
+        unknown_kernels=plan.decode.unknown_kernels,
+        values={
+            "versions": plan.versions,
+            "rows": plan.rows,
+            **dataclasses.asdict(plan.sizes),
+            "bytes_a_row": (plan.cache + plan.sampling) // plan.rows,
+            "bytes_a_slot": plan.bank // (plan.sizes.tenants + 1),
+            "programs": of_programs,
         },
     )
 

@@ -32,6 +32,10 @@ class SlotMatrices:
         """Return the matrix of each row, `[rows, in, out]`, for the slots int32 `[rows]`; others are read as the nearest."""
         return self.values.at[ids].get(mode="clip")
 
+    def of_row(self, id: Array) -> Array:
+        """Return one row's matrix, `[in, out]`, for the slot, int32 scalar: one slice, where `of_rows` is a gather."""
+        return jax.lax.dynamic_index_in_dim(self.values, jnp.clip(id, 0, self.values.shape[0] - 1), keepdims=False)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,12 @@ class IndexedSlots:
         flat = values.reshape(-1, *values.shape[2:])
         return flat.at[self.index * slots + jnp.clip(ids, 0, slots - 1)].get(mode="clip")
 
+    def of_row(self, id: Array) -> Array:
+        """See `SlotMatrices.of_row`."""
+        values = self.stack.values
+        start = (self.index, jnp.clip(id, 0, values.shape[1] - 1), 0, 0)
+        return jax.lax.dynamic_slice(values, start, (1, 1, *values.shape[2:]))[0, 0]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -68,3 +78,7 @@ class RowMatrices:
     def of_rows(self, ids: Array) -> Array:
         """Return the matrices; the ids are 0, 1, 2, …, or these twice where a row is a pair of sequences."""
         return self.values if ids.shape[0] == self.values.shape[0] else self.values.at[ids].get(mode="clip")
+
+    def of_row(self, id: Array) -> Array:
+        """See `SlotMatrices.of_row`."""
+        return jax.lax.dynamic_index_in_dim(self.values, jnp.clip(id, 0, self.values.shape[0] - 1), keepdims=False)

@@ -8,8 +8,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from qlora_jax.serve.generate import TextStream
 from qlora_jax.serve.request import Request
+from qlora_jax.serve.text_stream import TextStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

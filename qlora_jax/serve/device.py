@@ -1,23 +1,44 @@
 """The device's side of the engine: a model, what its programs keep on the device, and the calls of the programs."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from qlora_jax.serve import programs
+from qlora_jax.serve.generate import LengthDependent
 from qlora_jax.serve.interfaces import Adapters
-from qlora_jax.serve.programs import Chunk, DeviceState, Tokens
-from qlora_jax.serve.row_sampling import Drawn, Draws, RowSettings, all_allowed, empty_memory
-from qlora_jax.serve.scheduler import Limits
+from qlora_jax.serve.programs import Chunk, Tokens
+from qlora_jax.serve.row_sampling import Drawn, Draws, RowSettings, all_allowed
+from qlora_jax.serve.scheduler import SHORT, Limits
 
-__all__ = ["Device"]
+__all__ = ["Device", "Piece"]
 
 
 _LEAST_REACH = 128  # tokens; reading fewer keys and values saves little
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of a row's text.
+
+    Attributes:
+        tokens: the tokens.
+        start: the position of the first one.
+        row: the row.
+        length: the number of tokens of the whole text.
+        slot: that of the text's adapter.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    row: int
+    length: int
+    slot: int
 
 
 class Device:
@@ -25,6 +46,9 @@ class Device:
 
     Attributes:
         settings: how the tokens of each row are drawn.
+        together: the numbers of rows for which there is a program that processes at most `scheduler.SHORT` tokens of each
+            one's prompt at a time, within the first `least_reach` tokens of their texts; as few as fit into a chunk.
+        least_reach: the number of first tokens of a row that the programs for the shortest texts read.
     """
 
     def __init__(self, graphdef: nnx.GraphDef[Any], state: Any, limits: Limits, vocabulary: int, adapters: Adapters) -> None:
@@ -35,13 +59,12 @@ class Device:
         self._graphdef, self._model, self._limits, self._vocabulary = graphdef, state, limits, vocabulary
         self._adapters = adapters
         self._rows, self._reaches = programs.buckets(1, rows), programs.buckets(_LEAST_REACH, capacity)
-        self._state = jax.jit(
-            lambda state: DeviceState(
-                nnx.merge(graphdef, state).init_cache(rows, capacity),
-                jnp.zeros((rows, vocabulary), jnp.float32),
-                empty_memory(rows, vocabulary),
-            )
-        )(state)
+        model = nnx.merge(graphdef, state)
+        alike = not (isinstance(model, LengthDependent) and model.cache_lasts(1) is not None)
+        fitting = [size for size in self._rows if size * SHORT <= limits.chunk] if limits.chunk > SHORT else []
+        self.together, self.least_reach = tuple(fitting if alike else ()), self._reaches[0]
+        empty = partial(programs.empty_state, rows=rows, capacity=capacity, vocabulary=vocabulary)
+        self._state = jax.jit(lambda state: empty(nnx.merge(graphdef, state)))(state)
         self.settings: RowSettings = jax.device_put(RowSettings.of([None] * rows, vocabulary))
         self._all_allowed = {size: jax.device_put(all_allowed(size, vocabulary)) for size in self._rows}
 
@@ -49,10 +72,14 @@ class Device:
         """Write the adapters that were acquired into their slots."""
         self._model = self._adapters.install(self._model)
 
-    def prefill(self, tokens: list[int], start: int, *, row: int, length: int, slot: int) -> None:
-        """Process a part of a row's text that begins at a position; `length` is that of the whole text."""
-        reach = _fitting(self._reaches, start + len(tokens))
-        self._prefill(tokens, start, row=row, length=length, slot=slot, reach=reach)
+    def prefill(self, piece: Piece) -> None:
+        """Process a part of one row's text, at most `Limits.chunk` tokens."""
+        reach = _fitting(self._reaches, piece.start + len(piece.tokens))
+        self._prefill([piece], 1, self._limits.chunk, reach)
+
+    def prefill_together(self, pieces: Sequence[Piece]) -> None:
+        """Process parts of several rows' texts, of at most `scheduler.SHORT` tokens each; see `together`."""
+        self._prefill(pieces, _fitting(self.together, len(pieces)), SHORT, self.least_reach)
 
     def decode(self, rows: Sequence[tuple[int, int, int]]) -> None:
         """Process the token that each of some rows drew last; each is (row, position of the token, slot of its adapter)."""
@@ -83,22 +110,28 @@ class Device:
         """Compile all programs by running each once, for rows without texts."""
         self._model = self._adapters.warm_up(self._model)
         for reach in self._reaches:
-            self._prefill([0], 0, row=0, length=1, slot=0, reach=reach)
+            self._prefill([], 1, self._limits.chunk, reach)
             for size in self._rows:
                 self._decode((), size, reach)
+        for size in self.together:
+            self._prefill([], size, SHORT, self.least_reach)
         for size in self._rows:
             self._draw((), {}, size)
         self.begin_row(0, [], [], {})
         self.copy_row(0, 0)
         jax.block_until_ready(self._state)
 
-    def _prefill(self, tokens: list[int], start: int, *, row: int, length: int, slot: int, reach: int) -> None:
-        shape, count = (1, self._limits.chunk), len(tokens)
-        ids, positions = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
-        ids[0, :count], positions[0, :count] = tokens, np.arange(start, start + count)
-        chunk = Chunk(
-            ids, positions, np.asarray(row, np.int32), np.asarray([length], np.int32), np.asarray([slot], np.int32)
-        )
+    def _prefill(self, pieces: Sequence[Piece], size: int, width: int, reach: int) -> None:
+        """Process pieces by the program for `size` rows and at most `width` tokens of each."""
+        ids, positions = np.zeros((size, width), np.int32), np.full((size, width), -1, np.int32)
+        rows, adapter_ids = np.full(size, self._limits.rows, np.int32), np.zeros(size, np.int32)
+        lengths = np.ones(size, np.int32)
+        positions[len(pieces) :] = np.arange(self._capacity - width, self._capacity)
+        for place, piece in enumerate(pieces):
+            count = len(piece.tokens)
+            ids[place, :count], positions[place, :count] = piece.tokens, np.arange(piece.start, piece.start + count)
+            rows[place], adapter_ids[place], lengths[place] = piece.row, piece.slot, piece.length
+        chunk = Chunk(ids, positions, rows, lengths, adapter_ids)
         fixed = {"capacity": self._capacity, "reach": reach, "banked": self._adapters.banked}
         self._state = programs.prefill_chunk(self._graphdef, self._model, self._state, chunk, **fixed)
 

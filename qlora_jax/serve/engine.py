@@ -1,8 +1,8 @@
 """Continuous batching: answers to requests that come, go and are cancelled at any time share the rows of one batch.
 
     step    place     waiting answers get free rows (`scheduler`)
-            launch    one chunk of one prompt; one token for each row that has its prompt behind it; one draw for each row
-                      that has new logits (`programs`)
+            launch    one chunk of one prompt, or a few tokens of several prompts; one token for each row that has its prompt
+                      behind it; one draw for each row that has new logits (`programs`)
             collect   read the tokens of the launch before, and tell what became of the answers (`Event`)
 
 The device computes a launch while the host handles the tokens of the one before: the token that a row drew is the next
@@ -30,12 +30,12 @@ from flax import nnx
 
 from qlora_jax.errors import OptionError
 from qlora_jax.serve.answer import Answer, AnswerText, Event, Finish, TokenLogprobs
-from qlora_jax.serve.device import Device
+from qlora_jax.serve.device import Device, Piece
 from qlora_jax.serve.generate import LengthDependent
 from qlora_jax.serve.interfaces import Adapters, Grammar, NoAdapters
 from qlora_jax.serve.request import Request
 from qlora_jax.serve.row_sampling import Drawn, RowSettings
-from qlora_jax.serve.scheduler import Limits, Placement, Scheduler
+from qlora_jax.serve.scheduler import SHORT, Limits, Placement, Scheduler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -186,8 +186,11 @@ class Engine:
         """Do one step; return what happened."""
         if (answer := self.scheduler.preempt(lambda waiting: self._adapters.ready(waiting.request.adapter))) is not None:
             self._adapters.release(answer.slot)
-        for placement in self.scheduler.place(self._acquire):
-            self._start(placement)
+        if placements := self.scheduler.place(self._acquire):
+            self._device.install_adapters()
+            for placement in placements:
+                self._start(placement)
+            self._set_settings()
         for answer in self._without_adapter:
             self._end(answer, "error")
         self._without_adapter.clear()
@@ -230,12 +233,13 @@ class Engine:
 
     def _start(self, placement: Placement) -> None:
         answer, request = placement.answer, placement.answer.request
-        self._device.install_adapters()
         if placement.source is not None and placement.source != placement.row:
             self._device.copy_row(placement.source, placement.row)
         self.counts.shared_tokens += placement.shared
         drawn = answer.tokens[len(request.prompt) :]
         self._device.begin_row(placement.row, list(request.prompt), drawn, request.choices.logit_bias)
+
+    def _set_settings(self) -> None:
         answers = [row.answer for row in self.scheduler.rows]
         of_rows = [
             None if one is None else (one.request.choices, one.number, bool(one.request.top_logprobs)) for one in answers
@@ -244,10 +248,11 @@ class Engine:
 
     def _launch(self) -> _Launch | None:
         draws = []
-        if (answer := self.scheduler.next_prefill()) is not None:
-            self._next_chunk(answer)
-            draws += [] if answer.prefills else [answer]
-        decodes = [other for other in self.scheduler.running() if other is not answer and self._can_decode(other)]
+        prefills, together = self.scheduler.next_prefills(self._device.together, self._device.least_reach)
+        if prefills:
+            self._next_pieces(prefills, together)
+            draws += [answer for answer in prefills if not answer.prefills]
+        decodes = [other for other in self.scheduler.running() if other not in prefills and self._can_decode(other)]
         if decodes:
             self._device.decode([(other.row, other.written, other.slot) for other in decodes if other.row is not None])
             for other in decodes:
@@ -264,13 +269,19 @@ class Engine:
         self.counts.steps += 1
         return _Launch(drawn, tuple(zip(places, draws, strict=True)))
 
-    def _next_chunk(self, answer: Answer) -> None:
-        """Process the next tokens of an answer's prompt."""
-        start, stop = answer.written, min(answer.written + self.limits.chunk, answer.target)
-        place = {"row": answer.row, "length": answer.target, "slot": answer.slot}
-        self._device.prefill(answer.tokens[start:stop], start, **place)
-        answer.written = stop
-        self.counts.prompt_tokens += stop - start
+    def _next_pieces(self, answers: Sequence[Answer], together: bool) -> None:
+        """Process the next tokens of the prompts of answers: `SHORT` of each if together, else a chunk of the only one."""
+        pieces, most = [], SHORT if together else self.limits.chunk
+        for answer in answers:
+            if answer.row is not None:
+                start, stop = answer.written, min(answer.written + most, answer.target)
+                pieces.append(Piece(answer.tokens[start:stop], start, answer.row, answer.target, answer.slot))
+                answer.written = stop
+                self.counts.prompt_tokens += stop - start
+        if together:
+            self._device.prefill_together(pieces)
+        else:
+            self._device.prefill(*pieces)
 
     def _can_decode(self, answer: Answer) -> bool:
         """Return whether the last token of a running answer can be processed now; prepare it otherwise."""

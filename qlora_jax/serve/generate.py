@@ -1,4 +1,4 @@
-"""Batched generation with a key-value cache, and streaming of text.
+"""Batched generation with a key-value cache.
 
     prompts   a b c d e    padded on the right to a multiple of 64: one forward pass computes the first logits of all rows,
               f g _ _ _    and each step fills one slot of each row, the one after its last token
@@ -22,10 +22,9 @@ its answer (both). The sampling is compiled separately, without the model. `nnx.
 and merge the model at every token.
 """
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +35,8 @@ from jax import Array
 from qlora_jax.errors import OptionError
 from qlora_jax.serve.sampling import Sampling, sample
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 GREEDY = Sampling()
 _BUCKET = 64
-_UNFINISHED = "\ufffd"  # the character that a decoder writes for an incomplete sequence of bytes
 
 
 class Decoder(Protocol):
@@ -174,79 +169,6 @@ def collect_answers(
         if not any(running):
             break
     return answers
-
-
-class TextStream:
-    """A converter of a stream of tokens to pieces of text, each of complete characters.
-
-    A character may consist of several tokens, and the text of a token may depend on the token before it (some tokenizers
-    remove a space at the beginning). So the tokens since the last piece are decoded together with those of the piece before,
-    whose text is then removed. A text that ends within a character is held back until more tokens arrive. The concatenated
-    pieces equal the text of all tokens decoded at once.
-    """
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", context: Sequence[int] = ()) -> None:
-        """Create a stream without tokens.
-
-        Args:
-            tokenizer: decodes the tokens.
-            context: tokens before the stream that are not written, such as a prompt that the answer continues.
-        """
-        self._tokenizer = tokenizer
-        self._written, self._written_text = list(context), self._decode(context)
-        self._waiting: list[int] = []
-
-    def push(self, token: int) -> str:
-        """Add a token; return the text that it completes, which is often empty."""
-        self._waiting.append(token)
-        text = self._decode(self._written + self._waiting)
-        return "" if text.endswith(_UNFINISHED) else self._take(text)
-
-    def finish(self) -> str:
-        """Return the text that was held back, after the last token."""
-        return self._take(self._decode(self._written + self._waiting))
-
-    def _take(self, text: str) -> str:
-        piece = text[len(self._written_text) :]
-        if piece:  # tokens without text (special ones) must be decoded together with the tokens before them
-            self._written, self._waiting = self._waiting, []
-            self._written_text = self._decode(self._written)
-        return piece
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        # Cleaning up could change text that was already written: "is n't" becomes "isn't" when the t arrives.
-        text = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return cast(str, text)
-
-
-@contextlib.contextmanager
-def stream_text(
-    tokenizer: "PreTrainedTokenizerBase",
-    write: Callable[[str], Any],
-    *,
-    context: Sequence[int] = (),
-    row: int = 0,
-) -> Iterator[Callable[[int, int], None]]:
-    """Write one answer as it is generated: `with stream_text(tokenizer, write) as on_token: generate(…, on_token=on_token)`.
-
-    Args:
-        tokenizer: decodes the tokens.
-        write: called with each piece of text, which consists of complete characters. Text that was held back is written
-            when the block is left, also by an exception.
-        context: as in `TextStream`.
-        row: the row of the batch whose answer is written.
-    """
-    stream = TextStream(tokenizer, context)
-
-    def on_token(of_row: int, token: int) -> None:
-        if of_row == row and (piece := stream.push(token)):
-            write(piece)
-
-    try:
-        yield on_token
-    finally:
-        if rest := stream.finish():
-            write(rest)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "capacity"))

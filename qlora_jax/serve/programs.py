@@ -1,6 +1,7 @@
 """The device programs of the engine, all of fixed shapes.
 
-    prefill_chunk   the next `chunk` tokens of one row's prompt      -> the cache; after the last chunk, the row's logits
+    prefill_chunk   the next `chunk` tokens of one row's prompt, or the next few of several rows' prompts
+                                                                     -> the cache; after a prompt's last token, its logits
     decode_rows     one token for each of R rows of B                -> the cache, the rows' logits
     sample_rows     the logits of R rows of B                        -> one token for each row, kept on the device
 
@@ -10,7 +11,7 @@ except two sizes, for each of which there are a few values (`buckets`) and as ma
 few answers do not cost what many do, and the reach, the number of first slots of a row that attention reads. The cache, the
 logits and the memory are donated, so that no step copies them.
 
-An entry of the R that has no row has the number B: its token goes to the last slot of the last row, which no text uses, and
+An entry of the R that has no row has the number B: its tokens go to the last slots of the last row, which no text uses, and
 its logits and its memory go nowhere. If R is B, entry i is row i or none, so that nothing is gathered.
 """
 
@@ -26,7 +27,7 @@ from jax import Array
 
 from qlora_jax.serve import row_sampling
 from qlora_jax.serve.generate import LengthDependent
-from qlora_jax.serve.row_sampling import Drawn, Draws, RowMemory, RowSettings
+from qlora_jax.serve.row_sampling import Drawn, Draws, RowMemory, RowSettings, empty_memory
 
 __all__ = [
     "Chunk",
@@ -37,6 +38,7 @@ __all__ = [
     "buckets",
     "copy_row",
     "decode_rows",
+    "empty_state",
     "prefill_chunk",
     "sample_rows",
 ]
@@ -93,23 +95,29 @@ class DeviceState:
     memory: RowMemory
 
 
+def empty_state(model: RowDecoder, rows: int, capacity: int, vocabulary: int) -> DeviceState:
+    """Return the state of rows without texts, with room for `capacity` tokens in each."""
+    logits = jnp.zeros((rows, vocabulary), jnp.float32)
+    return DeviceState(model.init_cache(rows, capacity), logits, empty_memory(rows, vocabulary))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """A part of one row's prompt.
+    """Parts of the prompts of R rows.
 
     Attributes:
-        tokens: int32 `[1, chunk]`, padded on the right.
-        positions: int32 `[1, chunk]`, -1 for padding.
-        row: int32 scalar.
-        length: int32 `[1]`, the length of the whole text.
-        adapter_ids: int32 `[1]`.
+        tokens: int32 `[R, t]`, padded on the right.
+        positions: int32 `[R, t]`, -1 for padding; the cache's last slots for an entry without a row.
+        rows: int32 `[R]`; B for an entry without a row.
+        lengths: int32 `[R]`, those of the whole texts.
+        adapter_ids: int32 `[R]`.
     """
 
     tokens: Array | np.ndarray
     positions: Array | np.ndarray
-    row: Array | np.ndarray
-    length: Array | np.ndarray
+    rows: Array | np.ndarray
+    lengths: Array | np.ndarray
     adapter_ids: Array | np.ndarray
 
 
@@ -133,21 +141,25 @@ class Tokens:
 def prefill_chunk(
     graphdef: Any, state: Any, device: DeviceState, chunk: Chunk, *, capacity: int, reach: int, banked: bool
 ) -> DeviceState:
-    """Process a chunk of one row's prompt; its last token's logits become those of the row."""
+    """Process parts of rows' prompts; the logits of each one's last token become those of its row.
+
+    The chunk has one row if the cache of the model depends on the lengths of the texts.
+    """
     model: Any = nnx.merge(graphdef, state)
-    cache, row = device.cache, jnp.asarray(chunk.row)
+    cache, rows = device.cache, jnp.asarray(chunk.rows)
     if isinstance(model, LengthDependent) and model.cache_lasts(1) is not None:
         # The first slots may hold virtual tokens, whose keys then depend on the length of the text as well.
+        row = rows[0]
         own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1), cache)
-        begins, fresh = chunk.positions[0, 0] == 0, model.init_cache(1, capacity, jnp.asarray(chunk.length))
+        begins, fresh = chunk.positions[0, 0] == 0, model.init_cache(1, capacity, jnp.asarray(chunk.lengths))
         own = jax.tree.map(partial(jnp.where, begins), fresh, own)
         cache = jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, row, axis=1), cache, own)
     adapters: dict[str, Any] = {"adapter_ids": jnp.asarray(chunk.adapter_ids)} if banked else {}
     decoder = cast(RowDecoder, model)
-    tokens, positions, length = (jnp.asarray(x) for x in (chunk.tokens, chunk.positions, chunk.length))
-    fixed: dict[str, Any] = {"lengths": length, "rows": row[None], "reach": reach}
+    tokens, positions, lengths = (jnp.asarray(x) for x in (chunk.tokens, chunk.positions, chunk.lengths))
+    fixed: dict[str, Any] = {"lengths": lengths, "rows": rows, "reach": reach}
     logits, cache = decoder.decode(tokens, positions, cache, **fixed, **adapters)
-    return DeviceState(cache, device.logits.at[row].set(logits[0].astype(jnp.float32)), device.memory)
+    return DeviceState(cache, device.logits.at[rows].set(logits.astype(jnp.float32), mode="drop"), device.memory)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "reach", "banked"), donate_argnames="device")

@@ -2,7 +2,8 @@
 
 Fairness. Each tenant has a counter of the work done for it: one for each token of a prompt, two for each token of an answer
 (the virtual token counter of Sheng et al. 2024, "Fairness in Serving Large Language Models"). Whenever a row is free, the
-waiting tenant with the lowest counter gets it, and among the rows with prompts to process, that of such a tenant is next. A
+waiting tenant with the lowest counter gets it, and among the rows with prompts to process, that of such a tenant is next,
+together with others if what is left of their prompts is as short. A
 tenant that arrives starts with the lowest counter of those that are there, so that nobody saves up work by waiting. The
 requests of one tenant are served in the order of arrival. A tenant without a row does not wait for the end of others' long
 answers: the tenant with the most rows, if it has at least two, gives one back (`preempt`). Its answer waits at the head of
@@ -23,9 +24,11 @@ from collections.abc import Callable, Sequence
 from qlora_jax.errors import OptionError, QLoRAError
 from qlora_jax.serve.answer import Answer
 
-__all__ = ["BusyError", "Limits", "Placement", "Scheduler"]
+__all__ = ["SHORT", "BusyError", "Limits", "Placement", "Scheduler"]
 
+SHORT = 16  # tokens of a prompt that are processed at a time together with those of other prompts
 _ANSWER_WEIGHT = 2.0
+_STEP_COSTS = 128  # tokens: a step costs about as much as processing so many more, whatever it processes
 _LEAST_SHARED = 16  # tokens; a shorter beginning is processed again
 
 
@@ -40,7 +43,8 @@ class Limits:
     Attributes:
         rows: answers that run at a time.
         capacity: the most tokens of a prompt with its answer.
-        chunk: tokens of a prompt that are processed at a time, between two tokens of the answers that run.
+        chunk: tokens of prompts that are processed at a time, between two tokens of the answers that run: those of one
+            prompt, or `SHORT` of each of several.
         waiting: answers that may wait for a row, of all tenants.
         waiting_per_tenant: and of one tenant.
 
@@ -181,10 +185,29 @@ class Scheduler:
             placed.append(placement)
         return placed
 
-    def next_prefill(self) -> Answer | None:
-        """Return the running answer whose prompt is to be processed next; None: there is none."""
+    def next_prefills(self, together: Sequence[int], reach: int) -> tuple[list[Answer], bool]:
+        """Return (the running answers whose prompts are to be processed next, whether `SHORT` tokens of each).
+
+        The answer whose turn it is is one of them. What a step does for the time that it takes decides how many join it.
+
+        Args:
+            together: the numbers of prompts of which `SHORT` tokens each can be processed at a time.
+            reach: the number of first tokens of a text within which this is possible.
+        """
         prefills = [answer for answer in self.running() if answer.prefills]
-        return min(prefills, key=lambda answer: (self.served[answer.request.tenant], answer.ticket), default=None)
+        prefills.sort(key=lambda answer: (self.served[answer.request.tenant], answer.ticket))
+        short = [one for one in prefills if one.target - one.written <= 2 * SHORT and one.written + SHORT <= reach]
+        if not short or short[0] is not prefills[0]:
+            return prefills[:1], False
+
+        def worth(count: int, width: int) -> float:
+            tokens = sum(min(width, one.target - one.written) for one in short[:count])
+            return tokens / (count * width + _STEP_COSTS)
+
+        count = max(together, key=lambda count: worth(count, SHORT), default=0)
+        if not count or worth(1, self.limits.chunk) >= worth(count, SHORT):
+            return prefills[:1], False
+        return short[:count], True
 
     def drew(self, answer: Answer) -> None:
         """Count a token of an answer."""

@@ -58,6 +58,8 @@ class Arguments:
     """Tokens of an answer."""
     capacity: int = 512
     """Most tokens of a prompt and its answer that the engine has room for."""
+    chunk: int = 256
+    """Tokens of prompts that the engine processes at a time."""
     rounds: int = 3
     """Rounds that are counted."""
     alone_requests: int = 4
@@ -162,7 +164,7 @@ def engine_of(arguments: Arguments, *, bank: bool) -> Engine:
     method = Bank(rows + 1, arguments.rank, dtype) if bank else None
     pretrained = open_pretrained(arguments.model, method=method, dtype=dtype)
     model = pretrained.load(progress=False)
-    limits = Limits(rows=rows, capacity=arguments.capacity, chunk=arguments.prompt_tokens)
+    limits = Limits(rows=rows, capacity=arguments.capacity, chunk=arguments.chunk)
     adapters = None
     if bank:
         leaves = jax.eval_shape(lambda: split_bank(model)[1])

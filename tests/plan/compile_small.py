@@ -15,7 +15,16 @@ from qlora_jax.errors import DoesNotFitError
 from qlora_jax.models import ModelSpec
 from qlora_jax.models.llama import llama_config
 from qlora_jax.peft import LoRA
-from qlora_jax.plan import DEVICES, SIZES, compile_decode_step, compile_train_step, machine_mesh, machine_named
+from qlora_jax.plan import (
+    DEVICES,
+    SIZES,
+    ServeSizes,
+    compile_decode_step,
+    compile_serving,
+    compile_train_step,
+    machine_mesh,
+    machine_named,
+)
 from qlora_jax.plan import compile as compiling
 from qlora_jax.plan.compile import compile_program
 from qlora_jax.plan.fit import largest_that_fits
@@ -154,6 +163,12 @@ def main(platform, what):
         result["train"] = of(compile_train_step(host, machine_named("h100")))
         result["four"] = of(compile_train_step(SPEC, machine_named("h100x4")))
         result["decode"] = of(compile_decode_step(SPEC, machine_named("h100"), capacity=256))
+        sizes = [ServeSizes(tenants, 8, capacity=256, chunk=64) for tenants in (4, 64)]
+        served = [compile_serving(changed(SPEC, batch={"batch_size": 4}), machine_named("h100"), one) for one in sizes]
+        programs = [{name: [program.traffic, program.flops] for name, program in plan.programs.items()} for plan in served]
+        result["serve"] = {"peaks": [plan.peak for plan in served], "banks": [plan.bank for plan in served]}
+        result["serve"] |= {"programs": programs, "cache": served[0].cache, "arguments": served[0].decode.arguments}
+        result["serve"]["aliased"] = [program.aliased for program in served[0].programs.values()]
         gpus = [machine_named(name) for name in ("h100", "a100-80", "l4")]
         cases = [(gpu, 1, "bfloat16") for gpu in gpus] + [(gpus[0], 64, "bfloat16"), (gpus[2], 8, "float32")]
         result["kernels"] = [kernel_reads(*case) for case in cases]

@@ -114,6 +114,19 @@ def test_a_decode_step_reads_the_weights_and_the_cache(cuda: Any) -> None:
 
 
 @pytest.mark.integration
+def test_what_serving_takes_grows_with_the_slots_and_what_it_does_does_not(cuda: Any) -> None:
+    found = cuda["serve"]
+    (few, many), (small, large) = found["banks"], found["peaks"]
+    assert many / few == pytest.approx(65 / 5)
+    assert large - small == pytest.approx(many - few, rel=0.02)
+    assert found["cache"] == 2 * 3 * 4 * (256 + 64) * 2 * 64 * 2  # keys and values, layers, rows, tokens, heads, features
+    assert found["cache"] + few < found["arguments"] <= small
+    assert all(aliased >= found["cache"] for aliased in found["aliased"])  # no program copies the cache
+    for name, (traffic, flops) in found["programs"][0].items():
+        assert found["programs"][1][name] == pytest.approx([traffic, flops], rel=0.05)
+
+
+@pytest.mark.integration
 def test_the_kernel_of_4_bit_matrices_compiles_for_gpus(cuda: Any) -> None:
     assert cuda["kernels"]
     for read, layer in cuda["kernels"]:

@@ -332,6 +332,34 @@ def test_an_update_within_a_fusion_within_a_fusion_writes_the_slice() -> None:
     assert program.traffic() == 64 + 4 + 64
 
 
+def test_a_tuple_of_a_tuple_and_an_array_is_written_whole() -> None:
+    """A reduction of two arrays, whose results and another array are those of a fusion."""
+    program = parse_program(
+        "%most (a: f32[], b: s32[], c: f32[], d: s32[]) -> (f32[], s32[]) {\n"
+        "  %a = f32[] parameter(0)\n"
+        "  %b = s32[] parameter(1)\n"
+        "  %c = f32[] parameter(2)\n"
+        "  %d = s32[] parameter(3)\n"
+        "  ROOT %t = (f32[], s32[]) tuple(%a, %b)\n"
+        "}\n"
+        "%body (p: f32[8,16], i: s32[8,16]) -> ((f32[8], s32[8]), f32[8,16]) {\n"
+        "  %p = f32[8,16]{1,0} parameter(0)\n"
+        "  %i = s32[8,16]{1,0} parameter(1)\n"
+        "  %z = f32[] constant(0)\n"
+        "  %n = s32[] constant(0)\n"
+        "  %r = (f32[8]{0}, s32[8]{0}) reduce(%p, %i, %z, %n), dimensions={1}, to_apply=%most\n"
+        "  %e = f32[8,16]{1,0} exponential(%p)\n"
+        "  ROOT %o = ((f32[8]{0}, s32[8]{0}), f32[8,16]{1,0}) tuple(%r, %e)\n"
+        "}\n"
+        "ENTRY %main (x: f32[8,16], y: s32[8,16]) -> ((f32[8], s32[8]), f32[8,16]) {\n"
+        "  %x = f32[8,16]{1,0} parameter(0)\n"
+        "  %y = s32[8,16]{1,0} parameter(1)\n"
+        "  ROOT %f = ((f32[8]{0}, s32[8]{0}), f32[8,16]{1,0}) fusion(%x, %y), kind=kLoop, calls=%body\n"
+        "}\n"
+    )
+    assert program.traffic() == 2 * 512 + 2 * 32 + 512
+
+
 def test_expected_cycles_count_as_often_as_a_loop_runs() -> None:
     cycles = 'backend_config={"flag_configs":[],"estimated_cycles":"100"}'
     kernel = '  %kernel = f32[1,16,16]{2,1,0} custom-call(%one), custom_call_target="tpu_custom_call"\n'

@@ -11,10 +11,21 @@ import pytest
 
 from qlora_jax.cli import parse
 from qlora_jax.commands import plan as script
+from qlora_jax.commands.planning import serving
 from qlora_jax.errors import CheckpointError, DoesNotFitError
 from qlora_jax.finetune.step import step_spec
 from qlora_jax.models import ModelSpec, family_of
-from qlora_jax.plan import SIZES, CompilerMissing, Machine, Plan, Program, TenantsPlan, machine_named
+from qlora_jax.plan import (
+    SIZES,
+    CompilerMissing,
+    Machine,
+    Plan,
+    Program,
+    ServeSizes,
+    ServingPlan,
+    TenantsPlan,
+    machine_named,
+)
 from qlora_jax.train import StepSpec
 
 ROOT = Path(__file__).parents[2]
@@ -161,6 +172,33 @@ def test_the_most_tenants_that_fit(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     ):
         assert script.main(["--model", "llama-65b", *flags.split()]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_the_most_rows_and_tenants_that_can_be_served(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row takes one GiB and so does a slot; the draws' program has the model beside it, and is the largest here."""
+
+    def compiled(spec: Any, machine: Machine, sizes: ServeSizes) -> ServingPlan:
+        rows, slots = spec.batch.batch_size, sizes.tenants + 1
+        small = dataclasses.replace(PROGRAM, arguments=rows * GIB, temporaries=GIB, outputs=rows * GIB, aliased=rows * GIB)
+        sample = dataclasses.replace(small, temporaries=2 * GIB)
+        model = dataclasses.replace(small, arguments=(rows + slots + 5) * GIB)
+        return ServingPlan(machine, rows, sizes, 3 * GIB, 2 * GIB, slots * GIB, rows * GIB, 0, model, model, sample, {})
+
+    monkeypatch.setattr(script, "check_compiler", lambda machine: None)
+    monkeypatch.setattr(serving, "compile_serving", compiled)
+    most, flags = int(H100.device.memory_bytes // GIB), ["--model", "llama-65b", "--step", "serve", "--batch-size", "16"]
+    for fit, name, expected in (("tenants", "tenants", most - 8 - 16), ("batch", "rows", most - 8 - 4)):
+        assert script.main([*flags, "--tenants", "4", "--tenant-rank", "8", "--fit", fit]) == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert result["found"] == {name: expected} == {name: result[name]}
+        assert (result["rank"], result["chunk"], result["bytes_a_slot"]) == (8, 128, GIB)
+        assert sum(result["device_bytes"].values()) == result["peak"] == most * GIB
+        assert result["programs"]["decode"]["peak"] == (most - 1) * GIB
+    for wrong in ("--quick", "--fit length", "--tenants 8 --tenant-slots 4"):
+        assert script.main([*flags, *wrong.split()]) == 1
+        assert "step serve: is compiled for one device" in capsys.readouterr().err
 
 
 def test_what_cannot_fit_is_told_with_what_would(

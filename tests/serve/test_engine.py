@@ -19,12 +19,13 @@ from test_generate import VOCABULARY, Successor, random_prompts, tiny, with_scal
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.serve import generate, programs
+from qlora_jax.serve.device import Device
 from qlora_jax.serve.engine import Engine, PromptError
 from qlora_jax.serve.interfaces import NoAdapters
 from qlora_jax.serve.request import Choices, Request
 from qlora_jax.serve.scheduler import BusyError, Limits
 
-LIMITS = Limits(rows=3, capacity=128, chunk=16)
+LIMITS = Limits(rows=3, capacity=128, chunk=48)
 LENGTHS = (1, 5, 63, 64, 30, 17, 16)
 
 
@@ -97,6 +98,31 @@ def test_each_answer_is_that_of_the_request_alone_whatever_joins_leaves_or_is_ca
     assert free_rows(tried) == LIMITS.rows
     assert not tried.busy
     assert programs_compiled() == before  # nothing after the warm-up
+
+
+def test_short_prompts_are_processed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a long one, whose turn comes; a rest of one prompt is processed with the beginnings of others."""
+    pieces: list[tuple[int, ...]] = []
+
+    def count(name: str) -> None:
+        process = getattr(Device, name)
+
+        def counted(device: Device, own: Any) -> None:
+            pieces.append(tuple(len(piece.tokens) for piece in (own if isinstance(own, list) else [own])))
+            process(device, own)
+
+        monkeypatch.setattr(Device, name, counted)
+
+    count("prefill")
+    count("prefill_together")
+    prompts, tried = random_prompts((3, 16, 20, 60, 5, 2)), engine()
+    before = programs_compiled()
+    found = ask(tried, *(request(prompt, 12, tenant=str(index)) for index, prompt in enumerate(prompts)))
+    assert found == generate(*nnx.split(tiny()), prompts, max_new_tokens=12)
+    assert pieces[:2] == [(3, 16, 16), (4,)]
+    assert sum(map(sum, pieces)) == sum(map(len, prompts))
+    assert (48,) in pieces
+    assert programs_compiled() == before
 
 
 def test_a_draw_depends_on_the_seed_and_the_request_alone() -> None:

@@ -26,7 +26,7 @@ def engine_of(base: Any, slots: AdapterSlots) -> Any:
 
 
 pytestmark = pytest.mark.integration
-LIMITS = Limits(rows=2, capacity=48, chunk=16)
+LIMITS = Limits(rows=2, capacity=48, chunk=32)
 
 
 @pytest.fixture(scope="module")

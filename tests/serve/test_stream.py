@@ -1,6 +1,6 @@
 """Streaming: the pieces are the text, and no piece ends within a character."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -78,6 +78,32 @@ def test_the_pieces_are_the_text(tokenizer: PreTrainedTokenizerFast, text: str) 
 def test_the_pieces_are_the_text_of_any_tokens(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> None:
     """Special tokens and bytes that are no character among them."""
     assert "".join(pieces_of(tokenizer, ids)) == decode(tokenizer, ids)
+
+
+@given(ids=st.lists(st.integers(0, 260) | st.sampled_from([0, 2, 127, 163]), max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_bytes_that_are_no_text_do_not_wait_for_ever(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qlora_jax.serve.text_stream._MOST_WAITING", 5)
+        assert "".join(pieces_of(tokenizer, ids)) == decode(tokenizer, ids)
+
+
+@pytest.mark.parametrize("token", ["<0xE4>", "<0x80>", "</s>"])
+def test_each_token_is_decoded_a_limited_number_of_times(
+    sentencepiece: PreTrainedTokenizerFast, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    decode_all = sentencepiece.decode
+
+    def counted(ids: list[int], **options: Any) -> Any:
+        decoded.append(len(ids))
+        return decode_all(ids, **options)
+
+    ids = cast(list[int], sentencepiece.convert_tokens_to_ids(["▁Hello", *[token] * 1500, "▁Paris"]))
+    expected = decode(sentencepiece, ids)
+    monkeypatch.setattr(sentencepiece, "decode", counted)
+    assert "".join(pieces_of(sentencepiece, ids)) == expected
+    assert sum(decoded) < 100 * len(ids)
 
 
 def test_a_character_of_several_tokens_comes_whole(tokenizer: PreTrainedTokenizerFast) -> None:
