@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # The dataclasses of qlora.py, and what its scripts set beside them.
-QLORA_ARGUMENTS = """
+_ARGUMENTS = """
     model_name_or_path trust_remote_code use_auth_token eval_dataset_size max_train_samples max_eval_samples
     source_max_len target_max_len dataset dataset_format cache_dir train_on_source mmlu_split mmlu_dataset
     do_mmlu_eval max_mmlu_samples mmlu_source_max_len full_finetune adam8bit double_quant quant_type bits lora_r
@@ -25,7 +25,8 @@ QLORA_ARGUMENTS = """
     use_cache temperature top_k top_p typical_p diversity_penalty repetition_penalty length_penalty
     no_repeat_ngram_size lora_modules adam_beta2 bf16 data_seed seed eval_steps evaluation_strategy logging_strategy
     do_eval per_device_eval_batch_size dataloader_num_workers
-""".split()
+"""
+QLORA_ARGUMENTS = frozenset(_ARGUMENTS.split())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,7 +87,7 @@ def test_every_argument_of_qlora_has_a_row() -> None:
     rows = {
         name for line in text.splitlines() if line.startswith("|") for name in re.findall(r"`(\w+)`", line.split("|")[1])
     }
-    assert set(QLORA_ARGUMENTS) - rows == set()
+    assert QLORA_ARGUMENTS - rows == set()
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "library.md"], ids=lambda page: page.name)

@@ -141,7 +141,7 @@ def check_command(command: str, folder: Path) -> None:
         program, rest = program_of(arguments)
         parse(options_of(program), description=None, arguments=rest)
     elif command.startswith("python qlora.py "):
-        assert {one.removeprefix("--") for one in arguments if one.startswith("--")} <= set(QLORA_ARGUMENTS)
+        assert {one.removeprefix("--") for one in arguments if one.startswith("--")} <= QLORA_ARGUMENTS
     elif command.startswith("pip install -e "):
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         extras = re.fullmatch(r"\.(?:\[([\w,]+)\])?", arguments[-1]).group(1)  # type: ignore[union-attr]

@@ -3,7 +3,6 @@
 Sizes are made small by SMALL, which replaces each of its texts at least once. About 6 CPU-seconds, of integration.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,9 @@ import numpy as np
 import pytest
 from pages import python_of
 
-SMALL = {"(1, 4, 512)": "(1, 4, 32)", "max_length=2048": "max_length=256", "4096, 4096": "64, 64", "256, 256": "64, 64"}
+import qlora_jax as qj
+
+SMALL = {"(1, 4, 512)": "(1, 4, 32)", "4096, 4096": "64, 64", "256, 256": "64, 64"}
 LLAMA = '"meta-llama/Llama-3.1-8B-Instruct"'
 
 
@@ -29,11 +30,12 @@ def code_of(page: str, model: Path, *small: str) -> str:
 @pytest.mark.integration
 def test_library(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    rows = [{"instruction": f"Count to {number}.", "output": "one two three"} for number in range(8)]
-    Path("conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs: list[Any] = []
+    monkeypatch.setattr(qj, "finetune", lambda options: runs.append(options))  # test_notebook.py trains
     names: dict[str, Any] = {}
     exec(code_of("docs/library.md", tiny_llama, *SMALL), names)
-    assert names["folder"] == Path("runs/mine/adapter")
+    (options,) = runs
+    assert (options.lora.rank, options.data.max_length, options.run.output) == (16, 2048, Path("runs/mine"))
     assert Path("merged/config.json").is_file()
     assert np.isfinite(names["metrics"]["loss"])
     (answer,) = names["answers"]
