@@ -38,6 +38,16 @@ def test_it_has_settings_in_one_cell_and_no_outputs() -> None:
     assert named == {"repository", "model", "folder", "learning_rate", *SMALL}
 
 
+def test_readers_find_it() -> None:
+    root = NOTEBOOK.parents[1]
+    for page, link in (
+        ("README.md", "(docs/colab.ipynb)"),
+        ("docs/README.md", "(colab.ipynb)"),
+        ("mkdocs.yml", ": colab.ipynb\n"),
+    ):
+        assert link in (root / page).read_text(encoding="utf-8")
+
+
 @pytest.mark.integration
 def test_all_cells_run(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
