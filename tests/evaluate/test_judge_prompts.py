@@ -70,6 +70,8 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
         ("Because.\n\n**Verdict: 2**", 2),
         ("Because.\nFinal verdict = tie.", 3),
         ("Verdict: 1\nNo, wait.\nverdict: [[3]]", 3),
+        ("Verdict: 3\nVerdict: 2\n" * 9 + "Verdict: 3", None),  # repeated until the limit of tokens
+        ("Verdict: 2\n" * 9 + "Verdict: 2", 2),
         ("<think>Verdict: 1\nHm.</think>\nVerdict: 2", 2),
         (" 2\n", 2),
         ("Tie.", 3),
@@ -91,6 +93,7 @@ def test_verdicts_are_read(reply: str, verdict: int | None) -> None:
         ("Scores: 8 6.5", (8, 6.5)),
         ("Good.\n*Scores:* 10/10, 7/10", (10, 7)),
         ("9 3", (9, 3)),
+        ("Scores: 8 7\nScores: 7 8\nScores: 8 7", None),
         ("Scores: 0 5", None),
         ("Scores: 11 5", None),
         ("Scores: 8", None),

@@ -5,11 +5,13 @@
 
 The judge may explain itself before that line. Each answer stands between two marks that are made from its own text, so that
 no answer can contain its end mark and go on as if it were the instruction. A reply counts if exactly one verdict can be
-read from it: of several such lines the last one, and a reply that is the bare value counts too. What a model thinks between
-<think> and </think> is no part of its reply.
+read from it: of several such lines the last one, and a reply that is the bare value counts too. A judge may correct itself
+once. A reply that contradicts itself more often is none: small models repeat such lines in turn until the limit of their
+tokens, which would decide. What a model thinks between <think> and </think> is no part of its reply.
 """
 
 import hashlib
+import itertools
 import re
 from typing import Any
 
@@ -80,7 +82,8 @@ def read_reply(reply: str, kind: Kind) -> dict[str, Any] | None:
     lines = [line for line in text.splitlines() if len(line) < 200]
     matches = [match for line in lines if (match := pattern.match(line))]
     found = matches[-1] if matches else (bare.match(text) if len(text) < 200 else None)
-    if found is None:
+    values = [tuple(group.lower() for group in match.groups()) for match in matches]
+    if found is None or sum(one != other for one, other in itertools.pairwise(values)) > 1:
         return None
     if kind == "verdicts":
         value = found.group(1).lower()
