@@ -71,6 +71,7 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
         ("Because.\nFinal verdict = tie.", 3),
         ("Verdict: 1\nNo, wait.\nverdict: [[3]]", 3),
         ("Verdict: 3\nVerdict: 2\n" * 9 + "Verdict: 3", None),  # repeated until the limit of tokens
+        ("Verdict: 2\nVerdict: 3\nVerdict: 3\nVerdict: 4\nVerdict: 5\nVer", None),
         ("Verdict: 2\n" * 9 + "Verdict: 2", 2),
         ("<think>Verdict: 1\nHm.</think>\nVerdict: 2", 2),
         (" 2\n", 2),

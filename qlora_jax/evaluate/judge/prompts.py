@@ -49,7 +49,7 @@ _REMINDER: dict[Kind, str] = {
 }
 _NUMBER = r"(\d{1,2}(?:\.\d{1,3})?)(?:\s*/\s*10)?"
 _LEAD, _TAIL = r"[\s*_#>`\"'\[(]*", r"[\s*_`\"'\])]*[.!]?[\s*_`\"'\])]*"
-_VERDICT = re.compile(rf"^{_LEAD}(?:final\s+)?verdict{_LEAD}[:=]?{_LEAD}(1|2|3|tie){_TAIL}$", re.IGNORECASE)
+_VERDICT = re.compile(rf"^{_LEAD}(?:final\s+)?verdict{_LEAD}[:=]?{_LEAD}(\d{{1,9}}|tie){_TAIL}$", re.IGNORECASE)
 _SCORES = re.compile(rf"^{_LEAD}(?:final\s+)?scores?{_LEAD}[:=]?{_LEAD}{_NUMBER}[\s,;/|]+{_NUMBER}{_TAIL}$", re.IGNORECASE)
 _BARE_VERDICT = re.compile(rf"^{_LEAD}(1|2|3|tie){_TAIL}$", re.IGNORECASE)
 _BARE_SCORES = re.compile(rf"^{_LEAD}{_NUMBER}[\s,;|]+{_NUMBER}{_TAIL}$")
@@ -86,8 +86,10 @@ def read_reply(reply: str, kind: Kind) -> dict[str, Any] | None:
     if found is None or sum(one != other for one, other in itertools.pairwise(values)) > 1:
         return None
     if kind == "verdicts":
-        value = found.group(1).lower()
-        return {"verdict": 3 if value == "tie" else int(value)}
+        value = {"tie": 3, "1": 1, "2": 2, "3": 3}.get(
+            found.group(1).lower()
+        )  # a list that counts on ends with another number
+        return None if value is None else {"verdict": value}
     scores = [float(group) for group in found.groups()]
     return {"score_a": scores[0], "score_b": scores[1]} if all(1 <= score <= 10 for score in scores) else None
 
