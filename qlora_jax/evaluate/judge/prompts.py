@@ -42,10 +42,11 @@ _TASK: dict[Kind, tuple[str, str]] = {
         "with one line of this form:\nScores: X Y\nwhere X is the score of answer 1 and Y is the score of answer 2.",
     ),
 }
+# No example of a value: small judges repeat it, and it would count.
 _AGAIN = "Your last reply could not be read. Reply with the last line only, "
 _REMINDER: dict[Kind, str] = {
-    "verdicts": f'{_AGAIN}which is "Verdict: 1", "Verdict: 2" or "Verdict: 3".',
-    "scores": f'{_AGAIN}for example "Scores: 7 5".',
+    "verdicts": f'{_AGAIN}of the form "Verdict: N", where N is 1, 2 or 3.',
+    "scores": f'{_AGAIN}of the form "Scores: X Y", where X and Y are numbers from 1 to 10.',
 }
 _NUMBER = r"(\d{1,2}(?:\.\d{1,3})?)(?:\s*/\s*10)?"
 _LEAD, _TAIL = r"[\s*_#>`\"'\[(]*", r"[\s*_`\"'\])]*[.!]?[\s*_`\"'\])]*"
