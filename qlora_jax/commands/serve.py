@@ -13,7 +13,6 @@ import copy
 import dataclasses
 import ipaddress
 import logging
-import os
 import socket
 import sys
 import time
@@ -25,12 +24,12 @@ from flax import nnx
 
 from qlora_jax import cli
 from qlora_jax.adapters.bank import slot_values
-from qlora_jax.adapters.files import ADAPTER_FILES, Adapter, read_adapter
-from qlora_jax.adapters.held import WEIGHTS
+from qlora_jax.adapters.files import Adapter, read_adapter
 from qlora_jax.adapters.metadata import AdapterMetadata, QuantizationChoice, read_adapter_metadata
-from qlora_jax.adapters.peft_config import CONFIG, read_adapter_method, resolve_adapter
+from qlora_jax.adapters.peft_config import read_adapter_method, resolve_adapter
 from qlora_jax.adapters.pretrained import Pretrained, PretrainedOptions, open_pretrained
 from qlora_jax.checkpoint.load import default_dtype
+from qlora_jax.commands.serving import AdapterOptions, adapter_sources, path_within, warn_of_templates
 from qlora_jax.data import Template, encode_prompt, read_chat_template
 from qlora_jax.errors import OptionError, UnsupportedError
 from qlora_jax.interrupts import deferred
@@ -77,30 +76,6 @@ class ServerOptions:
             raise OptionError(f"drain_seconds: expected 0 to 86400, found {self.drain_seconds}")
         if self.most_body_bytes < 1:
             raise OptionError(f"most_body_bytes: expected at least 1, found {self.most_body_bytes}")
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterOptions:
-    """Options of the adapters."""
-
-    adapters: tuple[str, ...] = ()
-    """Adapters as NAME=PATH, in PEFT's format: LoRA on linear layers."""
-    adapter_folder: Path | None = None
-    """Folder whose folders are adapters, or runs with an adapter in them (train_many.py), by their names."""
-    slots: int = 16
-    """Adapters in the memory of the device at a time; at least as many as rows."""
-    rank: int | None = None
-    """Largest rank of an adapter; that of the given ones (16 if there are none) if left out."""
-    runtime_adapters: bool = False
-    """Let keys for all models load adapters within --adapter-folder and unload them, over the API."""
-    held: int = 32
-    """Adapters whose values stay in main memory; others are read again when they are asked for."""
-
-    def __post_init__(self) -> None:
-        for name in ("slots", "held", "rank"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise OptionError(f"{name}: expected at least 1, found {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +188,7 @@ def load_service(options: Options, keys: tuple[ApiKey, ...] | None) -> "Service"
     tokenizer: Any = pretrained.tokenizer
     if options.chat_template is not None:
         tokenizer.chat_template = read_chat_template(options.chat_template, tokenizer)
+    warn_of_templates(sources, options.template, has_chat_template=tokenizer.chat_template is not None)
     vocabulary = pretrained.checkpoint.model_config.vocab_size
     own = copy.deepcopy(tokenizer)  # the engine's thread decodes while another one encodes
     constrain = constrain_by(own, vocabulary, pretrained.stop_ids)
@@ -247,30 +223,6 @@ def load_service(options: Options, keys: tuple[ApiKey, ...] | None) -> "Service"
         most_bytes=options.server.most_body_bytes,
         manage=_manage(options.adapter, slots, base) if slots and options.adapter.runtime_adapters else None,
     )
-
-
-def adapter_sources(options: AdapterOptions) -> dict[str, Path]:
-    """Return the paths of the adapters by their names."""
-    found: dict[str, Path] = {}
-    if options.runtime_adapters and (options.adapter_folder is None or not options.adapter_folder.is_dir()):
-        raise OptionError(f"--runtime-adapters: expected a folder as --adapter-folder, found {options.adapter_folder}")
-    for one in options.adapters:
-        name, equals, path = one.partition("=")
-        if not (name and equals and path) or name in found:
-            raise OptionError(f"--adapters: expected different names as in NAME=PATH, found {one}")
-        found[name] = Path(path)
-    if options.adapter_folder is not None:
-        root, within = options.adapter_folder, {}
-        for pattern in ("*/adapter", "*"):
-            within |= {path.relative_to(root).parts[0]: path for path in sorted(root.glob(pattern)) if _is_adapter(path)}
-        if not within and not options.runtime_adapters:
-            raise OptionError(f"--adapter-folder {root}: expected folders of adapters, found none")
-        found = within | found
-    return found
-
-
-def _is_adapter(folder: Path) -> bool:
-    return (folder / CONFIG).is_file()
 
 
 def _open(options: Options, methods: Sequence[Method]) -> Pretrained:
@@ -311,23 +263,6 @@ def _manage(options: AdapterOptions, slots: AdapterSlots, base: str) -> Any:
         slots.register(name, path_within(root, path))
 
     return Manage(load, slots.remove)
-
-
-def path_within(root: Path, path: str) -> Path:
-    """Return the folder of an adapter, which must be within the root with all its files, wherever links lead.
-
-    Raises:
-        OptionError: it is not, or it has no weights in safetensors, whose files cannot contain programs.
-    """
-    if "\0" in path:  # which no path has, and `realpath` raises a plain ValueError for
-        raise OptionError("lora_path: expected a folder within the folder of adapters")
-    folder = Path(os.path.realpath(root / path))
-    files = [folder / name for name in ADAPTER_FILES]
-    if not all(Path(os.path.realpath(file)).is_relative_to(root) for file in (folder, *files)):
-        raise OptionError("lora_path: expected a folder within the folder of adapters")
-    if not all((folder / name).is_file() for name in (CONFIG, WEIGHTS)):
-        raise OptionError("lora_path: expected a folder with adapter_config.json and adapter_model.safetensors")
-    return folder
 
 
 def _loader(model: CausalLM) -> Any:

@@ -1,7 +1,7 @@
 """Small files of judgements for tests."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ def verdict(question: int | str, a: str, b: str, verdict: int) -> dict[str, Any]
     return {"question_id": question, "model_a": a, "model_b": b, "verdict": verdict}
 
 
-def tournament(seed: int = 0, questions: int = 6, models: str = "abcd") -> list[dict[str, Any]]:
+def tournament(seed: int = 0, questions: int = 6, models: Sequence[str] = "abcd") -> list[dict[str, Any]]:
     """Return random verdicts on every ordered pair; the first models are the better ones."""
     draws = np.random.default_rng(seed)
     strength = {name: -0.5 * place for place, name in enumerate(models)}

@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qlora_jax.adapters.pretrained import Pretrained
 from qlora_jax.commands.evaluate import main
+from qlora_jax.commands.evaluations import compare
 from qlora_jax.commands.evaluations.compare import task_shares
 from qlora_jax.commands.train import main as train
 from qlora_jax.data import DataError
 from qlora_jax.evaluate import Perplexity, Share, change_of, judged_points, read_judgements, value_of, verdict_of
 
+DOCUMENTS = [{"metrics": ["acc"], "acc": 1.0}]
 WORDS = ("red", "green", "blue", "black", "white", "grey")
 
 
@@ -35,8 +38,13 @@ def run(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.integration
-def test_what_an_adapter_gains(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The rows that the run held out, by the run's own loss, and judged answers beside."""
+def test_what_an_adapter_gains(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows that the run held out, by the run's own loss, and beside it judged answers and a task; each model loads once.
+
+    The task is one of a harness with a single document, because lm_eval itself takes long to import (test_harness.py).
+    """
     base = json.loads((run / "options.json").read_text())["model"]["model"]
     verdicts = tmp_path / "verdicts.jsonl"
     pairs = [("colours", Path(base).name, 1), (Path(base).name, "colours", 2)]
@@ -47,8 +55,15 @@ def test_what_an_adapter_gains(run: Path, tmp_path: Path, capsys: pytest.Capture
             for a, b, verdict in pairs
         )
     )
+    loads: list[str] = []
+    load = Pretrained.load
+    monkeypatch.setattr(Pretrained, "load", lambda self, **given: loads.append(self.base.name) or load(self, **given))
+    monkeypatch.setattr(compare, "open_tasks", lambda asked: list(asked.names))
+    monkeypatch.setattr(compare, "harness_model", lambda pretrained, model, asked: model)
+    monkeypatch.setattr(compare, "run_tasks", lambda model, asked, names: {"samples": dict.fromkeys(names, DOCUMENTS)})
     capsys.readouterr()
-    assert main(["compare", str(run), "--judgements", str(verdicts), "--resamples", "200"]) == 0
+    assert main(["compare", str(run), "--judgements", str(verdicts), "--resamples", "200", "--tasks", "one"]) == 0
+    assert len(loads) == 4
     captured = capsys.readouterr()
     found = json.loads(captured.out.splitlines()[-1])
     rows = {(row["metric"], row["model"]): row for row in found["compare"]}
@@ -67,6 +82,7 @@ def test_what_an_adapter_gains(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert gain["high"] < -30, "the adapter has learned"
     assert rows["perplexity", "base, nf4+dq"]["change"]["kind"] == "drift"
     assert abs(rows["perplexity", "colours, merged"]["change"]["value"]) < 30
+    assert rows["one, acc in %", "colours, merged"]["change"]["value"] == 0
     judged = rows["judged, % of points", "colours"]
     assert (judged["value"], judged["change"]["value"]) == (100.0, 100.0)
 

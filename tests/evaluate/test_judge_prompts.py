@@ -1,6 +1,7 @@
 """The answers that a judge compares, what it is asked, and how its replies are read. (Less than a second.)"""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from judged import write
 from qlora_jax.errors import DataError, OptionError
 from qlora_jax.evaluate import Kind
 from qlora_jax.evaluate.judge import Comparison, comparisons, judge_messages, read_answers, read_reply
+from qlora_jax.evaluate.judge.prompts import reminder
 
 
 def answer(question: int | str, model: str, text: str = "An answer.", **more: Any) -> dict[str, Any]:
@@ -70,6 +72,9 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
         ("Because.\n\n**Verdict: 2**", 2),
         ("Because.\nFinal verdict = tie.", 3),
         ("Verdict: 1\nNo, wait.\nverdict: [[3]]", 3),
+        ("Verdict: 3\nVerdict: 2\n" * 9 + "Verdict: 3", None),  # repeated until the limit of tokens
+        ("Verdict: 2\nVerdict: 3\nVerdict: 3\nVerdict: 4\nVerdict: 5\nVer", None),
+        ("Verdict: 2\n" * 9 + "Verdict: 2", 2),
         ("<think>Verdict: 1\nHm.</think>\nVerdict: 2", 2),
         (" 2\n", 2),
         ("Tie.", 3),
@@ -91,6 +96,7 @@ def test_verdicts_are_read(reply: str, verdict: int | None) -> None:
         ("Scores: 8 6.5", (8, 6.5)),
         ("Good.\n*Scores:* 10/10, 7/10", (10, 7)),
         ("9 3", (9, 3)),
+        ("Scores: 8 7\nScores: 7 8\nScores: 8 7", None),
         ("Scores: 0 5", None),
         ("Scores: 11 5", None),
         ("Scores: 8", None),
@@ -113,3 +119,12 @@ def test_an_answer_cannot_end_itself(kind: Kind) -> None:
     (message,) = judge_messages(hostile, kind)
     assert json.dumps(message).count("[end of answer 1") == 2
     assert message["content"].count(end) == 1
+
+
+@pytest.mark.parametrize("kind", ["verdicts", "scores"])
+def test_a_reply_that_repeats_what_was_asked_is_no_judgement(kind: Kind) -> None:
+    """No line of the question or of the reminder can be read as a judgement."""
+    (asked,) = judge_messages(Comparison("1", "Why?", ("a", "b"), ("Because.", "So.")), kind)
+    for text in (asked["content"], reminder(kind)["content"]):
+        parts = [text, *text.splitlines(), *re.findall(r'"([^"]*)"', text)]
+        assert [part for part in parts if read_reply(part, kind) is not None] == []

@@ -46,6 +46,19 @@ class Page(HTMLParser):
         self.words += data
 
 
+def test_a_comparison_is_shown_as_its_command_prints_it() -> None:
+    change = {"kind": "gain", "unit": "%", "value": -80.0, "low": -85.0, "high": -75.0, "verdict": "better"}
+    base = {"metric": "perplexity", "model": "base", "value": 50.0, "low": 40.0, "high": 60.0}
+    mine = base | {"model": "<mine>", "value": 10.0, "low": 9.0, "high": 11.0, "against": "base", "change": change}
+    found = Page("\n".join(of_result({"compare": [base, mine], "data": "34 texts", "resamples": 9})).encode())
+    assert "Measured on 34 texts." in found.words
+    assert "<mine> against base: gain" in found.words
+    assert "-80.00 %-85.00 to -75.00basegainbetter" in found.words
+    assert sum(tag == "circle" for tag, _ in found.elements) == 3
+    for other in ([], [base | {"value": "x"}], [mine | {"change": change | {"low": None}}], [mine | {"against": 3}], ["x"]):
+        assert "Measured on" not in "".join(of_result({"compare": other, "data": "34 texts"}))
+
+
 def test_a_page_of_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [row | {"model_a": HOSTILE if row["model_a"] == "a" else row["model_a"]} for row in tournament()]
     rows = [row | {"model_b": HOSTILE if row["model_b"] == "a" else row["model_b"], "judge": "me"} for row in rows]

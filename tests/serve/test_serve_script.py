@@ -15,7 +15,16 @@ from typing import Any
 import pytest
 from safetensors.numpy import save_file
 
-from qlora_jax.commands.serve import AdapterOptions, ServerOptions, adapter_sources, check_access, listen, main, path_within
+from qlora_jax.commands.serve import (
+    AdapterOptions,
+    ServerOptions,
+    adapter_sources,
+    check_access,
+    listen,
+    main,
+    path_within,
+    warn_of_templates,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,6 +82,21 @@ def test_names_of_adapters(tmp_path: Path) -> None:
     for wrong in (("a",), ("=x",), ("a=",), ("a=x", "a=y")):
         with pytest.raises(ValueError, match="expected different names as in NAME=PATH"):
             adapter_sources(AdapterOptions(adapters=wrong))
+
+
+def test_adapters_of_other_templates_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sources = {name: tmp_path / name for name in ("alpaca", "chat", "unknown")}
+    for name, folder in sources.items():
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{}")
+        if name != "unknown":
+            (folder / "qlora_jax.json").write_text(json.dumps({"quantization": None, "template": name}))
+    warn_of_templates(sources, "auto", has_chat_template=True)
+    (message,) = caplog.messages
+    assert "adapter alpaca was trained with the template alpaca, but requests are written with chat" in message
+    caplog.clear()
+    warn_of_templates({"alpaca": sources["alpaca"]}, "alpaca", has_chat_template=True)
+    assert caplog.messages == []
 
 
 def test_an_adapter_s_files_are_within_the_root_wherever_links_lead(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ The last line is JSON.
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -111,6 +111,19 @@ class Row:
     against: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What each model is asked while its weights are loaded, beside the perplexity.
+
+    Attributes:
+        questions: of MMLU; none if they are empty.
+        tasks: returns the results of a model in tasks of lm_eval; None: no tasks.
+    """
+
+    questions: tuple[Question, ...]
+    tasks: Callable[[Pretrained, CausalLM], dict[str, Measured]] | None
+
+
 def main(arguments: Sequence[str] | None = None, *, program: str | None = None) -> int:
     """Run the command and return its exit code."""
     return cli.run(compare, Options, __doc__, arguments, program=program)
@@ -131,19 +144,13 @@ def compare(options: Options) -> None:
         for document in documents:
             check_ids(document.tokens, first.tokenizer, one.pretrained.checkpoint.model_config.vocab_size, f"{one.name}: ")
     questions = () if options.mmlu is None else mmlu_questions(options)
-    tasks = TaskOptions(
-        options.tasks, tasks_folder=options.tasks_folder, limit=options.task_limit, batch_size=options.batch_size
-    )
-    manager = open_tasks(tasks) if options.tasks else None
+    tasks = tasks_of(options)
     judged = (
         {}
         if options.judgements is None
         else judged_points(read_judgements(options.judgements), {one.name: one.judged_as for one in models})
     )
-    found = {one.name: measure(one, options, documents, first, questions) for one in models}
-    if manager is not None:
-        for one in models:
-            found[one.name] |= measure_tasks(one, tasks, manager)
+    found = {one.name: measure(one, options, documents, first, Asked(questions, tasks)) for one in models}
     for name, share in judged.items():
         found[name]["judged, % of points"] = share
     rows = rows_of(models, found, options)
@@ -194,8 +201,23 @@ def mmlu_questions(options: Options) -> tuple[Question, ...]:
         raise DataError(f"--mmlu {error}") from error
 
 
+def tasks_of(options: Options) -> Callable[[Pretrained, CausalLM], dict[str, Measured]] | None:
+    """Return what measures a loaded model by the tasks of lm_eval, or None if there are none.
+
+    Raises:
+        OptionError: lm_eval is not installed, or a task is unknown.
+    """
+    if not options.tasks:
+        return None
+    asked = TaskOptions(
+        options.tasks, tasks_folder=options.tasks_folder, limit=options.task_limit, batch_size=options.batch_size
+    )
+    manager = open_tasks(asked)
+    return lambda pretrained, model: task_shares(run_tasks(harness_model(pretrained, model, asked), asked, manager))
+
+
 def measure(
-    one: Contestant, options: Options, documents: list[Document], first: Pretrained, questions: tuple[Question, ...]
+    one: Contestant, options: Options, documents: list[Document], first: Pretrained, asked: Asked
 ) -> dict[str, Measured]:
     """Load a model, and return what was measured of it by metric; its weights are freed afterwards."""
     progress = sys.stderr.isatty()
@@ -209,19 +231,14 @@ def measure(
         found: dict[str, Measured] = {
             "perplexity": evaluate_perplexity(graphdef, state, documents, first.tokenizer, progress=progress, **sizes)
         }
-        if questions:
+        if asked.questions:
             room = positions_left(one.pretrained.checkpoint.model_config, one.pretrained.method)
-            prompts = encode_questions(questions, one.pretrained.tokenizer, 2048 if room is None else min(2048, room))
+            prompts = encode_questions(asked.questions, one.pretrained.tokenizer, 2048 if room is None else min(2048, room))
             logits = letter_logits(graphdef, state, prompts, batch_size=options.batch_size, progress=progress)
             found["MMLU, % right"] = Share((logits.argmax(1) == np.asarray(prompts.answers)).astype(np.float64))
+        if asked.tasks is not None:
+            found |= asked.tasks(one.pretrained, model)
     return found
-
-
-def measure_tasks(one: Contestant, tasks: TaskOptions, manager: Any) -> dict[str, Measured]:
-    """Load a model once more, and return its results in tasks of lm_eval."""
-    with mesh_context(data_mesh()), one.loaded(progress=sys.stderr.isatty()) as model:
-        assert isinstance(model, CausalLM)
-        return task_shares(run_tasks(harness_model(one.pretrained, model, tasks), tasks, manager))
 
 
 def task_shares(results: dict[str, Any]) -> dict[str, Measured]:

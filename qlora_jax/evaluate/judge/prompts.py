@@ -5,11 +5,13 @@
 
 The judge may explain itself before that line. Each answer stands between two marks that are made from its own text, so that
 no answer can contain its end mark and go on as if it were the instruction. A reply counts if exactly one verdict can be
-read from it: of several such lines the last one, and a reply that is the bare value counts too. What a model thinks between
-<think> and </think> is no part of its reply.
+read from it: of several such lines the last one, and a reply that is the bare value counts too. A judge may correct itself
+once. A reply that contradicts itself more often is none: small models repeat such lines in turn until the limit of their
+tokens, which would decide. What a model thinks between <think> and </think> is no part of its reply.
 """
 
 import hashlib
+import itertools
 import re
 from typing import Any
 
@@ -40,14 +42,15 @@ _TASK: dict[Kind, tuple[str, str]] = {
         "with one line of this form:\nScores: X Y\nwhere X is the score of answer 1 and Y is the score of answer 2.",
     ),
 }
+# No example of a value: small judges repeat it, and it would count.
 _AGAIN = "Your last reply could not be read. Reply with the last line only, "
 _REMINDER: dict[Kind, str] = {
-    "verdicts": f'{_AGAIN}which is "Verdict: 1", "Verdict: 2" or "Verdict: 3".',
-    "scores": f'{_AGAIN}for example "Scores: 7 5".',
+    "verdicts": f'{_AGAIN}of the form "Verdict: N", where N is 1, 2 or 3.',
+    "scores": f'{_AGAIN}of the form "Scores: X Y", where X and Y are numbers from 1 to 10.',
 }
 _NUMBER = r"(\d{1,2}(?:\.\d{1,3})?)(?:\s*/\s*10)?"
 _LEAD, _TAIL = r"[\s*_#>`\"'\[(]*", r"[\s*_`\"'\])]*[.!]?[\s*_`\"'\])]*"
-_VERDICT = re.compile(rf"^{_LEAD}(?:final\s+)?verdict{_LEAD}[:=]?{_LEAD}(1|2|3|tie){_TAIL}$", re.IGNORECASE)
+_VERDICT = re.compile(rf"^{_LEAD}(?:final\s+)?verdict{_LEAD}[:=]?{_LEAD}(\d{{1,9}}|tie){_TAIL}$", re.IGNORECASE)
 _SCORES = re.compile(rf"^{_LEAD}(?:final\s+)?scores?{_LEAD}[:=]?{_LEAD}{_NUMBER}[\s,;/|]+{_NUMBER}{_TAIL}$", re.IGNORECASE)
 _BARE_VERDICT = re.compile(rf"^{_LEAD}(1|2|3|tie){_TAIL}$", re.IGNORECASE)
 _BARE_SCORES = re.compile(rf"^{_LEAD}{_NUMBER}[\s,;|]+{_NUMBER}{_TAIL}$")
@@ -80,11 +83,14 @@ def read_reply(reply: str, kind: Kind) -> dict[str, Any] | None:
     lines = [line for line in text.splitlines() if len(line) < 200]
     matches = [match for line in lines if (match := pattern.match(line))]
     found = matches[-1] if matches else (bare.match(text) if len(text) < 200 else None)
-    if found is None:
+    values = [tuple(group.lower() for group in match.groups()) for match in matches]
+    if found is None or sum(one != other for one, other in itertools.pairwise(values)) > 1:
         return None
     if kind == "verdicts":
-        value = found.group(1).lower()
-        return {"verdict": 3 if value == "tie" else int(value)}
+        value = {"tie": 3, "1": 1, "2": 2, "3": 3}.get(
+            found.group(1).lower()
+        )  # a list that counts on ends with another number
+        return None if value is None else {"verdict": value}
     scores = [float(group) for group in found.groups()]
     return {"score_a": scores[0], "score_b": scores[1]} if all(1 <= score <= 10 for score in scores) else None
 

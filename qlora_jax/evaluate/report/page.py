@@ -54,7 +54,8 @@ table.matrix td, table.matrix th { text-align: center; } table.matrix th:first-c
   body { max-width: none; padding: 0; font-size: 10pt; } .scroll { overflow: visible; } table { font-size: 8.5pt; }
   th, td { padding: 0.15rem 0.4rem; white-space: normal; position: static; }
   td.words { min-width: 0; } nav { display: none; } thead { display: table-header-group; }
-  tr, .row, .rows, .note { break-inside: avoid; } h2, h3, h4, .faint { break-after: avoid; }
+  tr, .row, .rows, .note { break-inside: avoid; } h2, h3, h4, h3 + .written, .faint { break-after: avoid; }
+  td.words { overflow-wrap: break-word; }
   .answers { grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """

@@ -1,15 +1,15 @@
-"""Tables and pictures of the results that the sub-commands print as JSON, whichever they are.
+"""Tables and pictures of the results that the sub-commands print as JSON, whichever they are (compared.py has `compare`).
 
 numbers and texts                        a table of two columns
 an object or a list of objects           a table with a row for each, and a column for each name in them
 rows with a value and its bounds         a picture of the intervals, too: value, rating or relative; low; high
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_jax.evaluate.intervals import Interval
+from qlora_jax.evaluate.report.compared import comparison_parts, drawable
 from qlora_jax.evaluate.report.page import table
 from qlora_jax.evaluate.report.pictures import intervals
 
@@ -19,12 +19,12 @@ _VALUES = ("value", "rating", "relative")
 _LABELS = ("model", "judges", "name", "metric", "task")
 _DEEPEST = 4
 _MOST_ROWS = 300
-_LARGEST = 1e100  # number that is drawn
 
 
 def of_result(values: Mapping[str, Any]) -> list[str]:
     """Return the parts of a section for one object of results."""
-    return _parts("", values, 0)
+    compared = comparison_parts(values)
+    return _parts("", values, 0) if compared is None else compared
 
 
 def _parts(title: str, values: Mapping[str, Any], depth: int) -> list[str]:
@@ -64,14 +64,7 @@ def _table_of(title: str, rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _interval(row: Mapping[str, Any]) -> Interval | None:
     """Return the figure of a row with its bounds, if it has them and they can be drawn."""
-    value = next((row[name] for name in _VALUES if name in row), None)
-    numbers = [value, row.get("low"), row.get("high")]
-    if any(isinstance(one, bool) or not isinstance(one, (int, float)) for one in numbers):
-        return None
-    if any(_LARGEST < abs(one) < math.inf for one in numbers):  # type: ignore[arg-type]
-        return None
-    value, low, high = map(float, numbers)  # type: ignore[arg-type]
-    return Interval(value, low, high)
+    return drawable(next((row[name] for name in _VALUES if name in row), None), row.get("low"), row.get("high"))
 
 
 def _flat(row: Mapping[str, Any], before: str = "", depth: int = 0) -> dict[str, Any]:
