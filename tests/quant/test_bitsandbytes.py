@@ -70,6 +70,7 @@ def check(w: np.ndarray, data_type: str, block_size: int, double: bool) -> tuple
 SHAPES = [(64, 128), (192, 576), (100, 64), (7, 100), (33, 65), (1, 3), (257, 96), (576, 1536)]
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("data_type", ["nf4", "fp4"])
@@ -78,6 +79,7 @@ def test_bit_for_bit(data_type: str, double: bool, shape: tuple[int, int]) -> No
     assert different == 0
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("block_size", [32, 64, 128, 256, 512, 1024, 2048, 4096])
 def test_block_sizes(block_size: int) -> None:
     different, scales = check(random_weights((96, 4096), rounded=True), "nf4", block_size, True)

@@ -7,7 +7,6 @@ run without what is tested (offload, micro-batches, devices).
 import dataclasses
 import itertools
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import pytest
 from flax import nnx
 from tiers import tiered
 from tiny_config import CONFIG
+from virtual_devices import virtual_devices
 
 from qlora_jax.models import CausalLM
 from qlora_jax.models.llama import llama_config
@@ -352,13 +352,12 @@ def test_four_devices_train_as_one_does() -> None:
     """FSDP over four virtual devices, in a process of its own, against the same program on one."""
     found = {}
     for count in (1, 4):
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
         done = subprocess.run(
             [sys.executable, "-c", _DEVICES, *map(str, Path(__file__).parents[:2])],
             capture_output=True,
             text=True,
             check=False,
-            env=environment,
+            env=virtual_devices(count),
         )
         assert done.returncode == 0, done.stderr
         found[count] = json.loads(done.stdout.splitlines()[-1])
