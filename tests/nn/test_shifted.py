@@ -49,7 +49,6 @@ def random_qkv(length: int, heads: int, kv_heads: int) -> list[jax.Array]:
     return [jnp.asarray(draws.standard_normal((2, length, n, 8)), jnp.float32) for n in (heads, kv_heads, kv_heads)]
 
 
-@pytest.mark.optimised
 @pytest.mark.parametrize(
     ("length", "groups", "heads", "kv_heads", "window", "packed"),
     [

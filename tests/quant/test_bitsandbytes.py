@@ -70,7 +70,6 @@ def check(w: np.ndarray, data_type: str, block_size: int, double: bool) -> tuple
 SHAPES = [(64, 128), (192, 576), (100, 64), (7, 100), (33, 65), (1, 3), (257, 96), (576, 1536)]
 
 
-@pytest.mark.optimised
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("data_type", ["nf4", "fp4"])

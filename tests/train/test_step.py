@@ -224,22 +224,22 @@ def test_the_step_is_deterministic() -> None:
 
 
 def test_dropout_changes_with_step_seed_and_micro_batch() -> None:
-    """The loss of the same row under the same adapter, with whatever step and seed the state holds."""
+    """The loss of the same batch under the same adapter, with whatever step and seed the state holds."""
     graph, adapter, frozen = parts(0.3)
     init, step_fn = compiled(0.3)
-    row = random_batch(1, 1)
-    one = {name: x[0] for name, x in row.items()}
-    twice = {name: jnp.concatenate([x, x]) for name, x in row.items()}
+    batch = random_batch(1, 4)
+    one = {name: x[0] for name, x in batch.items()}
+    twice = {name: jnp.concatenate([x, x]) for name, x in batch.items()}
 
     def loss(step: int, seed: int, batch: Batch) -> float:
         state = dataclasses.replace(init(jax.tree.map(jnp.array, adapter), seed), step=jnp.int32(step))
         return float(step_fn(state, frozen, batch)[1]["loss"])
 
-    found = [loss(step, seed, row) for step in range(3) for seed in range(2)]
+    found = [loss(step, seed, batch) for step in range(3) for seed in range(2)]
     assert len({*found}) == 6
-    assert loss(0, 0, row) == found[0]
+    assert loss(0, 0, batch) == found[0]
 
-    # Two micro-batches of the same row: the mean of that row's loss under two masks, those of (seed, step, place).
+    # Twice the same micro-batch: the mean of its loss under two masks, those of (seed, step, place).
     forward = jax.jit(lambda key: language_model_loss(nnx.merge(graph, adapter, frozen), one, key))
     keys = jax.random.split(jax.random.fold_in(jax.random.key(1), 2), 2)
     each = [float(forward(key)) / float(one["loss_mask"].sum()) for key in keys]
@@ -249,7 +249,7 @@ def test_dropout_changes_with_step_seed_and_micro_batch() -> None:
 
 def test_evaluation_has_no_dropout() -> None:
     (graph, adapter, frozen), (plain_graph, _, _) = parts(0.3), parts()
-    batch = {name: x[0] for name, x in random_batch(1, 2).items()}
+    batch = {name: x[0] for name, x in random_batch(1, 4).items()}
     found = jit_eval_step(graph, language_model_loss)(adapter, frozen, batch)
     expected = jit_eval_step(plain_graph, language_model_loss)(adapter, frozen, batch)
     assert float(found[0]["loss"]) == float(expected[0]["loss"])
