@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import tiered
 from virtual_devices import virtual_devices
 
 from qlora_jax.quant import BLOCK_SIZES, DATA_TYPES, QuantizedTensor, code_bits, codebook, dequantize, dynamic_map, quantize
@@ -64,8 +65,14 @@ def close(found: Any, expected: Any) -> None:
 SHAPES = [(128, 32), (64, 1), (192, 5), (1, 1), (7, 13), (97, 101), (100, 64), (31, 1)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("data_type", DATA_TYPES)
+@pytest.mark.parametrize(
+    ("data_type", "shape"),
+    tiered(
+        [(data_type, shape) for data_type in DATA_TYPES for shape in SHAPES],
+        quick=[*(("nf4", shape) for shape in SHAPES), *((name, shape) for name in DATA_TYPES for shape in SHAPES[4:6])],
+    ),
+    ids=str,
+)
 def test_equals_the_reference(data_type: Any, shape: tuple[int, int]) -> None:
     w = random(*shape)
     check_reference(w, data_type, 64)
