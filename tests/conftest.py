@@ -19,8 +19,8 @@ from tiny_models import write_tiny_llama
 import qlora_jax  # noqa: F401  it sets the variables of absent devices, which processes that tests start inherit
 
 # Most of the suite's time is compiling for the CPU, and most of that LLVM's: tests have it optimise nothing, on which no
-# result depends. Where they have the choice, they take XLA's older code generator, too, which has less to do. Processes that
-# set XLA_FLAGS themselves, for several devices, compile as users do; so do all with `XLA_FLAGS= python -m pytest`.
+# result depends but for rounding. Where they can, they take XLA's older code generator, too, which has less to do.
+# `XLA_FLAGS= python -m pytest -m optimised` compiles the tests of arithmetic as users do.
 _LIGHT = "--xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _LIGHT += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
@@ -42,6 +42,19 @@ MOST_MEMORY = 5 * 2**29  # bytes; a process that runs all modules would need mor
 # Tracing makes many small objects, for which Python's collector by default walks over all others again and again, those of
 # the imported libraries included: a fifth of the suite's time. Nearly all of them are freed without it.
 COLLECT_AFTER = (100_000, 50, 100)
+
+
+# What a module says that has tests of a mark: for the expressions of `-m` that .ci/run uses.
+SAID = {"integration": ("integration", "tiered("), "optimised and not integration": ("optimised",)}
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out modules without a test of the mark that is asked for, which each process would import."""
+    said = SAID.get(config.getoption("markexpr"))
+    if said is None or collection_path.suffix != ".py":
+        return None
+    text = collection_path.read_text(encoding="utf-8")
+    return None if any(word in text for word in said) else True
 
 
 def pytest_collection_finish() -> None:

@@ -1,14 +1,11 @@
 """scripts/benchmarks/longest_context.py: its cards, its search, its page, and bad input. Nothing is compiled."""
 
-import subprocess
-import sys
-from pathlib import Path
+import pytest
 
 from qlora_jax.plan import quick_plan
 from qlora_jax.train import build_step
 from scripts.benchmarks import longest_context as script
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmarks" / "longest_context.py"
 MODEL = "llama-3.1-8b"
 
 
@@ -46,7 +43,7 @@ def test_the_page() -> None:
     assert lines[-1] == "Compiled with jax 1.2."
 
 
-def test_bad_input_is_one_line() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), "--models", "llama-8b"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.strip() == "error: models: expected some of llama-3.1-8b, llama-3.3-70b, found llama-8b"
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(["--models", "llama-8b"]) == 1
+    error = capsys.readouterr().err
+    assert error == "error: models: expected some of llama-3.1-8b, llama-3.3-70b, found llama-8b\n"

@@ -1,8 +1,10 @@
 """scripts/benchmarks/measure_loading.py in small: the criterion itself needs gigabytes, its parts do not."""
 
 import json
+import mmap
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import ml_dtypes
@@ -57,21 +59,14 @@ def test_it_loads(folder: Path) -> None:
 
 
 def test_the_sampler_sees_memory_come_and_go() -> None:
-    # In a process of its own: in this one the array could come from memory that an earlier test freed.
-    code = """
-import json, time
-import numpy as np
-from scripts.benchmarks import measure_loading as script
-with script.sampling(0.001) as samples:
-    held = np.ones(50_000_000, np.uint8)
-    time.sleep(0.2)
-    del held
-print(json.dumps([samples[0], max(samples), samples[-1]]))
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    before, most, after = json.loads(done.stdout)
-    assert most >= before + 45_000_000
-    assert after <= most - 45_000_000
+    """Pages of their own: an array could come from memory that an earlier test of this process freed."""
+    size = 200_000_000
+    with script.sampling(0.001) as samples, mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
+        for start in range(0, size, mmap.PAGESIZE):
+            pages[start] = 1
+        time.sleep(0.2)
+    assert max(samples) >= samples[0] + 0.9 * size
+    assert samples[-1] <= max(samples) - 0.9 * size
 
 
 @pytest.mark.integration

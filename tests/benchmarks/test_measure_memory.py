@@ -1,12 +1,8 @@
 """scripts/benchmarks/measure_memory.py: its table, and bad input. The compilations are those of tests/plan."""
 
-import subprocess
-import sys
-from pathlib import Path
+import pytest
 
 from scripts.benchmarks import measure_memory as script
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmarks" / "measure_memory.py"
 
 
 def test_the_table() -> None:
@@ -23,8 +19,9 @@ def test_the_table() -> None:
     assert lines[-1].endswith("20% for llama-7b on h100, 20% for llama-7b on v5e:2x2.")
 
 
-def test_bad_input_is_one_line() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), "--models", "llama-8b"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: models: expected some of llama-7b, ")
-    assert done.stderr.strip().endswith("found llama-8b")
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(["--models", "llama-8b"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: models: expected some of llama-7b, ")
+    assert error.endswith("found llama-8b\n")
+    assert error.count("\n") == 1

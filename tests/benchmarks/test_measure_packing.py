@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from scripts.benchmarks import measure_packing as script
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmarks" / "measure_packing.py"
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.integration
@@ -19,7 +17,8 @@ def test_the_report(tiny_llama: Path, tmp_path: Path) -> None:
     """Of twelve rows of 25 learned bytes, padded ones hold 25 of 64 places, packed ones two of them."""
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"text": f"{number:025}"}) + "\n" for number in range(12)))
-    done = run(str(data), "--model", str(tiny_llama), "--length", "64", "--steps", "2", "--rank", "2")
+    command = [sys.executable, str(SCRIPT), str(data), "--model", str(tiny_llama), "--length", "64"]
+    done = subprocess.run([*command, "--steps", "2", "--rank", "2"], capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stderr  # so small a step may cost anything
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["padding_share"] == pytest.approx({"padded": 1 - 25 / 64, "packed": 1 - 50 / 64})
@@ -34,6 +33,6 @@ def test_the_report(tiny_llama: Path, tmp_path: Path) -> None:
     assert done.stderr.count("Traceback") == 0
 
 
-def test_bad_input_is_one_line(tmp_path: Path) -> None:
-    done = run(str(tmp_path / "none.jsonl"), "--steps", "0")
-    assert (done.returncode, done.stderr.strip()) == (1, "error: --steps: expected at least 1, found 0")
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main([str(tmp_path / "none.jsonl"), "--steps", "0"]) == 1
+    assert capsys.readouterr().err == "error: --steps: expected at least 1, found 0\n"

@@ -1,16 +1,10 @@
 """scripts/benchmarks/measure_plan.py: its recipes, its fit on rows with known factors, bad input. Nothing is compiled."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from qlora_jax.models.llama import llama_config
 from qlora_jax.plan import SIZES, quick_plan
 from scripts.benchmarks import measure_plan as script
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmarks" / "measure_plan.py"
 
 
 def test_recipes_are_plans() -> None:
@@ -31,11 +25,12 @@ def test_the_fit_finds_factors_and_leaves_those_of_what_is_nowhere() -> None:
     assert found["layer"] == pytest.approx({"stream": 3.0, "table": 5.0}, abs=0.01)
 
 
-def test_bad_input_is_one_line() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), "--models", "llama-8b"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: models: expected some of ")
-    assert done.stderr.strip().endswith("found llama-8b")
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(["--models", "llama-8b"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: models: expected some of ")
+    assert error.endswith("found llama-8b\n")
+    assert error.count("\n") == 1
 
 
 def test_about_a_third_is_held_out_of_each_device() -> None:

@@ -275,6 +275,7 @@ print(memory("VmHWM") - before)
 """
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of resident memory")
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path):
     rows, columns, count = 5000, 2500, 20

@@ -1,7 +1,6 @@
 """scripts/evaluate.py as a command: the figures of a model and of its adapter, and one line for what is wrong."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from virtual_devices import virtual_devices
 
 from qlora_jax.adapters.bind import load_adapter, save_adapter
 from qlora_jax.checkpoint.load import load_model
@@ -23,11 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def call(*arguments: str, devices: int = 1) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
+    environment = virtual_devices(devices) | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 

@@ -329,6 +329,7 @@ def test_values_that_cannot_be_written(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.integration
 def test_host_memory_holds_a_few_matrices_not_the_model(tmp_path: Path) -> None:
     """12 layers, 480 MB in float32, made when they are read; the largest matrix has 8 MB."""
     code = f"""

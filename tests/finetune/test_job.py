@@ -25,6 +25,7 @@ from qlora_jax.adapters.pretrained import open_pretrained
 from qlora_jax.checkpoint.open import open_checkpoint
 from qlora_jax.checkpoint.tokenizer import load_tokenizer
 from qlora_jax.cli import parse
+from qlora_jax.commands import generate, merge
 from qlora_jax.commands.train import main
 from qlora_jax.data import Example, encode_all, read_chat_template
 from qlora_jax.export.pretrained import merge_pretrained
@@ -96,7 +97,7 @@ def test_the_stages_are_values(options: Options, caplog: pytest.LogCaptureFixtur
 
 @pytest.mark.integration
 def test_new_special_tokens_are_trained_saved_and_used(options: Options, tmp_path: Path) -> None:
-    """Patterns and a saved module beside them; asked and merged by the scripts, in processes of their own."""
+    """Patterns and a saved module beside them; asked and merged by the commands."""
     folder = finetune(
         but(
             options,
@@ -122,13 +123,9 @@ def test_new_special_tokens_are_trained_saved_and_used(options: Options, tmp_pat
     assert rows.shape == (2, 64)
     assert 1e-4 < np.abs(rows - table.mean(0)).max() < 0.1  # a tied head pushes down what is never the answer
 
-    script, model = SCRIPT.parent, ["--model", str(options.model.model), "--adapter", str(folder)]
-    asked = [sys.executable, str(script / "generate.py"), *model, "--prompt", "1<|a|>?", "--max-new-tokens", "2"]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    merged = [sys.executable, str(script / "merge.py"), *model, "--output", str(tmp_path / "merged"), "--no-compare"]
-    done = subprocess.run(merged, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    model = ["--model", str(options.model.model), "--adapter", str(folder)]
+    assert generate.main([*model, "--prompt", "1<|a|>?", "--max-new-tokens", "2"]) == 0
+    assert merge.main([*model, "--output", str(tmp_path / "merged"), "--no-compare"]) == 0
     result = open_checkpoint(str(tmp_path / "merged"))
     assert result.config["vocab_size"] == size + 2
     merged_rows = result.read("model.embed_tokens.weight")[size:]

@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from tiers import tiered
+from virtual_devices import virtual_devices
 
 from qlora_jax.models import CausalLM, ModelSpec, chunks, family_of
 from qlora_jax.models.chunks import chunk_count, over_chunks
@@ -225,11 +226,8 @@ def learned() -> dict[str, float]:
 @pytest.mark.integration
 def test_devices_cut_their_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four devices with a row each learn what one with all of them does."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)]),
-    }
+    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
+    environment = virtual_devices(4) | {"PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", ON_DEVICES], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(chunks, "CHUNK", chunks.CHUNK)  # `learned` changes it

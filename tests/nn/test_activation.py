@@ -18,6 +18,7 @@ FUNCTIONS: dict[Any, Any] = {
 }
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", list(FUNCTIONS))
 def test_values_and_gradients(name: Any) -> None:
     gate, up, back = np.random.default_rng(0).standard_normal((3, 5, 64)) * 3
@@ -30,6 +31,7 @@ def test_values_and_gradients(name: Any) -> None:
     np.testing.assert_allclose(of_up, back * function(gate), atol=1e-5)
 
 
+@pytest.mark.optimised
 def test_bfloat16_is_rounded_once() -> None:
     gate, up = (jnp.asarray(x, jnp.bfloat16) for x in np.random.default_rng(0).standard_normal((2, 1000)) * 3)
     exact = FUNCTIONS["silu"](np.asarray(gate, np.float64)) * np.asarray(up, np.float64)

@@ -50,6 +50,7 @@ def random_qkv(length: int = 11, past: int = 0, kv_heads: int = 2) -> tuple[np.n
     return q, k, v
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_causal(kv_heads: int) -> None:
     q, k, v = random_qkv(kv_heads=kv_heads)
@@ -68,6 +69,7 @@ def test_segments_see_themselves_and_padding_stays_finite() -> None:
     np.testing.assert_allclose(found[real], reference(q, k, v, mask)[real], atol=1e-5)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(("window", "shared"), [(None, 0), (100, 0), (200, 3)])
 @pytest.mark.parametrize("segmented", [False, True])
 def test_blocks_of_queries(segmented: bool, window: int | None, shared: int) -> None:
@@ -93,6 +95,7 @@ def test_blocks_of_queries(segmented: bool, window: int | None, shared: int) -> 
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.optimised
 def test_blocks_in_bfloat16_add_their_gradients_in_float32() -> None:
     """The gradients of keys and values of 8 blocks are as near to the exact ones as those of all scores at once."""
     seen = jnp.tril(jnp.ones((1024, 1024), bool))[None]
@@ -123,6 +126,7 @@ def test_blocks_make_fewer_products() -> None:
     assert scores == 1024 * 1024 * 9 / 16
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(("window", "cap"), [(3, None), (None, 1.5), (4, 1.5), (11, None), (1, None)])
 def test_window_scale_and_cap_with_gradients(window: int | None, cap: float | None) -> None:
     """Values and gradients against the textbook's formula by autodiff."""
@@ -146,6 +150,7 @@ def test_window_scale_and_cap_with_gradients(window: int | None, cap: float | No
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("kv_heads", [2, 4])
 @pytest.mark.parametrize("rows", ["one for all", "one a query"])
 @pytest.mark.parametrize("biased", [True, False])
@@ -173,6 +178,7 @@ def test_bias_with_gradients(kv_heads: int, rows: str, biased: bool) -> None:
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.optimised
 def test_cached() -> None:
     q, k, v = random_qkv(length=2, past=7)
     mask = np.random.default_rng(1).random((2, 2, 9)) < 0.6
@@ -303,6 +309,7 @@ TILED = {
 }
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("case", tiered(TILED, quick=("segments", "window and cap")))
 def test_tiles(case: str) -> None:
     """Values and gradients of the tiled attention against the textbook's formula by autodiff, by the norm of the difference:
@@ -349,6 +356,7 @@ def test_long_rows_take_linear_memory() -> None:
     assert scores_at_once(8192, HOPPER) == (512, 512)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("before", [None, 30])
 def test_tiles_with_a_bias_of_distances(before: int | None) -> None:
     """The values and gradients of the same bias and mask, spread out over all queries and keys."""

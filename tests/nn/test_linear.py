@@ -30,6 +30,7 @@ def dense_weight(layer: Linear) -> np.ndarray:
     return np.asarray(dequantize(weight) if isinstance(weight, QuantizedTensor) else weight)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("quantization", [None, Quantization()], ids=["dense", "nf4"])
 @pytest.mark.parametrize("use_bias", [False, True])
 def test_equals_dense_arithmetic(quantization: Quantization | None, use_bias: bool) -> None:

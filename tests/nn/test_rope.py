@@ -25,6 +25,7 @@ def test_scores_depend_on_distance_alone() -> None:
     assert score(9, 4) != pytest.approx(score(9, 5), abs=1e-3)
 
 
+@pytest.mark.optimised
 def test_rotation_is_that_of_complex_numbers() -> None:
     x = np.random.default_rng(0).standard_normal((2, 5, 3, 16), np.float32)
     positions = np.arange(10, dtype=np.int32).reshape(2, 5)
@@ -40,6 +41,7 @@ def test_rotation_keeps_the_dtype() -> None:
     assert rotate(jnp.ones((1, 5, 2, 16), jnp.bfloat16), cosine, sine).dtype == jnp.bfloat16
 
 
+@pytest.mark.optimised
 def test_bfloat16_is_rounded_once() -> None:
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 50, 2, 16)), jnp.bfloat16)
     cosine, sine = embedding()(jnp.arange(50)[None])

@@ -146,18 +146,11 @@ def last_use(body, name):
 
 
 def main(platform, what):
-    result = {}
-    if what == "--traffic":
-        print(json.dumps(stack_traffic(machine_named("h100" if platform == "cuda" else "v5e"))))
-        return
-    if what == "--limit":
-        print(json.dumps([saved_stack(machine_named("v5e"), rows) for rows in (166912, 170496)]))
-        return
-    kinds = [name for name, device in DEVICES.items() if device.platform == platform]
-    result["products"] = {name: one_product(machine_named(name)).flops for name in kinds}  # of all of them, or an error
     if what == "--products":
-        print(json.dumps(result))
+        kinds = [name for name, device in DEVICES.items() if device.platform == platform]
+        print(json.dumps({name: one_product(machine_named(name)).flops for name in kinds}))  # of all of them, or an error
         return
+    result = {"traffic": stack_traffic(machine_named("h100" if platform == "cuda" else "v5e"))}
     if platform == "cuda":
         host = changed(SPEC, optimizer={"host_optimizer": True})
         result["train"] = of(compile_train_step(host, machine_named("h100")))
@@ -182,6 +175,7 @@ def main(platform, what):
         limit = result["decode"]["peak"] + 40 * result["decode"]["cache"]
         result["fit"] = {"found": largest_that_fits(peak, limit, start=8), "asked": asked, "limit": limit}
     else:
+        result["limit"] = [saved_stack(machine_named("v5e"), rows) for rows in (166912, 170496)]
         result["train"] = of(compile_train_step(SPEC, machine_named("v5e")))
         model = ModelSpec(llama_config(SIZES["llama-3-8b"]), method=LoRA(16))
         large = StepSpec(model, language_model_objective())  # what is small lies in a TPU's own memory

@@ -49,22 +49,22 @@ def tpu() -> Any:
 
 @pytest.mark.parametrize(("platform", "devices"), [("cuda", GPUS), ("tpu", TPUS)])
 def test_a_product_for_each_device(platform: str, devices: tuple[str, ...]) -> None:
-    assert compiled(platform, "--products")["products"] == dict.fromkeys(devices, 2 * 128**3)
+    assert compiled(platform, "--products") == dict.fromkeys(devices, 2 * 128**3)
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_a_loop_over_a_stack_moves_the_stack_once(platform: str) -> None:
+def test_a_loop_over_a_stack_moves_the_stack_once(platform: str, request: pytest.FixtureRequest) -> None:
     """By hand: every matrix is read once; the sum is at most read, transposed and written in each of 16 iterations."""
-    traffic, stack, matrix = compiled(platform, "--traffic")
+    traffic, stack, matrix = request.getfixturevalue(platform)["traffic"]
     assert stack <= traffic <= stack + (16 * 4 + 4) * matrix
 
 
 @pytest.mark.integration
-def test_a_plan_for_a_tpu_fits_exactly_if_libtpu_accepts_the_program() -> None:
+def test_a_plan_for_a_tpu_fits_exactly_if_libtpu_accepts_the_program(tpu: Any) -> None:
     """Two programs on both sides of the limit of 15.75 GiB; the temporaries that libtpu reports would refuse the first."""
     limit, one = 15.75 * 2**30, 4096 * 2  # bytes of a row
-    fits, refused = compiled("tpu", "--limit")
+    fits, refused = tpu["limit"]
     assert 0.98 * limit < fits["peak"] <= limit
     assert fits["peak"] == pytest.approx((8 + 2 + 2) * 166912 * one + 8 * 4096 * one, rel=0.001)  # stack, temporaries, x, dx
     assert refused["needed"] > limit

@@ -78,6 +78,7 @@ def test_bit_for_bit(data_type: str, double: bool, shape: tuple[int, int]) -> No
     assert different == 0
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("block_size", [32, 64, 128, 256, 512, 1024, 2048, 4096])
 def test_block_sizes(block_size: int) -> None:
     different, scales = check(random_weights((96, 4096), rounded=True), "nf4", block_size, True)

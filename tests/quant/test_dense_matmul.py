@@ -23,6 +23,7 @@ def operands(equation: str, dtype: Any) -> list[jax.Array]:
     return [jnp.asarray(generator.standard_normal(shape, np.float32), dtype) for shape in shapes]
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("result", [None, jnp.float32])
 @pytest.mark.parametrize("equation", ALSO)
@@ -35,6 +36,7 @@ def test_values_are_those_of_einsum_in_float64(equation: str, result: Any, dtype
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=tolerance, atol=1e-6 * np.abs(exact).max() * 4)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("equation", ["nk,km->nm", "nk,km->mn"])
 def test_one_row_in_bfloat16(equation: str) -> None:
     a, b = operands(equation, jnp.bfloat16)
@@ -70,6 +72,7 @@ def test_on_a_cpu_sums_run_over_the_last_axis_into_float32(equation: str) -> Non
     assert "optimization_barrier" not in elsewhere
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_gradients_of_a_dense_product(dtype: Any) -> None:
     x, w, dy = (np.random.default_rng(seed).standard_normal(shape) for seed, shape in enumerate([(9, 24), (24, 4), (9, 4)]))

@@ -41,6 +41,7 @@ def test_the_search_on_tpu_finds_the_same(signed: bool, request: pytest.FixtureR
     np.testing.assert_array_equal(quantize_blockwise(jnp.asarray(x), signed=signed).codes, expected.codes)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("shape", [(1,), (256,), (257,), (3, 5, 100), (16, 64)])
 def test_the_nearest_value_is_taken(shape: tuple[int, ...], signed: bool) -> None:

@@ -41,6 +41,7 @@ def packed(table: Any, storage: EmbeddingStorage) -> Any:
     return quantize_embedding(jnp.asarray(table), storage)
 
 
+@pytest.mark.optimised
 def test_int8_codes_are_those_of_bitsandbytes(table: np.ndarray) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     torch = pytest.importorskip("torch")
@@ -51,6 +52,7 @@ def test_int8_codes_are_those_of_bitsandbytes(table: np.ndarray) -> None:
     np.testing.assert_allclose(found.scales, absmax.float().numpy() / 127, rtol=1e-6)
 
 
+@pytest.mark.optimised
 def test_int8_against_numpy(table: np.ndarray) -> None:
     dense = np.asarray(embedding_lookup(packed(table, "int8"), jnp.arange(len(table))), np.float64)
     step = np.abs(table.astype(np.float64)).max(1, keepdims=True) / 127
@@ -68,6 +70,7 @@ def test_nf4_values_are_those_of_bitsandbytes(table: np.ndarray) -> None:
     np.testing.assert_allclose(dense, functional.dequantize_4bit(codes, state).numpy(), atol=2e-6)  # their mean is rounded
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("storage", STORAGES)
 def test_rows_and_products_are_those_of_the_dense_table(
     table: np.ndarray, storage: EmbeddingStorage, monkeypatch: pytest.MonkeyPatch
@@ -86,6 +89,7 @@ def test_rows_and_products_are_those_of_the_dense_table(
         np.testing.assert_allclose(embedding_rows_sum(jnp.asarray(share), one, jnp.float32), share @ wide, atol=2e-4)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("storage", STORAGES)
 def test_the_gradient_of_a_product_is_that_of_the_dense_table(table: np.ndarray, storage: EmbeddingStorage) -> None:
     found, draws = packed(table, storage), np.random.default_rng(2)

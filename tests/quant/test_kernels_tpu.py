@@ -10,27 +10,31 @@ import numpy as np
 import pytest
 from compiled import value_and_pullback
 from kernel_checks import LIMITS, random, relative_error
+from tiers import tiered
 
 from qlora_jax.quant import StackedTensor, dequantize, kernels, matmul, quantize, with_implementation
 from qlora_jax.quant.kernels.tpu_scales import spread_absmax
 from qlora_jax.quant.targets import tracing_for
 
-
 # 1792 rows have 28 scales a column: groups of 256 of them begin within columns.
-@pytest.mark.parametrize(
-    ("rows", "columns", "data_type", "block_size", "double", "count"),
-    [
-        (256, 128, "nf4", 64, True, 1),
-        (1792, 384, "nf4", 64, True, 3),
-        (512, 256, "fp4", 128, False, 17),
-        (768, 128, "int4", 128, True, 64),
-        (512, 640, "nf4", 64, False, 200),
-        (576, 128, "nf4", 64, True, 3),  # the lower half begins in the middle of a block
-        (256, 128, "fp4-e3m0", 64, True, 2),
-        (256, 128, "nf3", 64, True, 2),
-    ],
+PRODUCTS = [
+    (256, 128, "nf4", 64, True, 1),
+    (1792, 384, "nf4", 64, True, 3),
+    (512, 256, "fp4", 128, False, 17),
+    (768, 128, "int4", 128, True, 64),
+    (512, 640, "nf4", 64, False, 200),
+    (576, 128, "nf4", 64, True, 3),  # the lower half begins in the middle of a block
+    (256, 128, "fp4-e3m0", 64, True, 2),
+    (256, 128, "nf3", 64, True, 2),
+]
+# In bfloat16, the fast tier has one case of double quantisation and one of single.
+PRODUCTS_OF_DTYPES = tiered(
+    [(*case, dtype) for dtype in LIMITS for case in PRODUCTS],
+    quick=[*((*case, "float32") for case in PRODUCTS), *((*case, "bfloat16") for case in PRODUCTS[1:3])],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+
+@pytest.mark.parametrize(("rows", "columns", "data_type", "block_size", "double", "count", "dtype"), PRODUCTS_OF_DTYPES)
 def test_product_and_gradient(
     rows: int, columns: int, data_type: Any, block_size: int, double: bool, count: int, dtype: str
 ) -> None:

@@ -18,6 +18,7 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("rows", [128, 50])
 @pytest.mark.parametrize("data_type", ["nf4", "fp4", "int4"])
 def test_value_and_gradient_equal_those_of_the_dense_product(rows: int, data_type: Any) -> None:

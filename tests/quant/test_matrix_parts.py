@@ -37,6 +37,7 @@ def test_contiguous_bytes_are_contiguous_rows() -> None:
         np.testing.assert_array_equal(dequantize(own), expected[part])
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("rows", [3, 100])  # few rows and many are multiplied in different ways on a CPU
 def test_products_and_gradients(rows: int) -> None:
     whole, x = matrices(), jnp.asarray(np.random.default_rng(2).standard_normal((rows, ROWS), np.float32))

@@ -20,6 +20,7 @@ from qlora_jax.quant import (
 )
 
 
+@pytest.mark.optimised
 def test_products_and_gradients_of_each_layer() -> None:
     draws = np.random.default_rng(0)
     w = jnp.asarray(draws.standard_normal((4, 64, 48), np.float32))

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", reason="the peers (torch, bitsandbytes) are
 functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("layers", [[0], pytest.param([9, 19, 29], marks=pytest.mark.integration)])
 def test_every_linear_weight(layers: list[int]) -> None:
     try:

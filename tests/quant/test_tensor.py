@@ -2,7 +2,6 @@
 sees them."""
 
 import math
-import os
 import re
 import subprocess
 import sys
@@ -15,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import tiered
+from virtual_devices import virtual_devices
 
 from qlora_jax.quant import BLOCK_SIZES, DATA_TYPES, QuantizedTensor, code_bits, codebook, dequantize, dynamic_map, quantize
 from qlora_jax.quant import tensor as tensor_module
@@ -64,8 +65,14 @@ def close(found: Any, expected: Any) -> None:
 SHAPES = [(128, 32), (64, 1), (192, 5), (1, 1), (7, 13), (97, 101), (100, 64), (31, 1)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("data_type", DATA_TYPES)
+@pytest.mark.parametrize(
+    ("data_type", "shape"),
+    tiered(
+        [(data_type, shape) for data_type in DATA_TYPES for shape in SHAPES],
+        quick=[*(("nf4", shape) for shape in SHAPES), *((name, shape) for name in DATA_TYPES for shape in SHAPES[4:6])],
+    ),
+    ids=str,
+)
 def test_equals_the_reference(data_type: Any, shape: tuple[int, int]) -> None:
     w = random(*shape)
     check_reference(w, data_type, 64)
@@ -79,6 +86,7 @@ def test_codes_beyond_the_table_are_never_written(data_type: Any) -> None:
     assert (written.size, written.max()) == (expected, expected - 1)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_equals_the_reference_at_every_block_size(block_size: int) -> None:
     check_reference(random(4096, 3), "nf4", block_size)
@@ -98,6 +106,7 @@ def check_reference(w: np.ndarray, data_type: Any, block_size: int) -> None:
     np.testing.assert_array_equal(dequantize(q), values)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("count", [1, 9216, pytest.param(8_208_384, marks=pytest.mark.integration)])
 def test_the_offset_of_the_scales_is_their_exact_sum_by_their_count(count: int) -> None:
     """As many as a whole table of 128,256 rows has, too, whose float32 sum alone would lose seven digits."""
@@ -107,6 +116,7 @@ def test_the_offset_of_the_scales_is_their_exact_sum_by_their_count(count: int) 
         assert mean(scales) == np.float32(math.fsum(scales)) / np.float32(count)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("shape", [(4096, 40), (97, 101), (1, 1)], ids=str)
 def test_double_quantisation_rounds_scales_to_the_nearest_of_the_map(shape: tuple[int, int]) -> None:
     w = random(*shape) * np.exp(random(1, shape[1], seed=1))
@@ -150,6 +160,7 @@ def test_blocks_of_zeros_stay_zero(rows: int) -> None:
     assert np.isfinite(dequantize(quantize(w))).all()
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 def test_dtypes(dtype: Any) -> None:
     w = jnp.asarray(random(64, 8), dtype)
@@ -163,6 +174,7 @@ def test_dtypes(dtype: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(same), jax.tree.leaves(q))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("rows", [128, 50])
 @pytest.mark.parametrize("double", [False, True])
 def test_stacks_are_matrices_side_by_side(rows: int, double: bool) -> None:
@@ -222,11 +234,7 @@ for spec in (P(None, None, "a"), P(None, "a", None), P(None, "b", "a"), P("b", N
     np.testing.assert_allclose(y, x @ expected[0], rtol=1e-4, atol=1e-4)
 print("equal")
 """
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
+    environment = virtual_devices(8) | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["equal"]

@@ -18,6 +18,7 @@ def exact(x: np.ndarray, q: Any) -> np.ndarray:
     return np.asarray(x, np.float64) @ (values * scales)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize(
     ("shape", "data_type", "block_size", "double"),

@@ -1,7 +1,6 @@
 """The chunked cross-entropy against log_softmax over all logits: in float64 NumPy, by hand, and by jax.grad."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from virtual_devices import virtual_devices
 
 from qlora_jax.nn import VocabularyMatrix
 from qlora_jax.quant import EmbeddingStorage, embedding_lookup, quantize_embedding, tracing_for
@@ -293,9 +293,8 @@ print(json.dumps(found))
 @pytest.mark.integration
 def test_four_devices_hold_the_rows_of_the_head_apart() -> None:
     """Values and gradients against autodiff through all logits; a head that is spread is nowhere whole."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     command = [sys.executable, "-c", _DEVICES, str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=virtual_devices(4))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert max(case["error"] for case in found) < 2e-5

@@ -1,7 +1,6 @@
 """Stacks of mixed storage (4-bit layers and dense ones) on several devices: loaded, trained and decoded as on one."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
+from virtual_devices import virtual_devices
 
 from qlora_jax.checkpoint.load import load_model
 from qlora_jax.checkpoint.open import open_checkpoint
@@ -75,7 +75,7 @@ def test_four_devices_do_what_one_does(make_tiny_llama: Callable[..., Path], tmp
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        env=virtual_devices(4),
     )
     assert done.returncode == 0, done.stderr
     four = json.loads(done.stdout.splitlines()[-1])

@@ -4,7 +4,6 @@ References: JAX's own log of what was lowered, with the thread that did it; the 
 """
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ import pytest
 from flax import nnx
 from lowered import BOTH_PRECOMPILED, steps_lowered
 from tiny_config import CONFIG
+from virtual_devices import virtual_devices
 
 from qlora_jax.finetune import LoRAOptions, ModelOptions, Options, RunOptions, finetune
 from qlora_jax.finetune.options.data import DataOptions
@@ -200,7 +200,7 @@ def test_so_does_one_on_several_devices(tiny_llama: Path, tmp_path: Path) -> Non
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        env=virtual_devices(4),
     )
     assert done.returncode == 0, done.stderr
     assert [tuple(step) for step in json.loads(done.stdout.splitlines()[-1])] == BOTH_PRECOMPILED

@@ -7,7 +7,6 @@ run without what is tested (offload, micro-batches, devices).
 import dataclasses
 import itertools
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import pytest
 from flax import nnx
 from tiers import tiered
 from tiny_config import CONFIG
+from virtual_devices import virtual_devices
 
 from qlora_jax.models import CausalLM
 from qlora_jax.models.llama import llama_config
@@ -224,22 +224,22 @@ def test_the_step_is_deterministic() -> None:
 
 
 def test_dropout_changes_with_step_seed_and_micro_batch() -> None:
-    """The loss of the same row under the same adapter, with whatever step and seed the state holds."""
+    """The loss of the same batch under the same adapter, with whatever step and seed the state holds."""
     graph, adapter, frozen = parts(0.3)
     init, step_fn = compiled(0.3)
-    row = random_batch(1, 1)
-    one = {name: x[0] for name, x in row.items()}
-    twice = {name: jnp.concatenate([x, x]) for name, x in row.items()}
+    batch = random_batch(1, 4)
+    one = {name: x[0] for name, x in batch.items()}
+    twice = {name: jnp.concatenate([x, x]) for name, x in batch.items()}
 
     def loss(step: int, seed: int, batch: Batch) -> float:
         state = dataclasses.replace(init(jax.tree.map(jnp.array, adapter), seed), step=jnp.int32(step))
         return float(step_fn(state, frozen, batch)[1]["loss"])
 
-    found = [loss(step, seed, row) for step in range(3) for seed in range(2)]
+    found = [loss(step, seed, batch) for step in range(3) for seed in range(2)]
     assert len({*found}) == 6
-    assert loss(0, 0, row) == found[0]
+    assert loss(0, 0, batch) == found[0]
 
-    # Two micro-batches of the same row: the mean of that row's loss under two masks, those of (seed, step, place).
+    # Twice the same micro-batch: the mean of its loss under two masks, those of (seed, step, place).
     forward = jax.jit(lambda key: language_model_loss(nnx.merge(graph, adapter, frozen), one, key))
     keys = jax.random.split(jax.random.fold_in(jax.random.key(1), 2), 2)
     each = [float(forward(key)) / float(one["loss_mask"].sum()) for key in keys]
@@ -249,7 +249,7 @@ def test_dropout_changes_with_step_seed_and_micro_batch() -> None:
 
 def test_evaluation_has_no_dropout() -> None:
     (graph, adapter, frozen), (plain_graph, _, _) = parts(0.3), parts()
-    batch = {name: x[0] for name, x in random_batch(1, 2).items()}
+    batch = {name: x[0] for name, x in random_batch(1, 4).items()}
     found = jit_eval_step(graph, language_model_loss)(adapter, frozen, batch)
     expected = jit_eval_step(plain_graph, language_model_loss)(adapter, frozen, batch)
     assert float(found[0]["loss"]) == float(expected[0]["loss"])
@@ -352,13 +352,12 @@ def test_four_devices_train_as_one_does() -> None:
     """FSDP over four virtual devices, in a process of its own, against the same program on one."""
     found = {}
     for count in (1, 4):
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
         done = subprocess.run(
             [sys.executable, "-c", _DEVICES, *map(str, Path(__file__).parents[:2])],
             capture_output=True,
             text=True,
             check=False,
-            env=environment,
+            env=virtual_devices(count),
         )
         assert done.returncode == 0, done.stderr
         found[count] = json.loads(done.stdout.splitlines()[-1])
