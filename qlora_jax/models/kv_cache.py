@@ -100,9 +100,13 @@ class View:
 
     def _write(self, past: Array, new: Array, layer: Array, first: Array) -> Array:
         new, forms = new.swapaxes(1, 2).astype(past.dtype), {"tpu": _write_row_by_row, "cpu": _write_row_by_row}
-        if self.rows is None:
-            return by_platform(past, new, layer, first, jnp.arange(past.shape[1]), **forms, default=_write_rows)
-        rows, default = jnp.minimum(self.rows, past.shape[1] - 1), _write_tokens if new.shape[2] == 1 else _write_row_by_row
+        default = _write_tokens if new.shape[2] == 1 else _write_row_by_row
+        if self.rows is not None:
+            rows = jnp.minimum(self.rows, past.shape[1] - 1)
+        else:
+            rows = jnp.arange(past.shape[1])
+            if jax.sharding.get_abstract_mesh().size <= 1:  # XLA cannot spread the scatter of `_write_rows` over devices
+                default = _write_rows
         return by_platform(past, new, layer, first, rows, **forms, default=default)
 
     def _read(self, past: Array, layer: Array) -> Array:

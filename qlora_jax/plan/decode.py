@@ -57,10 +57,11 @@ def compile_decode_step(spec: StepSpec[ModelSpec], machine: Machine, *, capacity
     graphdef, adapter, frozen = split(model)
     adapter, frozen = place(adapter, mesh, adapter_shardings(mesh, adapter)), frozen_shapes(mesh, frozen)
     rows = spec.batch.batch_size * shape_on(spec.mesh, machine.count).row_shards
-    cache = place(jax.eval_shape(lambda: model.init_cache(rows, capacity)), mesh, P(None, None, TENSOR))
     token = place(jax.ShapeDtypeStruct((rows,), jnp.int32), mesh, P())
     positions = place(jax.ShapeDtypeStruct((rows, 1), jnp.int32), mesh, P())
     state = nnx.merge_state(adapter, frozen)
+    cache: Any = jax.eval_shape(lambda state: nnx.merge(graphdef, state).init_cache(rows, capacity), state)
+    cache = place(cache, mesh, P(None, None, TENSOR))
 
     with context(mesh):
         program = compile_program(_Bound(graphdef), (state, token, positions, cache), machine)
