@@ -279,15 +279,16 @@ def goodput(minutes: float, kill_every: float, root: Path) -> None:
     while (now := time.monotonic()) < end:
         process = Process(train.main, [*flags, "--output", str(place / "run")], place, Kill())
         before, first = latest_step(place / "run" / "checkpoints") or 0, None
+        abandoned = metrics.stat().st_ino if metrics.exists() else None  # a run that goes on writes the file anew
         stop = min(end, now + 60 * kill_every)
         while time.monotonic() < stop:
             time.sleep(0.1)
-            if first is None and metrics.exists() and metrics.read_bytes().count(b"\n") > before:
-                first = time.monotonic()
+            if first is None and metrics.exists() and metrics.stat().st_ino != abandoned:
+                first = time.monotonic() if metrics.read_bytes().count(b"\n") > before else None
         os.kill(process.id, signal.SIGKILL)
         process.wait()
         kills += 1
-        steps = metrics.read_bytes().count(b"\n") - before
+        steps = 0 if first is None else metrics.read_bytes().count(b"\n") - before
         saved = (latest_step(place / "run" / "checkpoints") or 0) - before
         restart = (first or stop) - now
         busy, done = busy + stop - (first or stop), done + steps
