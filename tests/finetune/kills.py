@@ -90,7 +90,7 @@ class Job:
         result: the folder, below the place, that is whole or not there.
         expected: the bytes of its files after an uninterrupted run, by name.
         losses: the records of a run without what differs from one run to the next.
-        left: all names in the place after an uninterrupted run, without those that Orbax draws at random.
+        left: all names in the place after an uninterrupted run, as `names` returns them.
         operations: how many operations on files an uninterrupted run made, and how many on files of checkpoints, by kind.
     """
 
@@ -216,7 +216,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def names(place: Path) -> set[str]:
-    found = {str(path.relative_to(place)) for path in place.rglob("*")}
+    """Return the names of all files, those of checkpoints without their step: SIGTERM saves the step that a run is in."""
+    found = {re.sub(r"checkpoints/\d+", "checkpoints/STEP", str(path.relative_to(place))) for path in place.rglob("*")}
     return {name for name in found if "ocdbt" not in name and "/d/" not in name}
 
 
@@ -278,15 +279,16 @@ def goodput(minutes: float, kill_every: float, root: Path) -> None:
     while (now := time.monotonic()) < end:
         process = Process(train.main, [*flags, "--output", str(place / "run")], place, Kill())
         before, first = latest_step(place / "run" / "checkpoints") or 0, None
+        abandoned = metrics.stat().st_ino if metrics.exists() else None  # a run that goes on writes the file anew
         stop = min(end, now + 60 * kill_every)
         while time.monotonic() < stop:
             time.sleep(0.1)
-            if first is None and metrics.exists() and metrics.read_bytes().count(b"\n") > before:
-                first = time.monotonic()
+            if first is None and metrics.exists() and metrics.stat().st_ino != abandoned:
+                first = time.monotonic() if metrics.read_bytes().count(b"\n") > before else None
         os.kill(process.id, signal.SIGKILL)
         process.wait()
         kills += 1
-        steps = metrics.read_bytes().count(b"\n") - before
+        steps = 0 if first is None else metrics.read_bytes().count(b"\n") - before
         saved = (latest_step(place / "run" / "checkpoints") or 0) - before
         restart = (first or stop) - now
         busy, done = busy + stop - (first or stop), done + steps
