@@ -15,6 +15,7 @@ the file that makes the folder what it is (the marker, e.g. adapter_config.json)
 import errno
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -22,10 +23,18 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qlora_jax.errors import CheckpointError
+from qlora_jax.errors import CheckpointError, OptionError
 from qlora_jax.interrupts import cleaning_up
 
-__all__ = ["TOKENIZER_FILES", "remove_abandoned", "remove_remains", "temporary_folder", "whole_folder", "writing_errors"]
+__all__ = [
+    "TOKENIZER_FILES",
+    "check_local",
+    "remove_abandoned",
+    "remove_remains",
+    "temporary_folder",
+    "whole_folder",
+    "writing_errors",
+]
 
 # What `save_tokenizer` may write, now and in earlier versions of transformers.
 TOKENIZER_FILES = frozenset(
@@ -48,8 +57,10 @@ def whole_folder(folder: str | Path, *, marker: str, own: Collection[str] = ()) 
         own: names of files that belong to what is replaced; other files in an existing folder stay.
 
     Raises:
+        OptionError: the folder is an address of an object store.
         OSError: the folder cannot be written; whatever was there before is still there.
     """
+    check_local("folder", folder)
     target = Path(os.path.realpath(folder))
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "expected a folder, found a file", str(folder))
@@ -62,6 +73,15 @@ def whole_folder(folder: str | Path, *, marker: str, own: Collection[str] = ()) 
             _flush(path)
         _put_in_place(new, target, temporary / "before", marker, own)
         _flush(target.parent)
+
+
+def check_local(option: str, folder: str | Path) -> None:
+    """Raise OptionError if a folder to write is an address such as gs://bucket/run, which `Path` makes gs:/bucket/run."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):
+        raise OptionError(
+            f"{option} {folder}: expected a folder of this machine, found an address; mount the bucket (for example with "
+            "gcsfuse or mount-s3) and name the folder, or write to a local folder and copy it"
+        )
 
 
 @contextmanager

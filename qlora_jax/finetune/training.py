@@ -175,7 +175,7 @@ def _train_adapter(
                 run.batches.set_state(position)
             _logger.info("Resuming %s after step %d of %d.", output, int(state.step), run.steps)
         log = open_files.enter_context(closing(MetricsLog(output / "metrics.jsonl", resume_at=int(state.step))))
-        run.goodput.open(output / GOODPUT, log.reached)
+        run.goodput.open(output / GOODPUT if jax.process_index() == 0 else None, log.reached)
         monitor = open_files.enter_context(closing(run.options.health.monitor(output, run.goodput)))
         checkpoints = _Checkpoints(store, best, log, picture, step.state)
         checkpoints.save_best(int(state.step), state)
@@ -203,7 +203,7 @@ def _train_adapter(
 
 @dataclass(frozen=True)
 class _Checkpoints:
-    """The checkpoints of a run, and with early stopping the best adapter so far beside them; the losses are drawn with them."""
+    """The checkpoints of a run, with early stopping the best adapter so far beside them, and the picture of the losses."""
 
     store: StateStore
     best: StateStore | None

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals, Future
 
 __all__ = ["POSITION", "Checksums", "checksums"]
 
@@ -30,10 +31,10 @@ class ChecksumsHandler(ocp.JsonCheckpointHandler):
 
     async def async_save(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, directory: Path, item: Any = None, args: "Checksums | None" = None
-    ) -> list[ocp.future.Future]:
+    ) -> list[Future]:
         """Start to compute and to write the checksums, and return what waits for the end."""
         assert args is not None
-        return [ocp.future.CommitFutureAwaitingContractedSignals(self._write(directory, args), name="checksums")]
+        return [CommitFutureAwaitingContractedSignals(self._write(directory, args), name="checksums")]
 
     async def _write(self, directory: Path, args: "Checksums") -> None:
         (directory / _FILE).write_text(json.dumps(checksums(args.leaves, args.position)))

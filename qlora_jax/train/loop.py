@@ -210,13 +210,13 @@ def train(
         while step < cadence.steps:
             state, row = maker.next_row(state, step + 1)
             step = int(row["step"])
-            last, interrupt = step == cadence.steps, signals.number is not None
+            last = step == cadence.steps
             for callback in callbacks:
                 stopping = cadence.patience > 0 and cadence.exhausted([*log.rows, row])
                 if last or stopping or _due(step, callback.every):
                     with monitor.goodput.phase("evaluating"):
                         row |= callback.on_step(step, state)
-            exhausted = cadence.exhausted([*log.rows, row])
+            exhausted, interrupt = cadence.exhausted([*log.rows, row]), signals.number is not None
             if last or exhausted:
                 row["goodput"] = monitor.goodput.share
             log.add(row)

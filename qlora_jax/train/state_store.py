@@ -13,9 +13,9 @@ shardings of the running program, host memory included: a run may go on with ano
 next steps change the arrays on the devices.
 
 The files themselves would restore a flipped byte of a value as another value. Therefore each value is compared with its
-checksum. A damaged checkpoint is put aside, and the one before is restored in its place. Checkpoints of earlier versions have
-no checksums and are restored without that comparison, and leaves are found under the names that earlier versions gave to
-their modules.
+checksum. A damaged checkpoint is put aside, and the one before is restored in its place. Checkpoints of earlier versions
+have no checksums and are restored without that comparison, and leaves are found under the names that earlier versions gave
+to their modules.
 """
 
 import json
@@ -75,12 +75,13 @@ class StateStore:
         self._folder, self._may_change = folder, create
         self._saving: int | None = None  # the step of the checkpoint that is being written
         self._quiet = ExitStack()
+        self._copies: dict[str, np.ndarray] = {}
         if create:
             self._remove_unfinished()
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        with _without_tracebacks():
+        with _without_messages():
             return ocp.CheckpointManager(self._folder.absolute(), options=self._options)
 
     def latest_step(self) -> int | None:
@@ -95,7 +96,7 @@ class StateStore:
                 checkpoints are untouched.
         """
         self.wait()
-        leaves = _copied_to_host(_named_leaves(state))
+        leaves = self._copies = _copied_to_host(_named_leaves(state), self._copies)
         position = json.loads(json.dumps(data_position))  # the batches may change theirs
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves),
@@ -104,7 +105,7 @@ class StateStore:
         )
         size = sum(leaf.nbytes for leaf in leaves.values())
         self._saving = step
-        self._quiet.enter_context(_without_tracebacks())
+        self._quiet.enter_context(_without_messages())
         try:
             if (free := shutil.disk_usage(self._folder).free) < size:
                 raise OSError(f"it needs {size:,} bytes, and {free:,} are free")
@@ -182,7 +183,7 @@ class StateStore:
         self._manager.close()
 
     def _newest_whole(self, read: Callable[[int], T]) -> tuple[T, int, dict[int, _DamagedError]]:
-        """Return (result, step, errors of newer checkpoints by step) of the newest checkpoint for which `read` does not fail.
+        """Return (result, step, errors of newer checkpoints by step) of the newest checkpoint that `read` can read.
 
         Raises:
             CheckpointError: there is no checkpoint, or all are damaged.
@@ -223,7 +224,7 @@ class StateStore:
         if has_checksums:
             items[_CHECKSUMS] = Checksums()
         try:
-            with _without_tracebacks():
+            with _without_messages():
                 restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # damaged files make Orbax and its readers raise errors of many kinds
             raise self._damaged(step, shortened(_reason(error), 300)) from error
@@ -275,10 +276,30 @@ def _describe(leaf: Any) -> str:
     return "none" if leaf is None else f"{np.dtype(leaf.dtype).name} {list(leaf.shape)}"
 
 
-def _copied_to_host(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return copies of leaves that nothing changes. What `device_get` returns of host memory may be the memory itself."""
-    found = jax.device_get(dict(leaves))
-    return {name: np.array(found[name], copy=_is_on_host(leaf)) for name, leaf in leaves.items()}
+class _OwnArray(np.ndarray):
+    """An array that nothing changes, so that Orbax, which copies arrays by `copy.deepcopy`, need not copy it once more."""
+
+    def __deepcopy__(self, memo: Any) -> "_OwnArray":
+        return self
+
+
+def _copied_to_host(leaves: Mapping[str, Any], copies: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return copies of leaves that nothing changes. What `device_get` returns of host memory may be the memory itself.
+
+    Args:
+        leaves: arrays by name.
+        copies: those of the last checkpoint, whose memory is used again: new memory takes several times as long to fill.
+    """
+    found, copied = jax.device_get(dict(leaves)), {}
+    for name, leaf in leaves.items():
+        value, before = found[name], copies.get(name)
+        if _is_on_host(leaf):
+            fits = before is not None and (before.shape, before.dtype) == (value.shape, value.dtype)
+            copy = before if before is not None and fits else np.empty_like(value)
+            np.copyto(copy, value)
+            value = copy
+        copied[name] = value.view(_OwnArray)
+    return copied
 
 
 def _is_on_host(leaf: Any) -> bool:
@@ -295,8 +316,8 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _without_tracebacks() -> Iterator[None]:
-    """Drop the tracebacks of Orbax's threads in the block, which log them; the error that they report is raised in it.
+def _without_messages() -> Iterator[None]:
+    """Drop what Orbax logs in the block: tracebacks of its threads, whose error is raised in it, and advice on saving less.
 
     After an error, threads of its library in C++ find the event loop of the block closed, and print that. They may do so at
     any later time, so that this message is dropped until the process ends.
@@ -304,7 +325,8 @@ def _without_tracebacks() -> Iterator[None]:
     logger = logging.getLogger("absl")
 
     def drop(record: logging.LogRecord) -> bool:
-        return record.exc_info is None and record.levelno < logging.ERROR
+        advice = record.getMessage().startswith("Waiting for previous save")
+        return record.exc_info is None and record.levelno < logging.ERROR and not advice
 
     before = sys.unraisablehook
     logger.addFilter(drop)

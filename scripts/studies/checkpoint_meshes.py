@@ -1,4 +1,4 @@
-"""Save a run on one mesh and restore it on another: are the leaves equal, bit for bit, and does the run go on as it would have?
+"""Save a run on one mesh and restore it on another: are the leaves equal, bit for bit, and is the next loss the same?
 
     python -m scripts.studies.checkpoint_meshes                            8 virtual devices of a CPU, a small Llama
     python -m scripts.studies.checkpoint_meshes --cases adamw8bit dpo --moves "fsdp=8>1" "data=8>data=2,tensor=4"
@@ -134,7 +134,9 @@ def move(folder: Path, runs: tuple[Run, Run]) -> tuple[bool, float]:
                 store.close()
     pairs = zip(*(jax.tree.leaves(tree) for tree in (state, restored, like)), strict=True)
     equal = all(
-        saved.dtype == found.dtype and np.array(saved).tobytes() == np.array(found).tobytes() and found.sharding == own.sharding
+        saved.dtype == found.dtype
+        and np.array(saved).tobytes() == np.array(found).tobytes()
+        and found.sharding == own.sharding
         for saved, found, own in pairs
     )
     (_, expected), (_, loss) = one.step(state, STEPS), other.step(restored, STEPS)

@@ -1,20 +1,37 @@
 """Kills runs and merges at random operations on files and at random times, and looks at what they leave.
 
-    python tests/finetune/kills.py --kills 100
+    python tests/finetune/kills.py --kills 200
+
+The signal is SIGKILL or SIGTERM. It comes
+
+    file    at a random operation on a file
+    save    up to 0.1 s after a random operation on a file of a checkpoint, while threads of Orbax write it
+    time    after up to 8 s: also in C++, while programs are compiled, and in the first seconds
 
 A killed process leaves the whole result or none: an adapter or a merged model that is there has all its files, with the
-bytes of an uninterrupted run. After the same command has run once more, the result is that of the uninterrupted run, and
-nothing else is left. Each process is a fork of this one, which has imported everything and has not started JAX yet.
+bytes of an uninterrupted run. A run goes on from the newest checkpoint that is complete. After the same command has run
+once more, the adapter and the losses are those of the uninterrupted run, bit for bit, and nothing else is left. After
+SIGTERM, the process ends by itself with code 143, or 0 if it was done. Each process is a fork of this one, which has
+imported everything and has not started JAX yet. The last lines are the tally.
+
+    python tests/finetune/kills.py --goodput-minutes 30 --kill-every 5
+
+kills one long run by SIGKILL every five minutes, and prints its goodput: the steps that are saved at the end times the time
+of a step, as a share of the whole time.
 """
 
 import argparse
-import contextlib
+import collections
+import dataclasses
+import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,10 +50,36 @@ import transformers  # noqa: E402, F401
 from tiny_models import write_tiny_llama  # noqa: E402
 
 from qlora_jax.commands import merge, train  # noqa: E402
+from qlora_jax.train.state_store import latest_step  # noqa: E402
 
 OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "os.truncate")
 SLOW_SECONDS = 300
 SHARE_OF_RERUNS = 0.3
+SAVE_SECONDS = 0.1  # a little more than it takes to write a checkpoint of the tiny model
+TIMING = ("tokens_per_second", "peak_memory_bytes")
+# A fork that has not begun with its command yet dies of SIGTERM as any process.
+ENDED = {signal.SIGKILL: {-signal.SIGKILL}, signal.SIGTERM: {128 + signal.SIGTERM, -signal.SIGTERM}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """When a process kills itself, and how.
+
+    Attributes:
+        number: the signal.
+        kind: "file", "save" or "time", as the docstring of the module explains; "": never.
+        at: the number of the operation.
+        seconds: the time after it, or after the start.
+    """
+
+    number: signal.Signals = signal.SIGKILL
+    kind: str = ""
+    at: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        where = f"after {self.seconds:.1f} s" if self.kind == "time" else f"at operation {self.at} ({self.kind})"
+        return f"{self.number.name} {where}"
 
 
 class Job:
@@ -45,25 +88,33 @@ class Job:
     Attributes:
         name: "train" or "merge".
         result: the folder, below the place, that is whole or not there.
-        marker: the file that makes the folder what it is.
         expected: the bytes of its files after an uninterrupted run, by name.
+        losses: the records of a run without what differs from one run to the next.
         left: all names in the place after an uninterrupted run, without those that Orbax draws at random.
-        operations: how many operations on files an uninterrupted run made.
+        operations: how many operations on files an uninterrupted run made, and how many on files of checkpoints, by kind.
     """
 
-    def __init__(self, name: str, result: str, marker: str, arguments: Sequence[str], root: Path) -> None:
-        self.name, self.result, self.marker, self.arguments, self.root = name, result, marker, [*arguments], root
+    def __init__(self, name: str, result: str, arguments: Sequence[str], root: Path) -> None:
+        self.name, self.result, self.arguments = name, result, [*arguments]
         place = root / f"{name}-whole"
         place.mkdir()
-        code, log = self.start(place, kill_at=0).wait()
+        code, log = self.start(place, Kill()).wait()
         assert code == 0, log
-        self.expected, self.left = contents(place / result), names(place)
-        self.operations = int((root / f"{name}-whole.count").read_text())
+        self.expected, self.left, self.losses = contents(place / result), names(place), losses(place)
+        self.operations: dict[str, int] = json.loads((root / f"{name}-whole.count").read_text())
 
-    def start(self, place: Path, *, kill_at: int) -> "Process":
-        """Start the command; it kills itself at an operation of that number below the place, unless it is 0."""
+    def start(self, place: Path, kill: Kill) -> "Process":
+        """Start the command, which kills itself."""
         main = {"train": train.main, "merge": merge.main}[self.name]
-        return Process(main, [*self.arguments, "--output", str(place / self.result.split("/")[0])], place, kill_at)
+        return Process(main, [*self.arguments, "--output", str(place / self.result.split("/")[0])], place, kill)
+
+    def draw(self, draws: random.Random) -> Kill:
+        """Return a random kill."""
+        number = draws.choice((signal.SIGKILL, signal.SIGTERM))
+        kind = draws.choices(("file", "save", "time"), (4, 4 if self.operations["save"] else 0, 2))[0]
+        if kind == "time":
+            return Kill(number, kind, 0, draws.uniform(0.0, 8.0))
+        return Kill(number, kind, draws.randint(1, self.operations[kind]), draws.uniform(0, SAVE_SECONDS) * (kind == "save"))
 
     def damage(self, place: Path) -> str | None:
         """Return what is wrong with what a killed process left; None if nothing is."""
@@ -76,32 +127,42 @@ class Job:
 
     def rerun(self, place: Path) -> str | None:
         """Run the command once more, without a kill; return what is wrong with what is there then."""
-        code, log = self.start(place, kill_at=0).wait()
-        folder, done = place / self.result, "found it in use" in log or "holds a finished run" in log
+        code, log = self.start(place, Kill()).wait()
+        folder, done = place / self.result, is_done(code, log)
         if code != 0 and not (done and folder.exists()):
             return log[-2000:]
         if contents(folder) != self.expected:
             return f"{folder}: another result"
+        if losses(place) != self.losses:
+            return f"{place}: other losses"
         left = names(place)
         return None if left == self.left else f"{place}: left {sorted(left ^ self.left)}"
 
 
 class Process:
-    """A fork that runs a command."""
+    """A fork that runs a command and kills itself."""
 
-    def __init__(self, main: object, arguments: Sequence[str], place: Path, kill_at: int) -> None:
-        self.log = place.with_suffix(".log")
+    def __init__(self, main: object, arguments: Sequence[str], place: Path, kill: Kill) -> None:
+        self.log, self.saved = place.with_suffix(".log"), latest_step(place / "run" / "checkpoints")
+        self._kill, self._start = kill, time.monotonic()
         self.id = os.fork()
         if self.id:
             return
-        count = 0
+        counts, killer = {"file": 0, "save": 0}, threading.Timer(kill.seconds, os.kill, (os.getpid(), kill.number))
+        killer.daemon = True
+        saves = os.sep + "checkpoints" + os.sep
 
         def operation(event: str, values: tuple[object, ...]) -> None:
-            nonlocal count
-            if event in OPERATIONS and any(str(value).startswith(str(place) + os.sep) for value in values[:2]):
-                count += 1
-                if count == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
+            below = [str(value) for value in values[:2] if str(value).startswith(str(place) + os.sep)]
+            if event not in OPERATIONS or not below:
+                return
+            for kind in ("file", "save") if any(saves in path for path in below) else ("file",):
+                counts[kind] += 1
+                if kind == kill.kind and counts[kind] == kill.at:
+                    if kind == "save":
+                        killer.start()
+                    else:
+                        os.kill(os.getpid(), kill.number)
 
         code = 70
         try:
@@ -111,14 +172,17 @@ class Process:
             sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
             sys.addaudithook(operation)
             code = main(arguments)  # type: ignore[operator]
-            place.with_suffix(".count").write_text(str(count))
+            place.with_suffix(".count").write_text(json.dumps(counts))
         finally:
             os._exit(code)
 
     def wait(self) -> tuple[int, str]:
-        """Return (exit code, what it printed); a process that hangs is killed."""
-        end = time.monotonic() + SLOW_SECONDS
+        """Return (exit code, what it printed); a process that hangs is killed, as is one whose time has come."""
+        end, due = self._start + SLOW_SECONDS, self._kill.kind == "time"
         while time.monotonic() < end:
+            if due and time.monotonic() - self._start >= self._kill.seconds:
+                os.kill(self.id, self._kill.number)
+                due = False
             found, status = os.waitpid(self.id, os.WNOHANG)
             if found:
                 return os.waitstatus_to_exitcode(status), self.log.read_text(errors="replace")
@@ -127,10 +191,24 @@ class Process:
         os.waitpid(self.id, 0)
         return -99, f"hung: {self.log.read_text(errors='replace')}"
 
-    def kill(self) -> None:
-        """Kill the process if it still runs."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.id, signal.SIGKILL)
+    def went_on_wrongly(self, log: str) -> str | None:
+        """Return what is wrong with the checkpoint from which a run went on; None: nothing, or it did not come so far."""
+        found = re.search(r"Resuming .* after step (\d+) of", log)
+        if found is not None and int(found[1]) != self.saved:
+            return f"went on from step {found[1]}, not from {self.saved}"
+        return "a checkpoint was not whole" if "damaged-" in log or "cannot restore" in log else None
+
+
+def is_done(code: int, log: str) -> bool:
+    """Return whether there was nothing left to kill."""
+    return code == 0 or (code == 1 and ("found it in use" in log or "holds a finished run" in log))
+
+
+def losses(place: Path) -> list[dict[str, object]]:
+    """Return the records of a run without what differs from one run to the next."""
+    path = place / "run" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -142,58 +220,94 @@ def names(place: Path) -> set[str]:
     return {name for name in found if "ocdbt" not in name and "/d/" not in name}
 
 
-def jobs(root: Path) -> list[Job]:
-    """Return the commands, after one uninterrupted run of each."""
+def training_flags(root: Path, *, max_steps: int, save_every: int) -> list[str]:
+    """Write a model and data, and return the flags of a run on them."""
     model, data = write_tiny_llama(root / "model", num_hidden_layers=1), root / "rows.jsonl"
     data.write_text(
         "".join(f'{{"question": "{number}?", "answer": "{"red " * (number % 3 + 1)}"}}\n' for number in range(9))
     )
     flags = ["--model", str(model), "--data", str(data), "--rank", "4", "--max-length", "64", "--held-out", "0"]
-    flags += ["--max-steps", "3", "--save-every", "2", "--eval-every", "0", "--samples", "0", "--no-memory-check"]
-    trained = Job("train", "run/adapter", "adapter_config.json", flags, root)
-    flags = ["--model", str(model), "--adapter", str(root / "train-whole" / "run" / "adapter"), "--no-compare"]
-    return [trained, Job("merge", "merged", "config.json", flags, root)]
+    flags += ["--max-steps", str(max_steps), "--save-every", str(save_every)]
+    return [*flags, "--eval-every", "0", "--samples", "0", "--no-memory-check"]
+
+
+def jobs(root: Path) -> list[Job]:
+    """Return the commands, after one uninterrupted run of each."""
+    trained = Job("train", "run/adapter", training_flags(root, max_steps=5, save_every=2), root)
+    flags = ["--model", str(root / "model"), "--adapter", str(root / "train-whole" / "run" / "adapter"), "--no-compare"]
+    return [trained, Job("merge", "merged", flags, root)]
 
 
 def kill_all(kills: int, seed: int, root: Path) -> list[str]:
     """Kill so many processes and return what was wrong. After some kills in the same place, the command may end."""
-    draws, wrong, killed = random.Random(seed), list[str](), 0
+    draws, wrong, tally = random.Random(seed), list[str](), collections.Counter[tuple[str, str, str]]()
     trained, merged = jobs(root)
     places: dict[str, Path] = {}
-    for number in range(kills):
-        job = merged if number % 4 == 3 else trained
+    number = 0
+    while tally.total() < kills:  # of processes that were killed before they were done
+        number += 1
+        job = merged if number % 5 == 4 else trained
         place = places.setdefault(job.name, root / f"{job.name}-{number}")
         place.mkdir(exist_ok=True)
-        if number % 5 == 4:  # at a random time: within C++ too, and in the first seconds
-            process, how = job.start(place, kill_at=0), f"after {(seconds := draws.uniform(0.0, 8.0)):.1f} s"
-            time.sleep(seconds)
-            process.kill()
-        else:
-            at = draws.randint(1, job.operations)
-            process, how = job.start(place, kill_at=at), f"at operation {at} of {job.operations}"
+        kill = job.draw(draws)
+        process = job.start(place, kill)
         code, log = process.wait()
-        killed += code == -signal.SIGKILL
-        done = code != -signal.SIGKILL and (code == 0 or "found it in use" in log or "holds a finished run" in log)
-        problem = job.damage(place) if done or code == -signal.SIGKILL else log[-2000:]
-        last = done or draws.random() < SHARE_OF_RERUNS or number + 4 >= kills
+        killed, done = code in ENDED[kill.number], is_done(code, log)
+        problem = (job.damage(place) or process.went_on_wrongly(log)) if done or killed else log[-2000:]
+        tally[job.name, kill.number.name, kill.kind] += killed
+        last = done or draws.random() < SHARE_OF_RERUNS or tally.total() >= kills
         if last and not problem:
             problem = job.rerun(place)
         if last or problem:
             shutil.rmtree(places.pop(job.name))
-        end = "killed" if code == -signal.SIGKILL else f"ended with {code}"
-        print(f"{number + 1}: {job.name} {how}: {end}{', run again' if last else ''}, {problem or 'well'}", flush=True)
+        end = "killed" if killed else f"ended with {code}"
+        print(f"{number}: {job.name} {kill}: {end}{', run again' if last else ''}, {problem or 'well'}", flush=True)
         wrong += [problem] if problem else []
-    print(f"{killed} of {kills} were killed in time; {len(wrong)} were wrong")
+    for (name, how, kind), count in sorted(tally.items()):
+        print(f"{name:6} {how:8} {kind:5} {count:4}")
+    print(f"{tally.total()} of {number} were killed in time; {len(wrong)} were wrong")
     return wrong
 
 
+def goodput(minutes: float, kill_every: float, root: Path) -> None:
+    """Kill one run every so many minutes, and print how much of the time was spent in steps that were not lost."""
+    flags, place = training_flags(root, max_steps=200_000, save_every=200), root / "long"
+    place.mkdir()
+    end, metrics, kills, busy, done = time.monotonic() + 60 * minutes, place / "run" / "metrics.jsonl", 0, 0.0, 0
+    began = time.monotonic()
+    while (now := time.monotonic()) < end:
+        process = Process(train.main, [*flags, "--output", str(place / "run")], place, Kill())
+        before, first = latest_step(place / "run" / "checkpoints") or 0, None
+        stop = min(end, now + 60 * kill_every)
+        while time.monotonic() < stop:
+            time.sleep(0.1)
+            if first is None and metrics.exists() and metrics.read_bytes().count(b"\n") > before:
+                first = time.monotonic()
+        os.kill(process.id, signal.SIGKILL)
+        process.wait()
+        kills += 1
+        steps = metrics.read_bytes().count(b"\n") - before
+        saved = (latest_step(place / "run" / "checkpoints") or 0) - before
+        restart = (first or stop) - now
+        busy, done = busy + stop - (first or stop), done + steps
+        print(f"kill {kills}: {restart:.1f} s to the first step, {steps} steps, {steps - saved} of them lost", flush=True)
+    saved, elapsed, step = latest_step(place / "run" / "checkpoints") or 0, time.monotonic() - began, busy / max(done, 1)
+    print(f"goodput {saved * step / elapsed:.3f}: {saved} steps of {step:.4f} s in {elapsed:.0f} s")
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--goodput-minutes", type=float, default=0.0)
+    parser.add_argument("--kill-every", type=float, default=5.0)
     chosen = parser.parse_args()
+    problems: list[str] = []
     try:
-        problems = kill_all(chosen.kills, chosen.seed, FOLDER)
+        if chosen.goodput_minutes:
+            goodput(chosen.goodput_minutes, chosen.kill_every, FOLDER)
+        else:
+            problems = kill_all(chosen.kills, chosen.seed, FOLDER)
     finally:
         shutil.rmtree(FOLDER)
     sys.exit(bool(problems))

@@ -8,16 +8,16 @@ processes these are.
 """
 
 import argparse
+import json
 import random
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from kills import FOLDER, Process
+from kills import FOLDER, Kill, Process
 from tiny_models import write_tiny_llama
 
 from qlora_jax.commands import train_many
@@ -61,9 +61,9 @@ def adapters(place: Path) -> dict[str, bytes]:
     return {name: file.read_bytes() for name, file in files.items() if file.exists()}
 
 
-def run(root: Path, place: Path, kill_at: int, *, turns: bool) -> Process:
+def run(root: Path, place: Path, kill: Kill, *, turns: bool) -> Process:
     place.mkdir(exist_ok=True)
-    return Process(train_many.main, [str(write_file(root, place, turns=turns))], place, kill_at)
+    return Process(train_many.main, [str(write_file(root, place, turns=turns))], place, kill)
 
 
 def kill_all(kills: int, seed: int, root: Path, *, turns: bool) -> list[str]:
@@ -72,20 +72,17 @@ def kill_all(kills: int, seed: int, root: Path, *, turns: bool) -> list[str]:
     rows = (f'{{"question": "{number}?", "answer": "{"red " * (number % 3 + 1)}"}}\n' for number in range(9))
     (root / "rows.jsonl").write_text("".join(rows))
     whole = root / "whole"
-    code, log = run(root, whole, 0, turns=turns).wait()
+    code, log = run(root, whole, Kill(), turns=turns).wait()
     assert code == 0, log
-    expected, operations = adapters(whole), int(whole.with_suffix(".count").read_text())
+    expected, operations = adapters(whole), json.loads(whole.with_suffix(".count").read_text())["file"]
     assert len(expected) == len(TENANTS)
     draws, wrong, killed, place = random.Random(seed), list[str](), 0, root / "place-0"
     for number in range(kills):
         if number % 5 == 4:
-            process, how = run(root, place, 0, turns=turns), f"after {(seconds := draws.uniform(0.0, 10.0)):.1f} s"
-            time.sleep(seconds)
-            process.kill()
+            kill = Kill(kind="time", seconds=draws.uniform(0.0, 10.0))
         else:
-            at = draws.randint(1, operations)
-            process, how = run(root, place, at, turns=turns), f"at operation {at} of {operations}"
-        code, log = process.wait()
+            kill = Kill(kind="file", at=draws.randint(1, operations))
+        code, log = run(root, place, kill, turns=turns).wait()
         killed += code == -signal.SIGKILL
         ended = "killed" if code == -signal.SIGKILL else f"ended with {code}"
         problem = None if code in (0, -signal.SIGKILL) or "all tenants are finished" in log else log[-2000:]
@@ -93,7 +90,7 @@ def kill_all(kills: int, seed: int, root: Path, *, turns: bool) -> list[str]:
             problem = f"{place}: another adapter right after the kill"
         last = code != -signal.SIGKILL or draws.random() < SHARE_OF_RERUNS or number == kills - 1
         if last and not problem:
-            code, log = run(root, place, 0, turns=turns).wait()
+            code, log = run(root, place, Kill(), turns=turns).wait()
             if code != 0 and "all tenants are finished" not in log:
                 problem = log[-2000:]
             elif adapters(place) != expected:
@@ -101,7 +98,7 @@ def kill_all(kills: int, seed: int, root: Path, *, turns: bool) -> list[str]:
         if last or problem:
             shutil.rmtree(place)
             place = root / f"place-{number + 1}"
-        print(f"{number + 1}: {how}: {ended}{', run again' if last else ''}, {problem or 'well'}", flush=True)
+        print(f"{number + 1}: {kill}: {ended}{', run again' if last else ''}, {problem or 'well'}", flush=True)
         wrong += [problem] if problem else []
     print(f"{killed} of {kills} were killed in time; {len(wrong)} were wrong")
     return wrong

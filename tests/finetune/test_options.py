@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from qlora_jax.checkpoint.whole_folder import whole_folder
 from qlora_jax.cli import parse
 from qlora_jax.finetune import DataOptions, OptimizerOptions, Options, RunOptions
 from qlora_jax.finetune.objectives.dpo import DPO
@@ -53,6 +54,20 @@ def test_early_stopping_needs_evaluations() -> None:
         Options(data=DataOptions(held_out=0.0), run=run).check()
     Options(data=DataOptions(held_out=0.0, eval_data="more.jsonl"), run=run).check()
     Options(run=run).check()
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run"])
+def test_an_address_is_no_output(address: str) -> None:
+    """Otherwise a folder named gs: or s3: would appear where the command runs."""
+    with pytest.raises(
+        ValueError, match=rf"output {address[:2]}:/bucket/run: expected a folder of this machine, found an addr"
+    ):
+        RunOptions(output=Path(address))
+    with (
+        pytest.raises(ValueError, match=f"folder {address}: expected a folder of this machine"),
+        whole_folder(address, marker="a"),
+    ):
+        pass
 
 
 def test_the_adapter_that_flags_and_tables_describe(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The loop around a step that is made up here: what happens when, and what stops it."""
 
 import math
+import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlora_jax.interrupts import Interrupted
 from qlora_jax.train import (
     PAIRS,
     TOKENS,
@@ -294,3 +297,27 @@ def test_means_weigh_tokens_not_batches() -> None:
     assert found == pytest.approx({"loss": 11 / 10, "accuracy": 22 / 10})
     none = mean_metrics(lambda *arguments: pytest.fail("called"), at(0), None, [], put=lambda batch: {}, progress=False)
     assert none == {"loss": 0}
+
+
+@pytest.mark.parametrize("during", ["step", "evaluation"])
+def test_a_signal_ends_the_loop_after_the_step_that_it_is_in(run: Run, monkeypatch: pytest.MonkeyPatch, during: str) -> None:
+    """Also one that comes while the step is evaluated: no other step is made before the state is saved."""
+    make, evaluate = run.step, run.evaluate
+
+    def step(state: TrainState, *rest: Any) -> Any:
+        if during == "step" and int(state.step) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return make(state, *rest)
+
+    def evaluation_of(state: TrainState) -> dict[str, float]:
+        if during == "evaluation" and int(state.step) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(state)
+
+    monkeypatch.setattr(run, "step", step)
+    monkeypatch.setattr(run, "evaluate", evaluation_of)
+    with pytest.raises(Interrupted, match="stopped after step 2, which is saved") as error:
+        run.go(Cadence(9, save_every=0), evaluate_every=2)
+    assert error.value.number == signal.SIGTERM
+    assert run.calls[-2:] == [("evaluate", 2), ("save", 2, {"used": 2})]
+    assert run.complete

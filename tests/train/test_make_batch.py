@@ -56,7 +56,7 @@ class Prompts:
 class Nowhere:
     """No checkpoints."""
 
-    def save(self, *_: Any) -> None:
+    def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
         """Save nothing."""
 
     def wait(self) -> None:

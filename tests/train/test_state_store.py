@@ -17,9 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
+from tiny_config import CONFIG
 
 from qlora_jax.errors import CheckpointError
-from qlora_jax.train import TrainState, adamw, host_offload, init_state
+from qlora_jax.models import ModelSpec
+from qlora_jax.models.llama import llama_config
+from qlora_jax.nn import MeshShape, data_mesh, mesh_context
+from qlora_jax.nn.parallel import put_adapter
+from qlora_jax.peft import LoRA
+from qlora_jax.train import TrainState, adamw, create_state, host_offload, init_state, optimizer, split
 from qlora_jax.train.state_store import StateStore, latest_step
 
 POSITION = {"epoch": 1, "batch": 2, "data": {"seed": 0, "checksum": 2**32 - 1, "packing": True}}
@@ -173,6 +180,52 @@ def test_a_disk_that_is_too_small_is_found_before(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["5"]
 
 
+def move_between_meshes(folder: Path) -> None:
+    """Save the state of a tiny Llama on one mesh after the other, and restore it on the next; for 8 devices."""
+    spec = ModelSpec(llama_config(CONFIG | {"model_type": "llama"}), None, "none", LoRA(4), "float32", "none")
+    _, adapter, _ = split(spec.build(nnx.Rngs(0)))
+    adapter = jax.tree.map(np.array, adapter)
+    meshes = ("data=2,tensor=4", "fsdp=8", None, "data=2,fsdp=2,tensor=2", "data=8", "data=2,tensor=4")
+    rules = {
+        "adamw8bit": optimizer("adamw8bit", 1e-3),
+        "adafactor": host_offload(optimizer("adafactor", 1e-3), adapter=True),
+    }
+    split_leaves = 0
+    draws = np.random.default_rng(0)
+    for name, tx in rules.items():
+        expected = None
+        for number, text in enumerate(meshes):
+            mesh = None if text is None else data_mesh(MeshShape.parse(text))
+            with mesh_context(mesh):
+                state = create_state(tx, put_adapter(mesh, jax.tree.map(jnp.array, adapter)))
+            store = StateStore(folder / name, keep=2)
+            if expected is None:  # moments that are not zero
+                expected = jax.tree.map(lambda leaf: draws.integers(0, 200, leaf.shape).astype(leaf.dtype), state)
+                state = jax.tree.map(lambda leaf, old: jax.device_put(leaf, old.sharding), expected, state)
+            else:
+                like, (state, _) = state, store.restore(state)
+                assert_same(state, jax.tree.map(lambda leaf, old: jax.device_put(leaf, old.sharding), expected, like))
+            split_leaves += sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
+            save(store, number + 1, state)
+            store.close()
+    assert split_leaves > 0
+
+
+@pytest.mark.integration
+def test_a_checkpoint_is_restored_on_any_mesh(tmp_path: Path) -> None:
+    """8 devices to 1 and back, tensor to fsdp, data to tensor, bit for bit; 8-bit moments, an adapter in host memory.
+
+    `scripts/studies/checkpoint_meshes.py` does more with models that train. (About 9 s of CPU.)
+    """
+    program = "import sys; from pathlib import Path; import test_state_store as t; t.move_between_meshes(Path(sys.argv[1]))"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.integration
 def test_a_write_that_fails_is_one_line(tmp_path: Path) -> None:
     """A limit on the size of files stands for a full disk; libraries' threads print nothing."""
@@ -269,7 +322,9 @@ def test_a_value_that_changed_is_found_by_its_checksum(
         shutil.copytree(folder / "5" / item, folder / "10" / item)
         assert_same(open_store(folder=folder).restore(make_state())[0], make_state(5))
         [message] = [record.getMessage() for record in caplog.records]
-        assert re.search(rf"step 10: these are not the values that were saved: {names}.*; it is now {folder}/damaged-10", message)
+        assert re.search(
+            rf"step 10: these are not the values that were saved: {names}.*; it is now {folder}/damaged-10", message
+        )
         caplog.clear()
 
 

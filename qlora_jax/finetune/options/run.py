@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from qlora_jax.checkpoint.whole_folder import check_local
 from qlora_jax.errors import OptionError
 from qlora_jax.nn import MeshShape, shape_on
 
@@ -14,7 +15,7 @@ class RunOptions:
     """The length of the run, its evaluations and its folder."""
 
     output: Path = Path("runs/plain-answers")
-    """Folder of the run."""
+    """Folder of the run, on this machine or mounted there."""
     overwrite: bool = False
     """Delete the run that the folder holds."""
     epochs: float = 2.0
@@ -60,6 +61,7 @@ class RunOptions:
             low.append("early_stopping_patience: expected eval_every of at least 1, found 0")
         if low:
             raise OptionError("; ".join(low))
+        check_local("output", self.output)
         _ = self.mesh_shape
 
     @property
