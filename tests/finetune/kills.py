@@ -90,7 +90,7 @@ class Job:
         result: the folder, below the place, that is whole or not there.
         expected: the bytes of its files after an uninterrupted run, by name.
         losses: the records of a run without what differs from one run to the next.
-        left: all names in the place after an uninterrupted run, without those that Orbax draws at random.
+        left: all names in the place after an uninterrupted run, as `names` returns them.
         operations: how many operations on files an uninterrupted run made, and how many on files of checkpoints, by kind.
     """
 
@@ -216,7 +216,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def names(place: Path) -> set[str]:
-    found = {str(path.relative_to(place)) for path in place.rglob("*")}
+    """Return the names of all files, those of checkpoints without their step: SIGTERM saves the step that a run is in."""
+    found = {re.sub(r"checkpoints/\d+", "checkpoints/STEP", str(path.relative_to(place))) for path in place.rglob("*")}
     return {name for name in found if "ocdbt" not in name and "/d/" not in name}
 
 
