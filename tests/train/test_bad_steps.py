@@ -54,7 +54,7 @@ def loss(model: Squares, batch: Any, key: jax.Array | None) -> jax.Array:
 class Batches:
     """Endless; the batches of `poisoned`, which count from 1, are bad."""
 
-    def __init__(self, poisoned: Mapping[int, float], numbers: Sequence[int] | None = None) -> None:
+    def __init__(self, poisoned: Mapping[Any, float], numbers: Sequence[int] | None = None) -> None:
         self.used, self.poisoned, self.numbers = 0, poisoned, numbers
 
     def __next__(self) -> dict[str, np.ndarray]:
