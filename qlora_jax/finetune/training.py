@@ -177,8 +177,7 @@ def _train_adapter(
                 run.batches.set_state(position)
             _logger.info("Resuming %s after step %d of %d.", output, int(state.step), run.steps)
         log = open_files.enter_context(closing(MetricsLog(output / "metrics.jsonl", resume_at=int(state.step))))
-        if is_main():
-            run.goodput.open(output / GOODPUT, log.reached)
+        run.goodput.open(output / GOODPUT if is_main() else None, log.reached)
         monitor = open_files.enter_context(closing(run.options.health.monitor(output, run.goodput)))
         checkpoints = _Checkpoints(store, best, log, picture, step.state)
         checkpoints.save_best(int(state.step), state)

@@ -6,6 +6,7 @@ from qlora_jax.train.compiled_programs import keep_compiled_programs
 from qlora_jax.train.cross_entropy import chunked_cross_entropy, token_losses
 from qlora_jax.train.dpo import PAIRS, dpo_loss, with_reference, without_adapter
 from qlora_jax.train.goodput import Goodput
+from qlora_jax.train.held_out import mean_metrics
 from qlora_jax.train.log import MetricsLog, best_evaluation, peak_memory_bytes, perplexity, plot_losses
 from qlora_jax.train.loop import (
     BatchSource,
@@ -15,7 +16,6 @@ from qlora_jax.train.loop import (
     Records,
     TrainingData,
     evaluation,
-    mean_metrics,
     train,
     unchanged_batch,
 )

@@ -9,6 +9,7 @@ the last word.
 
 import logging
 import os
+from typing import Any
 
 import jax
 
@@ -24,7 +25,8 @@ _logger = logging.getLogger(__name__)
 
 def keep_compiled_programs() -> None:
     """Have JAX keep compiled programs on disk from now on, in this process, unless the user has decided otherwise."""
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    config: Any = jax.config  # its attributes are not declared
+    if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return
     try:
         folder = cache_folder() / "compiled"
@@ -34,8 +36,8 @@ def keep_compiled_programs() -> None:
     except OSError as error:
         _logger.info("Compiled programs are not kept for the next run: %s.", error)
         return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    if jax.config.jax_compilation_cache_max_size == -1:
-        jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
-    if jax.config.jax_persistent_cache_min_compile_time_secs == _JAX_LEAST_SECONDS:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+    config.update("jax_compilation_cache_dir", str(folder))
+    if config.jax_compilation_cache_max_size == -1:
+        config.update("jax_compilation_cache_max_size", MOST_BYTES)
+    if config.jax_persistent_cache_min_compile_time_secs == _JAX_LEAST_SECONDS:
+        config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)

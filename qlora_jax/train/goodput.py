@@ -58,14 +58,14 @@ class Goodput:
         self._path: Path | None = None
         self._written = clock()
 
-    def open(self, path: Path, reached: int) -> None:
+    def open(self, path: Path | None, reached: int) -> None:
         """Add the totals that a file holds from earlier processes of the run, and write there from now on.
 
         Args:
-            path: the file; a damaged one is replaced, with a warning.
+            path: the file; a damaged one is replaced, with a warning. None: there is none, as in all processes but one.
             reached: the highest step of the records of the run.
         """
-        before = _read(path)
+        before = None if path is None else _read(path)
         if before is not None:
             for cause, seconds in before["seconds"].items():
                 self.seconds[cause] = self.seconds.get(cause, 0.0) + seconds

@@ -14,7 +14,7 @@ come, so that a run that is killed at any moment can resume as if it had not bee
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -217,7 +217,7 @@ def train(
                 if last or stopping or _due(step, callback.every):
                     with monitor.goodput.phase("evaluating"):
                         row |= callback.on_step(step, state)
-            exhausted = cadence.exhausted([*log.rows, row])
+            exhausted, interrupt = cadence.exhausted([*log.rows, row]), signals.number is not None
             if last or exhausted:
                 row["goodput"] = monitor.goodput.share
             log.add(row)
@@ -311,26 +311,6 @@ class _StepMaker:
         state, metrics = self.step_fn(state, self.frozen, data.put(batch), *limit)
         values = {name: float(value) for name, value in metrics.items()}  # waits for the step
         return state, values, tokens / (time.perf_counter() - start)
-
-
-def mean_metrics(
-    eval_step: Callable[[Any, Any, Any], tuple[dict[str, jax.Array], jax.Array]],
-    state: TrainState,
-    frozen: Any,
-    batches: Iterable[Batch],
-    *,
-    put: Callable[[Batch], dict[str, jax.Array]],
-    progress: bool = True,
-) -> dict[str, float]:
-    """Return the means of what `eval_step` sums, `loss` among it, over the units (such as learned tokens) of all batches."""
-    total: dict[str, float] = {"loss": 0.0}
-    units = 0.0
-    for batch in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=not progress):
-        sums, count = eval_step(state.adapter, frozen, put(batch))
-        for name, value in sums.items():
-            total[name] = total.get(name, 0.0) + float(value)
-        units += float(count)
-    return {name: value / max(units, 1.0) for name, value in total.items()}
 
 
 def _due(step: int, every: int) -> bool:

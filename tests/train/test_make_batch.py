@@ -62,6 +62,9 @@ class Nowhere:
     def wait(self) -> None:
         """Wait for nothing."""
 
+    def restore(self) -> TrainState:
+        raise AssertionError("nothing is rolled back")
+
 
 def test_batches_are_sampled_from_the_current_model(tmp_path: Path) -> None:
     """What the step gets are the model's own answers; an update makes them more likely."""
