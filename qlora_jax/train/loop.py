@@ -217,11 +217,10 @@ def train(
                 if last or stopping or _due(step, callback.every):
                     with monitor.goodput.phase("evaluating"):
                         row |= callback.on_step(step, state)
-            exhausted, interrupt = cadence.exhausted([*log.rows, row]), signals.number is not None
+            exhausted, interrupt = cadence.exhausted([*log.rows, row]), any_process(signals.number) is not None
             if last or exhausted:
                 row["goodput"] = monitor.goodput.share
             log.add(row)
-            interrupt = any_process(signals.number) is not None
             improved = cadence.patience > 0 and best_evaluation(log.rows)[0] == step
             if last or interrupt or exhausted or improved or _due(step, cadence.save_every):
                 with monitor.goodput.phase("saving"):

@@ -168,7 +168,7 @@ def write_parts(flags: Sequence[str], model: Path, mesh_text: str, folder: Path)
     """Write what the devices of this process have of the loaded model, and of the batches of an epoch of 10 rows."""
     given = dict(zip(flags[::2], flags[1::2], strict=True))
     if given:
-        join(HostOptions("auto", *[kind(given[name]) for name, kind in zip(given, (str, int, int), strict=True)]))
+        join(HostOptions("auto", flags[1], int(flags[3]), int(flags[5])))
     mesh = data_mesh(MeshShape.parse(mesh_text))
     assert mesh is not None
     places = {device: place for place, device in enumerate(mesh.devices.flat)}
