@@ -1,6 +1,6 @@
 """The Python of README.md, docs/library.md, docs/serving.md and docs/tenants.md runs as written, on a tiny model.
 
-Sizes are made small by SMALL, which replaces each of its texts at least once. About 6 CPU-seconds, of integration.
+Sizes are made small by SMALL, which replaces each of its texts at least once. About 15 CPU-seconds, of integration.
 """
 
 from pathlib import Path
