@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from runs import but, rows_of, without_timing
+from virtual_devices import virtual_devices
 
 from qlora_jax.adapters.files import read_adapter
 from qlora_jax.adapters.peft_config import read_adapter_method
@@ -235,7 +236,7 @@ def test_a_run_goes_on_with_another_split_on_another_number_of_devices(options: 
     flags = ["--model", str(mine.model.model), "--data", str(mine.data.data), "--rank", "4", "--alpha", "8"]
     flags += ["--max-length", "64", "--held-out", "0", "--learning-rate", "1e-2", "--eval-every", "0", "--save-every", "0"]
     flags += ["--samples", "0", "--max-steps", "4", "--batch-size", "4", "--mesh", "data=2,tensor=2"]
-    with start(flags, mine.run.output, XLA_FLAGS="--xla_force_host_platform_device_count=4") as process:
+    with start(flags, mine.run.output, XLA_FLAGS=virtual_devices(4)["XLA_FLAGS"]) as process:
         _, errors = process.communicate(timeout=500)
     assert process.returncode == 0, errors
     assert "4 steps of 8 × 64 tokens on 4 cpu" in errors
