@@ -42,11 +42,16 @@ RUN = {
 }
 # Blocks that nothing runs, by their page and the start of their first line.
 NOT_RUN = {
+    (
+        "docs/checkpoints.md",
+        "runs/mine/checkpoints/40/state/",
+    ): "the files of a checkpoint, which test_state_store.py damages",
     ("docs/data.md", "chats.jsonl: 1,180 of 1,200"): "what a run prints about its data",
     ("docs/extending.md", '    "seed_oss": Family('): "a line of FAMILIES, which test_extending_page.py adds",
     ("docs/extending.md", '    "seed_oss": ("seed_oss"'): "a line of the table of peers of a test",
     ("docs/extending.md", "    QUERY_REPLY.name"): "lines of SCHEMAS, which test_extending_page.py adds",
     ("docs/extending.md", "    FOCAL,"): "a line of OBJECTIVES, whose value test_extending_page.py uses",
+    ("docs/training.md", "Goodput 91.3%"): "what a run prints at its end",
     ("docs/migration.md", "trl sft "): "TRL's command, whose counterpart is the next block",
     ("docs/migration.md", "base_model: "): "Axolotl's config, whose counterpart is the next block",
     ("docs/migration.md", "model, tokenizer = FastLanguageModel"): "Unsloth's code, whose counterpart is the next block",
