@@ -45,7 +45,7 @@ NOT_RUN = {
     (
         "docs/checkpoints.md",
         "runs/mine/checkpoints/40/state/",
-    ): "the files of a checkpoint, which test_state_store.py damages",
+    ): "files that test_state_store.py damages",
     ("docs/data.md", "chats.jsonl: 1,180 of 1,200"): "what a run prints about its data",
     ("docs/extending.md", '    "seed_oss": Family('): "a line of FAMILIES, which test_extending_page.py adds",
     ("docs/extending.md", '    "seed_oss": ("seed_oss"'): "a line of the table of peers of a test",
