@@ -15,6 +15,7 @@ from jaxtyping import Float32, Int
 
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.nn import AttentionTarget, causal_attention, shifted_group_attention
+from qlora_jax.quant import by_platform
 
 
 def layer_kinds(config: DecoderConfig) -> Int[Array, " layers"] | None:
@@ -63,7 +64,17 @@ def with_window(
     if kind is None or len(windows) == 1:
         return attend(q, k, v, window=windows[0])
     choice = np.asarray([windows.index(kind.window) for kind in config.kinds], np.int32)
-    return jax.lax.switch(jnp.asarray(choice)[kind], [partial(attend, window=window) for window in windows], q, k, v)
+    branches = [partial(attend, window=window) for window in windows]
+
+    def attended(index: Array, q: Array, k: Array, v: Array) -> Array:
+        return jax.lax.switch(index, branches, q, k, v)
+
+    def between_barriers(*operands: Array) -> Array:
+        return jax.lax.optimization_barrier(attended(*jax.lax.optimization_barrier(operands)))
+
+    # Without the barriers, libtpu 0.0.42 cannot order the instructions around the branches on several v5e or v6e chips with
+    # heads of 64, and refuses the program with an internal error.
+    return by_platform(jnp.asarray(choice)[kind], q, k, v, tpu=between_barriers, default=attended)
 
 
 def attend_of_kind(
