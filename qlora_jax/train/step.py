@@ -216,6 +216,7 @@ def jit_train_step(
     def step(state: TrainState, frozen: Any, batch: Batch, loss_limit: Array | None = None) -> Any:
         return train_step(graphdef, tx, loss_fn, state, frozen, batch, unit=unit, loss_limit=loss_limit)
 
+    step.__name__ = train_step.__name__  # the program's name in profiles and compiled text
     options: Any = compiler_options or None
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
 
