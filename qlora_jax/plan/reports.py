@@ -176,7 +176,7 @@ def _(plan: ServingPlan, spec: StepSpec[ModelSpec], machine: Machine, title: str
             "rows": plan.rows,
             **dataclasses.asdict(plan.sizes),
             "bytes_a_row": (plan.cache + plan.sampling) // plan.rows,
-            "bytes_a_slot": plan.bank // (plan.sizes.tenants + 1),
+            "bytes_a_slot": plan.bank // plan.sizes.slots(plan.rows),
             "programs": of_programs,
         },
     )

@@ -50,6 +50,10 @@ class ServeSizes:
     capacity: int = 2048
     chunk: int = 128
 
+    def slots(self, rows: int) -> int:
+        """Return the slots of the bank that a server with so many rows makes, slot 0 for the bare base among them."""
+        return max(self.tenants, rows) + 1
+
 
 @dataclasses.dataclass(frozen=True)
 class ServingPlan:
@@ -104,7 +108,7 @@ def compile_serving(spec: StepSpec[ModelSpec], machine: Machine, sizes: ServeSiz
     """Compile the programs of a serving engine for a machine; see `compile_train_step` for further errors.
 
     Args:
-        spec: describes the model; its batch size is the number of rows, and its method says which modules adapters target.
+        spec: describes the model; its batch size is the number of rows. The bank holds adapters of all linear layers.
         machine: one device, which need not be attached.
         sizes: the sizes of the engine.
 
@@ -115,7 +119,7 @@ def compile_serving(spec: StepSpec[ModelSpec], machine: Machine, sizes: ServeSiz
         found = f"{machine.count} devices" if machine.count > 1 else type(spec.model.config).__name__
         raise UnsupportedError(f"serve: expected a decoder-only model on one device, found {found}")
     mesh, rows, vocabulary = machine_mesh(machine), spec.batch.batch_size, spec.model.config.vocab_size
-    model: Any = dataclasses.replace(spec.model, method=_method(spec.model, sizes)).abstract(machine.device.target)
+    model: Any = dataclasses.replace(spec.model, method=_method(spec.model, sizes, rows)).abstract(machine.device.target)
     graphdef, bank, frozen = split_bank(model)
     bank, frozen = place(bank, mesh, P()), frozen_shapes(mesh, frozen)
     capacity = sizes.capacity + sizes.chunk
@@ -152,12 +156,8 @@ def compile_serving(spec: StepSpec[ModelSpec], machine: Machine, sizes: ServeSiz
     )
 
 
-def _method(model: ModelSpec, sizes: ServeSizes) -> Bank | None:
-    if not sizes.tenants:
-        return None
-    targets, dtype = getattr(model.method, "target_modules", None), jnp.dtype(model.dtype)
-    slots = sizes.tenants + 1
-    return Bank(slots, sizes.rank, dtype) if targets is None else Bank(slots, sizes.rank, dtype, target_modules=targets)
+def _method(model: ModelSpec, sizes: ServeSizes, rows: int) -> Bank | None:
+    return Bank(sizes.slots(rows), sizes.rank, jnp.dtype(model.dtype)) if sizes.tenants else None
 
 
 @dataclasses.dataclass(frozen=True)

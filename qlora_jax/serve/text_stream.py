@@ -11,6 +11,7 @@ __all__ = ["TextStream", "stream_text"]
 
 _UNFINISHED = "\ufffd"  # the character that a decoder writes for an incomplete sequence of bytes
 _MOST_WAITING = 32  # tokens; a character has at most four bytes, so what waits longer are bytes that are no text
+_MOST_CONTEXT = 256  # tokens before a stream that its text may depend on
 
 
 class TextStream:
@@ -33,8 +34,10 @@ class TextStream:
             context: tokens before the stream that are not written, such as a prompt that the answer continues.
         """
         self._tokenizer = tokenizer
-        self._written, self._written_text = list(context), self._decode(context)
+        self._written = list(context[-_MOST_CONTEXT:])
+        self._written_text = self._decode(self._written)
         self._waiting: list[int] = []
+        self._held = ""  # the text of all of these, if it ended within a character
 
     def push(self, token: int) -> str:
         """Add a token; return the text that it completes, which is often empty."""
@@ -42,7 +45,13 @@ class TextStream:
         text = self._decode(self._written + self._waiting)
         if not text.endswith(_UNFINISHED):
             return self._take(text)
-        return self._take_beginning(text) if len(self._waiting) >= _MOST_WAITING else ""
+        before, self._held = self._held, text
+        if len(self._waiting) < _MOST_WAITING:
+            return ""
+        if text == before:  # a token without text, behind which the same character is still incomplete
+            self._waiting.pop()
+            return ""
+        return self._take_beginning(text)
 
     def finish(self) -> str:
         """Return the text that was held back, after the last token."""
@@ -59,7 +68,8 @@ class TextStream:
 
     def _take_beginning(self, text: str) -> str:
         """Take what waits up to the token in which the last character of the text, an incomplete one, begins."""
-        for count in range(len(self._waiting) - 1, 0, -1):
+        last = len(self._waiting) - 1
+        for count in range(last, max(last - _MOST_WAITING, 0), -1):
             beginning = self._decode(self._written + self._waiting[:count])
             if text.startswith(beginning) and len(beginning) < len(text):
                 break
@@ -70,6 +80,7 @@ class TextStream:
             return ""
         piece = beginning[len(self._written_text) :]
         self._written, self._written_text, self._waiting = written, written_text, self._waiting[count:]
+        self._held = self._decode(self._written + self._waiting)
         return piece
 
     def _decode(self, tokens: Sequence[int]) -> str:

@@ -178,7 +178,7 @@ def test_the_most_rows_and_tenants_that_can_be_served(
     """A row takes one GiB and so does a slot; the draws' program has the model beside it, and is the largest here."""
 
     def compiled(spec: Any, machine: Machine, sizes: ServeSizes) -> ServingPlan:
-        rows, slots = spec.batch.batch_size, sizes.tenants + 1
+        rows, slots = spec.batch.batch_size, sizes.slots(spec.batch.batch_size)
         small = dataclasses.replace(PROGRAM, arguments=rows * GIB, temporaries=GIB, outputs=rows * GIB, aliased=rows * GIB)
         sample = dataclasses.replace(small, temporaries=2 * GIB)
         model = dataclasses.replace(small, arguments=(rows + slots + 5) * GIB)
@@ -187,8 +187,8 @@ def test_the_most_rows_and_tenants_that_can_be_served(
     monkeypatch.setattr(script, "check_compiler", lambda machine: None)
     monkeypatch.setattr(serving, "compile_serving", compiled)
     most, flags = int(H100.device.memory_bytes // GIB), ["--model", "llama-65b", "--step", "serve", "--batch-size", "16"]
-    for fit, name, expected in (("tenants", "tenants", most - 8 - 16), ("batch", "rows", most - 8 - 4)):
-        assert script.main([*flags, "--tenants", "4", "--tenant-rank", "8", "--fit", fit]) == 0
+    for fit, name, expected in (("tenants", "tenants", most - 8 - 16), ("batch", "rows", most - 8 - 40)):
+        assert script.main([*flags, "--tenants", "40", "--tenant-rank", "8", "--fit", fit]) == 0
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert result["found"] == {name: expected} == {name: result[name]}
         assert (result["rank"], result["chunk"], result["bytes_a_slot"]) == (8, 128, GIB)

@@ -88,9 +88,9 @@ def test_bytes_that_are_no_text_do_not_wait_for_ever(tokenizer: PreTrainedTokeni
         assert "".join(pieces_of(tokenizer, ids)) == decode(tokenizer, ids)
 
 
-@pytest.mark.parametrize("token", ["<0xE4>", "<0x80>", "</s>"])
+@pytest.mark.parametrize("tokens", [["<0xE4>"] * 1500, ["<0x80>"] * 1500, ["</s>"] * 1500, ["<0xE4>", *["</s>"] * 1500]])
 def test_each_token_is_decoded_a_limited_number_of_times(
-    sentencepiece: PreTrainedTokenizerFast, token: str, monkeypatch: pytest.MonkeyPatch
+    sentencepiece: PreTrainedTokenizerFast, tokens: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[int] = []
     decode_all = sentencepiece.decode
@@ -99,7 +99,7 @@ def test_each_token_is_decoded_a_limited_number_of_times(
         decoded.append(len(ids))
         return decode_all(ids, **options)
 
-    ids = cast(list[int], sentencepiece.convert_tokens_to_ids(["▁Hello", *[token] * 1500, "▁Paris"]))
+    ids = cast(list[int], sentencepiece.convert_tokens_to_ids(["▁Hello", *tokens, "▁Paris"]))
     expected = decode(sentencepiece, ids)
     monkeypatch.setattr(sentencepiece, "decode", counted)
     assert "".join(pieces_of(sentencepiece, ids)) == expected

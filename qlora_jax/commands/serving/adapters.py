@@ -11,7 +11,7 @@ from qlora_jax.adapters.held import WEIGHTS
 from qlora_jax.adapters.metadata import read_adapter_metadata
 from qlora_jax.adapters.peft_config import CONFIG
 from qlora_jax.data import Template
-from qlora_jax.errors import OptionError
+from qlora_jax.errors import CheckpointError, OptionError
 
 __all__ = ["AdapterOptions", "adapter_sources", "path_within", "warn_of_templates"]
 
@@ -52,7 +52,11 @@ def warn_of_templates(sources: Mapping[str, Path], template: Template, *, has_ch
     """
     used = template if template != "auto" else "chat" if has_chat_template else "guanaco"
     for name, path in sources.items():
-        metadata = read_adapter_metadata(path)
+        try:
+            metadata = read_adapter_metadata(path)
+        except CheckpointError as error:  # its requests get this error; the others are served
+            _logger.warning("adapter %s: %s", name, error)
+            continue
         if metadata is not None and metadata.template not in (None, used):
             _logger.warning(
                 "adapter %s was trained with the template %s, but requests are written with %s, so that its answers may be "
