@@ -23,10 +23,8 @@ import logging
 import os
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +34,7 @@ import orbax.checkpoint as ocp
 
 from qlora_jax.errors import CheckpointError, list_names, shortened
 from qlora_jax.train.checksums import POSITION, Checksums, checksums
+from qlora_jax.train.orbax_messages import without_messages
 
 T = TypeVar("T")
 _CHECKSUMS = "checksums"
@@ -88,7 +87,7 @@ class StateStore:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        with _without_messages():
+        with without_messages():
             return ocp.CheckpointManager(self._folder.absolute(), options=self._options)
 
     def latest_step(self) -> int | None:
@@ -112,7 +111,7 @@ class StateStore:
         )
         size = sum(leaf.nbytes for leaf in leaves.values())
         self._saving = step
-        self._quiet.enter_context(_without_messages())
+        self._quiet.enter_context(without_messages())
         try:
             if (free := shutil.disk_usage(self._folder).free) < size:
                 raise OSError(f"it needs {size:,} bytes, and {free:,} are free")
@@ -231,7 +230,7 @@ class StateStore:
         if has_checksums:
             items[_CHECKSUMS] = Checksums()
         try:
-            with _without_messages():
+            with without_messages():
                 restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # damaged files make Orbax and its readers raise errors of many kinds
             raise self._damaged(step, shortened(_reason(error), 300)) from error
@@ -320,31 +319,3 @@ def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     system = re.search(r"os_error_code='(\d+)'", text)
     return text if system is None else os.strerror(int(system[1]))
-
-
-@contextmanager
-def _without_messages() -> Iterator[None]:
-    """Drop what Orbax logs in the block: tracebacks of its threads, whose error is raised in it, and advice on saving less.
-
-    After an error, threads of its library in C++ find the event loop of the block closed, and print that. They may do so at
-    any later time, so that this message is dropped until the process ends.
-    """
-    logger = logging.getLogger("absl")
-
-    def drop(record: logging.LogRecord) -> bool:
-        advice = record.getMessage().startswith("Waiting for previous save")
-        return record.exc_info is None and record.levelno < logging.ERROR and not advice
-
-    before = sys.unraisablehook
-    logger.addFilter(drop)
-    sys.unraisablehook = partial(_hook, before)
-    try:
-        yield
-        sys.unraisablehook = before
-    finally:
-        logger.removeFilter(drop)
-
-
-def _hook(before: Callable[[Any], object], unraisable: Any) -> None:
-    if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
-        before(unraisable)

@@ -56,7 +56,7 @@ OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scan
 SLOW_SECONDS = 300
 SHARE_OF_RERUNS = 0.3
 SAVE_SECONDS = 0.1  # a little more than it takes to write a checkpoint of the tiny model
-TIMING = ("tokens_per_second", "peak_memory_bytes")
+TIMING = ("tokens_per_second", "peak_memory_bytes", "goodput")
 # A fork that has not begun with its command yet dies of SIGTERM as any process.
 ENDED = {signal.SIGKILL: {-signal.SIGKILL}, signal.SIGTERM: {128 + signal.SIGTERM, -signal.SIGTERM}}
 

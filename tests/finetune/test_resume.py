@@ -212,7 +212,7 @@ def test_a_finished_run_is_extended(options: Options, tmp_path: Path, capsys: py
     with pytest.raises(ValueError, match="holds a finished run"):
         finetune(but(mine, "run", max_steps=5), progress=False)
     names = {path.name for path in mine.run.output.iterdir()}
-    assert names == {"adapter", "checkpoints", "completed", "loss.png", "metrics.jsonl", "options.json"}
+    assert names == {"adapter", "checkpoints", "completed", "goodput.json", "loss.png", "metrics.jsonl", "options.json"}
 
 
 @pytest.mark.integration
