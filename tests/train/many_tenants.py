@@ -66,7 +66,8 @@ def batch_of(number: int, chosen: Tenant, step: int) -> dict[str, np.ndarray]:
 
 
 def units(batch: dict[str, np.ndarray]) -> float:
-    return float(batch["loss_mask"].sum()) if "loss_mask" in batch else float(len(batch["chosen_inputs"]))
+    """What the loss is divided by; 1 where a batch has no learned token, as in a run."""
+    return max(float(batch["loss_mask"].sum()), 1.0) if "loss_mask" in batch else float(len(batch["chosen_inputs"]))
 
 
 @cache
