@@ -66,8 +66,9 @@ def _publish(trained: TrainedRun, folder: Path) -> None:
     if options.watch.push_to_hub:
         _logger.info("Uploaded the adapter: %s", upload(folder, options.watch.push_to_hub))
     complete(options)
-    goodput.write()
-    _logger.info("%s.", goodput.describe())
+    if goodput.is_kept:  # a tenant's time is no time of its own
+        goodput.write()
+        _logger.info("%s.", goodput.describe())
 
 
 def _save(trained: TrainedRun, rows: list[dict[str, Any]]) -> Path:

@@ -109,6 +109,11 @@ class Goodput:
         self._switch(self._cause)
         return self.seconds.get(USEFUL, 0.0) / max(sum(self.seconds.values()), 1e-9)
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether the totals are written to a file: for a run of its own, and in its first process."""
+        return self._path is not None
+
     def describe(self) -> str:
         """Return the goodput and where the rest of the time went, in one line."""
         share, total = self.share, sum(self.seconds.values())

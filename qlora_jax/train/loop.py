@@ -282,6 +282,7 @@ class _StepMaker:
                 row = self.records.row(step, values, tokens_per_second=speed, skipped=self.skipped)
                 return state, row | ({"rolled_back": undone} if undone else {})
             before = skipped_in_a_row(log.rows) if policy.action == "skip" else self.rollbacks
+            self.checkpoints.wait()  # so that the one that the policy names, or goes back to, is complete
             policy.check(step, problem, before=before, saved=self.saved)
             if policy.action == "skip":
                 monitor.goodput.discard_step()
@@ -289,6 +290,7 @@ class _StepMaker:
                 _logger.warning("Step %d: %s; its update is left out.", step, problem)
                 return state, self.records.skipped_row(step, problem, tokens_per_second=speed)
             with monitor.goodput.phase("starting"):
+                del state  # else it would be in memory twice
                 state = self.checkpoints.restore()
             bad, self.saved, self.rollbacks = step, int(state.step), self.rollbacks + 1
             removed = log.truncate(self.saved)
