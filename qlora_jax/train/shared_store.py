@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from qlora_jax.nn.hosts import is_main, main_bytes, of_main, put, several, to_numpy, together
 from qlora_jax.train.state_store import StateStore
@@ -45,25 +44,24 @@ class SharedStore:
         with together():
             if is_main():
                 self._main.save(step, state, data_position)
+                self._main.wait()
 
     def wait(self) -> None:
         """Do nothing: `save` returns when the checkpoint is complete."""
 
     def restore(self, like: T) -> tuple[T, dict[str, Any]]:
         """Return (state, position in the data) of the newest checkpoint, with the structure and the shardings of `like`."""
-        own = SingleDeviceSharding(jax.local_devices()[0])
-        state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own), like)
-        position: dict[str, Any] = {}
+        state: Any = like
 
         def read() -> dict[str, Any]:
             nonlocal state
-            state, found = self._main.restore(state)
+            state, found = self._main.read(like)
             return found
 
-        position = of_main(read)
+        position: dict[str, Any] = of_main(read)
 
         def share(leaf: Any, like: Any) -> Any:
-            value = np.asarray(leaf) if is_main() else np.zeros(like.shape, like.dtype)
+            value = leaf if is_main() else np.zeros(like.shape, like.dtype)
             data = main_bytes(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
             return put(data.view(like.dtype).reshape(like.shape), like.sharding)
 

@@ -60,7 +60,7 @@ def _steps(folder: Path) -> list[int]:
 class StateStore:
     """The checkpoints of one run."""
 
-    def __init__(self, folder: Path, *, keep: int, create: bool = True) -> None:
+    def __init__(self, folder: Path, *, keep: int, create: bool = True, reuse: bool = True) -> None:
         """Open a folder of checkpoints, in which only the newest `keep` remain.
 
         Args:
@@ -68,6 +68,8 @@ class StateStore:
             keep: the number of checkpoints to keep.
             create: whether to make the folder, and to remove what a killed run left there half written; otherwise nothing
                 is changed until a checkpoint is saved.
+            reuse: whether the copy of a state that lies in host memory stays there for the next one to be copied into, which
+                takes a fraction of the time; otherwise it is freed when it is written.
         """
         # lightweight_initialize: else Orbax would read a file of each checkpoint, which is not used here and may be damaged.
         options: dict[str, Any] = {"max_to_keep": keep, "create": create, "lightweight_initialize": True}
@@ -80,7 +82,8 @@ class StateStore:
         self._folder, self._may_change = folder, create
         self._saving: int | None = None  # the step of the checkpoint that is being written
         self._quiet = ExitStack()
-        self._copies: dict[str, np.ndarray] = {}
+        self._copies: dict[str, np.ndarray] = {}  # of leaves in host memory
+        self._reuse = reuse
         if create:
             folder.mkdir(parents=True, exist_ok=True)
             self._remove_unfinished()
@@ -102,7 +105,10 @@ class StateStore:
                 checkpoints are untouched.
         """
         self.wait()
-        leaves = self._copies = _copied_to_host(_named_leaves(state), self._copies)
+        named = _named_leaves(state)
+        leaves = _copied_to_host(named, self._copies)
+        # A device's leaves get new memory each time. Their copies are freed when they are written.
+        self._copies = {name: leaves[name] for name, leaf in named.items() if self._reuse and _is_on_host(leaf)}
         position = json.loads(json.dumps(data_position))  # the batches may change theirs
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves),
@@ -151,6 +157,14 @@ class StateStore:
     def restore(self, like: T) -> tuple[T, dict[str, Any]]:
         """Return (state, position in the data) of the newest checkpoint, with the structure and the shardings of `like`.
 
+        See `read` for damaged checkpoints and errors.
+        """
+        state, position = self.read(like)
+        return jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), state, like), position
+
+    def read(self, like: T) -> tuple[T, dict[str, Any]]:
+        """Return (state, position in the data) of the newest checkpoint, with NumPy arrays in the structure of `like`.
+
         If it is damaged, it is put aside with a warning, and the one before takes its place. Afterwards `latest_step` is the
         step of the checkpoint that was restored.
 
@@ -177,8 +191,7 @@ class StateStore:
         if problems:
             raise CheckpointError.of(f"{self._folder}: the checkpoint of step {step} is of another run", problems)
         self._put_aside(damaged, step)
-        leaves = [jax.device_put(found[name], leaf.sharding) for name, leaf in named.items()]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), position
+        return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in named]), position
 
     def close(self) -> None:
         """Close the folder, after the last checkpoint is complete; a warning says if it could not be written."""

@@ -47,6 +47,7 @@ import datasets  # noqa: E402, F401
 import matplotlib.backends.backend_agg  # noqa: E402
 import matplotlib.figure  # noqa: E402, F401
 import transformers  # noqa: E402, F401
+from runs import without_timing  # noqa: E402
 from tiny_models import write_tiny_llama  # noqa: E402
 
 from qlora_jax.commands import merge, train  # noqa: E402
@@ -56,7 +57,6 @@ OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scan
 SLOW_SECONDS = 300
 SHARE_OF_RERUNS = 0.3
 SAVE_SECONDS = 0.1  # a little more than it takes to write a checkpoint of the tiny model
-TIMING = ("tokens_per_second", "peak_memory_bytes", "goodput")
 # A fork that has not begun with its command yet dies of SIGTERM as any process.
 ENDED = {signal.SIGKILL: {-signal.SIGKILL}, signal.SIGTERM: {128 + signal.SIGTERM, -signal.SIGTERM}}
 
@@ -207,8 +207,7 @@ def is_done(code: int, log: str) -> bool:
 def losses(place: Path) -> list[dict[str, object]]:
     """Return the records of a run without what differs from one run to the next."""
     path = place / "run" / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
+    return without_timing([json.loads(line) for line in path.read_text().splitlines()]) if path.exists() else []
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -68,7 +68,8 @@ def test_a_run_rolls_back_and_accounts_for_its_time(
         return dataclasses.replace(data, put=put)
 
     monkeypatch.setattr(training, "_training_data", poisoned)
-    run = but(but(options, "run", max_steps=4), "health", on_bad_step="rollback", health_every=1e-9)
+    run = but(but(options, "run", max_steps=4, samples=1), "health", on_bad_step="rollback", health_every=1e-9)
+    run = but(run, "watch", sample_every=3)
     finetune(run, progress=False)
     said = capsys.readouterr().err
     problem = "found loss nan and grad_norm nan, expected finite numbers"
@@ -77,6 +78,9 @@ def test_a_run_rolls_back_and_accounts_for_its_time(
     assert "Goodput " in said.splitlines()[-1]
     rows = rows_of(run.run.output)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    answered = [json.loads(line)["step"] for line in (run.run.output / "samples.jsonl").read_text("utf-8").splitlines()]
+    assert answered == sorted(answered)
+    assert answered.count(3) == answered.count(4), "the answers of the step that was done again are there once"
     assert rows[3]["rolled_back"] == [f"step 4: {problem}"]
     assert [row["learned_tokens"] for row in rows[1:]] == [learned[index] for index in (0, 1, 4, 5)]
     account = json.loads((run.run.output / "goodput.json").read_text("utf-8"))

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import value_and_pullback
-from kernel_checks import LIMITS, random, relative_error
-from tiers import tiered
+from kernel_checks import LIMITS, of_dtypes, random, relative_error
 
 from qlora_jax.quant import StackedTensor, dequantize, kernels, matmul, quantize, with_implementation
 from qlora_jax.quant.kernels.tpu_scales import spread_absmax
@@ -27,14 +26,9 @@ PRODUCTS = [
     (256, 128, "fp4-e3m0", 64, True, 2),
     (256, 128, "nf3", 64, True, 2),
 ]
-# In bfloat16, the fast tier has one case of double quantisation and one of single.
-PRODUCTS_OF_DTYPES = tiered(
-    [(*case, dtype) for dtype in LIMITS for case in PRODUCTS],
-    quick=[*((*case, "float32") for case in PRODUCTS), *((*case, "bfloat16") for case in PRODUCTS[1:3])],
-)
 
 
-@pytest.mark.parametrize(("rows", "columns", "data_type", "block_size", "double", "count", "dtype"), PRODUCTS_OF_DTYPES)
+@pytest.mark.parametrize(("rows", "columns", "data_type", "block_size", "double", "count", "dtype"), of_dtypes(PRODUCTS))
 def test_product_and_gradient(
     rows: int, columns: int, data_type: Any, block_size: int, double: bool, count: int, dtype: str
 ) -> None:

@@ -72,6 +72,8 @@ def reporting_callbacks(
         record = open_files.enter_context(closing(MetricsLog(options.run.output / "samples.jsonl", resume_at=resume_at)))
 
         def answer_prompts(step: int, state: TrainState) -> dict[str, float]:
+            if record.rows and record.rows[-1]["step"] >= step:  # a rollback has undone these steps
+                record.truncate(step - 1)
             answers = objective.answer(model_of(state), objective.prompts)
             samples.record_samples(step, objective.prompts, answers, run.pretrained.tokenizer, record)
             return {}

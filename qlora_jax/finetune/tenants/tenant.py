@@ -101,7 +101,7 @@ class Tenant:
             claim(options)  # another run may have ended here in the meantime
             start(options, self.run.objective.held_out_checksum)
             self._began = True
-            store = files.enter_context(closing(StateStore(output / CHECKPOINTS, keep=options.run.keep)))
+            store = files.enter_context(closing(StateStore(output / CHECKPOINTS, keep=options.run.keep, reuse=False)))
             self.saved = store.latest_step()
             self.step = self.saved or 0
             log = files.enter_context(closing(MetricsLog(output / "metrics.jsonl", resume_at=self.step)))
