@@ -75,7 +75,8 @@ class Monitor:
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
         """Watch over a step."""
-        watch = nullcontext() if self.stall is None or self._steps == 0 else self.stall.over(f"step {step}")
+        name = f"step {step}" + (f" of process {jax.process_index()}" if jax.process_count() > 1 else "")
+        watch = nullcontext() if self.stall is None or self._steps == 0 else self.stall.over(name)
         if self.profile is not None:
             self.profile.begin(step)
         with self.goodput.step(step), watch, jax.profiler.StepTraceAnnotation("train", step_num=step):

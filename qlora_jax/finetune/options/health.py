@@ -64,13 +64,12 @@ class HealthOptions:
         return BadStepPolicy(self.on_bad_step, self.bad_steps_in_a_row, self.loss_spike)
 
     def monitor(self, folder: Path, goodput: Goodput) -> Monitor:
-        """Return what watches over a run, with its files in the folder of the run; of several processes each has its own."""
-        steps, number = self._profiled(), jax.process_index()
-        stalled = folder / (STALLED if number == 0 else f"{number}-{STALLED}")
-        profile = folder / PROFILE / (str(number) if jax.process_count() > 1 else "")
+        """Return what watches over a run; its files are in the run's folder. Each of several processes has its own trace."""
+        steps = self._profiled()
+        profile = folder / PROFILE / (str(jax.process_index()) if jax.process_count() > 1 else "")
         return Monitor(
             goodput,
-            StallWatch(self.stall_timeout, stalled, exits=self.stall_exit),
+            StallWatch(self.stall_timeout, folder / STALLED, exits=self.stall_exit),
             None if steps is None else ProfiledSteps(*steps, profile),
             self.health_every,
         )
